@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Answers a question about a picture: makes .venv if it is missing, installs requirements.txt, starts inference.py.
+# Every argument goes through (--help lists them). These variables set the classic ones; a flag beats a variable.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/make_venv.sh" requirements.txt
+exec "$python" "$home/inference.py" \
+    ${MODEL_PATH:+"--model_path=$MODEL_PATH"} \
+    ${PROMPT:+"--prompt=$PROMPT"} \
+    ${IMAGE_FILE_PATH:+"--image_file_path=$IMAGE_FILE_PATH"} \
+    ${MAX_TOKENS_TO_GENERATE:+"--max_tokens_to_generate=$MAX_TOKENS_TO_GENERATE"} \
+    ${TEMPERATURE:+"--temperature=$TEMPERATURE"} \
+    ${TOP_P:+"--top_p=$TOP_P"} \
+    ${DO_SAMPLE:+"--do_sample=$DO_SAMPLE"} \
+    ${ONLY_CPU:+"--only_cpu=$ONLY_CPU"} \
+    "$@"

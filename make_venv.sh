@@ -1,0 +1,31 @@
+# Sourced by launch_inference.sh and run_tests.sh: a .venv beside them that has everything in the requirements file $1.
+# Leaves its python in $python. A copy of each installed file is kept in .venv, so a second run costs one `cmp`; an
+# install that was interrupted leaves .venv/unfinished, and starts again, because pip takes half a package for a whole one.
+
+home=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+python=$home/.venv/bin/python
+
+is_installed() {
+    [ -x "$python" ] && [ ! -e "$home/.venv/unfinished" ] || return 1
+    local file
+    for file in "$@"; do cmp -s -- "$home/$file" "$home/.venv/$file" || return 1; done
+}
+
+make_venv() {
+    local base=${PYTHON:-python3} quiet=--quiet wanted=${!#} file  # the last file named includes the others
+    [ -t 2 ] && quiet=--progress-bar=on
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || {
+        echo "error: Python 3.10 or newer is needed ($base is not). Install one, or name it: PYTHON=python3.12 bash $0" >&2
+        exit 6
+    }
+    if [ -e "$home/.venv/unfinished" ] || ! "$python" -m pip --version >/dev/null 2>&1; then
+        "$base" -m venv --clear "$home/.venv" >&2
+    fi
+    : >"$home/.venv/unfinished"
+    echo "Installing $wanted into $home/.venv (once; some minutes)." >&2
+    "$python" -m pip install --disable-pip-version-check "$quiet" -r "$home/$wanted" >&2
+    for file in "$@"; do cp -- "$home/$file" "$home/.venv/$file"; done
+    rm -- "$home/.venv/unfinished"
+}
+
+is_installed "$@" || make_venv "$@"

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Runs the tests, from any folder: makes .venv if it is missing, installs requirements-dev.txt, passes its arguments to pytest.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/make_venv.sh" requirements.txt requirements-dev.txt
+cd -- "$home"
+exec "$python" -m pytest "$@"
