@@ -142,6 +142,13 @@ class KVCache:
         self.lengths[target] = self.lengths[source]
         self.host_lengths[target] = self.host_lengths[source]
 
+    def take(self, smaller: "KVCache") -> None:
+        """Starts with what another cache of as many rows holds, to go on where it has become too small."""
+        self.keys[:, :, :, : smaller.slots] = smaller.keys
+        self.values[:, :, :, : smaller.slots] = smaller.values
+        self.lengths.copy_(smaller.lengths)
+        self.host_lengths.copy_(smaller.host_lengths)
+
     def fill(self, lengths: Tensor) -> None:
         """Declares the rows to hold `lengths` int64[B] tokens; called before the pass that writes them."""
         self.host_lengths.copy_(lengths)
@@ -212,15 +219,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     Returns: [B, N, L, E].
     Source: grouped-query attention (arXiv:2305.13245), soft cap (arXiv:2408.00118, section 2).
     """
-    b, n, l, e = q.shape
+    b, n, length, e = q.shape
     groups = n // k.shape[1]
-    if cap is None and l == 1:  # the G queries of a key head stand in for L, so that keys are read once and not G times
+    if cap is None and length == 1:  # the G queries of a key head stand in for L, so that keys are read once and not G times
         x = F.scaled_dot_product_attention(q.view(b, -1, groups, e), k, v, attn_mask=mask, scale=scale)  # [B, K, G, E]
         return x.view(b, n, 1, e)
     if cap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     blocks = []
-    for start in range(0, l, QUERY_BLOCK):
+    for start in range(0, length, QUERY_BLOCK):
         block = q[:, :, start : start + QUERY_BLOCK].reshape(b, k.shape[1], -1, e)  # [B, K, G*L, E]
         scores = (block @ k.transpose(2, 3)).float() * scale  # [B, K, G*L, S]
         scores = torch.tanh(scores / cap) * cap
@@ -283,15 +290,15 @@ class GemmaAttention(nn.Module):
     def forward(
         self, x: Tensor, position_ids: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        b, l, _ = x.shape
-        q = self.q_proj(x).view(b, l, -1, self.width).transpose(1, 2)  # [B, N, L, E]
-        k = self.k_proj(x).view(b, l, -1, self.width).transpose(1, 2)  # [B, K, L, E]
-        v = self.v_proj(x).view(b, l, -1, self.width).transpose(1, 2)  # [B, K, L, E]
+        b, length, _ = x.shape
+        q = self.q_proj(x).view(b, length, -1, self.width).transpose(1, 2)  # [B, N, L, E]
+        k = self.k_proj(x).view(b, length, -1, self.width).transpose(1, 2)  # [B, K, L, E]
+        v = self.v_proj(x).view(b, length, -1, self.width).transpose(1, 2)  # [B, K, L, E]
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.write(self.layer, position_ids, k, v)  # [B, K, S, E], [B, K, S, E]
         x = attention(q, k, v, mask, self.scale, self.cap)  # [B, N, L, E]
-        x = x.transpose(1, 2).reshape(b, l, -1)  # [B, L, N*E]
+        x = x.transpose(1, 2).reshape(b, length, -1)  # [B, L, N*E]
         return self.o_proj(x)
 
 

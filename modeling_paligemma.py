@@ -70,7 +70,8 @@ class PaliGemmaConfig:
         config = cls(SiglipVisionConfig.from_hf(parts["vision_config"]), GemmaConfig.from_hf(text), image_token, **ids)
         for where, width in (("projection_dim", raw), ("vision_config.projection_dim", parts["vision_config"])):
             if width.get("projection_dim") not in (None, config.text_config.hidden_size):
-                raise ValueError(f"{where} is {width['projection_dim']}, but the decoder is {config.text_config.hidden_size} wide.")
+                found, needed = width["projection_dim"], config.text_config.hidden_size
+                raise ValueError(f"{where} is {found}, but the decoder is {needed} wide.")
         return config
 
     def to_hf(self) -> dict:

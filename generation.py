@@ -1,0 +1,389 @@
+"""From logits to answers: greedy or sampled, one row or many, streamed or whole. Takes a model, imports none.
+
+There is one loop. `Decoder` holds the rows in flight side by side in one static KV cache: `admit` reads pictures and prompts
+into free rows, `step` says one token in every row, `retire` frees a row. A row that has ended costs nothing from then on.
+`generate` admits all rows at once and yields a tensor a step; `generate_many` admits the next request whenever a row is
+free, so that a folder of a million pictures keeps every row busy (continuous batching: Orca, OSDI 2022).
+
+Checked in tests/test_generation.py. Shapes: B rows, L tokens of a prompt with its pictures, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from errors import GenerationError, PromptError
+
+PREFILL_TOKENS = 4096  # tokens read in one pass; more would only take memory, since matrix products are at their best long before
+NUCLEUS = 256  # the most likely tokens that top_p looks at first; a vocabulary of 257216 is sorted only if they do not suffice
+UNTRAINED_ROWS = 64  # the public conversion appended that many rows to the vocabulary, <image> first; no training touched them
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy, as without do_sample.
+
+    Args:
+        temperature: logits are divided by it.
+        top_k: keep the k most likely tokens; None = all.
+        top_p: of those, keep the fewest whose probabilities sum to at least p (arXiv:1904.09751).
+        seed: of the random numbers; row i of a batch draws from seed + i, so that neighbours do not matter. None = any.
+    Raises: GenerationError with exit code 2.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self):
+        def is_number(value: object) -> bool:
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+        if not isinstance(self.do_sample, bool):
+            raise GenerationError(f"do_sample is {self.do_sample!r}; True or False is needed.", code=2)
+        if not (is_number(self.temperature) and self.temperature >= 0):
+            raise GenerationError(f"temperature is {self.temperature!r}; a number from 0 up is needed.", code=2)
+        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise GenerationError(f"top_p is {self.top_p!r}; a number above 0 and up to 1 is needed.", code=2)
+        if self.top_k is not None and not (type(self.top_k) is int and self.top_k > 0):
+            raise GenerationError(f"top_k is {self.top_k!r}; a whole number from 1 up is needed.", code=2)
+        if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed < 2**63):
+            raise GenerationError(f"seed is {self.seed!r}; a whole number from 0 to 2^63 - 1 is needed.", code=2)
+
+    @property
+    def is_greedy(self) -> bool:
+        return not self.do_sample or self.temperature == 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of every row: tokens int64[B], logprobs float32[B], is_finished bool[B]. A finished row says pad, logprob 0."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    is_finished: Tensor
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one request was answered: its place in the sequence, its tokens (an eos included), their log-probabilities."""
+
+    index: int
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str  # "stop" = said eos, "length" = reached max_new_tokens or the end of the model's context
+
+
+@dataclass
+class Row:
+    """A request in flight."""
+
+    index: int
+    limit: int
+    uniform: torch.Generator
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+def nucleus(probs: Tensor, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor]:
+    """The tokens that may be drawn, most likely first: probabilities float32[B, C], 0 for those cut, and ids int64[B, C]."""
+    vocabulary = probs.shape[-1]
+    count = min(top_k or NUCLEUS, vocabulary)
+    best, ids = probs.topk(count)  # [B, C], [B, C]
+    while top_k is None and count < vocabulary and bool((best.sum(-1) < top_p).any()):
+        count = min(4 * count, vocabulary)
+        best, ids = probs.topk(count)  # [B, C], [B, C]
+    if top_k is not None:
+        best = best / best.sum(-1, keepdim=True)
+    before = best.cumsum(-1) - best  # the most likely token has none before it, so that one always stays
+    return best.masked_fill(before > top_p, 0), ids
+
+
+def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Picks the next token of each row.
+
+    Args:
+        logits: float32[B, V].
+        uniforms: float64[B] in [0, 1), the draw of each row; the token is the one in whose share of [0, 1) it falls.
+    Returns: tokens int64[B] and their log-probabilities float32[B], those of the model: no temperature, nothing cut.
+    """
+    if sampling.is_greedy:
+        tokens = logits.argmax(-1)  # [B]
+    else:
+        probs = (logits / sampling.temperature).softmax(-1)  # [B, V]
+        ids = None
+        if sampling.top_p < 1 or sampling.top_k is not None:
+            probs, ids = nucleus(probs, sampling.top_p, sampling.top_k)  # [B, C], [B, C]
+        ends = probs.double().cumsum(-1)
+        place = torch.searchsorted(ends, uniforms[:, None] * ends[:, -1:], right=True).clamp(max=ends.shape[-1] - 1)  # [B, 1]
+        tokens = (place if ids is None else ids.gather(1, place))[:, 0]  # [B]
+    logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)  # [B]
+    return tokens, logprobs
+
+
+def split_rows(inputs: dict, config: object) -> list[dict]:
+    """A processor's batch as one dict a row, its padding left out: input_ids int64[L], token_type_ids, the row's pictures.
+
+    Raises: PromptError when the rows' <image> tokens do not call for just the pictures that are there.
+    """
+    pictures = next((key for key in ("pixel_values", "image_features") if inputs.get(key) is not None), None)
+    input_ids, types, mask = (inputs.get(key) for key in ("input_ids", "token_type_ids", "attention_mask"))
+    if types is None and pictures is not None:
+        raise PromptError("token_type_ids are missing: without them nobody knows where the prompt ends. Pass the processor's.")
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    rows, used = [], 0
+    for i, is_token in enumerate(mask.bool()):
+        ids = input_ids[i][is_token]  # [L]
+        if len(ids) == 0:
+            raise PromptError(f"row {i} has no token. Give it a picture or a prompt.")
+        row = {"input_ids": ids, "token_type_ids": torch.ones_like(ids) if types is None else types[i][is_token]}
+        count = int((ids == config.image_token_index).sum()) // config.num_image_tokens
+        if pictures is not None and count:
+            row[pictures] = inputs[pictures][used : used + count]
+        used += count
+        rows.append(row)
+    given = 0 if pictures is None else len(inputs[pictures])
+    if used != given:
+        raise PromptError(f"the rows have <image> tokens for {used} pictures, but {given} came. Pass what the processor returns.")
+    return rows
+
+
+def join_rows(rows: list[dict], pad_token_id: int) -> dict:
+    """Rows of split_rows as one batch, padded on the right, as prefill takes it."""
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])  # [B]
+    batch = {
+        key: torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=pad_token_id)
+        for key in ("input_ids", "token_type_ids")
+    }
+    batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()  # [B, L]
+    for key in ("pixel_values", "image_features"):
+        pictures = [row[key] for row in rows if key in row]
+        if pictures:
+            batch[key] = torch.cat(pictures)
+    return batch
+
+
+class Decoder:
+    """The rows in flight, side by side in the first rows of one static cache.
+
+    Args:
+        model: PaliGemmaForConditionalGeneration, or anything with its new_cache, prefill, decode and config.
+        rows: the most requests in flight.
+        max_new_tokens: the longest answer; an answer is shorter where the model's context ends first.
+        sampling: how tokens are chosen.
+        eos_token_id: the token or tokens that end an answer; None = none does.
+    Raises: GenerationError with exit code 2 for arguments that make no sense.
+    """
+
+    def __init__(self, model: nn.Module, rows: int, max_new_tokens: int, sampling: Sampling, eos_token_id: object):
+        for name, value in (("max_new_tokens", max_new_tokens), ("rows", rows)):
+            if not (type(value) is int and value > 0):
+                raise GenerationError(f"{name} is {value!r}; a whole number from 1 up is needed.", code=2)
+        ids = [] if eos_token_id is None else eos_token_id if isinstance(eos_token_id, (list, tuple, set)) else [eos_token_id]
+        if not all(type(token) is int for token in ids):
+            raise GenerationError(f"eos_token_id is {eos_token_id!r}; a token id, a list of them or None is needed.", code=2)
+        self.model = model
+        self.sampling = sampling
+        self.max_new_tokens = max_new_tokens
+        self.max_rows = rows
+        self.eos = frozenset(ids)
+        self.seed = torch.Generator().seed() % 2**62 if sampling.seed is None else sampling.seed
+        self.cache = None
+        self.rows: list[Row] = []
+        self.tokens = torch.empty(0, dtype=torch.int64)
+
+    def is_finished(self, row: Row) -> bool:
+        return row.token_ids[-1] in self.eos or len(row.token_ids) >= row.limit
+
+    @torch.no_grad()
+    def admit(self, requests: list[tuple[int, dict]]) -> None:
+        """Reads requests, pairs of index and row of split_rows, into free rows and says the first token of each."""
+        config = self.model.config
+        context = config.text_config.max_position_embeddings
+        longest = max(len(row["input_ids"]) for _, row in requests)
+        if longest >= context:
+            raise PromptError(f"pictures and prompt take {longest} tokens, but the model's context is {context}. Shorten them.")
+        self.make_room(min(longest + self.max_new_tokens, context))
+        while requests:
+            count = max(1, min(len(requests), PREFILL_TOKENS // longest))
+            group, requests = requests[:count], requests[count:]
+            first = len(self.rows)
+            for index, row in group:
+                limit = min(self.max_new_tokens, context - len(row["input_ids"]))
+                self.rows.append(Row(index, limit, torch.Generator().manual_seed((self.seed + index) % 2**63)))
+            batch = join_rows([row for _, row in group], config.pad_token_id)
+            logits = self.model.prefill(self.cache[first : first + count], **batch)  # [B, V]
+            self.say(logits, first)
+
+    def make_room(self, slots: int) -> None:
+        """Allocates the cache when the first request comes, and a larger one should a longer request come."""
+        if self.cache is None or self.cache.slots < slots:
+            cache = self.model.new_cache(self.max_rows, slots)
+            if self.cache is not None:
+                cache.take(self.cache)
+            self.cache = cache
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Says one more token in every row."""
+        logits = self.model.decode(self.cache[: len(self.rows)], self.tokens)  # [B, V]
+        self.say(logits, 0)
+
+    def say(self, logits: Tensor, first: int) -> None:
+        """Chooses the next token of the rows from `first` on. Raises GenerationError when the logits are not numbers."""
+        image = self.model.config.image_token_index
+        logits[:, image] = -torch.inf
+        if logits.shape[1] - image <= UNTRAINED_ROWS:
+            logits[:, image:] = -torch.inf
+        rows = self.rows[first:]
+        uniforms = torch.zeros(len(rows), dtype=torch.float64)  # [B]
+        if not self.sampling.is_greedy:
+            for i, row in enumerate(rows):
+                uniforms[i] = torch.rand((), dtype=torch.float64, generator=row.uniform)
+        tokens, logprobs = choose(logits, self.sampling, uniforms.to(logits.device))  # [B], [B]
+        self.tokens = torch.cat((self.tokens[:first].to(tokens.device), tokens))
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            if math.isnan(logprob):
+                raise GenerationError(
+                    f"the model's logits are not numbers ({self.model.dtype} weights, token {len(row.token_ids) + 1} of an answer). "
+                    "float16 overflows in Gemma; use bfloat16 or float32, or check the checkpoint for NaN."
+                )
+            row.token_ids.append(token)
+            row.logprobs.append(logprob)
+
+    def retire(self) -> list[Answer]:
+        """Takes the rows that have ended out; the last rows move into the gaps."""
+        answers = []
+        for i in reversed(range(len(self.rows))):
+            row = self.rows[i]
+            if self.is_finished(row):
+                reason = "stop" if row.token_ids[-1] in self.eos else "length"
+                answers.append(Answer(row.index, row.token_ids, row.logprobs, reason))
+                last = len(self.rows) - 1
+                if i != last:
+                    self.cache.move(last, i)
+                    self.rows[i] = self.rows[last]
+                    self.tokens[i] = self.tokens[last]
+                self.rows.pop()
+                self.tokens = self.tokens[:last]
+        return answers[::-1]
+
+
+def generate_steps(
+    model: nn.Module,
+    inputs: dict,
+    *,
+    max_new_tokens: int,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    seed: int | None = None,
+    eos_token_id: int | list[int] | None = None,
+) -> Iterator[Step]:
+    """As generate, but each step carries the tokens' log-probabilities and which rows have ended."""
+    sampling = Sampling(do_sample, temperature, top_p, top_k, seed)
+    rows = split_rows(inputs, model.config)
+    decoder = Decoder(model, len(rows), max_new_tokens, sampling, eos_token_id)
+    return lockstep(decoder, list(enumerate(rows)))
+
+
+def lockstep(decoder: Decoder, requests: list[tuple[int, dict]]) -> Iterator[Step]:
+    """Admits all requests at once and yields a Step for every token, rows in the order of the requests."""
+    batch = len(requests)
+    decoder.admit(requests)
+    while decoder.rows:
+        tokens = torch.full((batch,), decoder.model.config.pad_token_id)  # [B]
+        logprobs = torch.zeros(batch)  # [B]
+        is_finished = torch.ones(batch, dtype=torch.bool)  # [B]
+        for row in decoder.rows:
+            tokens[row.index] = row.token_ids[-1]
+            logprobs[row.index] = row.logprobs[-1]
+            is_finished[row.index] = decoder.is_finished(row)
+        decoder.retire()
+        yield Step(tokens, logprobs, is_finished)
+        if decoder.rows:
+            decoder.step()
+
+
+def generate(
+    model: nn.Module,
+    inputs: dict,
+    *,
+    max_new_tokens: int,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    seed: int | None = None,
+    eos_token_id: int | list[int] | None = None,
+) -> Iterator[Tensor]:
+    """The answers, one token of every row at a time.
+
+    Args:
+        inputs: what the processor returned, padded on either side; `image_features` of model.encode_images may stand in place of
+            `pixel_values`.
+        max_new_tokens: the longest answer.
+        do_sample, temperature, top_p, top_k, seed: see Sampling; without do_sample the most likely token is taken.
+        eos_token_id: the token or tokens that end an answer (model.config.eos_token_id); None = never stop.
+    Returns: an iterator of a new int64[B] in main memory a step; ended rows say pad. It ends when every row has.
+    Raises: GenerationError (exit code 2) for arguments out of range, PromptError for a batch that does not fit together, both
+        at once; while running, GenerationError for logits that are not numbers.
+    """
+    steps = generate_steps(
+        model,
+        inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        eos_token_id=eos_token_id,
+    )
+    return (step.tokens for step in steps)
+
+
+def generate_many(
+    model: nn.Module,
+    requests: Iterable[dict],
+    *,
+    rows: int,
+    max_new_tokens: int,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    seed: int | None = None,
+    eos_token_id: int | list[int] | None = None,
+) -> Iterator[Answer]:
+    """Answers any number of requests, `rows` at a time; a row that ends makes room for the next request.
+
+    Args:
+        requests: what the processor returned for one row each; read one by one, no sooner than there is room.
+        rows: how many are in flight. Each takes the cache of one row and makes a step slower by less than a step of its own.
+        others: as generate. Request i draws from seed + i, so that an answer does not depend on what ran beside it.
+    Returns: an iterator of Answer, in the order in which they end.
+    """
+    decoder = Decoder(model, rows, max_new_tokens, Sampling(do_sample, temperature, top_p, top_k, seed), eos_token_id)
+    numbered = ((i, row) for i, inputs in enumerate(requests) for row in split_rows(inputs, model.config))
+    return refill(decoder, numbered)
+
+
+def refill(decoder: Decoder, requests: Iterator[tuple[int, dict]]) -> Iterator[Answer]:
+    """Keeps every row busy as long as there are requests."""
+    while True:
+        arrivals = list(islice(requests, decoder.max_rows - len(decoder.rows)))
+        if arrivals:
+            decoder.admit(arrivals)
+        if not decoder.rows:
+            return
+        yield from decoder.retire()
+        if decoder.rows:
+            decoder.step()
