@@ -251,7 +251,7 @@ class Decoder:
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             if math.isnan(logprob):
                 raise GenerationError(
-                    f"the model's logits are not numbers ({self.model.dtype} weights, token {len(row.token_ids) + 1} of an answer). "
+                    f"the model's logits are not numbers ({self.model.dtype} weights, token {len(row.token_ids) + 1} of a row). "
                     "float16 overflows in Gemma; use bfloat16 or float32, or check the checkpoint for NaN."
                 )
             row.token_ids.append(token)
