@@ -74,7 +74,9 @@ class GemmaConfig:
     def from_hf(cls, raw: dict) -> "GemmaConfig":
         """Reads `text_config` of config.json. Raises ValueError for anything that this file does not implement."""
         given = {key: value for key, value in raw.items() if value is not None}
-        rope = given.get("rope_parameters") or {}
+        rope = given.get("rope_parameters", {})  # transformers 5 writes rope_theta in here
+        if not isinstance(rope, dict):
+            raise ValueError(f"text_config.rope_parameters is {rope!r}; an object is needed.")
         supported = {
             "hidden_act": ("gelu", "gelu_pytorch_tanh"),  # Gemma's first files say "gelu", but the tanh form is what was trained
             "hidden_activation": ("gelu", "gelu_pytorch_tanh"),
