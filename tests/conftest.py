@@ -1,0 +1,10 @@
+"""What every test runs under: no network, one thread (equal numbers on every machine, and no fight over cores)."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import torch  # noqa: E402  (after the environment is set)
+
+torch.set_num_threads(1)
