@@ -1,0 +1,271 @@
+"""A command line that Fire makes from a dataclass, with Fire's traps closed; errors as one line and an exit code.
+
+Left alone, Fire reads values as Python ("cat # dog" becomes "cat", "None" becomes None, `--do_sample false` a text that is
+true), takes "-" for a separator, and runs the whole job before it complains about a mistyped flag. Here every argument is
+first brought into the form --name=value and checked against the fields, and values are converted by their annotations
+(bool, int, float, str, each with or without None). All of this happens before anything slow is imported.
+
+A program is `sys.exit(commandline.run(Flags, program))`.
+Exit codes: 0 fine, 1 a bug of ours, 130 Ctrl-C, 143 SIGTERM, 141 nobody reads the output; the others are in errors.py.
+Checked in tests/test_inference.py.
+"""
+
+import contextlib
+import inspect
+import json
+import os
+import signal
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator
+from typing import get_args
+
+from errors import DeviceError, OutputError, PaliGemmaError, UsageError
+
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """A signal that came during `interruptible`. Not an Exception, so that nothing takes it for a fault it can mend."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.code = 128 + signum
+
+
+# Arguments
+
+
+def base_type(parameter: inspect.Parameter) -> type:
+    """bool, int, float or str: the annotation without its `| None`."""
+    kinds = [kind for kind in get_args(parameter.annotation) if kind is not type(None)]
+    return kinds[0] if kinds else parameter.annotation
+
+
+def converter(name: str, kind: type) -> Callable[[str], object]:
+    """What Fire calls for the value of --name. Raises: UsageError for a value of another type."""
+    needed = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+
+    def convert(value: str) -> object:
+        if kind is bool:
+            if value.lower() in TRUE + FALSE:
+                return value.lower() in TRUE
+        else:
+            with contextlib.suppress(ValueError):
+                return kind(value)
+        raise UsageError(f"--{name} is {value!r}, but {needed} is needed.")
+
+    return convert
+
+
+def suggestion(name: str, names: list[str]) -> str:
+    """" Did you mean --this?", or nothing."""
+    import difflib  # only a mistyped flag pays for it
+
+    close = [known for known in names if name and known.startswith(name)] or difflib.get_close_matches(name, names, n=1)
+    return f" Did you mean --{close[0]}?" if close else ""
+
+
+def normalise(argv: list[str], parameters: dict[str, inspect.Parameter]) -> list[str]:
+    """The arguments as --name=value each, so that nothing is left for Fire to guess; of a repeated flag the last.
+
+    Raises: UsageError for an unknown flag, a missing value, or a word that belongs to no flag.
+    """
+    values: dict[str, str] = {}
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("-") or argument == "-":
+            raise UsageError(
+                f"{argument!r} belongs to no flag. Put text with spaces in quotes and name every flag; --help lists them."
+            )
+        name, equals, value = argument.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        positive = name.removeprefix("no").removeprefix("_")
+        if name not in parameters and positive in parameters and base_type(parameters[positive]) is bool and not equals:
+            values[positive] = "false"  # --nojson and --no_json, as Fire has it
+        elif name not in parameters or not argument.startswith("--"):
+            raise UsageError(f"unknown flag {argument.partition('=')[0]}.{suggestion(name, list(parameters))} --help lists all.")
+        elif equals:
+            values[name] = value
+        elif base_type(parameters[name]) is bool:
+            values[name] = rest.pop(0) if rest and rest[0].lower() in TRUE + FALSE else "true"
+        elif not rest or rest[0].startswith("--"):
+            raise UsageError(f"--{name} needs a value. A value that starts with dashes is written --{name}=--so.")
+        else:
+            values[name] = rest.pop(0)
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def is_on(name: str, argv: list[str]) -> bool:
+    """Whether a yes-or-no flag is set, judged without parsing the rest, which may be what is wrong."""
+    state = False
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        if argument == f"--{name}":
+            state = following.lower() not in FALSE
+        elif argument.startswith(f"--{name}="):
+            state = argument.partition("=")[2].lower() in TRUE
+    return state
+
+
+def help_text(flags: type) -> str:
+    """The help screen: the docstring of the flags, a line or two for each."""
+    from fire import docstrings
+
+    documented = docstrings.parse(inspect.getdoc(flags))
+    lines = [documented.summary, *(["", documented.description] if documented.description else []), "", "Flags:"]
+    descriptions = {argument.name: argument.description for argument in documented.args or []}
+    for name, parameter in inspect.signature(flags).parameters.items():
+        default = "" if parameter.default is None or parameter.default is False else f" (default: {parameter.default})"
+        value = {bool: "", int: " N", float: " X", str: " TEXT"}[base_type(parameter)]
+        wrapped = textwrap.wrap(f"{descriptions[name]}{default}", 78)
+        lines += [f"  {f'--{name}{value}':<32}{wrapped[0]}", *(" " * 34 + line for line in wrapped[1:])]
+    return "\n".join(lines) + "\n"
+
+
+def read_flags(flags: type, argv: list[str]) -> object:
+    """The flags in argv as an instance of the class, made by Fire. Raises: UsageError."""
+    parameters = dict(inspect.signature(flags).parameters)
+    arguments = normalise(argv, parameters)
+    import fire  # after the check, so that a mistyped flag is answered sooner
+
+    parsers = {name: converter(name, base_type(parameter)) for name, parameter in parameters.items()}
+    decorated = fire.decorators.SetParseFns(**parsers)(flags)
+    return fire.Fire(decorated, command=arguments, serialize=lambda _: None)
+
+
+# Output
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """The text without the control characters that could move a terminal's cursor or write its clipboard."""
+    return "".join(c for c in text if c in keep or not (ord(c) < 32 or 127 <= ord(c) < 160))
+
+
+def write(text: str) -> None:
+    """Puts text on stdout at once; on a terminal, without control characters. Raises: OutputError, BrokenPipeError."""
+    try:
+        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"stdout cannot be written. {error.strerror}. Make room, or write elsewhere.") from error
+
+
+def note(text: str) -> None:
+    """Says something beside the answer: one line on stderr."""
+    with contextlib.suppress(OSError):  # with stderr gone there is nobody to tell
+        print(printable(" ".join(text.splitlines())), file=sys.stderr, flush=True)
+
+
+def relay_logs(is_verbose: bool) -> None:
+    """What library code logs becomes notes: warnings always, the rest, and Python's own warnings, when verbose."""
+    import logging
+
+    class Relay(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            note(f"{'note' if record.levelno < logging.WARNING else 'warning'}: {record.getMessage()}")
+
+    logging.basicConfig(level=logging.INFO if is_verbose else logging.WARNING, handlers=[Relay()], force=True)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").disabled = not is_verbose
+
+
+def report(error: PaliGemmaError, as_json: bool, with_traceback: bool) -> int:
+    """Says what went wrong, as a line and for --json also as an object. Returns the exit code."""
+    if with_traceback:
+        traceback.print_exception(error)
+    note(f"error: {error.message}")
+    if as_json:
+        fault = {"code": error.code, "type": type(error).__name__, "message": error.message, "path": error.path}
+        write(json.dumps({"error": fault}) + "\n")
+    return error.code
+
+
+def report_bug(kind: type[BaseException], error: BaseException, trail: object) -> None:
+    """sys.excepthook: what nobody foresaw, in one line, with the traceback for those who ask. Python then exits with 1."""
+    if is_on("debug", sys.argv):
+        traceback.print_exception(kind, error, trail)
+    last = traceback.extract_tb(trail)[-1]
+    place = f"{os.path.basename(last.filename)} line {last.lineno}"
+    message = f"internal error ({place}). {kind.__name__}: {error}. This is a bug: please report what --debug prints."
+    report(PaliGemmaError(message, path=place), is_on("json", sys.argv), False)
+
+
+# Signals and streams
+
+
+@contextlib.contextmanager
+def handlers(handler: Callable) -> Iterator[None]:
+    """Ctrl-C and SIGTERM go to the handler, unless whoever started us (nohup) had them ignored."""
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    for signum in SIGNALS:
+        if before[signum] is not signal.SIG_IGN:
+            signal.signal(signum, handler)
+    try:
+        yield
+    finally:
+        for signum in SIGNALS:
+            signal.signal(signum, before[signum])
+
+
+def leave(signum: int, _frame: object) -> None:
+    """Ends the process at once. While libraries are imported an exception is not enough: some of them swallow it."""
+    os._exit(128 + signum)
+
+
+def interruptible() -> contextlib.AbstractContextManager[None]:
+    """Inside, a signal raises Interrupted, so that what was said so far can be kept."""
+
+    def interrupt(signum: int, _frame: object) -> None:
+        raise Interrupted(signum)
+
+    return handlers(interrupt)
+
+
+def prepare_streams() -> None:
+    """Output that cannot fail on a character: escapes where the locale has none, the void where a stream is closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        with contextlib.suppress(AttributeError):  # a test's stand-in has no reconfigure
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def run_guarded(flags: type, program: Callable, argv: list[str]) -> int:
+    """Runs the program; what it raises becomes a line and an exit code."""
+    style = is_on("json", argv), is_on("debug", argv)
+    try:
+        with handlers(leave):
+            if "--help" in argv or "-h" in argv:
+                write(help_text(flags))
+            else:
+                program(read_flags(flags, argv))
+        return 0
+    except PaliGemmaError as error:
+        return report(error, *style)
+    except ModuleNotFoundError as error:
+        advice = "Install what requirements.txt names (pip install -r requirements.txt), or start with launch_inference.sh."
+        return report(DeviceError(f"the package {error.name!r} is not installed. {advice}", path=error.name), *style)
+    except MemoryError:
+        return report(DeviceError("memory ran out. Close other programs, or take --dtype bf16 or --quantize int8."), *style)
+    except Interrupted as stop:
+        return stop.code
+
+
+def run(flags: type, program: Callable, argv: list[str] | None = None) -> int:
+    """Calls the program with the flags in argv (default: the process's own) and returns the exit code.
+
+    Args:
+        flags: a dataclass with keyword-only fields, one a flag; its docstring is the help, its __post_init__ checks ranges.
+        program: takes an instance of it.
+    """
+    prepare_streams()
+    try:
+        return run_guarded(flags, program, sys.argv[1:] if argv is None else argv)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains again when it flushes at exit
+        return 141
