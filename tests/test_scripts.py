@@ -1,0 +1,177 @@
+"""launch_inference.sh and run_tests.sh: from any folder, twice, with spaces in the path, after an interruption.
+
+Nothing is installed here. A copy of the scripts gets a stand-in for python, which writes down how it was called, makes a
+.venv that holds itself, and plays pip.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("launch_inference.sh", "run_tests.sh", "make_venv.sh", "requirements.txt", "requirements-dev.txt")
+CLASSIC = "MODEL_PATH PROMPT IMAGE_FILE_PATH MAX_TOKENS_TO_GENERATE TEMPERATURE TOP_P DO_SAMPLE ONLY_CPU".split()
+
+STAND_IN = """#!/usr/bin/env bash
+# Plays python, venv and pip. FAKE_VERSION=old is Python 3.9; FAKE_PIP=hang never finishes, FAKE_PIP=fail fails.
+echo "$(basename "$0"): $*" >>"$FAKE_LOG"
+case "$*" in
+*version_info*) [ "${FAKE_VERSION:-}" != old ] ;;
+"-m venv --clear "*) rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python" ;;
+"-m pip --version") ;;
+"-m pip install "*)
+    case "${FAKE_PIP:-}" in
+    hang) echo started >"$FAKE_LOG.hang"; sleep 60 ;;
+    fail) exit 1 ;;
+    esac ;;
+*) for argument in "$@"; do printf '[%s]\\n' "$argument"; done ;;
+esac
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clone in a folder with spaces, and an environment with the stand-in for python."""
+    folder = tmp_path / "a clone with spaces"
+    folder.mkdir()
+    for name in SCRIPTS:
+        shutil.copy(ROOT / name, folder / name)
+    (tmp_path / "bin").mkdir()
+    stand_in = tmp_path / "bin" / "python3"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    clean = {key: value for key, value in os.environ.items() if key not in CLASSIC}
+    environment = clean | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "FAKE_LOG": str(tmp_path / "log")}
+    return folder, environment
+
+
+def run(clone, script, *arguments, cwd="/", **variables):
+    folder, environment = clone
+    command = ["bash", str(folder / script), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment | variables, capture_output=True, text=True, timeout=30)
+
+
+def calls(clone):
+    """What python was asked to do so far, without the venv's own folder."""
+    log = Path(clone[1]["FAKE_LOG"])
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def installs(clone):
+    return [call for call in calls(clone) if "pip install" in call]
+
+
+def test_first_run_installs_and_starts_inference_with_the_arguments_as_they_are(clone):
+    arguments = ["--prompt", "a  b $HOME * 'c'", "--image_file_path=my cat.jpg", ""]
+    done = run(clone, "launch_inference.sh", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"[{clone[0] / 'inference.py'}]", *(f"[{argument}]" for argument in arguments)]
+    assert len(installs(clone)) == 1 and installs(clone)[0].endswith(f"-r {clone[0] / 'requirements.txt'}")
+
+
+def test_second_run_calls_nothing_but_inference(clone):
+    run(clone, "launch_inference.sh")
+    before = len(calls(clone))
+    done = run(clone, "launch_inference.sh", "--json")
+    assert done.stderr == ""
+    assert calls(clone)[before:] == [f"python: {clone[0] / 'inference.py'} --json"]
+
+
+def test_run_tests_installs_what_tests_need_and_calls_pytest_in_the_root(clone):
+    done = run(clone, "run_tests.sh", "-k", "one thing")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[-m]", "[pytest]", "[-k]", "[one thing]"]
+    assert installs(clone)[0].endswith(f"-r {clone[0] / 'requirements-dev.txt'}")
+    run(clone, "launch_inference.sh")
+    run(clone, "run_tests.sh")
+    assert len(installs(clone)) == 1  # the packages of the tests include those of running
+
+
+def test_changed_requirements_are_installed(clone):
+    run(clone, "launch_inference.sh")
+    with open(clone[0] / "requirements.txt", "a") as file:
+        file.write("another\n")
+    run(clone, "launch_inference.sh")
+    run(clone, "launch_inference.sh")
+    assert len(installs(clone)) == 2
+    assert len([call for call in calls(clone) if "-m venv" in call]) == 1  # what is there is kept
+
+
+def test_failed_install_is_an_error_and_the_next_run_starts_again(clone):
+    done = run(clone, "launch_inference.sh", FAKE_PIP="fail")
+    assert done.returncode != 0 and done.stdout == ""
+    assert run(clone, "launch_inference.sh").returncode == 0
+    assert len([call for call in calls(clone) if "-m venv" in call]) == 2
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_install_is_finished_by_the_next_run(clone, signum):
+    folder, environment = clone
+    process = subprocess.Popen(
+        ["bash", str(folder / "launch_inference.sh")], env=environment | {"FAKE_PIP": "hang"}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 20
+    while not Path(environment["FAKE_LOG"] + ".hang").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signum)
+    process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert run(clone, "launch_inference.sh").returncode == 0
+    assert len([call for call in calls(clone) if "-m venv" in call]) == 2  # pip takes half a package for a whole one
+    assert len(installs(clone)) == 2
+    run(clone, "launch_inference.sh")
+    assert len(installs(clone)) == 2
+
+
+def test_a_venv_whose_python_is_gone_is_made_again(clone):
+    run(clone, "launch_inference.sh")
+    (clone[0] / ".venv" / "bin" / "python").unlink()
+    assert run(clone, "launch_inference.sh").returncode == 0
+    assert len(installs(clone)) == 2
+
+
+def test_old_python_is_refused_in_one_line(clone):
+    done = run(clone, "launch_inference.sh", FAKE_VERSION="old")
+    assert done.returncode == 6
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: Python 3.10 or newer is needed")
+    assert not (clone[0] / ".venv").exists()
+
+
+def test_variables_become_the_classic_flags_before_the_arguments(clone):
+    done = run(clone, "launch_inference.sh", "--prompt=typed", **{name: f"{name.lower()} value" for name in CLASSIC})
+    expected = [f"[--{name.lower()}={name.lower()} value]" for name in CLASSIC]  # of two equal flags inference.py takes the last
+    assert done.stdout.splitlines()[1:] == [*expected, "[--prompt=typed]"]
+
+
+def test_unset_and_empty_variables_say_nothing(clone):
+    assert run(clone, "launch_inference.sh", PROMPT="").stdout.splitlines() == [f"[{clone[0] / 'inference.py'}]"]
+
+
+def test_relative_paths_and_the_callers_folder_are_kept(clone, tmp_path):
+    folder, environment = clone
+    command = ["bash", os.path.relpath(folder / "launch_inference.sh", tmp_path), "--image_file_path=cat.jpg"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[--image_file_path=cat.jpg]"
+
+
+def test_ci_runs_the_tests_without_a_terminal(clone):
+    (clone[0] / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", clone[0] / ".ci" / "run")
+    assert run(clone, ".ci/run").stdout.splitlines() == ["[-m]", "[pytest]"]
+
+
+def test_scripts_can_be_executed():
+    for name in ("launch_inference.sh", "run_tests.sh", ".ci/run"):
+        assert os.access(ROOT / name, os.X_OK), name
+
+
+def test_every_root_module_is_installed_by_pip():
+    listed = re.search(r"py-modules = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL).group(1)
+    assert re.findall(r'"(\w+)"', listed) == sorted(path.stem for path in ROOT.glob("*.py"))
