@@ -48,7 +48,9 @@ class GemmaConfig:
             value = getattr(self, field.name)
             if field.type is int and not (type(value) is int and 0 < value <= LARGEST_SIZE):
                 raise ValueError(f"text_config.{field.name} is {value!r}; a whole number from 1 to {LARGEST_SIZE} is needed.")
-            if field.type in (float, float | None) and value is not None and not (type(value) in (int, float) and value > 0):
+            is_optional = field.type == float | None and value is None
+            is_positive = type(value) in (int, float) and 0 < value < float("inf")
+            if field.type in (float, float | None) and not (is_optional or is_positive):
                 raise ValueError(f"text_config.{field.name} is {value!r}; a positive number is needed.")
         if self.model_type not in ("gemma", "gemma2"):
             raise ValueError(f"text_config.model_type is {self.model_type!r}; 'gemma' or 'gemma2' is needed.")
@@ -88,6 +90,9 @@ class GemmaConfig:
         unsupported = {key: given[key] for key, values in supported.items() if key in given and given[key] not in values}
         if rope.get("rope_type", "default") != "default":
             unsupported["rope_parameters"] = rope
+        layers, alternating = given.get("layer_types", []), ("sliding_attention", "full_attention")
+        if not isinstance(layers, list) or any(kind != alternating[i % 2] for i, kind in enumerate(layers)):
+            unsupported["layer_types"] = layers
         if unsupported:
             raise ValueError(f"text_config asks for {unsupported}, which modeling_gemma.py does not implement.")
         if given.get("model_type") == "gemma2":
@@ -159,11 +164,12 @@ class KVCache:
 
     def grow(self) -> None:
         """Makes each row one token longer; called before the pass that writes it. Raises ValueError when a row is full."""
+        reach = int(self.host_lengths.max()) + 1
+        if reach > self.slots:
+            raise ValueError(f"a row would hold {reach} tokens, but the cache has {self.slots} slots a row.")
+        self.reach = reach
         self.host_lengths += 1
         self.lengths += 1
-        self.reach = int(self.host_lengths.max())
-        if self.reach > self.slots:
-            raise ValueError(f"a row would hold {self.reach} tokens, but the cache has {self.slots} slots a row.")
 
     def mask(self, window: int | None = None) -> Tensor | None:
         """What the newest token of each row may look at: every token of its row, or the newest `window` of them.
@@ -204,7 +210,7 @@ def rotary_embedding(position_ids: Tensor, width: int, theta: float, dtype: torc
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair of x [B, N, L, E] by its angle. Raises nothing; cos and sin come from rotary_embedding."""
+    """Turns each pair of x [B, N, L, E] by its angle; cos and sin come from rotary_embedding."""
     first, second = x.chunk(2, dim=-1)  # [B, N, L, E/2], [B, N, L, E/2]
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny import fill, make_pixels, raw_config
 
 from modeling_siglip import SiglipVisionConfig, SiglipVisionModel
+from tiny import fill, make_pixels, raw_config
 
 DTYPES = [torch.float32, torch.bfloat16]
 
