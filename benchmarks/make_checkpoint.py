@@ -1,0 +1,201 @@
+"""Writes a random PaliGemma of full size in hub layout, for measuring: speed and memory do not depend on what a model knows.
+
+    python benchmarks/make_checkpoint.py --out /tmp/paligemma-3b
+
+The files, names, shapes, dtype and sharding are those of the published ones, so that every loader takes its usual way. The
+tokenizer is made up, too, in the real one's form and size: its parsing is a large part of a start.
+
+Every matrix is drawn from N(0, 0.02^2). The output matrix is the embedding, so that the vector of the last token, which the
+residual stream carries to the end, is most like itself: the model says the newline of the prompt again and again, with a
+margin that survives bfloat16 and int4. So two programs can be asked for the same tokens. It takes a minute and 6 GB of disk.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402  (the project's folder comes first)
+from safetensors.torch import save_file  # noqa: E402
+
+from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration  # noqa: E402
+
+SHARD_BYTES = 4_950_000_000  # the first of the hub's two files
+LOCATIONS, CODES, UNTRAINED = 1024, 128, 64  # <loc....>, <seg...>, and the rows from <image> on
+VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27}
+TEXT = {
+    ("paligemma", "3b"): {
+        "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_attention_heads": 8,
+        "num_hidden_layers": 18, "num_key_value_heads": 1,
+    },
+    ("paligemma2", "3b"): {
+        "model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8, "head_dim": 256,
+        "num_hidden_layers": 26, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0, "sliding_window": 4096, "hidden_activation": "gelu_pytorch_tanh",
+    },
+    ("paligemma", "tiny"): {
+        "model_type": "gemma", "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64,
+        "num_hidden_layers": 2, "num_key_value_heads": 1,
+    },
+}  # fmt: skip
+TINY_VISION = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2}
+PIECES = {"3b": 256_000, "tiny": 2_000}  # ordinary pieces of the tokenizer
+
+
+def make_config(family: str, size: str, resolution: int, layers: int | None) -> dict:
+    """config.json as the hub has it; `layers` cuts the decoder and the tower to so many."""
+    text = TEXT[family, size] | {"num_image_tokens": (resolution // 14) ** 2, "torch_dtype": "bfloat16"}
+    vision = (TINY_VISION if size == "tiny" else VISION) | {
+        "model_type": "siglip_vision_model",
+        "image_size": resolution,
+        "patch_size": 14,
+        "num_image_tokens": text["num_image_tokens"],
+        "projection_dim": text["hidden_size"],
+        "vision_use_head": False,
+    }
+    for part in (text, vision):
+        part["num_hidden_layers"] = min(part["num_hidden_layers"], layers or part["num_hidden_layers"])
+    image = PIECES[size] + LOCATIONS + CODES
+    text["vocab_size"] = image + UNTRAINED
+    return {
+        "architectures": ["PaliGemmaForConditionalGeneration"],
+        "model_type": "paligemma",
+        "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "ignore_index": -100, "image_token_index": image,
+        "hidden_size": 2048, "projection_dim": text["hidden_size"], "vocab_size": text["vocab_size"],
+        "torch_dtype": "bfloat16",
+        "text_config": text,
+        "vision_config": vision,
+    }  # fmt: skip
+
+
+def make_pieces(count: int, seed: int) -> tuple[dict[str, int], list[list[str]]]:
+    """A vocabulary of `count` pieces and its merges, in the order of Gemma's: control, newlines, bytes, characters, words.
+
+    As in the real files, a word has a merge for every pair of known pieces that makes it.
+    """
+    draw = random.Random(seed)
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<2mass>", "[@BOS@]", *(f"<unused{i}>" for i in range(99))]
+    pieces += ["<start_of_turn>", "<end_of_turn>", "\n"]  # the newline is 108
+    pieces += [f"<0x{byte:02X}>" for byte in range(256)]
+    letters = "etaoinshrdlcumwfgypbvkjxqz"
+    pieces += ["▁", *letters, *letters.upper(), *"0123456789.,:;!?-'\"()/&%+=*#@_<>[]{}|~^$\\`"]
+    words = ["▁", *letters]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    merges = []
+    while len(vocabulary) < count:
+        left, right = words[int(len(words) * draw.random() ** 3)], words[int(len(words) * draw.random() ** 3)]  # early = frequent
+        word = left + right
+        if word in vocabulary or "▁" in right or len(word) > 14:
+            continue
+        vocabulary[word] = len(vocabulary)
+        words.append(word)
+        splits = ((word[:i], word[i:]) for i in range(1, len(word)))
+        merges += [[a, b] for a, b in splits if a in vocabulary and b in vocabulary]
+    return vocabulary, merges
+
+
+def write_tokenizer(folder: Path, count: int, seed: int) -> None:
+    """tokenizer.json: BPE with byte fallback, a space is ▁; <loc>, <seg> and <image> are added tokens."""
+    vocabulary, merges = make_pieces(count, seed)
+    control = [(i, token, True) for token, i in vocabulary.items() if i < 4]
+    tail = [*(f"<loc{i:04}>" for i in range(LOCATIONS)), *(f"<seg{i:03}>" for i in range(CODES))]
+    added = control + [(count + i, token, False) for i, token in enumerate(tail)] + [(count + len(tail), "<image>", True)]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    unspace = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": token, "special": special} | flags for i, token, special in added],
+        "normalizer": space,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [unspace, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None, "end_of_word_suffix": None,
+            "fuse_unk": True, "byte_fallback": True, "vocab": vocabulary, "merges": merges,
+        },
+    }  # fmt: skip
+    write_json(folder / "tokenizer.json", tokenizer, indent=None)
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    classes = {"tokenizer_class": "GemmaTokenizer", "processor_class": "PaliGemmaProcessor"}
+    more = {"additional_special_tokens": ["<image>"], "clean_up_tokenization_spaces": False, "model_max_length": 10**30}
+    write_json(folder / "tokenizer_config.json", names | classes | more)
+    write_json(folder / "special_tokens_map.json", names | {"additional_special_tokens": ["<image>"]})
+
+
+def write_json(path: Path, value: dict, indent: int | None = 2) -> None:
+    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """One parameter in bfloat16: N(0, 0.02^2); LayerNorms start at 1 and 0, as do, in their own way, Gemma's norms."""
+    if len(shape) == 1:
+        is_scale = name.endswith(".weight") and "vision_tower" in name
+        return torch.full(shape, float(is_scale), dtype=torch.bfloat16)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+
+
+def write_weights(folder: Path, config: dict, seed: int) -> int:
+    """Shard by shard, so that no more than one is in memory. Returns the number of parameters."""
+    with torch.device("meta"):
+        model = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_hf(config))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    shards, room = [], 0
+    for name, shape in shapes.items():
+        if 2 * shape.numel() > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= 2 * shape.numel()
+    generator = torch.Generator().manual_seed(seed)
+    files = {}
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        save_file({name: draw(name, shapes[name], generator) for name in names}, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(names, file)
+    count = sum(shape.numel() for shape in shapes.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": 2 * count}, "weight_map": files})
+    return count
+
+
+def write_checkpoint(folder: Path, *, family: str = "paligemma", size: str = "3b", resolution: int = 224,
+                     layers: int | None = None, seed: int = 0) -> int:  # fmt: skip
+    """The whole folder. Returns the number of parameters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = make_config(family, size, resolution, layers)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0})
+    preprocessor = {
+        "image_processor_type": "SiglipImageProcessor", "processor_class": "PaliGemmaProcessor", "do_convert_rgb": None,
+        "do_resize": True, "resample": 3, "size": {"height": resolution, "width": resolution}, "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        "image_seq_length": (resolution // 14) ** 2,
+    }  # fmt: skip
+    write_json(folder / "preprocessor_config.json", preprocessor)
+    write_tokenizer(folder, PIECES[size], seed)
+    return write_weights(folder, config, seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--family", choices=("paligemma", "paligemma2"), default="paligemma")
+    parser.add_argument("--size", choices=("3b", "tiny"), default="3b")
+    parser.add_argument("--resolution", type=int, choices=(28, 224, 448, 896), default=224)
+    parser.add_argument("--layers", type=int, help="of the decoder and of the tower, for a smaller model of the same width")
+    parser.add_argument("--seed", type=int, default=0)
+    options = vars(parser.parse_args())
+    out = options.pop("out")
+    if (options["family"], options["size"]) not in TEXT:
+        parser.error("there is no tiny paligemma2")
+    print(f"{out}: {write_checkpoint(out, **options):,} parameters")
+
+
+if __name__ == "__main__":
+    main()
