@@ -7,7 +7,7 @@ first brought into the form --name=value and checked against the fields, and val
 
 A program is `sys.exit(commandline.run(Flags, program))`.
 Exit codes: 0 fine, 1 a bug of ours, 130 Ctrl-C, 143 SIGTERM, 141 nobody reads the output; the others are in errors.py.
-Checked in tests/test_inference.py.
+Checked in tests/test_commandline.py.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import get_args
 
 from errors import DeviceError, OutputError, PaliGemmaError, UsageError
@@ -102,7 +103,7 @@ def normalise(argv: list[str], parameters: dict[str, inspect.Parameter]) -> list
 def is_on(name: str, argv: list[str]) -> bool:
     """Whether a yes-or-no flag is set, judged without parsing the rest, which may be what is wrong."""
     state = False
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    for argument, following in pairwise([*argv, ""]):
         if argument == f"--{name}":
             state = following.lower() not in FALSE
         elif argument.startswith(f"--{name}="):
