@@ -18,6 +18,7 @@ from errors import DeviceError
 if TYPE_CHECKING:
     import torch
 
+MEMORY_SIGNS = ("can't allocate memory", "Cannot allocate memory", "unable to mmap", "not enough memory")  # in RuntimeErrors
 SMALLER = "Take --dtype bf16, --quantize int8 or int4, or a smaller model"
 
 
@@ -77,7 +78,7 @@ def memory_errors(doing: str) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not (is_memory or "can't allocate memory" in str(error) or "not enough memory" in str(error)):
+        if not (is_memory or any(sign in str(error) for sign in MEMORY_SIGNS)):
             raise
         first = str(error).splitlines()[0] if str(error) else "The system gave none."
         raise DeviceError(f"memory ran out while {doing}. {first} {SMALLER}.") from error

@@ -75,6 +75,11 @@ def test_torch_running_out_of_main_memory_is_one_too():
         torch.empty(2**60, dtype=torch.uint8)
 
 
+def test_a_mapping_that_fails_is_one_too():
+    with pytest.raises(DeviceError, match="memory ran out"), machine.memory_errors("testing"):
+        raise RuntimeError("unable to mmap 6000000000 bytes from file </model.safetensors>: Cannot allocate memory (12)")
+
+
 def test_other_errors_pass_through():
     with pytest.raises(RuntimeError, match="size mismatch"), machine.memory_errors("testing"):
         raise RuntimeError("size mismatch")
