@@ -1,0 +1,310 @@
+"""What lies in a checkpoint folder: settings, index, tensors; read and written. Nothing here knows what a model is.
+
+A safetensors file is 8 bytes (length of the header), the header (JSON: name, dtype, shape and place of each tensor) and the
+tensors, one behind the other. Headers are read here, and every claim in them is compared with the size of the file before
+anything is allocated: a file may be cut off, damaged or hostile. Python's `pickle` is never used.
+
+Format: https://github.com/huggingface/safetensors#format. Checked in tests/test_checkpoint.py.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from errors import AccessError, CheckpointError
+
+log = logging.getLogger(__name__)
+
+CONFIG_NAME = "config.json"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # the names that this file writes
+ALIGNMENT = 64  # bytes: where the first tensor of a file begins, so that vector units read whole lines of the cache
+MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+MAX_JSON_BYTES = 50_000_000
+PART_ELEMENTS = 2**20  # read at a time: few enough to stay in the processor's cache until they are used
+NAMES_SHOWN = 5
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: read from a header, nothing of the tensor itself."""
+
+    name: str  # as the file spells it
+    file: Path
+    dtype: str  # as the file spells it, a key of DTYPES
+    shape: tuple[int, ...]
+    start: int  # byte in the file
+    num_bytes: int
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises CheckpointError with line and column when it is anything else."""
+    check_regular(path)
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes. A file of settings is far smaller.", path=path)
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not text in UTF-8 (byte {error.start}). Download it again.", path=path) from error
+    except json.JSONDecodeError as error:
+        where = f"{path}:{error.lineno}:{error.colno}"
+        raise CheckpointError(f"{where} is not JSON: {error.msg}. Download it again or mend it.", path=path) from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets nested without end
+        raise CheckpointError(f"{path} is not usable JSON: {error}. Download it again.", path=path) from error
+    except PermissionError as error:
+        raise AccessError(f"{path} may not be read by this user. Change its permissions.", path=path) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}:1:1 holds a {type(value).__name__}, not an object in braces.", path=path)
+    return value
+
+
+def check_regular(path: Path) -> None:
+    """Raises CheckpointError unless there is a file, or a link to one (the hub's cache is made of links)."""
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(f"{path} is a link to nothing. The cache is incomplete: download the checkpoint again.", path=path)
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing. Download the checkpoint again, or name another folder.", path=path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file.", path=path)
+
+
+def no_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    """For json: an object as a dict. Raises ValueError for a name that occurs twice (json itself takes the last)."""
+    counts = Counter(name for name, _ in pairs)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(f"{listed(twice)} occurs twice in the header")
+    return dict(pairs)
+
+
+def listed(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """What a safetensors file holds, by name, after every claim of its header was checked against the file's size.
+
+    Raises: CheckpointError, with the file and what is wrong in it.
+    """
+    check_regular(file)
+    size = file.stat().st_size
+    try:
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise ValueError(f"it has {size} bytes, and its header claims {length}")
+            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=no_duplicates)
+        if not isinstance(header, dict):
+            raise ValueError("its header is not an object")
+        header.pop("__metadata__", None)
+        tensors = {name: read_entry(name, entry, file, 8 + length) for name, entry in header.items()}
+        end = 8 + length
+        for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.num_bytes)):
+            if tensor.start != end:
+                raise ValueError(f"{tensor.name} begins at byte {tensor.start}, not at {end} where the one before it ends")
+            end += tensor.num_bytes
+        if end != size:
+            what = "it is cut off" if end > size else "there is something behind its tensors"
+            raise ValueError(f"its header describes {end} bytes and the file has {size}: {what}")
+    except PermissionError as error:
+        raise AccessError(f"{file} may not be read by this user. Change its permissions.", path=file) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}. Download it again.", path=file) from error
+    return tensors
+
+
+def read_entry(name: str, entry: object, file: Path, offset: int) -> StoredTensor:
+    """One line of a header. Raises ValueError when it contradicts itself."""
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise ValueError(f"{name} is not described by dtype, shape and data_offsets")
+    dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
+    for numbers in (shape, place):
+        if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"{name} has shape {shape} and data_offsets {place}; whole numbers from 0 are needed")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {dtype}, which is none of {', '.join(DTYPES)}")
+    num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if len(place) != 2 or place[1] - place[0] != num_bytes:
+        raise ValueError(f"{name} is {dtype} {shape}, {num_bytes} bytes, but lies at {place}")
+    return StoredTensor(name, file, dtype, tuple(shape), offset + place[0], num_bytes)
+
+
+def find_files(folder: Path) -> list[Path]:
+    """The safetensors files that belong to the checkpoint: those of the index, else the single one.
+
+    Raises: CheckpointError when there are none, when the index is wrong or files that it names are missing.
+    """
+    index = folder / INDEX_NAME
+    if not (index.exists() or index.is_symlink()):
+        single = folder / SINGLE_NAME
+        if not (single.exists() or single.is_symlink()):
+            raise CheckpointError(explain_no_weights(folder), path=folder)
+        return [single]
+    names = read_index(index)
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of {len(names)} files that {INDEX_NAME} names: {listed(missing)}. "
+            "The download is incomplete: run it again.",
+            path=folder,
+        )
+    stale = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in names)
+    if stale:
+        log.info("%s: %s not in the index, ignored.", folder, listed(stale))
+    return [folder / name for name in names]
+
+
+def read_index(index: Path) -> list[str]:
+    """The file names of an index, each once. Raises CheckpointError when one of them leads out of the folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map. Download it again.", path=index)
+    for name in weight_map.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.\-]{1,200}\.safetensors", name, re.ASCII) or name.startswith("."):
+            raise CheckpointError(f"{index} names {name!r}. A bare file name with .safetensors is needed.", path=index)
+    return sorted(set(weight_map.values()))
+
+
+def explain_no_weights(folder: Path) -> str:
+    """Why there is nothing to load, by what lies in the folder instead."""
+    names = sorted(path.name for path in folder.iterdir())
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    arrays = [name for name in names if name.endswith(".npz")]
+    shards = [name for name in names if name.endswith(".safetensors")]
+    if "adapter_config.json" in names:
+        return explain_adapter(folder)
+    if shards:
+        return f"{folder} holds {listed(shards)}, but neither {SINGLE_NAME} nor {INDEX_NAME}. Download the index as well."
+    if pickles:
+        return (
+            f"{folder} holds only {listed(pickles)}. Unpickling runs whatever the file says, so this is never done here. "
+            "Save it as safetensors, with transformers: from_pretrained(folder).save_pretrained(new_folder)."
+        )
+    if arrays:
+        return (
+            f"{folder} holds {listed(arrays)}, a big_vision checkpoint. Convert it with transformers' "
+            "convert_paligemma_weights_to_hf.py or take the same model from the hub."
+        )
+    return f"{folder} holds no weights: neither {SINGLE_NAME} nor {INDEX_NAME}. Download the checkpoint again."
+
+
+def explain_adapter(folder: Path) -> str:
+    """What to do with a folder that holds a LoRA adapter instead of a model."""
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path", "its base model")
+    return (
+        f"{folder} is a LoRA adapter for {base}, not a whole model. Merge it first, with PEFT: "
+        f"AutoPeftModel.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(new_folder)."
+    )
+
+
+def read_parts(tensor: StoredTensor, pin: bool = False) -> Iterator[Tensor]:
+    """The values of a stored tensor in order, PART_ELEMENTS at a time (the last may be fewer), each time in the same buffer.
+
+    So a part is valid until the next one is asked for, and a tensor of any size passes through little memory.
+    """
+    dtype = DTYPES[tensor.dtype]
+    size = PART_ELEMENTS * dtype.itemsize
+    buffer = torch.empty(min(size, tensor.num_bytes), dtype=torch.uint8, pin_memory=pin)
+    with open(tensor.file, "rb") as stream:
+        stream.seek(tensor.start)
+        for start in range(0, tensor.num_bytes, size):
+            part = buffer[: tensor.num_bytes - start]
+            if stream.readinto(memoryview(part.numpy())) != len(part):
+                raise CheckpointError(f"{tensor.file} became shorter while it was read. Load it again.", path=tensor.file)
+            yield part.view(dtype)
+
+
+def check_equal(first: StoredTensor, second: StoredTensor) -> None:
+    """Raises CheckpointError unless two stored tensors are one and the same."""
+    is_equal = first.shape == second.shape
+    if is_equal:
+        is_equal = all(bool((a == b).all()) for a, b in zip(read_parts(first), read_parts(second), strict=True))
+    if not is_equal:
+        raise CheckpointError(
+            f"{first.name} in {first.file.name} and {second.name} in {second.file.name} are the same parameter with "
+            "different values. Delete the one that is wrong.",
+            path=second.file,
+        )
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """One safetensors file, written tensor by tensor and brought to the disk."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        place = [end, end + tensor.nbytes]
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        end = place[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    with open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            for part in tensor.detach().reshape(-1).split(PART_ELEMENTS):
+                stream.write(memoryview(part.cpu().view(torch.uint8).numpy()))
+        sync(stream)
+
+
+def write_text(file: Path, text: str) -> None:
+    with open(file, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        sync(stream)
+
+
+def sync(stream: IO) -> None:
+    """Brings what was written to the disk, so that a name never stands for a file that a crash has emptied."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def write_shards(state: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
+    """The weights as model.safetensors or, where that would be too large, as several files and their index."""
+    shards, size = [{}], 0
+    for name, tensor in state.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        write_tensors(folder / SINGLE_NAME, state)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_tensors(folder / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in state.values())
+    write_text(folder / INDEX_NAME, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
+
+
+def replace_files(source: Path, folder: Path) -> None:
+    """Moves a written checkpoint over the one that is there, in an order that leaves a whole one if it is interrupted.
+
+    Weights first; an index, or a single file, that is no longer true goes before the shards it needs; config.json comes last.
+    """
+    names = sorted(path.name for path in source.iterdir() if path.name != CONFIG_NAME)  # shards sort before their index
+    for name in names:
+        os.replace(source / name, folder / name)
+    stale = [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name) and path.name not in names]
+    for path in sorted(stale, key=lambda path: path.name != INDEX_NAME):
+        path.unlink()
+    os.replace(source / CONFIG_NAME, folder / CONFIG_NAME)

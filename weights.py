@@ -1,0 +1,477 @@
+"""Folder or hub id in, model out; and back. The only file that knows how files become models.
+
+Nothing is loaded before all of it is known to fit: the headers of the files (names, dtypes, shapes) are compared with the
+model that config.json describes, which is built without memory (torch's "meta" device). Then the tensors come in, one at a
+time: mapped, where a file holds them in the wanted dtype; through a small buffer, where it does not or where the model lives
+on another device; quantised, where that is asked for. So there are never two copies of the weights.
+
+A mapped file must not change while the model lives: if another program shortens it, the system ends this one (SIGBUS).
+`save_model` never writes into a file that exists, it replaces it; a model keeps the one that it was loaded from.
+
+Checked in tests/test_weights.py.
+"""
+
+import json
+import logging
+import math
+import re
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import hub
+from checkpoint import (
+    CONFIG_NAME,
+    DTYPES,
+    StoredTensor,
+    check_equal,
+    explain_adapter,
+    find_files,
+    listed,
+    read_header,
+    read_json,
+    read_parts,
+    replace_files,
+    write_shards,
+    write_text,
+)
+from devices import find_device, require_memory
+from errors import CheckpointError, OutputError, UsageError
+from machine import memory_errors
+from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+log = logging.getLogger(__name__)  # notes (info) and warnings: a program decides whether they are seen
+
+MOST_LAYERS = 512  # the deepest real model has 46; a damaged config.json must not make us build a million
+FLOATS = ("F64", "F32", "F16", "BF16")
+DTYPE_NAMES = {
+    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
+    "fp32": torch.float32, "float32": torch.float32,
+}  # fmt: skip
+
+# The spellings of the same parameter: left as files have it, right as we have it, which is the hub's. The first prefix that
+# fits is taken, so the longer ones stand first.
+SPELLINGS = (
+    ("model.vision_tower.vision_model.", "vision_tower.vision_model."),  # files of transformers 4.52 and later 4.x
+    ("model.vision_tower.", "vision_tower.vision_model."),  # state dicts of transformers 5
+    ("model.language_model.", "language_model.model."),  # both
+    ("model.multi_modal_projector.", "multi_modal_projector."),  # both
+    ("vision_tower.vision_model.", "vision_tower.vision_model."),  # the hub
+    ("vision_tower.", "vision_tower.vision_model."),  # files of transformers 5
+    ("language_model.lm_head.", "lm_head."),  # the output matrix is the embedding: some files hold it twice, some only here
+)
+WRAPPERS = ("base_model.model.", "module.")  # what PEFT and DistributedDataParallel put in front
+OUTPUT_MATRIX = "lm_head.weight"
+EMBEDDING = "language_model.model.embed_tokens.weight"
+POSITIONS = "vision_tower.vision_model.embeddings.position_embedding.weight"
+HARMLESS = re.compile(r"vision_tower\.vision_model\.head\..*|.*\.position_ids")  # the unused pooling head; an old buffer
+
+
+def canonical_name(name: str) -> str:
+    """Our name of a parameter, whatever program wrote the file."""
+    name = name.replace("_orig_mod.", "")  # torch.compile puts it in front of whatever part was compiled
+    while name.startswith(WRAPPERS):
+        name = name.removeprefix(next(prefix for prefix in WRAPPERS if name.startswith(prefix)))
+    for theirs, ours in SPELLINGS:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def find_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint under our name, harmless extras dropped. Reads headers only, but for what is there twice.
+
+    Raises: CheckpointError for damaged files, and for a tensor that is there twice with different values.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in find_files(folder):
+        for tensor in read_header(file).values():
+            name = canonical_name(tensor.name)
+            if HARMLESS.fullmatch(name):
+                continue
+            if name in found:
+                check_equal(found[name], tensor)
+            found[name] = tensor
+    if OUTPUT_MATRIX in found:
+        output = found.pop(OUTPUT_MATRIX)
+        if EMBEDDING in found:
+            check_equal(found[EMBEDDING], output)
+        else:
+            found[EMBEDDING] = output
+    return found
+
+
+def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint; a hub id ("google/paligemma-3b-mix-224") is downloaded, or found in the cache.
+
+    Args:
+        revision: branch, tag or commit of a hub id, such as "bfloat16"; a folder has none.
+    Raises: CheckpointError when it is neither, AccessError when the hub does not give it.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise UsageError(f"revision {revision} is for ids of the hub, and {path} is a folder. Leave it out.")
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is a file. Name the folder with config.json and the weights.", path=path)
+    if hub.is_id(str(path_or_hub_id)):
+        return hub.download(str(path_or_hub_id), revision)
+    near = hub.similar_folders(path)
+    hint = f"Did you mean {listed(near)}?" if near else "Name a folder, or an id of the hub (google/paligemma-3b-mix-224)."
+    raise CheckpointError(f"there is no folder {path}. {hint}", path=path)
+
+
+def read_config(folder: str | Path) -> PaliGemmaConfig:
+    """The configuration of the checkpoint in a folder. Raises: CheckpointError, with the file and the field."""
+    folder = Path(folder)
+    raw = read_raw_config(folder)
+    tower = raw.get("vision_config")
+    is_complete = not isinstance(tower, dict) or tower.get("image_size") is not None
+    return build_config(raw, {} if is_complete else find_tensors(folder), folder)
+
+
+def read_raw_config(folder: Path) -> dict:
+    """config.json as it stands; a folder without one is looked at more closely."""
+    if not (folder / CONFIG_NAME).exists() and (folder / "adapter_config.json").exists():
+        raise CheckpointError(explain_adapter(folder), path=folder)
+    return read_json(folder / CONFIG_NAME)
+
+
+def build_config(raw: dict, stored: dict[str, StoredTensor], folder: Path) -> PaliGemmaConfig:
+    """Reads config.json's content. The picture's side, absent in some files of the hub, is taken from the weights.
+
+    Raises: CheckpointError for what from_hf refuses, and for weights and settings that disagree on the picture's side.
+    """
+    file = folder / CONFIG_NAME
+    try:
+        tower = raw.get("vision_config")
+        if isinstance(tower, dict) and tower.get("image_size") is None and POSITIONS in stored:
+            rows = stored[POSITIONS].shape[0]
+            check_patches(rows, tower, folder)
+            patch = tower.get("patch_size")
+            raw = raw | {"vision_config": tower | {"image_size": math.isqrt(rows) * (patch if type(patch) is int else 14)}}
+        for part in ("vision_config", "text_config"):
+            layers = raw[part].get("num_hidden_layers") if isinstance(raw.get(part), dict) else None
+            if type(layers) is int and layers > MOST_LAYERS:
+                raise ValueError(f"{part}.num_hidden_layers is {layers}; at most {MOST_LAYERS} make sense.")
+        return PaliGemmaConfig.from_hf(raw)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}", path=file) from error
+
+
+def check_patches(rows: int, tower: dict, folder: Path) -> None:
+    """Raises ValueError unless every file that says how many patches a picture has says the same as the weights."""
+    if math.isqrt(rows) ** 2 != rows:
+        raise ValueError(f"the weights have {rows} position embeddings, which is no square of patches.")
+    said = {f"vision_config.{key}": tower[key] for key in ("num_image_tokens", "num_positions") if tower.get(key) is not None}
+    if (folder / "preprocessor_config.json").exists():
+        length = read_json(folder / "preprocessor_config.json").get("image_seq_length")
+        said |= {} if length is None else {"image_seq_length in preprocessor_config.json": length}
+    wrong = [f"{key} is {value}" for key, value in said.items() if value != rows]
+    if wrong:
+        raise ValueError(f"{listed(wrong)}, but the weights have {rows} position embeddings. The files do not belong together.")
+
+
+def check_names(model: nn.Module, stored: dict[str, StoredTensor], folder: Path) -> None:
+    """Raises one CheckpointError that names what is missing, unexpected or misshapen, with a hint at the usual cause."""
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in stored]
+    unexpected = [tensor.name for name, tensor in stored.items() if name not in expected]
+    misshapen = {name: stored[name].shape for name in expected if name in stored and stored[name].shape != expected[name].shape}
+    shapes = [f"{name} is {list(shape)}, not {list(expected[name].shape)}" for name, shape in misshapen.items()]
+    parts = [
+        f"{len(names)} {what}: {listed(names)}."
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    if parts:
+        hint = explain_misfit(model.config, misshapen, unexpected)
+        raise CheckpointError(f"{folder}: the weights do not fit config.json. {' '.join(parts)} {hint}", path=folder)
+    wrong = [
+        f"{stored[name].name} is {stored[name].dtype}"
+        for name, tensor in expected.items()
+        if (stored[name].dtype not in FLOATS if tensor.is_floating_point() else DTYPES[stored[name].dtype] != tensor.dtype)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: {len(wrong)} tensors are no float numbers: {listed(wrong)}. Is it a quantised checkpoint of another "
+            "program? Take the plain one and --quantize int8.",
+            path=folder,
+        )
+
+
+def explain_misfit(config: PaliGemmaConfig, misshapen: dict[str, tuple[int, ...]], unexpected: list[str]) -> str:
+    """The usual cause of weights that do not fit, and what to do."""
+    if POSITIONS in misshapen:
+        side = math.isqrt(misshapen[POSITIONS][0]) * config.vision_config.patch_size
+        said = config.vision_config.image_size
+        return f"The weights are for pictures of {side} px, config.json is for {said} px: take both from the same model."
+    if EMBEDDING in misshapen:
+        words, said = misshapen[EMBEDDING][0], config.text_config.vocab_size
+        return f"The weights have a vocabulary of {words}, config.json one of {said}: take both from the same model."
+    if any("lora_" in name or "base_layer" in name for name in unexpected):
+        return "There is an adapter in them that was not merged: merge it with PEFT (merge_and_unload) and save again."
+    return "Take config.json and weights from the same model."
+
+
+def stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
+    """The float dtype that most bytes of the files have."""
+    count = Counter()
+    for tensor in stored.values():
+        if tensor.dtype in FLOATS:
+            count[tensor.dtype] += tensor.num_bytes
+    if len(count) > 1:
+        log.info("the files mix %s.", ", ".join(sorted(count)))
+    return DTYPES[max(count, key=count.get)] if count else torch.float32
+
+
+class NoInit(TorchFunctionMode):
+    """Inside, torch.nn.init does nothing.
+
+    On the meta device it has nothing to fill, yet its first call imports 800 modules (sympy among them), 1.8 s on two cores.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ARG002  (the signature is torch's)
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+class TensorReader:
+    """Brings stored tensors into memory, one at a time, and looks at every value.
+
+    Args:
+        device: where they go.
+        allow_nonfinite: take NaN and infinity for values like any other.
+    """
+
+    def __init__(self, device: torch.device, allow_nonfinite: bool):
+        self.device = device
+        self.allow_nonfinite = allow_nonfinite
+        self.mapped: dict[Path, safe_open] = {}
+
+    def read(self, tensor: StoredTensor, dtype: torch.dtype, is_kept: bool = True) -> Tensor:
+        """The tensor in `dtype` on the device.
+
+        In main memory and in the file's own dtype it is a view of the mapped file, unless it is not kept: what is mapped counts
+        as this process's memory until the whole file is let go. All else goes through a small buffer.
+        """
+        stored = DTYPES[tensor.dtype]
+        is_mappable = self.device.type == "cpu" and stored == dtype and tensor.start % stored.itemsize == 0
+        try:
+            x = self.map(tensor) if is_kept and is_mappable else self.copy(tensor, dtype)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{tensor.file} cannot be read: {error}. Download it again.", path=tensor.file) from error
+        if dtype.is_floating_point and not self.allow_nonfinite:
+            check_values(x, tensor)
+        return x
+
+    def map(self, tensor: StoredTensor) -> Tensor:
+        if tensor.file not in self.mapped:
+            self.mapped[tensor.file] = safe_open(tensor.file, framework="pt", device="cpu")
+        return self.mapped[tensor.file].get_tensor(tensor.name)
+
+    def copy(self, tensor: StoredTensor, dtype: torch.dtype) -> Tensor:
+        target = torch.empty(tensor.shape, dtype=dtype, device=self.device)
+        flat, start = target.view(-1), 0
+        for part in read_parts(tensor, pin=self.device.type == "cuda"):
+            flat[start : start + len(part)].copy_(part)
+            start += len(part)
+        return target
+
+
+def check_values(x: Tensor, tensor: StoredTensor) -> None:
+    """Raises CheckpointError for NaN and infinity, and warns of a matrix that holds one number only; at the speed of memory.
+
+    A product with a vector of ones reads a matrix once, with every vector unit that the machine has, and each NaN and infinity
+    shows in its row's sum: in bfloat16 twice as fast as min and max. Only where the sums are suspicious, min and max decide.
+    """
+    if x.numel() == 0:
+        return
+    if x.dim() == 2:
+        sums = torch.mv(x, torch.ones(x.shape[1], dtype=x.dtype, device=x.device))  # [rows]
+        low, high = torch.stack(torch.aminmax(sums)).tolist()
+        if math.isfinite(low) and math.isfinite(high) and low != high:
+            return
+    low, high = torch.stack(torch.aminmax(x)).tolist()
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise CheckpointError(
+            f"{tensor.file}: {tensor.name} holds NaN or infinity as {str(x.dtype).removeprefix('torch.')}. Download it again; "
+            "fp16 cannot hold numbers above 65504, bf16 can; --allow_nonfinite loads it all the same.",
+            path=tensor.file,
+        )
+    if low == high and x.dim() == 2 and x.numel() > 1:
+        log.warning("%s: every value of %s is %g.", tensor.file, tensor.name, low)
+
+
+def empty_model(
+    config: PaliGemmaConfig, final_softcap: str | None = "config", sliding_window: str | None = None
+) -> PaliGemmaForConditionalGeneration:
+    """The model on the meta device: every name and shape, no memory."""
+    with torch.device("meta"), NoInit():
+        return PaliGemmaForConditionalGeneration(config, final_softcap=final_softcap, sliding_window=sliding_window)
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """The torch dtype of a name. Raises UsageError for one that the model cannot compute in."""
+    if dtype is None or dtype in DTYPE_NAMES.values():
+        return dtype
+    if isinstance(dtype, str) and dtype in DTYPE_NAMES:
+        return DTYPE_NAMES[dtype]
+    raise UsageError(f"dtype is {dtype!r}. bf16, fp16 or fp32 is needed; leave it out for that of the file.")
+
+
+def read_quantization(raw: dict, folder: Path) -> dict | None:
+    """The entry of config.json about weights that save_model wrote quantised; None for plain ones.
+
+    Raises: CheckpointError for the formats of other programs.
+    """
+    entry = raw.get("quantization_config")
+    if not entry:
+        return None
+    import quantization
+
+    method = entry.get("quant_method") if isinstance(entry, dict) else entry
+    if method != quantization.QUANT_METHOD:
+        raise CheckpointError(
+            f"{folder} is quantised ({method}) in a format of another program. Take the plain checkpoint and --quantize int8.",
+            path=folder,
+        )
+    if entry.get("kind") not in quantization.KINDS or entry.get("layout") != quantization.LAYOUT:
+        raise CheckpointError(
+            f"{folder} is quantised as {entry}; this version reads {', '.join(quantization.KINDS)} in layout "
+            f"{quantization.LAYOUT}. Quantise the plain checkpoint again.",
+            path=folder,
+        )
+    return entry
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a module itself, not of those in it."""
+    return dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+
+
+def run_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Parameters take the model's dtype; a quantised module's numbers (buffers) keep theirs."""
+    return dtype if isinstance(tensor, nn.Parameter) else tensor.dtype
+
+
+def num_bytes(model: nn.Module, quantised: dict[str, nn.Module], dtype: torch.dtype) -> int:
+    """Bytes of the model when it is filled, with some modules replaced."""
+    modules = [quantised.get(name, module) for name, module in model.named_modules()]
+    tensors = [tensor for module in modules for tensor in own_tensors(module).values()]
+    return sum(tensor.numel() * run_dtype(tensor, dtype).itemsize for tensor in tensors)
+
+
+def fill(
+    model: nn.Module,
+    stored: dict[str, StoredTensor],
+    reader: TensorReader,
+    dtype: torch.dtype,
+    quantised: dict[str, nn.Module],
+    kind: str | None,
+) -> None:
+    """Gives every module its tensors; those to be quantised are read, quantised and replaced one by one.
+
+    The largest come first, so that their full-precision copy is made while there is little else in memory.
+    """
+    sizes = {name: sum(tensor.numel() for tensor in own_tensors(module).values()) for name, module in model.named_modules()}
+    for name in sorted((name for name in sizes if sizes[name]), key=lambda name: -sizes[name]):
+        module, is_replaced = model.get_submodule(name), name in quantised
+        tensors = {
+            key: reader.read(stored[f"{name}.{key}"], run_dtype(tensor, dtype), is_kept=not is_replaced)
+            for key, tensor in own_tensors(module).items()
+        }
+        if is_replaced:
+            import quantization
+
+            model.set_submodule(name, quantization.quantize_module(module, kind, tensors))
+            continue
+        for key, tensor in tensors.items():
+            setattr(module, key, nn.Parameter(tensor) if isinstance(getattr(module, key), nn.Parameter) else tensor)
+
+
+def load_model(
+    path_or_hub_id: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    quantize: str | None = None,
+    quantize_vision: bool = False,
+    final_softcap: str | None = "config",
+    sliding_window: str | None = None,
+    allow_nonfinite: bool = False,
+) -> PaliGemmaForConditionalGeneration:
+    """The model of a checkpoint, in eval mode. Needs config.json and the weights; no tokenizer.
+
+    Args:
+        path_or_hub_id: a folder, or an id of the hub, which is downloaded.
+        device: see devices.find_device.
+        dtype: "bf16", "fp16", "fp32" or the torch dtype; None = as stored.
+        revision: branch, tag or commit of a hub id, such as "bfloat16".
+        quantize: "int8" or "int4" quantises the decoder while it is loaded; a folder that was saved quantised needs no word.
+        quantize_vision: the tower as well.
+        final_softcap, sliding_window: see PaliGemmaForConditionalGeneration.
+        allow_nonfinite: load even if weights are NaN or infinite.
+    Raises: CheckpointError, AccessError, DeviceError, UsageError: one sentence each, before memory is taken where possible.
+    """
+    device, dtype = find_device(device), parse_dtype(dtype)
+    folder = resolve(path_or_hub_id, revision)
+    raw = read_raw_config(folder)
+    stored = find_tensors(folder)
+    config = build_config(raw, stored, folder)
+    saved = read_quantization(raw, folder)
+    if saved and quantize not in (None, saved["kind"]):
+        raise UsageError(f"{folder} is already {saved['kind']}, so that it cannot become {quantize}. Take the plain checkpoint.")
+    kind = saved["kind"] if saved else quantize
+    if kind is not None:
+        import quantization
+    if kind is not None and kind not in quantization.KINDS:
+        raise UsageError(f"quantize is {kind!r}. {' or '.join(quantization.KINDS)} is needed.")
+    as_saved = DTYPE_NAMES.get(raw.get("torch_dtype")) if saved else None  # most of the stored bytes are no floats then
+    dtype = dtype or as_saved or stored_dtype(stored)
+    model = empty_model(config, final_softcap, sliding_window)
+    quantised = {}
+    if kind:
+        with torch.device("meta"), NoInit():
+            names = quantization.targets(model, vision=bool(saved["vision"] if saved else quantize_vision))
+            quantised = {name: quantization.empty_module(model.get_submodule(name), kind) for name in names}
+    if saved:
+        for name, module in quantised.items():
+            model.set_submodule(name, module)
+        quantised = {}
+    check_names(model, stored, folder)
+    require_memory(num_bytes(model, quantised, dtype), device)
+    with memory_errors(f"loading {folder}"):
+        fill(model, stored, TensorReader(device, allow_nonfinite), dtype, quantised, kind)
+    return model.eval()
+
+
+def save_model(model: PaliGemmaForConditionalGeneration, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Writes config.json and safetensors in the hub's layout, which transformers reads, too (a quantised model only this code).
+
+    Everything is written beside what is there, reaches the disk, and is then renamed into place: whoever reads the folder
+    meanwhile sees the old model or the new one. Tensors go out one by one, without a second copy.
+
+    Raises: OutputError when the folder cannot be written; it is then as it was.
+    """
+    folder = Path(folder)
+    config = model.config.to_hf() | {"torch_dtype": str(model.dtype).removeprefix("torch.")}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            write_shards(model.state_dict(), Path(temporary), max_shard_bytes)
+            write_text(Path(temporary) / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+            replace_files(Path(temporary), folder)
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be written: {error.strerror or error}. Make room or choose another.", path=folder
+        ) from error
