@@ -36,8 +36,11 @@ class PaliGemmaConfig:
     eos_token_id: int | tuple[int, ...] = 1
 
     def __post_init__(self):
-        if not (type(self.image_token_index) is int and self.image_token_index >= 0):
-            raise ValueError(f"image_token_index is {self.image_token_index!r}; a token id is needed.")
+        for name in ("image_token_index", "pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            ids = value if name == "eos_token_id" and isinstance(value, tuple) else (value,)
+            if not all(type(token) is int and token >= 0 for token in ids):
+                raise ValueError(f"{name} is {value!r}; a token id is needed.")
 
     @property
     def num_image_tokens(self) -> int:
@@ -64,9 +67,11 @@ class PaliGemmaConfig:
             value = raw.get(key) if raw.get(key) is not None else text.get(key)
             if value is not None:
                 ids[key] = tuple(value) if isinstance(value, list) else value
-        image_token = raw.get("image_token_index", raw.get("image_token_id"))
+        image_token = raw.get("image_token_index") if raw.get("image_token_index") is not None else raw.get("image_token_id")
         if image_token is None:
             raise ValueError("image_token_index is missing.")
+        if raw.get("tie_word_embeddings") is False:
+            raise ValueError("tie_word_embeddings is False, but the output matrix is the embedding's.")
         config = cls(SiglipVisionConfig.from_hf(parts["vision_config"]), GemmaConfig.from_hf(text), image_token, **ids)
         for where, width in (("projection_dim", raw), ("vision_config.projection_dim", parts["vision_config"])):
             if width.get("projection_dim") not in (None, config.text_config.hidden_size):
@@ -76,7 +81,9 @@ class PaliGemmaConfig:
 
     def to_hf(self) -> dict:
         """The config.json that describes this model, as transformers and from_hf read it."""
-        text = {key: value for key, value in asdict(self.text_config).items() if value is not None}
+        # A null says that Gemma 2 does without; a key left out would come back as its default.
+        is_gemma2 = self.text_config.is_gemma2
+        text = {key: value for key, value in asdict(self.text_config).items() if value is not None or is_gemma2}
         text |= {"hidden_activation": "gelu_pytorch_tanh", "num_image_tokens": self.num_image_tokens}
         vision = asdict(self.vision_config) | {
             "model_type": "siglip_vision_model",
@@ -296,6 +303,8 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         if bool((attention_mask.long().diff(dim=1) > 0).any()):
             raise ValueError("prefill takes rows that are padded on the right; these begin with padding.")
         lengths = attention_mask.sum(1).cpu()  # [B]
+        if not lengths.all():
+            raise ValueError(f"rows of {lengths.tolist()} tokens came; a row needs at least one.")
         longest = int(lengths.max())
         if longest > cache.slots:
             raise ValueError(f"{longest} tokens do not fit the {cache.slots} slots of the cache.")
@@ -315,7 +324,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         Raises: ValueError when a row is full.
         """
         cache.grow()
-        x = self.language_model.model.embed_tokens(tokens[:, None])  # [B, 1, D]
+        x = self.language_model.model.embed_tokens(tokens.to(self.device)[:, None])  # [B, 1, D]
         window_mask = None if self.window is None else cache.mask(self.window)
         x = self.language_model.model(x, cache.lengths[:, None], cache.mask(), cache, window_mask)  # [B, 1, D]
         return self.language_model.logits(x[:, 0])

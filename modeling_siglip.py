@@ -15,10 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LARGEST_SIZE = 2**20  # no width, depth or picture side of a real model comes near; a damaged config.json does
-HARMLESS_KEYS = {
-    "attention_dropout", "dtype", "torch_dtype", "initializer_range", "model_type", "num_image_tokens", "num_positions",
-    "projection_dim", "projector_hidden_act",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,12 +86,11 @@ class SiglipAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        i, p, d = x.shape
-        q = self.q_proj(x).view(i, p, self.heads, -1).transpose(1, 2)  # [I, N, P, E]
-        k = self.k_proj(x).view(i, p, self.heads, -1).transpose(1, 2)  # [I, N, P, E]
-        v = self.v_proj(x).view(i, p, self.heads, -1).transpose(1, 2)  # [I, N, P, E]
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [I, N, P, E]
+        k = self.k_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [I, N, P, E]
+        v = self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [I, N, P, E]
         x = F.scaled_dot_product_attention(q, k, v)  # [I, N, P, E]
-        x = x.transpose(1, 2).reshape(i, p, d)  # [I, P, D]
+        x = x.transpose(1, 2).flatten(2)  # [I, P, D]
         return self.out_proj(x)
 
 

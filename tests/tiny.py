@@ -77,12 +77,20 @@ def make_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
 
 
 def make_reference(model: PaliGemmaForConditionalGeneration, raw: dict | None = None, attention: str = "eager"):
-    """transformers' model with the weights of ours; `raw` is its config.json, by default the one that to_hf writes."""
+    """transformers' model with the weights of ours.
+
+    Args:
+        raw: its config.json, by default the one that to_hf writes.
+        attention: "eager" writes it out; "sdpa" calls torch's kernel, as we do where there is no soft cap; "as ours" takes for
+            tower and decoder the one that does what we do in the same order.
+    """
     from transformers import PaliGemmaConfig as ReferenceConfig
     from transformers import PaliGemmaForConditionalGeneration as Reference
 
     config = ReferenceConfig.from_dict(raw or model.config.to_hf())
-    config._attn_implementation = attention
+    capped = model.config.text_config.attn_logit_softcapping is not None
+    config._attn_implementation = attention if attention != "as ours" else "eager" if capped else "sdpa"
+    config.vision_config._attn_implementation = "eager" if attention == "eager" else "sdpa"
     reference = Reference(config).eval()
     for parameter in reference.parameters():  # and not reference.to(dtype), which would round the frequencies of RoPE, too
         parameter.data = parameter.data.to(model.dtype)
@@ -95,10 +103,18 @@ def make_reference(model: PaliGemmaForConditionalGeneration, raw: dict | None = 
     return reference
 
 
-def make_pair(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, text: dict | None = None, **options: object):
+def make_pair(
+    family: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    text: dict | None = None,
+    attention: str = "eager",
+    **options: object,
+):
     """Ours and the reference with the same weights."""
     model = make_model(family, seed=seed, dtype=dtype, text=text, **options)
-    return model, make_reference(model, raw_config(family, **(text or {})))
+    return model, make_reference(model, raw_config(family, **(text or {})), attention)
 
 
 def make_pixels(count: int, seed: int = 0) -> Tensor:
