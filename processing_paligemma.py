@@ -1,0 +1,464 @@
+"""Pictures and text in, what the model takes out; and token ids back into text.
+
+One row is   <image> x (k pictures x N)  <bos> prompt \\n  | answer <eos>   with token type 0 before the bar and 1 behind it.
+The pictures' places come first, whatever the prompt says; the newline is a token of its own; rows are padded on the left.
+A user's text never becomes a control token: "<image>" or "<eos>" in a prompt is tokenised as the letters it is made of, only
+<loc0000> to <loc1023> and <seg000> to <seg127> keep their meaning. No id stands in this file: all come from the folder.
+
+Sources: PaliGemma (arXiv:2407.07726, section 3.2), big_vision's configs/proj/paligemma/transfers/common.py (the newline),
+transformers' PaliGemmaProcessor (equal pixels and ids). Checked in tests/test_processing_paligemma.py.
+Letters: B rows, L tokens of the longest row, I pictures in the whole batch, R pixels of a side, N tokens of a picture.
+"""
+
+import codecs
+import json
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer
+
+from errors import CheckpointError, ImageError, PromptError, TokenizerError
+from images import load_image
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+IMAGE_TOKEN = "<image>"
+LOCATIONS = [f"<loc{i:04d}>" for i in range(1024)]
+SEGMENTS = [f"<seg{i:03d}>" for i in range(128)]
+PLACE = re.compile("(<loc(?:0[0-9]{3}|10[01][0-9]|102[0-3])>|<seg(?:0[0-9]{2}|1[01][0-9]|12[0-7])>)")
+BYTE = re.compile("<0x([0-9A-F]{2})>")  # how byte fallback spells the bytes of a letter that has no token
+SPACE = "▁"  # how Gemma's vocabulary spells a space
+IGNORED = -100  # a label that the loss skips
+CONVERT = "Make one with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+
+
+# The folder
+
+
+def read_settings(folder: Path, name: str, error_class: type[CheckpointError | TokenizerError]) -> dict:
+    """The object in a JSON file of the folder; {} where there is no such file."""
+    path = folder / name
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except json.JSONDecodeError as error:
+        where = f"{path}:{error.lineno}:{error.colno}"
+        raise error_class(f"{where} is not JSON: {error.msg}. Download it again or mend it.", path=path) from error
+    except (OSError, ValueError, RecursionError) as error:  # no permission, not UTF-8, nested without end
+        raise error_class(f"{path} cannot be read: {error}. Download it again.", path=path) from error
+    if not isinstance(value, dict):
+        raise error_class(f"{path}:1:1 holds a {type(value).__name__}, not an object in braces. Download it again.", path=path)
+    return value
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer.json of a folder, as it stands there. Raises: TokenizerError."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        if (folder / "tokenizer.model").is_file():
+            raise TokenizerError(
+                f"{folder} has a tokenizer.model but no tokenizer.json, which is what is read. {CONVERT}", path=path
+            )
+        raise TokenizerError(f"{folder} has neither tokenizer.json nor tokenizer.model. Download them again.", path=path)
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more precise
+        read_settings(folder, "tokenizer.json", TokenizerError)  # says line and column if it is not even JSON
+        raise TokenizerError(f"{path} is no tokenizer: {error}. Download it again.", path=path) from error
+
+
+def read_pixel_settings(folder: Path) -> dict:
+    """What preprocessor_config.json (or, since transformers 5, processor_config.json) says. Raises: CheckpointError.
+
+    Anything but "resize to a square with bicubic, rescale, normalise" is refused.
+    """
+    name = "preprocessor_config.json"
+    settings = read_settings(folder, name, CheckpointError)
+    if not settings:
+        name = "processor_config.json"
+        settings = read_settings(folder, name, CheckpointError).get("image_processor", {})
+    done = ("do_resize", "do_rescale", "do_normalize")
+    unsupported = {key: settings[key] for key in done if settings.get(key) is False}
+    unsupported |= {
+        key: value for key, value in settings.items() if key.startswith("do_") and key not in (*done, "do_convert_rgb") and value
+    }
+    if settings.get("resample") not in (None, Image.Resampling.BICUBIC):
+        unsupported["resample"] = settings["resample"]
+    if unsupported:
+        raise CheckpointError(
+            f"{folder / name} asks for {unsupported}. Only a bicubic resize is implemented.", path=folder / name
+        )
+    return settings
+
+
+def positive(value: object, name: str, path: Path) -> int:
+    """The value, if it is a whole number from 1 up. Raises: CheckpointError."""
+    if type(value) is not int or not 0 < value < 1 << 20:
+        raise CheckpointError(f"{path}: {name} is {value!r}. A whole number from 1 up is needed.", path=path)
+    return value
+
+
+def read_image_size(config: dict, settings: dict, folder: Path) -> tuple[int, int]:
+    """Pixels of a side and tokens of a picture, by config.json; preprocessor_config.json must agree. Raises: CheckpointError."""
+    path = folder / "config.json"
+    vision = config["vision_config"]
+    image_size = positive(vision.get("image_size", 224), "vision_config.image_size", path)  # files of 224 px leave both out
+    patch_size = positive(vision.get("patch_size", 14), "vision_config.patch_size", path)
+    if image_size % patch_size:
+        raise CheckpointError(f"{path}: image_size {image_size} is no multiple of patch_size {patch_size}.", path=path)
+    num_tokens = (image_size // patch_size) ** 2
+    size = settings.get("size", image_size)
+    sides = {size} if isinstance(size, int) else {size.get("height"), size.get("width")} if isinstance(size, dict) else {None}
+    if sides != {image_size}:
+        raise CheckpointError(
+            f"{folder}: preprocessor_config.json asks for pictures of {size} and config.json for {image_size} pixels a side. "
+            "The files belong to different checkpoints: download them again.",
+            path=path,
+        )
+    if settings.get("image_seq_length", num_tokens) != num_tokens:
+        raise CheckpointError(
+            f"{folder}: preprocessor_config.json counts {settings['image_seq_length']} tokens a picture and config.json "
+            f"{num_tokens}. The files belong to different checkpoints: download them again.",
+            path=path,
+        )
+    return image_size, num_tokens
+
+
+def pixel_table(settings: dict, path: Path) -> np.ndarray:
+    """float32[3, 256]: what each of the 256 levels of red, green and blue becomes.
+
+    The operations and their order are those of transformers, so that the bits are; a table, so that they run 768 times.
+    """
+    scale, mean, std = settings.get("rescale_factor", 1 / 255), settings.get("image_mean", 0.5), settings.get("image_std", 0.5)
+    try:
+        levels = (np.arange(256, dtype=np.float64) * scale).astype(np.float32)
+        mean, std = (np.broadcast_to(np.array(value, dtype=np.float32), 3)[:, None] for value in (mean, std))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: mean {mean}, std {std} or rescale_factor {scale} is no number.", path=path) from error
+    if not np.all(std > 0):
+        raise CheckpointError(f"{path}: image_std is {std.ravel().tolist()}. Numbers above 0 are needed.", path=path)
+    return (levels - mean) / std
+
+
+# The tokenizer
+
+
+def add_missing_tokens(tokenizer: Tokenizer) -> None:
+    """Adds what Gemma's own tokenizer lacks, in the order of big_vision: <loc>, <seg>, <image>. The ids are checked later."""
+    missing = [token for token in LOCATIONS + SEGMENTS if tokenizer.token_to_id(token) is None]
+    if missing:
+        tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in missing])
+    tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])  # marks it, if it exists
+
+
+def configured_ids(config: dict, folder: Path) -> dict[str, object]:
+    """What the folder says of image, bos, eos and pad ids; None for what it does not say.
+
+    transformers 4 writes bos, eos and pad at the top of config.json, transformers 5 into text_config; the hub's files have
+    them in generation_config.json as well.
+    """
+    generation = read_settings(folder, "generation_config.json", CheckpointError)
+    sources = (config, config["text_config"], generation)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: next((source[name] for source in sources if source.get(name) is not None), None) for name in names}
+    image = config.get("image_token_index")
+    return ids | {"image_token_id": config.get("image_token_id") if image is None else image}
+
+
+def token_ids(tokenizer: Tokenizer, config: dict, folder: Path) -> dict[str, int]:
+    """The ids of <image>, bos, eos and pad, and of the newline. Raises: TokenizerError where config.json has others."""
+    settings = read_settings(folder, "tokenizer_config.json", TokenizerError)
+    tokens = {"image_token_id": IMAGE_TOKEN}
+    for kind in ("bos", "eos", "pad"):
+        token = settings.get(f"{kind}_token") or f"<{kind}>"
+        tokens[f"{kind}_token_id"] = token["content"] if isinstance(token, dict) else token
+    configured = configured_ids(config, folder)
+    if configured["image_token_id"] is None:
+        raise CheckpointError(f"{folder / 'config.json'} has no image_token_index. Is it a PaliGemma?", path=folder)
+    ids = {}
+    for name, token in tokens.items():
+        ids[name] = tokenizer.token_to_id(token)
+        needed = configured[name] if configured[name] is not None else ids[name]
+        if ids[name] is None or ids[name] not in (needed if isinstance(needed, list) else [needed]):
+            raise TokenizerError(
+                f"{folder}: the tokenizer gives {token} the id {ids[name]} and config.json {needed}. "
+                "They belong to different models: download them again.",
+                path=folder / "tokenizer.json",
+            )
+    newline = tokenizer.encode("\n", add_special_tokens=False).ids
+    if len(newline) != 1:
+        raise TokenizerError(f"{folder}: the newline has {len(newline)} tokens, not one. Is this Gemma's tokenizer?", path=folder)
+    return ids | {"newline_token_id": newline[0]}
+
+
+def check_tokenizer(tokenizer: Tokenizer, num_rows: int, folder: Path) -> None:
+    """Raises: TokenizerError unless it has the structure of PaliGemma's and fits the embedding of `num_rows`."""
+    path = folder / "tokenizer.json"
+    for kind, tokens in (("<loc>", LOCATIONS), ("<seg>", SEGMENTS)):
+        ids = [tokenizer.token_to_id(token) for token in tokens]
+        if ids != list(range(ids[0], ids[0] + len(ids))):
+            raise TokenizerError(f"{path}: the {kind} tokens do not lie one behind the other. Is it PaliGemma's?", path=path)
+    if tokenizer.get_vocab_size() > num_rows:
+        raise TokenizerError(
+            f"{path} has {tokenizer.get_vocab_size()} tokens, but the model's embedding only {num_rows} rows. "
+            "They belong to different models: download them again.",
+            path=path,
+        )
+    probe = " two  spaces \u00e9\U0001f600"
+    stream = TextStream(tokenizer)
+    text = "".join(stream.put(token) for token in tokenizer.encode(probe, add_special_tokens=False).ids) + stream.end()
+    if text != probe:
+        raise TokenizerError(f"{path} makes {text!r} of {probe!r}. Is this Gemma's tokenizer?", path=path)
+
+
+class TextStream:
+    """Text from token ids as they come, in whole characters: the pieces joined are the text of all ids.
+
+    A letter without a token is spelled as the bytes of its UTF-8, a token each; they are held back until they make a letter.
+
+    Args:
+        tokenizer: of Gemma's form.
+        silent: ids that leave no text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, silent: frozenset[int] = frozenset()):
+        self.tokenizer = tokenizer
+        self.silent = silent
+        self.num_tokens = tokenizer.get_vocab_size()
+        self.letters = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def put(self, token_id: int) -> str:
+        """The text that became certain with this token. Ids that the tokenizer does not know leave none."""
+        is_known = 0 <= token_id < self.num_tokens and token_id not in self.silent
+        token = self.tokenizer.id_to_token(token_id) if is_known else None
+        if token is None:
+            return ""
+        byte = BYTE.fullmatch(token)
+        if byte:
+            return self.letters.decode(bytes.fromhex(byte[1]))
+        return self.end() + token.replace(SPACE, " ")
+
+    def end(self) -> str:
+        """What was held back: U+FFFD if the answer broke off in the middle of a letter, else nothing."""
+        return self.letters.decode(b"", final=True)
+
+
+# Rows
+
+
+def strip(prompt: str, notes: list[str]) -> str:
+    """The prompt without white space at its ends: the model was trained without, and "\\n" is added behind it."""
+    text = prompt.strip()
+    if text != prompt:
+        notes.append("white space at the ends of the prompt was dropped.")
+    return text
+
+
+def as_texts(value: str | Sequence[str], what: str) -> list[str]:
+    """One text or several as a list. Raises: PromptError for anything else."""
+    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else [value]
+    wrong = [type(text).__name__ for text in texts if not isinstance(text, str)]
+    if wrong:
+        raise PromptError(f"a {what} is {wrong[0]}. Text, or a list of texts, is needed.")
+    return texts
+
+
+def arrange(images: object, num_rows: int, is_one_row: bool) -> list[list]:
+    """The pictures of each row. Raises: ImageError when there are not as many as rows."""
+    if images is None or (isinstance(images, list | tuple) and not images):
+        return [[] for _ in range(num_rows)]
+    if not isinstance(images, list | tuple):
+        return [[images] for _ in range(num_rows)]
+    if is_one_row and not any(isinstance(image, list | tuple) for image in images):
+        return [list(images)]
+    if len(images) != num_rows:
+        raise ImageError(
+            f"{len(images)} pictures came for {num_rows} prompts. Give one picture for all, a list with one for each, or a "
+            "list of lists."
+        )
+    return [list(row) if isinstance(row, list | tuple) else [] if row is None else [row] for row in images]
+
+
+class PaliGemmaProcessor:
+    """Makes the model's input from pictures and prompts, and text from its answer. Made by `from_pretrained`.
+
+    Args:
+        tokenizer: of Gemma's form, with <loc>, <seg> and <image>. It is changed: special tokens in text become plain text.
+        ids: image_token_id, pad_token_id, bos_token_id, eos_token_id, newline_token_id.
+        image_size: R, pixels of a side.
+        num_image_tokens: N, tokens of a picture.
+        pixel_table: float32[3, 256], the value of each level of red, green, blue.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, ids: dict[str, int], image_size: int, num_image_tokens: int, pixel_table: np.ndarray
+    ):
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.num_image_tokens = num_image_tokens
+        self.image_token_id = ids["image_token_id"]
+        self.pad_token_id = ids["pad_token_id"]
+        self.bos_token_id = ids["bos_token_id"]
+        self.eos_token_id = ids["eos_token_id"]
+        self.newline_token_id = ids["newline_token_id"]
+        self.vocab_size = tokenizer.get_vocab_size()  # the model may have more rows; nobody trained those
+        self.pixel_table = pixel_table
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        frame = [tokenizer.id_to_token(ids[f"{kind}_token_id"]) for kind in ("pad", "bos", "eos")]
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in frame])
+        tokenizer.encode_special_tokens = True
+        self.place_ids = {token: tokenizer.token_to_id(token) for token in LOCATIONS + SEGMENTS}
+        special = {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.control_tokens = {number: token for number, token in special.items() if token not in self.place_ids}
+        self.control_ids = frozenset(self.control_tokens)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "PaliGemmaProcessor":
+        """The processor of a folder in hub layout.
+
+        Raises: TokenizerError or CheckpointError when files are missing, broken, or contradict each other.
+        """
+        folder = Path(folder)
+        config = read_settings(folder, "config.json", CheckpointError)
+        if not config:
+            raise CheckpointError(f"{folder} has no config.json. Name the folder of a checkpoint.", path=folder)
+        for part in ("vision_config", "text_config"):
+            if not isinstance(config.get(part), dict):
+                raise CheckpointError(f"{folder / 'config.json'} has no {part}. Is it a PaliGemma?", path=folder)
+        settings = read_pixel_settings(folder)
+        image_size, num_image_tokens = read_image_size(config, settings, folder)
+        table = pixel_table(settings, folder / "preprocessor_config.json")
+        tokenizer = read_tokenizer(folder)
+        add_missing_tokens(tokenizer)
+        ids = token_ids(tokenizer, config, folder)
+        num_rows = positive(config["text_config"].get("vocab_size"), "text_config.vocab_size", folder / "config.json")
+        check_tokenizer(tokenizer, num_rows, folder)
+        return cls(tokenizer, ids, image_size, num_image_tokens, table)
+
+    def __call__(
+        self,
+        images: object,
+        prompts: str | Sequence[str],
+        suffixes: str | Sequence[str] | None = None,
+        *,
+        notes: list[str] | None = None,
+    ) -> dict[str, "torch.Tensor"]:
+        """The model's input for a batch.
+
+        Args:
+            images: a picture (for every prompt the same), a list (with one prompt: all for it; with a list of prompts: one
+                for each), a list of lists (several for each), or None. A picture is whatever load_image reads.
+            prompts: a text or a list, without <image>, without newline. White space at both ends is stripped.
+            suffixes: the answers, for training; as many as prompts, taken as they are.
+            notes: gets a sentence for everything that was changed; without it they are logged as warnings.
+        Returns: input_ids, attention_mask, token_type_ids int64[B, L], padded on the left; pixel_values float32[I, 3, R, R]
+            in the order of the rows, if there are pictures; labels int64[B, L] with suffixes, -100 outside of them.
+        Raises: PromptError, ImageError, AccessError.
+        """
+        said = [] if notes is None else notes
+        rows = arrange(images, len(as_texts(prompts, "prompt")), isinstance(prompts, str))
+        batch = self.tokens([len(row) for row in rows], prompts, suffixes, notes=said)
+        pictures = [picture for row in rows for picture in row]
+        if pictures:
+            batch["pixel_values"] = self.pixels(pictures, notes=said)
+        if notes is None:
+            for note in said:
+                log.warning("%s", note)
+        return batch
+
+    def pixels(self, images: Sequence[object], *, notes: list[str] | None = None) -> "torch.Tensor":
+        """float32[I, 3, R, R] for a list of pictures, squeezed to squares with Pillow's bicubic filter."""
+        import torch
+
+        side = self.image_size
+        out = np.empty((len(images), 3, side, side), dtype=np.float32)  # [I, 3, R, R]
+        for i, image in enumerate(images):
+            if i and image is images[i - 1]:  # one picture for many prompts
+                out[i] = out[i - 1]
+                continue
+            small = load_image(image, notes=notes).resize((side, side), Image.Resampling.BICUBIC)
+            levels = np.asarray(small).transpose(2, 0, 1)  # [3, R, R]
+            for colour in range(3):
+                self.pixel_table[colour].take(levels[colour], out=out[i, colour], mode="clip")
+        return torch.from_numpy(out)
+
+    def tokens(
+        self,
+        num_images: Sequence[int],
+        prompts: str | Sequence[str],
+        suffixes: str | Sequence[str] | None = None,
+        *,
+        notes: list[str] | None = None,
+    ) -> dict[str, "torch.Tensor"]:
+        """The batch without its pixels, as for pictures whose features are there already; `num_images` are those of each row."""
+        import torch
+
+        notes = [] if notes is None else notes
+        prompts = as_texts(prompts, "prompt")
+        answers = [None] * len(prompts) if suffixes is None else as_texts(suffixes, "suffix")
+        if not prompts or len(answers) != len(prompts) or len(num_images) != len(prompts):
+            raise PromptError(f"{len(prompts)} prompts came with {len(answers)} suffixes. As many are needed, and at least one.")
+        rows = []
+        for num, prompt, answer in zip(num_images, prompts, answers, strict=True):
+            prefix = [self.image_token_id] * (num * self.num_image_tokens) + [self.bos_token_id]
+            prefix += self.encode(strip(prompt, notes), notes) + [self.newline_token_id]
+            rows.append((prefix, [] if answer is None else self.encode(answer, notes) + [self.eos_token_id]))
+        longest = max(len(prefix) + len(answer) for prefix, answer in rows)
+        batch = {
+            "input_ids": np.full((len(rows), longest), self.pad_token_id, dtype=np.int64),  # [B, L]
+            "attention_mask": np.zeros((len(rows), longest), dtype=np.int64),  # [B, L]
+            "token_type_ids": np.zeros((len(rows), longest), dtype=np.int64),  # [B, L]
+        }
+        for i, (prefix, answer) in enumerate(rows):
+            start = longest - len(prefix) - len(answer)
+            batch["input_ids"][i, start:] = prefix + answer
+            batch["attention_mask"][i, start:] = 1
+            batch["token_type_ids"][i, longest - len(answer) :] = 1
+        if suffixes is not None:
+            batch["labels"] = np.where(batch["token_type_ids"] == 1, batch["input_ids"], IGNORED)  # [B, L]
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def encode(self, text: str, notes: list[str] | None = None) -> list[int]:
+        """The ids of a text as it stands: <loc> and <seg> as their tokens, other special tokens as the letters they are.
+
+        Raises: PromptError if the text is not valid UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError("the prompt is not valid UTF-8. Type it in a terminal that uses UTF-8.") from error
+        typed = [token for token in self.control_tokens.values() if token in text]
+        if typed and notes is not None:
+            notes.append(f"{', '.join(typed)} in the text is taken as letters, not as a token of the model.")
+        ids = []
+        for piece in PLACE.split(text):
+            ids += [self.place_ids[piece]] if piece in self.place_ids else self.encode_letters(piece)
+        return ids
+
+    def encode_letters(self, text: str) -> list[int]:
+        """The ids of a text without <loc> and <seg>; never the id of a control token."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if self.control_ids.isdisjoint(ids):
+            return ids
+        # The merges themselves can put a control token together; then they do not get to see its "<" and the rest at once.
+        pieces = re.split("(?<=<)", text)
+        return [number for piece in pieces for number in self.tokenizer.encode(piece, add_special_tokens=False).ids]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, <loc> and <seg> kept, control tokens dropped, nothing added."""
+        stream = self.stream()
+        return "".join(stream.put(int(token)) for token in ids) + stream.end()
+
+    def stream(self) -> TextStream:
+        """For text that is shown while it is generated: put(id) returns what became certain, end() the rest."""
+        return TextStream(self.tokenizer, self.control_ids)
