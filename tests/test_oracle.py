@@ -1,0 +1,137 @@
+"""The whole model against the numbers of Google's JAX code; what they are is told in oracle/README.md.
+
+Both compute in float32 and sum in another order: 3.5e-5 is the largest gap of any logit, so 5e-5 is asked. The same bound
+notices a norm epsilon of 1e-5 in place of 1e-6 (last test).
+"""
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from generation import generate_steps
+from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask
+
+FOLDERS = ["paligemma1", "paligemma2"]
+TRAINED = 512  # words; the rows behind them were appended and are compared with nothing
+BOUND = 5e-5
+
+
+def load(folder, change=lambda config: config, **options):
+    home = Path(__file__).parent / "oracle" / folder
+    config = change(PaliGemmaConfig.from_hf(json.loads((home / "config.json").read_text())))
+    model = PaliGemmaForConditionalGeneration(config, **options)
+    model.load_state_dict(load_file(home / "model.safetensors"))
+    return model.eval()
+
+
+@cache
+def arrays(folder, name):
+    with np.load(Path(__file__).parent / "oracle" / folder / f"{name}.npz") as file:
+        return {key: torch.from_numpy(value) for key, value in file.items()}
+
+
+def forward_batch(folder):
+    inputs = arrays(folder, "inputs")
+    return {key: inputs[key] for key in ("input_ids", "pixel_values", "attention_mask", "token_type_ids")}
+
+
+def prompts(folder, pad):
+    """Pictures and prompts without answers, for decoding."""
+    inputs, prefix = arrays(folder, "inputs"), "prefill_left" if pad == "left" else "prefill"
+    ids, mask = inputs[f"{prefix}_input_ids"], inputs[f"{prefix}_attention_mask"]
+    pixels = inputs["pixel_values"]
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids), "pixel_values": pixels}
+
+
+def equal(ours, theirs, bound=BOUND):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@torch.no_grad()
+def test_each_stage_of_the_tower_equals_jax(folder):
+    model, expected = load(folder), arrays(folder, "expected")
+    pixels = arrays(folder, "inputs")["pixel_values"]
+    embeddings = model.vision_tower.vision_model.embeddings
+    equal(embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2), expected["image_patch_conv"])
+    equal(embeddings(pixels), expected["image_with_posemb"])
+    equal(model.vision_tower(pixels), expected["image_encoded"])
+    equal(model.encode_images(pixels), expected["image_features"])
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@torch.no_grad()
+def test_what_enters_the_decoder_equals_jax(folder):
+    model, expected, batch = load(folder), arrays(folder, "expected"), forward_batch(folder)
+    embeds = model.embed(batch["input_ids"], model.encode_images(batch["pixel_values"]))
+    equal(embeds[expected["valid"]], expected["inputs_embeds"][expected["valid"]])
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_mask_equals_jax(folder):
+    expected, batch = arrays(folder, "expected"), forward_batch(folder)
+    mask = prefix_lm_mask(batch["attention_mask"], batch["token_type_ids"])[:, 0]
+    assert torch.equal(mask[expected["valid"]], expected["attn_mask"][expected["valid"]])
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@torch.no_grad()
+def test_hidden_vectors_equal_jax(folder):
+    model, expected, batch = load(folder), arrays(folder, "expected"), forward_batch(folder)
+    seen = []
+    model.language_model.model.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    model(**batch)
+    # Larger numbers than logits, up to 27, so the largest gap is larger: 5.4e-5.
+    equal(seen[0][expected["valid"]], expected["pre_logits"][expected["valid"]], bound=1e-4)
+
+
+@pytest.mark.parametrize("final_softcap, key", [("config", "fwd_logits"), (None, "fwd_logits_uncapped")])
+@pytest.mark.parametrize("folder", FOLDERS)
+@torch.no_grad()
+def test_logits_equal_jax(folder, final_softcap, key):
+    model, expected = load(folder, final_softcap=final_softcap), arrays(folder, "expected")
+    logits = model(**forward_batch(folder))[..., :TRAINED]
+    equal(logits[expected["valid"]], expected[key][expected["valid"]])
+
+
+@pytest.mark.parametrize("final_softcap, key", [("config", "decode_logits_capped"), (None, "decode_logits_uncapped")])
+@pytest.mark.parametrize("folder", FOLDERS)
+@torch.no_grad()
+def test_prefill_and_decode_equal_jax(folder, final_softcap, key):
+    model, expected = load(folder, final_softcap=final_softcap), arrays(folder, "expected")
+    kv_cache = model.new_cache(3, 24 + 12)
+    logits = model.prefill(kv_cache, **prompts(folder, "right"))
+    for step in range(12):
+        equal(logits[:, :TRAINED], expected[key][:, step])
+        logits = model.decode(kv_cache, expected["decode_tokens"][:, step].long())
+
+
+@pytest.mark.parametrize("pad", ["left", "right"])
+@pytest.mark.parametrize("final_softcap", ["config", None])
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_greedy_tokens_equal_jax(folder, final_softcap, pad):
+    model, expected = load(folder, final_softcap=final_softcap), arrays(folder, "expected")
+    steps = list(generate_steps(model, prompts(folder, pad), max_new_tokens=12))
+    assert torch.equal(torch.stack([step.tokens for step in steps], 1), expected["decode_tokens"].long())
+
+
+def with_epsilon(config, epsilon):
+    return replace(
+        config,
+        vision_config=replace(config.vision_config, layer_norm_eps=epsilon),
+        text_config=replace(config.text_config, rms_norm_eps=epsilon),
+    )
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+@torch.no_grad()
+def test_the_bound_notices_an_epsilon_ten_times_too_large(folder):
+    expected, batch = arrays(folder, "expected"), forward_batch(folder)
+    logits = load(folder, lambda config: with_epsilon(config, 1e-5))(**batch)[..., :TRAINED]
+    assert (logits - expected["fwd_logits"])[expected["valid"]].abs().max() > BOUND
