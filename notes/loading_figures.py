@@ -1,0 +1,106 @@
+"""Shows and measures what loading.md says, on Linux: `python notes/loading_figures.py`. It takes 0.5 GB of disk for a moment.
+
+First the beginning of the bundled checkpoint's file. Then a random model of 0.23 billion parameters in bfloat16 is written and
+loaded in four ways, each in a process of its own, and the kernel is asked how much memory that process has of its own
+("anonymous"), and how much of what it sees are pages of the file.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+WAYS = {
+    "mapped": {},
+    "as float32": {"dtype": "fp32"},
+    "as int8": {"quantize": "int8"},
+}
+NAIVE = "a copy of each"
+
+
+def memory() -> dict[str, float]:
+    """MB of this process: its own, pages of files, and the most that both were together so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines if line.startswith(("Rss", "VmHWM"))}
+    return {"own": found["RssAnon"], "file": found["RssFile"], "peak": found["VmHWM"]}
+
+
+def write_model(folder: Path) -> None:
+    """A Gemma-like decoder with a small tower, random."""
+    import torch
+
+    from modeling_gemma import GemmaConfig
+    from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+    from modeling_siglip import SiglipVisionConfig
+    from weights import save_model
+
+    vision = SiglipVisionConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
+    text = GemmaConfig(
+        vocab_size=64_000, hidden_size=1024, intermediate_size=8192, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    model = PaliGemmaForConditionalGeneration(PaliGemmaConfig(vision, text, image_token_index=63_999))
+    save_model(model.to(torch.bfloat16), folder)
+
+
+def show_file(file: Path, count: int) -> None:
+    """The first tensors of a safetensors file, as its header has them."""
+    from checkpoint import read_header
+
+    tensors = sorted(read_header(file).values(), key=lambda tensor: tensor.start)
+    print(f"{file.name}: 8 bytes and the header up to byte {tensors[0].start}, then {len(tensors)} tensors")
+    for tensor in tensors[:count]:
+        print(f"  byte {tensor.start:>7}  {tensor.dtype:5}{str(list(tensor.shape)):16}{tensor.name}")
+
+
+def load(folder: str, way: str) -> None:
+    """Prints, as JSON, what loading in one of the ways took."""
+    import torch
+
+    from weights import load_model
+
+    torch.zeros(1)
+    before = memory()
+    if way == NAIVE:  # what many programs do: a model in float32, a dict of all tensors, load_state_dict
+        from safetensors.torch import load_file
+
+        from modeling_paligemma import PaliGemmaForConditionalGeneration
+        from weights import read_config
+
+        model = PaliGemmaForConditionalGeneration(read_config(Path(folder)))
+        tensors = load_file(Path(folder) / "model.safetensors")
+        model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()})
+    else:
+        model = load_model(folder, **WAYS[way])
+    after = memory()
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20
+    mb = {key: after[key] - before[key] for key in ("own", "file")} | {"peak": after["peak"] - before["own"] - before["file"]}
+    print(json.dumps({"weights": weights} | mb))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--load", nargs=2, metavar=("FOLDER", "WAY"), help="used by the script itself")
+    options = parser.parse_args()
+    if options.load:
+        load(*options.load)
+        return
+    show_file(ROOT / "demo" / "checkpoint" / "model.safetensors", 5)
+    print(f"\n{'way':16}{'weights':>9}{'own':>9}{'of file':>9}{'peak':>9}   MB")
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder))
+        for way in (*WAYS, NAIVE):
+            command = [sys.executable, __file__, "--load", folder, way]
+            output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+            row = json.loads(output)
+            numbers = "".join(f"{row[key]:9.0f}" for key in ("weights", "own", "file", "peak"))
+            print(f"{way:16}{numbers}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Draws the figures of picture.md and prints its numbers, with the demo checkpoint: `python notes/picture_figures.py`.
+
+patches.png  the picture as the tower sees it, cut into patches, and one patch enlarged
+scale.svg    captions that are right when the picture's vectors are multiplied by a factor, on scenes of an unseen seed
+matters.png  which patches an answer depends on: each one's vector in turn is replaced by the mean of all
+"""
+
+import math
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(HERE), str(ROOT / "demo")]
+
+import numpy as np  # noqa: E402  (the project's folder comes first)
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import shapes  # noqa: E402
+from generation import generate  # noqa: E402
+from modeling_paligemma import PaliGemmaForConditionalGeneration  # noqa: E402
+from processing_paligemma import PaliGemmaProcessor, load_image  # noqa: E402
+from svg import BLUE, ORANGE, SOFT, Axes, Drawing  # noqa: E402
+from weights import load_model  # noqa: E402
+
+PICTURE, QUESTION, ANSWER = ROOT / "examples" / "shapes.png", "answer en what color is the heart?", "red"
+SCENES, SEED = 100, 20_001  # the demo checkpoint was trained on other seeds
+SIDE = 448  # of the picture in a figure, pixels
+PALE = (215, 215, 215)
+
+
+def patch_grid(model: PaliGemmaForConditionalGeneration, pixels: Tensor) -> Image.Image:
+    """The pixels float32[3, R, R] in [-1, 1] as a picture of SIDE, with the lines between patches."""
+    vision = model.config.vision_config
+    array = ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()  # [R, R, 3]
+    picture = Image.fromarray(array).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    draw, step = ImageDraw.Draw(picture), SIDE * vision.patch_size // vision.image_size
+    for place in range(step, SIDE, step):
+        draw.line([(place, 0), (place, SIDE)], PALE)
+        draw.line([(0, place), (SIDE, place)], PALE)
+    return picture
+
+
+def draw_patches(model: PaliGemmaForConditionalGeneration, pixels: Tensor) -> None:
+    """patches.png, and proof that cutting and embedding is one matrix product."""
+    vision = model.config.vision_config
+    size, across = vision.patch_size, vision.image_size // vision.patch_size
+    grid = patch_grid(model, pixels)
+    cuts = F.unfold(pixels[None], kernel_size=size, stride=size)[0].T  # [P, 3*14*14], in reading order
+    number = int(cuts.var(dim=1).argmax())  # the patch with the most to see
+    row, column = divmod(number, across)
+    step = SIDE // across
+    sheet = Image.new("RGB", (SIDE + 290, SIDE), "white")
+    sheet.paste(grid, (0, 0))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    draw.rectangle([column * step, row * step, column * step + step, row * step + step], outline=ORANGE, width=3)
+    one = cuts[number].view(3, size, size).permute(1, 2, 0)
+    one = Image.fromarray(((one + 1) * 127.5).round().byte().numpy()).resize((224, 224), Image.Resampling.NEAREST)
+    sheet.paste(one, (SIDE + 36, 64))
+    draw.rectangle([SIDE + 35, 63, SIDE + 260, 288], outline=ORANGE, width=3)
+    width = vision.hidden_size
+    for line, words in enumerate((
+        f"patch {number} of 0 to {across * across - 1}", f"row {row}, column {column}", "",
+        f"{size} x {size} pixels x 3 colours", f"= {3 * size * size} numbers", f"-> one vector of {width}",
+    )):  # fmt: skip
+        draw.text((SIDE + 36, 300 + 20 * line), words, "black", font)
+    sheet.save(HERE / "patches.png", optimize=True)
+
+    embedding = model.vision_tower.vision_model.embeddings.patch_embedding
+    as_product = F.linear(cuts, embedding.weight.flatten(1), embedding.bias)  # [P, D]
+    as_convolution = embedding(pixels[None])[0].flatten(1).T
+    gap = (as_product - as_convolution).abs().max().item()
+    print(f"patches: {len(cuts)} of {cuts.shape[1]} numbers; convolution and matrix product differ by at most {gap:.0e}")
+
+
+def right_captions(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, factors: list[float]) -> list[float]:
+    """The share of captions that are right to the letter, for each factor on the picture's vectors."""
+    scenes = [shapes.make_scene(np.random.default_rng([SEED, index])) for index in range(SCENES)]
+    truths = [shapes.ask_caption(scene, np.random.default_rng())[1] for scene in scenes]
+    inputs = processor([shapes.draw(scene) for scene in scenes], ["caption en"] * SCENES)
+    features = model.encode_images(inputs.pop("pixel_values"))  # [I, P, D]
+    eos, shares = model.config.eos_token_id, []
+    for factor in factors:
+        steps = generate(model, inputs | {"image_features": features * factor}, max_new_tokens=40, eos_token_id=eos)
+        said = torch.stack(list(steps), dim=1)  # [B, L]
+        shares.append(sum(processor.decode(ids) == truth for ids, truth in zip(said, truths, strict=True)) / SCENES)
+    return shares
+
+
+def draw_scale(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, pixels: Tensor) -> None:
+    """scale.svg, and how long the two kinds of vectors are."""
+    root = model.config.text_config.hidden_size**0.5
+    words = processor([], "caption en what color is the heart?")["input_ids"]
+    lengths = model.language_model.model.embed_tokens(words).norm(dim=-1), model.encode_images(pixels[None]).norm(dim=-1)
+    print(f"length of a vector at the decoder's door: words {lengths[0].mean():.1f}, patches {lengths[1].mean():.1f}")
+    factors = sorted([1 / root, 0.25, 0.5, 0.7, 1.0, 1.5, 2.0, 4.0, root])
+    shares = right_captions(model, processor, factors)
+    drawing = Drawing(640, 330)
+    axes = Axes(drawing, (60, 50, 600, 270), x=(factors[0] / 1.2, factors[-1] * 1.2), y=(0, 1), is_log=(True, False))
+    ticks = [0.1, 0.25, 0.5, 1, 2, 4, 10], [0, 0.25, 0.5, 0.75, 1]
+    axes.frame(*ticks, "factor on the picture's vectors", "captions exactly right")
+    axes.curve(list(zip(factors, shares, strict=True)), SOFT)
+    for factor, right in zip(factors, shares, strict=True):
+        name = {1 / root: "1 / sqrt(D)", root: "sqrt(D)"}.get(factor, f"{factor:g}")
+        print(f"factor {name:>11}: {right:.0%} of captions right")
+        place = axes.at(factor, right)
+        drawing.dot(*place, BLUE if factor == 1 else ORANGE)
+        if factor in (1 / root, root):
+            drawing.text(place[0], place[1] - 12, name, anchor="middle", size=12)
+    drawing.save(HERE / "scale.svg")
+
+
+@torch.no_grad()
+def importance(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, picture: Image.Image) -> Tensor:
+    """float[P]: by how many nats the answer becomes less likely without each patch."""
+    inputs = processor(picture, QUESTION)
+    features = model.encode_images(inputs.pop("pixel_values"))  # [1, P, D]
+    count = features.shape[1]
+    without = features.repeat(count + 1, 1, 1)  # [P + 1, P, D], the last one whole
+    without[torch.arange(count), torch.arange(count)] = features.mean(dim=1)
+    rows = {key: value.expand(count + 1, -1) for key, value in inputs.items()}
+    logprobs = model(**rows, image_features=without)[:, -1].log_softmax(-1)  # [P + 1, V]
+    labels = processor(picture, QUESTION, ANSWER)["labels"]
+    first = labels[labels >= 0][0]
+    print(f'"{QUESTION}": "{processor.decode([int(first)])}" has probability {logprobs[-1, first].exp():.3f}')
+    return logprobs[-1, first] - logprobs[:-1, first]
+
+
+def draw_importance(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, picture: Image.Image) -> None:
+    loss = importance(model, processor, picture)
+    across = math.isqrt(len(loss))
+    shares = (loss / loss.max()).clamp(0, 1).view(across, across)
+    weight = Image.fromarray((shares * 255).byte().numpy()).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    grey = picture.convert("L").convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    pale = Image.blend(grey, Image.new("RGB", grey.size, "white"), 0.4)
+    marked = Image.composite(Image.new("RGB", grey.size, ORANGE), pale, weight.point(lambda value: value * 3 // 4))
+    sheet = Image.new("RGB", (2 * SIDE + 12, SIDE), "white")
+    sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (0, 0))
+    sheet.paste(marked, (SIDE + 12, 0))
+    sheet.quantize(128).save(HERE / "matters.png", optimize=True)
+    most = loss.argsort(descending=True)[:3].tolist()
+    places = ", ".join(f"row {i // across} column {i % across} ({loss[i]:.2f})" for i in most)
+    print(f"nats lost without one patch, the largest: {places}; the median patch {loss.median():.3f}")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder = ROOT / "demo" / "checkpoint"
+    model, processor = load_model(folder, dtype="fp32"), PaliGemmaProcessor.from_pretrained(folder)
+    picture = load_image(PICTURE)
+    pixels = processor(picture, "caption en")["pixel_values"][0]  # [3, R, R]
+    with torch.no_grad():
+        draw_patches(model, pixels)
+        draw_scale(model, processor, pixels)
+        draw_importance(model, processor, picture)
+
+
+if __name__ == "__main__":
+    main()

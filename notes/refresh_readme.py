@@ -1,0 +1,159 @@
+"""Runs what README.md and the notes show, and puts the real output in its place: `python notes/refresh_readme.py`.
+
+Three things are refreshed, all others stay as they are:
+- in every block marked `console`, the lines behind a command ("$ ...") become what the command printed, stderr included;
+- the counts of lines in the table of files;
+- what stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, by the function that GENERATED names.
+
+A comment above a console block may hold marks: `slow` (run only with --slow: minutes) and `last N` (keep the last N lines).
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+
+README = ROOT / "README.md"
+BLOCK = re.compile(r"(?:<!-- (?P<marks>[a-z0-9 ]+) -->\n)?```console\n(?P<body>.*?)```\n", re.DOTALL)
+FILE_ROW = re.compile(r"^\| \[(?P<file>[\w/.]+)\]\((?P=file)\) \| (?P<lines>\d+) \|", re.MULTILINE)
+TIMEOUT_S = 1800
+
+SIGLIP = {"image_size": 224}
+DECODERS = {  # the numbers of the four published sizes: config.json of the hub, and Google's big_vision for 10B and 28B
+    "PaliGemma 3B": {
+        "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,
+        "num_attention_heads": 8, "num_key_value_heads": 1,
+    },
+    "PaliGemma 2 3B": {
+        "model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "num_key_value_heads": 4,
+    },
+    "PaliGemma 2 10B": {
+        "model_type": "gemma2", "hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42,
+        "num_attention_heads": 16, "num_key_value_heads": 8,
+    },
+    "PaliGemma 2 28B": {
+        "model_type": "gemma2", "hidden_size": 4608, "intermediate_size": 36864, "num_hidden_layers": 46,
+        "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128, "query_pre_attn_scalar": 144,
+    },
+}  # fmt: skip
+HUB_IDS = {
+    "PaliGemma 3B": "`paligemma-3b-{pt,mix}-{224,448}`, `-pt-896`",
+    "PaliGemma 2 3B": "`paligemma2-3b-{pt,mix}-{224,448}`, `-pt-896`",
+    "PaliGemma 2 10B": "`paligemma2-10b-{pt,mix}-{224,448}`, `-pt-896`",
+    "PaliGemma 2 28B": "`paligemma2-28b-{pt,mix}-{224,448}`, `-pt-896`",
+}
+VOCABULARY, IMAGE_TOKEN = 257_216, 257_152
+
+
+def run(command: str) -> str:
+    """What a command prints, as seen from the project's folder, whose own path is left out."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "TERM": "dumb"}
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+    return done.stdout.replace(f"{ROOT}/", "").replace(str(ROOT), ".")
+
+
+def commands(body: str) -> list[str]:
+    """The commands of a console block."""
+    return [line.removeprefix("$ ") for line in body.splitlines() if line.startswith("$ ")]
+
+
+def refresh_blocks(text: str, is_slow: bool, execute: Callable[[str], str] = run) -> str:
+    """The page with every console block's output replaced by the real one."""
+
+    def replace(block: re.Match) -> str:
+        marks = (block["marks"] or "").split()
+        if "slow" in marks and not is_slow:
+            return block[0]
+        lines = []
+        for command in commands(block["body"]):
+            output = execute(command).rstrip().splitlines()
+            kept = output[-int(marks[marks.index("last") + 1]) :] if "last" in marks else output
+            lines += [f"$ {command}", *kept]
+        return block[0].replace(block["body"], "\n".join(lines) + "\n")
+
+    return BLOCK.sub(replace, text)
+
+
+def refresh_counts(text: str) -> str:
+    """The page with the true number of lines beside each file."""
+
+    def replace(row: re.Match) -> str:
+        lines = (ROOT / row["file"]).read_text(encoding="utf-8").count("\n")
+        return row[0].replace(f"| {row['lines']} |", f"| {lines} |")
+
+    return FILE_ROW.sub(replace, text)
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def checkpoint_table() -> str:
+    """Sizes of the published models, counted on models without memory (torch's meta device)."""
+    import quantization
+    import torch
+
+    from modeling_paligemma import PaliGemmaConfig
+    from weights import empty_model
+
+    lines = [
+        "| model | on the hub, behind `google/` | parameters | bf16 | int8 | int4 | cache, a token |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, text in DECODERS.items():
+        raw = {"model_type": "paligemma", "image_token_index": IMAGE_TOKEN, "vision_config": SIGLIP}
+        config = PaliGemmaConfig.from_hf(raw | {"text_config": text | {"vocab_size": VOCABULARY}})
+        parameters = sum(parameter.numel() for parameter in empty_model(config).parameters())
+        sizes = []
+        for kind in (None, *quantization.KINDS):
+            model = empty_model(config).to(torch.bfloat16)
+            for target in quantization.targets(model) if kind else ():
+                model.set_submodule(target, quantization.empty_module(model.get_submodule(target), kind))
+            sizes.append(gigabytes(sum(tensor.nbytes for tensor in model.state_dict().values())))
+        with torch.device("meta"):
+            cache = empty_model(config).to(torch.bfloat16).new_cache(1, 1)
+        kilobytes = (cache.keys.nbytes + cache.values.nbytes) / 1e3
+        columns = [name, HUB_IDS[name], f"{parameters / 1e9:.2f} billion", *sizes, f"{kilobytes:.0f} kB"]
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+GENERATED: dict[str, Callable[[], str]] = {"checkpoints": checkpoint_table}
+
+
+def refresh_generated(text: str) -> str:
+    """The page with every marked part made anew."""
+    for name, make in GENERATED.items():
+        between = re.compile(rf"(<!-- begin {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
+        if between.search(text):
+            made = make()
+            text = between.sub(lambda found, made=made: found[1] + made + found[2], text)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Puts real output into README.md and notes/*.md.")
+    parser.add_argument("--slow", action="store_true", help="run the blocks that take minutes, too")
+    parser.add_argument("pages", nargs="*", type=Path, help="default: README.md and notes/*.md")
+    options = parser.parse_args()
+    for page in options.pages or [README, *sorted(HERE.glob("*.md"))]:
+        before = page.read_text(encoding="utf-8")
+        after = refresh_generated(refresh_counts(refresh_blocks(before, options.slow)))
+        page.write_text(after, encoding="utf-8")
+        print(f"{page.name}: {'changed' if after != before else 'as it was'}")
+
+
+if __name__ == "__main__":
+    main()
