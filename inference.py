@@ -183,7 +183,7 @@ def read_stdin() -> bytes:
 
 def read_pictures(flags: Flags) -> list["Image.Image"]:
     """The pictures of --image_file_path, or the bundled one, upright and RGB."""
-    from processing_paligemma import load_image
+    from images import load_image
 
     pictures = []
     for name in split_pictures(flags.image_file_path or bundled(BUNDLED_PICTURE)):
@@ -285,7 +285,8 @@ class Session:
         self.device = weights.find_device("cpu" if flags.only_cpu else flags.device)
         self.folder = weights.resolve(os.path.expanduser(self.name), flags.revision)
         self.config = weights.read_config(self.folder)
-        self.processor: PaliGemmaProcessor = PaliGemmaProcessor.from_pretrained(self.folder)
+        self.processor = PaliGemmaProcessor.from_pretrained(self.folder)
+        self.pixels = self.processor.pixels(pictures)
         self.model: PaliGemmaForConditionalGeneration | None = None
         self.image_features: torch.Tensor | None = None
         self.threads = threads
@@ -310,40 +311,41 @@ class Session:
             note(f"loaded {self.name} in {spent:.2f} s: {self.model.dtype}, {self.device}, {self.threads} threads")
 
     def inputs(self, prompt: str) -> dict:
-        """The processor's dict for one question. Raises: PromptError if it leaves no room for an answer."""
+        """The processor's dict for one question, without pixels. Raises: PromptError if it leaves no room for an answer."""
         context = self.config.text_config.max_position_embeddings
-        pictures = len(self.pictures) * self.config.num_image_tokens
-        inputs = self.processor(self.pictures, prompt)
-        count = inputs["input_ids"].shape[1] - pictures
-        room = context - pictures - 1
+        taken = len(self.pictures) * self.config.num_image_tokens
+        room = context - taken - 1
+        notes: list[str] = []
+        inputs = self.processor.tokens([len(self.pictures)], prompt, notes=notes)
+        count = inputs["input_ids"].shape[1] - taken
         if count > room and self.flags.truncate_prompt and room > ANSWER_ROOM:
-            length = bisect_right(range(len(prompt)), room - ANSWER_ROOM, key=lambda n: self.count_tokens(prompt[:n])) - 1
-            note(f"note: the prompt takes {count} tokens and {room - ANSWER_ROOM} fit; it is cut after {length} characters.")
-            inputs = self.processor(self.pictures, prompt[:length])
+            fits = room - ANSWER_ROOM - (count - len(self.processor.encode(prompt)))
+            length = bisect_right(range(len(prompt)), fits, key=lambda n: len(self.processor.encode(prompt[:n]))) - 1
+            notes.append(f"the prompt takes {count} tokens and {room - ANSWER_ROOM} fit; it is cut after {length} characters.")
+            inputs = self.processor.tokens([len(self.pictures)], prompt[:length])
         elif count > room:
             raise PromptError(
-                f"the prompt takes {count} tokens, but {room} fit. The context is {context}, of which pictures take {pictures}. "
+                f"the prompt takes {count} tokens, but {room} fit. The context is {context}, of which pictures take {taken}. "
                 "Shorten it, or add --truncate_prompt."
             )
+        for text in notes:
+            note(f"note: {text}")
         return inputs
 
-    def count_tokens(self, prompt: str) -> int:
-        return self.processor([], prompt)["input_ids"].shape[1]
-
     def encode_pictures(self) -> None:
-        """Runs the vision tower now, so that later questions need not."""
-        pixels = self.processor(self.pictures, "")["pixel_values"]
+        """Runs the vision tower now, so that no question needs to."""
         with machine.memory_errors("looking at the picture"):
-            self.image_features = self.model.encode_images(pixels.to(self.device))
+            self.image_features = self.model.encode_images(self.pixels.to(self.device))
 
     def steps(self, inputs: dict) -> Iterator[tuple[int, float]]:
         """The answer's tokens and their logprobs, one by one."""
         from generation import generate_steps
 
         flags = self.flags
-        if self.image_features is not None:
-            inputs = {key: value for key, value in inputs.items() if key != "pixel_values"}
-            inputs["image_features"] = self.image_features
+        if self.image_features is None:
+            inputs = inputs | {"pixel_values": self.pixels}
+        else:
+            inputs = inputs | {"image_features": self.image_features}
         room = self.config.text_config.max_position_embeddings - inputs["input_ids"].shape[1]
         if flags.max_tokens_to_generate > room:
             note(f"note: --max_tokens_to_generate {flags.max_tokens_to_generate} is cut to {room}, where the context ends.")
@@ -409,7 +411,7 @@ class Session:
         bandwidth = machine.read_bandwidth(self.device)
         note(
             f"prefill: {seconds[0] * 1e3:.1f} ms for {answer.prompt_tokens} tokens; floor {products / rate * 1e3:.1f} ms "
-            f"({products / 1e9:.2f} G multiply-adds at the measured {rate / 1e9:.0f} G/s)"
+            f"({products / 1e9:.3g} G multiply-adds at the measured {rate / 1e9:.3g} G/s)"
         )
         if len(seconds) > 1:
             decode = (seconds[-1] - seconds[0]) / (len(seconds) - 1)

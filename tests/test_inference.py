@@ -1,0 +1,450 @@
+"""The program as a user meets it: flags, pictures, answers, exit codes, terminals and signals."""
+
+import contextlib
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import commandline
+import inference
+import weights
+from errors import ImageError, PromptError, UsageError
+from inference import Flags
+from processing_paligemma import PaliGemmaProcessor
+from tiny_checkpoint import CONTEXT, make_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURE_TOKENS = 4  # of the tiny model
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with a tiny checkpoint, its variants, and a picture."""
+    folder = tmp_path_factory.mktemp("world")
+    make_checkpoint(folder / "model")
+    make_checkpoint(folder / "long", context=100_000)
+    Image.linear_gradient("L").convert("RGB").save(folder / "cat.png")
+    return folder
+
+
+@pytest.fixture
+def ask(world, monkeypatch, capsys):
+    """Runs the program in this process, in the world's folder: ask("--json") -> exit code, stdout, stderr."""
+    monkeypatch.chdir(world)
+
+    def run(*flags, model="model", picture="cat.png", prompt="caption en"):
+        defaults = {"model_path": model, "image_file_path": picture, "prompt": prompt}
+        argv = [f"--{name}={value}" for name, value in defaults.items() if value is not None]
+        code = commandline.run(Flags, inference.program, ["--max_tokens_to_generate=8", *argv, *flags])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def answer_of(result):
+    code, out, err = result
+    assert code == 0, err
+    return json.loads(out)
+
+
+def start(world, *flags, **options):
+    """The program in a process of its own."""
+    command = [sys.executable, str(ROOT / "inference.py"), *flags]
+    options = {"cwd": world, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL} | options
+    return subprocess.Popen(command, **options)
+
+
+ENDLESS = ("--model_path=long", "--image_file_path=cat.png", "--prompt=ocr", "--max_tokens_to_generate=90000")
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "temperature=-1", "temperature=nan", "temperature=inf", "top_p=0", "top_p=1.5", "top_p=-0.1", "top_p=nan", "top_k=0",
+        "max_tokens_to_generate=0", "max_tokens_to_generate=-1", "max_tokens_to_generate=1.5", "seed=-1", f"seed={2**70}",
+        "device=gpu", "device=cuda:x", "dtype=int8", "quantize=int3", "quantize_vision", "frame=-1", "max_pixels=0",
+        "image_file_path=", "model_path=", "max_tokens=5", "only_cpu --device=cuda", "json --stream",
+    ],
+)  # fmt: skip
+def test_flags_out_of_range_are_2_and_named(flag, capsys):
+    assert commandline.run(Flags, lambda _: pytest.fail("it ran"), [f"--{flag}" for flag in flag.split(" --")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and flag.partition("=")[0].split()[0] in err
+
+
+def test_the_edges_of_the_ranges_are_fine():
+    Flags(temperature=0.0, top_p=1.0, top_k=1, seed=2**63 - 1, max_tokens_to_generate=1, device="cuda:1", dtype="bf16")
+
+
+def test_wrong_usage_is_answered_before_anything_slow_is_imported(world):
+    script = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import inference; code = inference.main(); "
+        "slow = {'torch', 'numpy', 'PIL', 'tokenizers', 'safetensors', 'transformers', 'huggingface_hub'} & set(sys.modules); "
+        "print(code, sorted(slow))"
+    )
+    for argv in (["--promt", "x"], ["--temperature", "-1"], ["--help"]):
+        done = subprocess.run([sys.executable, "-c", script, str(ROOT), *argv], cwd=world, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == ("0 []" if argv == ["--help"] else "2 []"), done.stderr
+
+
+def test_running_imports_neither_transformers_nor_the_hub(world):
+    script = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import inference; code = inference.main(); "
+        "print(code, sorted({'transformers', 'huggingface_hub', 'torchvision'} & set(sys.modules)))"
+    )
+    flags = ["--model_path=model", "--image_file_path=cat.png", "--prompt=ocr", "--max_tokens_to_generate=1"]
+    done = subprocess.run([sys.executable, "-c", script, str(ROOT), *flags], cwd=world, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0 []", done.stderr
+
+
+# Pictures and prompts
+
+
+def test_pictures_are_split_at_commas_but_not_within_names(world, monkeypatch):
+    monkeypatch.chdir(world)
+    for name in ("a,b.png", "c.png", "d,e,f.png"):
+        (world / name).touch()
+    split = inference.split_pictures
+    assert split("c.png") == ["c.png"]
+    assert split("c.png,a,b.png") == ["c.png", "a,b.png"]
+    assert split("d,e,f.png,c.png,missing.png") == ["d,e,f.png", "c.png", "missing.png"]
+    assert split("https://x.org/a?b=1,2,c.png,-") == ["https://x.org/a?b=1,2", "c.png", "-"]
+    assert split("https://x.org/a,https://x.org/b") == ["https://x.org/a", "https://x.org/b"]
+    assert split("data:image/png;base64,AAAA,c.png") == ["data:image/png;base64,AAAA", "c.png"]
+
+
+@pytest.mark.parametrize("text", ["a.png,,b.png", "a.png,", ",", "-,-"])
+def test_a_comma_without_a_name_or_two_stdins_are_refused(text):
+    with pytest.raises(UsageError):
+        inference.split_pictures(text)
+
+
+def test_a_prompt_is_the_bytes_that_were_typed():
+    assert inference.as_utf8("日本".encode().decode("ascii", "surrogateescape")) == "日本"
+    assert inference.as_utf8("日本") == "日本"
+    with pytest.raises(PromptError):
+        inference.as_utf8("\udcff")
+
+
+def test_a_missing_picture_is_3_and_comes_before_the_model(ask):
+    code, out, err = ask(picture="cta.png", model="no such model")
+    assert code == 3 and out == "" and "cta.png" in err and "cat.png" in err
+
+
+def test_several_pictures_take_their_tokens(ask, world):
+    Image.new("RGB", (30, 20), "red").save(world / "red.png")
+    one, two = answer_of(ask("--json")), answer_of(ask("--json", picture="cat.png,red.png"))
+    assert two["prompt_tokens"] == one["prompt_tokens"] + PICTURE_TOKENS
+    assert two["text"] != one["text"]
+
+
+def test_a_picture_comes_through_stdin(ask, world, monkeypatch):
+    class Pipe(io.StringIO):
+        buffer = io.BytesIO((world / "cat.png").read_bytes())
+
+    expected = answer_of(ask("--json"))
+    monkeypatch.setattr(sys, "stdin", Pipe())
+    assert answer_of(ask("--json", picture="-"))["token_ids"] == expected["token_ids"]
+
+
+def test_too_much_on_stdin_is_3(monkeypatch):
+    class Pipe(io.StringIO):
+        buffer = io.BytesIO(b"x" * 100)
+
+    monkeypatch.setattr(sys, "stdin", Pipe())
+    monkeypatch.setattr(inference, "STDIN_BYTES", 99)
+    with pytest.raises(ImageError):
+        inference.read_stdin()
+
+
+def test_a_picture_without_a_prompt_is_captioned_with_a_note(ask):
+    expected = answer_of(ask("--json"))
+    result = ask("--json", prompt=None)
+    assert answer_of(result)["token_ids"] == expected["token_ids"]
+    assert "caption en" in result[2]
+
+
+def test_an_explicitly_empty_prompt_is_empty(ask):
+    result = ask("--json", prompt="")
+    assert answer_of(result)["prompt_tokens"] == PICTURE_TOKENS + 2  # <bos> and the newline
+    assert result[2] == ""
+
+
+@pytest.mark.parametrize("prompt", ["cat # dog", "None", "[a]", "12", "日本 🐈"])
+def test_prompts_reach_the_tokenizer_as_they_were_typed(ask, world, prompt):
+    tokens = PaliGemmaProcessor.from_pretrained(world / "model").tokenizer.encode(prompt, add_special_tokens=False).ids
+    assert answer_of(ask("--json", prompt=prompt))["prompt_tokens"] == PICTURE_TOKENS + 2 + len(tokens)
+
+
+def test_a_prompt_beyond_the_context_is_3_with_both_numbers(ask):
+    code, _, err = ask(prompt="x" * 1000)
+    assert code == 3 and "1002 tokens" in err and str(CONTEXT) in err and "--truncate_prompt" in err
+
+
+def test_a_prompt_beyond_the_context_is_cut_on_request(ask):
+    result = ask("--truncate_prompt", "--json", prompt="x" * 1000)
+    assert answer_of(result)["prompt_tokens"] == CONTEXT - 1 - inference.ANSWER_ROOM
+    assert "note: the prompt takes 1002 tokens" in result[2]
+
+
+def test_nothing_given_asks_the_bundled_question_about_the_bundled_picture(ask, world, monkeypatch):
+    monkeypatch.setattr(inference, "BUNDLED_MODEL", str(world / "model"))
+    monkeypatch.setattr(inference, "BUNDLED_PICTURE", str(world / "cat.png"))
+    monkeypatch.setattr(inference, "BUNDLED_QUESTION", "caption en")
+    expected = answer_of(ask("--json"))
+    answer = answer_of(ask("--json", model=None, picture=None, prompt=None))
+    assert answer == expected | {"model": str(world / "model"), "seconds": answer["seconds"]}
+
+
+def test_without_the_bundled_files_it_says_what_to_give(ask, monkeypatch):
+    monkeypatch.setattr(inference, "BUNDLED_MODEL", "gone/checkpoint")
+    code, _, err = ask(model=None)
+    assert code == 4 and "gone/checkpoint" in err and "--model_path" in err
+
+
+# Answers
+
+
+def test_the_answer_is_what_generate_says(ask, world):
+    from generation import generate
+
+    model = weights.load_model(world / "model")
+    processor = PaliGemmaProcessor.from_pretrained(world / "model")
+    inputs = processor(Image.open(world / "cat.png"), "caption en")
+    ids = [int(tokens) for tokens in generate(model, inputs, max_new_tokens=8, eos_token_id=model.config.eos_token_id)]
+    assert answer_of(ask("--json"))["token_ids"] == ids
+    assert ask() == (0, processor.decode(ids) + "\n", "")
+
+
+def test_json_holds_what_was_promised(ask):
+    answer = answer_of(ask("--json"))
+    assert list(answer) == "text token_ids logprobs finish_reason prompt_tokens seconds model seed".split()
+    assert len(answer["token_ids"]) == len(answer["logprobs"]) == 8
+    assert all(logprob <= 0 for logprob in answer["logprobs"])
+    assert answer["finish_reason"] == "length" and answer["model"] == "model" and answer["seed"] is None
+    assert answer["prompt_tokens"] == PICTURE_TOKENS + len("caption en") + 2 and 0 < answer["seconds"] < 60
+
+
+def test_it_stops_at_eos(ask, world):
+    third = answer_of(ask("--json"))["token_ids"][2]
+    raw = json.loads((world / "model" / "config.json").read_text())
+    folder = world / "stops"
+    folder.mkdir()
+    for file in (world / "model").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "config.json").write_text(json.dumps(raw | {"eos_token_id": [1, third]}))
+    answer = answer_of(ask("--json", model="stops"))
+    assert answer["finish_reason"] == "stop" and answer["token_ids"][-1] == third and len(answer["token_ids"]) <= 3
+
+
+def test_streaming_says_the_same_piece_by_piece(ask, monkeypatch):
+    whole, pieces = ask(), []
+    write = commandline.write
+    monkeypatch.setattr(inference, "write", lambda text: (pieces.append(text), write(text)))
+    assert ask("--stream") == whole
+    assert len([piece for piece in pieces if piece]) > 2
+
+
+def test_a_seed_repeats_a_sample_and_json_names_the_seed_it_drew(ask):
+    sample = ("--do_sample", "--temperature=3", "--top_p=1", "--json")
+    first = answer_of(ask(*sample))
+    again = answer_of(ask(*sample, f"--seed={first['seed']}"))
+    other = answer_of(ask(*sample, f"--seed={first['seed'] + 1}"))
+    assert first["token_ids"] == again["token_ids"] != other["token_ids"]
+
+
+def test_do_sample_false_is_greedy_and_so_is_temperature_0(ask):
+    greedy = answer_of(ask("--json"))["token_ids"]
+    assert answer_of(ask("--json", "--do_sample", "false", "--seed=1"))["token_ids"] == greedy
+    assert answer_of(ask("--json", "--do_sample", "--temperature=0"))["token_ids"] == greedy
+
+
+def test_sampling_flags_that_change_nothing_are_noted(ask):
+    assert "note: --temperature, --seed without --do_sample changes nothing." in ask("--temperature=0.5", "--seed=3")[2]
+
+
+def test_more_tokens_than_the_context_are_cut_with_a_note(ask):
+    result = ask("--json", "--max_tokens_to_generate=1000000000")
+    answer = answer_of(result)
+    assert answer["prompt_tokens"] + len(answer["token_ids"]) <= CONTEXT
+    assert "note: --max_tokens_to_generate 1000000000 is cut to" in result[2]
+
+
+def test_a_listing_that_repeats_itself_is_a_loop():
+    box = "<loc0001><loc0002><loc0003><loc0004>"
+    assert inference.is_looping(f"{box} cat ; {box} cat ; {box} cat ;")
+    assert not inference.is_looping(f"{box} cat ; {box} cat ; {box} dog ;")
+    assert not inference.is_looping(f"{box} cat ; {box} cat ;")
+    assert not inference.is_looping("no ; no ; no ; no ;")
+
+
+def test_verbose_sets_times_beside_their_floors(ask):
+    code, _, err = ask("--verbose")
+    assert code == 0
+    assert re.search(r"^loaded model in .* s: torch.float32, cpu, \d+ threads$", err, re.MULTILINE)
+    assert re.search(r"^prefill: [\d.]+ ms for 16 tokens; floor [\d.]+ ms", err, re.MULTILINE)
+    assert re.search(r"^decode: [\d.]+ ms a token, .* floor [\d.]+ ms", err, re.MULTILINE)
+
+
+@pytest.mark.parametrize("flags", [("--dtype=bf16",), ("--quantize=int8",), ("--quantize=int4", "--quantize_vision")])
+def test_other_number_formats_answer_too(ask, flags):
+    assert len(answer_of(ask("--json", *flags))["token_ids"]) == 8
+
+
+# Faults
+
+
+def test_no_such_model_is_an_error_line(ask):
+    code, out, err = ask(model="./no/such/model")
+    assert code in (4, 5) and out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_errors_are_objects_with_json(ask):
+    code, out, _ = ask("--json", picture="gone.png")
+    error = json.loads(out)["error"]
+    assert (code, error["code"], error["type"], error["path"]) == (3, 3, "ImageError", "gone.png")
+
+
+def test_a_gpu_that_is_not_there_is_6(ask, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = ask("--device=cuda")
+    assert code == 6 and err.startswith("error: device cuda") and "--device cpu" in err
+
+
+def test_weights_that_are_not_numbers_are_4_and_when_allowed_6(ask, world):
+    model = weights.load_model(world / "model")
+    with torch.no_grad():
+        model.language_model.model.norm.weight[0] = torch.nan
+    for file in (world / "model").iterdir():
+        if file.suffix != ".safetensors":
+            (world / "nan").mkdir(exist_ok=True)
+            (world / "nan" / file.name).write_bytes(file.read_bytes())
+    weights.save_model(model, world / "nan")
+    assert ask(model="nan")[0] == 4
+    code, out, err = ask("--allow_nonfinite", model="nan")
+    assert code == 6 and "not numbers" in err
+
+
+def test_memory_that_runs_out_is_6(ask, monkeypatch):
+    def greedy(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(weights, "load_model", greedy)
+    code, _, err = ask()
+    assert code == 6 and "memory ran out while loading" in err and "--quantize int8" in err
+
+
+# Terminals, signals, pipes
+
+
+def read_until(terminal, text, timeout=120.0):
+    """What a terminal shows until the text comes; a failure shows what came instead."""
+    shown, deadline = "", time.monotonic() + timeout
+    while text not in shown:
+        assert time.monotonic() < deadline, shown
+        if select.select([terminal], [], [], 0.1)[0]:
+            with contextlib.suppress(OSError):  # Linux's way to say that the other side has gone
+                shown += os.read(terminal, 1000).decode(errors="replace")
+    return shown
+
+
+@pytest.fixture
+def terminal():
+    ours, theirs = pty.openpty()
+    yield ours, theirs
+    os.close(ours)
+
+
+def test_on_a_terminal_it_asks_again_and_again_and_encodes_the_picture_once(world, terminal):
+    ours, theirs = terminal
+    flags = ("--model_path=model", "--image_file_path=cat.png", "--max_tokens_to_generate=5")
+    process = start(world, *flags, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    read_until(ours, "> ")
+    os.write(ours, b"caption en\n")
+    first = read_until(ours, "\r\n> ")
+    os.write(ours, b"x" * 600 + b"\n")
+    assert "error: the prompt takes 602 tokens" in read_until(ours, "\r\n> ").replace("\r\n", "\n")
+    os.write(ours, b"caption en\n")
+    again = read_until(ours, "\r\n> ")
+    assert first.split("\n")[-2:] == again.split("\n")[-2:]
+    os.write(ours, b"\x04")
+    assert process.wait(timeout=60) == 0
+
+
+def test_ctrl_c_at_the_question_mark_is_130(world, terminal):
+    ours, theirs = terminal
+    flags = ("--model_path=model", "--image_file_path=cat.png")
+    process = start(world, *flags, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    read_until(ours, "> ")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert "Traceback" not in read_until(ours, "\n")
+
+
+def test_the_picture_is_encoded_once_for_many_questions(ask, world, monkeypatch):
+    from modeling_paligemma import PaliGemmaForConditionalGeneration
+
+    calls = []
+    encode = PaliGemmaForConditionalGeneration.encode_images
+    monkeypatch.setattr(PaliGemmaForConditionalGeneration, "encode_images", lambda *a: (calls.append(1), encode(*a))[1])
+    monkeypatch.setattr(inference, "choose_prompt", lambda _: None)
+    monkeypatch.setattr(inference, "typed_prompts", lambda: iter(["caption en", "ocr", "caption en"]))
+    code, out, _ = ask(prompt=None)
+    lines = out.splitlines()
+    assert code == 0 and lines[0] == lines[2] and len(calls) == 1
+    monkeypatch.undo()
+    os.chdir(world)
+    assert ask(prompt="caption en")[1].splitlines()[0] == lines[0]
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_keeps_what_was_said_and_ends_the_line(world, signum, code):
+    process = start(world, *ENDLESS, "--stream")
+    first = process.stdout.read(1)
+    process.send_signal(signum)
+    rest, err = process.communicate(timeout=120)
+    assert process.returncode == code and (first + rest).endswith(b"\n") and err == b""
+
+
+def test_a_signal_keeps_what_was_said_for_json_too(world):
+    process = start(world, *ENDLESS, "--json", "--verbose")
+    process.stderr.readline()  # the model is loaded
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    answer = json.loads(process.communicate(timeout=120)[0])
+    assert process.returncode == 130 and answer["finish_reason"] == "interrupted"
+    assert len(answer["token_ids"]) == len(answer["logprobs"])
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(world):
+    process = start(world, *ENDLESS, "--stream")
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=120) == 141
+
+
+def test_it_works_without_streams_in_a_locale_without_letters_and_without_a_home(world):
+    flags = "--model_path=model --image_file_path=cat.png --prompt=日本 --max_tokens_to_generate=30"
+    command = f"exec '{sys.executable}' '{ROOT / 'inference.py'}' {flags}"
+    environment = os.environ | {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": "/nonexistent"}
+    for closed in ("<&-", ">&-"):
+        done = subprocess.run(["bash", "-c", f"{command} {closed}"], cwd=world, env=environment, capture_output=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, b"") and done.stdout.isascii()
+        assert len(done.stdout) >= 30 if closed == "<&-" else done.stdout == b""
