@@ -32,7 +32,7 @@ WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  #
 ALIGNMENT = 64  # bytes: where the first tensor of a file begins, so that vector units read whole lines of the cache
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 MAX_JSON_BYTES = 50_000_000
-PART_ELEMENTS = 2**20  # read at a time: few enough to stay in the processor's cache until they are used
+PART_ELEMENTS = 2**22  # read, or written, at a time: fewer keep threads waiting for each other, more take memory
 NAMES_SHOWN = 5
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -297,11 +297,14 @@ def write_shards(state: dict[str, Tensor], folder: Path, max_shard_bytes: int) -
 
 
 def replace_files(source: Path, folder: Path) -> None:
-    """Moves a written checkpoint over the one that is there, in an order that leaves a whole one if it is interrupted.
+    """Moves a written checkpoint over the one that is there, so that an interruption never leaves a mixture that loads.
 
-    Weights first; an index, or a single file, that is no longer true goes before the shards it needs; config.json comes last.
+    Weights first; an index that is no longer true goes before the shards it needs; config.json comes last. Shards that are
+    replaced under their old names lose their index before, so that until the new one is there nothing loads.
     """
     names = sorted(path.name for path in source.iterdir() if path.name != CONFIG_NAME)  # shards sort before their index
+    if any((folder / name).exists() for name in names if name not in (SINGLE_NAME, INDEX_NAME)):
+        (folder / INDEX_NAME).unlink(missing_ok=True)
     for name in names:
         os.replace(source / name, folder / name)
     stale = [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name) and path.name not in names]
