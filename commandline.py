@@ -190,8 +190,8 @@ def report_bug(kind: type[BaseException], error: BaseException, trail: object) -
     """sys.excepthook: what nobody foresaw, in one line, with the traceback for those who ask. Python then exits with 1."""
     if is_on("debug", sys.argv):
         traceback.print_exception(kind, error, trail)
-    last = traceback.extract_tb(trail)[-1]
-    place = f"{os.path.basename(last.filename)} line {last.lineno}"
+    frames = traceback.extract_tb(trail)
+    place = f"{os.path.basename(frames[-1].filename)} line {frames[-1].lineno}" if frames else "no place"
     message = f"internal error ({place}). {kind.__name__}: {error}. This is a bug: please report what --debug prints."
     report(PaliGemmaError(message, path=place), is_on("json", sys.argv), False)
 

@@ -135,8 +135,9 @@ class Flags:
 
 
 def bundled(name: str) -> str:
-    """A file that comes with this program: beside it in a clone, under share/ after `pip install`."""
-    for folder in (Path(__file__).parent, Path(sys.prefix) / "share" / "paligemma"):
+    """A file that comes with this program: beside it in a clone; after `pip install` under the share/ next to lib/."""
+    here = Path(__file__).resolve().parent
+    for folder in (here, *(above / "share" / "paligemma" for above in here.parents[:3])):
         if (folder / name).exists():
             return str(folder / name)
     raise CheckpointError(f"{name} did not come with this installation. Give --model_path, --image_file_path and --prompt.")
@@ -276,6 +277,7 @@ class Session:
 
     def __init__(self, flags: Flags, pictures: list["Image.Image"]):
         threads = machine.use_cores()
+        machine.check_torch()
         import weights
         from processing_paligemma import PaliGemmaProcessor
 
@@ -435,8 +437,8 @@ def program(flags: Flags) -> None:
     commandline.relay_logs(flags.verbose)
     note_unused(flags)
     prompt = choose_prompt(flags)
-    if prompt is not None and flags.image_file_path is None:
-        note(f"note: no --image_file_path, so this looks at {bundled(BUNDLED_PICTURE)}.")
+    if flags.image_file_path is None:
+        note(f'note: this asks "{prompt}" about the bundled picture, {bundled(BUNDLED_PICTURE)}; --help lists the flags.')
     session = Session(flags, read_pictures(flags))
     is_streaming = not flags.json and (is_terminal(sys.stdout) if flags.stream is None else flags.stream)
     if prompt is not None:

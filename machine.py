@@ -18,6 +18,7 @@ from errors import DeviceError
 if TYPE_CHECKING:
     import torch
 
+OLDEST_TORCH = "2.6"  # what is called here came a little earlier; tested is only the version in requirements.txt
 MEMORY_SIGNS = ("can't allocate memory", "Cannot allocate memory", "unable to mmap", "not enough memory")  # in RuntimeErrors
 SMALLER = "Take --dtype bf16, --quantize int8 or int4, or a smaller model"
 
@@ -67,6 +68,15 @@ def use_cores() -> int:
         cores = int(wanted)
     os.environ["OMP_NUM_THREADS"] = str(cores)
     return cores
+
+
+def check_torch() -> None:
+    """Raises: DeviceError for a torch that is too old."""
+    import torch
+
+    if torch.torch_version.TorchVersion(torch.__version__) < OLDEST_TORCH:
+        advice = "pip install -r requirements.txt"
+        raise DeviceError(f"torch {torch.__version__} is too old. {OLDEST_TORCH} or newer is needed: {advice}.")
 
 
 @contextmanager

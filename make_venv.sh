@@ -1,4 +1,4 @@
-# Sourced by launch_inference.sh and run_tests.sh: a .venv beside them that has everything in the requirements file $1.
+# Sourced by launch_inference.sh and run_tests.sh: a .venv beside them with all that the requirements files $@ name.
 # Leaves its python in $python. A copy of each installed file is kept in .venv, so a second run costs one `cmp`; an
 # install that was interrupted leaves .venv/unfinished, and starts again, because pip takes half a package for a whole one.
 
@@ -18,6 +18,11 @@ make_venv() {
         echo "error: Python 3.10 or newer is needed ($base is not). Install one, or name it: PYTHON=python3.12 bash $0" >&2
         exit 6
     }
+    if command -v flock >/dev/null; then  # of two that start at once the second waits here and then has nothing to do
+        exec 9<"$home/make_venv.sh"
+        flock 9 || true
+        ! is_installed "$@" || return 0
+    fi
     if [ -e "$home/.venv/unfinished" ] || ! "$python" -m pip --version >/dev/null 2>&1; then
         "$base" -m venv --clear "$home/.venv" >&2
     fi
@@ -29,3 +34,4 @@ make_venv() {
 }
 
 is_installed "$@" || make_venv "$@"
+exec 9<&-  # lets go of the lock

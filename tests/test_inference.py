@@ -207,7 +207,9 @@ def test_nothing_given_asks_the_bundled_question_about_the_bundled_picture(ask, 
     monkeypatch.setattr(inference, "BUNDLED_PICTURE", str(world / "cat.png"))
     monkeypatch.setattr(inference, "BUNDLED_QUESTION", "caption en")
     expected = answer_of(ask("--json"))
-    answer = answer_of(ask("--json", model=None, picture=None, prompt=None))
+    result = ask("--json", model=None, picture=None, prompt=None)
+    answer = answer_of(result)
+    assert 'note: this asks "caption en" about the bundled picture' in result[2]
     assert answer == expected | {"model": str(world / "model"), "seconds": answer["seconds"]}
 
 

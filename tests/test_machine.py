@@ -64,6 +64,13 @@ def test_omp_num_threads_is_kept_only_where_it_is_smaller(monkeypatch, before, a
     assert os.environ["OMP_NUM_THREADS"] == after
 
 
+def test_an_old_torch_is_refused(monkeypatch):
+    machine.check_torch()
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(DeviceError, match="torch 2.5.1.cpu is too old. 2.6 or newer is needed"):
+        machine.check_torch()
+
+
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")])
 def test_running_out_of_memory_is_a_device_error_with_advice(error):
     with pytest.raises(DeviceError, match="memory ran out while testing.*--quantize int8"), machine.memory_errors("testing"):

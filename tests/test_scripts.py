@@ -19,7 +19,8 @@ SCRIPTS = ("launch_inference.sh", "run_tests.sh", "make_venv.sh", "requirements.
 CLASSIC = "MODEL_PATH PROMPT IMAGE_FILE_PATH MAX_TOKENS_TO_GENERATE TEMPERATURE TOP_P DO_SAMPLE ONLY_CPU".split()
 
 STAND_IN = """#!/usr/bin/env bash
-# Plays python, venv and pip. FAKE_VERSION=old is Python 3.9; FAKE_PIP=hang never finishes, FAKE_PIP=fail fails.
+# Plays python, venv and pip. FAKE_VERSION=old is Python 3.9; FAKE_PIP=hang never finishes, FAKE_PIP=fail fails,
+# FAKE_PIP=slow takes a second.
 echo "$(basename "$0"): $*" >>"$FAKE_LOG"
 case "$*" in
 *version_info*) [ "${FAKE_VERSION:-}" != old ] ;;
@@ -29,6 +30,7 @@ case "$*" in
     case "${FAKE_PIP:-}" in
     hang) echo started >"$FAKE_LOG.hang"; sleep 60 ;;
     fail) exit 1 ;;
+    slow) sleep 1 ;;
     esac ;;
 *) for argument in "$@"; do printf '[%s]\\n' "$argument"; done ;;
 esac
@@ -128,6 +130,16 @@ def test_interrupted_install_is_finished_by_the_next_run(clone, signum):
     assert len(installs(clone)) == 2
     run(clone, "launch_inference.sh")
     assert len(installs(clone)) == 2
+
+
+def test_of_two_first_runs_at_once_one_installs(clone):
+    folder, environment = clone
+    if shutil.which("flock") is None:
+        return
+    command = ["bash", str(folder / "launch_inference.sh"), "--json"]
+    both = [subprocess.Popen(command, env=environment | {"FAKE_PIP": "slow"}, stdout=subprocess.PIPE) for _ in range(2)]
+    assert [process.communicate(timeout=120)[0].endswith(b"[--json]\n") for process in both] == [True, True]
+    assert len(installs(clone)) == 1
 
 
 def test_a_venv_whose_python_is_gone_is_made_again(clone):
