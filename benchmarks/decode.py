@@ -1,0 +1,45 @@
+"""Decoding: milliseconds for one more token, batch 1, behind one picture and a short prompt.
+
+To say one token the processor reads every weight of the decoder once, and the output matrix, and does little else: two
+multiply-adds for each four bytes. So the floor is bytes / read bandwidth, and the way down is fewer bytes: int8 halves them,
+int4 halves them again. What a program does beyond that (a product that reads slowly, allocation, Python between the layers,
+a cache that grows by copying) is what stands between the floor and its number.
+
+The sides share one prompt. Each has read it once, and in turn they say the next few tokens. On the CPU, transformers is also
+measured with torch's oneDNN products switched off while decoding, which some processors like better.
+"""
+
+import json
+from functools import partial
+
+import turns
+
+
+def main() -> None:
+    options = turns.parse(__doc__)
+    config = json.loads((options.model / "config.json").read_text())
+    count = 2 if options.quick else 8
+    context = config["text_config"]["num_image_tokens"] + turns.PROMPT
+    floors = turns.Floors(options.device)
+    with turns.start(options.sides, options.model, options.device) as sides:
+        most = 1 + 2 * count * (options.rounds + 1)  # two ways share the answer of transformers
+        turns.require_same({name: side.ask("begin", context=context, most=most) for name, side in sides.items()})
+        ways = {name: partial(side.ask, "decode", count=count) for name, side in sides.items()}
+        if options.device == "cpu" and turns.THEIRS in sides:
+            ways["transformers bf16, mkldnn off"] = partial(sides[turns.THEIRS].ask, "decode", count=count, mkldnn=False)
+        seconds = turns.in_turn(ways, options.rounds)
+        floors.measure()
+    ours_bf16 = sides[turns.OURS].loaded["decoder_bytes"]  # transformers reads the same weights
+    read = {name: sides[name].loaded.get("decoder_bytes", ours_bf16) if name in sides else ours_bf16 for name in ways}
+    print(f"one token behind {context}, {count} tokens a turn; {floors.document()}")
+    rows = turns.compare(
+        {name: [value / count for value in values] for name, values in seconds.items()},
+        {name: floors.reading(read[name]) for name in ways},
+    )
+    for name, row in rows.items():
+        row["GB_per_s"] = round(read[name] / row["ms"]["median"] / 1e6, 2)
+    turns.finish(options, {"prompt": context, "tokens_a_turn": count, "floors": floors.document(), "ways": rows})
+
+
+if __name__ == "__main__":
+    main()

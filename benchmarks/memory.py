@@ -1,0 +1,47 @@
+"""Memory: the most bytes a process holds while it loads, reads a picture and a prompt and says a few tokens.
+
+VmHWM of the kernel, so that pages of mapped files count as soon as they are touched: what the machine must have for it. The
+floor is the bytes of the weights. Loading is where programs double: a copy in another dtype, a state dict beside the model. A
+quantised model is measured both ways, made from the bf16 files while loading and mapped in from its own.
+On CUDA the number is the most that torch had allocated there; main memory stands beside it.
+"""
+
+import json
+
+import turns
+
+
+def peak(name: str, model: object, device: str, context: int) -> tuple[turns.Side, dict]:
+    """A fresh process that loads and answers. Returns the ended side and its memory."""
+    side = turns.Side(name, model, device)
+    side.ask("begin", context=context, most=8)
+    side.ask("decode", count=7)
+    memory = side.ask("memory")
+    side.close()
+    return side, memory
+
+
+def main() -> None:
+    options = turns.parse(__doc__, rounds=1)
+    raw = json.loads((options.model / "config.json").read_text())
+    context = raw["text_config"]["num_image_tokens"] + turns.PROMPT
+    folders = {
+        turns.THEIRS: options.model, turns.OURS: options.model,
+        turns.INT8: options.model, f"{turns.INT8}, from its own file": turns.quantised(options.model, "int8", options.device),
+        turns.INT4: options.model, f"{turns.INT4}, from its own file": turns.quantised(options.model, "int4", options.device),
+    }  # fmt: skip
+    sides, rows = {}, {}
+    print(f"{'GB':34}{'peak':>8}{'weights':>9}{'of ' + turns.BASELINE:>22}")
+    for name, folder in folders.items():
+        sides[name], memory = peak(name.partition(",")[0], folder, options.device, context)
+        peaks = memory.get("cuda", memory["VmHWM"])
+        rows[name] = {key: round(value / 1e9, 3) for key, value in memory.items()} | {"peak_GB": round(peaks / 1e9, 3)}
+        rows[name]["ratio"] = round(peaks / 1e9 / rows[turns.BASELINE]["peak_GB"], 3)
+        if "model_bytes" in sides[name].loaded:
+            rows[name]["weights_GB"] = round(sides[name].loaded["model_bytes"] / 1e9, 3)
+        print(f"{name:34}{rows[name]['peak_GB']:8.2f}{rows[name].get('weights_GB', ''):>9}{rows[name]['ratio']:22.3f}")
+    turns.finish(options, {"prompt": context, "answer": 8, "ways": rows})
+
+
+if __name__ == "__main__":
+    main()

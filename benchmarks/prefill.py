@@ -1,0 +1,47 @@
+"""Prefill: milliseconds from pixels and prompt to the first token, and how much of it the vision tower takes.
+
+Every token is multiplied with every weight, some 2.5 billion multiply-adds for each of 266 tokens, so that here the weights are
+read once for many tokens and arithmetic is what counts. The floor is the number of multiply-adds / the rate of one large
+product, in the floating-point type that this machine is best at: a processor without bfloat16 instructions is faster in
+float32. int8 products can undercut that floor, since processors multiply small integers faster.
+
+"decoder" is the whole less the tower, round by round.
+"""
+
+import json
+from functools import partial
+
+import turns
+from machine import prefill_products
+from modeling_paligemma import PaliGemmaConfig
+
+
+def main() -> None:
+    options = turns.parse(__doc__)
+    raw = json.loads((options.model / "config.json").read_text())
+    config = PaliGemmaConfig.from_hf(raw)
+    context = config.num_image_tokens + turns.PROMPT
+    floors = turns.Floors(options.device)
+    names = [name for name in options.sides if name != turns.STATIC]  # compiling is for decoding
+    with turns.start(names, options.model, options.device) as sides:
+        ways = {name: partial(side.ask, "begin", context=context, most=1) for name, side in sides.items()}
+        towers = {name + "/tower": partial(side.ask, "tower") for name, side in sides.items()}
+        seconds = turns.in_turn(ways | towers, options.rounds)
+        floors.measure()
+    whole = {name: seconds[name] for name in sides}
+    tower = {name: seconds[name + "/tower"] for name in sides}
+    decoder = {name: [a - b for a, b in zip(whole[name], tower[name], strict=True)] for name in sides}
+    products = prefill_products(config, 1, context)
+    tower_products = prefill_products(config, 1, 0) - prefill_products(config, 0, 0)
+    results = {"prompt": context, "image_size": config.vision_config.image_size, "floors": floors.document()}
+    print(f"one picture of {results['image_size']} px, {context} tokens; {floors.document()}")
+    for part, part_seconds, count in (
+        ("whole", whole, products), ("tower", tower, tower_products), ("decoder", decoder, products - tower_products),
+    ):  # fmt: skip
+        print(f"\n{part}, {count / 1e9:.1f} G multiply-adds")
+        results[part] = turns.compare(part_seconds, dict.fromkeys(sides, floors.multiplying(count)))
+    turns.finish(options, results)
+
+
+if __name__ == "__main__":
+    main()

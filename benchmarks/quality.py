@@ -1,0 +1,81 @@
+"""Quantisation: what int8 and int4 cost in answers and in logits.
+
+Two measures. The demo checkpoint, which is trained, is asked its questions with demo/evaluate.py in each form: the share of
+right answers is what counts in the end. And at full size, the logits of each form are compared with those of float32 weights
+at the text positions of one prompt: the distance relative to the size of the logits (as rounding noise it adds up over layers),
+the divergence KL(float32 | form) in nats, and how often the best token is the same. Rounding to bfloat16, which everyone
+accepts, stands beside them as the yardstick, as does transformers' bfloat16. Weights drawn at random are the hard case for the
+distance, since nothing in them is redundant.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import turns
+
+POSITIONS = 64  # text tokens behind the picture
+
+
+def distance(reference: Tensor, logits: Tensor) -> dict:
+    """How far logits float32[L, V] are from the reference's."""
+    centred = reference - reference.mean(-1, keepdim=True)
+    gap = logits - logits.mean(-1, keepdim=True) - centred  # a constant added to all logits changes nothing
+    divergence = torch.nn.functional.kl_div(logits.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="none")
+    return {
+        "relative_distance": float(f"{(gap.norm() / centred.norm()).item():.3g}"),
+        "divergence": float(f"{divergence.sum(-1).mean().item():.3g}"),
+        "same_best": round((logits.argmax(-1) == reference.argmax(-1)).float().mean().item(), 4),
+    }
+
+
+def full_size(options: object, folder: Path) -> dict:
+    """The logits' distances, one form after another, so that only one model is in memory."""
+    config = json.loads((options.model / "config.json").read_text())
+    context = config["text_config"]["num_image_tokens"] + POSITIONS
+    rows, reference = {}, None
+    print(f"{'full size, logits':34}{'distance':>10}{'divergence':>12}{'same best':>11}")
+    for name in (turns.EXACT, *(name for name in options.sides if name != turns.STATIC)):
+        with turns.start([name], options.model, options.device) as sides:
+            sides[name].ask("logits", context=context, positions=POSITIONS, out=str(folder / "logits.pt"))
+        logits = torch.load(folder / "logits.pt")
+        reference = logits if reference is None else reference
+        rows[name] = distance(reference, logits)
+        print(f"{name:34}{rows[name]['relative_distance']:10.3g}{rows[name]['divergence']:12.3g}{rows[name]['same_best']:11.1%}")
+    return rows
+
+
+def demo(options: object) -> dict:
+    """The demo checkpoint's scores in each form."""
+    rows = {}
+    print(f"\n{'demo checkpoint':34}{'answers':>10}{'captions':>12}{'detect':>11}")
+    for name in (name for name in options.sides if name in (turns.OURS, turns.INT8, turns.INT4)):
+        kind = name.split()[1]
+        command = [sys.executable, str(turns.HERE.parent / "demo" / "evaluate.py"), "--model", str(options.demo)]
+        command += ["--count", str(options.count), "--device", options.device]
+        command += ["--dtype", "bf16"] if name == turns.OURS else ["--quantize", kind]
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        scores = json.loads(output.splitlines()[-1])
+        rows[name] = {key: scores[key] for key in ("answer", "caption", "detect", "questions")}
+        print(f"{name:34}{rows[name]['answer']:10.1%}{rows[name]['caption']:12.1%}{rows[name]['detect']:11.3f}")
+    return rows
+
+
+def main() -> None:
+    bundled = turns.HERE.parent / "demo" / "checkpoint"
+    count = {"type": int, "default": 300, "help": "pictures that the demo checkpoint is asked about; 0 = none"}
+    options = turns.parse(__doc__, rounds=1, flags={"--demo": {"type": Path, "default": bundled}, "--count": count})
+    with tempfile.TemporaryDirectory() as folder:
+        results = {"logits": full_size(options, Path(folder))}
+    if options.count:
+        results["demo"] = demo(options)
+    turns.finish(options, results)
+
+
+if __name__ == "__main__":
+    main()

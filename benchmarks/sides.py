@@ -1,0 +1,284 @@
+"""One side of a measurement, `ours` or `transformers`, in a process of its own that does what it is told, line by line.
+
+    echo '{"do": "load", "model": "/tmp/paligemma-3b"}
+          {"do": "begin", "context": 266, "most": 16}
+          {"do": "decode", "count": 15}' | python benchmarks/sides.py transformers
+
+Every line names a method below and its arguments; the answer is one line of JSON with seconds and tokens. Both models stay in
+memory, each in its process, and a parent (turns.py) lets them work in turn, so that whatever slows the machine slows both.
+Both use their usual way: our generate, their generate, and nothing that a user would not write.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import queue
+import random
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import machine  # noqa: E402  (the project's folder comes first)
+
+machine.use_cores()  # both sides get the same threads
+
+import torch  # noqa: E402  (after the number of threads is set)
+
+NEWLINE = 108  # ends a prompt; the same in every tokenizer of the family
+WORDS = range(500, 2000)  # ids that are ordinary pieces in a full-size tokenizer and in a tiny one
+
+
+def make_rows(config: dict, rows: int, context: int, seed: int) -> dict:
+    """Rows of `context` tokens each, as a processor makes them: one picture of noise, bos, random words, newline.
+
+    Args:
+        config: config.json. Returns: input_ids, attention_mask, token_type_ids int64[B, L], pixel_values float32[B, 3, R, R].
+    """
+    vision, draw = config["vision_config"], random.Random(seed)
+    side = vision.get("image_size", 224)
+    patches = (side // vision["patch_size"]) ** 2
+    if context < patches + 2:
+        raise ValueError(f"a context of {context} tokens cannot hold {patches} picture tokens, bos and newline.")
+    ids = [
+        [config["image_token_index"]] * patches + [config["bos_token_id"]]
+        + draw.choices(WORDS, k=context - patches - 2) + [NEWLINE]
+        for _ in range(rows)
+    ]  # fmt: skip
+    input_ids = torch.tensor(ids)
+    noise = torch.Generator().manual_seed(seed)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "token_type_ids": torch.zeros_like(input_ids),
+        "pixel_values": torch.rand(rows, 3, side, side, generator=noise) * 2 - 1,
+    }
+
+
+class Side:
+    """What both sides share: the questions they are asked and how an answer is timed."""
+
+    def __init__(self, device: str, **options: object):
+        self.device = torch.device(device)
+        self.options = options
+        self.tokens: Generator[int] = (token for token in ())
+
+    def load(self, model: str) -> dict:
+        """Weights in, ready to answer."""
+        self.folder = Path(model)
+        self.config = json.loads((self.folder / "config.json").read_text())
+        start = time.perf_counter()
+        self.model = self.load_model()
+        self.wait()
+        return {"seconds": time.perf_counter() - start}
+
+    def begin(self, context: int, most: int, seed: int = 0) -> dict:
+        """Time to the first token of a row of `context` tokens; the answer, up to `most` tokens, then waits for `decode`."""
+        self.tokens.close()
+        inputs = make_rows(self.config, 1, context, seed)
+        start = time.perf_counter()
+        self.tokens = self.answer({key: tensor.to(self.device) for key, tensor in inputs.items()}, most)
+        return self.take(1, start)
+
+    def decode(self, count: int) -> dict:
+        """The next tokens of the answer that `begin` began."""
+        return self.take(count, time.perf_counter())
+
+    def take(self, count: int, start: float) -> dict:
+        tokens = list(itertools.islice(self.tokens, count))
+        self.wait()
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+    def tower(self) -> dict:
+        """One picture through vision tower and projector."""
+        patches = self.config["vision_config"]["num_image_tokens"]
+        pixels = make_rows(self.config, 1, patches + 2, 0)["pixel_values"].to(self.device)
+        start = time.perf_counter()
+        with torch.no_grad():
+            self.encode(pixels)
+        self.wait()
+        return {"seconds": time.perf_counter() - start}
+
+    def batch(self, rows: int, lengths: list[int], context: int) -> dict:
+        """Captions of as many pictures as there are `lengths`, each as long as its length says, `rows` at a time."""
+        inputs = make_rows(self.config, len(lengths), context, 0)
+        start = time.perf_counter()
+        tokens = self.caption(inputs, rows, lengths)
+        self.wait()
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+    def logits(self, context: int, positions: int, out: str) -> dict:
+        """Saves the logits at the last positions of a row, float32[positions, V], as a tensor."""
+        inputs = make_rows(self.config, 1, context, 0)
+        with torch.no_grad():
+            torch.save(self.forward(inputs)[0, -positions:].float().cpu(), out)
+        return {}
+
+    def memory(self) -> dict:
+        """The most bytes this process had in memory, mapped pages of files included, and what is there now."""
+        lines = Path("/proc/self/status").read_text().splitlines()
+        status = {line.split(":")[0]: line.split()[1] for line in lines if line.endswith("kB")}
+        found = {key: int(status[key]) * 1024 for key in ("VmHWM", "VmRSS", "RssAnon", "RssFile")}
+        if self.device.type == "cuda":
+            found["cuda"] = torch.cuda.max_memory_allocated()
+        return found
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class Ours(Side):
+    """This project. Options: dtype, quantize."""
+
+    def load_model(self) -> torch.nn.Module:
+        from weights import load_model
+
+        return load_model(self.folder, device=self.device, dtype=self.options["dtype"], quantize=self.options["quantize"])
+
+    def load(self, model: str) -> dict:
+        reply = super().load(model)
+        parts = {"decoder_bytes": self.model.language_model, "model_bytes": self.model}
+        return reply | {key: sum(tensor.nbytes for tensor in part.state_dict().values()) for key, part in parts.items()}
+
+    def save(self, out: str) -> dict:
+        """Writes the model as it is, quantised or not, and the files of the processor beside it."""
+        from weights import save_model
+
+        save_model(self.model, Path(out))
+        for file in self.folder.glob("*.json"):
+            if file.name not in ("config.json", "model.safetensors.index.json"):
+                shutil.copy(file, out)
+        return {}
+
+    def answer(self, inputs: dict, most: int) -> Generator[int]:
+        from generation import generate
+
+        return (int(tokens) for tokens in generate(self.model, inputs, max_new_tokens=most))
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model.encode_images(pixels)
+
+    def forward(self, inputs: dict) -> torch.Tensor:
+        return self.model(**inputs)
+
+    def caption(self, inputs: dict, rows: int, lengths: list[int]) -> list[list[int]]:
+        """generate_many, but that a row ends at a length of its own: a random model says no eos."""
+        from generation import Decoder, Sampling, refill, split_rows
+
+        class Measured(Decoder):
+            def is_finished(self, row: object) -> bool:
+                return len(row.token_ids) >= lengths[row.index]
+
+        decoder = Measured(self.model, rows, max(lengths), Sampling(), None)
+        answers = refill(decoder, enumerate(split_rows(inputs, self.model.config)))
+        return [answer.token_ids for answer in sorted(answers, key=lambda answer: answer.index)]
+
+
+class Turnstile:
+    """A streamer that makes transformers' generate wait after each token until the next is asked for."""
+
+    def __init__(self):
+        self.tokens: queue.Queue = queue.Queue()
+        self.permits = threading.Semaphore(0)
+        self.is_closed = False
+        self.has_seen_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.has_seen_prompt:
+            self.has_seen_prompt = True
+            return
+        self.tokens.put(int(value))
+        self.permits.acquire()
+        if self.is_closed:
+            raise SystemExit  # ends the thread, silently
+
+    def end(self) -> None:
+        """Called by generate when the answer is whole, as `run` is about to say."""
+
+    def run(self, generate: Callable, inputs: dict, most: int) -> None:
+        try:
+            generate(inputs, max_new_tokens=most, streamer=self)
+        finally:
+            self.tokens.put(None)
+
+
+class Transformers(Side):
+    """transformers in bfloat16, out of the box. Options: static = a static cache, which makes generate compile on CUDA."""
+
+    def load_model(self) -> torch.nn.Module:
+        from transformers import PaliGemmaForConditionalGeneration
+
+        return PaliGemmaForConditionalGeneration.from_pretrained(self.folder, dtype=torch.bfloat16).to(self.device).eval()
+
+    def generate(self, inputs: dict, **options: object) -> torch.Tensor:
+        if self.options["static"]:
+            options["cache_implementation"] = "static"
+        return self.model.generate(**inputs, do_sample=False, eos_token_id=None, **options)
+
+    def answer(self, inputs: dict, most: int) -> Generator[int]:
+        turnstile = Turnstile()
+        thread = threading.Thread(target=turnstile.run, args=(self.generate, inputs, most))
+        thread.start()
+        try:
+            while (token := turnstile.tokens.get()) is not None:
+                yield token
+                turnstile.permits.release()
+        finally:
+            turnstile.is_closed = True
+            turnstile.permits.release()
+            thread.join()
+
+    def decode(self, count: int, mkldnn: bool = True) -> dict:
+        """As above; without mkldnn torch takes its own kernels, which are faster for one row on some processors."""
+        torch.backends.mkldnn.enabled = mkldnn
+        reply = super().decode(count)
+        torch.backends.mkldnn.enabled = True
+        return reply
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model.get_image_features(pixels)
+
+    def forward(self, inputs: dict) -> torch.Tensor:
+        return self.model(**inputs).logits
+
+    def caption(self, inputs: dict, rows: int, lengths: list[int]) -> list[list[int]]:
+        """Padded batches, one after another; a row that has its length stops, the batch goes on to its longest."""
+        answers: list[list[int]] = []
+        for first in range(0, len(lengths), rows):
+            limits = torch.tensor(lengths[first : first + rows], device=self.device)
+            part = {key: tensor[first : first + rows].to(self.device) for key, tensor in inputs.items()}
+            prompt = part["input_ids"].shape[1]
+            stop = [lambda ids, _, limits=limits, prompt=prompt: ids.shape[1] - prompt >= limits]
+            output = self.generate(part, max_new_tokens=int(limits.max()), stopping_criteria=stop)
+            answers += [row[:limit].tolist() for row, limit in zip(output[:, prompt:], limits, strict=True)]
+        return answers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("side", choices=("ours", "transformers"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="ours only")
+    parser.add_argument("--dtype", help="ours only; as stored if not given")
+    parser.add_argument("--static", action="store_true", help="transformers only")
+    options = vars(parser.parse_args())
+    side = {"ours": Ours, "transformers": Transformers}[options.pop("side")](**options)
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints must not stand among the answers
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        reply = getattr(side, arguments.pop("do"))(**arguments)
+        answers.write(json.dumps(reply) + "\n")
+        answers.flush()
+    side.tokens.close()
+
+
+if __name__ == "__main__":
+    main()

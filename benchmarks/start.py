@@ -1,0 +1,69 @@
+"""Start: seconds from starting the process to the first token of an answer about a picture file, files in the page cache.
+
+What a user waits for who asks one question: interpreter, imports, tokenizer, weights, picture, vision tower, prompt. Ours is
+the command line, `python inference.py ... --max_tokens_to_generate 1 --json`; theirs is the shortest script that does the same
+with AutoProcessor, from_pretrained and generate, printed below it (THEIRS). The clock runs from the start of the process to the
+line that has the token. "import torch" alone is the least that either could take. A quantised model starts from its own file,
+as save_model wrote it.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import turns
+
+PROMPT = "caption en"
+THEIRS = """
+import json, sys
+from PIL import Image
+from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
+
+folder, picture, prompt, device = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(folder)
+model = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype="auto").to(device)
+inputs = processor(images=Image.open(picture).convert("RGB"), text="<image>" + prompt, return_tensors="pt").to(device)
+output = model.generate(**inputs, max_new_tokens=1, do_sample=False)
+print(json.dumps({"token_ids": output[0, inputs["input_ids"].shape[1] :].tolist()}), flush=True)
+"""
+
+
+def first_line(command: list[str]) -> dict:
+    """Runs a program. Returns seconds to its first line of output and, if that is JSON, the tokens in it."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    line = process.stdout.readline()
+    seconds = time.perf_counter() - start
+    errors = process.communicate()[1]
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with exit code {process.returncode}:\n{errors}")
+    return {"seconds": seconds} | ({"tokens": json.loads(line)["token_ids"]} if line.startswith("{") else {})
+
+
+def main() -> None:
+    picture = turns.HERE.parent / "examples" / "cat.png"
+    options = turns.parse(__doc__, flags={"--picture": {"type": Path, "default": picture}})
+    python, ways = [sys.executable, "-c"], {}
+    for name in options.sides:
+        if name == turns.THEIRS:
+            command = [*python, THEIRS, str(options.model), str(options.picture), PROMPT, options.device]
+        elif name in (turns.OURS, turns.INT8, turns.INT4):
+            kind = name.split()[1]
+            folder = options.model if name == turns.OURS else turns.quantised(options.model, kind, options.device)
+            flags = {"model_path": folder, "image_file_path": options.picture, "prompt": PROMPT, "device": options.device}
+            command = [sys.executable, str(turns.HERE.parent / "inference.py"), "--json", "--max_tokens_to_generate=1"]
+            command += [f"--{flag}={value}" for flag, value in flags.items()]
+        else:
+            continue  # a static cache begins to pay after the first token
+        ways[name] = partial(first_line, command)
+    ways["import torch"] = partial(first_line, [*python, "import torch; print(torch.__version__)"])
+    seconds = turns.in_turn(ways, options.rounds)
+    rows = turns.compare(seconds, scale=1, unit="s")
+    turns.finish(options, {"ways": rows})
+
+
+if __name__ == "__main__":
+    main()
