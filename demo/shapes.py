@@ -1,0 +1,305 @@
+"""Draws scenes of coloured shapes and asks questions about them: what the demo checkpoint learns from and is measured on.
+
+    python demo/shapes.py --out DIR --count N --seed S      N pictures and DIR/annotations.jsonl, one question a line
+
+A scene has one to four shapes that do not touch, on a flat, graded, striped or noisy background. Every question has exactly one
+right answer, and the picture decides it:
+- no two shapes stand in the same column, so "from left to right", the order of captions and of boxes, is never in doubt;
+- "the circle" is asked about only where there is one circle;
+- "where" is asked only of shapes that lie well inside one of the nine fields of a 3 x 3 grid.
+
+The same seed draws the same scenes. Coordinates are fractions of the picture's side, x to the right, y down. numpy and PIL only.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLORS = {
+    "red": (215, 35, 40), "orange": (245, 140, 25), "yellow": (245, 222, 45), "green": (45, 160, 65),
+    "blue": (45, 85, 220), "purple": (140, 55, 185), "black": (18, 18, 20), "white": (248, 248, 246),
+}  # fmt: skip
+KINDS = ("circle", "square", "triangle", "star", "heart", "cross")
+SMALLEST, LARGEST = 0.17, 0.36  # side of a shape's box
+GAP = 0.02  # least distance of two boxes
+COLUMN_GAP = 0.08  # least horizontal distance of two centres
+FIELD_MARGIN = 0.04  # least distance of a centre from the lines of the 3 x 3 grid, for "where"
+SUPERSAMPLING = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    kind: str
+    color: str
+    rgb: tuple[int, int, int]
+    x: float  # left edge
+    y: float  # upper edge
+    side: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.color} {self.kind}"
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """y_min, x_min, y_max, x_max: the order of PaliGemma's <loc> tokens."""
+        return self.y, self.x, self.y + self.side, self.x + self.side
+
+    @property
+    def center(self) -> tuple[float, float]:
+        return self.x + self.side / 2, self.y + self.side / 2
+
+
+@dataclass(frozen=True)
+class Scene:
+    shapes: tuple[Shape, ...]  # from left to right
+    background: str  # flat, graded, striped or noisy
+    tones: tuple[tuple[int, int, int], tuple[int, int, int]]  # its two colours
+    angle: float  # of the gradient or the stripes, radians
+    waves: float  # stripes across the picture
+    noise_seed: int
+
+
+@cache
+def outline(kind: str) -> np.ndarray:
+    """The corners of a shape, float[N, 2] as x and y, scaled so that it touches all four sides of the unit square."""
+    if kind == "square":
+        points = np.array([(0, 0), (1, 0), (1, 1), (0, 1)], dtype=float)
+    elif kind == "triangle":
+        points = np.array([(0.5, 0), (1, 1), (0, 1)], dtype=float)
+    elif kind == "cross":
+        a, b = 0.32, 0.68
+        points = np.array([(a, 0), (b, 0), (b, a), (1, a), (1, b), (b, b), (b, 1), (a, 1), (a, b), (0, b), (0, a), (a, a)])
+    elif kind == "star":
+        angle = np.arange(10) * np.pi / 5
+        radius = np.where(np.arange(10) % 2, 0.42, 1.0)
+        points = np.stack([radius * np.sin(angle), -radius * np.cos(angle)], axis=1)
+    elif kind == "heart":
+        t = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+        height = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+        points = np.stack([16 * np.sin(t) ** 3, -height], axis=1)
+    elif kind == "circle":
+        t = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+        points = np.stack([np.cos(t), np.sin(t)], axis=1)
+    else:
+        raise ValueError(f"kind is {kind!r}; one of {', '.join(KINDS)} is needed.")
+    low, high = points.min(axis=0), points.max(axis=0)
+    return (points - low) / (high - low)
+
+
+def place(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
+    """x, y and side of `count` boxes that keep their distance, from left to right. Draws until it fits."""
+    while True:
+        largest = LARGEST if count < 4 else 0.3
+        side = rng.uniform(SMALLEST, largest, count)
+        x, y = rng.uniform(0.01, 0.99 - side), rng.uniform(0.01, 0.99 - side)
+        order = np.argsort(x + side / 2)
+        x, y, side = x[order], y[order], side[order]
+        if (np.diff(x + side / 2) < COLUMN_GAP).any():
+            continue
+        pairs = [(i, j) for i in range(count) for j in range(i)]
+        gaps = ((x[j] - x[i] - side[i], x[i] - x[j] - side[j], y[j] - y[i] - side[i], y[i] - y[j] - side[j]) for i, j in pairs)
+        if all(max(gap) >= GAP for gap in gaps):
+            return [(float(a), float(b), float(c)) for a, b, c in zip(x, y, side, strict=True)]
+
+
+def make_scene(rng: np.random.Generator) -> Scene:
+    """A random scene. A third of the shapes repeat the kind or colour of one before, so that there is something to count."""
+    boxes = place(rng, int(rng.integers(1, 5)))
+    shapes: list[Shape] = []
+    for x, y, side in boxes:
+        kind, color = str(rng.choice(KINDS)), str(rng.choice(list(COLORS)))
+        if shapes and rng.random() < 0.35:
+            other = shapes[rng.integers(len(shapes))]
+            kind, color = (other.kind, color) if rng.random() < 0.6 else (kind, other.color)
+        rgb = np.clip(np.array(COLORS[color]) + rng.integers(-14, 15, 3), 0, 255)
+        shapes.append(Shape(kind, color, tuple(rgb.tolist()), x, y, side))
+    while True:  # two dull tones, neither close to the colour of a shape
+        tone = rng.uniform(55, 225) + rng.uniform(-28, 28, 3)
+        tones = np.clip(np.stack([tone, tone + rng.uniform(-30, 30) + rng.uniform(-12, 12, 3)]), 0, 255)
+        used = np.array([shape.rgb for shape in shapes])
+        if np.linalg.norm(used[:, None] - tones, axis=-1).min() > 85:
+            break
+    background = str(rng.choice(["flat", "graded", "striped", "noisy"]))
+    first, second = (tuple(tone.astype(int).tolist()) for tone in tones)
+    angle, waves = float(rng.uniform(0, 2 * np.pi)), float(rng.uniform(3, 9))
+    return Scene(tuple(shapes), background, (first, second), angle, waves, int(rng.integers(2**31)))
+
+
+def draw_background(scene: Scene, size: int) -> Image.Image:
+    """The picture before there are shapes on it."""
+    first, second = (np.array(tone, dtype=np.float32) for tone in scene.tones)
+    if scene.background == "flat":
+        return Image.new("RGB", (size, size), scene.tones[0])
+    if scene.background == "noisy":
+        share = np.random.default_rng(scene.noise_seed).random((size, size), dtype=np.float32)
+    else:
+        place = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
+        along = place * np.cos(scene.angle) + place[:, None] * np.sin(scene.angle)  # -0.71 to 0.71
+        share = along / 1.42 + 0.5
+        if scene.background == "striped":
+            share = np.clip(0.5 + 3 * np.sin(2 * np.pi * scene.waves * along), 0, 1)
+    pixels = first + (second - first) * share[..., None]
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def draw(scene: Scene, size: int = 224) -> Image.Image:
+    """The scene as an RGB picture of `size` x `size` pixels, edges smoothed."""
+    picture = draw_background(scene, size)
+    for shape in scene.shapes:
+        left, top = int(shape.x * size), int(shape.y * size)
+        side = int(np.ceil((max(shape.x, shape.y) % (1 / size) + shape.side) * size)) + 1
+        corners = outline(shape.kind) * shape.side * size + (shape.x * size - left, shape.y * size - top)
+        mask = Image.new("L", (side * SUPERSAMPLING, side * SUPERSAMPLING))
+        # PIL fills the pixels that a corner lies in: half a small pixel less on each side keeps the shape inside its box.
+        ImageDraw.Draw(mask).polygon([tuple(point) for point in corners * SUPERSAMPLING - 0.5], fill=255)
+        picture.paste(shape.rgb, (left, top), mask.reduce(SUPERSAMPLING))
+    return picture
+
+
+def article(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def only_one(shapes: tuple[Shape, ...], rng: np.random.Generator, *, by: tuple[str, ...]) -> tuple[Shape, str] | None:
+    """A shape and a word that means no other: its kind ("circle"), color ("red shape") or name ("red circle"), as `by` allows."""
+    words = {"kind": lambda shape: shape.kind, "color": lambda shape: f"{shape.color} shape", "name": lambda shape: shape.name}
+    found = []
+    for way in by:
+        said = [words[way](shape) for shape in shapes]
+        found += [(shape, word) for shape, word in zip(shapes, said, strict=True) if said.count(word) == 1]
+    return found[rng.integers(len(found))] if found else None
+
+
+def ask_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:  # noqa: ARG001 (every question has one form)
+    names = [article(shape.name) for shape in scene.shapes]
+    return "caption en", ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
+
+
+def ask_color(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    found = only_one(scene.shapes, rng, by=("kind",))
+    return found and (f"answer en what color is the {found[1]}?", found[0].color)
+
+
+def ask_shape(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    found = only_one(scene.shapes, rng, by=("color",))
+    return found and (f"answer en what shape is {found[0].color}?", found[0].kind)
+
+
+def ask_count(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    asked = rng.integers(3)
+    if asked == 0:
+        return "answer en how many shapes are there?", str(len(scene.shapes))
+    pick = scene.shapes[rng.integers(len(scene.shapes))]
+    if asked == 1:
+        kind = pick.kind if rng.random() < 0.8 else str(rng.choice(KINDS))
+        plural = kind + "es" if kind == "cross" else kind + "s"
+        return f"answer en how many {plural} are there?", str(sum(shape.kind == kind for shape in scene.shapes))
+    color = pick.color if rng.random() < 0.8 else str(rng.choice(list(COLORS)))
+    return f"answer en how many {color} shapes are there?", str(sum(shape.color == color for shape in scene.shapes))
+
+
+def ask_exists(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    """Half the answers are yes; half of the others are almost right, a kind and a colour that are there, but not together."""
+    pick = scene.shapes[rng.integers(len(scene.shapes))]
+    there = {word for shape in scene.shapes for word in (shape.kind, f"{shape.color} shape", shape.name)}
+    if rng.random() < 0.5:
+        word = str(rng.choice([pick.kind, f"{pick.color} shape", pick.name, pick.name]))
+    else:
+        absent = [word for word in KINDS if word not in there], [word for word in COLORS if f"{word} shape" not in there]
+        near = [f"{color} {pick.kind}" for color in COLORS] + [f"{pick.color} {kind}" for kind in KINDS]
+        near += [f"{color} {kind}" for color in {s.color for s in scene.shapes} for kind in {s.kind for s in scene.shapes}] * 3
+        near = [word for word in near if word not in there]
+        way = rng.integers(4)
+        word = str(rng.choice(near) if way >= 2 else rng.choice(absent[way])) + (" shape" if way == 1 else "")
+    return f"answer en is there {article(word)}?", "yes" if word in there else "no"
+
+
+def ask_where(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    found = only_one(scene.shapes, rng, by=("kind", "color", "name"))
+    if not found:
+        return None
+    shape, word = found
+    if any(abs(v - line) < FIELD_MARGIN for v in shape.center for line in (1 / 3, 2 / 3)):
+        return None
+    column, row = (int(v * 3) for v in shape.center)
+    words = [("top", "", "bottom")[row], ("left", "", "right")[column]]
+    return f"answer en where is the {word}?", " ".join(filter(None, words)) or "center"
+
+
+def loc(v: float) -> str:
+    """A coordinate from 0 to 1 as one of the 1024 tokens."""
+    return f"<loc{min(max(round(v * 1023), 0), 1023):04d}>"
+
+
+def ask_detect(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    """One word, two, or all shapes. Boxes come in the order of the words and, for one word, from left to right."""
+    way = rng.random()
+    pick = scene.shapes[rng.integers(len(scene.shapes))]
+    if way < 0.25:
+        words = ["shape"]
+    elif way < 0.5:
+        words = [pick.kind]
+    elif way < 0.75:
+        words = [pick.name]
+    else:
+        names = sorted({shape.name for shape in scene.shapes})
+        words = [str(name) for name in rng.permutation(names)[:2]]
+    boxes = []
+    for word in words:
+        named = [shape for shape in scene.shapes if word in ("shape", shape.kind, shape.name)]
+        boxes += ["".join(loc(v) for v in shape.box) + f" {word}" for shape in named]
+    return "detect " + " ; ".join(words), " ; ".join(boxes)
+
+
+QUESTIONS: dict[str, Callable[[Scene, np.random.Generator], tuple[str, str] | None]] = {
+    "caption": ask_caption, "color": ask_color, "shape": ask_shape, "count": ask_count, "exists": ask_exists,
+    "where": ask_where, "detect": ask_detect,
+}  # fmt: skip
+
+
+def ask(scene: Scene, rng: np.random.Generator, kinds: list[str]) -> list[tuple[str, str]]:
+    """Questions (prefix, suffix) of these kinds, in this order; kinds that the scene cannot answer and repeats are left out."""
+    found = dict.fromkeys(QUESTIONS[kind](scene, rng) for kind in kinds)
+    return [question for question in found if question is not None]
+
+
+def write(out: Path, count: int, seed: int, size: int) -> None:
+    """Pictures 000000.png, ... and annotations.jsonl, which appears last and whole."""
+    out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for index in range(count):
+        rng = np.random.default_rng([seed, index])
+        scene = make_scene(rng)
+        name = f"{index:06d}.png"
+        draw(scene, size).save(out / f"{name}.part", format="png")
+        os.replace(out / f"{name}.part", out / name)
+        for prefix, suffix in ask(scene, rng, [*QUESTIONS, "count", "exists", "detect"]):
+            lines.append(json.dumps({"image": name, "prefix": prefix, "suffix": suffix}))
+    part = out / "annotations.jsonl.part"
+    part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    os.replace(part, out / "annotations.jsonl")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draws scenes of coloured shapes and questions about them.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures and annotations.jsonl")
+    parser.add_argument("--count", type=int, default=100, help="number of pictures")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same pictures")
+    parser.add_argument("--size", type=int, default=224, help="side of a picture in pixels")
+    options = parser.parse_args()
+    if options.count < 0 or options.seed < 0 or options.size < 16:
+        parser.error("--count and --seed start at 0, --size at 16.")
+    write(options.out, options.count, options.seed, options.size)
+    print(f"{options.count} pictures and their questions are in {options.out}.")
+
+
+if __name__ == "__main__":
+    main()

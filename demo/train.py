@@ -1,0 +1,492 @@
+"""Trains the demo checkpoint."""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor, distributed, multiprocessing, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+
+import shapes  # noqa: E402
+from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask  # noqa: E402
+from modeling_siglip import SiglipVisionConfig, SiglipVisionModel  # noqa: E402
+from tokenizer import make_tokenizer, write_files  # noqa: E402
+
+VISION = {
+    "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 3, "image_size": 112,
+    "patch_size": 14,
+}  # fmt: skip
+TEXT = {
+    "model_type": "gemma", "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 3,
+    "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 512,
+}  # fmt: skip
+QUESTIONS = {"caption": 1, "color": 1, "shape": 1, "count": 2, "exists": 2, "where": 2, "detect": 2}  # tries a picture
+GRID = VISION["image_size"] // VISION["patch_size"]
+DRAWN_SIZES = (112, 112, 160, 224)
+IS_COVERED = 0.25  # a patch belongs to a shape whose box covers that much of it
+COLORS, KINDS = list(shapes.COLORS), list(shapes.KINDS)
+
+
+def pixels_of(scene: shapes.Scene, rng: np.random.Generator) -> np.ndarray:
+    """uint8[3, R, R], as the processor makes them: drawn at some size, resized by PIL's bicubic filter."""
+    side = VISION["image_size"]
+    picture = shapes.draw(scene, int(rng.choice(DRAWN_SIZES)))
+    if picture.width != side:
+        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+    return np.asarray(picture).transpose(2, 0, 1)
+
+
+def patch_targets(scene: shapes.Scene) -> tuple[np.ndarray, np.ndarray]:
+    """What the patch head has to say of each patch: int64[P, 4] = covered, colour, kind, rank; float32[P, 4] = box - centre."""
+    edge = np.arange(GRID) / GRID
+    centre = edge + 0.5 / GRID
+    words = np.zeros((GRID, GRID, 4), dtype=np.int64)
+    boxes = np.zeros((GRID, GRID, 4), dtype=np.float32)
+    best = np.full((GRID, GRID), IS_COVERED)
+    for rank, shape in enumerate(scene.shapes):
+        top, left, bottom, right = shape.box
+        rows = np.clip(np.minimum(edge + 1 / GRID, bottom) - np.maximum(edge, top), 0, None) * GRID
+        columns = np.clip(np.minimum(edge + 1 / GRID, right) - np.maximum(edge, left), 0, None) * GRID
+        share = rows[:, None] * columns
+        mine = share >= best
+        best = np.where(mine, share, best)
+        words[mine] = 1, COLORS.index(shape.color), KINDS.index(shape.kind), rank
+        offsets = np.stack(
+            np.broadcast_arrays(top - centre[:, None], left - centre, bottom - centre[:, None], right - centre), axis=-1
+        )
+        boxes[mine] = offsets[mine]
+    return words.reshape(-1, 4), boxes.reshape(-1, 4)
+
+
+class PatchHead(nn.Linear):
+    """Thrown away after training: from a patch's vector, which shape covers it. Teaches the tower faster than answers do."""
+
+    sizes = (1, len(COLORS), len(KINDS), 4, 4)
+
+    def __init__(self, width: int):
+        super().__init__(width, sum(self.sizes))
+
+    def loss(self, x: Tensor, words: Tensor, boxes: Tensor) -> tuple[Tensor, dict[str, float]]:
+        covered, color, kind, rank, box = self(x).float().split(self.sizes, dim=-1)
+        is_covered = words[..., 0].bool()
+        loss = F.binary_cross_entropy_with_logits(covered[..., 0], words[..., 0].float())
+        right = {}
+        for index, (name, logits) in enumerate((("color", color), ("kind", kind), ("rank", rank)), start=1):
+            loss = loss + F.cross_entropy(logits[is_covered], words[..., index][is_covered])
+            right[name] = (logits[is_covered].argmax(-1) == words[..., index][is_covered]).float().mean().item()
+        distance = (box[is_covered] - boxes[is_covered]).abs()
+        right["box_px"] = distance.mean().item() * VISION["image_size"]
+        return loss + F.smooth_l1_loss(box[is_covered] * 10, boxes[is_covered] * 10, beta=0.2), right
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: each matrix moves in all its directions alike (Jordan, 2024: kellerjordan.github.io/posts/muon).
+
+    As torch.optim.Muon, but in float32, since bfloat16 is slow on a CPU, and for all matrices of one shape at a time.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @staticmethod
+    def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
+        """The nearest matrices whose singular values are all about 1, by Newton and Schulz's iteration; x is [N, r, c]."""
+        is_tall = x.shape[1] > x.shape[2]
+        x = x.mT if is_tall else x
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+        return x.mT if is_tall else x
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes_seen: dict[tuple, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes_seen.setdefault(tuple(parameter.shape), []).append(parameter)
+            for (rows, columns), alike in shapes_seen.items():
+                pushes = []
+                for parameter in alike:
+                    speed = self.state[parameter].setdefault("speed", torch.zeros_like(parameter))
+                    speed.lerp_(parameter.grad, 1 - group["momentum"])
+                    pushes.append(parameter.grad.lerp(speed, group["momentum"]))
+                moves = torch.zeros(len(alike), rows, columns)  # each process does its share; the sum has them all
+                mine = slice(distributed.get_rank(), None, distributed.get_world_size())
+                moves[mine] = self.orthogonalise(torch.stack(pushes)[mine]) * max(1, rows / columns) ** 0.5
+                distributed.all_reduce(moves)
+                for parameter, move in zip(alike, moves, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(move, alpha=group["lr"])
+
+
+class Trainer:
+    """Two optimisers, a learning rate that follows the clock, a log.
+
+    Muon moves the matrices of the layers, AdamW all else. In the joint phases the tower, which knows its trade, moves slowly.
+    """
+
+    def __init__(self, modules: nn.Module, options: argparse.Namespace):
+        self.seconds, self.start, self.steps, self.progress = options.minutes * 60, time.monotonic(), 0, 0.0
+        self.final = options.final
+        self.parameters = [p for p in modules.parameters() if p.requires_grad]
+        groups: dict[tuple[bool, bool], list] = {}
+        for name, p in modules.named_parameters():
+            groups.setdefault((p.dim() == 2 and ".layers." in name, "vision_tower" in name), []).append(p)
+        self.optimisers = []
+        for (is_matrix, is_tower), parameters in groups.items():
+            peak = (options.muon_lr if is_matrix else options.adam_lr) * (options.tower_rate if is_tower else 1)
+            if is_matrix:
+                self.optimisers.append((peak, Muon(parameters, peak, weight_decay=0.01)))
+            else:
+                self.optimisers.append((peak, torch.optim.AdamW(parameters, peak, betas=(0.9, 0.98), weight_decay=0.01)))
+
+    @property
+    def clock(self) -> float:
+        return (time.monotonic() - self.start) / self.seconds
+
+    def step(self, loss: Tensor) -> None:
+        """One update with the mean gradient of all processes.
+
+        The rate rises during the first 3 % of the time, stays until 40 %, and falls to `final` of it at the end.
+        """
+        loss.backward()
+        grads = [p.grad for p in self.parameters]
+        flat = torch.cat([torch.full((1,), self.clock), *(grad.flatten() for grad in grads)]) / distributed.get_world_size()
+        distributed.all_reduce(flat)
+        self.progress = float(flat[0])
+        for grad, mean in zip(grads, flat[1:].split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(mean.view_as(grad))
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        rate = min(1.0, self.progress / 0.03 + 0.01, self.final + (1 - self.final) * max(0.0, 1 - self.progress) / 0.6)
+        for peak, optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = peak * rate
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        self.steps += 1
+
+
+def scale(pixels: Tensor) -> Tensor:
+    return pixels.float() / 127.5 - 1
+
+
+def log(trainer: "Trainer", **numbers: float) -> None:
+    line = {"minutes": trainer.progress * trainer.seconds / 60, "steps": trainer.steps, **numbers}
+    print(json.dumps({key: round(value, 4) for key, value in line.items()}), flush=True)
+
+
+def save(folder: Path, name: str, state: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / f"{name}.part")
+    os.replace(folder / f"{name}.part", folder / name)
+
+
+def init(module: nn.Module) -> None:
+    """Small normal weights; the tower's position embedding, too."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.normal_(child.weight, std=child.in_features**-0.5 * 0.8)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+        elif isinstance(child, nn.Embedding):
+            nn.init.normal_(child.weight, std=child.embedding_dim**-0.5)
+    for name, parameter in module.named_parameters():
+        if name.endswith(("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")):
+            parameter.data.mul_(0.3)
+
+
+def train_tower(options: argparse.Namespace, rng: np.random.Generator) -> None:
+    """The tower alone, under the patch head."""
+    tower = SiglipVisionModel(SiglipVisionConfig(**VISION))
+    init(tower)
+    both = nn.ModuleDict({"tower": tower, "head": PatchHead(VISION["hidden_size"])})
+    trainer = Trainer(both, options)
+    while trainer.progress < 1:
+        scenes = [shapes.make_scene(rng) for _ in range(options.batch)]
+        pixels = torch.from_numpy(np.stack([pixels_of(scene, rng) for scene in scenes]))
+        words, boxes = (torch.from_numpy(np.stack(part)) for part in zip(*map(patch_targets, scenes), strict=True))
+        loss, right = both["head"].loss(tower(scale(pixels)), words, boxes)
+        trainer.step(loss)
+        if distributed.get_rank() == 0 and (trainer.steps % 50 == 0 or trainer.progress >= 1):
+            log(trainer, loss=loss.item(), **right)
+            save(options.runs, "tower.pt", both.state_dict())
+
+
+@dataclass
+class Pack:
+    """Questions about pictures as tensors, every row `picture | question answer | question answer | ...`, without the picture.
+
+    A position's target is the token after it, if that is of an answer, else -100. U is the text length, the longest row's.
+    """
+
+    ids: Tensor  # int64[B, U]
+    position_ids: Tensor  # int64[B, U]; each question starts as if it came right after the picture
+    question: Tensor  # int64[B, U], 1, 2, ... within a row; -1 = padding
+    is_prefix: Tensor  # bool[B, U]
+    targets: Tensor  # int64[B, U]
+    weights: Tensor  # float32[B, U], 1 / tokens of the answer: an answer counts as one, however long it is
+    kinds: Tensor  # int64[B, U], what kind of question it is, as an index of QUESTIONS
+
+
+class Packer:
+    """From questions to a Pack."""
+
+    def __init__(self, tokenizer: Tokenizer, num_image_tokens: int):
+        self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+        self.bos, self.eos, self.newline = (tokenizer.token_to_id(token) for token in ("<bos>", "<eos>", "\n"))
+        self.offset = num_image_tokens
+        self.prefixes: dict[str, list[int]] = {}
+
+    def __call__(self, rows: list[list[tuple[str, str, str]]]) -> Pack:
+        """rows: for each row its questions as (kind, prefix, suffix)."""
+        names = list(QUESTIONS)
+        packed = []
+        for row in rows:
+            columns: list[list] = [[] for _ in range(7)]
+            for number, (kind, prefix, suffix) in enumerate(row, start=1):
+                if prefix not in self.prefixes:
+                    self.prefixes[prefix] = [self.bos, *self.encode(prefix), self.newline]
+                start, answer = self.prefixes[prefix], [*self.encode(suffix), self.eos]
+                n, a = len(start), len(answer)
+                size = n + a - 1
+                columns[0] += start + answer[:-1]
+                columns[1] += range(self.offset + 1, self.offset + 1 + size)
+                columns[2] += [number] * size
+                columns[3] += [True] * n + [False] * (a - 1)
+                columns[4] += [-100] * (n - 1) + answer
+                columns[5] += [0.0] * (n - 1) + [1 / a] * a
+                columns[6] += [names.index(kind)] * size
+            packed.append(columns)
+        longest = max(len(columns[0]) for columns in packed)
+        fill = (0, 1, -1, False, -100, 0.0, 0)
+        return Pack(
+            *(
+                torch.tensor([columns[i] + [fill[i]] * (longest - len(columns[i])) for columns in packed])
+                for i in range(len(fill))
+            )
+        )
+
+
+def packed_mask(pack: Pack, num_image_tokens: int) -> Tensor:
+    """Who may look at whom when many questions share a picture: bool[B, 1, L, L], L = P + U.
+
+    The picture sees itself only. A question sees the picture and itself in both directions, its answer looks back; neither sees
+    another question. (In the model as it is used the picture sees the question, too: that is what the last phase is for.)
+    """
+    picture = pack.question.new_zeros(len(pack.question), num_image_tokens)
+    question = torch.cat([picture, pack.question], dim=1)
+    is_prefix = torch.cat([picture == 0, pack.is_prefix], dim=1)
+    index = torch.arange(question.shape[1])
+    back = (index <= index[:, None]) | (is_prefix[:, None] & is_prefix[:, :, None])
+    mask = (question[:, None] == 0) | ((question[:, None] == question[:, :, None]) & back)
+    return mask[:, None]
+
+
+class Smooth:
+    """Cross entropy in which a neighbouring <loc> is nearly right: its target is a bell of `bins` around the true one.
+
+    The bins themselves stay exact, and so do the tokens that the model reads; only the wish is softened, less and less.
+    """
+
+    def __init__(self, first_loc: int):
+        self.first_loc, self.bins, self.table = first_loc, 0.0, None
+
+    def narrow(self, bins: float) -> None:
+        if self.table is None or abs(bins - self.bins) > 0.05 * self.bins:
+            at = torch.arange(1024.0)
+            self.bins, self.table = bins, torch.softmax(-0.5 * ((at - at[:, None]) / bins) ** 2, dim=-1)
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        surprise = -logits.log_softmax(-1)
+        loss = surprise.gather(1, targets[:, None])[:, 0]
+        is_loc = (targets >= self.first_loc) & (targets < self.first_loc + 1024)
+        wished = self.table[targets[is_loc] - self.first_loc]
+        soft = (surprise[is_loc, self.first_loc : self.first_loc + 1024] * wished).sum(-1)
+        return loss.masked_scatter(is_loc, soft)
+
+
+@torch.no_grad()
+def scores(logits: Tensor, pack: Pack, chosen: Tensor, first_loc: int) -> dict[str, float]:
+    """Share of answers with every token right, by kind of question (greedy decoding would say them), and the error of boxes."""
+    said, targets = logits.argmax(-1), pack.targets[chosen]
+    row = torch.arange(len(pack.ids))[:, None].expand_as(pack.ids)
+    answer = (row * 100 + pack.question)[chosen]
+    ids, answer = answer.unique(return_inverse=True)
+    wrong = torch.zeros(len(ids)).index_add(0, answer, (said != targets).float())
+    kind = torch.zeros(len(ids), dtype=torch.int64).index_copy(0, answer, pack.kinds[chosen])
+    result = {name: (wrong[kind == i] == 0).float().mean().item() for i, name in enumerate(QUESTIONS) if (kind == i).any()}
+    is_loc = (targets >= first_loc) & (targets < first_loc + 1024)
+    result.pop("detect", None)
+    return result | {"loc_px": (said - targets)[is_loc].abs().clamp(max=1024).float().mean().item() / 1023 * VISION["image_size"]}
+
+
+def new_model(tokenizer: Tokenizer) -> PaliGemmaForConditionalGeneration:
+    """First weights. Neighbouring <loc> tokens start with vectors that are alike: sums of waves over the coordinate."""
+    raw = {"model_type": "paligemma", "vision_config": VISION, "image_token_index": tokenizer.token_to_id("<image>")}
+    vocabulary = math.ceil(tokenizer.get_vocab_size() / 64) * 64
+    raw["text_config"] = TEXT | {"vocab_size": vocabulary}
+    model = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_hf(raw))
+    init(model)
+    first, width = tokenizer.token_to_id("<loc0000>"), TEXT["hidden_size"]
+    waves = torch.logspace(math.log10(0.3), math.log10(24), width)
+    place = torch.arange(1024)[:, None] / 1023
+    vectors = torch.sin(2 * math.pi * (place * waves + torch.rand(width)))
+    model.language_model.model.embed_tokens.weight.data[first : first + 1024] = vectors * 2**0.5 * width**-0.5
+    return model
+
+
+class Joint:
+    """What both joint phases share: the model, the patch head as a small extra loss, scenes, the log."""
+
+    def __init__(self, options: argparse.Namespace, rng: np.random.Generator):
+        self.options, self.rng = options, rng
+        self.tokenizer = Tokenizer.from_file(str(options.runs / "tokenizer.json"))
+        self.model = new_model(self.tokenizer)
+        self.head = PatchHead(VISION["hidden_size"])
+        self.both = nn.ModuleDict({"model": self.model, "head": self.head})
+        self.packer = Packer(self.tokenizer, self.model.config.num_image_tokens)
+        self.first_loc = self.tokenizer.token_to_id("<loc0000>")
+        self.smooth = Smooth(self.first_loc)
+        self.kinds = [kind for kind, tries in QUESTIONS.items() for _ in range(tries)]
+        self.recent: dict[str, list[float]] = {}
+
+    def scenes(self) -> tuple[Tensor, Tensor, Tensor, list[list[tuple[str, str, str]]]]:
+        scenes = [shapes.make_scene(self.rng) for _ in range(self.options.batch)]
+        pixels = torch.from_numpy(np.stack([pixels_of(scene, self.rng) for scene in scenes]))
+        words, boxes = (torch.from_numpy(np.stack(part)) for part in zip(*map(patch_targets, scenes), strict=True))
+        rows = []
+        for scene in scenes:
+            asked = {}
+            for kind in self.kinds:
+                question = shapes.QUESTIONS[kind](scene, self.rng)
+                if question is not None:
+                    asked[question] = kind
+            rows.append([(kind, *question) for question, kind in asked.items()])
+        return pixels, words, boxes, rows
+
+    def loss(self, features: Tensor, pack: Pack, mask: Tensor, progress: float) -> Tensor:
+        """Mean over answers of the mean over an answer's tokens."""
+        decoder = self.model.language_model
+        p = features.shape[1]
+        picture_positions = torch.arange(1, p + 1).expand(len(features), p)
+        inputs = torch.cat([features, decoder.model.embed_tokens(pack.ids)], dim=1)
+        x = decoder.model(inputs, torch.cat([picture_positions, pack.position_ids], dim=1), mask)[:, p:]
+        chosen = pack.weights > 0
+        logits = decoder.logits(x[chosen])
+        self.smooth.narrow(self.options.bins * 0.2**progress)
+        weights = pack.weights[chosen]
+        for name, value in scores(logits, pack, chosen, self.first_loc).items():
+            self.recent.setdefault(name, []).append(value)
+        return (self.smooth(logits, pack.targets[chosen]) * weights).sum() / weights.sum()
+
+    def finish_step(self, trainer: Trainer, loss: Tensor, extra: Tensor, every: int) -> None:
+        trainer.step(loss + self.options.head_weight * extra)
+        self.recent.setdefault("loss", []).append(loss.item())
+        self.recent.setdefault("head", []).append(extra.item())
+        if distributed.get_rank() == 0 and (trainer.steps % every == 0 or trainer.progress >= 1):
+            log(trainer, **{name: float(np.mean(values)) for name, values in self.recent.items()})
+            self.recent.clear()
+            save(self.options.runs, f"{self.options.phase}.pt", self.both.state_dict())
+
+
+def train_packed(options: argparse.Namespace, rng: np.random.Generator) -> None:
+    """Picture and answers together, all questions about a picture in one row."""
+    joint = Joint(options, rng)
+    if options.start == "tower.pt":
+        state = torch.load(options.runs / options.start, weights_only=True)
+        for part, module in (("tower.", joint.model.vision_tower), ("head.", joint.head)):
+            module.load_state_dict({key.removeprefix(part): value for key, value in state.items() if key.startswith(part)})
+    else:
+        joint.both.load_state_dict(torch.load(options.runs / options.start, weights_only=True))
+    trainer = Trainer(joint.both, options)
+    while trainer.progress < 1:
+        pixels, words, boxes, rows = joint.scenes()
+        pack = joint.packer(rows)
+        x = joint.model.vision_tower(scale(pixels))
+        extra, _ = joint.head.loss(x, words, boxes)
+        features = joint.model.multi_modal_projector(x)
+        mask = packed_mask(pack, features.shape[1])
+        joint.finish_step(trainer, joint.loss(features, pack, mask, trainer.progress), extra, every=25)
+
+
+def train_rows(options: argparse.Namespace, rng: np.random.Generator) -> None:
+    """One question a row, and the picture sees it: the pass that generation will do."""
+    joint = Joint(options, rng)
+    joint.both.load_state_dict(torch.load(options.runs / options.start, weights_only=True))
+    trainer = Trainer(joint.both, options)
+    while trainer.progress < 1:
+        pixels, words, boxes, rows = joint.scenes()
+        picks = [(i, row[j]) for i, row in enumerate(rows) for j in rng.permutation(len(row))[: options.questions]]
+        pack = joint.packer([[question] for _, question in picks])
+        x = joint.model.vision_tower(scale(pixels))
+        extra, _ = joint.head.loss(x, words, boxes)
+        features = joint.model.multi_modal_projector(x)[torch.tensor([i for i, _ in picks])]
+        picture = torch.ones(features.shape[:2], dtype=torch.int64)
+        is_token = torch.cat([picture, (pack.question > 0).long()], dim=1)
+        is_answer = torch.cat([picture * 0, (~pack.is_prefix).long()], dim=1)
+        mask = prefix_lm_mask(is_token, is_answer)
+        joint.finish_step(trainer, joint.loss(features, pack, mask, trainer.progress), extra, every=25)
+
+
+def export(options: argparse.Namespace, rng: np.random.Generator) -> None:  # noqa: ARG001 (the signature of a phase)
+    """The state of a phase as a checkpoint folder in bfloat16, as the hub has it."""
+    from weights import save_model
+
+    joint = Joint(options, rng)
+    joint.both.load_state_dict(torch.load(options.runs / options.start, weights_only=True))
+    config = joint.model.config
+    write_files(options.out, joint.tokenizer, config.vision_config.image_size, config.num_image_tokens)
+    save_model(joint.model.to(torch.bfloat16), options.out)
+
+
+def run(rank: int, options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", rank=rank, world_size=options.processes, init_method=f"tcp://127.0.0.1:{options.port}")
+    torch.manual_seed(options.seed)  # the same first weights in all processes, but other scenes
+    PHASES[options.phase](options, np.random.default_rng([options.seed, rank, list(PHASES).index(options.phase)]))
+    distributed.destroy_process_group()
+
+
+PHASES = {"tower": train_tower, "packed": train_packed, "rows": train_rows, "export": export}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("phase", choices=PHASES)
+    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--start", default="tower.pt", help="state of an earlier phase, in --runs")
+    parser.add_argument("--questions", type=int, default=4, help="of each picture, in the phase rows")
+    parser.add_argument("--bins", type=float, default=25, help="width of the bell around a <loc>; at the end a fifth")
+    parser.add_argument("--head_weight", type=float, default=0.2)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--processes", type=int, default=2, help="one core each")
+    parser.add_argument("--port", type=int, default=29511)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--muon_lr", type=float, default=0.02)
+    parser.add_argument("--adam_lr", type=float, default=2e-3)
+    parser.add_argument("--tower_rate", type=float, default=0.25, help="learning rate of the tower in the joint phases, relative")
+    parser.add_argument("--final", type=float, default=0.0, help="learning rate at the end, relative")
+    parser.add_argument("--out", type=Path, default=ROOT / "demo" / "checkpoint", help="folder, for the phase export")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs")
+    options = parser.parse_args()
+    if not (options.runs / "tokenizer.json").exists():  # made once: all processes and phases must mean the same by an id
+        options.runs.mkdir(parents=True, exist_ok=True)
+        make_tokenizer().save(str(options.runs / "tokenizer.json"))
+    multiprocessing.spawn(run, (options,), nprocs=options.processes)
+
+
+if __name__ == "__main__":
+    main()
