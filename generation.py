@@ -101,8 +101,10 @@ def nucleus(probs: Tensor, top_p: float, top_k: int | None) -> tuple[Tensor, Ten
         best, ids = probs.topk(count)  # [B, C], [B, C]
     if top_k is not None:
         best = best / best.sum(-1, keepdim=True)
+    if top_p == 1:
+        return best, ids
     before = best.cumsum(-1) - best  # the most likely token has none before it, so that one always stays
-    return best.masked_fill(before > top_p, 0), ids
+    return best.masked_fill(before >= top_p, 0), ids
 
 
 def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,18 +112,22 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor
 
     Args:
         logits: float32[B, V].
-        uniforms: float64[B] in [0, 1), the draw of each row; the token is the one in whose share of [0, 1) it falls.
+        uniforms: float64[B] in [0, 1) in main memory, the draw of each row; the token is the one in whose share it falls.
     Returns: tokens int64[B] and their log-probabilities float32[B], those of the model: no temperature, nothing cut.
     """
     if sampling.is_greedy:
         tokens = logits.argmax(-1)  # [B]
     else:
-        probs = (logits / sampling.temperature).softmax(-1)  # [B, V]
+        # Float32 must hold the temperature, and the best logit becomes 0, so that no quotient overflows.
+        temperature = min(max(sampling.temperature, 1e-30), 1e30)
+        probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # [B, V]
         ids = None
         if sampling.top_p < 1 or sampling.top_k is not None:
             probs, ids = nucleus(probs, sampling.top_p, sampling.top_k)  # [B, C], [B, C]
-        ends = probs.double().cumsum(-1)
-        place = torch.searchsorted(ends, uniforms[:, None] * ends[:, -1:], right=True).clamp(max=ends.shape[-1] - 1)  # [B, 1]
+        exact = torch.float32 if probs.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        ends = probs.to(exact).cumsum(-1)
+        marks = uniforms.to(exact).to(ends.device)[:, None] * ends[:, -1:]  # [B, 1]
+        place = torch.searchsorted(ends, marks, right=True).clamp(max=ends.shape[-1] - 1)  # [B, 1]
         tokens = (place if ids is None else ids.gather(1, place))[:, 0]  # [B]
     logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)  # [B]
     return tokens, logprobs
@@ -132,7 +138,10 @@ def split_rows(inputs: dict, config: object) -> list[dict]:
 
     Raises: PromptError when the rows' <image> tokens do not call for just the pictures that are there.
     """
-    pictures = next((key for key in ("pixel_values", "image_features") if inputs.get(key) is not None), None)
+    given = [key for key in ("pixel_values", "image_features") if inputs.get(key) is not None]
+    if len(given) == 2:
+        raise PromptError("pixel_values and image_features are two forms of the same pictures. Pass one of them.")
+    pictures = given[0] if given else None
     input_ids, types, mask = (inputs.get(key) for key in ("input_ids", "token_type_ids", "attention_mask"))
     if types is None and pictures is not None:
         raise PromptError("token_type_ids are missing: without them nobody knows where the prompt ends. Pass the processor's.")
@@ -143,14 +152,16 @@ def split_rows(inputs: dict, config: object) -> list[dict]:
         if len(ids) == 0:
             raise PromptError(f"row {i} has no token. Give it a picture or a prompt.")
         row = {"input_ids": ids, "token_type_ids": torch.ones_like(ids) if types is None else types[i][is_token]}
-        count = int((ids == config.image_token_index).sum()) // config.num_image_tokens
+        count, rest = divmod(int((ids == config.image_token_index).sum()), config.num_image_tokens)
+        if rest:
+            raise PromptError(f"row {i} ends a picture after {rest} of {config.num_image_tokens} <image> tokens. Pass them all.")
         if pictures is not None and count:
             row[pictures] = inputs[pictures][used : used + count]
         used += count
         rows.append(row)
-    given = 0 if pictures is None else len(inputs[pictures])
-    if used != given:
-        raise PromptError(f"the rows have <image> tokens for {used} pictures, but {given} came. Pass what the processor returns.")
+    came = 0 if pictures is None else len(inputs[pictures])
+    if used != came:
+        raise PromptError(f"the rows have <image> tokens for {used} pictures, but {came} came. Pass what the processor returns.")
     return rows
 
 
@@ -237,16 +248,15 @@ class Decoder:
 
     def say(self, logits: Tensor, first: int) -> None:
         """Chooses the next token of the rows from `first` on. Raises GenerationError when the logits are not numbers."""
-        image = self.model.config.image_token_index
-        logits[:, image] = -torch.inf
-        if logits.shape[1] - image <= UNTRAINED_ROWS:
-            logits[:, image:] = -torch.inf
+        image = self.model.config.image_token_index  # may lie outside the vocabulary
+        is_last = logits.shape[1] - image <= UNTRAINED_ROWS
+        logits[:, image : None if is_last else image + 1] = -torch.inf
         rows = self.rows[first:]
         uniforms = torch.zeros(len(rows), dtype=torch.float64)  # [B]
         if not self.sampling.is_greedy:
             for i, row in enumerate(rows):
                 uniforms[i] = torch.rand((), dtype=torch.float64, generator=row.uniform)
-        tokens, logprobs = choose(logits, self.sampling, uniforms.to(logits.device))  # [B], [B]
+        tokens, logprobs = choose(logits, self.sampling, uniforms)  # [B], [B]
         self.tokens = torch.cat((self.tokens[:first].to(tokens.device), tokens))
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             if math.isnan(logprob):
@@ -379,11 +389,11 @@ def generate_many(
 def refill(decoder: Decoder, requests: Iterator[tuple[int, dict]]) -> Iterator[Answer]:
     """Keeps every row busy as long as there are requests."""
     while True:
+        yield from decoder.retire()
         arrivals = list(islice(requests, decoder.max_rows - len(decoder.rows)))
         if arrivals:
             decoder.admit(arrivals)
-        if not decoder.rows:
-            return
-        yield from decoder.retire()
-        if decoder.rows:
+        elif decoder.rows:
             decoder.step()
+        else:
+            return
