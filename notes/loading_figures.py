@@ -55,7 +55,7 @@ def show_file(file: Path, count: int) -> None:
     tensors = sorted(read_header(file).values(), key=lambda tensor: tensor.start)
     print(f"{file.name}: 8 bytes and the header up to byte {tensors[0].start}, then {len(tensors)} tensors")
     for tensor in tensors[:count]:
-        print(f"  byte {tensor.start:>7}  {tensor.dtype:5}{str(list(tensor.shape)):16}{tensor.name}")
+        print(f"  byte {tensor.start:>7}  {tensor.dtype:5}{str(list(tensor.shape)):18}{tensor.name}")
 
 
 def load(folder: str, way: str) -> None:

@@ -9,6 +9,7 @@ A comment above a console block may hold marks: `slow` (run only with --slow: mi
 """
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -21,9 +22,11 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
 README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(?:<!-- (?P<marks>[a-z0-9 ]+) -->\n)?```console\n(?P<body>.*?)```\n", re.DOTALL)
 FILE_ROW = re.compile(r"^\| \[(?P<file>[\w/.]+)\]\((?P=file)\) \| (?P<lines>\d+) \|", re.MULTILINE)
 TIMEOUT_S = 1800
+OURS, THEIRS = ("ours bf16", "ours int8", "ours int4"), "transformers bf16"  # what benchmarks/ calls them
 
 SIGLIP = {"image_size": 224}
 DECODERS = {  # the numbers of the four published sizes: config.json of the hub, and Google's big_vision for 10B and 28B
@@ -102,9 +105,9 @@ def gigabytes(count: float) -> str:
 
 def checkpoint_table() -> str:
     """Sizes of the published models, counted on models without memory (torch's meta device)."""
-    import quantization
     import torch
 
+    import quantization
     from modeling_paligemma import PaliGemmaConfig
     from weights import empty_model
 
@@ -130,7 +133,78 @@ def checkpoint_table() -> str:
     return "\n".join(lines)
 
 
-GENERATED: dict[str, Callable[[], str]] = {"checkpoints": checkpoint_table}
+def result(name: str) -> dict | None:
+    """What a script of benchmarks/ stored with --save; None if it did not."""
+    file = RESULTS / f"{name}.json"
+    if not file.exists():
+        return None
+    document = json.loads(file.read_text(encoding="utf-8"))
+    document["command"] = re.sub(r"(--model) \S*/", r"\1 ", document["command"])  # where it lay does not matter
+    return document
+
+
+def faster(ways: dict, name: str) -> str:
+    """How many times as fast as transformers a way is."""
+    return f"{ways[name]['ratio']['median']:.2f}" if name in ways else ""
+
+
+def speed_lines(suffix: str) -> list[str]:
+    """Rows of the table of speed for one machine; `suffix` is that of its files in benchmarks/results."""
+    lines = []
+    for name, words, key in (
+        ("decode", "one more token", "ways"),
+        ("prefill", "picture and prompt", "whole"),
+        ("start", "process start to first token", "ways"),
+    ):
+        if document := result(name + suffix):
+            cells = [faster(document[key], side) for side in OURS]
+            lines.append(f"| {words} | {' | '.join(cells)} | `{document['command']}` |")
+    if document := result("batch" + suffix):
+        best = document["best_pictures_per_s"]
+        cells = [f"{best[side] / best[THEIRS]:.2f}" if side in best else "" for side in OURS]
+        lines.append(f"| captions a second, best batch | {' | '.join(cells)} | `{document['command']}` |")
+    if document := result("decode" + suffix):
+        shares = [document["ways"].get(side, {}).get("GB_per_s", 0) / document["floors"]["read_GB_per_s"] for side in OURS]
+        cells = [f"{share:.0%}" if share else "" for share in shares]
+        lines.append(f"| share of the memory bandwidth used while decoding | {' | '.join(cells)} | as the first |")
+    if document := result("memory" + suffix):
+        ways = document["ways"]
+        cells = [f"{ways.get(f'{side}, from its own file', ways[side])['ratio']:.2f}" if side in ways else "" for side in OURS]
+        lines.append(f"| peak memory, as a share of transformers' | {' | '.join(cells)} | `{document['command']}` |")
+    return lines
+
+
+def speed_table() -> str:
+    """Ratios of benchmarks/results, one table for each machine that was measured."""
+    parts = []
+    for suffix in ("", "-cuda"):
+        if lines := speed_lines(suffix):
+            document = result("decode" + suffix)
+            versions = document["versions"]
+            parts += [
+                f"{document['machine']}, {document['threads']} threads; transformers {versions['transformers']}, "
+                f"torch {versions['torch']}; median of {document['rounds']} rounds:",
+                "",
+                "| times as fast as transformers in bf16 | bf16 | int8 | int4 | command |",
+                "|---|---|---|---|---|",
+                *lines,
+                "",
+            ]
+    return "\n".join(parts).rstrip()
+
+
+def steps_table() -> str:
+    """Milliseconds for one token of benchmarks/results/decode.json, the slowest first."""
+    document = result("decode")
+    lines = ["| | ms a token | lowest and highest | floor | times as fast |", "|---|---|---|---|---|"]
+    for name, row in sorted(document["ways"].items(), key=lambda item: -item[1]["ms"]["median"]):
+        ms, ratio = row["ms"], row["ratio"]["median"]
+        cells = name, f"{ms['median']:.0f}", f"{ms['low']:.0f} to {ms['high']:.0f}", f"{row['floor']:.0f}", f"{ratio:.2f}"
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{document['machine']}, {document['threads']} threads; `{document['command']}`."])
+
+
+GENERATED: dict[str, Callable[[], str]] = {"checkpoints": checkpoint_table, "speed": speed_table, "steps": steps_table}
 
 
 def refresh_generated(text: str) -> str:
