@@ -1,0 +1,145 @@
+"""The matrix products of kernels.cpp: compiled once for this machine, kept, and called with tensors. CPU only.
+
+The first use compiles (a few seconds) into ~/.cache/paligemma (or $XDG_CACHE_HOME/paligemma), under a name made of the source,
+the compiler's command and the processor, so that another version or another machine never meets a foreign file. Where there is
+no compiler or no place to keep the result, `library()` is None and the callers use torch's own operators. PALIGEMMA_KERNELS=off asks
+for that; $CXX names the compiler.
+
+The threads are those of torch: the kernels are linked against the OpenMP library that torch has loaded before them, so both
+share one pool. Checked in tests/test_quantization.py.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+# A checkout has the source beside this file; an installed package has it among its data: <prefix>/lib/python3.x/site-packages.
+SOURCES = (Path(__file__).with_name("kernels.cpp"), *(up / "share/paligemma/kernels.cpp" for up in Path(__file__).resolve().parents[3:4]))
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-Wno-psabi")
+COMPILE_TIMEOUT_S = 300
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What the processor can do, as Linux names it ("avx512_vnni", "amx_bf16", ...); empty on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":")[1] for line in lines if line.startswith(("flags", "Features"))), "").split())
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paligemma"
+
+
+def compile_once(source: Path, folder: Path) -> Path | None:
+    """The compiled source in `folder`, made if it is not there yet; None where it cannot be made.
+
+    The file appears under its name only when it is whole: it is written beside and renamed, so that programs that start
+    together, or are interrupted, leave nothing half. A source that does not compile is not tried again at every start.
+    """
+    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
+    if compiler is None or not source.exists():
+        return None
+    machine = (platform.machine(), *sorted(cpu_flags()))
+    key = hashlib.sha256(repr((source.read_bytes(), compiler, FLAGS, machine)).encode()).hexdigest()[:20]
+    target, failed = folder / f"kernels-{key}.so", folder / f"kernels-{key}.failed"
+    if target.exists() or failed.exists():
+        return target if target.exists() else None
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=folder) as beside:
+            made = Path(beside) / "kernels.so"
+            command = [compiler, *FLAGS, str(source), "-o", str(made)]
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
+            if answer.returncode == 0:
+                os.replace(made, target)
+            else:
+                failed.write_text(answer.stderr)
+                log.info("%s does not compile (%s); torch's own products are used.", source.name, failed)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.info("%s was not compiled (%s); torch's own products are used.", source.name, error)
+    return target if target.exists() else None
+
+
+def declare(function: Callable, *arguments: type) -> None:
+    """Says what a C function takes, so that ctypes passes whole pointers; none returns anything."""
+    function.argtypes = arguments
+    function.restype = None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, ready to call, or None where torch's own operators must do."""
+    if os.environ.get("PALIGEMMA_KERNELS") == "off" or sys.byteorder != "little":
+        return None
+    source = next((source for source in SOURCES if source.exists()), SOURCES[0])
+    try:
+        file = compile_once(source, cache_folder())
+        loaded = None if file is None else ctypes.CDLL(str(file))
+    except (OSError, RuntimeError) as error:  # a cache that cannot be executed from; no home folder
+        log.info("the kernels cannot be loaded (%s); torch's own products are used.", error)
+        return None
+    if loaded is not None:
+        pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        of_ints = (pointer, pointer, pointer, flag, pointer, flag, size, size, size, flag)
+        declare(loaded.bf16_product, pointer, pointer, pointer, size, size, size, flag)
+        declare(loaded.int8_product, *of_ints)
+        declare(loaded.int4_product, *of_ints)
+        declare(loaded.int_quantize, flag, pointer, flag, size, size, size, pointer, pointer, flag)
+    return loaded
+
+
+def bf16_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T, sums in float32. x: bfloat16[..., K], weight: bfloat16[N, K], contiguous, K a multiple of 32."""
+    x = x.contiguous()
+    outputs, k = weight.shape
+    y = x.new_empty(*x.shape[:-1], outputs)
+    library().bf16_product(
+        weight.data_ptr(), x.data_ptr(), y.data_ptr(), x.numel() // k, outputs, k, torch.get_num_threads()
+    )  # fmt: skip
+    return y
+
+
+def int_product(kind: str, x: Tensor, packed: Tensor, scales: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
+    """x @ w.T for the quantised w of quantization.py; each group of x is rounded to 8 bits on the way.
+
+    Args:
+        x: bfloat16 or float32 [..., K], K as long as that of `packed`.
+        dtype: of the result, bfloat16 or float32.
+    """
+    x = x.contiguous()
+    k = x.shape[-1]
+    y = x.new_empty(*x.shape[:-1], outputs, dtype=dtype)
+    function = library().int8_product if kind == "int8" else library().int4_product
+    function(
+        packed.data_ptr(), scales.data_ptr(), x.data_ptr(), x.dtype == torch.bfloat16, y.data_ptr(), dtype == torch.bfloat16,
+        x.numel() // k, outputs, k, torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def int_quantize(kind: str, weight: Tensor, packed: Tensor, scales: Tensor) -> None:
+    """Rounds weight (bfloat16 or float32 [N, K], contiguous) into `packed` and `scales`, shaped as quantization.py draws them."""
+    outputs, k = weight.shape
+    bits = int(kind.removeprefix("int"))
+    padded = packed.shape[1] * 32 // bits
+    library().int_quantize(
+        bits, weight.data_ptr(), weight.dtype == torch.bfloat16, outputs, k, padded, packed.data_ptr(), scales.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
