@@ -268,5 +268,4 @@ def run(flags: type, program: Callable, argv: list[str] | None = None) -> int:
     try:
         return run_guarded(flags, program, sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains again when it flushes at exit
-        return 141
+        return 141  # as a process that SIGPIPE has ended
