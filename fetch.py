@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MAX_DOWNLOAD_BYTES = 32 << 20
 MAX_REDIRECTS = 3
 TIMEOUT_S = 30.0
-UNQUOTED = "/%:@!$&'()*+,;=~"  # what may stand in an address as it is
+UNQUOTED = "/%:@!$&'()*+,;=~[]"  # what may stand in an address as it is
 REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -87,7 +87,7 @@ def connect(host: str, port: int, deadline: Deadline, needs_public: bool) -> tup
     allowed = [address for address in found if is_public(address) or not needs_public]
     if not allowed:
         raise AccessError(
-            f"a redirect leads to {host} ({found[0]}), inside the own network. A public server may not send us there. "
+            f"a redirect leads to {one_line(host)} ({found[0]}), inside the own network. A public server may not send us there. "
             "Type that address yourself if you trust it.",
             path=host,
         )
@@ -153,13 +153,17 @@ def split(address: str) -> urllib.parse.SplitResult:
     return url
 
 
+def one_line(text: str) -> str:
+    """A text that others wrote, for our messages: nothing in it breaks a line or moves a cursor, and it is not long."""
+    text = text.strip() if text.strip().isprintable() else repr(text.strip())[1:-1]
+    return text if len(text) <= 200 else f"{text[:120]}...{text[-60:]}"
+
+
 def shorten(address: str) -> str:
-    """An address for messages: on one line, not longer than a line, without a password in it."""
+    """An address for messages, without the password in it."""
     scheme, slashes, rest = address.partition("://")
     server, slash, path = rest.partition("/")
-    address = f"{scheme}{slashes}{server.rpartition('@')[2]}{slash}{path}"
-    address = address if address.isprintable() else repr(address)[1:-1]
-    return address if len(address) <= 200 else f"{address[:120]}...{address[-60:]}"
+    return one_line(f"{scheme}{slashes}{server.rpartition('@')[2]}{slash}{path}")
 
 
 def follow(address: str, deadline: Deadline) -> tuple[bytes, str]:
@@ -176,7 +180,7 @@ def follow(address: str, deadline: Deadline) -> tuple[bytes, str]:
             if response.status == 200:
                 return read_body(response, name, deadline), kind.partition(";")[0].strip().lower()
             if response.status not in REDIRECTS or not goal:
-                raise AccessError(f"{name} answered {response.status} {response.reason}. Check the address.", path=name)
+                raise AccessError(f"{name} answered {response.status} {one_line(response.reason)}. Check the address.", path=name)
         needs_public |= is_open_to_all
         address = urllib.parse.urljoin(address, goal)
     raise AccessError(
@@ -200,6 +204,8 @@ def fetch(address: str, *, timeout_s: float = TIMEOUT_S) -> tuple[bytes, str]:
             raise AccessError(f"{name} took longer than {timeout_s:g} s. Try again, or download it first.", path=name) from error
         has_proxy = any(os.environ.get(key) for key in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"))
         advice = "Proxies are not used for pictures: download it first." if has_proxy else "Check the address and the network."
-        raise AccessError(f"{name} cannot be read: {str(error) or type(error).__name__}. {advice}", path=name) from error
+        raise AccessError(
+            f"{name} cannot be read: {one_line(str(error)) or type(error).__name__}. {advice}", path=name
+        ) from error
     finally:
         deadline.close()

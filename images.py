@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageFile
 
 from errors import AccessError, ImageError, UsageError
-from fetch import MAX_DOWNLOAD_BYTES, fetch
+from fetch import MAX_DOWNLOAD_BYTES, fetch, one_line
 
 MAX_FILE_BYTES = 256 << 20
 MAX_PIXELS = 50_000_000
@@ -81,12 +81,9 @@ HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 # Where from: a path, an address, a data: URI
 
 
-def shown(source: str | os.PathLike) -> str:
-    """A name for messages: on one line, and not longer than a line."""
-    text = os.fspath(source)
-    text = text if isinstance(text, str) else os.fsdecode(text)
-    text = text if text.isprintable() else repr(text)[1:-1]
-    return text if len(text) <= 200 else f"{text[:120]}...{text[-60:]}"
+def shown(path: str | os.PathLike) -> str:
+    """A path for messages."""
+    return one_line(os.fsdecode(path))
 
 
 def read_file(path: str | os.PathLike) -> bytes:
@@ -151,17 +148,17 @@ def read_bytes(source: str | os.PathLike | bytes) -> tuple[bytes, str]:
     """The bytes of a picture that is not decoded yet, and a name for it."""
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source), "the picture"
-    name = shown(source)
-    scheme = None if isinstance(source, os.PathLike) else re.match(r"(data):|([A-Za-z][A-Za-z0-9+.-]+)://", source)
-    if not scheme:
-        return read_file(source), name
-    if scheme[1]:
+    if isinstance(source, str) and source[:5].lower() == "data:":
         return read_data_uri(source), "data:"
-    if scheme[2].lower() not in ("http", "https"):
-        raise ImageError(f"{name} begins with {scheme[2]}:. Give a path, or an address with http(s).", path=name)
+    name = shown(source)
+    scheme = None if isinstance(source, os.PathLike) else re.match("([A-Za-z][A-Za-z0-9+.-]+)://", source)
+    if not scheme:  # nor one letter, which is a drive
+        return read_file(source), name
+    if scheme[1].lower() not in ("http", "https"):
+        raise ImageError(f"{name} begins with {scheme[1]}:. Give a path, or an address with http(s).", path=name)
     data, kind = fetch(source)
     if sniff(data) is None and not kind.startswith("image/"):
-        raise AccessError(f"{name} answered 200 OK with {kind or 'no type'}: {describe(data)}.", path=name)
+        raise AccessError(f"{name} answered 200 OK with {one_line(kind) or 'no type'}: {describe(data)}.", path=name)
     return data, name
 
 
