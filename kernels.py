@@ -2,8 +2,8 @@
 
 The first use compiles (a few seconds) into ~/.cache/paligemma (or $XDG_CACHE_HOME/paligemma), under a name made of the source,
 the compiler's command and the processor, so that another version or another machine never meets a foreign file. Where there is
-no compiler or no place to keep the result, `library()` is None and the callers use torch's own operators. PALIGEMMA_KERNELS=off asks
-for that; $CXX names the compiler.
+no compiler or no place to keep the result, `library()` is None and the callers use torch's own operators.
+PALIGEMMA_KERNELS=off asks for that; $CXX names the compiler.
 
 The threads are those of torch: the kernels are linked against the OpenMP library that torch has loaded before them, so both
 share one pool. Checked in tests/test_quantization.py.
@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,7 +27,8 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 # A checkout has the source beside this file; an installed package has it among its data: <prefix>/lib/python3.x/site-packages.
-SOURCES = (Path(__file__).with_name("kernels.cpp"), *(up / "share/paligemma/kernels.cpp" for up in Path(__file__).resolve().parents[3:4]))
+HERE = Path(__file__).resolve()
+SOURCES = (HERE.with_name("kernels.cpp"), *(prefix / "share/paligemma/kernels.cpp" for prefix in HERE.parents[3:4]))
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-Wno-psabi")
 COMPILE_TIMEOUT_S = 300
 
@@ -77,10 +77,19 @@ def compile_once(source: Path, folder: Path) -> Path | None:
     return target if target.exists() else None
 
 
-def declare(function: Callable, *arguments: type) -> None:
-    """Says what a C function takes, so that ctypes passes whole pointers; none returns anything."""
-    function.argtypes = arguments
-    function.restype = None
+def open_library(file: Path) -> ctypes.CDLL:
+    """The functions of a compiled file, told what they take, so that ctypes passes whole pointers; none returns anything."""
+    loaded = ctypes.CDLL(str(file))
+    pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    of_ints = (pointer, pointer, pointer, flag, pointer, flag, size, size, size, flag)
+    for function, arguments in (
+        (loaded.bf16_product, (pointer, pointer, pointer, size, size, size, flag)),
+        (loaded.int8_product, of_ints),
+        (loaded.int4_product, of_ints),
+        (loaded.int_quantize, (flag, pointer, flag, size, size, size, pointer, pointer, flag)),
+    ):
+        function.argtypes, function.restype = arguments, None
+    return loaded
 
 
 @functools.cache
@@ -91,18 +100,10 @@ def library() -> ctypes.CDLL | None:
     source = next((source for source in SOURCES if source.exists()), SOURCES[0])
     try:
         file = compile_once(source, cache_folder())
-        loaded = None if file is None else ctypes.CDLL(str(file))
+        return None if file is None else open_library(file)
     except (OSError, RuntimeError) as error:  # a cache that cannot be executed from; no home folder
         log.info("the kernels cannot be loaded (%s); torch's own products are used.", error)
         return None
-    if loaded is not None:
-        pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        of_ints = (pointer, pointer, pointer, flag, pointer, flag, size, size, size, flag)
-        declare(loaded.bf16_product, pointer, pointer, pointer, size, size, size, flag)
-        declare(loaded.int8_product, *of_ints)
-        declare(loaded.int4_product, *of_ints)
-        declare(loaded.int_quantize, flag, pointer, flag, size, size, size, pointer, pointer, flag)
-    return loaded
 
 
 def bf16_product(x: Tensor, weight: Tensor) -> Tensor:

