@@ -17,6 +17,7 @@ import math
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import hub
+import quantization
 from checkpoint import (
     CONFIG_NAME,
     DTYPES,
@@ -328,29 +330,40 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     raise UsageError(f"dtype is {dtype!r}. bf16, fp16 or fp32 is needed; leave it out for that of the file.")
 
 
-def read_quantization(raw: dict, folder: Path) -> dict | None:
-    """The entry of config.json about weights that save_model wrote quantised; None for plain ones.
+def choose_quantization(raw: dict, folder: Path, quantize: str | None, with_vision: bool) -> tuple[str | None, bool, bool]:
+    """What of the model is quantised: (kind or None, the tower too?, is it stored so?).
 
-    Raises: CheckpointError for the formats of other programs.
+    Raises: CheckpointError for the formats of other programs, UsageError for a kind that there is not or that contradicts the
+    file.
     """
+    if quantize is not None and quantize not in quantization.KINDS:
+        raise UsageError(f"quantize is {quantize!r}. {' or '.join(quantization.KINDS)} is needed.")
     entry = raw.get("quantization_config")
     if not entry:
-        return None
-    import quantization
-
+        return quantize, with_vision, False
     method = entry.get("quant_method") if isinstance(entry, dict) else entry
     if method != quantization.QUANT_METHOD:
+        text = f"{folder} is quantised ({method}) in a format of another program. Take the plain checkpoint and --quantize int8."
+        raise CheckpointError(text, path=folder)
+    kind = entry.get("kind")
+    if kind not in quantization.KINDS or entry.get("layout") != quantization.LAYOUT:
+        known = f"{', '.join(quantization.KINDS)} in layout {quantization.LAYOUT}"
         raise CheckpointError(
-            f"{folder} is quantised ({method}) in a format of another program. Take the plain checkpoint and --quantize int8.",
-            path=folder,
+            f"{folder} is quantised as {entry}, and this version reads {known}. Quantise it again.", path=folder
         )
-    if entry.get("kind") not in quantization.KINDS or entry.get("layout") != quantization.LAYOUT:
-        raise CheckpointError(
-            f"{folder} is quantised as {entry}; this version reads {', '.join(quantization.KINDS)} in layout "
-            f"{quantization.LAYOUT}. Quantise the plain checkpoint again.",
-            path=folder,
-        )
-    return entry
+    if quantize not in (None, kind):
+        raise UsageError(f"{folder} is stored as {kind} and cannot become {quantize}. Take the plain checkpoint.")
+    return kind, entry.get("vision") is True, True
+
+
+def describe_quantization(model: nn.Module) -> dict | None:
+    """The entry of config.json from which choose_quantization knows how this model is stored; None for a plain one."""
+    kinds = {name: module.kind for name, module in model.named_modules() if isinstance(module, quantization.QuantizedLinear)}
+    if not kinds:
+        return None
+    (kind,) = set(kinds.values())
+    has_vision = any(name.startswith("vision_tower.") for name in kinds)
+    return {"quant_method": quantization.QUANT_METHOD, "kind": kind, "layout": quantization.LAYOUT, "vision": has_vision}
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -375,7 +388,7 @@ def fill(
     stored: dict[str, StoredTensor],
     reader: TensorReader,
     dtype: torch.dtype,
-    quantised: dict[str, nn.Module],
+    quantised: Collection[str],
     kind: str | None,
 ) -> None:
     """Gives every module its tensors; those to be quantised are read, quantised and replaced one by one.
@@ -390,12 +403,11 @@ def fill(
             for key, tensor in own_tensors(module).items()
         }
         if is_replaced:
-            import quantization
-
             model.set_submodule(name, quantization.quantize_module(module, kind, tensors))
             continue
         for key, tensor in tensors.items():
-            setattr(module, key, nn.Parameter(tensor) if isinstance(getattr(module, key), nn.Parameter) else tensor)
+            own = getattr(module, key)
+            setattr(module, key, nn.Parameter(tensor, own.requires_grad) if isinstance(own, nn.Parameter) else tensor)
 
 
 def load_model(
@@ -428,30 +440,23 @@ def load_model(
     raw = read_raw_config(folder)
     stored = find_tensors(folder)
     config = build_config(raw, stored, folder)
-    saved = read_quantization(raw, folder)
-    if saved and quantize not in (None, saved["kind"]):
-        raise UsageError(f"{folder} is already {saved['kind']}, so that it cannot become {quantize}. Take the plain checkpoint.")
-    kind = saved["kind"] if saved else quantize
-    if kind is not None:
-        import quantization
-    if kind is not None and kind not in quantization.KINDS:
-        raise UsageError(f"quantize is {kind!r}. {' or '.join(quantization.KINDS)} is needed.")
-    as_saved = DTYPE_NAMES.get(raw.get("torch_dtype")) if saved else None  # most of the stored bytes are no floats then
-    dtype = dtype or as_saved or stored_dtype(stored)
+    kind, with_vision, is_stored = choose_quantization(raw, folder, quantize, quantize_vision)
+    as_stored = DTYPE_NAMES.get(str(raw.get("torch_dtype"))) if is_stored else None  # few of its bytes are floats
+    dtype = dtype or as_stored or stored_dtype(stored)
     model = empty_model(config, final_softcap, sliding_window)
-    quantised = {}
-    if kind:
-        with torch.device("meta"), NoInit():
-            names = quantization.targets(model, vision=bool(saved["vision"] if saved else quantize_vision))
-            quantised = {name: quantization.empty_module(model.get_submodule(name), kind) for name in names}
-    if saved:
-        for name, module in quantised.items():
-            model.set_submodule(name, module)
-        quantised = {}
+    quantised = {
+        name: quantization.empty_module(model.get_submodule(name), kind, dtype)
+        for name in (quantization.targets(model, vision=with_vision) if kind else ())
+    }
+    if is_stored:
+        for name in list(quantised):
+            model.set_submodule(name, quantised.pop(name))
     check_names(model, stored, folder)
     require_memory(num_bytes(model, quantised, dtype), device)
     with memory_errors(f"loading {folder}"):
         fill(model, stored, TensorReader(device, allow_nonfinite), dtype, quantised, kind)
+    if device.type == "cpu":
+        quantization.use_fast_products(model)
     return model.eval()
 
 
@@ -465,6 +470,9 @@ def save_model(model: PaliGemmaForConditionalGeneration, folder: str | Path, *, 
     """
     folder = Path(folder)
     config = model.config.to_hf() | {"torch_dtype": str(model.dtype).removeprefix("torch.")}
+    entry = describe_quantization(model)
+    if entry is not None:
+        config["quantization_config"] = entry
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
@@ -472,6 +480,5 @@ def save_model(model: PaliGemmaForConditionalGeneration, folder: str | Path, *, 
             write_text(Path(temporary) / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
             replace_files(Path(temporary), folder)
     except OSError as error:
-        raise OutputError(
-            f"{folder} cannot be written: {error.strerror or error}. Make room or choose another.", path=folder
-        ) from error
+        text = f"{folder} cannot be written: {error.strerror or error}. Make room, or choose another."
+        raise OutputError(text, path=folder) from error

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import quantization
 import weights
 from checkpoint import read_header
 from errors import CheckpointError, DeviceError, OutputError, PaliGemmaError, UsageError
@@ -523,6 +524,85 @@ def test_published_models_have_the_published_parameters(name, side, parameters):
     assert shapes == expected
 
 
+# ---------------------------------------------------------------- quantised
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", quantization.KINDS)
+@pytest.mark.parametrize("with_vision", [False, True])
+def test_quantising_while_loading_equals_quantising_the_loaded_model(tmp_path, family, kind, with_vision):
+    whole = weights.load_model(write_checkpoint(tmp_path, family=family))
+    model = weights.load_model(tmp_path, quantize=kind, quantize_vision=with_vision)
+    names = {name for name, module in model.named_modules() if isinstance(module, quantization.QuantizedLinear)}
+    assert names == set(quantization.targets(whole, vision=with_vision))
+    assert any(name.startswith("vision_tower.") for name in names) == with_vision
+    state = model.state_dict()
+    for name, module in whole.named_modules():
+        if name in names:
+            packed, scales = quantization.quantize(module.weight.detach(), kind)
+            assert torch.equal(state.pop(f"{name}.packed"), packed)
+            assert torch.equal(state.pop(f"{name}.scales"), scales)
+    for name, tensor in state.items():  # norms, biases, projector, and the tower if it was left alone
+        assert torch.equal(whole.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", quantization.KINDS)
+@pytest.mark.parametrize("with_vision", [False, True])
+def test_a_quantised_model_is_saved_and_mapped_back(tmp_path, dtype, kind, with_vision):
+    model = weights.load_model(
+        write_checkpoint(tmp_path / "plain", family="gemma2"), dtype=dtype, quantize=kind, quantize_vision=with_vision
+    )
+    weights.save_model(model, tmp_path / "small")
+    again = weights.load_model(tmp_path / "small")
+    assert again.dtype == model.dtype
+    assert_same(again, model.state_dict())
+    places = read_header(tmp_path / "small" / "model.safetensors")
+    assert len({tensor.data_ptr() - places[name].start for name, tensor in again.state_dict().items()}) == 1
+    batch = make_batch([(1, 3, 2), (1, 5, 1)])
+    assert torch.equal(model(**batch), again(**batch))
+    weights.save_model(again, tmp_path / "small")  # over the files that it is mapped from
+    assert_same(weights.load_model(tmp_path / "small", quantize=kind), model.state_dict())
+
+
+def test_a_quantised_folder_cannot_become_another_kind(tmp_path):
+    model = weights.load_model(write_checkpoint(tmp_path / "plain"), quantize="int8")
+    weights.save_model(model, tmp_path / "small")
+    with pytest.raises(UsageError, match="stored as int8 and cannot become int4"):
+        weights.load_model(tmp_path / "small", quantize="int4")
+    with pytest.raises(UsageError, match="quantize is 'int3'. int8 or int4"):
+        weights.load_model(tmp_path / "plain", quantize="int3")
+
+
+@pytest.mark.parametrize("change", [{"layout": 99}, {"kind": "int3"}, {"kind": None}])
+def test_a_quantised_folder_of_another_version_is_refused(tmp_path, change):
+    model = weights.load_model(write_checkpoint(tmp_path), quantize="int8")
+    weights.save_model(model, tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["quantization_config"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="this version reads int8, int4 in layout"):
+        weights.load_model(tmp_path)
+
+
+def test_a_quantised_folder_with_floats_in_place_of_bytes_is_refused(tmp_path):
+    weights.save_model(weights.load_model(write_checkpoint(tmp_path), quantize="int8"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = DOWN.replace("weight", "packed")
+    tensors[name] = tensors[name].float()
+    save_file(tensors, tmp_path / "new.safetensors")
+    os.replace(tmp_path / "new.safetensors", tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name} is F32"):
+        weights.load_model(tmp_path)
+
+
+def test_nan_is_refused_before_it_is_quantised(tmp_path):
+    tensors = tensors_of()
+    tensors[DOWN][0, 0] = math.nan
+    with pytest.raises(CheckpointError, match=f"{DOWN} holds NaN"):
+        weights.load_model(write_checkpoint(tmp_path, tensors), quantize="int8")
+
+
 # ---------------------------------------------------------------- cost
 
 MEASURE = """
@@ -535,7 +615,7 @@ def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 before = peak()
-model = weights.load_model(sys.argv[1], dtype="bf16")
+model = weights.load_model(sys.argv[1], dtype="bf16", quantize=sys.argv[2] if len(sys.argv) > 2 else None)
 print(peak() - before, sum(tensor.nbytes for tensor in model.state_dict().values()))
 print(*(name for name in ("sympy", "transformers", "huggingface_hub") if name in sys.modules))
 """
@@ -556,16 +636,29 @@ def larger_checkpoints(tmp_path_factory):
     return folders
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_loading_never_holds_two_copies_and_imports_nothing_slow(larger_checkpoints, stored):
-    """Peak memory, mapped pages included, in a fresh process. Beside the weights there are a buffer and torch's first calls."""
-    command = [sys.executable, "-c", MEASURE, str(larger_checkpoints[stored])]
+def measure(folder: Path, *quantize: str) -> tuple[int, int, str]:
+    """Bytes by which the peak of a fresh process grew, mapped pages included, bytes of the weights, slow imports."""
+    command = [sys.executable, "-c", MEASURE, str(folder), *quantize]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     numbers, slow = run.stdout.split("\n")[:2]
     grown, size = map(int, numbers.split())
     assert grown > size * 0.95  # what was measured is real: all weights were in memory
-    assert grown < size * 1.1 + 70 * 2**20
+    return grown, size, slow
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_loading_never_holds_two_copies_and_imports_nothing_slow(larger_checkpoints, stored):
+    grown, size, slow = measure(larger_checkpoints[stored])
+    assert grown < size * 1.1 + 70 * 2**20  # beside the weights there are a buffer and what torch's first calls take
     assert slow == ""
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_quantising_never_holds_the_whole_model(larger_checkpoints, stored):
+    """The embedding comes first, a third of all: in bfloat16 it is as large as the whole quantised model will be."""
+    grown, size = measure(larger_checkpoints[stored], "int8")[:2]
+    assert grown < size * 1.1 + 70 * 2**20
+    assert grown < 2 * size + 10 * 2**20  # the bfloat16 model alone
 
 
 def test_weights_larger_than_memory_are_refused_before_they_are_touched(tmp_path):
