@@ -5,7 +5,8 @@ into free rows, `step` says one token in every row, `retire` frees a row. A row 
 `generate` admits all rows at once and yields a tensor a step; `generate_many` admits the next request whenever a row is
 free, so that a folder of a million pictures keeps every row busy (continuous batching: Orca, OSDI 2022).
 
-Checked in tests/test_generation.py. Shapes: B rows, L tokens of a prompt with its pictures, V vocabulary.
+Checked in tests/test_generation.py. Shapes: B rows, L tokens of a prompt with its pictures, V vocabulary,
+C candidates for the next token.
 """
 
 import math

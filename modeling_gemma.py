@@ -210,8 +210,8 @@ def rotary_embedding(position_ids: Tensor, width: int, theta: float, dtype: torc
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair of x [B, N, L, E] by its angle; cos and sin come from rotary_embedding."""
-    first, second = x.chunk(2, dim=-1)  # [B, N, L, E/2], [B, N, L, E/2]
+    """Turns each pair of x by its angle: queries [B, N, L, E] or keys [B, K, L, E], by what rotary_embedding returned."""
+    first, second = x.chunk(2, dim=-1)  # [..., E/2], [..., E/2]
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
@@ -231,7 +231,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     groups = n // k.shape[1]
     if cap is None and length == 1:  # the G queries of a key head stand in for L, so that keys are read once and not G times
         x = F.scaled_dot_product_attention(q.view(b, -1, groups, e), k, v, attn_mask=mask, scale=scale)  # [B, K, G, E]
-        return x.view(b, n, 1, e)
+        return x.view(b, n, 1, e)  # [B, N, L, E]
     if cap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     blocks = []
@@ -244,8 +244,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
             scores = scores.masked_fill(~mask[:, :, start : start + QUERY_BLOCK], torch.finfo(torch.float32).min)
         weights = scores.softmax(dim=-1).to(v.dtype)
         x = weights.view(b, k.shape[1], -1, k.shape[2]) @ v  # [B, K, G*L, E]
-        blocks.append(x.view(b, n, -1, e))  # [B, N, L, E]
-    return torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0]
+        blocks.append(x.view(b, n, -1, e))
+    return torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0]  # [B, N, L, E]
 
 
 class GemmaRMSNorm(nn.Module):
