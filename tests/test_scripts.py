@@ -4,11 +4,13 @@ Nothing is installed here. A copy of the scripts gets a stand-in for python, whi
 .venv that holds itself, and plays pip.
 """
 
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -177,6 +179,25 @@ def test_ci_runs_the_tests_without_a_terminal(clone):
     (clone[0] / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", clone[0] / ".ci" / "run")
     assert run(clone, ".ci/run").stdout.splitlines() == ["[-m]", "[pytest]"]
+
+
+def test_launch_answers_about_the_bundled_picture_with_the_bundled_checkpoint(tmp_path):
+    clone = tmp_path / "a clone with spaces"
+    (clone / ".venv" / "bin").mkdir(parents=True)
+    for path in ROOT.iterdir():
+        if path.name not in (".git", ".venv"):
+            (clone / path.name).symlink_to(path)
+    shutil.copy(ROOT / "requirements.txt", clone / ".venv")
+    python = clone / ".venv" / "bin" / "python"
+    python.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    command = ["bash", str(clone / "launch_inference.sh"), "--json"]
+    environment = {key: value for key, value in os.environ.items() if key not in CLASSIC} | {"MAX_TOKENS_TO_GENERATE": "20"}
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["model"].endswith("demo/checkpoint") and answer["text"] and len(answer["token_ids"]) <= 20
+    assert "examples/shapes.png" in done.stderr
 
 
 def test_scripts_can_be_executed():
