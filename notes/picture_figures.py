@@ -2,7 +2,7 @@
 
 patches.png  the picture as the tower sees it, cut into patches, and one patch enlarged
 scale.svg    captions that are right when the picture's vectors are multiplied by a factor, on scenes of an unseen seed
-matters.png  which patches an answer depends on: each one's vector in turn is replaced by the mean of all
+matters.png  which patches an answer depends on: each and its neighbours in turn are replaced by the mean of all
 """
 
 import math
@@ -26,7 +26,7 @@ from processing_paligemma import PaliGemmaProcessor, load_image  # noqa: E402
 from svg import BLUE, ORANGE, SOFT, Axes, Drawing  # noqa: E402
 from weights import load_model  # noqa: E402
 
-PICTURE, QUESTION, ANSWER = ROOT / "examples" / "shapes.png", "answer en what color is the heart?", "red"
+PICTURE, QUESTION, ANSWER = ROOT / "examples" / "shapes.png", "answer en what color is the heart?", "purple"
 SCENES, SEED = 100, 20_001  # the demo checkpoint was trained on other seeds
 SIDE = 448  # of the picture in a figure, pixels
 PALE = (215, 215, 215)
@@ -50,7 +50,7 @@ def draw_patches(model: PaliGemmaForConditionalGeneration, pixels: Tensor) -> No
     size, across = vision.patch_size, vision.image_size // vision.patch_size
     grid = patch_grid(model, pixels)
     cuts = F.unfold(pixels[None], kernel_size=size, stride=size)[0].T  # [P, 3*14*14], in reading order
-    number = int(cuts.var(dim=1).argmax())  # the patch with the most to see
+    number = int(cuts.unflatten(1, (3, -1)).var(dim=2).sum(dim=1).argmax())  # the patch with the most to see
     row, column = divmod(number, across)
     step = SIDE // across
     sheet = Image.new("RGB", (SIDE + 290, SIDE), "white")
@@ -114,36 +114,40 @@ def draw_scale(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaPro
 
 
 @torch.no_grad()
-def importance(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, picture: Image.Image) -> Tensor:
-    """float[P]: by how many nats the answer becomes less likely without each patch."""
+def importance(
+    model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, picture: Image.Image, reach: int
+) -> Tensor:
+    """float[P]: by how many nats the answer becomes less likely without each patch and its neighbours up to `reach` away."""
     inputs = processor(picture, QUESTION)
     features = model.encode_images(inputs.pop("pixel_values"))  # [1, P, D]
-    count = features.shape[1]
-    without = features.repeat(count + 1, 1, 1)  # [P + 1, P, D], the last one whole
-    without[torch.arange(count), torch.arange(count)] = features.mean(dim=1)
+    count, across = features.shape[1], math.isqrt(features.shape[1])
+    row, column = torch.arange(count) // across, torch.arange(count) % across
+    is_near = ((row[:, None] - row).abs() <= reach) & ((column[:, None] - column).abs() <= reach)  # [P, P]
+    without = torch.where(is_near[..., None], features.mean(dim=1), features)  # [P, P, D]
     rows = {key: value.expand(count + 1, -1) for key, value in inputs.items()}
-    logprobs = model(**rows, image_features=without)[:, -1].log_softmax(-1)  # [P + 1, V]
+    logprobs = model(**rows, image_features=torch.cat((without, features)))[:, -1].log_softmax(-1)  # [P + 1, V]
     labels = processor(picture, QUESTION, ANSWER)["labels"]
     first = labels[labels >= 0][0]
-    print(f'"{QUESTION}": "{processor.decode([int(first)])}" has probability {logprobs[-1, first].exp():.3f}')
     return logprobs[-1, first] - logprobs[:-1, first]
 
 
 def draw_importance(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, picture: Image.Image) -> None:
-    loss = importance(model, processor, picture)
-    across = math.isqrt(len(loss))
+    """matters.png: the picture beside the same in grey, orange where an answer comes from."""
+    for reach, words in ((0, "one patch"), (1, "a patch and its neighbours")):
+        loss = importance(model, processor, picture, reach)
+        across = math.isqrt(len(loss))
+        place = int(loss.argmax())
+        print(f'"{QUESTION}" without {words}: "{ANSWER}" loses up to {loss[place]:.2f} nats (row {place // across}, '
+              f"column {place % across}), {loss.median():.3f} in the median")  # fmt: skip
     shares = (loss / loss.max()).clamp(0, 1).view(across, across)
     weight = Image.fromarray((shares * 255).byte().numpy()).resize((SIDE, SIDE), Image.Resampling.NEAREST)
     grey = picture.convert("L").convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     pale = Image.blend(grey, Image.new("RGB", grey.size, "white"), 0.4)
-    marked = Image.composite(Image.new("RGB", grey.size, ORANGE), pale, weight.point(lambda value: value * 3 // 4))
+    marked = Image.composite(Image.new("RGB", grey.size, ORANGE), pale, weight.point(lambda value: value * 3 // 5))
     sheet = Image.new("RGB", (2 * SIDE + 12, SIDE), "white")
     sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC), (0, 0))
     sheet.paste(marked, (SIDE + 12, 0))
     sheet.quantize(128).save(HERE / "matters.png", optimize=True)
-    most = loss.argsort(descending=True)[:3].tolist()
-    places = ", ".join(f"row {i // across} column {i % across} ({loss[i]:.2f})" for i in most)
-    print(f"nats lost without one patch, the largest: {places}; the median patch {loss.median():.3f}")
 
 
 def main() -> None:

@@ -210,10 +210,10 @@ GENERATED: dict[str, Callable[[], str]] = {"checkpoints": checkpoint_table, "spe
 def refresh_generated(text: str) -> str:
     """The page with every marked part made anew."""
     for name, make in GENERATED.items():
-        between = re.compile(rf"(<!-- begin {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
+        between = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if between.search(text):
             made = make()
-            text = between.sub(lambda found, made=made: found[1] + made + found[2], text)
+            text = between.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)
     return text
 
 
