@@ -61,7 +61,7 @@ def read_settings(folder: Path, name: str, error_class: type[CheckpointError | T
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer.json of a folder, as it stands there. Raises: TokenizerError."""
+    """The tokenizer.json of a folder, so that it neither cuts nor pads. Raises: TokenizerError."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         if (folder / "tokenizer.model").is_file():
@@ -70,10 +70,14 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             )
         raise TokenizerError(f"{folder} has neither tokenizer.json nor tokenizer.model. Download them again.", path=path)
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing more precise
         read_settings(folder, "tokenizer.json", TokenizerError)  # says line and column if it is not even JSON
-        raise TokenizerError(f"{path} is no tokenizer: {error}. Download it again.", path=path) from error
+        reason = " ".join(str(error).split())
+        raise TokenizerError(f"{path} is no tokenizer: {reason}. Download it again.", path=path) from error
+    tokenizer.no_truncation()  # settings that a trainer left in the file
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def read_pixel_settings(folder: Path) -> dict:
@@ -312,8 +316,6 @@ class PaliGemmaProcessor:
         self.newline_token_id = ids["newline_token_id"]
         self.vocab_size = tokenizer.get_vocab_size()  # the model may have more rows; nobody trained those
         self.pixel_table = pixel_table
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         frame = [tokenizer.id_to_token(ids[f"{kind}_token_id"]) for kind in ("pad", "bos", "eos")]
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in frame])
         tokenizer.encode_special_tokens = True
@@ -454,10 +456,11 @@ class PaliGemmaProcessor:
         pieces = re.split("(?<=<)", text)
         return [number for piece in pieces for number in self.tokenizer.encode(piece, add_special_tokens=False).ids]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: "Iterable[int] | torch.Tensor | np.ndarray") -> str:
         """The text of token ids, <loc> and <seg> kept, control tokens dropped, nothing added."""
         stream = self.stream()
-        return "".join(stream.put(int(token)) for token in ids) + stream.end()
+        numbers = ids.tolist() if hasattr(ids, "tolist") else ids  # of a tensor or an array, far quicker at once
+        return "".join(stream.put(token) for token in numbers) + stream.end()
 
     def stream(self) -> TextStream:
         """For text that is shown while it is generated: put(id) returns what became certain, end() the rest."""

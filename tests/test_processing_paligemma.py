@@ -1,29 +1,75 @@
 """The processor: pixels and ids equal to transformers', control tokens that cannot be typed, text from ids."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from tiny_tokenizer import write_processor
 
-from processing_paligemma import PaliGemmaProcessor
+from errors import CheckpointError, ImageError, PromptError, TokenizerError
+from processing_paligemma import LOCATIONS, SEGMENTS, PaliGemmaProcessor
+from tiny_tokenizer import tokenizer_json, write_json, write_processor, write_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside transformers
+ROOT = Path(__file__).parent.parent
+SIDE, PATCHES = 28, 4
+PROMPTS = [
+    "",
+    "caption en",
+    "cap de",
+    "describe en",
+    "ocr",
+    "answer en what is this?",
+    "answer en  how many cats are there? choose from: one \t two",
+    "question en two",
+    "detect cat",
+    "detect red car ; dog",
+    "segment the blue square",
+    "What is behind the cat?",
+    "describe this image in great detail, please",
+    "a  b   c    d     e",
+    "first line\nsecond line",
+    "blank\n\n\nlines\r\nand tabs\t\t.",
+    "detect <loc0000><loc1023> cat",
+    "<loc0512>",
+    "segment <seg000> <seg127><seg064>x",
+    "<loc1024> <loc9999> <loc1> <loc00001> <seg128> <seg1>",
+    "où est le café? Fußgänger, ÄÖÜ",
+    "你好，世界 こんにちは",
+    "שלום مرحبا",
+    "\U0001f600 family \U0001f469\u200d\U0001f469\u200d\U0001f467 flag \U0001f1e9\U0001f1ea",
+    "e\u0301 combining a\u030a\u0323",
+    "nul \x00 bell \x07 escape \x1b[31m",
+    "\ufeffbyte order mark",
+    "None",
+    "[a] {b} #7 \"quoted\" 'single' 45% x=y+z 1.5e3",
+    "<b>bold</b> <imag> image> <bo s> < eos > <0x41>",
+    "under_score ▁ block",
+    "x" * 500,
+]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("processor")
-    write_processor(path)
+    write_processor(path, image_size=SIDE)
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def reference(folder):
     from transformers import PaliGemmaProcessor as Reference
 
     return Reference.from_pretrained(folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def processor(folder):
     return PaliGemmaProcessor.from_pretrained(folder)
 
@@ -32,11 +78,538 @@ def picture(width: int = 37, height: int = 23, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def test_everything_equals_transformers_with_an_answer(processor, reference):
-    ours = processor(picture(), "detect red car ; <loc0000> é\U0001f600", "the cat")
-    theirs = reference(
-        images=picture(), text="<image>detect red car ; <loc0000> é\U0001f600", suffix="the cat", return_tensors="pt"
-    )
-    assert ours.keys() == theirs.keys()
+def assert_equal(ours: dict, theirs: dict) -> None:
+    """Equality of every bit; labels only where we made them, since transformers returns empty ones, too."""
+    assert ours.keys() - {"labels"} == theirs.keys() - {"labels"}
     for name in ours:
+        assert ours[name].dtype == theirs[name].dtype, name
         assert torch.equal(ours[name], theirs[name]), name
+
+
+# Equal to transformers
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_ids_equal_transformers(processor, reference, prompt):
+    stripped = prompt.strip()
+    theirs = reference(images=picture(), text="<image>" + stripped, return_tensors="pt")
+    assert_equal(processor(picture(), prompt), theirs)
+
+
+@pytest.mark.parametrize("suffix", ["", "the cat", " two  spaces ", "<loc0001><loc0002><loc0003><loc0004> red car ; é\U0001f600"])
+def test_answers_and_labels_equal_transformers(processor, reference, suffix):
+    theirs = reference(images=picture(), text="<image>detect red car", suffix=suffix, return_tensors="pt")
+    ours = processor(picture(), "detect red car", suffix)
+    assert_equal(ours, theirs)
+    assert ours.keys() == theirs.keys()
+
+
+def test_a_batch_with_several_pictures_a_row_equals_transformers(processor, reference):
+    rows = [[picture(seed=1)], [picture(seed=2), picture(50, 60, seed=3)], [picture(seed=4)]]
+    prompts, suffixes = ["caption en", "answer en which of the two?", "ocr"], ["a cat", "left", "one two three"]
+    texts = ["<image>" * len(row) + prompt for row, prompt in zip(rows, prompts, strict=True)]
+    theirs = reference(images=rows, text=texts, suffix=suffixes, padding="longest", return_tensors="pt")
+    ours = processor(rows, prompts, suffixes)
+    assert ours.keys() == theirs.keys()
+    assert_equal(ours, theirs)
+    assert (ours["input_ids"][0] == processor.pad_token_id).any()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 10_000), (10_000, 1), (28, 28), (27, 29), (640, 480), (2000, 1500)])
+def test_pixels_of_every_size_equal_transformers(processor, reference, size):
+    image = picture(*size)
+    theirs = reference.image_processor(image, return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor.pixels([image]), theirs)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "RGBA", "LA"])
+def test_pixels_of_other_modes_equal_transformers(processor, reference, mode):
+    values = np.random.default_rng(3).integers(0, 256, (30, 40, 4), dtype=np.uint8)
+    image = Image.fromarray(values).convert(mode)
+    image = Image.merge("LA", (image.convert("L"), Image.fromarray(values[:, :, 3]))) if mode == "LA" else image
+    theirs = reference.image_processor(image, do_convert_rgb=True, return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor.pixels([image]), theirs)
+
+
+@pytest.mark.parametrize("size", [224, 448])
+def test_pixels_of_the_bundled_photographs_equal_transformers(tmp_path, size):
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    write_processor(tmp_path, image_size=size)
+    ours = PaliGemmaProcessor.from_pretrained(tmp_path)
+    theirs = SiglipImageProcessorPil.from_pretrained(tmp_path)
+    for name in ("cat.png", "coffee.png"):
+        image = Image.open(ROOT / "examples" / name)
+        assert torch.equal(ours.pixels([ROOT / "examples" / name]), theirs(image, return_tensors="pt")["pixel_values"])
+
+
+def test_other_means_and_scales_equal_transformers(tmp_path):
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    write_processor(tmp_path, image_size=SIDE)
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    settings |= {"image_mean": [0.48, 0.45, 0.4], "image_std": [0.26, 0.25, 0.27], "rescale_factor": 1 / 127.5}
+    write_json(tmp_path, "preprocessor_config.json", settings)
+    theirs = SiglipImageProcessorPil.from_pretrained(tmp_path)(picture(), return_tensors="pt")["pixel_values"]
+    assert torch.equal(PaliGemmaProcessor.from_pretrained(tmp_path).pixels([picture()]), theirs)
+
+
+def test_what_transformers_saves_again_gives_the_same(reference, processor, tmp_path):
+    reference.save_pretrained(tmp_path)  # transformers 5 writes processor_config.json instead of preprocessor_config.json
+    assert (tmp_path / "processor_config.json").exists()
+    write_json(tmp_path, "config.json", write_processor_config(tmp_path))
+    again = PaliGemmaProcessor.from_pretrained(tmp_path)
+    inputs = (picture(), "detect red car ; <loc0000>\U0001f600", "the cat")
+    assert_equal(again(*inputs), processor(*inputs))
+
+
+def write_processor_config(folder: Path) -> dict:
+    """config.json as transformers 5 writes it: bos, eos and pad in text_config only."""
+    image = next(
+        token["id"]
+        for token in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+        if token["content"] == "<image>"
+    )
+    text = {"model_type": "gemma", "vocab_size": image + 1, "pad_token_id": 0, "eos_token_id": [1, 0], "bos_token_id": 2}
+    return {"image_token_index": image, "text_config": text, "vision_config": {"image_size": SIDE}}
+
+
+# The layout of a row
+
+
+def test_a_row_is_pictures_bos_prompt_newline_answer_eos(processor):
+    newline, bos, eos, image = (getattr(processor, f"{name}_token_id") for name in ("newline", "bos", "eos", "image"))
+    prompt, answer = processor.encode("caption en"), processor.encode("a cat")
+    row = [image] * PATCHES * 2 + [bos] + prompt + [newline] + answer + [eos]
+    batch = processor([[picture(), picture()]], ["caption en"], ["a cat"])
+    assert batch["input_ids"].tolist() == [row]
+    assert batch["token_type_ids"].tolist() == [[0] * (len(row) - len(answer) - 1) + [1] * (len(answer) + 1)]
+    assert batch["labels"].tolist() == [[-100] * (len(row) - len(answer) - 1) + answer + [eos]]
+    assert batch["pixel_values"].shape == (2, 3, SIDE, SIDE) and batch["pixel_values"].dtype == torch.float32
+
+
+def test_shorter_rows_are_padded_on_the_left(processor):
+    batch = processor(None, ["a", "a b c"])
+    assert batch["attention_mask"].tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
+    assert batch["input_ids"][0, :2].tolist() == [processor.pad_token_id] * 2
+    assert "pixel_values" not in batch and "labels" not in batch
+
+
+def test_white_space_at_both_ends_is_dropped_with_a_note(processor):
+    notes = []
+    batch = processor(None, " \n caption en\r\n\t", notes=notes)
+    assert torch.equal(batch["input_ids"], processor(None, "caption en")["input_ids"])
+    assert "white space" in notes[0]
+    assert processor(None, "\n \n")["input_ids"].tolist() == [[processor.bos_token_id, processor.newline_token_id]]
+
+
+def test_the_newline_stays_a_token_of_its_own(tmp_path):
+    # A tokenizer whose merges would join it to the letter before it, as transformers' processor would let them.
+    tokenizer = tokenizer_json()
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if "\n" not in token["content"]]
+    first = write_processor(tmp_path)
+    vocab = tokenizer["model"]["vocab"]
+    vocab["<image>"] = first["image_token_index"]
+    free = vocab["t\n"] = len(vocab)
+    tokenizer["model"]["merges"].insert(0, ["t", "\n"])
+    write_json(tmp_path, "tokenizer.json", tokenizer)
+    write_json(tmp_path, "config.json", first | {"text_config": {"vocab_size": free + 1}})
+    processor = PaliGemmaProcessor.from_pretrained(tmp_path)
+    assert free in processor.encode("cat\nx")
+    assert processor(None, "cat")["input_ids"][0, -1] == processor.newline_token_id == vocab["\n"]
+
+
+# What may come as pictures and prompts
+
+
+def test_pictures_are_given_to_rows_as_documented(processor):
+    a, b = picture(seed=1), picture(seed=2)
+    pixels = {name: processor.pixels([image])[0] for name, image in (("a", a), ("b", b))}
+    for images, prompts, rows, order in (
+        (a, "x", [1], "a"),
+        ([a], "x", [1], "a"),
+        ([a, b], "x", [2], "ab"),
+        ([[a, b]], "x", [2], "ab"),
+        (a, ["x", "y"], [1, 1], "aa"),
+        ([a, b], ["x", "y"], [1, 1], "ab"),
+        ([[b, a], [a]], ["x", "y"], [2, 1], "baa"),
+        ([[b, a], None], ["x", "y"], [2, 0], "ba"),
+        ([(b,), a], ("x", "y"), [1, 1], "ba"),
+        (None, "x", [0], ""),
+        ([], "x", [0], ""),
+        ([], ["x", "y"], [0, 0], ""),
+        ([[], [a]], ["x", "y"], [0, 1], "a"),
+    ):
+        batch = processor(images, prompts)
+        counts = (batch["input_ids"] == processor.image_token_id).sum(1) // PATCHES
+        assert counts.tolist() == rows
+        expected = [pixels[name] for name in order]
+        assert torch.equal(batch["pixel_values"], torch.stack(expected)) if order else "pixel_values" not in batch
+
+
+def test_a_picture_may_be_a_path_bytes_or_an_array(processor):
+    path = ROOT / "examples" / "cat.png"
+    pixels = processor.pixels([path])
+    for source in (str(path), path.read_bytes(), np.asarray(Image.open(path)), Image.open(path)):
+        assert torch.equal(processor(source, "caption en")["pixel_values"], pixels)
+
+
+def test_tokens_alone_are_the_batch_without_pixels(processor):
+    whole = processor([[picture()], [picture(), picture()]], ["a", "b c"], ["d", "e"])
+    alone = processor.tokens([1, 2], ["a", "b c"], ["d", "e"])
+    del whole["pixel_values"]
+    assert_equal(alone, whole)
+
+
+@pytest.mark.parametrize(
+    ("images", "prompts", "suffixes", "error"),
+    [
+        ([picture(), picture()], ["a"], None, ImageError),
+        ([picture()], ["a", "b"], None, ImageError),
+        ([[picture()]], ["a", "b"], None, ImageError),
+        ([[[picture()]]], ["a"], None, ImageError),
+        (3, "a", None, ImageError),
+        ([None, picture()], "a", None, ImageError),
+        (np.zeros((2, 3, 4, 3), np.uint8), ["a", "b"], None, ImageError),
+        ("nowhere.png", "a", None, ImageError),
+        (None, None, None, PromptError),
+        (None, [], None, PromptError),
+        (None, 3, None, PromptError),
+        (None, ["a", None], None, PromptError),
+        (None, b"a", None, PromptError),
+        (None, "a", ["b", "c"], PromptError),
+        (None, ["a", "b"], "c", PromptError),
+        (None, "a", [None], PromptError),
+        (None, "a \udce4", None, PromptError),
+        (None, "a", "\ud83d", PromptError),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_in_a_sentence(processor, images, prompts, suffixes, error):
+    with pytest.raises(error) as caught:
+        processor(images, prompts, suffixes)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith((".", "?"))
+
+
+def test_notes_are_logged_if_nobody_collects_them(processor, caplog):
+    processor(None, "<image> a")
+    assert "<image> in the text is taken as letters" in caplog.text
+
+
+# Control tokens and places
+
+
+@pytest.mark.parametrize("token", ["<image>", "<bos>", "<eos>", "<pad>", "<unk>", "<mask>"])
+def test_a_typed_control_token_is_letters(processor, token):
+    notes = []
+    batch = processor(picture(), f"what is {token}?", f"{token} is", notes=notes)
+    assert token in notes[0]
+    own = {processor.image_token_id: PATCHES, processor.bos_token_id: 1, processor.eos_token_id: 1}
+    ids = batch["input_ids"][0].tolist()
+    for number in processor.control_tokens:
+        assert ids.count(number) == own.get(number, 0)
+    assert processor.decode(processor.encode(f"what is {token}?")) == f"what is {token}?"
+
+
+def test_merges_cannot_put_a_control_token_together(tmp_path):
+    tokenizer = tokenizer_json()
+    vocab, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    config = write_processor(tmp_path)
+    vocab["<image>"] = config["image_token_index"]
+    for piece in ("<p", "<pa", "<pad"):
+        vocab[piece] = len(vocab)
+        merges.append([piece[:-1], piece[-1]])
+    merges.append(["<pad", ">"])
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] != "<pad>"]
+    write_json(tmp_path, "tokenizer.json", tokenizer)
+    write_json(tmp_path, "config.json", config | {"text_config": {"vocab_size": 5000}})
+    processor = PaliGemmaProcessor.from_pretrained(tmp_path)
+    plain = processor.tokenizer.encode("a <pad> b", add_special_tokens=False).ids
+    assert processor.pad_token_id in plain  # what it would be without us
+    assert processor.pad_token_id not in processor.encode("a <pad> b")
+    assert processor.decode(processor.encode("a <pad> b")) == "a <pad> b"
+
+
+@pytest.mark.parametrize("is_special", [True, False])
+def test_places_are_single_tokens_whatever_the_file_says_of_them(tmp_path, is_special):
+    config = write_processor(tmp_path)
+    tokenizer = tokenizer_json()
+    for token in tokenizer["added_tokens"]:
+        if token["content"].startswith(("<loc", "<seg")):
+            token["special"] = is_special
+    write_json(tmp_path, "tokenizer.json", tokenizer)
+    processor = PaliGemmaProcessor.from_pretrained(tmp_path)
+    text = "".join(LOCATIONS + SEGMENTS)
+    ids = processor.encode(text)
+    assert ids == list(range(config["image_token_index"] - 1152, config["image_token_index"]))
+    assert processor.decode(ids) == text
+
+
+def test_gemmas_own_tokenizer_gets_the_missing_tokens_if_the_ids_agree(tmp_path, processor):
+    config = write_processor(tmp_path)
+    tokenizer = tokenizer_json()
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] not in ("<image>", *NAMES)]
+    for token in NAMES:
+        del tokenizer["model"]["vocab"][token]
+    write_json(tmp_path, "tokenizer.json", tokenizer)
+    prompt = "detect <loc0007> cat <seg003>"
+    assert PaliGemmaProcessor.from_pretrained(tmp_path).encode(prompt) == processor.encode(prompt)
+    write_json(tmp_path, "config.json", config | {"image_token_index": config["image_token_index"] - 1})
+    with pytest.raises(TokenizerError, match="different models"):
+        PaliGemmaProcessor.from_pretrained(tmp_path)
+
+
+NAMES = set(LOCATIONS + SEGMENTS)
+
+
+# Text from ids
+
+
+def test_decode_keeps_places_and_drops_control_tokens(processor):
+    ids = processor(picture(), "detect red car", "<loc0001><loc0002><loc0003><loc0004> red car")["input_ids"][0]
+    assert processor.decode(ids) == "detect red car\n<loc0001><loc0002><loc0003><loc0004> red car"
+    assert processor.decode([]) == ""
+    assert processor.decode([processor.vocab_size, 10**9, -100]) == ""  # rows of the embedding without a token, labels
+
+
+def test_a_letter_of_several_tokens_comes_whole(processor):
+    ids = processor.encode("a\U0001f600\U0001f469b")
+    stream = processor.stream()
+    assert [stream.put(number) for number in ids] == ["a", "", "", "", "\U0001f600", "", "", "", "\U0001f469", "b"]
+    assert stream.end() == ""
+
+
+def test_an_answer_that_ends_within_a_letter_shows_that(processor):
+    ids = processor.encode("a\U0001f600")[:-1]
+    stream = processor.stream()
+    assert "".join(stream.put(number) for number in ids) == "a"
+    assert stream.end() == "\ufffd"
+    assert processor.decode(ids) == "a\ufffd"
+
+
+def test_control_tokens_within_a_letter_do_not_break_it(processor):
+    first, *rest = processor.encode("\U0001f600")
+    assert processor.decode([first, processor.pad_token_id, *rest]) == "\U0001f600"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=60))
+@example(" leading and trailing ")
+@example("<image><bos></s><0x41> <loc0001><loc1024>")
+@example("\r\n\n\n\t \x00 e\u0301 \u200d \ufffd \ufeff")
+def test_any_text_comes_back_whole_piece_by_piece(processor, text):
+    ids = processor.encode(text)
+    stream = processor.stream()
+    pieces = [stream.put(number) for number in ids]
+    expected = text.replace("▁", " ")  # Gemma spells a space so, and cannot tell the two apart
+    assert "".join(pieces) + stream.end() == processor.decode(ids) == expected
+    assert processor.control_ids.isdisjoint(ids)
+    assert all(piece in expected for piece in pieces)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_ids_give_the_same_text_at_once_and_as_a_stream(processor, data):
+    ids = data.draw(st.lists(st.one_of(st.integers(0, processor.vocab_size + 5), st.integers(11, 266)), max_size=30))
+    stream = processor.stream()
+    text = "".join(stream.put(number) for number in ids) + stream.end()
+    assert text == processor.decode(ids) == processor.decode(torch.tensor(ids, dtype=torch.int64))
+    theirs = processor.tokenizer.decode([n for n in ids if n not in processor.control_ids], skip_special_tokens=False)
+    if "\ufffd" not in theirs:  # bytes that make no letter: the library replaces all bytes of such a run, we the wrong ones
+        assert text == theirs
+
+
+# Tokenizer files (FAULTS 67 to 73)
+
+
+def change(folder: Path, name: str, **changes: object) -> None:
+    write_json(folder, name, json.loads((folder / name).read_text()) | changes)
+
+
+def refusal(folder: Path, error: type = TokenizerError) -> str:
+    with pytest.raises(error) as caught:
+        PaliGemmaProcessor.from_pretrained(folder)
+    assert caught.value.code == 4
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_folder_without_tokenizer_files_is_told_both_names(tmp_path):
+    write_processor(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    assert "neither tokenizer.json nor tokenizer.model" in refusal(tmp_path)
+    (tmp_path / "tokenizer.model").touch()
+    assert "save_pretrained" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "{}", '{"model": {"type": "BPE"}}', "\0\0", '{"a": 1,\n "b": }', "\ud800"]
+)
+def test_a_broken_tokenizer_json_is_refused(tmp_path, text):
+    write_processor(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    message = refusal(tmp_path)
+    assert "tokenizer.json" in message
+    assert "\n" not in text or "tokenizer.json:2:7" in message
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_damaged_tokenizer_json_raises_nothing_but_our_errors(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("damaged")
+    write_processor(folder, num_words=1)
+    content = bytearray((folder / "tokenizer.json").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 127))
+    (folder / "tokenizer.json").write_bytes(content)
+    try:
+        PaliGemmaProcessor.from_pretrained(folder).encode("caption en")
+    except TokenizerError:
+        pass
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused_with_numbers(tmp_path):
+    config = write_processor(tmp_path)
+    size = config["text_config"]["vocab_size"]
+    write_json(tmp_path, "config.json", config | {"text_config": {"vocab_size": size - 1}})
+    message = refusal(tmp_path)
+    assert f"{size} tokens" in message and f"{size - 1} rows" in message
+    write_json(tmp_path, "config.json", config | {"text_config": {"vocab_size": size + 63}})
+    assert PaliGemmaProcessor.from_pretrained(tmp_path).vocab_size == size
+
+
+def test_another_models_tokenizer_is_refused_by_its_structure(tmp_path):
+    config = write_processor(tmp_path)
+    tokenizer = tokenizer_json()
+    vocab = tokenizer["model"]["vocab"]
+    vocab["<loc0003>"], vocab["<loc0004>"] = vocab["<loc0004>"], vocab["<loc0003>"]
+    for token in tokenizer["added_tokens"]:
+        token["id"] = vocab.get(token["content"], token["id"])
+    write_json(tmp_path, "tokenizer.json", tokenizer)
+    assert "<loc> tokens do not lie one behind the other" in refusal(tmp_path)
+    llama = tokenizer_json()
+    llama["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, llama["normalizer"]]}
+    write_json(tmp_path, "tokenizer.json", llama)
+    assert "Is this Gemma's tokenizer?" in refusal(tmp_path)
+    write_json(tmp_path, "tokenizer.json", tokenizer_json())
+    for name in ("image_token_index", "bos_token_id", "eos_token_id", "pad_token_id"):
+        write_json(tmp_path, "config.json", config | {name: 77})
+        assert "different models" in refusal(tmp_path)
+    write_json(tmp_path, "config.json", {key: value for key, value in config.items() if key != "image_token_index"})
+    assert "image_token_index" in refusal(tmp_path, CheckpointError)
+
+
+def test_ids_may_stand_in_generation_config_or_nowhere(tmp_path, processor):
+    config = write_processor(tmp_path)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        del config[name]
+    write_json(tmp_path, "config.json", config)
+    assert PaliGemmaProcessor.from_pretrained(tmp_path).eos_token_id == processor.eos_token_id
+    write_json(tmp_path, "generation_config.json", {"eos_token_id": [107, 1]})
+    assert PaliGemmaProcessor.from_pretrained(tmp_path).eos_token_id == processor.eos_token_id
+    write_json(tmp_path, "generation_config.json", {"eos_token_id": 107})
+    assert "gives <eos> the id 1" in refusal(tmp_path)
+
+
+def test_names_of_the_tokens_come_from_tokenizer_config(tmp_path):
+    write_processor(tmp_path)
+    change(tmp_path, "tokenizer_config.json", eos_token={"content": "<mask>", "special": True})
+    change(tmp_path, "config.json", eos_token_id=4)
+    assert PaliGemmaProcessor.from_pretrained(tmp_path).eos_token_id == 4
+    (tmp_path / "tokenizer_config.json").unlink()
+    change(tmp_path, "config.json", eos_token_id=1)
+    assert PaliGemmaProcessor.from_pretrained(tmp_path).eos_token_id == 1
+
+
+def test_settings_that_would_add_cut_or_pad_change_nothing(tmp_path, processor):
+    write_processor(tmp_path)
+    change(tmp_path, "tokenizer_config.json", add_bos_token=False, add_eos_token=True)
+    padding = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0}
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    change(tmp_path, "tokenizer.json", padding=padding | {"pad_token": "<pad>"}, truncation=truncation)
+    other = PaliGemmaProcessor.from_pretrained(tmp_path)
+    assert_equal(other(None, "a b c d", "e f"), processor(None, "a b c d", "e f"))
+
+
+# The other files
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"size": {"height": 56, "width": 56}}, "asks for pictures of"),
+        ({"size": {"height": 28, "width": 14}}, "asks for pictures of"),
+        ({"size": {"shortest_edge": 28}}, "asks for pictures of"),
+        ({"size": None}, "asks for pictures of"),
+        ({"image_seq_length": 256}, "counts 256 tokens a picture"),
+        ({"resample": 2}, "'resample': 2"),
+        ({"do_resize": False}, "'do_resize': False"),
+        ({"do_normalize": False}, "'do_normalize': False"),
+        ({"do_center_crop": True}, "'do_center_crop': True"),
+        ({"do_pad": True}, "'do_pad': True"),
+        ({"image_mean": "x"}, "is no number"),
+        ({"image_std": [0.5, 0.5]}, "is no number"),
+        ({"image_std": 0}, "image_std"),
+        ({"rescale_factor": None}, "is no number"),
+    ],
+)
+def test_a_preprocessor_that_contradicts_or_asks_for_more_is_refused(tmp_path, changes, words):
+    write_processor(tmp_path)
+    change(tmp_path, "preprocessor_config.json", **changes)
+    assert words in refusal(tmp_path, CheckpointError)
+
+
+def test_without_preprocessor_config_the_size_comes_from_config(tmp_path):
+    config = write_processor(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert PaliGemmaProcessor.from_pretrained(tmp_path).image_size == SIDE
+    write_json(tmp_path, "config.json", config | {"vision_config": {}})  # as the hub's files of 224 pixels have it
+    processor = PaliGemmaProcessor.from_pretrained(tmp_path)
+    assert (processor.image_size, processor.num_image_tokens) == (224, 256)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vision_config": None}, "no vision_config"),
+        ({"text_config": []}, "no text_config"),
+        ({"text_config": {}}, "text_config.vocab_size is None"),
+        ({"text_config": {"vocab_size": "many"}}, "text_config.vocab_size"),
+        ({"vision_config": {"image_size": 30}}, "no multiple"),
+        ({"vision_config": {"image_size": -28}}, "image_size is -28"),
+        ({"vision_config": {"image_size": 28, "patch_size": 0}}, "patch_size is 0"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused(tmp_path, changes, words):
+    write_processor(tmp_path)
+    change(tmp_path, "config.json", **changes)
+    assert words in refusal(tmp_path, CheckpointError)
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "generation_config.json"])
+@pytest.mark.parametrize(("text", "words"), [(b'{"a":\n 1,}', ":2:"), (b"[]", "a list"), (b'"\xff"', "cannot be read")])
+def test_settings_that_are_no_json_object_are_refused(tmp_path, name, text, words):
+    write_processor(tmp_path)
+    (tmp_path / name).write_bytes(text)
+    message = refusal(tmp_path, CheckpointError)
+    assert name in message and words in message
+
+
+def test_a_missing_config_is_named(tmp_path):
+    assert "config.json" in refusal(tmp_path, CheckpointError)
+    assert "config.json" in refusal(tmp_path / "nowhere", CheckpointError)
+
+
+# Cost
+
+
+def test_importing_the_processor_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys, processing_paligemma; processing_paligemma.load_image('examples/cat.png'); "
+        "print([name for name in ('torch', 'transformers', 'ssl', 'http.client') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_the_tiny_tokenizer_is_of_the_size_it_says(tmp_path):
+    ids = write_tokenizer(tmp_path, num_words=20)
+    assert ids["image_token_index"] == ids["vocab_size"] - 1 < tokenizer_json(200)["added_tokens"][-1]["id"]

@@ -82,7 +82,7 @@ def tokenizer_json(num_words: int = 200) -> dict:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": vocab,
-            "merges": merges,
+            "merges": [list(merge) for merge in merges],
         },
     }
 
