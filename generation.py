@@ -21,6 +21,7 @@ from errors import GenerationError, PromptError
 
 PREFILL_TOKENS = 4096  # tokens read in one pass; more would only take memory, since matrix products are at their best long before
 NUCLEUS = 256  # the most likely tokens that top_p looks at first; a vocabulary of 257216 is sorted only if they do not suffice
+PICTURES = ("pixel_values", "image_features")  # the two forms in which pictures come; a batch has one of them or none
 UNTRAINED_ROWS = 64  # the public conversion appended that many rows to the vocabulary, <image> first; no training touched them
 
 
@@ -139,7 +140,7 @@ def split_rows(inputs: dict, config: object) -> list[dict]:
 
     Raises: PromptError when the rows' <image> tokens do not call for just the pictures that are there.
     """
-    given = [key for key in ("pixel_values", "image_features") if inputs.get(key) is not None]
+    given = [key for key in PICTURES if inputs.get(key) is not None]
     if len(given) == 2:
         raise PromptError("pixel_values and image_features are two forms of the same pictures. Pass one of them.")
     pictures = given[0] if given else None
@@ -174,11 +175,22 @@ def join_rows(rows: list[dict], pad_token_id: int) -> dict:
         for key in ("input_ids", "token_type_ids")
     }
     batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()  # [B, L]
-    for key in ("pixel_values", "image_features"):
+    for key in PICTURES:
         pictures = [row[key] for row in rows if key in row]
         if pictures:
             batch[key] = torch.cat(pictures)
     return batch
+
+
+def first_group(requests: list[tuple[int, dict]]) -> list[tuple[int, dict]]:
+    """As many of the first requests as one pass reads: not too many tokens, and all pictures in one form."""
+    longest, forms = 0, set()
+    for count, (_, row) in enumerate(requests):
+        longest = max(longest, len(row["input_ids"]))
+        forms |= row.keys() & set(PICTURES)
+        if count and ((count + 1) * longest > PREFILL_TOKENS or len(forms) > 1):
+            return requests[:count]
+    return requests
 
 
 class Decoder:
@@ -223,9 +235,9 @@ class Decoder:
             raise PromptError(f"pictures and prompt take {longest} tokens, but the model's context is {context}. Shorten them.")
         self.make_room(min(longest + self.max_new_tokens, context))
         while requests:
-            count = max(1, min(len(requests), PREFILL_TOKENS // longest))
-            group, requests = requests[:count], requests[count:]
-            first = len(self.rows)
+            group = first_group(requests)
+            requests = requests[len(group) :]
+            first, count = len(self.rows), len(group)
             for index, row in group:
                 limit = min(self.max_new_tokens, context - len(row["input_ids"]))
                 self.rows.append(Row(index, limit, torch.Generator().manual_seed((self.seed + index) % 2**63)))
@@ -286,6 +298,24 @@ class Decoder:
         return answers[::-1]
 
 
+def lockstep(decoder: Decoder, requests: list[tuple[int, dict]]) -> Iterator[Step]:
+    """Admits all requests at once and yields a Step for every token, rows in the order of the requests."""
+    batch = len(requests)
+    decoder.admit(requests)
+    while decoder.rows:
+        tokens = torch.full((batch,), decoder.model.config.pad_token_id)  # [B]
+        logprobs = torch.zeros(batch)  # [B]
+        is_finished = torch.ones(batch, dtype=torch.bool)  # [B]
+        for row in decoder.rows:
+            tokens[row.index] = row.token_ids[-1]
+            logprobs[row.index] = row.logprobs[-1]
+            is_finished[row.index] = decoder.is_finished(row)
+        decoder.retire()
+        yield Step(tokens, logprobs, is_finished)
+        if decoder.rows:
+            decoder.step()
+
+
 def generate_steps(
     model: nn.Module,
     inputs: dict,
@@ -303,24 +333,6 @@ def generate_steps(
     rows = split_rows(inputs, model.config)
     decoder = Decoder(model, len(rows), max_new_tokens, sampling, eos_token_id)
     return lockstep(decoder, list(enumerate(rows)))
-
-
-def lockstep(decoder: Decoder, requests: list[tuple[int, dict]]) -> Iterator[Step]:
-    """Admits all requests at once and yields a Step for every token, rows in the order of the requests."""
-    batch = len(requests)
-    decoder.admit(requests)
-    while decoder.rows:
-        tokens = torch.full((batch,), decoder.model.config.pad_token_id)  # [B]
-        logprobs = torch.zeros(batch)  # [B]
-        is_finished = torch.ones(batch, dtype=torch.bool)  # [B]
-        for row in decoder.rows:
-            tokens[row.index] = row.token_ids[-1]
-            logprobs[row.index] = row.logprobs[-1]
-            is_finished[row.index] = decoder.is_finished(row)
-        decoder.retire()
-        yield Step(tokens, logprobs, is_finished)
-        if decoder.rows:
-            decoder.step()
 
 
 def generate(
@@ -361,6 +373,19 @@ def generate(
     return (step.tokens for step in steps)
 
 
+def refill(decoder: Decoder, requests: Iterator[tuple[int, dict]]) -> Iterator[Answer]:
+    """Keeps every row busy as long as there are requests."""
+    while True:
+        yield from decoder.retire()
+        arrivals = list(islice(requests, decoder.max_rows - len(decoder.rows)))
+        if arrivals:
+            decoder.admit(arrivals)
+        elif decoder.rows:
+            decoder.step()
+        else:
+            return
+
+
 def generate_many(
     model: nn.Module,
     requests: Iterable[dict],
@@ -385,16 +410,3 @@ def generate_many(
     decoder = Decoder(model, rows, max_new_tokens, Sampling(do_sample, temperature, top_p, top_k, seed), eos_token_id)
     numbered = ((i, row) for i, inputs in enumerate(requests) for row in split_rows(inputs, model.config))
     return refill(decoder, numbered)
-
-
-def refill(decoder: Decoder, requests: Iterator[tuple[int, dict]]) -> Iterator[Answer]:
-    """Keeps every row busy as long as there are requests."""
-    while True:
-        yield from decoder.retire()
-        arrivals = list(islice(requests, decoder.max_rows - len(decoder.rows)))
-        if arrivals:
-            decoder.admit(arrivals)
-        elif decoder.rows:
-            decoder.step()
-        else:
-            return

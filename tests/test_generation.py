@@ -77,8 +77,8 @@ def test_rows_end_where_transformers_ends_them(family):
 
 @pytest.mark.parametrize("pad", ["left", "right"])
 def test_greedy_tokens_in_bfloat16_equal_transformers_on_the_same_kernels(pad):
-    # Gemma 1, where both round at the same places but for the padding, which transformers carries along and we leave out: over ten
-    # seeds 49 of 50 rows are equal, the other one parts at a near tie.
+    # Gemma 1, where both round at the same places but for the padding, which transformers carries along and we leave out:
+    # 49 of 50 rows are equal over ten seeds, the other one parts at a near tie.
     model, reference = make_pair("gemma", dtype=torch.bfloat16, attention="as ours")
     reference.generation_config.eos_token_id = None
     theirs = transformers_tokens(reference, make_batch(ROWS, "left"), 14)
@@ -188,6 +188,18 @@ def test_one_picture_is_asked_many_questions():
     assert counts == []
     for i, question in enumerate(questions):
         assert answers[i] == collect(model, question | {"pixel_values": pixels}, max_new_tokens=5)[0].tolist()
+
+
+def test_pixels_and_features_may_come_in_one_stream():
+    model = make_model("gemma")
+    requests = [one_row(make_batch(ROWS), i) for i in range(len(ROWS))]
+    expected = [collect(model, request, max_new_tokens=5)[0].tolist() for request in requests]
+    with torch.no_grad():
+        for request in (requests[1], requests[3]):
+            request["image_features"] = model.encode_images(request.pop("pixel_values"))
+    for rows in (1, 2, 5):
+        answers = {answer.index: answer.token_ids for answer in generate_many(model, requests, rows=rows, max_new_tokens=5)}
+        assert [answers[i] for i in range(len(ROWS))] == expected
 
 
 # A stand-in that says what it is told
