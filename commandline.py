@@ -228,12 +228,15 @@ def interruptible() -> contextlib.AbstractContextManager[None]:
 
 
 def prepare_streams() -> None:
-    """Output that cannot fail on a character: escapes where the locale has none, the void where a stream is closed."""
+    """Streams that fail on no character: out go escapes where the locale has none, or nothing where a stream is closed; in come
+    also bytes that are no characters, for the program to judge."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         with contextlib.suppress(AttributeError):  # a test's stand-in has no reconfigure
             getattr(sys, name).reconfigure(errors="backslashreplace")
+    with contextlib.suppress(AttributeError):
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def run_guarded(flags: type, program: Callable, argv: list[str]) -> int:

@@ -251,7 +251,10 @@ def typed_prompts() -> Iterator[str]:
 
 @dataclass
 class Answer:
-    """What --json prints. Logprobs are the model's own, before temperature; the eos counts as a token."""
+    """What --json prints.
+
+    The eos counts as a token; logprobs are the model's own, before temperature; seconds are those of answering, not of loading.
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -324,7 +327,7 @@ class Session:
             fits = room - ANSWER_ROOM - (count - len(self.processor.encode(prompt)))
             length = bisect_right(range(len(prompt)), fits, key=lambda n: len(self.processor.encode(prompt[:n]))) - 1
             notes.append(f"the prompt takes {count} tokens and {room - ANSWER_ROOM} fit; it is cut after {length} characters.")
-            inputs = self.processor.tokens([len(self.pictures)], prompt[:length])
+            inputs = self.processor.tokens([len(self.pictures)], prompt[:length], notes=[])
         elif count > room:
             raise PromptError(
                 f"the prompt takes {count} tokens, but {room} fit. The context is {context}, of which pictures take {taken}. "
@@ -388,6 +391,10 @@ class Session:
                         break
         except commandline.Interrupted as signal:
             answer.finish_reason, interrupted = "interrupted", signal
+        except PaliGemmaError:
+            if is_streaming and answer.token_ids:
+                write("\n")
+            raise
         piece = stream.end()
         answer.text += piece
         answer.seconds = round(time.perf_counter() - start, 4)
@@ -450,7 +457,7 @@ def program(flags: Flags) -> None:
     session.encode_pictures()
     for prompt in typed_prompts():
         try:
-            session.answer(session.inputs(prompt), is_streaming)
+            session.answer(session.inputs(as_utf8(prompt)), is_streaming)
         except PaliGemmaError as error:
             commandline.report(error, flags.json, flags.debug)
 

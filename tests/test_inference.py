@@ -20,7 +20,7 @@ from PIL import Image
 import commandline
 import inference
 import weights
-from errors import ImageError, PromptError, UsageError
+from errors import GenerationError, ImageError, PromptError, UsageError
 from inference import Flags
 from processing_paligemma import PaliGemmaProcessor
 from tiny_checkpoint import CONTEXT, make_checkpoint
@@ -342,6 +342,16 @@ def test_weights_that_are_not_numbers_are_4_and_when_allowed_6(ask, world):
     assert code == 6 and "not numbers" in err
 
 
+def test_an_error_in_the_middle_ends_the_line_of_what_was_said(ask, monkeypatch):
+    def broken(*_):
+        yield from ((300, -1.0), (301, -1.0))
+        raise GenerationError("the model's logits are not numbers.")
+
+    monkeypatch.setattr(inference.Session, "steps", broken)
+    code, out, err = ask("--stream")
+    assert code == 6 and len(out) == 3 and out.endswith("\n") and err == "error: the model's logits are not numbers.\n"
+
+
 def test_memory_that_runs_out_is_6(ask, monkeypatch):
     def greedy(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
@@ -387,6 +397,22 @@ def test_on_a_terminal_it_asks_again_and_again_and_encodes_the_picture_once(worl
     assert first.split("\n")[-2:] == again.split("\n")[-2:]
     os.write(ours, b"\x04")
     assert process.wait(timeout=60) == 0
+
+
+def test_answers_of_a_terminal_session_can_go_to_a_file(world, terminal):
+    ours, theirs = terminal
+    flags = ("--model_path=model", "--image_file_path=cat.png", "--max_tokens_to_generate=5", "--json")
+    process = start(world, *flags, stdin=theirs, stderr=theirs)
+    os.close(theirs)
+    read_until(ours, "> ")
+    os.write(ours, b"caf\xe9\n")
+    assert "error: the prompt is not valid UTF-8." in read_until(ours, "\r\n> ")
+    os.write(ours, "日本\n".encode())
+    read_until(ours, "\r\n> ")
+    os.write(ours, b"\x04")
+    first, second = map(json.loads, process.communicate(timeout=60)[0].splitlines())
+    assert process.returncode == 0
+    assert first["error"]["type"] == "PromptError" and second["prompt_tokens"] == PICTURE_TOKENS + 2 + len("日本".encode())
 
 
 def test_ctrl_c_at_the_question_mark_is_130(world, terminal):
