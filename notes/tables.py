@@ -1,0 +1,172 @@
+"""The tables of README.md and notes/decoding.md, made of the code itself and of what benchmarks/ stored."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402  (the project's folder comes first)
+
+import quantization  # noqa: E402
+from modeling_paligemma import PaliGemmaConfig  # noqa: E402
+from weights import empty_model  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+OURS, THEIRS = ("ours bf16", "ours int8", "ours int4"), "transformers bf16"  # what benchmarks/ calls them
+SIGLIP = {"image_size": 224}
+DECODERS = {  # the numbers of the four published sizes: config.json of the hub, and Google's big_vision for 10B and 28B
+    "PaliGemma 3B": {
+        "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,
+        "num_attention_heads": 8, "num_key_value_heads": 1,
+    },
+    "PaliGemma 2 3B": {
+        "model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "num_key_value_heads": 4,
+    },
+    "PaliGemma 2 10B": {
+        "model_type": "gemma2", "hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42,
+        "num_attention_heads": 16, "num_key_value_heads": 8,
+    },
+    "PaliGemma 2 28B": {
+        "model_type": "gemma2", "hidden_size": 4608, "intermediate_size": 36864, "num_hidden_layers": 46,
+        "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128, "query_pre_attn_scalar": 144,
+    },
+}  # fmt: skip
+HUB_IDS = {
+    "PaliGemma 3B": "`paligemma-3b-{pt,mix}-{224,448}`, `-pt-896`",
+    "PaliGemma 2 3B": "`paligemma2-3b-{pt,mix}-{224,448}`, `-pt-896`",
+    "PaliGemma 2 10B": "`paligemma2-10b-{pt,mix}-{224,448}`, `-pt-896`",
+    "PaliGemma 2 28B": "`paligemma2-28b-{pt,mix}-{224,448}`, `-pt-896`",
+}
+VOCABULARY, IMAGE_TOKEN = 257_216, 257_152
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def checkpoint_table() -> str:
+    """Sizes of the published models, counted on models without memory (torch's meta device)."""
+    lines = [
+        "| model | on the hub, behind `google/` | parameters | bf16 | int8 | int4 | cache, a token |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, text in DECODERS.items():
+        raw = {"model_type": "paligemma", "image_token_index": IMAGE_TOKEN, "vision_config": SIGLIP}
+        config = PaliGemmaConfig.from_hf(raw | {"text_config": text | {"vocab_size": VOCABULARY}})
+        parameters = sum(parameter.numel() for parameter in empty_model(config).parameters())
+        sizes = []
+        for kind in (None, *quantization.KINDS):
+            model = empty_model(config).to(torch.bfloat16)
+            for target in quantization.targets(model) if kind else ():
+                model.set_submodule(target, quantization.empty_module(model.get_submodule(target), kind))
+            sizes.append(gigabytes(sum(tensor.nbytes for tensor in model.state_dict().values())))
+        with torch.device("meta"):
+            cache = empty_model(config).to(torch.bfloat16).new_cache(1, 1)
+        kilobytes = (cache.keys.nbytes + cache.values.nbytes) / 1e3
+        columns = [name, HUB_IDS[name], f"{parameters / 1e9:.2f} billion", *sizes, f"{kilobytes:.0f} kB"]
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def result(name: str) -> dict | None:
+    """What a script of benchmarks/ stored with --save; None if it did not."""
+    file = RESULTS / f"{name}.json"
+    if not file.exists():
+        return None
+    document = json.loads(file.read_text(encoding="utf-8"))
+    document["command"] = re.sub(r"(--model) \S*/", r"\1 ", document["command"])  # where it lay does not matter
+    return document
+
+
+def faster(ways: dict, name: str) -> str:
+    """How many times as fast as transformers a way is."""
+    return f"{ways[name]['ratio']['median']:.2f}" if name in ways else ""
+
+
+def speed_lines(suffix: str) -> list[str]:
+    """Rows of the table of speed for one machine; `suffix` is that of its files in benchmarks/results."""
+    lines = []
+    for name, words, key in (
+        ("decode", "one more token", "ways"),
+        ("prefill", "picture and prompt", "whole"),
+        ("start", "process start to first token", "ways"),
+    ):
+        if document := result(name + suffix):
+            cells = [faster(document[key], side) for side in OURS]
+            lines.append(f"| {words} | {' | '.join(cells)} | `{document['command']}` |")
+    if document := result("batch" + suffix):
+        best = document["best_pictures_per_s"]
+        cells = [f"{best[side] / best[THEIRS]:.2f}" if side in best else "" for side in OURS]
+        lines.append(f"| captions a second, best batch | {' | '.join(cells)} | `{document['command']}` |")
+    if document := result("decode" + suffix):
+        shares = [document["ways"].get(side, {}).get("GB_per_s", 0) / document["floors"]["read_GB_per_s"] for side in OURS]
+        cells = [f"{share:.0%}" if share else "" for share in shares]
+        lines.append(f"| share of the memory bandwidth used while decoding | {' | '.join(cells)} | as the first |")
+    if document := result("memory" + suffix):
+        ways = document["ways"]
+        cells = [f"{ways.get(f'{side}, from its own file', ways[side])['ratio']:.2f}" if side in ways else "" for side in OURS]
+        lines.append(f"| peak memory, as a share of transformers' | {' | '.join(cells)} | `{document['command']}` |")
+    return lines
+
+
+def speed_table() -> str:
+    """Ratios of benchmarks/results, one table for each machine that was measured."""
+    parts = []
+    for suffix in ("", "-cuda"):
+        if lines := speed_lines(suffix):
+            document = result("decode" + suffix)
+            versions = document["versions"]
+            parts += [
+                f"{document['machine']}, {document['threads']} threads; transformers {versions['transformers']}, "
+                f"torch {versions['torch']}; median of {document['rounds']} rounds:",
+                "",
+                "| times as fast as transformers in bf16 | bf16 | int8 | int4 | command |",
+                "|---|---|---|---|---|",
+                *lines,
+                "",
+            ]
+    return "\n".join(parts).rstrip()
+
+
+def steps_table() -> str:
+    """Milliseconds for one token of benchmarks/results/decode.json, the slowest first; "" while nothing was stored."""
+    document = result("decode")
+    if document is None:
+        return ""
+    lines = ["| | ms a token | lowest and highest | floor | times as fast |", "|---|---|---|---|---|"]
+    for name, row in sorted(document["ways"].items(), key=lambda item: -item[1]["ms"]["median"]):
+        ms, ratio = row["ms"], row["ratio"]["median"]
+        cells = name, f"{ms['median']:.0f}", f"{ms['low']:.0f} to {ms['high']:.0f}", f"{row['floor']:.0f}", f"{ratio:.2f}"
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{document['machine']}, {document['threads']} threads; `{document['command']}`."])
+
+
+def products_table() -> str:
+    """Milliseconds of one matrix product by operator and number of rows, of benchmarks/results/products.json."""
+    document = result("products")
+    if document is None:
+        return ""
+    counts = list(document["rows"])
+    lines = [f"| ms, {' x '.join(map(str, document['size']))} | {' | '.join(f'{rows} rows' for rows in counts)} |"]
+    lines.append("|---" * (len(counts) + 1) + "|")
+    for name in document["rows"][counts[0]]:
+        cells = [
+            f"{document['rows'][rows][name]['ms']['median']:.3g}" if name in document["rows"][rows] else "" for rows in counts
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    floors = document["floors"]
+    rates = ", ".join(
+        f"{name.partition('_')[0]} {rate:.0f} G multiply-adds/s" for name, rate in floors.items() if name.endswith("_Gmadd_per_s")
+    )
+    machine = f"{document['machine']}, {document['threads']} threads; reads {floors['read_GB_per_s']} GB/s; with torch, {rates}"
+    return "\n".join([*lines, "", f"{machine}; `{document['command']}`."])
+
+
+GENERATED: dict[str, Callable[[], str]] = {
+    "checkpoints": checkpoint_table, "speed": speed_table, "steps": steps_table, "products": products_table,
+}  # fmt: skip

@@ -1,0 +1,178 @@
+"""What README.md and the notes claim about this repository: commands, links, files, tables, snippets."""
+
+import ast
+import re
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "notes"))
+
+import refresh_readme  # noqa: E402  (scripts, found beside the pages)
+import tables  # noqa: E402
+from inference import Flags  # noqa: E402
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FILES = [ROOT / "README.md", *sorted(ROOT.glob("notes/*.md"))]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
+CHECKPOINT = ROOT / "demo" / "checkpoint"
+LINK = re.compile(r"""(?:\]\(|(?:src|href)=")([^)"\s]+)""")
+
+
+def headings(text: str) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
+    for link in LINK.findall(text):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), f"{page} links to {link}"
+        if anchor:
+            assert anchor in headings(target.read_text(encoding="utf-8")), f"{page} links to {link}"
+
+
+def shown_commands() -> list[tuple[str, str]]:
+    """(page, command) for every command line in a block."""
+    found = []
+    for page, text in PAGES.items():
+        for kind, body in re.findall(r"```(console|bash)\n(.*?)```", text, re.DOTALL):
+            lines = refresh_readme.commands(body) if kind == "console" else body.strip().splitlines()
+            found += [(page, line) for line in lines]
+    return found
+
+
+@pytest.mark.parametrize(("page", "command"), shown_commands())
+def test_commands_name_scripts_and_flags_that_exist(page, command):
+    words = shlex.split(command)
+    scripts = [word for word in words if re.fullmatch(r"[\w/]+\.(py|sh)", word)]
+    assert scripts, f"{page}: {command} starts nothing of ours"
+    for script in scripts:
+        assert (ROOT / script).is_file()
+    known = {field.name for field in fields(Flags)} | {"help"}
+    flags = {word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")}
+    if scripts[0] in ("inference.py", "launch_inference.sh"):
+        assert flags <= known
+    elif scripts[0].endswith(".py"):
+        source = (ROOT / scripts[0]).read_text(encoding="utf-8") + (ROOT / "benchmarks" / "turns.py").read_text(encoding="utf-8")
+        assert all(f'"--{flag}"' in source for flag in flags)
+
+
+def test_reading_order_names_every_file_and_counts_its_lines():
+    said = {row["file"]: int(row["lines"]) for row in refresh_readme.FILE_ROW.finditer(README)}
+    assert set(said) == {path.name for path in ROOT.glob("*.py")}
+    for name, lines in said.items():
+        true = (ROOT / name).read_text(encoding="utf-8").count("\n")
+        assert abs(true - lines) <= 0.15 * true, f"{name} has {true} lines: run notes/refresh_readme.py"
+
+
+def test_every_command_in_a_console_block_has_its_output():
+    for page, text in PAGES.items():
+        for block in refresh_readme.BLOCK.finditer(text):
+            assert len(block["body"].splitlines()) > len(refresh_readme.commands(block["body"])), f"{page}: {block['body']}"
+
+
+def test_nothing_is_left_to_be_filled_in():
+    for page, text in PAGES.items():
+        assert not re.findall(r"TODO|TBD|FIXME|XXX|<!-- [A-Z]", text), page
+        for name in tables.GENERATED:
+            assert not re.search(rf"<!-- begin {name} -->\s*<!-- end", text), f"{page}: {name} is empty"
+
+
+def test_table_of_checkpoints_is_what_the_code_counts():
+    assert tables.checkpoint_table() in README
+
+
+def test_exit_codes_are_those_of_the_code():
+    import errors
+
+    classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.PaliGemmaError)]
+    said = {int(code) for row in re.findall(r"^\| ([\d, ]+) \|", README, re.MULTILINE) for code in row.split(",")}
+    assert {error.code for error in classes} <= said
+
+
+def table_cells() -> list[tuple[str, str, str]]:
+    """The rows of "transformers | here": name, their code, our code; "" where a cell holds words instead."""
+    table = README.split("| | transformers | here |\n|---|---|---|\n")[1].split("\n\n")[0]
+    rows = []
+    for line in table.splitlines():
+        name, *cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        code = [cell[1:-1] if re.fullmatch(r"`[^`]+`", cell) else "" for cell in cells]
+        rows.append((name, *code))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> tuple[dict, dict]:
+    """The names that both columns of the table left behind, run from top to bottom."""
+    import transformers
+
+    from generation import generate, generate_many
+    from modeling_paligemma import suffix_loss
+    from processing_paligemma import PaliGemmaProcessor, load_image
+    from weights import load_model, save_model
+
+    pictures = {"picture": load_image(ROOT / "examples" / "shapes.png"), "other": load_image(ROOT / "examples" / "cat.png")}
+    both = {"torch": torch, "folder": str(CHECKPOINT)} | pictures
+    names = ("AutoProcessor", "PaliGemmaForConditionalGeneration", "TextStreamer")
+    theirs = both | {name: getattr(transformers, name) for name in names}
+    ours = both | {
+        "generate": generate, "generate_many": generate_many, "suffix_loss": suffix_loss, "load_model": load_model,
+        "save_model": save_model, "PaliGemmaProcessor": PaliGemmaProcessor,
+    }  # fmt: skip
+    theirs["out"], ours["out"] = (str(tmp_path_factory.mktemp(name)) for name in ("theirs", "ours"))
+    torch.manual_seed(0)
+    for _, their_code, our_code in table_cells():
+        exec(their_code, theirs)
+        exec(our_code, ours)
+    return theirs, ours
+
+
+def test_both_columns_of_the_table_say_the_same(ran):
+    theirs, ours = ran
+    assert theirs["text"] == ours["text"] == "".join(ours["pieces"])
+    for name in ("inputs", "batch", "pair"):
+        for key in ("input_ids", "token_type_ids", "pixel_values"):
+            assert torch.equal(theirs[name][key], ours[name][key]), f"{name}: {key}"
+    # bfloat16 weights: 8 bits, and the two sides add up in another order.
+    torch.testing.assert_close(theirs["logits"].float(), ours["logits"], rtol=0, atol=0.25)
+    torch.testing.assert_close(theirs["loss"].float(), ours["loss"], rtol=0.02, atol=0.02)
+
+
+def test_folders_go_both_ways(ran):
+    from transformers import PaliGemmaForConditionalGeneration
+
+    from weights import load_model
+
+    theirs, ours = ran
+    for ours_again, theirs_again in (
+        (load_model(theirs["out"]), theirs["model"]),
+        (ours["model"], PaliGemmaForConditionalGeneration.from_pretrained(ours["out"])),
+    ):
+        mine, other = ours_again(**ours["inputs"]), theirs_again(**theirs["inputs"]).logits.float()
+        torch.testing.assert_close(mine, other, rtol=0, atol=0.25)
+
+
+def test_python_example_prints_an_answer(ran, capsys, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    ast.parse(code)
+    monkeypatch.chdir(ROOT)
+    exec(code, {})
+    assert capsys.readouterr().out.strip() == ran[1]["text"]
+
+
+def test_refreshing_keeps_marks_and_replaces_output():
+    page = "a\n<!-- last 1 -->\n```console\n$ one\nold\n$ two\n```\nb\n<!-- slow -->\n```console\n$ three\nstays\n```\n"
+    made = refresh_readme.refresh_blocks(page, False, lambda command: f"first\n{command} done\n")
+    assert made == page.replace("$ one\nold\n$ two\n", "$ one\none done\n$ two\ntwo done\n")
