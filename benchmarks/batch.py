@@ -28,7 +28,7 @@ def main() -> None:
             pictures = options.pictures or (2 * n if is_gpu else max(rows))
             lengths = [draw.randint(2, 4) if options.quick else draw.randint(4, 24) for _ in range(pictures)]
             ask = {"rows": n, "lengths": lengths, "context": context}
-            seconds = turns.in_turn({name: partial(side.ask, "batch", **ask) for name, side in sides.items()}, options.rounds)
+            seconds = turns.in_turn({name: partial(side.ask, "batch", **ask) for name, side in sides.items()}, options)
             print(f"\n{n} rows in flight, {pictures} pictures, answers of {lengths} tokens")
             ways = turns.compare({name: [value / pictures for value in values] for name, values in seconds.items()}, unit="ms")
             for way in ways.values():

@@ -27,7 +27,7 @@ def main() -> None:
         ways = {name: partial(side.ask, "decode", count=count) for name, side in sides.items()}
         if options.device == "cpu" and turns.THEIRS in sides:
             ways["transformers bf16, mkldnn off"] = partial(sides[turns.THEIRS].ask, "decode", count=count, mkldnn=False)
-        seconds = turns.in_turn(ways, options.rounds)
+        seconds = turns.in_turn(ways, options)
         floors.measure()
     ours_bf16 = sides[turns.OURS].loaded["decoder_bytes"]  # transformers reads the same weights
     read = {name: sides[name].loaded.get("decoder_bytes", ours_bf16) if name in sides else ours_bf16 for name in ways}

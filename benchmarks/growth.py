@@ -24,8 +24,8 @@ def measure(model: Path, options: object, context: int, count: int) -> dict:
     names = [name for name in options.sides if name != turns.STATIC]
     with turns.start(names, model, options.device) as sides:
         ask = {"do": "begin", "context": context, "most": 1 + count * (options.rounds + 1)}
-        prefill = turns.in_turn({name: partial(side.ask, **ask) for name, side in sides.items()}, options.rounds)
-        decode = turns.in_turn({name: partial(side.ask, "decode", count=count) for name, side in sides.items()}, options.rounds)
+        prefill = turns.in_turn({name: partial(side.ask, **ask) for name, side in sides.items()}, options)
+        decode = turns.in_turn({name: partial(side.ask, "decode", count=count) for name, side in sides.items()}, options)
     print("prefill")
     rows = {"prefill": turns.compare(prefill)}
     print("decode")

@@ -41,6 +41,11 @@ TEXT = {
         "model_type": "gemma", "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64,
         "num_hidden_layers": 2, "num_key_value_heads": 1,
     },
+    ("paligemma2", "tiny"): {
+        "model_type": "gemma2", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64,
+        "num_hidden_layers": 2, "num_key_value_heads": 2, "query_pre_attn_scalar": 48, "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0, "sliding_window": 4096, "hidden_activation": "gelu_pytorch_tanh",
+    },
 }  # fmt: skip
 TINY_VISION = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2}
 PIECES = {"3b": 256_000, "tiny": 2_000}  # ordinary pieces of the tokenizer
@@ -192,8 +197,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())
     out = options.pop("out")
-    if (options["family"], options["size"]) not in TEXT:
-        parser.error("there is no tiny paligemma2")
     print(f"{out}: {write_checkpoint(out, **options):,} parameters")
 
 

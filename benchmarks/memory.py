@@ -25,11 +25,11 @@ def main() -> None:
     options = turns.parse(__doc__, rounds=1)
     raw = json.loads((options.model / "config.json").read_text())
     context = raw["text_config"]["num_image_tokens"] + turns.PROMPT
-    folders = {
-        turns.THEIRS: options.model, turns.OURS: options.model,
-        turns.INT8: options.model, f"{turns.INT8}, from its own file": turns.quantised(options.model, "int8", options.device),
-        turns.INT4: options.model, f"{turns.INT4}, from its own file": turns.quantised(options.model, "int4", options.device),
-    }  # fmt: skip
+    folders = {}
+    for name in sorted((name for name in options.sides if name != turns.STATIC), key=lambda name: name != turns.BASELINE):
+        folders[name] = options.model
+        if name in (turns.INT8, turns.INT4):
+            folders[f"{name}, from its own file"] = turns.quantised(options.model, name.split()[1], options.device)
     sides, rows = {}, {}
     print(f"{'GB':34}{'peak':>8}{'weights':>9}{'of ' + turns.BASELINE:>22}")
     for name, folder in folders.items():

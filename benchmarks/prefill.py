@@ -26,7 +26,7 @@ def main() -> None:
     with turns.start(names, options.model, options.device) as sides:
         ways = {name: partial(side.ask, "begin", context=context, most=1) for name, side in sides.items()}
         towers = {name + "/tower": partial(side.ask, "tower") for name, side in sides.items()}
-        seconds = turns.in_turn(ways | towers, options.rounds)
+        seconds = turns.in_turn(ways | towers, options)
         floors.measure()
     whole = {name: seconds[name] for name in sides}
     tower = {name: seconds[name + "/tower"] for name in sides}

@@ -60,7 +60,7 @@ def main() -> None:
             continue  # a static cache begins to pay after the first token
         ways[name] = partial(first_line, command)
     ways["import torch"] = partial(first_line, [*python, "import torch; print(torch.__version__)"])
-    seconds = turns.in_turn(ways, options.rounds)
+    seconds = turns.in_turn(ways, options)
     rows = turns.compare(seconds, scale=1, unit="s")
     turns.finish(options, {"ways": rows})
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def default_sides(device: str) -> list[str]:
 
 
 def parse(doc: str, *, rounds: int = 5, flags: dict[str, dict] | None = None) -> argparse.Namespace:
-    """The flags that every script has, and further ones as argparse takes them; with --quick one round."""
+    """The flags that every script has, and further ones as argparse takes them; with --quick one round, and none to warm up."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a checkpoint, such as make_checkpoint.py writes")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -67,14 +68,25 @@ class Side:
     def __init__(self, name: str, model: Path, device: str):
         command = [sys.executable, str(HERE / "sides.py"), *ARGUMENTS[name], "--device", device]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.loaded = self.ask("load", model=str(model))
+        self.tell("load", model=str(model))  # the answer is read when it is needed, so that sides load at the same time
+
+    @cached_property
+    def loaded(self) -> dict:
+        return self.hear()
 
     def ask(self, do: str, **arguments: object) -> dict:
+        _ = self.loaded
+        self.tell(do, **arguments)
+        return self.hear()
+
+    def tell(self, do: str, **arguments: object) -> None:
         self.process.stdin.write(json.dumps({"do": do} | arguments) + "\n")
         self.process.stdin.flush()
+
+    def hear(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{' '.join(self.process.args)} ended while it was asked to {do}; see its error above.")
+            raise SystemExit(f"{shlex.join(self.process.args)} ended without an answer; see its error above.")
         return json.loads(line)
 
     def close(self) -> None:
@@ -85,12 +97,14 @@ class Side:
 @contextmanager
 def start(names: list[str], model: Path, device: str) -> Iterator[dict[str, Side]]:
     """One side for each name, all with their model in memory; they end with the block."""
+    folders = {name: quantised(model, name.split()[1], device) if name in (INT8, INT4) else model for name in names}
     with ExitStack() as stack:
         sides = {}
-        for name in names:
-            folder = quantised(model, name.split()[1], device) if name in (INT8, INT4) else model
+        for name, folder in folders.items():
             sides[name] = Side(name, folder, device)
             stack.callback(sides[name].close)
+        for side in sides.values():
+            _ = side.loaded
         yield sides
 
 
@@ -104,10 +118,10 @@ def quantised(model: Path, kind: str, device: str = "cpu") -> Path:
     return folder
 
 
-def in_turn(ways: dict[str, Callable[[], dict]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way, round by round, after one round to warm up. Stops the script if tokens differ."""
+def in_turn(ways: dict[str, Callable[[], dict]], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each way, round by round, after a round to warm up. Stops the script if tokens differ."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for i in range(-1, rounds):
+    for i in range(0 if options.quick else -1, options.rounds):
         replies = {name: work() for name, work in ways.items()}
         require_same(replies)
         if i >= 0:

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Every benchmark of this folder on the CPU, one after another, in about twenty minutes for a full-size model on two cores.
+#
+#   bash benchmarks/all.sh --model DIR [--save] [--quick]
+#
+# DIR is a checkpoint such as make_checkpoint.py writes; without one there it is made. Nothing else should run meanwhile.
+# Its quantised copies, DIR-int8 and DIR-int4, are made anew. With --save the JSON goes to results/ and the plot is drawn.
+set -euo pipefail
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+python=${PYTHON:-$here/../.venv/bin/python}
+
+model='' is_saved=false
+for ((i = 1; i <= $#; i++)); do
+    case ${!i} in
+        --model) next=$((i + 1)) && model=${!next} ;;
+        --model=*) model=${!i#*=} ;;
+        --save) is_saved=true ;;
+    esac
+done
+if [ -z "$model" ]; then
+    echo "Say which checkpoint: bash benchmarks/all.sh --model DIR" >&2
+    exit 2
+fi
+[ -e "$model/config.json" ] || "$python" "$here/make_checkpoint.py" --out "$model"
+rm -rf -- "${model%/}-int8" "${model%/}-int4"
+
+for script in decode prefill memory start batch quality growth; do
+    printf '\n== %s, %s\n' "$script" "$(date -u +%H:%M:%S)"
+    "$python" "$here/$script.py" "$@"
+done
+if $is_saved; then
+    "$python" "$here/plot.py"
+fi

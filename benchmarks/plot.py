@@ -1,0 +1,111 @@
+"""Draws results/speed.svg from the stored JSON: a panel for each question, a bar for each side, a mark at the floor.
+
+    python benchmarks/plot.py [--device cuda]
+
+Shorter is better everywhere. Nothing is measured here; the scripts that did are named in results/*.json, with their machine.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "notes"))
+
+from svg import BLUE, GREEN, INK, ORANGE, PURPLE, SOFT, Axes, Drawing  # noqa: E402  (its folder comes first)
+
+COLORS = {"transformers": ORANGE, "ours bf16": BLUE, "ours int8": GREEN, "ours int4": PURPLE}
+WIDTH, PANEL, ROW, LEFT = 820, 390, 22, 165  # pixels: the sheet, half of it, a bar with its gap, where bars begin
+
+
+def color(name: str) -> str:
+    return next((tint for prefix, tint in COLORS.items() if name.startswith(prefix)), SOFT)
+
+
+def read(name: str, suffix: str) -> dict | None:
+    path = HERE / "results" / f"{name}{suffix}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def panels(suffix: str) -> list[tuple[str, dict[str, tuple[float, float | None]]]]:
+    """Title and, for each side, the value and its floor."""
+    found = []
+    if decode := read("decode", suffix):
+        rows = {name: (row["ms"]["median"], row.get("floor")) for name, row in decode["ways"].items()}
+        found.append(("Decoding, ms a token", rows))
+    if prefill := read("prefill", suffix):
+        rows = {name: (row["ms"]["median"] / 1e3, row["floor"] / 1e3) for name, row in prefill["whole"].items()}
+        found.append((f"Prefill, one picture of {prefill['image_size']} px, s", rows))
+    if start := read("start", suffix):
+        found.append(
+            ("Process start to first token, s", {name: (row["s"]["median"], None) for name, row in start["ways"].items()})
+        )
+    if memory := read("memory", suffix):
+        rows = {name: (row["peak_GB"], row.get("weights_GB")) for name, row in memory["ways"].items() if "," not in name}
+        found.append(("Peak memory, GB (mark: the weights)", rows))
+    if batch := read("batch", suffix):
+        rows = {name: (1 / rate, None) for name, rate in batch["best_pictures_per_s"].items()}
+        found.append(("Captions of many pictures, s a picture at the best batch", rows))
+    return found
+
+
+def draw_bars(sheet: Drawing, x: float, y: float, title: str, rows: dict[str, tuple[float, float | None]]) -> None:
+    """One panel: name, bar, number; a dark mark where the floor is."""
+    room = PANEL - LEFT - 50
+    longest = max(value for value, _ in rows.values())
+    sheet.text(x, y, title, size=14)
+    for i, (name, (value, floor)) in enumerate(rows.items()):
+        top = y + 12 + ROW * i
+        sheet.text(x, top + 13, name, size=11)
+        sheet.rect(x + LEFT, top, room * value / longest, ROW - 6, color(name))
+        sheet.text(x + LEFT + room * value / longest + 5, top + 13, f"{value:.3g}", size=11, fill=SOFT)
+        if floor is not None:
+            sheet.rect(x + LEFT + room * floor / longest - 1, top - 2, 2, ROW - 2, INK)
+
+
+def draw_growth(sheet: Drawing, x: float, y: float, growth: dict, phase: str) -> None:
+    """Time against context, both on logarithmic axes."""
+    lines = {
+        name: [(run["tokens"], run[phase][name]["ms"]["median"]) for run in growth["context"]]
+        for name in growth["context"][0][phase]
+    }
+    values = [value for points in lines.values() for _, value in points]
+    low, high = min(values) / 1.3, max(values) * 1.3
+    tokens = [run["tokens"] for run in growth["context"]]
+    box = (x + 55, y + 30, x + PANEL - 25, y + 190)
+    axes = Axes(sheet, box, (min(tokens), max(tokens)), (low, high), (True, True))
+    ticks = [step * 10**power for power in range(-2, 7) for step in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high][:: 1 if high / low < 50 else 3]
+    layers = growth["context"][0]["layers"]
+    axes.frame(tokens, ticks, "tokens of picture and prompt", f"{phase.capitalize()} against context, {layers} layers, ms")
+    for name, points in lines.items():
+        axes.curve(points, color(name))
+        for point in points:
+            sheet.dot(*axes.at(*point), color(name), 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    device = parser.parse_args().device
+    suffix = "" if device == "cpu" else f"-{device}"
+    bars, growth = panels(suffix), read("growth", suffix)
+    sheet, y = Drawing(WIDTH, 0), 30
+    for left, right in zip(bars[::2], [*bars[1::2], None], strict=False):
+        draw_bars(sheet, 10, y, *left)
+        if right:
+            draw_bars(sheet, WIDTH / 2 + 10, y, *right)
+        y += 40 + ROW * max(len(panel[1]) for panel in (left, right) if panel)
+    if growth:
+        draw_growth(sheet, 10, y, growth, "prefill")
+        draw_growth(sheet, WIDTH / 2 + 10, y, growth, "decode")
+        y += 240
+    sheet.height = y
+    path = HERE / "results" / f"speed{suffix}.svg"
+    sheet.save(path)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

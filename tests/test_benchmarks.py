@@ -1,0 +1,177 @@
+"""The scripts of benchmarks/ work: on a tiny checkpoint, with few rounds. How fast anything is, is not asserted.
+
+The two sides are started once and stand in for those that each script would start.
+"""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+SIDES = ["ours bf16", "transformers bf16"]
+
+
+@pytest.fixture(scope="module")
+def tools():
+    """The modules of benchmarks/, imported under one thread."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.syspath_prepend(str(BENCHMARKS))
+        import make_checkpoint
+        import sides
+        import turns
+
+        yield {"make_checkpoint": make_checkpoint, "sides": sides, "turns": turns}
+
+
+@pytest.fixture(scope="module")
+def folder(tools, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "tiny"
+    tools["make_checkpoint"].write_checkpoint(path, size="tiny")
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(tools, folder):
+    """Ours and transformers, loaded, each in its process."""
+    with tools["turns"].start(SIDES, folder, "cpu") as sides:
+        yield sides
+
+
+@pytest.fixture
+def run(tools, folder, pair, monkeypatch, capsys):
+    """Runs a script in this process, with the sides that are there. Returns its document and all that it printed."""
+    turns = tools["turns"]
+
+    @contextmanager
+    def start(names, model, device):  # noqa: ARG001  (the signature is that of turns.start)
+        yield {name: pair.get(name, pair["ours bf16"]) for name in names}
+
+    def run_script(script: str, *flags: str) -> tuple[dict, str]:
+        monkeypatch.setattr(turns, "start", start)
+        arguments = ["--model", str(folder), "--quick", "--sides", ",".join(SIDES), *flags]
+        monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / f"{script}.py"), *arguments])
+        capsys.readouterr()
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        printed = capsys.readouterr().out
+        return json.loads(printed.splitlines()[-1]), printed
+
+    return run_script
+
+
+def test_decode_gives_each_side_its_floor_and_its_ratio(run):
+    document, printed = run("decode")
+    assert set(document["ways"]) == {*SIDES, "transformers bf16, mkldnn off"}
+    for row in document["ways"].values():
+        assert (
+            0 < row["floor"] and 0 < row["ms"]["low"] <= row["ms"]["median"] <= row["ms"]["high"] and row["ratio"]["median"] > 0
+        )
+    assert document["floors"]["read_GB_per_s"] > 0 and "transformers" in document["versions"]
+    assert "ours bf16" in printed and document["command"].startswith("python benchmarks/decode.py --model")
+
+
+def test_prefill_is_tower_and_decoder(run):
+    document, _ = run("prefill")
+    for side in SIDES:
+        whole, tower, decoder = (document[part][side]["ms"]["median"] for part in ("whole", "tower", "decoder"))
+        assert decoder == pytest.approx(whole - tower, rel=1e-2)
+    assert document["decoder"][SIDES[0]]["floor"] > document["tower"][SIDES[0]]["floor"] > 0
+
+
+def test_batch_counts_pictures(run):
+    document, _ = run("batch", "--rows", "1,2", "--pictures", "3")
+    assert set(document["rows"]) == {"1", "2"} and set(document["best_pictures_per_s"]) == set(SIDES)
+
+
+def test_growth_goes_through_contexts_and_sizes(run):
+    document, _ = run("growth")
+    assert [run["tokens"] for run in document["context"]] == [266, 512] and [run["layers"] for run in document["layers"]] == [2]
+
+
+def test_quality_of_a_form_is_its_distance_from_float32(run):
+    document, _ = run("quality", "--count", "0")
+    rows = document["logits"]
+    assert rows["ours fp32"]["relative_distance"] == 0 and rows["ours bf16"]["same_best"] == 1
+
+
+def test_memory_counts_what_is_mapped(run, pair, monkeypatch, tools):
+    monkeypatch.setattr(tools["turns"], "Side", lambda name, *_: pair[name])
+    monkeypatch.setattr(pair["ours bf16"], "close", lambda: None)
+    monkeypatch.setattr(pair["transformers bf16"], "close", lambda: None)
+    document, _ = run("memory")
+    row = document["ways"]["ours bf16"]
+    assert row["peak_GB"] == row["VmHWM"] > row["weights_GB"] > 0
+
+
+def test_start_asks_both_for_the_same_token(folder, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    command = [sys.executable, str(BENCHMARKS / "start.py"), "--model", str(folder), "--quick", "--sides", ",".join(SIDES)]
+    command += ["--picture", str(tmp_path / "red.png")]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert set(json.loads(output.splitlines()[-1])["ways"]) == {*SIDES, "import torch"}
+
+
+def test_the_plot_is_drawn_from_what_was_stored(run, tmp_path, monkeypatch):
+    for script in ("decode", "growth"):
+        (tmp_path / "results").mkdir(exist_ok=True)
+        (tmp_path / "results" / f"{script}.json").write_text(json.dumps(run(script)[0]))
+    monkeypatch.setattr(sys, "argv", ["plot.py"])
+    import plot
+
+    monkeypatch.setattr(plot, "HERE", tmp_path)
+    plot.main()
+    assert (tmp_path / "results" / "speed.svg").read_text().count("<rect") > 8
+
+
+def test_sides_that_say_different_tokens_stop_the_script(tools):
+    with pytest.raises(SystemExit, match="same tokens"):
+        tools["turns"].require_same({"a": {"tokens": [1, 2]}, "b": {"tokens": [1, 3]}})
+
+
+def test_generate_waits_between_turns(pair):
+    """Else transformers would compute its next token while the other side is measured."""
+    side = pair["transformers bf16"]
+    assert side.ask("begin", context=266, most=4)["tokens"] == [108]
+    assert side.ask("decode", count=2)["tokens"] == [108, 108]
+    assert side.ask("begin", context=270, most=2)["tokens"] == [108]  # the first answer was never finished
+
+
+def test_rows_end_at_their_own_length_on_both_sides(pair):
+    for side in pair.values():
+        answers = side.ask("batch", rows=2, lengths=[3, 1, 2], context=266)["tokens"]
+        assert [len(answer) for answer in answers] == [3, 1, 2]
+
+
+def test_cpu_agrees_with_itself():
+    command = [sys.executable, str(BENCHMARKS / "agree.py"), "--device", "cpu"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout
+    rows = json.loads(output.splitlines()[-1])["rows"]
+    assert len(rows) == 8 and all(row["distance"] == 0 and row["same_tokens"] for row in rows)
+
+
+def test_a_random_checkpoint_has_the_published_size(tools):
+    from modeling_paligemma import PaliGemmaConfig
+    from weights import empty_model
+
+    config = PaliGemmaConfig.from_hf(tools["make_checkpoint"].make_config("paligemma", "3b", 224, None))
+    assert sum(parameter.numel() for parameter in empty_model(config).parameters()) == 2_923_466_480
+
+
+def test_gpu_script_says_when_there_is_nothing_to_measure():
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
+    result = subprocess.run(["bash", str(BENCHMARKS / "gpu.sh")], capture_output=True, text=True, env=environment)
+    assert result.returncode == 6 and "no CUDA device" in result.stderr
+
+
+def test_all_script_asks_for_a_model():
+    result = subprocess.run(["bash", str(BENCHMARKS / "all.sh")], capture_output=True, text=True)
+    assert result.returncode == 2 and "--model" in result.stderr
