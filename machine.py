@@ -135,12 +135,18 @@ def read_bandwidth(device: "torch.device") -> float:
 
 
 def matrix_rate(device: "torch.device", dtype: "torch.dtype") -> float:
-    """Multiply-adds a second, in the dtype of the weights, of a product like those of prefill."""
+    """Multiply-adds a second of a product like those of prefill, in `dtype` or, where that is faster, in float32.
+
+    Processors without instructions for bfloat16 are several times slower in it, and quantization.py goes round that.
+    """
     import torch
 
     rows, width = (256, 2048) if device.type == "cpu" else (4096, 8192)
-    left, right = torch.ones(rows, width, dtype=dtype, device=device), torch.ones(width, width, dtype=dtype, device=device)
-    return rows * width * width / best_seconds(lambda: left @ right, device)
+    seconds = []
+    for kind in {dtype, torch.float32} if device.type == "cpu" else {dtype}:
+        left, right = torch.ones(rows, width, dtype=kind, device=device), torch.ones(width, width, dtype=kind, device=device)
+        seconds.append(best_seconds(lambda left=left, right=right: left @ right, device))
+    return rows * width * width / min(seconds)
 
 
 def prefill_products(config: object, pictures: int, tokens: int) -> int:
