@@ -212,15 +212,13 @@ def too_many_pixels(name: str, size: str, max_pixels: int) -> ImageError:
     return ImageError(f"{name} has {size}, over the limit of {max_pixels}. Make it smaller or raise --max_pixels.", path=name)
 
 
-def check_size(size: tuple[int, int], name: str, max_pixels: int, notes: list[str]) -> None:
+def check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     """Raises: ImageError for a picture without pixels, or with too many."""
     width, height = size
     if not width or not height:
         raise ImageError(f"{name} is {width} x {height}: it has no pixels. Name another picture.", path=name)
     if width * height > max_pixels:
         raise too_many_pixels(name, f"{width} x {height} = {width * height} pixels", max_pixels)
-    if max(size) > WIDEST * min(size):
-        notes.append(f"{name} is {width} x {height}; the model sees every picture squeezed into a square.")
 
 
 def open_picture(data: bytes, name: str, max_pixels: int) -> Image.Image:
@@ -282,12 +280,19 @@ def seek(picture: Image.Image, name: str, frame: int, notes: list[str]) -> None:
             notes.append(f"{name}: frame {frame + 1} of {num_frames} is shown to the model.")
 
 
-def decode(picture: Image.Image, name: str, frame: int, allow_truncated: bool, notes: list[str]) -> None:
-    """Reads the pixels. Raises: ImageError when the file is damaged or ends early."""
+def decode(picture: Image.Image, name: str, frame: int | None, max_pixels: int, allow_truncated: bool, notes: list[str]) -> None:
+    """Reads the pixels, of the frame where it stands if it is None.
+
+    Raises: ImageError when the file is damaged or ends early, or the frame is too large.
+    """
     try:
         with silence(), truncated_allowed(allow_truncated):
-            seek(picture, name, frame, notes)
+            if frame is not None:
+                seek(picture, name, frame, notes)
+            check_size(picture.size, name, max_pixels)  # pages of a TIFF have sizes of their own
             picture.load()
+    except Image.DecompressionBombError as error:
+        raise too_many_pixels(name, "an enormous frame", max_pixels) from error
     except DECODER_ERRORS as error:
         if re.search("truncat|premature|not processed|broken|end of file|corrupt data", str(error), re.IGNORECASE):
             advice = "Copy or download it again, or add --allow_truncated to use what is there."
@@ -434,18 +439,21 @@ def load_image(
     name, number, is_turned = "the picture", 1, False
     if isinstance(source, np.ndarray):
         picture = from_array(source, name, notes)
-        check_size(picture.size, name, max_pixels, notes)
+        check_size(picture.size, name, max_pixels)
     elif isinstance(source, Image.Image | str | os.PathLike | bytes | bytearray | memoryview):
         if isinstance(source, Image.Image):
-            picture, frame = source, source.tell()
+            picture, frame = source, None
         else:
             data, name = read_bytes(source)
             picture = open_picture(data, name, max_pixels)
-        check_size(picture.size, name, max_pixels, notes)
+        check_size(picture.size, name, max_pixels)
         is_turned = picture.format == "TIFF"
         number = orientation(picture) if is_turned else 1
-        decode(picture, name, frame, allow_truncated, notes)
+        decode(picture, name, frame, max_pixels, allow_truncated, notes)
         number = number if is_turned else orientation(picture)
     else:
         raise ImageError(f"{type(source).__name__} is no picture. Give a path, an address, bytes, a PIL image or a numpy array.")
+    if max(picture.size) > WIDEST * min(picture.size):
+        width, height = picture.size
+        notes.append(f"{name} is {width} x {height}; the model sees every picture squeezed into a square.")
     return turn(to_rgb(picture, name, background, notes), number, is_turned, ignore_exif)

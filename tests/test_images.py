@@ -153,6 +153,21 @@ def test_max_pixels_moves_the_limit():
     assert load_image(picture(40, 30), max_pixels=1200).size == (40, 30)
 
 
+def test_a_large_page_behind_a_small_one_is_refused_too():
+    pages = [Image.new("1", (8, 8)), Image.new("1", (200, 200))]
+    data = saved(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    assert load_image(data, max_pixels=1000).size == (8, 8)
+    assert "200 x 200 = 40000 pixels" in refusal(data, max_pixels=1000, frame=1)
+
+
+def test_a_frame_that_grows_beyond_pillows_own_limit_is_refused():
+    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
+    data = bytearray(saved(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    second = data.rindex(b",\0\0\0\0\x09\0\x09\0")
+    data[second + 5 : second + 9] = b"\xff\xff\xff\xff"
+    assert "over the limit" in refusal(bytes(data), frame=1)
+
+
 # Colours (FAULTS 7 to 13)
 
 
@@ -507,6 +522,8 @@ def test_a_pil_image_is_taken_at_its_frame_and_left_alone():
     image.seek(1)
     assert load_image(image).getpixel((0, 0)) == (0, 0, 255)
     assert image.tell() == 1
+    image.close()
+    assert load_image(image.copy()).getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_pillows_warnings_stay_out_of_sight(recwarn):
