@@ -65,7 +65,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
         # One question with a time limit, so that a dead network is noticed at once and not after five tries a file.
         HfApi().model_info(repo_id, revision=revision or "main", timeout=constants.HF_HUB_ETAG_TIMEOUT)
         return Path(snapshot_download(**wanted))
-    except (OSError, errors.HTTPError, errors.XetDownloadError) as error:
+    except (OSError, errors.HTTPError, RuntimeError) as error:  # the last is what the xet client raises
         if cached is not None and getattr(error, "response", None) is None:
             return cached  # no network, but files: if one is missing after all, loading will name it
         raise explain(error, repo_id, revision) from error
