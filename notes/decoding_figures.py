@@ -60,14 +60,14 @@ def draw_roofline() -> None:
     axes = Axes(drawing, (60, 50, 580, 340), x=(1, counts[-1]), y=(0.3, 400), is_log=(True, True))
     axes.frame(counts, [0.3, 1, 3, 10, 30, 100, 300], "rows at a time (1 = decoding, 266 = picture and prompt)", "milliseconds")
     axes.curve([(rows, max(reading, rows * multiplying)) for rows in range(1, counts[-1] + 1)], SOFT, "5 4")
-    label = axes.at(counts[-1], counts[-1] * multiplying)
-    drawing.text(label[0] + 8, label[1] + 4, "floor of bf16", size=12, fill=SOFT)
+    ends = [(axes.at(counts[-1], counts[-1] * multiplying)[1], "floor of bf16", SOFT)]
     for name, color in CURVES.items():
         points = [(rows, document["rows"][str(rows)][name]["ms"]["median"]) for rows in counts]
         axes.curve(points, color)
         for point in points:
             drawing.dot(*axes.at(*point), color, 3)
-        drawing.text(axes.box[2] + 8, axes.at(*points[-1])[1] + 4, name, fill=color)
+        ends.append((axes.at(*points[-1])[1], name, color))
+    drawing.labels(axes.box[2] + 8, ends)
     drawing.save(HERE / "roofline.svg")
 
 

@@ -40,6 +40,14 @@ class Drawing:
     def dot(self, x: float, y: float, color: str, radius: float = 4.5) -> None:
         self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" fill="{color}"/>')
 
+    def labels(self, x: float, named: list[tuple[float, str, str]], gap: float = 15) -> None:
+        """Words beside the ends of curves, (y, words, colour) each, moved down where they would overlap."""
+        free = 0.0
+        for y, words, color in sorted(named):
+            free = max(y + 4, free)
+            self.text(x, free, words, fill=color)
+            free += gap
+
     def save(self, path: Path) -> None:
         head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" width="{self.width}"'
         sheet = f'<rect width="{self.width}" height="{self.height}" fill="white"/>'
