@@ -327,45 +327,48 @@ static void int8_quantize_row(const void* w, bool is_bf16, int64_t row, int64_t 
     }
 }
 
-struct Rounding {  // of a group of 32
-    F32 q[2];
-    float scale, error;
-};
+struct Group {  // 32 weights
+    F32 v[2];
 
-static inline Rounding round_group(const F32* v, float wanted) {
-    Rounding r;
-    r.scale = rounded_to_bf16(wanted);
-    F32 inverse = F32{} + inverse_of(r.scale), error = {};
-    for (int h = 0; h < 2; h++) {
-        r.q[h] = rounded(v[h] * inverse, -8, 7);
-        F32 gap = r.q[h] * r.scale - v[h];
-        error += gap * gap;
+    void round(float scale, F32 q[2]) const {
+        for (int h = 0; h < 2; h++) q[h] = rounded(v[h] * inverse_of(scale), -8, 7);
     }
-    r.error = sum(error);
-    return r;
-}
+    float error(float scale) const {
+        F32 q[2], gaps[2];
+        round(scale, q);
+        for (int h = 0; h < 2; h++) gaps[h] = q[h] * scale - v[h];
+        return sum(gaps[0] * gaps[0] + gaps[1] * gaps[1]);
+    }
+    float extreme() const {
+        F32 most = v[0] > v[1] ? v[0] : v[1], least = v[0] < v[1] ? v[0] : v[1];
+        float high = most[0], low = least[0];
+        for (int j = 1; j < 16; j++) high = std::max(high, most[j]), low = std::min(low, least[j]);
+        return high >= -low ? high : low;
+    }
+};
 
 static void int4_quantize_row(const void* w, bool is_bf16, int64_t row, int64_t k, int64_t padded, uint8_t* to, uint16_t* scales) {
     for (int64_t i = 0; i < padded; i += 32) {
-        F32 v[2] = {read_padded(w, row, i, k, is_bf16), read_padded(w, row, i + 16, k, is_bf16)};
-        float extreme = 0, poison = sum(v[0] * 0 + v[1] * 0);
-        for (int j = 0; j < 32; j++) {
-            if (std::fabs(v[j / 16][j % 16]) > std::fabs(extreme)) extreme = v[j / 16][j % 16];
-        }
-        Rounding best = round_group(v, extreme / -8 + poison);
+        Group group = {{read_padded(w, row, i, k, is_bf16), read_padded(w, row, i + 16, k, is_bf16)}};
+        float extreme = group.extreme() + sum(group.v[0] * 0 + group.v[1] * 0);
+        float scale = rounded_to_bf16(extreme / -8), least = group.error(scale);
         for (float fraction : {1.05f, 0.95f, 0.9f, 0.85f, 0.8f}) {
-            Rounding other = round_group(v, extreme * fraction / -8 + poison);
-            if (other.error < best.error) best = other;
+            float other = rounded_to_bf16(extreme * fraction / -8), error = group.error(other);
+            scale = error < least ? other : scale;
+            least = error < least ? error : least;
         }
-        float dot = sum(best.q[0] * v[0] + best.q[1] * v[1]), norm = sum(best.q[0] * best.q[0] + best.q[1] * best.q[1]);
-        Rounding refined = round_group(v, dot * inverse_of(norm));
-        if (refined.error < best.error) best = refined;
-        scales[i / 32 * 16] = to_bf16(F32{} + best.scale)[0];
+        F32 q[2];
+        group.round(scale, q);
+        float dot = sum(q[0] * group.v[0] + q[1] * group.v[1]), norm = sum(q[0] * q[0] + q[1] * q[1]);
+        float fitted = rounded_to_bf16(dot * inverse_of(norm));
+        if (group.error(fitted) < least) group.round(scale = fitted, q);
+        scales[i / 32 * 16] = to_bf16(F32{} + scale)[0];
         I8 bytes[2];
-        for (int h = 0; h < 2; h++) bytes[h] = __builtin_convertvector(__builtin_convertvector(best.q[h] + 8, I32), I8);
+        for (int h = 0; h < 2; h++) bytes[h] = __builtin_convertvector(__builtin_convertvector(q[h] + 8, I32), I8);
         const uint8_t* values = (const uint8_t*)bytes;
         for (int line = 0; line < 4; line++) {
-            for (int j = 0; j < 4; j++) to[(i / 8 + line) * 64 + j] = values[8 * line + j] | values[8 * line + 4 + j] << 4;
+            uint32_t low = load<uint32_t>(values + 8 * line), high = load<uint32_t>(values + 8 * line + 4);
+            store(to + (i / 8 + line) * 64, low | high << 4);  // each byte is below 16: nothing runs over
         }
     }
 }

@@ -58,7 +58,8 @@ def round_groups(w: Tensor) -> tuple[Tensor, Tensor]:
         w: float32[..., 32].
     Returns: float32[..., 32] integers, bfloat16[..., 1] scales.
     """
-    extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True))
+    high, low = w.amax(-1, keepdim=True), w.amin(-1, keepdim=True)
+    extreme = torch.where(low.abs() > high, low, high)
     best_q = best_scale = best_error = None
     for fraction in (*SCALE_FRACTIONS, None):
         if fraction is None:

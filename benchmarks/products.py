@@ -1,0 +1,141 @@
+"""One matrix product, by operator and by number of rows: where a token's time goes, and why `quantization.product` chooses.
+
+    python benchmarks/products.py --size 16384x2048
+
+x[R, K] @ W[N, K].T with W of a Gemma-2B layer. With one row (decoding) each weight is read once and used once, so the time is
+bytes / read bandwidth, whatever the arithmetic; with 266 rows (a picture and a prompt) each is used 266 times, so the time is
+multiply-adds / matrix rate, whatever the bytes. In between an operator shows what it was written for. Each line gives the median
+in ms and how near it comes to the floor that binds it: GB/s of weights up to 8 rows, G multiply-adds/s above.
+
+Several copies of W are used in turn, more than any cache holds, as decoding meets each layer's weights once a token. Operators
+take turns, too, so that a busy machine slows all of them. What torch has is measured beside what quantization.py uses:
+    F.linear           what everyone calls; with oneDNN ("mkldnn") and without
+    through float32    the weight turned into float32 a few MB at a time, then sgemm
+    ours               kernels.cpp: bfloat16 weights, int8, int4 (inputs rounded to 8 bits in groups)
+    torch int8         torch.ao.nn.quantized.dynamic, fbgemm's and oneDNN's (inputs rounded to 8 bits as a whole)
+    int8pack, int4pack torch._weight_int8pack_mm and _weight_int4pack_mm_for_cpu (inputs as they are)
+"""
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# isort: off
+import turns
+import kernels
+import quantization
+# isort: on
+
+COPIES_BYTES = 2**28  # of all copies of a weight together: beyond the last cache
+FEW_ROWS = 8  # up to here reading is the floor
+
+
+def without_mkldnn(x: Tensor, w: Tensor) -> Tensor:
+    with torch.backends.mkldnn.flags(enabled=False):
+        return F.linear(x, w)
+
+
+def torch_int8(w: Tensor, engine: str) -> Callable[[Tensor], Tensor]:
+    torch.backends.quantized.engine = engine
+    linear = nn.Linear(*reversed(w.shape), bias=False)
+    linear.weight = nn.Parameter(w.float(), requires_grad=False)
+    linear.qconfig = torch.ao.quantization.per_channel_dynamic_qconfig
+    made = torch.ao.nn.quantized.dynamic.Linear.from_float(linear)
+    return lambda x: made(x.float())
+
+
+def int8_pack(w: Tensor) -> Callable[[Tensor], Tensor]:
+    q, scales = quantization.round_rows(w.float(), "int8")
+    return lambda x: torch._weight_int8pack_mm(x, q, scales[:, 0])
+
+
+def int4_pack(w: Tensor) -> Callable[[Tensor], Tensor]:
+    q, scales = quantization.round_rows(w.float(), "int4")
+    packed = torch._convert_weight_to_int4pack_for_cpu((q + 8).int(), 1)
+    scales_and_zeros = torch.stack((scales, torch.zeros_like(scales)), 2).transpose(0, 1).contiguous()
+    return lambda x: torch._weight_int4pack_mm_for_cpu(x, packed, 32, scales_and_zeros)
+
+
+def ours(w: Tensor, kind: str) -> Callable[[Tensor], Tensor]:
+    with torch.device("meta"):
+        linear = nn.Linear(*reversed(w.shape), bias=False)
+    return quantization.quantize_module(linear, kind, {"weight": w})
+
+
+# name: bytes a weight, most rows it is asked for (beyond, it would take seconds), W -> product
+OPERATORS = {
+    "F.linear bf16": (2, 266, lambda w: lambda x: F.linear(x, w)),
+    "F.linear bf16, mkldnn off": (2, 16, lambda w: lambda x: without_mkldnn(x, w)),
+    "bf16 through float32": (2, 266, lambda w: lambda x: quantization.upcast_product(x, w)),
+    "ours bf16": (2, 266, lambda w: lambda x: kernels.bf16_product(x, w)),
+    "torch int8, fbgemm": (1, 266, lambda w: torch_int8(w, "fbgemm")),
+    "torch int8, onednn": (1, 266, lambda w: torch_int8(w, "onednn")),
+    "int8pack": (1, 16, int8_pack),
+    "ours int8": (1, 266, lambda w: ours(w, "int8")),
+    "int4pack": (0.5625, 16, int4_pack),
+    "ours int4": (0.5625, 266, lambda w: ours(w, "int4")),
+}
+
+
+def measure(ways: dict[str, list[Callable[[Tensor], Tensor]]], x: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Seconds of one product of each operator, in turn; every call meets the next copy of the weight."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for i in range(-1, rounds):  # the first round warms up
+        for name, copies in ways.items():
+            start = time.perf_counter()
+            for copy in copies:
+                copy(x)
+            if i >= 0:
+                seconds[name].append((time.perf_counter() - start) / len(copies))
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="16384x2048", help="outputs x inputs of W; the layers of Gemma-2B have 2048x2048, "
+                        "256x2048, 16384x2048, 2048x16384, its output matrix 257216x2048")  # fmt: skip
+    parser.add_argument("--rows", default="1,2,4,16,64,266")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", help="operators whose name has this in it")
+    parser.add_argument("--save", action="store_true", help="keep the JSON in results/")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")  # torch announces the end of its int8 layers, once a call
+    options.device, options.script, options.model = "cpu", "products", None
+    n, k = (int(size) for size in options.size.split("x"))
+    names = [name for name in OPERATORS if (options.only or "") in name]
+    if kernels.library() is None:
+        names = [name for name in names if name != "ours bf16"]
+    torch.manual_seed(0)
+    floors = turns.Floors("cpu")
+    weights = torch.randn(n, k).mul_(0.02).bfloat16()
+    with torch.inference_mode(False), torch.no_grad():
+        made = {}
+        for name in names:
+            size, _, make = OPERATORS[name]
+            made[name] = [make(weights.clone()) for _ in range(max(1, round(COPIES_BYTES / (n * k * size))))]
+        results = {}
+        for rows in (int(part) for part in options.rows.split(",")):
+            x = torch.randn(rows, k).bfloat16()
+            ways = {name: made[name] for name in names if rows <= OPERATORS[name][1]}
+            seconds = measure(ways, x, options.rounds)
+            floors.measure()
+            print(f"\n{rows} rows, {n} x {k}; {floors.document()}")
+            print(f"{'':28}{'median ms':>10}{'spread':>18}" + (f"{'GB/s':>8}" if rows <= FEW_ROWS else f"{'Gmadd/s':>9}"))
+            results[rows] = {}
+            for name, values in seconds.items():
+                row = {"ms": turns.spread([value * 1e3 for value in values])}
+                row["GB_per_s"] = float(f"{n * k * OPERATORS[name][0] / row['ms']['median'] / 1e6:.3g}")
+                row["Gmadd_per_s"] = float(f"{rows * n * k / row['ms']['median'] / 1e6:.3g}")
+                rate = row["GB_per_s"] if rows <= FEW_ROWS else row["Gmadd_per_s"]
+                print(f"{name:28}{row['ms']['median']:10.4g}{row['ms']['low']:9.4g} ..{row['ms']['high']:6.4g}{rate:9.4g}")
+                results[rows][name] = row
+    turns.finish(options, {"size": [n, k], "floors": floors.document(), "rows": results})
+
+
+if __name__ == "__main__":
+    main()
