@@ -522,8 +522,14 @@ def test_a_pil_image_is_taken_at_its_frame_and_left_alone():
     image.seek(1)
     assert load_image(image).getpixel((0, 0)) == (0, 0, 255)
     assert image.tell() == 1
-    image.close()
-    assert load_image(image.copy()).getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_a_pil_image_whose_file_was_closed_is_still_a_picture(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    (tmp_path / "a.gif").write_bytes(saved(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    with Image.open(tmp_path / "a.gif") as image:
+        image.load()
+    assert load_image(image).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_pillows_warnings_stay_out_of_sight(recwarn):
