@@ -1,6 +1,7 @@
 """Devices by name, and free memory as the system tells it. The machine of the tests need not have what is asked for."""
 
 import os
+import resource
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ def test_cpu_is_always_there():
     assert devices.find_device(torch.device("cpu")) == torch.device("cpu")
 
 
-def test_auto_takes_the_best_there_is(monkeypatch, two_gpus):
+@pytest.mark.usefixtures("two_gpus")
+def test_auto_takes_the_best_there_is(monkeypatch):
     assert devices.find_device("auto") == torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -97,10 +99,9 @@ def test_free_memory_is_what_the_system_calls_available(root):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_tightest_control_group_counts_and_its_file_cache_is_free(root, version):
-    mount, limit, use = {
-        1: ("memory/", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-        2: ("", "memory.max", "memory.current"),
-    }[version]
+    mount, limit, use = "", "memory.max", "memory.current"
+    if version == 1:
+        mount, limit, use = "memory/", "memory.limit_in_bytes", "memory.usage_in_bytes"
     write(root, "proc/self/cgroup", "0::/a/b\n" if version == 2 else "3:cpu,cpuacct:/c\n5:memory:/a/b\n")
     write(root, f"sys/fs/cgroup/{mount}a/{limit}", 8 * GIB)
     write(root, f"sys/fs/cgroup/{mount}a/{use}", 5 * GIB)
@@ -116,7 +117,6 @@ def test_no_limit_is_no_limit(root):
 
 
 def test_a_limit_of_the_process_counts(root, monkeypatch):
-    resource = pytest.importorskip("resource")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (5 * GIB, 5 * GIB))
     write(root, "proc/self/statm", f"{GIB // os.sysconf('SC_PAGE_SIZE')} 1 1 1 0 1 0")
     assert free(root) == 4
