@@ -152,9 +152,8 @@ def products_table() -> str:
     if document is None:
         return ""
     counts = list(document["rows"])
-    lines = [
-        f"| ms, {' x '.join(map(str, document['size']))} | {' | '.join('1 row' if rows == '1' else f'{rows} rows' for rows in counts)} |"
-    ]
+    titles = " | ".join("1 row" if rows == "1" else f"{rows} rows" for rows in counts)
+    lines = [f"| ms, {' x '.join(map(str, document['size']))} | {titles} |"]
     lines.append("|---" * (len(counts) + 1) + "|")
     for name in document["rows"][counts[0]]:
         cells = [
