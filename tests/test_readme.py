@@ -13,7 +13,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "notes"))
 
-import refresh_readme  # noqa: E402  (scripts, found beside the pages)
+import decoding_figures  # noqa: E402  (scripts, found beside the pages)
+import mask_figures  # noqa: E402
+import refresh_readme  # noqa: E402
 import tables  # noqa: E402
 from inference import Flags  # noqa: E402
 
@@ -100,6 +102,21 @@ def test_exit_codes_are_those_of_the_code():
     classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.PaliGemmaError)]
     said = {int(code) for row in re.findall(r"^\| ([\d, ]+) \|", README, re.MULTILINE) for code in row.split(",")}
     assert {error.code for error in classes} <= said
+
+
+@pytest.mark.parametrize(
+    ("script", "draw", "figure"),
+    [
+        (mask_figures, "draw_mask", "mask.svg"),
+        (mask_figures, "draw_influence", "influence.svg"),
+        (decoding_figures, "draw_roofline", "roofline.svg"),
+    ],
+)
+def test_figures_are_what_their_scripts_draw(script, draw, figure, tmp_path, monkeypatch):
+    committed = (script.HERE / figure).read_text(encoding="utf-8")
+    monkeypatch.setattr(script, "HERE", tmp_path)
+    getattr(script, draw)()
+    assert (tmp_path / figure).read_text(encoding="utf-8") == committed
 
 
 def table_cells() -> list[tuple[str, str, str]]:
