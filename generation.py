@@ -138,7 +138,8 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor
 def split_rows(inputs: dict, config: object) -> list[dict]:
     """A processor's batch as one dict a row, its padding left out: input_ids int64[L], token_type_ids, the row's pictures.
 
-    Raises: PromptError when the rows' <image> tokens do not call for just the pictures that are there.
+    Raises: PromptError when the rows' <image> tokens do not call for just the pictures that are there, and for a row that is
+        empty or fills the model's context.
     """
     given = [key for key in PICTURES if inputs.get(key) is not None]
     if len(given) == 2:
@@ -153,6 +154,9 @@ def split_rows(inputs: dict, config: object) -> list[dict]:
         ids = input_ids[i][is_token]  # [L]
         if len(ids) == 0:
             raise PromptError(f"row {i} has no token. Give it a picture or a prompt.")
+        context = config.text_config.max_position_embeddings
+        if len(ids) >= context:
+            raise PromptError(f"pictures and prompt take {len(ids)} tokens, but the model's context is {context}. Shorten them.")
         row = {"input_ids": ids, "token_type_ids": torch.ones_like(ids) if types is None else types[i][is_token]}
         count, rest = divmod(int((ids == config.image_token_index).sum()), config.num_image_tokens)
         if rest:
@@ -165,6 +169,14 @@ def split_rows(inputs: dict, config: object) -> list[dict]:
     if used != came:
         raise PromptError(f"the rows have <image> tokens for {used} pictures, but {came} came. Pass what the processor returns.")
     return rows
+
+
+def only_row(inputs: dict, config: object) -> dict:
+    """The row of a request. Raises PromptError as split_rows, and for more rows than one."""
+    rows = split_rows(inputs, config)
+    if len(rows) != 1:
+        raise PromptError(f"a request of {len(rows)} rows came. Pass each row as a request of its own.")
+    return rows[0]
 
 
 def join_rows(rows: list[dict], pad_token_id: int) -> dict:
@@ -231,8 +243,6 @@ class Decoder:
         config = self.model.config
         context = config.text_config.max_position_embeddings
         longest = max(len(row["input_ids"]) for _, row in requests)
-        if longest >= context:
-            raise PromptError(f"pictures and prompt take {longest} tokens, but the model's context is {context}. Shorten them.")
         self.make_room(min(longest + self.max_new_tokens, context))
         while requests:
             group = first_group(requests)
@@ -406,7 +416,7 @@ def generate_many(
         rows: how many are in flight. Each takes the cache of one row and makes a step slower by less than a step of its own.
         others: as generate. Request i draws from seed + i, so that an answer does not depend on what ran beside it.
     Returns: an iterator of Answer, in the order in which they end.
+    Raises: as generate; PromptError for a request when it is read.
     """
     decoder = Decoder(model, rows, max_new_tokens, Sampling(do_sample, temperature, top_p, top_k, seed), eos_token_id)
-    numbered = ((i, row) for i, inputs in enumerate(requests) for row in split_rows(inputs, model.config))
-    return refill(decoder, numbered)
+    return refill(decoder, ((i, only_row(inputs, model.config)) for i, inputs in enumerate(requests)))

@@ -296,7 +296,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         """Reads pictures and prompts into the cache, whatever it held before. Rows are padded on the right, or not at all.
 
         Returns: float32[B, V], logits of the first answer token of each row.
-        Raises: ValueError as forward, and when the rows do not fit the cache or are padded on the left.
+        Raises: ValueError as forward, and when the rows do not fit the cache, are padded on the left, or have no token.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -305,6 +305,8 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         lengths = attention_mask.sum(1).cpu()  # [B]
         if not lengths.all():
             raise ValueError(f"rows of {lengths.tolist()} tokens came; a row needs at least one.")
+        if len(lengths) != len(cache.lengths):
+            raise ValueError(f"{len(lengths)} rows came, but the cache has {len(cache.lengths)}; cache[:n] is a part of it.")
         longest = int(lengths.max())
         if longest > cache.slots:
             raise ValueError(f"{longest} tokens do not fit the {cache.slots} slots of the cache.")
@@ -321,8 +323,10 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         Args:
             tokens: int64[B], what each row of the cache has just said.
         Returns: float32[B, V].
-        Raises: ValueError when a row is full.
+        Raises: ValueError when a row is full, and for more or fewer tokens than rows.
         """
+        if tokens.shape != cache.lengths.shape:
+            raise ValueError(f"tokens is {list(tokens.shape)}; one for each of the {len(cache.lengths)} rows is needed.")
         cache.grow()
         x = self.language_model.model.embed_tokens(tokens.to(self.device)[:, None])  # [B, 1, D]
         window_mask = None if self.window is None else cache.mask(self.window)

@@ -325,7 +325,7 @@ def test_answers_end_with_the_context():
     (answer,) = generate_many(model, requests, rows=1, max_new_tokens=10**9)
     assert (answer.token_ids, answer.finish_reason) == ([12, 13], "length")
     with pytest.raises(PromptError, match="take 5 tokens, but the model's context is 5"):
-        next(generate(model, {"input_ids": torch.tensor([[3, 9, 9, 9, 9]])}, max_new_tokens=1))
+        generate(model, {"input_ids": torch.tensor([[3, 9, 9, 9, 9]])}, max_new_tokens=1)
 
 
 def test_the_context_of_a_real_model_is_that_of_its_config():
@@ -363,6 +363,11 @@ def test_requests_are_read_no_sooner_than_there_is_room():
     assert read == [3, 4]
     assert [answer.index for answer in answers] == [1, 2]
     assert read == [3, 4, 5]
+
+
+def test_a_request_is_one_row():
+    with pytest.raises(PromptError, match="a request of 2 rows came"):
+        next(generate_many(Scripted({}), [ask(3, 4)], rows=2, max_new_tokens=3))
 
 
 def test_no_request_gives_no_answer():

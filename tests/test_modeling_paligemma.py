@@ -461,6 +461,8 @@ def test_prefill_refuses_what_it_cannot_hold():
         model.prefill(model.new_cache(2, 20), **make_batch([(1, 4, 0), (1, 2, 0)], "left"))
     with pytest.raises(ValueError, match="8 tokens do not fit the 7 slots"):
         model.prefill(model.new_cache(2, 7), **make_batch([(1, 4, 0), (1, 2, 0)], "right"))
+    with pytest.raises(ValueError, match="1 rows came, but the cache has 2"):
+        model.prefill(model.new_cache(2, 20), **make_batch([(1, 4, 0)], "right"))
     with pytest.raises(ValueError, match=r"rows of \[3, 0\] tokens came"):
         model.prefill(model.new_cache(2, 7), **make_batch([(0, 3, 0), (0, 0, 0)], "right"))
 
@@ -473,6 +475,16 @@ def test_decode_refuses_a_full_row():
     model.decode(cache, torch.tensor([5]))
     with pytest.raises(ValueError, match="a row would hold 9 tokens, but the cache has 8 slots"):
         model.decode(cache, torch.tensor([5]))
+
+
+@torch.no_grad()
+def test_decode_refuses_another_number_of_tokens():
+    model = make_model("gemma")
+    cache = model.new_cache(2, 9)
+    model.prefill(cache, **make_batch([(1, 3, 0), (1, 2, 0)], "right"))
+    with pytest.raises(ValueError, match=r"tokens is \[1\]; one for each of the 2 rows is needed"):
+        model.decode(cache, torch.tensor([5]))
+    assert cache.lengths.tolist() == [7, 6]
 
 
 @torch.no_grad()
