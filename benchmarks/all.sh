@@ -9,12 +9,12 @@ set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-$here/../.venv/bin/python}
 
-model='' is_saved=false
+model='' save=()
 for ((i = 1; i <= $#; i++)); do
     case ${!i} in
         --model) next=$((i + 1)) && model=${!next} ;;
         --model=*) model=${!i#*=} ;;
-        --save) is_saved=true ;;
+        --save) save=(--save) ;;
     esac
 done
 if [ -z "$model" ]; then
@@ -28,6 +28,8 @@ for script in decode prefill memory start batch quality growth; do
     printf '\n== %s, %s\n' "$script" "$(date -u +%H:%M:%S)"
     "$python" "$here/$script.py" "$@"
 done
-if $is_saved; then
+printf '\n== products, %s\n' "$(date -u +%H:%M:%S)"
+"$python" "$here/products.py" "${save[@]}"
+if [ ${#save[@]} -gt 0 ]; then
     "$python" "$here/plot.py"
 fi
