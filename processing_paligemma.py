@@ -89,7 +89,9 @@ def read_pixel_settings(folder: Path) -> dict:
     settings = read_settings(folder, name, CheckpointError)
     if not settings:
         name = "processor_config.json"
-        settings = read_settings(folder, name, CheckpointError).get("image_processor", {})
+        settings = read_settings(folder, name, CheckpointError).get("image_processor") or {}
+        if not isinstance(settings, dict):
+            raise CheckpointError(f"{folder / name}: image_processor is no object. Download it again.", path=folder / name)
     done = ("do_resize", "do_rescale", "do_normalize")
     unsupported = {key: settings[key] for key in done if settings.get(key) is False}
     unsupported |= {
@@ -104,8 +106,9 @@ def read_pixel_settings(folder: Path) -> dict:
     return settings
 
 
-def positive(value: object, name: str, path: Path) -> int:
-    """The value, if it is a whole number from 1 up. Raises: CheckpointError."""
+def positive(part: dict, name: str, default: int | None, path: Path) -> int:
+    """The number in a part of config.json, `default` if it says none. Raises: CheckpointError unless it is from 1 up."""
+    value = default if part.get(name) is None else part[name]
     if type(value) is not int or not 0 < value < 1 << 20:
         raise CheckpointError(f"{path}: {name} is {value!r}. A whole number from 1 up is needed.", path=path)
     return value
@@ -114,21 +117,20 @@ def positive(value: object, name: str, path: Path) -> int:
 def read_image_size(config: dict, settings: dict, folder: Path) -> tuple[int, int]:
     """Pixels of a side and tokens of a picture, by config.json; preprocessor_config.json must agree. Raises: CheckpointError."""
     path = folder / "config.json"
-    vision = config["vision_config"]
-    image_size = positive(vision.get("image_size", 224), "vision_config.image_size", path)  # files of 224 px leave both out
-    patch_size = positive(vision.get("patch_size", 14), "vision_config.patch_size", path)
+    image_size = positive(config["vision_config"], "image_size", 224, path)  # the hub's files of 224 pixels leave it out
+    patch_size = positive(config["vision_config"], "patch_size", 14, path)
     if image_size % patch_size:
         raise CheckpointError(f"{path}: image_size {image_size} is no multiple of patch_size {patch_size}.", path=path)
     num_tokens = (image_size // patch_size) ** 2
     size = settings.get("size", image_size)
-    sides = {size} if isinstance(size, int) else {size.get("height"), size.get("width")} if isinstance(size, dict) else {None}
-    if sides != {image_size}:
+    sides = [size.get("height"), size.get("width")] if isinstance(size, dict) else [size, size]
+    if sides != [image_size, image_size]:
         raise CheckpointError(
             f"{folder}: preprocessor_config.json asks for pictures of {size} and config.json for {image_size} pixels a side. "
             "The files belong to different checkpoints: download them again.",
             path=path,
         )
-    if settings.get("image_seq_length", num_tokens) != num_tokens:
+    if settings.get("image_seq_length") not in (None, num_tokens):
         raise CheckpointError(
             f"{folder}: preprocessor_config.json counts {settings['image_seq_length']} tokens a picture and config.json "
             f"{num_tokens}. The files belong to different checkpoints: download them again.",
@@ -148,7 +150,7 @@ def pixel_table(settings: dict, path: Path) -> np.ndarray:
         mean, std = (np.broadcast_to(np.array(value, dtype=np.float32), 3)[:, None] for value in (mean, std))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: mean {mean}, std {std} or rescale_factor {scale} is no number.", path=path) from error
-    if not np.all(std > 0):
+    if not (np.all(std > 0) and np.isfinite([levels.max(), *mean.ravel(), *std.ravel()]).all()):
         raise CheckpointError(f"{path}: image_std is {std.ravel().tolist()}. Numbers above 0 are needed.", path=path)
     return (levels - mean) / std
 
@@ -184,7 +186,10 @@ def token_ids(tokenizer: Tokenizer, config: dict, folder: Path) -> dict[str, int
     tokens = {"image_token_id": IMAGE_TOKEN}
     for kind in ("bos", "eos", "pad"):
         token = settings.get(f"{kind}_token") or f"<{kind}>"
-        tokens[f"{kind}_token_id"] = token["content"] if isinstance(token, dict) else token
+        token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str):
+            raise TokenizerError(f"{folder / 'tokenizer_config.json'}: {kind}_token is no text. Download it again.", path=folder)
+        tokens[f"{kind}_token_id"] = token
     configured = configured_ids(config, folder)
     if configured["image_token_id"] is None:
         raise CheckpointError(f"{folder / 'config.json'} has no image_token_index. Is it a PaliGemma?", path=folder)
@@ -343,7 +348,7 @@ class PaliGemmaProcessor:
         tokenizer = read_tokenizer(folder)
         add_missing_tokens(tokenizer)
         ids = token_ids(tokenizer, config, folder)
-        num_rows = positive(config["text_config"].get("vocab_size"), "text_config.vocab_size", folder / "config.json")
+        num_rows = positive(config["text_config"], "vocab_size", None, folder / "config.json")
         check_tokenizer(tokenizer, num_rows, folder)
         return cls(tokenizer, ids, image_size, num_image_tokens, table)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -549,6 +549,7 @@ def test_settings_that_would_add_cut_or_pad_change_nothing(tmp_path, processor):
         ({"image_mean": "x"}, "is no number"),
         ({"image_std": [0.5, 0.5]}, "is no number"),
         ({"image_std": 0}, "image_std"),
+        ({"image_mean": float("nan")}, "Numbers above 0"),
         ({"rescale_factor": None}, "is no number"),
     ],
 )
@@ -572,8 +573,8 @@ def test_without_preprocessor_config_the_size_comes_from_config(tmp_path):
     [
         ({"vision_config": None}, "no vision_config"),
         ({"text_config": []}, "no text_config"),
-        ({"text_config": {}}, "text_config.vocab_size is None"),
-        ({"text_config": {"vocab_size": "many"}}, "text_config.vocab_size"),
+        ({"text_config": {}}, "vocab_size is None"),
+        ({"text_config": {"vocab_size": "many"}}, "vocab_size is 'many'"),
         ({"vision_config": {"image_size": 30}}, "no multiple"),
         ({"vision_config": {"image_size": -28}}, "image_size is -28"),
         ({"vision_config": {"image_size": 28, "patch_size": 0}}, "patch_size is 0"),
@@ -592,6 +593,38 @@ def test_settings_that_are_no_json_object_are_refused(tmp_path, name, text, word
     (tmp_path / name).write_bytes(text)
     message = refusal(tmp_path, CheckpointError)
     assert name in message and words in message
+
+
+JUNK = st.sampled_from(
+    [None, True, -1, 0, 3, 1e99, "", "x", [], [None], {}, {"a": []}, {"content": 3}, {"height": [], "width": []}]
+)
+KEYS = {
+    "config.json": ["vision_config", "text_config", "image_token_index", "bos_token_id", "eos_token_id", "pad_token_id"],
+    "generation_config.json": ["eos_token_id"],
+    "preprocessor_config.json": ["size", "resample", "image_mean", "image_std", "rescale_factor", "image_seq_length", "do_pad"],
+    "processor_config.json": ["image_processor"],
+    "tokenizer_config.json": ["bos_token", "eos_token", "pad_token"],
+}
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_settings_of_any_type_raise_nothing_but_our_errors(tmp_path, data):
+    for name in KEYS:  # what the example before left behind
+        (tmp_path / name).unlink(missing_ok=True)
+    config = write_processor(tmp_path, num_words=1)
+    name = data.draw(st.sampled_from(sorted(KEYS)))
+    key, value = data.draw(st.sampled_from(KEYS[name])), data.draw(JUNK)
+    if name == "processor_config.json":
+        (tmp_path / "preprocessor_config.json").unlink()
+    part = data.draw(st.sampled_from(["text_config", "vision_config", None]))
+    inner = data.draw(st.sampled_from(["vocab_size", "image_size", "patch_size", "bos_token_id"]))
+    changes = {key: value} if name != "config.json" or part is None else {part: config[part] | {inner: value}}
+    write_json(tmp_path, name, (config if name == "config.json" else {}) | changes)
+    try:
+        PaliGemmaProcessor.from_pretrained(tmp_path)
+    except (CheckpointError, TokenizerError) as error:
+        assert "\n" not in str(error)
 
 
 def test_a_missing_config_is_named(tmp_path):
