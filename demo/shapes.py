@@ -215,7 +215,7 @@ def ask_exists(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None
     else:
         absent = [word for word in KINDS if word not in there], [word for word in COLORS if f"{word} shape" not in there]
         near = [f"{color} {pick.kind}" for color in COLORS] + [f"{pick.color} {kind}" for kind in KINDS]
-        near += [f"{color} {kind}" for color in {s.color for s in scene.shapes} for kind in {s.kind for s in scene.shapes}] * 3
+        near += [f"{a.color} {b.kind}" for a in scene.shapes for b in scene.shapes] * 3
         near = [word for word in near if word not in there]
         way = rng.integers(4)
         word = str(rng.choice(near) if way >= 2 else rng.choice(absent[way])) + (" shape" if way == 1 else "")

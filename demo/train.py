@@ -32,7 +32,7 @@ TEXT = {
     "model_type": "gemma", "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 3,
     "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 512,
 }  # fmt: skip
-QUESTIONS = {"caption": 1, "color": 1, "shape": 1, "count": 2, "exists": 2, "where": 2, "detect": 2}  # tries a picture
+QUESTIONS = {"caption": 1, "color": 1, "shape": 1, "count": 2, "exists": 2, "where": 2, "detect": 3}  # tries a picture
 GRID = VISION["image_size"] // VISION["patch_size"]
 DRAWN_SIZES = (112, 112, 160, 224)
 IS_COVERED = 0.25  # a patch belongs to a shape whose box covers that much of it
