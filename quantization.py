@@ -20,6 +20,7 @@ Checked in tests/test_quantization.py. Shapes: N outputs, K inputs, R rows of x,
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -225,16 +226,33 @@ def few_rows_product(x: Tensor, packed: Tensor, scales: Tensor, kind: str) -> Te
 
 
 @functools.cache
-def compiled_few_rows_product():
+def compiled_few_rows_product() -> Callable[..., Tensor]:
+    import torch._dynamo  # not before it is needed: it takes a second
+
+    # Each size of matrix is compiled for itself, and a decoder has more of them than the eight that torch allows.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(few_rows_product, dynamic=False)
 
 
-def rows_product(x: Tensor, packed: Tensor, scales: Tensor, kind: str) -> Tensor:
-    """x[R, K] @ w.T for a w in plain rows, in the dtype of x: what there is without our kernels."""
+def to_int4pack(q: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """int8[N, K] and scales [N, G] -> what torch's int4 product for a CPU reads: its own order, scales with zeros beside them."""
+    step = 64 * max(1, WORK // q.shape[1] // 64)  # whole blocks of that order
+    parts = [torch._convert_weight_to_int4pack_for_cpu((q[i : i + step] + 8).int(), 1) for i in range(0, len(q), step)]
+    return torch.cat(parts), torch.stack((scales, torch.zeros_like(scales)), 2).transpose(0, 1).contiguous()
+
+
+def rows_product(x: Tensor, packed: Tensor, scales: Tensor, kind: str, int4pack: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """x[R, K] @ w.T for a w in plain rows, in the dtype of x: what there is without our kernels.
+
+    Args:
+        int4pack: the same weights from to_int4pack, to be used for few rows; bfloat16 inside.
+    """
     if x.is_cuda and len(x) <= 4:
         return compiled_few_rows_product()(x.float(), packed, scales, kind).to(x.dtype)
     if kind == "int8" and x.device.type == "cpu" and len(x) <= FEW_ROWS:
         return torch._weight_int8pack_mm(x, packed, scales[:, 0].to(x.dtype))
+    if int4pack is not None and x.device.type == "cpu" and len(x) <= FEW_ROWS:
+        return torch._weight_int4pack_mm_for_cpu(x.bfloat16(), int4pack[0], GROUP["int4"], int4pack[1]).to(x.dtype)
     y = x.new_empty(len(x), len(packed))
     step = len(packed) if x.is_cuda else max(1, WORK // x.shape[1])
     for start in range(0, len(packed), step):
@@ -262,6 +280,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("packed", packed)
         self.register_buffer("scales", scales)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.int4pack: tuple[Tensor, Tensor] | None = None
 
     def extra_repr(self) -> str:
         return f"{self.kind}, in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -291,6 +310,13 @@ class QuantizedLinear(nn.Module):
         scales = scales_from_tiles(self.scales) if self.is_tiled else self.scales
         return dequantize(self.integers(), scales, torch.float32)[: self.out_features, : self.in_features]
 
+    def leave_tiles(self) -> None:
+        """Puts the weights into the order that torch's operators can use; for int4 on a CPU that is a second copy."""
+        q, scales = self.integers(), scales_from_tiles(self.scales).contiguous()
+        if self.kind == "int4" and q.device.type == "cpu":
+            self.int4pack = to_int4pack(q, scales)
+        self.packed, self.scales = to_rows(q, self.kind), scales
+
     def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x @ weight.T in dtype; x is any float [..., K]."""
         missing = -self.in_features % GROUP[self.kind]
@@ -300,10 +326,9 @@ class QuantizedLinear(nn.Module):
             kernel_dtype = dtype if dtype == torch.bfloat16 else torch.float32
             return kernels.int_product(self.kind, x, self.packed, self.scales, self.out_features, kernel_dtype).to(dtype)
         if self.is_tiled:
-            self.scales = scales_from_tiles(self.scales).contiguous()
-            self.packed = to_rows(self.integers(), self.kind)
-        y = rows_product(x.flatten(0, -2), self.packed, self.scales, self.kind)[:, : self.out_features]
-        return y.view(*x.shape[:-1], -1).to(dtype)
+            self.leave_tiles()
+        y = rows_product(x.flatten(0, -2), self.packed, self.scales, self.kind, self.int4pack)
+        return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(x, x.dtype)
