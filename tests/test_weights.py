@@ -565,6 +565,16 @@ def test_a_quantised_model_is_saved_and_mapped_back(tmp_path, dtype, kind, with_
     assert_same(weights.load_model(tmp_path / "small", quantize=kind), model.state_dict())
 
 
+def test_a_quantised_folder_computes_in_the_dtype_that_config_names(tmp_path):
+    """Most floats in its files are scales, which are always bfloat16."""
+    weights.save_model(weights.load_model(write_checkpoint(tmp_path), quantize="int4"), tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert raw["torch_dtype"] == "float32"
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"torch_dtype": "float16"}))
+    assert weights.load_model(tmp_path).dtype == torch.float16
+    assert weights.load_model(tmp_path, dtype="bf16").dtype == torch.bfloat16
+
+
 def test_a_quantised_folder_cannot_become_another_kind(tmp_path):
     model = weights.load_model(write_checkpoint(tmp_path / "plain"), quantize="int8")
     weights.save_model(model, tmp_path / "small")
