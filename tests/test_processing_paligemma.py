@@ -310,6 +310,19 @@ def test_a_typed_control_token_is_letters(processor, token):
     assert processor.decode(processor.encode(f"what is {token}?")) == f"what is {token}?"
 
 
+def test_any_token_that_the_file_marks_as_special_is_letters(tmp_path):
+    config = write_processor(tmp_path)
+    tokenizer = tokenizer_json()
+    own = tokenizer["added_tokens"][-1] | {"id": config["image_token_index"] + 1, "content": "[@BOS@]"}
+    tokenizer["added_tokens"].append(own)
+    write_json(tmp_path, "tokenizer.json", tokenizer)
+    write_json(tmp_path, "config.json", config | {"text_config": {"vocab_size": own["id"] + 1}})
+    processor = PaliGemmaProcessor.from_pretrained(tmp_path)
+    assert own["id"] in processor.control_ids
+    ids = processor.encode("a [@BOS@] b")
+    assert own["id"] not in ids and processor.decode(ids) == "a [@BOS@] b"
+
+
 def test_merges_cannot_put_a_control_token_together(tmp_path):
     tokenizer = tokenizer_json()
     vocab, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
