@@ -68,7 +68,7 @@ def demo(options: object) -> dict:
 
 def main() -> None:
     bundled = turns.HERE.parent / "demo" / "checkpoint"
-    count = {"type": int, "default": 300, "help": "pictures that the demo checkpoint is asked about; 0 = none"}
+    count = {"type": int, "default": 150, "help": "pictures that the demo checkpoint is asked about; 0 = none"}
     options = turns.parse(__doc__, rounds=1, flags={"--demo": {"type": Path, "default": bundled}, "--count": count})
     with tempfile.TemporaryDirectory() as folder:
         results = {"logits": full_size(options, Path(folder))}

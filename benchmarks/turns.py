@@ -118,10 +118,10 @@ def quantised(model: Path, kind: str, device: str = "cpu") -> Path:
     return folder
 
 
-def in_turn(ways: dict[str, Callable[[], dict]], options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each way, round by round, after a round to warm up. Stops the script if tokens differ."""
+def in_turn(ways: dict[str, Callable[[], dict]], options: argparse.Namespace, *, is_warm: bool = False) -> dict[str, list[float]]:
+    """Seconds of each way, round by round, after a round to warm up if need be. Stops the script if tokens differ."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for i in range(0 if options.quick else -1, options.rounds):
+    for i in range(0 if is_warm or options.quick else -1, options.rounds):
         replies = {name: work() for name, work in ways.items()}
         require_same(replies)
         if i >= 0:
