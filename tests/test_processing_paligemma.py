@@ -399,6 +399,14 @@ def test_an_answer_that_ends_within_a_letter_shows_that(processor):
     assert processor.decode(ids) == "a\ufffd"
 
 
+def test_a_letter_that_is_never_finished_shows_before_the_next_token(processor):
+    first, second, *_ = processor.encode("\U0001f600")
+    (letter,) = processor.encode("a")
+    assert processor.decode([letter, first, second, letter]) == "a\ufffda"
+    whole = processor.encode("\U0001f600")
+    assert processor.decode([*whole, first, letter]) == "\U0001f600\ufffda"  # the library would lose the whole letter, too
+
+
 def test_control_tokens_within_a_letter_do_not_break_it(processor):
     first, *rest = processor.encode("\U0001f600")
     assert processor.decode([first, processor.pad_token_id, *rest]) == "\U0001f600"
