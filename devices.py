@@ -5,13 +5,13 @@ Checked in tests/test_devices.py.
 
 import os
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from errors import DeviceError, UsageError
+from machine import control_groups
 
 GIB = 2**30
 
@@ -66,22 +66,6 @@ def read_number(path: Path) -> int | None:
         return None
 
 
-def memory_groups(root: Path) -> Iterator[tuple[Path, Path, Path]]:
-    """The control groups (containers, services) whose memory this process shares, each as files of limit, use and details."""
-    lines = []
-    with suppress(OSError):  # not Linux
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "" or "memory" in controllers.split(","):
-            mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-            limit, use = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
-            group = mount / path.lstrip("/")
-            for folder in (group, *group.parents):
-                if folder == mount or mount in folder.parents:
-                    yield folder / limit, folder / use, folder / "memory.stat"
-
-
 def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
     """Bytes that this process may still take on the device; None when the system does not say.
 
@@ -95,11 +79,12 @@ def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
     with suppress(OSError):
         lines = (root / "proc/meminfo").read_text().splitlines()
         free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    for limit, use, details in memory_groups(root):
-        most, now = read_number(limit), read_number(use)
+    for version, group in control_groups("memory", root):
+        limit, use = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+        most, now = read_number(group / limit), read_number(group / use)
         if most is not None and now is not None:
             with suppress(OSError):
-                lines = details.read_text().splitlines()
+                lines = (group / "memory.stat").read_text().splitlines()
                 now -= sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
             free.append(most - now)
     with suppress(ImportError):  # not there on Windows

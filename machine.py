@@ -23,16 +23,19 @@ MEMORY_SIGNS = ("can't allocate memory", "Cannot allocate memory", "unable to mm
 SMALLER = "Take --dtype bf16, --quantize int8 or int4, or a smaller model"
 
 
-def cpu_groups(root: Path) -> Iterator[tuple[int, Path]]:
-    """The control groups that share out time to this process, (version, folder), from its own up: each can set a limit."""
+def control_groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
+    """The groups (containers, services) that share out "cpu" or "memory" to this process, from its own up: each can limit it.
+
+    Yields: version (1 or 2) and folder. `root` is another folder only in tests.
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:  # not Linux
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers == "" or "cpu" in controllers.split(","):
-            mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        if controllers == "" or controller in controllers.split(","):
+            mount = root / "sys/fs/cgroup" / (controller if controllers else "")
             group = mount / path.lstrip("/")
             for folder in (group, *group.parents):
                 if folder == mount or mount in folder.parents:
@@ -42,7 +45,7 @@ def cpu_groups(root: Path) -> Iterator[tuple[int, Path]]:
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """How many cores' worth of time this process may take; None = no limit. `root` is another folder only in tests."""
     limits = []
-    for version, group in cpu_groups(root):
+    for version, group in control_groups("cpu", root):
         with suppress(OSError):
             if version == 1:
                 quota, period = (group / "cpu.cfs_quota_us").read_text(), (group / "cpu.cfs_period_us").read_text()
