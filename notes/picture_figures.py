@@ -137,8 +137,8 @@ def draw_importance(model: PaliGemmaForConditionalGeneration, processor: PaliGem
         loss = importance(model, processor, picture, reach)
         across = math.isqrt(len(loss))
         place = int(loss.argmax())
-        print(f'"{QUESTION}" without {words}: "{ANSWER}" loses up to {loss[place]:.2f} nats (row {place // across}, '
-              f"column {place % across}), {loss.median():.3f} in the median")  # fmt: skip
+        print(f'"{QUESTION}" without {words}: "{ANSWER}" loses up to {loss[place]:.2f} nats, '
+              f"at row {place // across}, column {place % across}")  # fmt: skip
     shares = (loss / loss.max()).clamp(0, 1).view(across, across)
     weight = Image.fromarray((shares * 255).byte().numpy()).resize((SIDE, SIDE), Image.Resampling.NEAREST)
     grey = picture.convert("L").convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
