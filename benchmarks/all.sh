@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every benchmark of this folder on the CPU, one after another, in about twenty minutes for a full-size model on two cores.
+# Every benchmark of this folder on the CPU, one after another, the most telling first.
 #
 #   bash benchmarks/all.sh --model DIR [--save] [--quick]
 #

@@ -70,6 +70,7 @@ def main() -> None:
     bundled = turns.HERE.parent / "demo" / "checkpoint"
     count = {"type": int, "default": 150, "help": "pictures that the demo checkpoint is asked about; 0 = none"}
     options = turns.parse(__doc__, rounds=1, flags={"--demo": {"type": Path, "default": bundled}, "--count": count})
+    options.count = min(options.count, 2) if options.quick else options.count
     with tempfile.TemporaryDirectory() as folder:
         results = {"logits": full_size(options, Path(folder))}
     if options.count:
