@@ -413,6 +413,13 @@ def test_a_longer_request_enlarges_the_cache():
         assert answers[i] == collect(model, request, max_new_tokens=6)[0].tolist()
 
 
+def test_rows_in_flight_go_on_in_the_larger_cache():
+    model = Scripted({3: [10, 1], 4: [20, 21, 22, 23, 1], 5: [99] * 19 + [30, 1]})
+    requests = [ask(3), ask(4), {"input_ids": torch.tensor([[5] + [9] * 19])}]
+    answers = list(generate_many(model, requests, rows=2, max_new_tokens=5, eos_token_id=1))
+    assert {answer.index: answer.token_ids for answer in answers} == {0: [10, 1], 1: [20, 21, 22, 23, 1], 2: [30, 1]}
+
+
 def test_draws_of_a_request_do_not_depend_on_what_runs_beside_it():
     model = make_model("gemma")
     requests = [make_batch([(i % 2, 3 + i, 0)], seed=i) for i in range(5)]
