@@ -61,6 +61,7 @@ def compile_once(source: Path, folder: Path) -> Path | None:
     target, failed = folder / f"kernels-{key}.so", folder / f"kernels-{key}.failed"
     if target.exists() or failed.exists():
         return target if target.exists() else None
+    log.info("compiling %s into %s, once", source.name, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=folder) as beside:

@@ -39,6 +39,7 @@ WORK = 2**22  # weights that are in float32 at a time while quantising or fallin
 FEW_ROWS = 16  # up to here a product is bound by memory, and torch's integer products beat turning the weights into floats
 # Rows up to which our bfloat16 product beats torch's: with and without bfloat16 instructions in the processor.
 BF16_ROWS = {True: 4, False: 64}
+KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 WORTHWHILE = 2**24  # parameters: below, a model lives in the cache and compiling a kernel for it would only delay its start
 
 
@@ -152,7 +153,7 @@ def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     packed = torch.full(packed_shape, zero, dtype=torch.uint8, device=weight.device)
     scales = torch.zeros(scales_shape, dtype=torch.bfloat16, device=weight.device)
     if weight.device.type == "cpu" and kernels.library() is not None:
-        floats = weight if weight.dtype in (torch.bfloat16, torch.float32) else weight.float()
+        floats = weight if weight.dtype in KERNEL_DTYPES else weight.float()
         kernels.int_quantize(kind, floats.contiguous(), packed, scales)
         return packed, scales
     step = max(1, WORK // weight.shape[1] // BLOCK) * BLOCK
@@ -202,7 +203,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16 or is_trained or torch.compiler.is_compiling():
         return F.linear(x, weight)
-    if weight.device.type != "cpu" or x.device.type != "cpu" or not weight.is_contiguous():
+    if not (weight.is_cpu and x.is_cpu and weight.is_contiguous()):
         return F.linear(x, weight)
     rows = x.numel() // max(1, weight.shape[1])
     if 0 < rows <= BF16_ROWS[has_bf16_instructions()] and weight.shape[1] % 32 == 0 and kernels.library() is not None:
@@ -319,12 +320,14 @@ class QuantizedLinear(nn.Module):
 
     def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x @ weight.T in dtype; x is any float [..., K]."""
-        missing = -self.in_features % GROUP[self.kind]
+        missing, packed = -self.in_features % GROUP[self.kind], self.packed
         x = F.pad(x, (0, missing)) if missing else x
-        if self.packed.device.type == "cpu" and self.is_tiled and kernels.library() is not None:
-            x = x if x.dtype in (torch.bfloat16, torch.float32) else x.float()
-            kernel_dtype = dtype if dtype == torch.bfloat16 else torch.float32
-            return kernels.int_product(self.kind, x, self.packed, self.scales, self.out_features, kernel_dtype).to(dtype)
+        if packed.is_cpu and packed.ndim == 3 and kernels.library() is not None:
+            x = x if x.dtype in KERNEL_DTYPES else x.float()
+            y = kernels.int_product(
+                self.kind, x, packed, self.scales, self.out_features, dtype if dtype in KERNEL_DTYPES else torch.float32
+            )
+            return y.to(dtype)
         if self.is_tiled:
             self.leave_tiles()
         y = rows_product(x.flatten(0, -2), self.packed, self.scales, self.kind, self.int4pack)
