@@ -17,6 +17,8 @@ import os
 import signal
 import sys
 import textwrap
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -225,6 +227,27 @@ def interruptible() -> contextlib.AbstractContextManager[None]:
         raise Interrupted(signum)
 
     return handlers(interrupt)
+
+
+@contextlib.contextmanager
+def repeated_signals() -> Iterator[None]:
+    """Inside, a signal is sent again until somebody heeds it: input() sleeps through one that comes just before it waits."""
+    main, (ours, theirs) = threading.get_ident(), os.pipe()
+    os.set_blocking(theirs, False)  # as set_wakeup_fd demands
+    before = signal.set_wakeup_fd(theirs)  # Python writes each signal's number there, at once, whatever the program is doing
+
+    def repeat() -> None:
+        while number := os.read(ours, 1):
+            time.sleep(0.05)
+            signal.pthread_kill(main, number[0])
+        os.close(ours)
+
+    threading.Thread(target=repeat, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(theirs)
 
 
 def prepare_streams() -> None:

@@ -234,7 +234,7 @@ def typed_prompts() -> Iterator[str]:
             sys.stderr.write("> ")
             sys.stderr.flush()
         try:
-            with commandline.interruptible():
+            with commandline.interruptible(), commandline.repeated_signals():
                 text = input("> " if is_echoed else "")
         except EOFError:
             sys.stderr.write("\n")

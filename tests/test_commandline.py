@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -328,6 +329,21 @@ def test_signals_can_be_caught_to_keep_what_was_said(tmp_path, signum, code):
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (code, "half\n", "")
+
+
+def test_ctrl_c_at_a_prompt_is_never_lost(tmp_path):
+    # Without repeated_signals 25 of 60 were, because the signal comes before readline begins to wait: 5 tries find that.
+    body = "import readline\nwith commandline.interruptible(), commandline.repeated_signals(): input('> ')"
+    for _ in range(5):
+        ours, theirs = pty.openpty()
+        process = start(tmp_path, body, stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        shown = ""
+        while "> " not in shown:
+            shown += os.read(ours, 100).decode()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        os.close(ours)
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path):
