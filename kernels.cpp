@@ -127,6 +127,23 @@ extern "C" void bf16_product(const uint16_t* w, const uint16_t* x, uint16_t* y, 
     }
 }
 
+// y = x / root of its mean square, times 1 + weight: in torch ten small operations, which at one row are mostly overhead.
+extern "C" void bf16_rms_norm(const uint16_t* x, const uint16_t* weight, uint16_t* y, int64_t rows, int64_t width, float eps) {
+    for (int64_t row = 0; row < rows; row++, x += width, y += width) {
+        F32 squares = {};
+        for (int64_t i = 0; i < width; i += 16) {
+            F32 v = as_float(__builtin_convertvector(load<U16>(x + i), U32) << 16);
+            squares += v * v;
+        }
+        float factor = 1 / std::sqrt(sum(squares) / width + eps);
+        for (int64_t i = 0; i < width; i += 16) {
+            F32 v = as_float(__builtin_convertvector(load<U16>(x + i), U32) << 16);
+            F32 w = as_float(__builtin_convertvector(load<U16>(weight + i), U32) << 16);
+            store(y + i, to_bf16(v * factor * (w + 1)));
+        }
+    }
+}
+
 // ---------------------------------------------------------------- int8 and int4
 
 // acc[o] += sum of w[4 o + j] * x[j], j < 4: unsigned weights of 16 outputs, four signed inputs in one word.

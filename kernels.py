@@ -1,4 +1,4 @@
-"""The matrix products of kernels.cpp: compiled once for this machine, kept, and called with tensors. CPU only.
+"""The matrix products (and one norm) of kernels.cpp: compiled once for this machine, kept, and called with tensors. CPU only.
 
 The first use compiles (a few seconds) into ~/.cache/paligemma (or $XDG_CACHE_HOME/paligemma), under a name made of the source,
 the compiler's command and the processor, so that another version or another machine never meets a foreign file. Where there is
@@ -85,6 +85,7 @@ def open_library(file: Path) -> ctypes.CDLL:
     of_ints = (pointer, pointer, pointer, flag, pointer, flag, size, size, size, flag)
     for function, arguments in (
         (loaded.bf16_product, (pointer, pointer, pointer, size, size, size, flag)),
+        (loaded.bf16_rms_norm, (pointer, pointer, pointer, size, size, ctypes.c_float)),
         (loaded.int8_product, of_ints),
         (loaded.int4_product, of_ints),
         (loaded.int_quantize, (flag, pointer, flag, size, size, size, pointer, pointer, flag)),
@@ -115,6 +116,15 @@ def bf16_product(x: Tensor, weight: Tensor) -> Tensor:
     library().bf16_product(
         weight.data_ptr(), x.data_ptr(), y.data_ptr(), x.numel() // k, outputs, k, torch.get_num_threads()
     )  # fmt: skip
+    return y
+
+
+def bf16_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """GemmaRMSNorm of few rows. x: bfloat16[..., D], weight: bfloat16[D], contiguous, D a multiple of 16."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    width = len(weight)
+    library().bf16_rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // width, width, eps)
     return y
 
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from modeling_gemma import GemmaEmbedding
+from modeling_gemma import GemmaEmbedding, GemmaRMSNorm
 
 KINDS = ("int8", "int4")
 QUANT_METHOD = "paligemma_rows"  # in config.json; other programs then know that they cannot read the file
@@ -392,6 +392,20 @@ class FastEmbedding(GemmaEmbedding):
         return product(x, self.weight)
 
 
+class FastRMSNorm(GemmaRMSNorm):
+    """GemmaRMSNorm whose ten small operations are one where there are few rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        is_trained = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+        if (
+            x.dtype is w.dtype is torch.bfloat16 and x.is_cpu and w.is_cpu and x.numel() <= FEW_ROWS * len(w) and len(w) % 16 == 0
+            and not is_trained and not torch.compiler.is_compiling() and kernels.library() is not None
+        ):  # fmt: skip
+            return kernels.bf16_rms_norm(x, w, self.eps)
+        return super().forward(x)
+
+
 # ---------------------------------------------------------------- whole models
 
 
@@ -436,15 +450,16 @@ def empty_module(module: nn.Linear | GemmaEmbedding, kind: str, dtype: torch.dty
     return build(module, kind, packed, scales, bias, dtype)
 
 
+FAST = {nn.Linear: FastLinear, GemmaEmbedding: FastEmbedding, GemmaRMSNorm: FastRMSNorm}
+
+
 def use_fast_products(model: nn.Module, least_parameters: int = WORTHWHILE) -> None:
-    """Gives the bfloat16 matrices of a model on the CPU this machine's fastest product; parameters and names stay.
+    """Gives a model on the CPU what this machine is fast at, where its weights are bfloat16; parameters and names stay.
 
     Small models are left alone: they live in the cache, and would only wait for the compiler at the first start.
     """
-    if sum(p.numel() for p in model.parameters() if p.dtype == torch.bfloat16 and p.device.type == "cpu") < least_parameters:
+    if sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers())) < least_parameters:
         return
     for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = FastLinear
-        elif type(module) is GemmaEmbedding:
-            module.__class__ = FastEmbedding
+        if type(module) in FAST and module.weight.dtype == torch.bfloat16:
+            module.__class__ = FAST[type(module)]

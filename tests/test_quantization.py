@@ -15,7 +15,7 @@ from torch import nn
 
 import kernels
 import quantization
-from modeling_gemma import GemmaEmbedding
+from modeling_gemma import GemmaEmbedding, GemmaRMSNorm
 from quantization import KINDS, QuantizedLinear
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,6 +206,19 @@ def test_bfloat16_kernel_equals_float32_rounded(n, k, rows, compiled):
     exact = x.double() @ linear.weight.double().T
     # Half a unit in the last place of bfloat16 (2^-9) and a little for the float32 sums, where terms cancel.
     torch.testing.assert_close(kernels.bf16_product(x, linear.weight).double(), exact, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_fast_norm_equals_the_norm(rows):
+    torch.manual_seed(0)
+    norm = GemmaRMSNorm(192, 1e-6).requires_grad_(False)
+    norm.weight.normal_(std=0.1)
+    norm, x = norm.bfloat16(), (torch.randn(rows, 192) * 30).bfloat16()
+    expected = norm(x)
+    norm.__class__ = quantization.FastRMSNorm
+    # Sums are reordered, so that a result may round to the neighbouring bfloat16.
+    torch.testing.assert_close(norm(x), expected, rtol=2**-7, atol=0)
+    assert (norm(x) == expected).float().mean() > 0.97
 
 
 def test_upcast_product_equals_float32_rounded():
