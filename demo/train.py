@@ -1,4 +1,38 @@
-"""Trains the demo checkpoint."""
+"""Trains the demo checkpoint: 3.5 million parameters, from nothing, in an hour and a half on two cores.
+
+    python demo/train.py tower --minutes 14 --batch 48
+    python demo/train.py packed --minutes 42 --final 0.1
+    python demo/train.py packed --start packed.pt --seed 2 --minutes 21 --muon_lr 0.014 --adam_lr 1.5e-3 --bins 14 --final 0.1
+    python demo/train.py rows --start packed.pt --seed 3 --minutes 27 --batch 12 --muon_lr 0.006 --adam_lr 6e-4 --bins 6
+    python demo/train.py export --start rows.pt && python demo/evaluate.py
+
+tower   The vision tower alone. A linear head, thrown away later, says for each patch which shape covers it. That is a much
+        stronger teacher than answers are: every patch of every picture has one.
+packed  Tower and decoder. All questions about a picture stand in one row behind it and do not see each other, so the picture's
+        64 tokens are read once for a dozen answers. The picture does not see the questions yet.
+rows    One question a row, and the picture sees it: the prefix-LM pass that generation does. Slower, so it comes last.
+
+The learning rate follows the clock, so a phase ends in time whatever else the machine does; two processes of one thread each
+average their gradients. Each answer counts as one in the loss, however long it is. How it went (share of answers right to the
+letter, on new scenes, since none is drawn twice; mean error of a coordinate in pixels of 112):
+
+    phase   minutes  steps  caption  color  shape  count  exists  where  pixels
+    tower        14    911        -   1.00   1.00      -       -      -     1.2   (of patches; box edges)
+    packed        4    175     0.58   0.56   0.98   0.73    0.85   0.50    11.8
+                 15    625     0.70   0.85   0.99   0.79    0.95   0.88     5.8
+                 28   1025     0.86   0.88   0.99   0.87    0.96   0.93     4.0
+    packed        9    325     0.91   1.00   0.98   0.87    0.97   0.94     3.0
+    again        21    775     0.99   1.00   1.00   0.94    0.99   0.98     1.4
+    rows         10    475     0.96   1.00   1.00   0.90    0.95   0.97     2.2
+                 27   1000     0.98   1.00   1.00   0.92    1.00   0.98     1.7
+
+Then, said greedily about 60 pictures of an unseen seed (evaluate.py --count 60 --dtype fp32): answers 98.1 %, captions 100 %,
+detect 0.842. Before the rows (24 pictures): 98.0 %, 100 %, 0.786. What it still gets wrong is several shapes of one kind: it
+counts or boxes one too few.
+
+The first packed run was stopped after 28 of its 42 minutes: the two processes had made different tokenizers (two pairs of words
+had swapped ids), which is why colours and captions lagged. Since then there is one tokenizer file for all.
+"""
 
 import argparse
 import json
@@ -68,6 +102,14 @@ def patch_targets(scene: shapes.Scene) -> tuple[np.ndarray, np.ndarray]:
         )
         boxes[mine] = offsets[mine]
     return words.reshape(-1, 4), boxes.reshape(-1, 4)
+
+
+def draw_batch(rng: np.random.Generator, count: int) -> tuple[list[shapes.Scene], Tensor, Tensor, Tensor]:
+    """New scenes, their pixels float32[I, 3, R, R] in [-1, 1], and what the patch head has to say of them."""
+    scenes = [shapes.make_scene(rng) for _ in range(count)]
+    pixels = torch.from_numpy(np.stack([pixels_of(scene, rng) for scene in scenes])).float() / 127.5 - 1
+    words, boxes = (torch.from_numpy(np.stack(part)) for part in zip(*map(patch_targets, scenes), strict=True))
+    return scenes, pixels, words, boxes
 
 
 class PatchHead(nn.Linear):
@@ -179,10 +221,6 @@ class Trainer:
         self.steps += 1
 
 
-def scale(pixels: Tensor) -> Tensor:
-    return pixels.float() / 127.5 - 1
-
-
 def log(trainer: "Trainer", **numbers: float) -> None:
     line = {"minutes": trainer.progress * trainer.seconds / 60, "steps": trainer.steps, **numbers}
     print(json.dumps({key: round(value, 4) for key, value in line.items()}), flush=True)
@@ -215,10 +253,8 @@ def train_tower(options: argparse.Namespace, rng: np.random.Generator) -> None:
     both = nn.ModuleDict({"tower": tower, "head": PatchHead(VISION["hidden_size"])})
     trainer = Trainer(both, options)
     while trainer.progress < 1:
-        scenes = [shapes.make_scene(rng) for _ in range(options.batch)]
-        pixels = torch.from_numpy(np.stack([pixels_of(scene, rng) for scene in scenes]))
-        words, boxes = (torch.from_numpy(np.stack(part)) for part in zip(*map(patch_targets, scenes), strict=True))
-        loss, right = both["head"].loss(tower(scale(pixels)), words, boxes)
+        _, pixels, words, boxes = draw_batch(rng, options.batch)
+        loss, right = both["head"].loss(tower(pixels), words, boxes)
         trainer.step(loss)
         if distributed.get_rank() == 0 and (trainer.steps % 50 == 0 or trainer.progress >= 1):
             log(trainer, loss=loss.item(), **right)
@@ -363,10 +399,9 @@ class Joint:
         self.kinds = [kind for kind, tries in QUESTIONS.items() for _ in range(tries)]
         self.recent: dict[str, list[float]] = {}
 
-    def scenes(self) -> tuple[Tensor, Tensor, Tensor, list[list[tuple[str, str, str]]]]:
-        scenes = [shapes.make_scene(self.rng) for _ in range(self.options.batch)]
-        pixels = torch.from_numpy(np.stack([pixels_of(scene, self.rng) for scene in scenes]))
-        words, boxes = (torch.from_numpy(np.stack(part)) for part in zip(*map(patch_targets, scenes), strict=True))
+    def batch(self) -> tuple[Tensor, Tensor, list[list[tuple[str, str, str]]]]:
+        """The tower's view of new scenes [I, P, D], the loss of the patch head, and each scene's questions."""
+        scenes, pixels, words, boxes = draw_batch(self.rng, self.options.batch)
         rows = []
         for scene in scenes:
             asked = {}
@@ -375,7 +410,8 @@ class Joint:
                 if question is not None:
                     asked[question] = kind
             rows.append([(kind, *question) for question, kind in asked.items()])
-        return pixels, words, boxes, rows
+        x = self.model.vision_tower(pixels)
+        return x, self.head.loss(x, words, boxes)[0], rows
 
     def loss(self, features: Tensor, pack: Pack, mask: Tensor, progress: float) -> Tensor:
         """Mean over answers of the mean over an answer's tokens."""
@@ -392,11 +428,12 @@ class Joint:
             self.recent.setdefault(name, []).append(value)
         return (self.smooth(logits, pack.targets[chosen]) * weights).sum() / weights.sum()
 
-    def finish_step(self, trainer: Trainer, loss: Tensor, extra: Tensor, every: int) -> None:
+    def finish_step(self, trainer: Trainer, loss: Tensor, extra: Tensor) -> None:
+        """One update; every 25 of them a line of means since the last one, and the state on disk."""
         trainer.step(loss + self.options.head_weight * extra)
         self.recent.setdefault("loss", []).append(loss.item())
         self.recent.setdefault("head", []).append(extra.item())
-        if distributed.get_rank() == 0 and (trainer.steps % every == 0 or trainer.progress >= 1):
+        if distributed.get_rank() == 0 and (trainer.steps % 25 == 0 or trainer.progress >= 1):
             log(trainer, **{name: float(np.mean(values)) for name, values in self.recent.items()})
             self.recent.clear()
             save(self.options.runs, f"{self.options.phase}.pt", self.both.state_dict())
@@ -413,13 +450,11 @@ def train_packed(options: argparse.Namespace, rng: np.random.Generator) -> None:
         joint.both.load_state_dict(torch.load(options.runs / options.start, weights_only=True))
     trainer = Trainer(joint.both, options)
     while trainer.progress < 1:
-        pixels, words, boxes, rows = joint.scenes()
+        x, extra, rows = joint.batch()
         pack = joint.packer(rows)
-        x = joint.model.vision_tower(scale(pixels))
-        extra, _ = joint.head.loss(x, words, boxes)
         features = joint.model.multi_modal_projector(x)
         mask = packed_mask(pack, features.shape[1])
-        joint.finish_step(trainer, joint.loss(features, pack, mask, trainer.progress), extra, every=25)
+        joint.finish_step(trainer, joint.loss(features, pack, mask, trainer.progress), extra)
 
 
 def train_rows(options: argparse.Namespace, rng: np.random.Generator) -> None:
@@ -428,24 +463,22 @@ def train_rows(options: argparse.Namespace, rng: np.random.Generator) -> None:
     joint.both.load_state_dict(torch.load(options.runs / options.start, weights_only=True))
     trainer = Trainer(joint.both, options)
     while trainer.progress < 1:
-        pixels, words, boxes, rows = joint.scenes()
+        x, extra, rows = joint.batch()
         picks = [(i, row[j]) for i, row in enumerate(rows) for j in rng.permutation(len(row))[: options.questions]]
         pack = joint.packer([[question] for _, question in picks])
-        x = joint.model.vision_tower(scale(pixels))
-        extra, _ = joint.head.loss(x, words, boxes)
         features = joint.model.multi_modal_projector(x)[torch.tensor([i for i, _ in picks])]
         picture = torch.ones(features.shape[:2], dtype=torch.int64)
         is_token = torch.cat([picture, (pack.question > 0).long()], dim=1)
         is_answer = torch.cat([picture * 0, (~pack.is_prefix).long()], dim=1)
         mask = prefix_lm_mask(is_token, is_answer)
-        joint.finish_step(trainer, joint.loss(features, pack, mask, trainer.progress), extra, every=25)
+        joint.finish_step(trainer, joint.loss(features, pack, mask, trainer.progress), extra)
 
 
-def export(options: argparse.Namespace, rng: np.random.Generator) -> None:  # noqa: ARG001 (the signature of a phase)
+def export(options: argparse.Namespace) -> None:
     """The state of a phase as a checkpoint folder in bfloat16, as the hub has it."""
     from weights import save_model
 
-    joint = Joint(options, rng)
+    joint = Joint(options, np.random.default_rng(0))
     joint.both.load_state_dict(torch.load(options.runs / options.start, weights_only=True))
     config = joint.model.config
     write_files(options.out, joint.tokenizer, config.vision_config.image_size, config.num_image_tokens)
@@ -460,18 +493,18 @@ def run(rank: int, options: argparse.Namespace) -> None:
     distributed.destroy_process_group()
 
 
-PHASES = {"tower": train_tower, "packed": train_packed, "rows": train_rows, "export": export}
+PHASES = {"tower": train_tower, "packed": train_packed, "rows": train_rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("phase", choices=PHASES)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phase", choices=[*PHASES, "export"])
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--start", default="tower.pt", help="state of an earlier phase, in --runs")
     parser.add_argument("--questions", type=int, default=4, help="of each picture, in the phase rows")
     parser.add_argument("--bins", type=float, default=25, help="width of the bell around a <loc>; at the end a fifth")
     parser.add_argument("--head_weight", type=float, default=0.2)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=20, help="pictures a step and process")
     parser.add_argument("--processes", type=int, default=2, help="one core each")
     parser.add_argument("--port", type=int, default=29511)
     parser.add_argument("--seed", type=int, default=1)
@@ -485,6 +518,8 @@ def main() -> None:
     if not (options.runs / "tokenizer.json").exists():  # made once: all processes and phases must mean the same by an id
         options.runs.mkdir(parents=True, exist_ok=True)
         make_tokenizer().save(str(options.runs / "tokenizer.json"))
+    if options.phase == "export":
+        return export(options)
     multiprocessing.spawn(run, (options,), nprocs=options.processes)
 
 
