@@ -30,13 +30,13 @@ from commandline import note, write
 from errors import CheckpointError, ImageError, PaliGemmaError, PromptError, UsageError
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
     from modeling_paligemma import PaliGemmaForConditionalGeneration
 
 BUNDLED_MODEL, BUNDLED_PICTURE, BUNDLED_QUESTION = "demo/checkpoint", "examples/shapes.png", "caption en"
 STDIN_BYTES = 64 << 20  # a picture piped in is read up to here
+SMALL_MODEL = 32 << 20  # bytes that a core's cache nearly holds: handing parts to other cores takes longer than doing them
 ANSWER_ROOM = 64  # tokens that a prompt cut by --truncate_prompt leaves for the answer
 REPEATS = 3  # an object said that many times in a row is not an answer any more
 
@@ -279,8 +279,10 @@ class Session:
     """
 
     def __init__(self, flags: Flags, pictures: list["Image.Image"]):
-        threads = machine.use_cores()
+        machine.use_cores()
         machine.check_torch()
+        import torch
+
         import weights
         from processing_paligemma import PaliGemmaProcessor
 
@@ -294,7 +296,9 @@ class Session:
         self.pixels = self.processor.pixels(pictures)
         self.model: PaliGemmaForConditionalGeneration | None = None
         self.image_features: torch.Tensor | None = None
-        self.threads = threads
+        if sum(file.stat().st_size for file in self.folder.glob("*.safetensors") if file.is_file()) < SMALL_MODEL:
+            torch.set_num_threads(1)
+        self.threads = torch.get_num_threads()
         self.seed = secrets.randbelow(2**31) if flags.do_sample and flags.seed is None else flags.seed
 
     def load(self) -> None:
@@ -313,7 +317,7 @@ class Session:
             )
         if flags.verbose:
             spent = time.perf_counter() - start
-            note(f"loaded {self.name} in {spent:.2f} s: {self.model.dtype}, {self.device}, {self.threads} threads")
+            note(f"loaded {self.name} in {spent:.2f} s: {self.model.dtype}, {self.device}, threads: {self.threads}")
 
     def inputs(self, prompt: str) -> dict:
         """The processor's dict for one question, without pixels. Raises: PromptError if it leaves no room for an answer."""

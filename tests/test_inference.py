@@ -298,7 +298,7 @@ def test_a_listing_that_repeats_itself_is_a_loop():
 def test_verbose_sets_times_beside_their_floors(ask):
     code, _, err = ask("--verbose")
     assert code == 0
-    assert re.search(r"^loaded model in .* s: torch.float32, cpu, \d+ threads$", err, re.MULTILINE)
+    assert re.search(r"^loaded model in .* s: torch.float32, cpu, threads: 1$", err, re.MULTILINE)
     assert re.search(r"^prefill: [\d.]+ ms for 16 tokens; floor [\d.]+ ms", err, re.MULTILINE)
     assert re.search(r"^decode: [\d.]+ ms a token, .* floor [\d.]+ ms", err, re.MULTILINE)
 
