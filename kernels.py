@@ -123,7 +123,7 @@ def bf16_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """GemmaRMSNorm of few rows. x: bfloat16[..., D], weight: bfloat16[D], contiguous, D a multiple of 16."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    width = len(weight)
+    width = weight.numel()
     library().bf16_rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // width, width, eps)
     return y
 

@@ -398,10 +398,9 @@ class FastRMSNorm(GemmaRMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
         is_trained = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
-        if (
-            x.dtype is w.dtype is torch.bfloat16 and x.is_cpu and w.is_cpu and x.numel() <= FEW_ROWS * len(w) and len(w) % 16 == 0
-            and not is_trained and not torch.compiler.is_compiling() and kernels.library() is not None
-        ):  # fmt: skip
+        is_plain = x.dtype is w.dtype is torch.bfloat16 and x.is_cpu and w.is_cpu and not torch.compiler.is_compiling()
+        is_small = x.numel() <= FEW_ROWS * w.numel() and w.numel() % 16 == 0
+        if is_plain and is_small and not is_trained and kernels.library() is not None:
             return kernels.bf16_rms_norm(x, w, self.eps)
         return super().forward(x)
 
