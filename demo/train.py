@@ -26,9 +26,9 @@ letter, on new scenes, since none is drawn twice; mean error of a coordinate in 
     rows         10    475     0.96   1.00   1.00   0.90    0.95   0.97     2.2
                  27   1000     0.98   1.00   1.00   0.92    1.00   0.98     1.7
 
-Then, said greedily about 150 pictures of an unseen seed (evaluate.py --count 150; 1326 questions): answers 97.4 %, captions 100 %,
-detect 0.833. Before the rows (24 pictures, float32): 98.0 %, 100 %, 0.786. What it still gets wrong is several shapes of one kind:
-it counts or boxes one too few.
+Then, said greedily about 150 pictures of an unseen seed (evaluate.py --count 150; 1326 questions): answers 97.4 %, captions
+100 %, detect 0.833. Before the rows (24 pictures, float32): 98.0 %, 100 %, 0.786. What it still gets wrong is several shapes of
+one kind: it counts or boxes one too few.
 
 The first packed run was stopped after 28 of its 42 minutes: the two processes had made different tokenizers (two pairs of words
 had swapped ids), which is why colours and captions lagged. Since then there is one tokenizer file for all.
