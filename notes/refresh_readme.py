@@ -84,11 +84,13 @@ def refresh_generated(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Puts real output into README.md and notes/*.md.")
     parser.add_argument("--slow", action="store_true", help="run the blocks that take minutes, too")
+    parser.add_argument("--tables", action="store_true", help="run nothing, only make the tables anew: seconds")
     parser.add_argument("pages", nargs="*", type=Path, help="default: README.md and notes/*.md")
     options = parser.parse_args()
     for page in options.pages or [README, *sorted(HERE.glob("*.md"))]:
         before = page.read_text(encoding="utf-8")
-        after = refresh_generated(refresh_counts(refresh_blocks(before, options.slow)))
+        after = before if options.tables else refresh_blocks(before, options.slow)
+        after = refresh_generated(refresh_counts(after))
         page.write_text(after, encoding="utf-8")
         print(f"{page.name}: {'changed' if after != before else 'as it was'}")
 
