@@ -123,7 +123,7 @@ def speed_table() -> str:
             versions = document["versions"]
             parts += [
                 f"{document['machine']}, {document['threads']} threads; transformers {versions['transformers']}, "
-                f"torch {versions['torch']}; median of {document['rounds']} rounds:",
+                f"torch {versions['torch']}; medians:",
                 "",
                 "| times as fast as transformers in bf16 | bf16 | int8 | int4 | command |",
                 "|---|---|---|---|---|",
