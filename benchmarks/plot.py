@@ -8,6 +8,7 @@ Shorter is better everywhere. Nothing is measured here; the scripts that did are
 import argparse
 import json
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -91,7 +92,7 @@ def main() -> None:
     suffix = "" if device == "cpu" else f"-{device}"
     bars, growth = panels(suffix), read("growth", suffix)
     sheet, y = Drawing(WIDTH, 0), 30
-    for left, right in zip(bars[::2], [*bars[1::2], None], strict=False):
+    for left, right in zip_longest(bars[::2], bars[1::2]):
         draw_bars(sheet, 10, y, *left)
         if right:
             draw_bars(sheet, WIDTH / 2 + 10, y, *right)

@@ -72,7 +72,7 @@ def questions(count: int, seed: int) -> list[tuple[shapes.Scene, list[tuple[str,
     return scenes
 
 
-def answers(model, processor, asked: list, max_new_tokens: int) -> list[str]:  # noqa: ANN001
+def answers(model, processor, asked: list, max_new_tokens: int) -> list[str]:
     """What the model says to each question, in the order of `asked`, as questions() returns it."""
     import torch
 
