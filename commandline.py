@@ -5,7 +5,8 @@ true), takes "-" for a separator, and runs the whole job before it complains abo
 first brought into the form --name=value and checked against the fields, and values are converted by their annotations
 (bool, int, float, str, each with or without None). All of this happens before anything slow is imported.
 
-A program is `sys.exit(commandline.run(Flags, program))`.
+A program is `sys.exit(commandline.run(Flags, program))`. A field annotated `Words` takes the words that belong to no flag.
+Flags that programs share stand in a base class, and --help shows each class as a group under its docstring's first line.
 Exit codes: 0 fine, 1 a bug of ours, 130 Ctrl-C, 143 SIGTERM, 141 nobody reads the output; the others are in errors.py.
 Checked in tests/test_commandline.py.
 """
@@ -28,6 +29,7 @@ from errors import DeviceError, OutputError, PaliGemmaError, UsageError
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+Words = tuple[str, ...]  # the annotation of the field for words without a flag; without such a field they are refused
 
 
 class Interrupted(BaseException):
@@ -42,13 +44,17 @@ class Interrupted(BaseException):
 
 
 def base_type(parameter: inspect.Parameter) -> type:
-    """bool, int, float or str: the annotation without its `| None`."""
+    """bool, int, float or str, or Words: the annotation without its `| None`."""
+    if parameter.annotation == Words:
+        return Words
     kinds = [kind for kind in get_args(parameter.annotation) if kind is not type(None)]
     return kinds[0] if kinds else parameter.annotation
 
 
 def converter(name: str, kind: type) -> Callable[[str], object]:
     """What Fire calls for the value of --name. Raises: UsageError for a value of another type."""
+    if kind == Words:
+        return lambda value: tuple(json.loads(value))
     needed = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
 
     def convert(value: str) -> object:
@@ -63,43 +69,54 @@ def converter(name: str, kind: type) -> Callable[[str], object]:
     return convert
 
 
-def suggestion(name: str, names: list[str]) -> str:
+def suggestion(name: str, names: list[str], dashes: str = "--") -> str:
     """" Did you mean --this?", or nothing."""
     import difflib  # only a mistyped flag pays for it
 
     close = [known for known in names if name and known.startswith(name)] or difflib.get_close_matches(name, names, n=1)
-    return f" Did you mean --{close[0]}?" if close else ""
+    return f" Did you mean {dashes}{close[0]}?" if close else ""
 
 
 def normalise(argv: list[str], parameters: dict[str, inspect.Parameter]) -> list[str]:
     """The arguments as --name=value each, so that nothing is left for Fire to guess; of a repeated flag the last.
 
-    Raises: UsageError for an unknown flag, a missing value, or a word that belongs to no flag.
+    Words without a flag become one argument, a JSON list; behind -- everything is such a word.
+    Raises: UsageError for an unknown flag, a missing value, or a word where no field takes words.
     """
+    flags = {name: base_type(parameter) for name, parameter in parameters.items()}
+    place = next((name for name, kind in flags.items() if kind == Words), None)
+    flags.pop(place, None)
     values: dict[str, str] = {}
+    words: list[str] = []
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
+        if argument == "--" and place:
+            words += rest
+            break
         if not argument.startswith("-") or argument == "-":
-            raise UsageError(
-                f"{argument!r} belongs to no flag. Put text with spaces in quotes and name every flag; --help lists them."
-            )
+            words.append(argument)
+            continue
         name, equals, value = argument.lstrip("-").partition("=")
         name = name.replace("-", "_")
         positive = name.removeprefix("no").removeprefix("_")
-        if name not in parameters and positive in parameters and base_type(parameters[positive]) is bool and not equals:
+        if name not in flags and flags.get(positive) is bool and not equals:
             values[positive] = "false"  # --nojson and --no_json, as Fire has it
-        elif name not in parameters or not argument.startswith("--"):
-            raise UsageError(f"unknown flag {argument.partition('=')[0]}.{suggestion(name, list(parameters))} --help lists all.")
+        elif name not in flags or not argument.startswith("--"):
+            raise UsageError(f"unknown flag {argument.partition('=')[0]}.{suggestion(name, list(flags))} --help lists all.")
         elif equals:
             values[name] = value
-        elif base_type(parameters[name]) is bool:
+        elif flags[name] is bool:
             values[name] = rest.pop(0) if rest and rest[0].lower() in TRUE + FALSE else "true"
         elif not rest or rest[0].startswith("--"):
             raise UsageError(f"--{name} needs a value. A value that starts with dashes is written --{name}=--so.")
         else:
             values[name] = rest.pop(0)
-    return [f"--{name}={value}" for name, value in values.items()]
+    if words and not place:
+        raise UsageError(
+            f"{words[0]!r} belongs to no flag. Put text with spaces in quotes and name every flag; --help lists them."
+        )
+    return [f"--{name}={value}" for name, value in values.items()] + ([f"--{place}={json.dumps(words)}"] if words else [])
 
 
 def is_on(name: str, argv: list[str]) -> bool:
@@ -113,18 +130,32 @@ def is_on(name: str, argv: list[str]) -> bool:
     return state
 
 
-def help_text(flags: type) -> str:
-    """The help screen: the docstring of the flags, a line or two for each."""
+def described(flags: type, parameters: dict[str, inspect.Parameter]) -> list[str]:
+    """The part of the help screen about the flags that this class itself adds: a line or two for each."""
     from fire import docstrings
 
-    documented = docstrings.parse(inspect.getdoc(flags))
-    lines = [documented.summary, *(["", documented.description] if documented.description else []), "", "Flags:"]
-    descriptions = {argument.name: argument.description for argument in documented.args or []}
-    for name, parameter in inspect.signature(flags).parameters.items():
-        default = "" if parameter.default is None or parameter.default is False else f" (default: {parameter.default})"
-        value = {bool: "", int: " N", float: " X", str: " TEXT"}[base_type(parameter)]
-        wrapped = textwrap.wrap(f"{descriptions[name]}{default}", 78)
+    documented = docstrings.parse(inspect.getdoc(flags)).args or []
+    lines = []
+    for name, text in ((argument.name, argument.description) for argument in documented):
+        if base_type(parameters[name]) == Words:
+            continue
+        default = parameters[name].default
+        text += "" if default is None or default is False else f" (default: {default})"
+        value = {bool: "", int: " N", float: " X", str: " TEXT"}[base_type(parameters[name])]
+        wrapped = textwrap.wrap(text, 78)
         lines += [f"  {f'--{name}{value}':<32}{wrapped[0]}", *(" " * 34 + line for line in wrapped[1:])]
+    return lines
+
+
+def help_text(flags: type, about: str | None = None) -> str:
+    """The help screen: `about` or what the docstring of the flags says, then each class's flags, those of its bases last."""
+    parameters = dict(inspect.signature(flags).parameters)
+    if about is None:
+        about = inspect.getdoc(flags).partition("\nArgs:")[0]
+    lines = [about.strip()]
+    for part in flags.__mro__[:-1]:
+        title = "Flags" if part is flags else inspect.getdoc(part).splitlines()[0].rstrip(".")
+        lines += ["", f"{title}:", *described(part, parameters)]
     return "\n".join(lines) + "\n"
 
 
@@ -262,13 +293,13 @@ def prepare_streams() -> None:
         sys.stdin.reconfigure(errors="surrogateescape")
 
 
-def run_guarded(flags: type, program: Callable, argv: list[str]) -> int:
+def run_guarded(flags: type, program: Callable, argv: list[str], topics: dict[str, str]) -> int:
     """Runs the program; what it raises becomes a line and an exit code."""
     style = is_on("json", argv), is_on("debug", argv)
     try:
         with handlers(leave):
             if "--help" in argv or "-h" in argv:
-                write(help_text(flags))
+                write(help_text(flags, next((topics[word] for word in argv if word in topics), None)))
             else:
                 program(read_flags(flags, argv))
         return 0
@@ -283,15 +314,16 @@ def run_guarded(flags: type, program: Callable, argv: list[str]) -> int:
         return stop.code
 
 
-def run(flags: type, program: Callable, argv: list[str] | None = None) -> int:
+def run(flags: type, program: Callable, argv: list[str] | None = None, topics: dict[str, str] | None = None) -> int:
     """Calls the program with the flags in argv (default: the process's own) and returns the exit code.
 
     Args:
         flags: a dataclass with keyword-only fields, one a flag; its docstring is the help, its __post_init__ checks ranges.
         program: takes an instance of it.
+        topics: what --help says instead of the docstring's beginning if this word stands beside it.
     """
     prepare_streams()
     try:
-        return run_guarded(flags, program, sys.argv[1:] if argv is None else argv)
+        return run_guarded(flags, program, sys.argv[1:] if argv is None else argv, topics or {})
     except BrokenPipeError:
         return 141  # as a process that SIGPIPE has ended

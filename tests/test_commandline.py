@@ -138,6 +138,83 @@ def test_is_on_reads_one_flag_of_a_line_that_may_be_wrong(argv, state):
     assert commandline.is_on("json", argv) is state
 
 
+# Words without a flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What several programs take.
+
+    Args:
+        size: how large
+    """
+
+    size: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wordy(Shared):
+    """Takes words.
+
+      program.py detect cat.png
+
+    Args:
+        words: what to do
+        json: yes or no
+    """
+
+    words: commandline.Words = ()
+    json: bool = False
+
+
+def read_wordy(*argv):
+    return commandline.read_flags(Wordy, list(argv))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["detect", "a.png", "cat ; dog"], ("detect", "a.png", "cat ; dog")), (["detect", "-"], ("detect", "-")), ([], ()),
+        (["a", "--json", "b", "--size", "7", "c"], ("a", "b", "c")), (["None", "[1]", "a=b", ""], ("None", "[1]", "a=b", "")),
+        (["a", "--", "--json", "-x", "--"], ("a", "--json", "-x", "--")), (["\udcff", "日本"], ("\udcff", "日本")),
+    ],
+)  # fmt: skip
+def test_words_are_taken_as_they_stand_and_in_their_order(argv, words):
+    assert read_wordy(*argv).words == words
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.text().filter(lambda word: not word.startswith("-"))))
+def test_any_words_are_taken_as_they_stand(words):
+    assert read_wordy(*words).words == tuple(words)
+
+
+def test_flags_stand_anywhere_among_words():
+    assert read_wordy("--size=5", "detect", "--json", "cat") == Wordy(words=("detect", "cat"), json=True, size=5)
+
+
+@pytest.mark.parametrize("argv", [["--words=a"], ["--words", "a"], ["-x"], ["a", "--jsn"]])
+def test_words_have_no_flag_and_mistyped_flags_are_still_refused(argv):
+    with pytest.raises(UsageError, match="unknown flag"):
+        read_wordy(*argv)
+
+
+def test_help_groups_the_flags_of_base_classes_and_leaves_the_words_out(capsys):
+    assert commandline.run(Wordy, lambda _: pytest.fail("it ran"), ["--help"]) == 0
+    out = capsys.readouterr().out
+    assert out == (
+        "Takes words.\n\n  program.py detect cat.png\n\nFlags:\n  --json                          yes or no\n\n"
+        "What several programs take:\n  --size N                        how large (default: 3)\n"
+    )
+
+
+def test_help_about_a_word_begins_with_that_topic(capsys):
+    topics = {"detect": "Finds things.", "ocr": "Reads."}
+    assert commandline.run(Wordy, lambda _: pytest.fail("it ran"), ["detect", "--help"], topics) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Finds things.\n\nFlags:\n  --json") and "program.py" not in out
+
+
 # Errors
 
 
