@@ -120,6 +120,7 @@ class KVCache:
         lengths: int64[B] on the device, tokens in each row; `host_lengths` holds the same numbers in main memory, so that
             nobody has to wait for the device to know them.
         reach: S, how many slots attention reads: those of the longest row.
+        is_even: whether every row is known to fill all of them.
     """
 
     def __init__(self, config: GemmaConfig, batch: int, slots: int, *, device: torch.device, dtype: torch.dtype):
@@ -129,6 +130,7 @@ class KVCache:
         self.lengths = torch.zeros(batch, device=device, dtype=torch.int64)
         self.host_lengths = torch.zeros(batch, dtype=torch.int64)
         self.reach = 0
+        self.is_even = False
 
     @property
     def slots(self) -> int:
@@ -139,6 +141,15 @@ class KVCache:
         view = copy(self)
         view.keys, view.values = self.keys[:, rows], self.values[:, rows]
         view.lengths, view.host_lengths = self.lengths[rows], self.host_lengths[rows]
+        return view
+
+    def fixed(self, reach: int) -> "KVCache":
+        """The same memory, but `reach` slots are read, and a mask is made, whatever the rows hold.
+
+        A step over it has the same shapes each time and asks nothing of main memory, so that it can be recorded (graphs.py).
+        """
+        view = copy(self)
+        view.reach, view.is_even = reach, False
         return view
 
     def move(self, source: int, target: int) -> None:
@@ -160,15 +171,24 @@ class KVCache:
         """Declares the rows to hold `lengths` int64[B] tokens; called before the pass that writes them."""
         self.host_lengths.copy_(lengths)
         self.lengths.copy_(self.host_lengths, non_blocking=True)
-        self.reach = int(self.host_lengths.max())
+        self.measure()
+
+    def measure(self) -> None:
+        """Finds `reach` and `is_even` from the rows' lengths."""
+        shortest, longest = self.host_lengths.aminmax()
+        self.reach, self.is_even = int(longest), bool(shortest == longest)
+
+    def count(self) -> None:
+        """The half of `grow` that happens in main memory. Raises ValueError when a row is full."""
+        longest = int(self.host_lengths.max()) + 1
+        if longest > self.slots:
+            raise ValueError(f"a row would hold {longest} tokens, but the cache has {self.slots} slots a row.")
+        self.host_lengths += 1
+        self.measure()
 
     def grow(self) -> None:
         """Makes each row one token longer; called before the pass that writes it. Raises ValueError when a row is full."""
-        reach = int(self.host_lengths.max()) + 1
-        if reach > self.slots:
-            raise ValueError(f"a row would hold {reach} tokens, but the cache has {self.slots} slots a row.")
-        self.reach = reach
-        self.host_lengths += 1
+        self.count()
         self.lengths += 1
 
     def mask(self, window: int | None = None) -> Tensor | None:
@@ -176,8 +196,7 @@ class KVCache:
 
         Returns: bool[B, 1, 1, S]; None when that is every slot that is read, so that attention need not look it up.
         """
-        is_full = int(self.host_lengths.min()) == self.reach
-        if is_full and (window is None or self.reach <= window):
+        if self.is_even and (window is None or self.reach <= window):
             return None
         slot = torch.arange(self.reach, device=self.lengths.device)  # [S]
         end = self.lengths[:, None]  # [B, 1]
@@ -233,7 +252,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         x = F.scaled_dot_product_attention(q.view(b, -1, groups, e), k, v, attn_mask=mask, scale=scale)  # [B, K, G, E]
         return x.view(b, n, 1, e)  # [B, N, L, E]
     if cap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        # On CUDA the kernels for a mask or for float32 want as many key heads as query heads; else scores would be written out.
+        # One head is spread over all without a copy, and each kernel takes that, too.
+        k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))  # [B, N, S, E], [B, N, S, E]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
         block = q[:, :, start : start + QUERY_BLOCK].reshape(b, k.shape[1], -1, e)  # [B, K, G*L, E]

@@ -328,7 +328,11 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         if tokens.shape != cache.lengths.shape:
             raise ValueError(f"tokens is {list(tokens.shape)}; one for each of the {len(cache.lengths)} rows is needed.")
         cache.grow()
-        x = self.language_model.model.embed_tokens(tokens.to(self.device)[:, None])  # [B, 1, D]
+        return self.step(cache, tokens.to(self.device))
+
+    def step(self, cache: KVCache, tokens: Tensor) -> Tensor:
+        """The pass of `decode`, behind a cache that counts these tokens already: nothing in it waits for the device."""
+        x = self.language_model.model.embed_tokens(tokens[:, None])  # [B, 1, D]
         window_mask = None if self.window is None else cache.mask(self.window)
         x = self.language_model.model(x, cache.lengths[:, None], cache.mask(), cache, window_mask)  # [B, 1, D]
         return self.language_model.logits(x[:, 0])
