@@ -214,8 +214,7 @@ def report(error: PaliGemmaError, as_json: bool, with_traceback: bool) -> int:
         traceback.print_exception(error)
     note(f"error: {error.message}")
     if as_json:
-        fault = {"code": error.code, "type": type(error).__name__, "message": error.message, "path": error.path}
-        write(json.dumps({"error": fault}) + "\n")
+        write(json.dumps({"error": error.to_json()}) + "\n")
     return error.code
 
 

@@ -23,6 +23,10 @@ class PaliGemmaError(Exception):
         if code is not None:
             self.code = code
 
+    def to_json(self) -> dict:
+        """The error as an object, for --json and for rows of results."""
+        return {"code": self.code, "type": type(self).__name__, "message": self.message, "path": self.path}
+
 
 class UsageError(PaliGemmaError):
     """A flag or an argument that makes no sense."""

@@ -1,0 +1,288 @@
+"""Prompts that fit the checkpoint, typed results, and a run that no single request can end."""
+
+import gc
+import itertools
+import json
+import random
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import generation
+import tasks
+import weights
+from errors import DeviceError, ImageError, UsageError
+from generation import Answer
+from processing_paligemma import PaliGemmaProcessor
+from tasks import Annotator, Request
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = Image.open(ROOT / "examples" / "shapes.png").convert("RGB")
+CAT = Image.open(ROOT / "examples" / "cat.png").convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return weights.load_model(ROOT / "demo" / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return PaliGemmaProcessor.from_pretrained(ROOT / "demo" / "checkpoint")
+
+
+@pytest.fixture
+def run(model, processor):
+    """Runs requests and returns the results in the order of the requests."""
+
+    def go(requests, **options):
+        return [result for _, result in sorted(Annotator(model, processor, **options).run(requests), key=lambda pair: pair[0])]
+
+    return go
+
+
+# Prompts
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "kind", "expected"),
+    [
+        ("caption", "", "mix", "caption en"),
+        ("ask", " what is this? ", "pretrained", "answer en what is this?"),
+        ("detect", "cat", "other", "detect cat"),
+        ("detect", "cat;a dog ;; cat", "mix", "detect cat ; a dog"),
+        ("segment", "person's  hat", "mix", "segment person's hat"),
+        ("ocr", "", "mix", "ocr"),
+        ("count", "red {text} cars", "mix", "answer en how many red {text} cars are there?"),
+        ("ask", "what is the total?", "docvqa", "what is the total?"),
+        ("ask", "which one?", "ai2d", "answer en  which one?"),
+        ("segment", "the man on the left", "refcoco-seg", "the man on the left"),
+    ],
+)
+def test_prompts_are_those_the_checkpoint_was_trained_on(task, text, kind, expected):
+    assert tasks.prompt(task, text, kind) == expected
+
+
+def test_captions_and_answers_have_a_language():
+    assert tasks.prompt("caption", language="fr") == "caption fr"
+    assert tasks.prompt("ask", "qu'est-ce ?", language="zh-TW") == "answer zh-TW qu'est-ce ?"
+    with pytest.raises(UsageError, match="language is 'french; ocr'"):
+        tasks.prompt("caption", language="french; ocr")
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "message"),
+    [("detect", " ; ", "detect needs what to look for"), ("ask", "", "ask needs a question"), ("ocr", "x", "ocr takes no text"),
+     ("find", "cat", "task is 'find'")],
+)  # fmt: skip
+def test_a_task_without_its_text_is_refused(task, text, message):
+    with pytest.raises(UsageError, match=message):
+        tasks.prompt(task, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("google/paligemma-3b-pt-224", "pretrained"), ("google/paligemma2-10b-mix-448", "mix"), ("demo/checkpoint", "other"),
+        ("google/paligemma2-3b-ft-docci-448", "docci"), ("google/paligemma-3b-ft-refcoco-seg-896", "refcoco-seg"),
+        ("/models/paligemma2_3b_mix_224/", "mix"), ("my-mix-of-things", "other"), ("", "other"),
+        ("/x/paligemma-3b-pt-224/models--google--paligemma-3b-ft-docvqa-448/snapshots/0ab1", "docvqa"),
+    ],
+)  # fmt: skip
+def test_a_public_name_says_what_a_checkpoint_was_trained_for(name, kind):
+    assert tasks.checkpoint_kind(name) == kind
+
+
+def test_a_task_the_checkpoint_was_not_trained_for_is_doubted():
+    assert "docvqa" in tasks.doubt("detect", "docvqa") and "vqav2" in tasks.doubt("caption", "vqav2")
+    known = [("detect", "mix"), ("ocr", "other"), ("count", "tallyqa"), ("segment", "refcoco-seg"), ("caption", "docci")]
+    assert [tasks.doubt(*pair) for pair in known] == [None] * len(known)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("3", 3), ("there are Twelve cats", 12), ("no", 0), ("None.", 0), ("0", 0), ("1,5 or 2", None), ("2 or 3", None),
+     ("many", None), ("", None), ("not one", 1), ("no cats", 0)],
+)  # fmt: skip
+def test_a_count_is_the_one_number_in_the_answer(text, count):
+    assert tasks.read_count(text) == count
+
+
+# Results
+
+
+def test_results_are_typed(run):
+    detect, count, caption = run(
+        [
+            Request(picture=SHAPES, task="detect", text="circle", image="shapes.png"),
+            Request(picture=SHAPES, task="count", text="circles"),
+            Request(picture=SHAPES, task="caption"),
+        ]
+    )
+    found = detect.reading.objects[0]
+    assert (detect.prompt, detect.reading.status, found.label) == ("detect circle", "objects", "circle")
+    assert 0 < found.score < 1 and found.expected is not None and found.spread is not None
+    assert found.box.iou(found.expected) > 0.8
+    assert (count.text, count.count, count.reading) == ("1", 1, None)
+    assert caption.text == "an orange cross, a yellow circle and a purple heart" and caption.score > 0.9
+
+
+def test_rows_of_json_hold_what_the_task_has(run):
+    asked = (("detect", "circle"), ("count", "stars"), ("ocr", ""))
+    requests = [Request(picture=SHAPES, task=task, text=text) for task, text in asked]
+    detect, count, ocr = (json.loads(json.dumps(result.to_json())) for result in run(requests))
+    shared = ["image", "task", "asked", "prompt", "width", "height", "text", "finish_reason"]
+    assert list(detect) == [*shared, "status", "objects", "problems"]
+    assert list(count) == [*shared, "count", "score"] and list(ocr) == [*shared, "score"]
+    x_min, y_min, x_max, y_max = detect["objects"][0]["box"]
+    assert 130 < x_min < 150 < 290 < x_max < 300 and 40 < y_min < 50 < 195 < y_max < 205  # the circle, of 448 pixels
+
+
+def test_objects_below_the_least_score_are_left_out(run):
+    request = Request(picture=SHAPES, task="detect", text="circle")
+    score = run([request])[0].reading.objects[0].score
+    assert run([request], min_score=score - 1e-4)[0].reading.status == "objects"
+    reading = run([request], min_score=score + 1e-4)[0].reading
+    assert (reading.status, reading.objects) == ("nothing", [])
+
+
+def answer_of(processor, text):
+    ids = processor.encode(text)
+    return Answer(index=0, token_ids=ids, logprobs=[-0.1] * len(ids), places=[None] * len(ids), finish_reason="stop")
+
+
+MASKED = "<loc0000><loc0000><loc0512><loc1023>" + "".join(f"<seg{i:03d}>" for i in range(16)) + " cat"
+
+
+def test_masks_are_decoded_where_there_is_a_codec(model, processor):
+    from segmentation import MaskCodec
+
+    torch.manual_seed(0)
+    request = Request(picture=CAT, task="segment", text="cat")
+    bare = Annotator(model, processor).result(request, answer_of(processor, MASKED)).reading.objects[0]
+    assert bare.codes == tuple(range(16)) and bare.mask is None
+    found = Annotator(model, processor, codec=MaskCodec()).result(request, answer_of(processor, MASKED)).reading.objects[0]
+    assert found.mask.shape == (CAT.height, CAT.width) and not found.mask[CAT.height // 2 + 1 :].any()
+
+
+def test_the_size_of_the_original_counts_where_a_small_copy_was_asked_about(model, processor):
+    request = Request(picture=SHAPES.resize((112, 112)), task="detect", text="cat", size=(2000, 1000))
+    result = Annotator(model, processor).result(request, answer_of(processor, MASKED))
+    assert (result.width, result.height) == (2000, 1000)
+    assert result.to_json()["objects"][0]["box"][2] == 2000
+
+
+def test_the_denominator_can_be_that_of_other_readers(model, processor):
+    request = Request(picture=SHAPES, task="detect", text="cat")
+    result = Annotator(model, processor, denominator=1024).result(request, answer_of(processor, MASKED))
+    assert result.reading.objects[0].box.x_max == 1023 / 1024
+
+
+def test_a_prompt_in_the_users_words_is_said_as_it_is_and_boxes_in_its_answer_are_read(run):
+    result = run([Request(picture=SHAPES, task="ask", prompt="detect circle")])[0]
+    assert (result.prompt, result.reading.objects[0].label) == ("detect circle", "circle")
+
+
+# The run
+
+
+def many(count):
+    """Requests of all kinds."""
+    draw = random.Random(0)
+    kinds = [("caption", ""), ("detect", "circle ; star"), ("detect", "heart"), ("count", "circles"), ("ask", "where is the star?")]
+    return [Request(picture=draw.choice((SHAPES, CAT)), task=task, text=text) for task, text in draw.choices(kinds, k=count)]
+
+
+def test_every_request_gets_what_it_gets_alone(run):
+    requests = many(12)
+    alone = [run([request], rows=1)[0] for request in requests]
+    assert [(r.text, r.count) for r in run(requests, rows=5)] == [(r.text, r.count) for r in alone]
+
+
+def test_a_bad_request_is_a_result_and_ends_nothing(run):
+    bad = [
+        Request(picture=ImageError("bad.png is broken.", path="bad.png"), task="caption", image="bad.png"),
+        Request(picture=SHAPES, task="ask", text="x" * 3000),
+        Request(picture=SHAPES, task="ask", text="\udcff"),
+        Request(picture=SHAPES, task="detect"),
+        Request(picture=SHAPES, task="fly", text="high"),
+    ]
+    mixed = [request for pair in zip(bad, many(5), strict=True) for request in pair]
+    results = run([*mixed, bad[0]], rows=2)
+    assert len(results) == 11
+    assert [result.error.code if result.error else None for result in results] == [3, None, 3, None, 3, None, 2, None, 2, None, 3]
+    row = results[0].to_json()
+    assert row["error"] == {"code": 3, "type": "ImageError", "message": "bad.png is broken.", "path": "bad.png"}
+    assert row["image"] == "bad.png" and row["prompt"] == "caption en" and "objects" not in row
+
+
+def test_nothing_but_bad_requests_and_no_request_at_all(run):
+    assert [type(r.error) for r in run([Request(picture=ImageError("gone."), task="ocr")] * 3)] == [ImageError] * 3
+    assert run([]) == []
+
+
+def test_requests_are_read_when_there_is_room(model, processor):
+    read = itertools.count()
+    requests = (request for request in many(50) if next(read) >= 0)
+    next(Annotator(model, processor, rows=2).run(requests))
+    assert next(read) <= 4  # two in flight, one ahead, and the count itself
+
+
+def test_a_picture_asked_about_often_is_looked_at_once(model, processor, monkeypatch):
+    looks = []
+    tower = model.vision_tower.forward
+    monkeypatch.setattr(model.vision_tower, "forward", lambda pixels: (looks.append(len(pixels)), tower(pixels))[1])
+    questions = [Request(picture=SHAPES, task="count", text=text) for text in ("stars", "circles", "hearts", "squares")]
+    list(Annotator(model, processor, rows=2).run([*questions, Request(picture=CAT, task="caption")]))
+    assert sum(looks) == 2
+
+
+def test_a_result_does_not_keep_the_picture(run):
+    picture = SHAPES.copy()
+    gone = weakref.ref(picture)
+    result = run([Request(picture=picture, task="caption")])[0]
+    del picture
+    gc.collect()
+    assert gone() is None and result.width == 448
+
+
+def short_of_memory(monkeypatch, limit):
+    """Lets steps of more than so many rows run out of memory, and counts them."""
+    step, failures = generation.Decoder.step, []
+
+    def scarce(decoder):
+        if len(decoder.rows) > limit:
+            failures.append(len(decoder.rows))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+        step(decoder)
+
+    monkeypatch.setattr(generation.Decoder, "step", scarce)
+    return failures
+
+
+def test_running_out_of_memory_halves_the_rows_and_loses_nothing(run, monkeypatch):
+    requests = many(10)
+    expected = [result.text for result in run(requests)]
+    failures = short_of_memory(monkeypatch, 1)
+    assert [result.text for result in run(requests, rows=4)] == expected
+    assert failures == [4, 2]
+
+
+def test_running_out_of_memory_with_one_row_is_an_error(run, monkeypatch):
+    short_of_memory(monkeypatch, 0)
+    with pytest.raises(DeviceError, match="memory ran out while answering"):
+        run(many(3), rows=2)
+
+
+def test_other_faults_of_the_machine_end_the_run(run, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(generation.Decoder, "step", broken)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        run(many(3))
+
+
