@@ -192,7 +192,7 @@ def test_a_prompt_in_the_users_words_is_said_as_it_is_and_boxes_in_its_answer_ar
 def many(count):
     """Requests of all kinds."""
     draw = random.Random(0)
-    kinds = [("caption", ""), ("detect", "circle ; star"), ("detect", "heart"), ("count", "circles"), ("ask", "where is the star?")]
+    kinds = [("caption", ""), ("detect", "circle ; star"), ("detect", "heart"), ("count", "circles"), ("ask", "where is it?")]
     return [Request(picture=draw.choice((SHAPES, CAT)), task=task, text=text) for task, text in draw.choices(kinds, k=count)]
 
 
