@@ -6,7 +6,7 @@ into free rows, `step` says one token in every row, `retire` frees a row. A row 
 free, so that a folder of a million pictures keeps every row busy (continuous batching: Orca, OSDI 2022).
 
 Checked in tests/test_generation.py. Shapes: B rows, L tokens of a prompt with its pictures, V vocabulary,
-C candidates for the next token.
+C candidates for the next token, Q bins of a coordinate.
 """
 
 import math
@@ -65,20 +65,26 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Step:
-    """One token of every row: tokens int64[B], logprobs float32[B], is_finished bool[B]. A finished row says pad, logprob 0."""
+    """One token of every row: tokens int64[B], logprobs float32[B], is_finished bool[B]. A finished row says pad, logprob 0.
+
+    places: one entry a row; for a token that names a coordinate what coordinate_moments says of it, else None.
+    """
 
     tokens: Tensor
     logprobs: Tensor
     is_finished: Tensor
+    places: list[tuple[float, float] | None]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one request was answered: its place in the sequence, its tokens (an eos included), their log-probabilities."""
+    """What one request was answered: its place in the sequence, its tokens (an eos included), and of each token its
+    log-probability and, if it names a coordinate, what coordinate_moments says of it."""
 
     index: int
     token_ids: list[int]
     logprobs: list[float]
+    places: list[tuple[float, float] | None]
     finish_reason: str  # "stop" = said eos, "length" = reached max_new_tokens or the end of the model's context
 
 
@@ -91,6 +97,7 @@ class Row:
     uniform: torch.Generator
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    places: list[tuple[float, float] | None] = field(default_factory=list)
 
 
 def nucleus(probs: Tensor, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor]:
@@ -109,30 +116,49 @@ def nucleus(probs: Tensor, top_p: float, top_k: int | None) -> tuple[Tensor, Ten
     return best.masked_fill(before >= top_p, 0), ids
 
 
-def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     """Picks the next token of each row.
 
     Args:
         logits: float32[B, V].
         uniforms: float64[B] in [0, 1) in main memory, the draw of each row; the token is the one in whose share it falls.
-    Returns: tokens int64[B] and their log-probabilities float32[B], those of the model: no temperature, nothing cut.
+    Returns: int64[B].
     """
     if sampling.is_greedy:
-        tokens = logits.argmax(-1)  # [B]
-    else:
-        # Float32 must hold the temperature, and the best logit becomes 0, so that no quotient overflows.
-        temperature = min(max(sampling.temperature, 1e-30), 1e30)
-        probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # [B, V]
-        ids = None
-        if sampling.top_p < 1 or sampling.top_k is not None:
-            probs, ids = nucleus(probs, sampling.top_p, sampling.top_k)  # [B, C], [B, C]
-        exact = torch.float32 if probs.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        ends = probs.to(exact).cumsum(-1)
-        marks = uniforms.to(exact).to(ends.device)[:, None] * ends[:, -1:]  # [B, 1]
-        place = torch.searchsorted(ends, marks, right=True).clamp(max=ends.shape[-1] - 1)  # [B, 1]
-        tokens = (place if ids is None else ids.gather(1, place))[:, 0]  # [B]
-    logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)  # [B]
-    return tokens, logprobs
+        return logits.argmax(-1)  # [B]
+    # Float32 must hold the temperature, and the best logit becomes 0, so that no quotient overflows.
+    temperature = min(max(sampling.temperature, 1e-30), 1e30)
+    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # [B, V]
+    ids = None
+    if sampling.top_p < 1 or sampling.top_k is not None:
+        probs, ids = nucleus(probs, sampling.top_p, sampling.top_k)  # [B, C], [B, C]
+    exact = torch.float32 if probs.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    ends = probs.to(exact).cumsum(-1)
+    marks = uniforms.to(exact).to(ends.device)[:, None] * ends[:, -1:]  # [B, 1]
+    place = torch.searchsorted(ends, marks, right=True).clamp(max=ends.shape[-1] - 1)  # [B, 1]
+    return (place if ids is None else ids.gather(1, place))[:, 0]  # [B]
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
+    """float32[B], of the tokens chosen, as the model holds them: no temperature, nothing cut."""
+    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)  # [B]
+
+
+def coordinate_moments(logits: Tensor, locations: range) -> tuple[Tensor, Tensor]:
+    """Where the model would put a coordinate and how sure it is: mean and standard deviation of its distribution over the bins.
+
+    A token names one bin of 1024; the probabilities of its neighbours say where in between the edge lies.
+
+    Args:
+        logits: float32[B, V].
+        locations: the ids of the bins in their order; the softmax is over these alone.
+    Returns: float32[B] and float32[B], in bins.
+    """
+    probs = logits[:, locations.start : locations.stop].softmax(-1)  # [B, Q]
+    bins = torch.arange(len(locations), device=probs.device, dtype=probs.dtype)
+    mean = (probs * bins).sum(-1)  # [B]
+    variance = (probs * (bins - mean[:, None]) ** 2).sum(-1)  # [B]
+    return mean, variance.sqrt()
 
 
 def split_rows(inputs: dict, config: object) -> list[dict]:
@@ -214,10 +240,19 @@ class Decoder:
         max_new_tokens: the longest answer; an answer is shorter where the model's context ends first.
         sampling: how tokens are chosen.
         eos_token_id: the token or tokens that end an answer; None = none does.
+        locations: the ids that name coordinates, for Answer.places; None = all places are None.
     Raises: GenerationError with exit code 2 for arguments that make no sense.
     """
 
-    def __init__(self, model: nn.Module, rows: int, max_new_tokens: int, sampling: Sampling, eos_token_id: object):
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: int,
+        max_new_tokens: int,
+        sampling: Sampling,
+        eos_token_id: object,
+        locations: range | None = None,
+    ):
         for name, value in (("max_new_tokens", max_new_tokens), ("rows", rows)):
             if not (type(value) is int and value > 0):
                 raise GenerationError(f"{name} is {value!r}; a whole number from 1 up is needed.", code=2)
@@ -229,6 +264,7 @@ class Decoder:
         self.max_new_tokens = max_new_tokens
         self.max_rows = rows
         self.eos = frozenset(ids)
+        self.locations = locations
         self.seed = torch.Generator().seed() % 2**62 if sampling.seed is None else sampling.seed
         self.cache = None
         self.rows: list[Row] = []
@@ -279,9 +315,14 @@ class Decoder:
         if not self.sampling.is_greedy:
             for i, row in enumerate(rows):
                 uniforms[i] = torch.rand((), dtype=torch.float64, generator=row.uniform)
-        tokens, logprobs = choose(logits, self.sampling, uniforms)  # [B], [B]
+        tokens = choose(logits, self.sampling, uniforms)  # [B]
         self.tokens = torch.cat((self.tokens[:first].to(tokens.device), tokens))
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+        columns = [tokens.float(), log_probabilities(logits, tokens)]  # float32 holds every id below 2^24
+        if self.locations is not None:
+            columns += coordinate_moments(logits, self.locations)
+        # Joined, so that the device is waited for once a step.
+        for row, (number, logprob, *place) in zip(rows, torch.stack(columns, 1).tolist(), strict=True):
+            token = int(number)
             if math.isnan(logprob):
                 raise GenerationError(
                     f"the model's logits are not numbers ({self.model.dtype} weights, token {len(row.token_ids) + 1} of a row). "
@@ -289,6 +330,7 @@ class Decoder:
                 )
             row.token_ids.append(token)
             row.logprobs.append(logprob)
+            row.places.append(tuple(place) if self.locations is not None and token in self.locations else None)
 
     def retire(self) -> list[Answer]:
         """Takes the rows that have ended out; the last rows move into the gaps."""
@@ -297,7 +339,7 @@ class Decoder:
             row = self.rows[i]
             if self.is_finished(row):
                 reason = "stop" if row.token_ids[-1] in self.eos else "length"
-                answers.append(Answer(row.index, row.token_ids, row.logprobs, reason))
+                answers.append(Answer(row.index, row.token_ids, row.logprobs, row.places, reason))
                 last = len(self.rows) - 1
                 if i != last:
                     self.cache.move(last, i)
@@ -316,12 +358,14 @@ def lockstep(decoder: Decoder, requests: list[tuple[int, dict]]) -> Iterator[Ste
         tokens = torch.full((batch,), decoder.model.config.pad_token_id)  # [B]
         logprobs = torch.zeros(batch)  # [B]
         is_finished = torch.ones(batch, dtype=torch.bool)  # [B]
+        places: list[tuple[float, float] | None] = [None] * batch
         for row in decoder.rows:
             tokens[row.index] = row.token_ids[-1]
             logprobs[row.index] = row.logprobs[-1]
             is_finished[row.index] = decoder.is_finished(row)
+            places[row.index] = row.places[-1]
         decoder.retire()
-        yield Step(tokens, logprobs, is_finished)
+        yield Step(tokens, logprobs, is_finished, places)
         if decoder.rows:
             decoder.step()
 
@@ -337,11 +381,13 @@ def generate_steps(
     top_k: int | None = None,
     seed: int | None = None,
     eos_token_id: int | list[int] | None = None,
+    locations: range | None = None,
 ) -> Iterator[Step]:
-    """As generate, but each step carries the tokens' log-probabilities and which rows have ended."""
+    """As generate, but each step carries the tokens' log-probabilities, which rows have ended, and with `locations`, the ids of
+    the bins in their order (processor.locations), what coordinate_moments says of every token among them."""
     sampling = Sampling(do_sample, temperature, top_p, top_k, seed)
     rows = split_rows(inputs, model.config)
-    decoder = Decoder(model, len(rows), max_new_tokens, sampling, eos_token_id)
+    decoder = Decoder(model, len(rows), max_new_tokens, sampling, eos_token_id, locations)
     return lockstep(decoder, list(enumerate(rows)))
 
 
@@ -408,15 +454,17 @@ def generate_many(
     top_k: int | None = None,
     seed: int | None = None,
     eos_token_id: int | list[int] | None = None,
+    locations: range | None = None,
 ) -> Iterator[Answer]:
     """Answers any number of requests, `rows` at a time; a row that ends makes room for the next request.
 
     Args:
         requests: what the processor returned for one row each; read one by one, no sooner than there is room.
         rows: how many are in flight. Each takes the cache of one row and makes a step slower by less than a step of its own.
-        others: as generate. Request i draws from seed + i, so that an answer does not depend on what ran beside it.
+        others: as generate_steps. Request i draws from seed + i, so that an answer does not depend on what ran beside it.
     Returns: an iterator of Answer, in the order in which they end.
     Raises: as generate; PromptError for a request when it is read.
     """
-    decoder = Decoder(model, rows, max_new_tokens, Sampling(do_sample, temperature, top_p, top_k, seed), eos_token_id)
+    sampling = Sampling(do_sample, temperature, top_p, top_k, seed)
+    decoder = Decoder(model, rows, max_new_tokens, sampling, eos_token_id, locations)
     return refill(decoder, ((i, only_row(inputs, model.config)) for i, inputs in enumerate(requests)))

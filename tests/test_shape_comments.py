@@ -227,10 +227,10 @@ def run_generation(checker: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_batch([LENGTH] * ROWS)
     inputs = {key: torch.nn.functional.pad(tensor, (2, 0)) if tensor.dim() == 2 else tensor for key, tensor in inputs.items()}
     model = make_model("gemma")
-    letters = {"B": ROWS, "L": LENGTH, "V": 211, "C": (13, 52, 208)}
+    letters = {"B": ROWS, "L": LENGTH, "V": 211, "C": (13, 52, 208), "Q": 17}
     with checker.running(generation=letters):
         join_rows(split_rows(inputs, model.config), 0)
-        list(generate_steps(model, inputs, max_new_tokens=2))
+        list(generate_steps(model, inputs, max_new_tokens=2, locations=range(20, 37)))
         list(generate_steps(model, inputs, max_new_tokens=2, do_sample=True, top_k=13, seed=0))
         flat, draws = torch.zeros(ROWS, 211), torch.zeros(ROWS, dtype=torch.float64)
         choose(flat, Sampling(do_sample=True, top_p=0.9), draws)
