@@ -1,0 +1,254 @@
+"""What the programs have in common: flags for the model, the pictures and the results, and what becomes of them.
+
+Each group of flags is a dataclass that a program's own inherits from; `commandline` shows it as a group of --help. Checking a
+flag imports nothing slow. `Checkpoint` finds the model that flags name; the program hands the weights module in, for only
+programs import it. Checked in tests/test_inference.py.
+"""
+
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import machine
+from commandline import note
+from errors import CheckpointError, ImageError, UsageError
+from tasks import check_language, checkpoint_kind
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from modeling_paligemma import PaliGemmaForConditionalGeneration
+
+BUNDLED_MODEL = "demo/checkpoint"
+STDIN_BYTES = 64 << 20  # a picture piped in is read up to here
+SMALL_MODEL = 32 << 20  # bytes that a core's cache nearly holds: handing parts to other cores takes longer than doing them
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".mpo")
+
+
+# Flags
+
+
+def require(flags: object, *rules: tuple[str, object, str]) -> None:
+    """Raises: UsageError for the first rule, (name of a flag, whether it is fine, what is needed), that is broken."""
+    for name, is_fine, needed in rules:
+        if not is_fine:
+            raise UsageError(f"--{name} is {getattr(flags, name)!r}, but {needed} is needed.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """Which model, and where it runs.
+
+    Args:
+        model_path: a folder in hub layout, or a hub id such as google/paligemma2-3b-mix-224
+        revision: branch, tag or commit of a hub id
+        device: auto, cpu, cuda, cuda:N or mps
+        only_cpu: do not use a GPU
+        dtype: bf16, fp16 or fp32; as stored if not given
+        quantize: int8 or int4: smaller and faster, a little less exact
+        quantize_vision: quantize the vision tower too
+        allow_nonfinite: load weights even if some are not numbers
+    """
+
+    model_path: str | None = None
+    revision: str | None = None
+    device: str = "auto"
+    only_cpu: bool = False
+    dtype: str | None = None
+    quantize: str | None = None
+    quantize_vision: bool = False
+    allow_nonfinite: bool = False
+
+    def __post_init__(self):
+        dtypes = ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
+        require(
+            self,
+            ("model_path", self.model_path != "", "a folder or a hub id"),
+            ("device", re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|mps", self.device), "auto, cpu, cuda, cuda:N or mps"),
+            ("dtype", self.dtype is None or self.dtype in dtypes, "bf16, fp16 or fp32"),
+            ("quantize", self.quantize in (None, "int8", "int4"), "int8 or int4"),
+        )
+        if self.only_cpu and self.device not in ("auto", "cpu"):
+            raise UsageError(f"--only_cpu forbids --device {self.device}. Drop one.")
+        if self.quantize_vision and not self.quantize:
+            raise UsageError("--quantize_vision needs --quantize int8 or int4. Add it.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureFlags:
+    """How pictures are read.
+
+    Args:
+        background: colour behind transparent pixels; drop ignores transparency
+        frame: which frame of an animated picture
+        ignore_exif: do not turn the picture upright
+        max_pixels: refuse larger pictures
+        allow_truncated: accept a picture whose file ends early
+    """
+
+    background: str = "white"
+    frame: int = 0
+    ignore_exif: bool = False
+    max_pixels: int = 50_000_000
+    allow_truncated: bool = False
+
+    def __post_init__(self):
+        require(
+            self,
+            ("frame", self.frame >= 0, "a whole number from 0 up"),
+            ("max_pixels", self.max_pixels >= 1, "a whole number from 1 up"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultFlags:
+    """What is asked and how answers are read.
+
+    Args:
+        language: of captions and answers: en, fr, zh
+        grammar: hold detect and segment to valid objects with the labels asked for
+        min_score: leave out objects with a lower score, 0 to 1
+        denominator: what a location is divided by: 1023 as the official code does, or 1024
+        mask_codec: vae-oid.npz, which decodes the masks of segment; looked for in the model's folder if not given
+        max_tokens_to_generate: the longest answer; if not given, what the task may need
+    """
+
+    language: str = "en"
+    grammar: bool = False
+    min_score: float | None = None
+    denominator: int = 1023
+    mask_codec: str | None = None
+    max_tokens_to_generate: int | None = None
+
+    def __post_init__(self):
+        longest, least = self.max_tokens_to_generate, self.min_score
+        require(
+            self,
+            ("min_score", least is None or (math.isfinite(least) and 0 <= least <= 1), "a number from 0 to 1"),
+            ("denominator", self.denominator in (1023, 1024), "1023 or 1024"),
+            ("mask_codec", self.mask_codec != "", "a file"),
+            ("max_tokens_to_generate", longest is None or longest >= 1, "a whole number from 1 up"),
+        )
+        check_language(self.language)
+
+
+# Pictures
+
+
+def is_address(name: str) -> bool:
+    return name.startswith(("data:", "http://", "https://"))
+
+
+def looks_like_picture(word: str) -> bool:
+    """Whether a word on a command line is the name of a picture: an address, -, what is there, or what ends like one."""
+    is_there = os.path.exists(os.path.expanduser(word.partition(",")[0])) or os.path.exists(os.path.expanduser(word))
+    return word == "-" or is_address(word) or is_there or word.lower().endswith(PICTURE_SUFFIXES)
+
+
+def split_pictures(text: str) -> list[str]:
+    """The names between the commas; commas of a file that exists, of an address or of a data: URI stay in their name."""
+    parts, names = text.split(","), []
+    while parts:
+        longest = range(len(parts), 0, -1)
+        if parts[0].startswith("data:"):
+            taken = min(2, len(parts))
+        elif is_address(parts[0]):
+            following = (i for i in range(1, len(parts)) if ":" in parts[i] or parts[i] == "-" or os.path.exists(parts[i]))
+            taken = next(following, len(parts))
+        else:
+            taken = next((i for i in longest if os.path.exists(os.path.expanduser(",".join(parts[:i])))), 1)
+        names.append(",".join(parts[:taken]))
+        parts = parts[taken:]
+    if "" in names:
+        raise UsageError(f"{text!r} has no picture beside a comma. Take the comma out.")
+    if names.count("-") > 1:
+        raise UsageError(f"{text!r} names stdin twice, which can be read only once. Give - once.")
+    return names
+
+
+def read_stdin() -> bytes:
+    """The picture that is piped in."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("- reads a picture from stdin, but nothing is piped in. Write: inference.py ... < cat.jpg")
+    data = sys.stdin.buffer.read(STDIN_BYTES + 1)
+    if len(data) > STDIN_BYTES:
+        raise ImageError(f"the picture on stdin is larger than {STDIN_BYTES >> 20} MB. Make it smaller.", path="-")
+    return data
+
+
+def read_picture(name: str, flags: PictureFlags) -> "Image.Image":
+    """The picture of that name, upright and RGB; what was converted or chosen becomes notes. Raises: ImageError, AccessError."""
+    from images import load_image
+
+    file = name if is_address(name) else os.path.expanduser(name)
+    if os.path.isdir(file):
+        raise ImageError(f"{name} is a folder. Name a picture in it, or give the folder to annotate.py.", path=name)
+    notes: list[str] = []
+    picture = load_image(
+        read_stdin() if name == "-" else file,
+        background=flags.background,
+        ignore_exif=flags.ignore_exif,
+        max_pixels=flags.max_pixels,
+        frame=flags.frame,
+        allow_truncated=flags.allow_truncated,
+        notes=notes,
+    )
+    for text in notes:
+        note(f"note: {text}")
+    return picture
+
+
+# The model
+
+
+def bundled(name: str) -> str:
+    """A file that comes with this program: beside it in a clone; after `pip install` under the share/ next to lib/."""
+    here = Path(__file__).resolve().parent
+    for folder in (here, *(above / "share" / "paligemma" for above in here.parents[:3])):
+        if (folder / name).exists():
+            return str(folder / name)
+    raise CheckpointError(f"{name} did not come with this installation. Give --model_path and a picture.")
+
+
+class Checkpoint:
+    """The model that flags name, found and read so far that a prompt can be checked; `load` brings the weights in.
+
+    Args:
+        flags: which, and where it is to run.
+        weights: the module of that name. Call machine.use_cores before it is imported.
+    """
+
+    def __init__(self, flags: ModelFlags, weights: ModuleType):
+        machine.check_torch()
+        import torch
+
+        from processing_paligemma import PaliGemmaProcessor
+
+        self.flags = flags
+        self.weights = weights
+        self.name = flags.model_path or bundled(BUNDLED_MODEL)
+        self.kind = checkpoint_kind(self.name)
+        self.device = weights.find_device("cpu" if flags.only_cpu else flags.device)
+        self.folder = weights.resolve(os.path.expanduser(self.name), flags.revision)
+        self.config = weights.read_config(self.folder)
+        self.processor = PaliGemmaProcessor.from_pretrained(self.folder)
+        if sum(file.stat().st_size for file in self.folder.glob("*.safetensors") if file.is_file()) < SMALL_MODEL:
+            torch.set_num_threads(1)
+
+    def load(self) -> "PaliGemmaForConditionalGeneration":
+        """The model. Raises: CheckpointError, DeviceError."""
+        flags = self.flags
+        with machine.memory_errors("loading the weights"):
+            return self.weights.load_model(
+                self.folder,
+                device=self.device,
+                dtype=flags.dtype,
+                quantize=flags.quantize,
+                quantize_vision=flags.quantize_vision,
+                allow_nonfinite=flags.allow_nonfinite,
+            )
