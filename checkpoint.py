@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_NAME = "adapter_model.safetensors"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # the names that this file writes
 ALIGNMENT = 64  # bytes: where the first tensor of a file begins, so that vector units read whole lines of the cache
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
@@ -189,8 +191,6 @@ def explain_no_weights(folder: Path) -> str:
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     arrays = [name for name in names if name.endswith(".npz")]
     shards = [name for name in names if name.endswith(".safetensors")]
-    if "adapter_config.json" in names:
-        return explain_adapter(folder)
     if shards:
         return f"{folder} holds {listed(shards)}, but neither {SINGLE_NAME} nor {INDEX_NAME}. Download the index as well."
     if pickles:
@@ -204,15 +204,6 @@ def explain_no_weights(folder: Path) -> str:
             "convert_paligemma_weights_to_hf.py or take the same model from the hub."
         )
     return f"{folder} holds no weights: neither {SINGLE_NAME} nor {INDEX_NAME}. Download the checkpoint again."
-
-
-def explain_adapter(folder: Path) -> str:
-    """What to do with a folder that holds a LoRA adapter instead of a model."""
-    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path", "its base model")
-    return (
-        f"{folder} is a LoRA adapter for {base}, not a whole model. Merge it first, with PEFT: "
-        f"AutoPeftModel.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(new_folder)."
-    )
 
 
 def read_parts(tensor: StoredTensor, pin: bool = False) -> Iterator[Tensor]:

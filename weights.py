@@ -3,7 +3,8 @@
 Nothing is loaded before all of it is known to fit: the headers of the files (names, dtypes, shapes) are compared with the
 model that config.json describes, which is built without memory (torch's "meta" device). Then the tensors come in, one at a
 time: mapped, where a file holds them in the wanted dtype; through a small buffer, where it does not or where the model lives
-on another device; quantised, where that is asked for. So there are never two copies of the weights.
+on another device; quantised, where that is asked for. So there are never two copies of the weights. A folder that holds a LoRA
+adapter names its base model; its products are added to the base's matrices on the same way.
 
 A mapped file must not change while the model lives: if another program shortens it, the system ends this one (SIGBUS).
 `save_model` never writes into a file that exists, it replaces it; a model keeps the one that it was loaded from.
@@ -14,10 +15,12 @@ Checked in tests/test_weights.py.
 import json
 import logging
 import math
+import os
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,13 +29,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import hub
+import lora
 import quantization
 from checkpoint import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_NAME,
     CONFIG_NAME,
     DTYPES,
+    INDEX_NAME,
+    SINGLE_NAME,
     StoredTensor,
     check_equal,
-    explain_adapter,
     find_files,
     listed,
     read_header,
@@ -40,6 +47,7 @@ from checkpoint import (
     read_parts,
     replace_files,
     write_shards,
+    write_tensors,
     write_text,
 )
 from devices import find_device, require_memory
@@ -129,20 +137,76 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     raise CheckpointError(f"there is no folder {path}. {hint}", path=path)
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a LoRA adapter and no weights of its own."""
+    has_weights = any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME))
+    return (folder / ADAPTER_CONFIG_NAME).exists() and not has_weights
+
+
+def base_folder(folder: str | Path) -> Path:
+    """The folder with config.json, tokenizer and weights: this one or, of an adapter, that of its base model.
+
+    Raises: CheckpointError for an adapter that names no base; as `resolve` where the base is not found.
+    """
+    folder = Path(folder)
+    if not is_adapter(folder):
+        return folder
+    file = folder / ADAPTER_CONFIG_NAME
+    raw = read_json(file)
+    name = raw.get("base_model_name_or_path")
+    if not (isinstance(name, str) and name):
+        text = f"{file} names no base model. Write a folder or a hub id as its base_model_name_or_path."
+        raise CheckpointError(text, path=file)
+    revision = raw.get("revision")
+    base = resolve(name, revision if isinstance(revision, str) and hub.is_id(name) else None)
+    if is_adapter(base):
+        raise CheckpointError(f"{file} names {name} as its base, which is an adapter itself. Merge that one first.", path=file)
+    return base
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter in a folder: what it asks for, and where each A and B lies, under our names. Nothing is loaded yet."""
+
+    folder: Path
+    config: lora.LoraConfig
+    stored: dict[str, StoredTensor]
+
+    def check(self, model: nn.Module) -> set[str]:
+        """The modules that it changes. Raises: CheckpointError unless every tensor belongs to a matrix of this model."""
+        try:
+            shapes = {name: tensor.shape for name, tensor in self.stored.items()}
+            bases = {f"{name}.weight": tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+            return set(lora.modules_of(shapes, self.config, bases))
+        except ValueError as error:
+            text = f"{self.folder} does not fit its base model: {error} Name the right base."
+            raise CheckpointError(text, path=self.folder) from error
+
+    def merged(self, name: str, weight: Tensor, reader: "TensorReader") -> Tensor:
+        """The matrix of that module with its product added."""
+        a, b = (reader.read(self.stored[f"{name}.{matrix}.weight"], torch.float32) for matrix in ("lora_A", "lora_B"))
+        return lora.merged_weight(weight, a, b, self.config.scaling(name))
+
+
+def read_adapter(folder: Path) -> Adapter | None:
+    """The adapter in a folder, None if it holds a whole model. Raises: CheckpointError for one that cannot be used."""
+    if not is_adapter(folder):
+        return None
+    try:
+        config = lora.LoraConfig.from_peft(read_json(folder / ADAPTER_CONFIG_NAME))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG_NAME}: {error} Merge the adapter with PEFT.", path=folder) from error
+    stored = {canonical_name(name): tensor for name, tensor in read_header(folder / ADAPTER_NAME).items()}
+    return Adapter(folder, config, stored)
+
+
 def read_config(folder: str | Path) -> PaliGemmaConfig:
     """The configuration of the checkpoint in a folder. Raises: CheckpointError, with the file and the field."""
-    folder = Path(folder)
-    raw = read_raw_config(folder)
+    folder = base_folder(folder)
+    raw = read_json(folder / CONFIG_NAME)
     tower = raw.get("vision_config")
     is_complete = not isinstance(tower, dict) or tower.get("image_size") is not None
     return build_config(raw, {} if is_complete else find_tensors(folder), folder)
-
-
-def read_raw_config(folder: Path) -> dict:
-    """config.json as it stands; a folder without one is looked at more closely."""
-    if not (folder / CONFIG_NAME).exists() and (folder / "adapter_config.json").exists():
-        raise CheckpointError(explain_adapter(folder), path=folder)
-    return read_json(folder / CONFIG_NAME)
 
 
 def build_config(raw: dict, stored: dict[str, StoredTensor], folder: Path) -> PaliGemmaConfig:
@@ -390,11 +454,13 @@ def fill(
     dtype: torch.dtype,
     quantised: Collection[str],
     kind: str | None,
+    adapter: Adapter | None = None,
 ) -> None:
-    """Gives every module its tensors; those to be quantised are read, quantised and replaced one by one.
+    """Gives every module its tensors, an adapter's products added; those to be quantised are replaced one by one.
 
     The largest come first, so that their full-precision copy is made while there is little else in memory.
     """
+    adapted = set() if adapter is None else adapter.check(model)
     sizes = {name: sum(tensor.numel() for tensor in own_tensors(module).values()) for name, module in model.named_modules()}
     for name in sorted((name for name in sizes if sizes[name]), key=lambda name: -sizes[name]):
         module, is_replaced = model.get_submodule(name), name in quantised
@@ -402,6 +468,8 @@ def fill(
             key: reader.read(stored[f"{name}.{key}"], run_dtype(tensor, dtype), is_kept=not is_replaced)
             for key, tensor in own_tensors(module).items()
         }
+        if name in adapted:
+            tensors["weight"] = adapter.merged(name, tensors["weight"], reader)
         if is_replaced:
             model.set_submodule(name, quantization.quantize_module(module, kind, tensors))
             continue
@@ -425,7 +493,8 @@ def load_model(
     """The model of a checkpoint, in eval mode. Needs config.json and the weights; no tokenizer.
 
     Args:
-        path_or_hub_id: a folder, or an id of the hub, which is downloaded.
+        path_or_hub_id: a folder, or an id of the hub, which is downloaded; of a model, or of a LoRA adapter, whose base is loaded
+            and merged with it.
         device: see devices.find_device.
         dtype: "bf16", "fp16", "fp32" or the torch dtype; None = as stored.
         revision: branch, tag or commit of a hub id, such as "bfloat16".
@@ -437,10 +506,14 @@ def load_model(
     """
     device, dtype = find_device(device), parse_dtype(dtype)
     folder = resolve(path_or_hub_id, revision)
-    raw = read_raw_config(folder)
+    adapter, folder = read_adapter(folder), base_folder(folder)
+    raw = read_json(folder / CONFIG_NAME)
     stored = find_tensors(folder)
     config = build_config(raw, stored, folder)
     kind, with_vision, is_stored = choose_quantization(raw, folder, quantize, quantize_vision)
+    if adapter is not None and is_stored:
+        text = f"{folder} is stored as {kind}, and an adapter is merged into a plain checkpoint only. Name that as its base."
+        raise CheckpointError(text, path=adapter.folder)
     as_stored = DTYPE_NAMES.get(str(raw.get("torch_dtype"))) if is_stored else None  # few of its bytes are floats
     dtype = dtype or as_stored or stored_dtype(stored)
     model = empty_model(config, final_softcap, sliding_window)
@@ -454,7 +527,7 @@ def load_model(
     check_names(model, stored, folder)
     require_memory(num_bytes(model, quantised, dtype), device)
     with memory_errors(f"loading {folder}"):
-        fill(model, stored, TensorReader(device, allow_nonfinite), dtype, quantised, kind)
+        fill(model, stored, TensorReader(device, allow_nonfinite), dtype, quantised, kind, adapter)
     if device.type == "cpu":
         quantization.use_fast_products(model)
     return model.eval()
@@ -479,6 +552,26 @@ def save_model(model: PaliGemmaForConditionalGeneration, folder: str | Path, *, 
             write_shards(model.state_dict(), Path(temporary), max_shard_bytes)
             write_text(Path(temporary) / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
             replace_files(Path(temporary), folder)
+    except OSError as error:
+        text = f"{folder} cannot be written: {error.strerror or error}. Make room, or choose another."
+        raise OutputError(text, path=folder) from error
+
+
+def save_adapter(model: PaliGemmaForConditionalGeneration, config: lora.LoraConfig, folder: str | Path, base: str | None) -> None:
+    """Writes the A and B of a model that lora.inject has changed, as PEFT does: a few MB. load_model reads it, PEFT too.
+
+    Args:
+        base: folder or hub id of the model that was adapted.
+    Raises: OutputError when the folder cannot be written; it is then as it was.
+    """
+    folder, names = Path(folder), [name for name, _ in lora.adapted(model)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            write_tensors(Path(temporary) / ADAPTER_NAME, lora.adapter_state(model))
+            write_text(Path(temporary) / ADAPTER_CONFIG_NAME, json.dumps(config.to_peft(base, names), indent=2) + "\n")
+            for name in (ADAPTER_NAME, ADAPTER_CONFIG_NAME):
+                os.replace(Path(temporary) / name, folder / name)
     except OSError as error:
         text = f"{folder} cannot be written: {error.strerror or error}. Make room, or choose another."
         raise OutputError(text, path=folder) from error

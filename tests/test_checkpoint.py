@@ -193,13 +193,6 @@ def test_a_folder_without_weights_is_explained_by_what_it_holds(tmp_path, name, 
         checkpoint.find_files(tmp_path)
 
 
-def test_an_adapter_is_told_with_its_base_and_the_way_to_merge(tmp_path):
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "google/paligemma-3b-pt-224"}')
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="LoRA adapter for google/paligemma-3b-pt-224.*merge_and_unload"):
-        checkpoint.find_files(tmp_path)
-
-
 def test_links_are_followed_as_in_the_cache_of_the_hub(tmp_path):
     (tmp_path / "blobs").mkdir()
     save_file({"w": torch.rand(2)}, tmp_path / "blobs" / "abc")

@@ -410,9 +410,6 @@ def test_random_configs_raise_nothing_but_our_errors(tmp_path, edits):
 def test_a_missing_config_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="config.json is missing"):
         weights.load_model(tmp_path)
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "google/paligemma-3b-pt-224"}')
-    with pytest.raises(CheckpointError, match="LoRA adapter for google/paligemma-3b-pt-224"):
-        weights.load_model(tmp_path)
 
 
 def test_the_side_of_the_picture_is_taken_from_the_weights_where_config_is_silent(tmp_path):
