@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 LOCATION_BINS = 1024
-SEGMENT_CODES = 128
 BOX_LENGTH, MASK_LENGTH = 4, 16  # tokens
-PLACE = re.compile("<loc([0-9]{4})>|<seg([0-9]{3})>")
+PLACE = re.compile("<loc(0[0-9]{3}|10[01][0-9]|102[0-3])>|<seg(0[0-9]{2}|1[01][0-9]|12[0-7])>")
 END_OF_ITEM = re.compile("[;\n]")
 
 SWAPPED = "swapped"  # y_min > y_max or x_min > x_max, put in order
@@ -93,8 +92,8 @@ class Found:
         bins: the four locations as said, y x y x, perhaps not in order.
         codes: the sixteen codes of the mask.
         score: probability 0 to 1, from the log-probabilities of its tokens; see `score`.
-        expected: the box of the means of the four distributions over the 1024 locations: finer than a bin.
-        spread: their standard deviations, y x y x, in fractions of the side.
+        expected: the box of the means of the four distributions over the locations near those said: finer than a bin.
+        spread: the standard deviations from them, y x y x, in fractions of the picture's sides.
         problems: words of PROBLEMS.
         mask: bool[H, W] of the whole picture, once it was decoded.
     """
@@ -132,9 +131,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class Piece:
-    """A location, a code, or some text, and the token that said it. Exactly one of the three is there."""
+    """A location, a code, or some text (one of the three), and the tokens that said it, by their places in the answer."""
 
-    token: int
+    tokens: tuple[int, ...]
     location: int | None = None
     code: int | None = None
     text: str | None = None
@@ -142,9 +141,8 @@ class Piece:
 
 @dataclass
 class Item:
-    """An object while it is read: the values, and for each kind the tokens that said them."""
+    """An object while it is read: its values, and the tokens that said its locations and its label."""
 
-    separators: list[int] = field(default_factory=list)  # tokens before it
     bins: list[int] = field(default_factory=list)
     bin_tokens: list[int] = field(default_factory=list)
     codes: list[int] = field(default_factory=list)
@@ -167,12 +165,12 @@ class Item:
     def put(self, piece: Piece) -> None:
         if piece.location is not None:
             self.bins.append(piece.location)
-            self.bin_tokens.append(piece.token)
+            self.bin_tokens += piece.tokens
         elif piece.code is not None:
             self.codes.append(piece.code)
         else:
             self.words.append(piece.text)
-            self.word_tokens.append(piece.token)
+            self.word_tokens += piece.tokens if piece.text.strip() else ()
 
 
 def items(pieces: Iterable[Piece]) -> Iterator[Item]:
@@ -183,36 +181,43 @@ def items(pieces: Iterable[Piece]) -> Iterator[Item]:
             yield item
             item = Item()
         first, *others = END_OF_ITEM.split(piece.text) if piece.text else [piece.text]
-        item.put(Piece(piece.token, piece.location, piece.code, first))
+        item.put(replace(piece, text=first))
         for text in others:
             if item.is_begun():
                 yield item
-                item = Item()
-            item.separators.append(piece.token)
-            item.put(Piece(piece.token, text=text))
+            item = Item()
+            item.put(replace(piece, text=text))
     if item.is_begun():
         yield item
 
 
-def score(item: Item, logprobs: Sequence[float]) -> float:
-    """A probability for the object."""
-    return math.exp(sum(logprobs[token] for token in item.bin_tokens) / BOX_LENGTH)
+def expectation(moments: list[tuple[float, float] | None], denominator: int) -> tuple[Box, tuple] | tuple[None, None]:
+    """`expected` and `spread` of an object from mean and deviation of its locations, y x y x, in order; None if one has none."""
+    if None in moments:
+        return None, None
+    (y, y_end), (x, x_end) = sorted(moments[::2]), sorted(moments[1::2])
+    means, deviations = zip(y, x, y_end, x_end, strict=True)
+    return Box.from_bins(means, denominator), tuple(value / denominator for value in deviations)
 
 
-def with_expectation(found: Found, places: list[tuple[float, float] | None], denominator: int) -> Found:
-    """The object with its expected box and its spread, if every location has a distribution."""
-    if None in places:
-        return found
-    means, spreads = zip(*places, strict=True)
-    if found.bins[0] > found.bins[2]:
-        spreads = (spreads[2], spreads[1], spreads[0], spreads[3])
-    if found.bins[1] > found.bins[3]:
-        spreads = (spreads[0], spreads[3], spreads[2], spreads[1])
-    return replace(
-        found,
-        expected=Box.from_bins(means, denominator),
-        spread=tuple(value / denominator for value in spreads),
-    )
+def score(item: Item, logprobs: Sequence[float], expected: Box | None, spread: tuple | None) -> float:
+    """How sure the model is of an object: p(label) x exp(-mean of spread / side).
+
+    p(label) is the product over the label's tokens; a spread is the standard deviation of a coordinate, the side the height or
+    width of the expected box: a box is as good as its corners are sharp for its size. Without spreads the second factor is the
+    geometric mean of the probabilities of the four locations.
+
+    Chosen by average precision (IoU 0.50 to 0.95, expected boxes) on 400 demo scenes of seed 500, and on 300 of seed 501 with
+    questions for absent shapes among them:   no score .685 / .510,   locations .712 / .522,   locations x label .713 / .581,
+    label .701 / .646,   spreads .734 / .580,   this .734 / .642. The smallest of the locations, the probability of the
+    separator before the object, and of beginning a box at all, added nothing to that.
+    """
+    label = sum(logprobs[token] for token in item.word_tokens)
+    if spread is None:
+        return math.exp(label + sum(logprobs[token] for token in item.bin_tokens) / BOX_LENGTH)
+    one_bin = 1 / LOCATION_BINS  # no side is thinner
+    sides = 2 * (max(expected.y_max - expected.y_min, one_bin), max(expected.x_max - expected.x_min, one_bin))
+    return math.exp(label - sum(width / side for width, side in zip(spread, sides, strict=True)) / BOX_LENGTH)
 
 
 def finish(item: Item, denominator: int) -> tuple[Found | None, list[str]]:
@@ -252,10 +257,11 @@ def read(
         if found is None:
             continue
         seen.add((found.label, found.box))
-        if found.box is not None and logprobs is not None:
-            found = replace(found, score=score(item, logprobs))
-        if found.box is not None and places is not None:
-            found = with_expectation(found, [places[token] for token in item.bin_tokens], denominator)
+        if found.box is not None:
+            moments = [None] if places is None else [places[token] for token in item.bin_tokens]
+            expected, spread = expectation(moments, denominator)
+            value = None if logprobs is None else score(item, logprobs, expected, spread)
+            found = replace(found, score=value, expected=expected, spread=spread)
         objects.append(found)
     if any(found.box is not None for found in objects):
         return Reading(objects, problems, "objects", text)
@@ -263,18 +269,19 @@ def read(
 
 
 def pieces_of_ids(ids: list[int], processor: object) -> Iterator[Piece]:
-    """One piece a token, and one more where a letter broke off; control tokens say nothing."""
-    stream = processor.stream()
-    for token, number in enumerate(ids):
-        if number in processor.locations or number in processor.segments:
-            yield Piece(token - 1, text=stream.end())
+    """One piece a token; the bytes that make up a letter are one. Control tokens say nothing."""
+    stream, held = processor.stream(), ()
+    for token, number in enumerate([*ids, processor.eos_token_id]):
+        is_letter = not (number in processor.locations or number in processor.segments or number in processor.control_ids)
+        text = stream.put(number) if is_letter else stream.end()
+        held += (token,) if is_letter else ()
+        if text:
+            yield Piece(held, text=text)
+            held = ()
         if number in processor.locations:
-            yield Piece(token, location=number - processor.locations.start)
+            yield Piece((token,), location=number - processor.locations.start)
         elif number in processor.segments:
-            yield Piece(token, code=number - processor.segments.start)
-        else:
-            yield Piece(token, text=stream.put(number))
-    yield Piece(len(ids) - 1, text=stream.end())
+            yield Piece((token,), code=number - processor.segments.start)
 
 
 def read_ids(
@@ -290,7 +297,7 @@ def read_ids(
         ids: a list, or int64[L].
         processor: a PaliGemmaProcessor, for its ids and its letters.
         logprobs: float[L], of each token; gives the objects their scores.
-        places: mean and standard deviation in bins over the 1024 locations, for each token that is one; as generation's Answer.
+        places: mean and standard deviation in bins of each token that is a location, as in generation.Answer; else None.
         denominator: 1023, or 1024 for comparison with readers that divide by it.
     Raises: ValueError if logprobs or places are not as many as ids.
     """
@@ -306,14 +313,13 @@ def read_ids(
 
 def pieces_of_text(text: str) -> Iterator[Piece]:
     """A location, a code, or what stands between. <loc9999>, which no tokenizer knows, is text."""
-    end = token = 0
+    end = 0
     for place in PLACE.finditer(text):
         location, code = (None if digits is None else int(digits) for digits in place.groups())
-        if (location or 0) < LOCATION_BINS and (code or 0) < SEGMENT_CODES:
-            yield Piece(token, text=text[end : place.start()])
-            yield Piece(token, location, code)
-            end, token = place.end(), token + 1
-    yield Piece(token, text=text[end:])
+        yield Piece((), text=text[end : place.start()])
+        yield Piece((), location, code)
+        end = place.end()
+    yield Piece((), text=text[end:])
 
 
 def read_text(text: str, denominator: int = LOCATION_BINS - 1) -> Reading:
