@@ -147,8 +147,10 @@ class KVCache:
         """The same memory, but `reach` slots are read, and a mask is made, whatever the rows hold.
 
         A step over it has the same shapes each time and asks nothing of main memory, so that it can be recorded (graphs.py).
+        Each layer is a tensor of its own here: a compiler that saw one tensor would copy all layers to write into one.
         """
         view = copy(self)
+        view.keys, view.values = self.keys.unbind(), self.values.unbind()
         view.reach, view.is_even = reach, False
         return view
 
@@ -210,7 +212,7 @@ class KVCache:
         row = torch.arange(k.shape[0], device=k.device)[:, None]  # [B, 1]
         self.keys[layer][row, :, position_ids - 1] = k.transpose(1, 2)
         self.values[layer][row, :, position_ids - 1] = v.transpose(1, 2)
-        return self.keys[layer, :, :, : self.reach], self.values[layer, :, :, : self.reach]
+        return self.keys[layer][:, :, : self.reach], self.values[layer][:, :, : self.reach]
 
 
 def rotary_embedding(position_ids: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -317,6 +319,9 @@ class GemmaAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return attention(q, k, v, mask, self.scale, self.cap)  # [B, N, L, E]
+
     def forward(
         self, x: Tensor, position_ids: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
@@ -327,7 +332,7 @@ class GemmaAttention(nn.Module):
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.write(self.layer, position_ids, k, v)  # [B, K, S, E], [B, K, S, E]
-        x = attention(q, k, v, mask, self.scale, self.cap)  # [B, N, L, E]
+        x = self.attend(q, k, v, mask)  # [B, N, L, E]
         x = x.transpose(1, 2).reshape(b, length, -1)  # [B, L, N*E]
         return self.o_proj(x)
 

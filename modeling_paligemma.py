@@ -223,7 +223,8 @@ class PaliGemmaForConditionalGeneration(nn.Module):
                 f"input_ids hold {int(is_image.sum())} <image> tokens, but the pictures give {num_features} vectors; "
                 f"each picture needs {self.config.num_image_tokens}."
             )
-        # <image> may lie outside the vocabulary; its own vector is never used.
+        # <image> may lie outside the vocabulary; its own vector is never used. What is counted here came from main memory.
+        input_ids, is_image = input_ids.to(self.device), is_image.to(self.device)
         inputs_embeds = self.language_model.model.embed_tokens(input_ids.masked_fill(is_image, 0))  # [B, L, D]
         if image_features is None:
             return inputs_embeds
@@ -245,20 +246,24 @@ class PaliGemmaForConditionalGeneration(nn.Module):
             image_features = self.encode_images(pixel_values)
         if token_type_ids is None and image_features is not None:
             raise ValueError("token_type_ids are missing: without them nobody knows where the prompt ends and the answer begins.")
-        input_ids = input_ids.to(self.device)
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
-        token_type_ids = torch.ones_like(input_ids) if token_type_ids is None else token_type_ids.to(self.device)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # [B, L]
+        token_type_ids = torch.ones_like(input_ids) if token_type_ids is None else token_type_ids  # [B, L]
+        # Picture and prompt alone look at everything, and the fastest kernels take no mask. Asked before anything goes to the
+        # device, where the answer would have to be waited for.
+        is_open = bool(attention_mask.all()) and not bool(token_type_ids.any())
+        embeds = self.embed(input_ids, image_features)  # [B, L, D]
+        attention_mask, token_type_ids = attention_mask.to(self.device), token_type_ids.to(self.device)
         # Padding has no position. The first token's is 1, as in transformers; RoPE sees differences only, so that 0 would change
         # nothing but the rounding. In a cache, where padding is on the right, it gets the slots that the answer will overwrite.
         position_ids = attention_mask.long().cumsum(-1) * attention_mask.long()  # [B, L]
         if cache is not None:
             position_ids = torch.arange(1, input_ids.shape[1] + 1, device=self.device).expand_as(input_ids)  # [B, L]
-        mask = prefix_lm_mask(attention_mask, token_type_ids)  # [B, 1, L, L]
-        window_mask = None
+        mask = window_mask = None
+        if not is_open:
+            mask = prefix_lm_mask(attention_mask, token_type_ids)  # [B, 1, L, L]
         if self.window is not None and input_ids.shape[1] > self.window:
             window_mask = prefix_lm_mask(attention_mask, token_type_ids, self.window)  # [B, 1, L, L]
-        mask = None if bool(mask.all()) else mask  # the fastest kernels take no mask; one picture and prompt need none
-        return self.language_model.model(self.embed(input_ids, image_features), position_ids, mask, cache, window_mask)
+        return self.language_model.model(embeds, position_ids, mask, cache, window_mask)
 
     def forward(
         self,
@@ -327,11 +332,12 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         """
         if tokens.shape != cache.lengths.shape:
             raise ValueError(f"tokens is {list(tokens.shape)}; one for each of the {len(cache.lengths)} rows is needed.")
-        cache.grow()
+        cache.count()
         return self.step(cache, tokens.to(self.device))
 
     def step(self, cache: KVCache, tokens: Tensor) -> Tensor:
-        """The pass of `decode`, behind a cache that counts these tokens already: nothing in it waits for the device."""
+        """The part of `decode` that happens on the device; nothing in it waits for it."""
+        cache.lengths += 1
         x = self.language_model.model.embed_tokens(tokens[:, None])  # [B, 1, D]
         window_mask = None if self.window is None else cache.mask(self.window)
         x = self.language_model.model(x, cache.lengths[:, None], cache.mask(), cache, window_mask)  # [B, 1, D]
