@@ -1,0 +1,242 @@
+"""Rows with objects as the files of other tools: COCO, Pascal VOC, YOLO, a table; and objects as supervision's Detections.
+
+A row is what `annotate.py` writes and --json prints: image (a name), width, height, objects (outputs.as_json). Rows about one
+picture are put together; rows with an error, or of a task that finds no objects, are passed over, as are objects without a box.
+Every file is written beside its place and renamed, so that nobody reads half of one. Imports neither torch nor numpy, unless
+there are masks. Checked in tests/test_exports.py.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+from errors import DatasetError, DeviceError, OutputError
+from outputs import Found
+
+if TYPE_CHECKING:
+    import supervision
+
+UNNAMED = "object"  # the class of what has no label, such as a refcoco checkpoint's answers
+NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+COLUMNS = ("image", "label", "score", "x_min", "y_min", "x_max", "y_max", "width", "height")
+
+
+@dataclass
+class Picture:
+    """What was found in one picture; the objects are those of its rows."""
+
+    name: str
+    width: int
+    height: int
+    objects: list[dict] = field(default_factory=list)
+
+
+def collect(rows: Iterable[dict]) -> list[Picture]:
+    """The pictures in the order in which they first appear, also those without any object."""
+    pictures: dict[str, Picture] = {}
+    for row in rows:
+        if "error" not in row and "objects" in row:
+            picture = pictures.setdefault(row["image"], Picture(row["image"], row["width"], row["height"]))
+            picture.objects += [found for found in row["objects"] if "box" in found]
+    return list(pictures.values())
+
+
+def name_of(found: dict) -> str:
+    return found["label"] or UNNAMED
+
+
+def class_names(pictures: list[Picture]) -> list[str]:
+    """Every label once, in the order in which they first appear."""
+    return list(dict.fromkeys(name_of(found) for picture in pictures for found in picture.objects))
+
+
+def put(path: Path, text: str) -> None:
+    """Writes a file whole. Raises: OutputError."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(text.encode("utf-8", "backslashreplace"))  # a file's name may hold bytes that are no letters
+        os.replace(partial, path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written. {error.strerror}. Make room, or write elsewhere.", path=path) from error
+    finally:
+        with suppress(OSError):
+            os.unlink(partial)
+
+
+# COCO; its fields are described at cocodataset.org/#format-data
+
+
+def coco_shape(found: dict) -> dict:
+    """bbox [x, y, width, height] in pixels, area, and with a mask its run lengths."""
+    x, y, x_end, y_end = found["box"]
+    shape = {"bbox": [x, y, round(x_end - x, 2), round(y_end - y, 2)]}
+    if "mask" not in found:
+        return shape | {"area": round((x_end - x) * (y_end - y), 2)}
+    from masks import read_counts
+
+    return shape | {"area": sum(read_counts(found["mask"]["counts"])[1::2]), "segmentation": found["mask"]}
+
+
+def coco(pictures: list[Picture]) -> dict:
+    """What an annotation file holds: images, categories and annotations, ids from 1 up; an annotation keeps its score."""
+    numbers = {name: number for number, name in enumerate(class_names(pictures), 1)}
+    images, annotations = [], []
+    for image_id, picture in enumerate(pictures, 1):
+        images.append({"id": image_id, "file_name": picture.name, "width": picture.width, "height": picture.height})
+        for found in picture.objects:
+            owner = {"id": len(annotations) + 1, "image_id": image_id, "category_id": numbers[name_of(found)], "iscrowd": 0}
+            score = {"score": found["score"]} if "score" in found else {}
+            annotations.append(owner | {"segmentation": []} | coco_shape(found) | score)
+    categories = [{"id": number, "name": name} for name, number in numbers.items()]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def coco_results(pictures: list[Picture], truth: dict) -> list[dict]:
+    """What a result file holds, for COCOeval: the objects under the ids of an annotation file. Without a score it is 1.
+
+    Args:
+        truth: the content of the annotation file, in which pictures are found by file name, with or without folders, and
+            categories by name. Labels that are no category there are left out, as they can match nothing.
+    Raises: DatasetError for a picture that the annotation file does not have.
+    """
+    ids = {os.path.basename(image["file_name"]): image["id"] for image in truth["images"]}
+    ids |= {image["file_name"]: image["id"] for image in truth["images"]}
+    numbers = {category["name"]: category["id"] for category in truth["categories"]}
+    results = []
+    for picture in pictures:
+        image_id = ids.get(picture.name, ids.get(os.path.basename(picture.name)))
+        if image_id is None:
+            raise DatasetError(f"{picture.name} is not among the images of the annotation file. Give the file that names it.")
+        for found in picture.objects:
+            if name_of(found) in numbers:
+                owner = {"image_id": image_id, "category_id": numbers[name_of(found)], "score": found.get("score", 1.0)}
+                shape = coco_shape(found)
+                shape.pop("area")  # COCOeval counts it itself
+                results.append(owner | shape)
+    return results
+
+
+# Pascal VOC, YOLO, a table
+
+
+def voc(picture: Picture) -> str:
+    """An XML file in the form of Pascal VOC; its pixels count from 1, and a box ends with the last pixel inside."""
+    root = ElementTree.Element("annotation")
+    ElementTree.SubElement(root, "filename").text = NOT_IN_XML.sub("?", os.path.basename(picture.name))
+    size = ElementTree.SubElement(root, "size")
+    for name, value in (("width", picture.width), ("height", picture.height), ("depth", 3)):
+        ElementTree.SubElement(size, name).text = str(value)
+    ElementTree.SubElement(root, "segmented").text = "0"
+    for found in picture.objects:
+        element = ElementTree.SubElement(root, "object")
+        for name, value in (("name", name_of(found)), ("pose", "Unspecified"), ("truncated", "0"), ("difficult", "0")):
+            ElementTree.SubElement(element, name).text = NOT_IN_XML.sub("?", value)
+        x, y, x_end, y_end = (round(value) for value in found["box"])
+        left, top = min(x, picture.width - 1) + 1, min(y, picture.height - 1) + 1
+        right, bottom = max(x_end, left), max(y_end, top)
+        corners = ElementTree.SubElement(element, "bndbox")
+        for name, value in (("xmin", left), ("ymin", top), ("xmax", right), ("ymax", bottom)):
+            ElementTree.SubElement(corners, name).text = str(value)
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def yolo(picture: Picture, classes: list[str]) -> str:
+    """A line an object: number of its class, centre x and y, width and height, in fractions of the picture."""
+    lines = []
+    for found in picture.objects:
+        x, y, x_end, y_end = found["box_normalized"]
+        numbers = (x + x_end) / 2, (y + y_end) / 2, x_end - x, y_end - y
+        lines.append(" ".join([str(classes.index(name_of(found))), *(f"{number:.6f}" for number in numbers)]) + "\n")
+    return "".join(lines)
+
+
+def table(pictures: list[Picture]) -> str:
+    """CSV with the columns of COLUMNS, boxes in pixels."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for picture in pictures:
+        for found in picture.objects:
+            writer.writerow([picture.name, found["label"], found.get("score"), *found["box"], picture.width, picture.height])
+    return text.getvalue()
+
+
+# Files
+
+
+def places(pictures: list[Picture], folder: Path, ending: str) -> list[Path]:
+    """A file for each picture, below the folder as the picture lies below the folder that all of them have in common."""
+    parts = []
+    for picture in pictures:
+        steps = re.sub("^https?://", "", picture.name).replace("\\", "/").split("/")
+        parts.append([re.sub(r"^\.\.$", "__", step) for step in steps if step not in ("", ".")] or ["picture"])
+    common = len(os.path.commonprefix([steps[:-1] for steps in parts]))
+    taken: dict[Path, None] = {}
+    for steps in parts:
+        path = folder.joinpath(*steps[common:])
+        same_stem = path.with_suffix(ending) in taken  # 1.jpg and 1.png
+        taken[path.with_name(path.name + ending) if same_stem else path.with_suffix(ending)] = None
+    return list(taken)
+
+
+def export(rows: Iterable[dict], kind: str, path: str | Path) -> list[Path]:
+    """Writes the rows as files of another tool.
+
+    Args:
+        kind: "coco" (annotations), "csv", "voc" or "yolo".
+        path: the file of coco and csv. Of voc and yolo the folder, which gets a file for each picture; but with an ending the
+            file itself if there is one picture, and else the folder of that name without the ending. YOLO's classes.txt lies
+            in the folder.
+    Returns: the files. Raises: OutputError.
+    """
+    path, pictures = Path(path), collect(rows)
+    if kind in ("coco", "csv"):
+        put(path, json.dumps(coco(pictures)) + "\n" if kind == "coco" else table(pictures))
+        return [path]
+    if path.suffix and len(pictures) == 1:
+        folder, files = path.parent, [path]
+    else:
+        folder = path.with_suffix("")
+        files = places(pictures, folder, {"voc": ".xml", "yolo": ".txt"}[kind])
+    classes = class_names(pictures)
+    for picture, file in zip(pictures, files, strict=True):
+        put(file, voc(picture) if kind == "voc" else yolo(picture, classes))
+    if kind == "yolo":
+        files.append(folder / "classes.txt")
+        put(files[-1], "".join(f"{name}\n" for name in classes))
+    return files
+
+
+def to_supervision(objects: Iterable[Found], width: int, height: int) -> "supervision.Detections":
+    """The objects with a box as Detections, for supervision's drawing, tracking and counting; labels under data["class_name"].
+
+    Confidences and masks are there if every object has one. Raises: DeviceError if supervision is not installed.
+    """
+    try:
+        import supervision
+    except ModuleNotFoundError as error:
+        raise DeviceError("the package 'supervision' is not installed. Install it: pip install supervision.") from error
+    import numpy as np
+
+    objects = [found for found in objects if found.box is not None]
+    labels = [found.label for found in objects]
+    names = list(dict.fromkeys(labels))
+    masks, scores = [found.mask for found in objects], [found.score for found in objects]
+    has_masks, has_scores = objects and all(mask is not None for mask in masks), None not in scores
+    return supervision.Detections(
+        xyxy=np.array([found.box.pixels(width, height) for found in objects], dtype=np.float32).reshape(-1, 4),
+        mask=np.stack(masks) if has_masks else None,
+        confidence=np.array(scores, dtype=np.float32) if has_scores else None,
+        class_id=np.array([names.index(label) for label in labels], dtype=int),
+        data={"class_name": np.array(labels, dtype=str)},
+    )

@@ -1,0 +1,219 @@
+"""exports.py: what other tools read back is what the rows say."""
+
+import contextlib
+import csv
+import io
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+import exports
+from errors import DatasetError, DeviceError, OutputError
+from exports import coco, coco_results, collect, export, to_supervision
+from outputs import Box, Found, as_json
+
+ROOT = Path(__file__).parent.parent
+MASK = np.zeros((200, 100), dtype=bool)
+MASK[20:50, 10:40] = True
+MASK[30:35, 20:25] = False  # a hole
+HAT = Found("person's hat", Box(0.1, 0.2, 0.3, 0.6), score=0.75)
+CAT = Found("猫 / cat", Box(0, 0, 1, 1), score=0.5, mask=MASK)
+BARE = Found("", Box(0.25, 0.5, 0.5, 0.75))
+PLACELESS = Found("dog", None, problems=("no box",))
+
+
+def row(image, *objects, width=100, height=200, **fields) -> dict:
+    found = [as_json(one, width, height) for one in objects]
+    return {"image": image, "task": "detect", "width": width, "height": height, "objects": found, "status": "objects"} | fields
+
+
+ROWS = [
+    row("photos/a.jpg", HAT, PLACELESS),
+    {"image": "photos/broken.jpg", "prompt": "detect cat", "error": {"type": "ImageError", "message": "no picture"}},
+    {"image": "photos/a.jpg", "task": "caption", "width": 100, "height": 200, "text": "a cat"},
+    row("photos/deep/b.png", BARE, HAT, width=40, height=40),
+    row("photos/empty.jpg", status="nothing"),
+    row("photos/a.jpg", CAT),
+]
+
+
+@contextlib.contextmanager
+def quiet():
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def test_rows_of_a_picture_are_put_together_and_the_rest_is_passed_over():
+    pictures = collect(ROWS)
+    assert [(picture.name, len(picture.objects)) for picture in pictures] == [
+        ("photos/a.jpg", 2),
+        ("photos/deep/b.png", 2),
+        ("photos/empty.jpg", 0),
+    ]
+
+
+def test_pycocotools_reads_boxes_labels_and_masks(tmp_path):
+    (path,) = export(iter(ROWS), "coco", tmp_path / "out.json")
+    with quiet():
+        read = COCO(str(path))
+    assert [image["file_name"] for image in read.dataset["images"]] == ["photos/a.jpg", "photos/deep/b.png", "photos/empty.jpg"]
+    assert [category["name"] for category in read.dataset["categories"]] == ["person's hat", "猫 / cat", "object"]
+    hat, cat = read.loadAnns(read.getAnnIds(imgIds=[1]))
+    assert hat["bbox"] == [20, 20, 40, 40] and hat["area"] == 1600 and hat["score"] == 0.75
+    np.testing.assert_array_equal(read.annToMask(cat), MASK)
+    assert cat["area"] == MASK.sum() == coco_mask.area(cat["segmentation"])
+    bare = read.loadAnns(read.getAnnIds(imgIds=[2]))[0]
+    assert read.loadCats(bare["category_id"])[0]["name"] == "object" and "score" not in bare
+
+
+def test_results_are_evaluated_under_the_ids_of_the_annotation_file():
+    pictures = collect(ROWS)
+    truth = coco(pictures)
+    for image in truth["images"]:
+        image |= {"id": image["id"] + 500, "file_name": Path(image["file_name"]).name}
+    for category in truth["categories"]:
+        category["id"] += 70
+    for annotation in truth["annotations"]:
+        annotation["image_id"] += 500
+        annotation["category_id"] += 70
+    with quiet():
+        ours = COCO()
+        ours.dataset = truth
+        ours.createIndex()
+        judge = COCOeval(ours, ours.loadRes(coco_results(pictures, truth)), "bbox")
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    assert judge.stats[0] == pytest.approx(1)
+
+
+def test_results_leave_out_unknown_labels_and_refuse_unknown_pictures():
+    pictures = collect(ROWS)
+    truth = coco(pictures)
+    truth["categories"] = truth["categories"][:1]
+    assert [result["score"] for result in coco_results(pictures, truth)] == [0.75, 0.75]
+    truth["images"] = truth["images"][:1]
+    with pytest.raises(DatasetError, match="photos/deep/b.png"):
+        coco_results(pictures, truth)
+
+
+def test_voc_files_count_pixels_from_one_and_lie_as_the_pictures_do(tmp_path):
+    files = export(ROWS, "voc", tmp_path / "voc")
+    assert [str(file.relative_to(tmp_path)) for file in files] == ["voc/a.xml", "voc/deep/b.xml", "voc/empty.xml"]
+    root = ElementTree.parse(files[0]).getroot()
+    assert root.findtext("filename") == "a.jpg"
+    assert [root.findtext(f"size/{name}") for name in ("width", "height", "depth")] == ["100", "200", "3"]
+    names = [element.findtext("name") for element in root.iter("object")]
+    corners = [[int(box.findtext(name)) for name in ("xmin", "ymin", "xmax", "ymax")] for box in root.iter("bndbox")]
+    assert names == ["person's hat", "猫 / cat"]
+    assert corners == [[21, 21, 60, 60], [1, 1, 100, 200]]
+
+
+def test_a_voc_box_keeps_a_pixel_even_if_it_has_no_area(tmp_path):
+    thin = [Found("line", Box(1, 1, 1, 1)), Found("\x00<b>&", Box(0.5, 0.3, 0.5, 0.3))]
+    (file,) = export([row("x.jpg", *thin)], "voc", tmp_path / "x.xml")
+    root = ElementTree.parse(file).getroot()
+    assert [[box.text for box in element] for element in root.iter("bndbox")] == [["100", "200"] * 2, ["31", "101"] * 2]
+    assert [element.findtext("name") for element in root.iter("object")] == ["line", "?<b>&"]
+
+
+def test_yolo_lines_parsed_back_are_the_boxes(tmp_path):
+    *files, names = export(ROWS, "yolo", tmp_path / "labels")
+    classes = names.read_text(encoding="utf-8").splitlines()
+    assert classes == ["person's hat", "猫 / cat", "object"] and names.name == "classes.txt"
+    back = []
+    for line in files[1].read_text().splitlines():
+        number, x, y, width, height = line.split()
+        x, y, width, height = (float(value) for value in (x, y, width, height))
+        back.append((classes[int(number)], (y - height / 2, x - width / 2, y + height / 2, x + width / 2)))
+    assert [name for name, _ in back] == ["object", "person's hat"]
+    for (_, box), found in zip(back, (BARE, HAT), strict=True):
+        assert box == pytest.approx((found.box.y_min, found.box.x_min, found.box.y_max, found.box.x_max), abs=1e-5)
+    assert files[2].read_text() == ""  # nothing in it, and that is known
+
+
+def test_a_table_has_a_line_for_each_box(tmp_path):
+    (path,) = export(ROWS, "csv", tmp_path / "out.csv")
+    lines = list(csv.DictReader(path.open(encoding="utf-8", newline="")))
+    assert [line["label"] for line in lines] == ["person's hat", "猫 / cat", "", "person's hat"]
+    assert lines[0] == {
+        "image": "photos/a.jpg", "label": "person's hat", "score": "0.75", "x_min": "20.0", "y_min": "20.0", "x_max": "60.0",
+        "y_max": "60.0", "width": "100", "height": "200",
+    }  # fmt: skip
+
+
+def test_a_name_with_an_ending_is_the_file_of_one_picture_and_the_folder_of_several(tmp_path):
+    one = export(ROWS[:1], "yolo", tmp_path / "one.txt")
+    several = export(ROWS, "yolo", tmp_path / "several.txt")
+    assert one == [tmp_path / "one.txt", tmp_path / "classes.txt"]
+    assert several[0] == tmp_path / "several" / "a.txt"
+
+
+def test_no_two_pictures_share_a_file_and_none_leaves_the_folder(tmp_path):
+    names = ["x/1.jpg", "x/1.png", "../../1.jpg", "https://example.com/a/1.jpg?size=2", "-", "", "C:\\pictures\\1.jpg"]
+    files = export([row(name) for name in names], "voc", tmp_path / "out")
+    assert len(set(files)) == len(names)
+    assert all(file.is_file() and file.resolve().is_relative_to(tmp_path / "out") for file in files)
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "out.csv"
+    path.write_text("before")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exports.os, "replace", full)
+    with pytest.raises(OutputError, match="No space left"):
+        export(ROWS, "csv", path)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["before"]
+
+
+def test_a_name_of_no_characters_is_written_all_the_same(tmp_path):
+    rows = [row("caf\udce9.jpg", HAT)]
+    for kind in ("coco", "csv", "voc"):
+        (path,) = export(rows, kind, tmp_path / f"out.{kind}")
+        assert b"caf" in path.read_bytes()
+
+
+# supervision
+
+
+@pytest.mark.filterwarnings("ignore:OpenCV")
+def test_supervision_gets_pixels_labels_scores_and_masks():
+    objects = [replace(HAT, mask=~MASK), PLACELESS, CAT]
+    detections = to_supervision(objects, 100, 200)
+    assert detections.xyxy.tolist() == [[20, 20, 60, 60], [0, 0, 100, 200]]
+    assert detections["class_name"].tolist() == ["person's hat", "猫 / cat"]
+    assert detections.class_id.tolist() == [0, 1] and detections.confidence.tolist() == [0.75, 0.5]
+    np.testing.assert_array_equal(detections.mask, [~MASK, MASK])
+    assert len(detections[detections.confidence > 0.6]) == 1  # it can be filtered, so all its fields fit together
+
+
+@pytest.mark.filterwarnings("ignore:OpenCV")
+def test_supervision_gets_no_scores_or_masks_where_some_are_missing():
+    detections = to_supervision([BARE, CAT], 100, 200)
+    assert detections.confidence is None and detections.mask is None and len(detections) == 2
+    assert len(to_supervision([], 100, 200)) == 0
+
+
+def test_without_supervision_a_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(DeviceError, match="pip install supervision"):
+        to_supervision([HAT], 10, 10)
+
+
+def test_exporting_needs_neither_torch_nor_numpy_where_there_are_no_masks(tmp_path):
+    code = f"import sys, json, exports; rows = json.loads({json.dumps(json.dumps(ROWS[:1]))})\n"
+    code += f"for kind in ('coco', 'voc', 'yolo', 'csv'): exports.export(rows, kind, {str(tmp_path)!r} + '/' + kind)\n"
+    code += "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
