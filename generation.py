@@ -3,7 +3,8 @@
 There is one loop. `Decoder` holds the rows in flight side by side in one static KV cache: `admit` reads pictures and prompts
 into free rows, `step` says one token in every row, `retire` frees a row. A row that has ended costs nothing from then on.
 `generate` admits all rows at once and yields a tensor a step; `generate_many` admits the next request whenever a row is
-free, so that a folder of a million pictures keeps every row busy (continuous batching: Orca, OSDI 2022).
+free, so that a folder of a million pictures keeps every row busy (continuous batching: Orca, OSDI 2022). A row may be held to a
+grammar (grammar.py): it then says the best, or draws, among the tokens that its grammar allows.
 
 Checked in tests/test_generation.py. Shapes: B rows, L tokens of a prompt with its pictures, V vocabulary,
 C candidates for the next token, Q bins of a coordinate.
@@ -13,11 +14,15 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from errors import GenerationError, PromptError
+
+if TYPE_CHECKING:
+    from grammar import Grammar, Walk
 
 PREFILL_TOKENS = 4096  # tokens read in one pass; more would only take memory, since matrix products are at their best long before
 NUCLEUS = 256  # the most likely tokens that top_p looks at first; a vocabulary of 257216 is sorted only if they do not suffice
@@ -95,6 +100,7 @@ class Row:
     index: int
     limit: int
     uniform: torch.Generator
+    walk: "Walk | None"
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     places: list[tuple[float, float] | None] = field(default_factory=list)
@@ -139,8 +145,22 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     return (place if ids is None else ids.gather(1, place))[:, 0]  # [B]
 
 
+def choose_held(logits: Tensor, sampling: Sampling, uniforms: Tensor, allowed: list[Tensor | None]) -> Tensor:
+    """As choose, but row i picks among the ids allowed[i], int64[C] in main memory, C its own; None = among all."""
+    tokens = choose(logits, sampling, uniforms)  # [B]
+    held = torch.tensor([i for i, ids in enumerate(allowed) if ids is not None])
+    ids = nn.utils.rnn.pad_sequence([ids for ids in allowed if ids is not None], batch_first=True, padding_value=-1)
+    held, ids = held.to(logits.device), ids.to(logits.device)
+    is_padding = ids < 0
+    ids = torch.where(is_padding, ids[:, :1], ids)  # so that whatever is picked is allowed
+    candidates = logits[held[:, None], ids].masked_fill(is_padding, -torch.inf)  # [B, C]
+    places = choose(candidates, sampling, uniforms[held.cpu()])  # [B]
+    tokens[held] = ids.gather(1, places[:, None])[:, 0]
+    return tokens
+
+
 def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
-    """float32[B], of the tokens chosen, as the model holds them: no temperature, nothing cut."""
+    """float32[B], of the tokens chosen, as the model holds them: no temperature, nothing cut, no grammar."""
     return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)  # [B]
 
 
@@ -275,7 +295,8 @@ class Decoder:
 
     @torch.no_grad()
     def admit(self, requests: list[tuple[int, dict]]) -> None:
-        """Reads requests, pairs of index and row of split_rows, into free rows and says the first token of each."""
+        """Reads requests, pairs of index and row of split_rows (with its "grammar", if it has one), into free rows and says the
+        first token of each."""
         config = self.model.config
         context = config.text_config.max_position_embeddings
         longest = max(len(row["input_ids"]) for _, row in requests)
@@ -286,7 +307,9 @@ class Decoder:
             first, count = len(self.rows), len(group)
             for index, row in group:
                 limit = min(self.max_new_tokens, context - len(row["input_ids"]))
-                self.rows.append(Row(index, limit, torch.Generator().manual_seed((self.seed + index) % 2**63)))
+                grammar = row.get("grammar")
+                walk = None if grammar is None else grammar.start(limit)
+                self.rows.append(Row(index, limit, torch.Generator().manual_seed((self.seed + index) % 2**63), walk))
             batch = join_rows([row for _, row in group], config.pad_token_id)
             logits = self.model.prefill(self.cache[first : first + count], **batch)  # [B, V]
             self.say(logits, first)
@@ -315,7 +338,11 @@ class Decoder:
         if not self.sampling.is_greedy:
             for i, row in enumerate(rows):
                 uniforms[i] = torch.rand((), dtype=torch.float64, generator=row.uniform)
-        tokens = choose(logits, self.sampling, uniforms)  # [B]
+        allowed = [row.walk and row.walk.allowed() for row in rows]
+        if any(ids is not None for ids in allowed):
+            tokens = choose_held(logits, self.sampling, uniforms, allowed)  # [B]
+        else:
+            tokens = choose(logits, self.sampling, uniforms)  # [B]
         self.tokens = torch.cat((self.tokens[:first].to(tokens.device), tokens))
         columns = [tokens.float(), log_probabilities(logits, tokens)]  # float32 holds every id below 2^24
         if self.locations is not None:
@@ -331,6 +358,8 @@ class Decoder:
             row.token_ids.append(token)
             row.logprobs.append(logprob)
             row.places.append(tuple(place) if self.locations is not None and token in self.locations else None)
+            if row.walk is not None:
+                row.walk.say(token)
 
     def retire(self) -> list[Answer]:
         """Takes the rows that have ended out; the last rows move into the gaps."""
@@ -381,6 +410,7 @@ def generate_steps(
     top_k: int | None = None,
     seed: int | None = None,
     eos_token_id: int | list[int] | None = None,
+    grammar: "Grammar | None" = None,
     locations: range | None = None,
 ) -> Iterator[Step]:
     """As generate, but each step carries the tokens' log-probabilities, which rows have ended, and with `locations`, the ids of
@@ -388,7 +418,7 @@ def generate_steps(
     sampling = Sampling(do_sample, temperature, top_p, top_k, seed)
     rows = split_rows(inputs, model.config)
     decoder = Decoder(model, len(rows), max_new_tokens, sampling, eos_token_id, locations)
-    return lockstep(decoder, list(enumerate(rows)))
+    return lockstep(decoder, [(i, row | {"grammar": grammar}) for i, row in enumerate(rows)])
 
 
 def generate(
@@ -402,6 +432,7 @@ def generate(
     top_k: int | None = None,
     seed: int | None = None,
     eos_token_id: int | list[int] | None = None,
+    grammar: "Grammar | None" = None,
 ) -> Iterator[Tensor]:
     """The answers, one token of every row at a time.
 
@@ -411,6 +442,7 @@ def generate(
         max_new_tokens: the longest answer.
         do_sample, temperature, top_p, top_k, seed: see Sampling; without do_sample the most likely token is taken.
         eos_token_id: the token or tokens that end an answer (model.config.eos_token_id); None = never stop.
+        grammar: what the answer of every row is held to; None = nothing.
     Returns: an iterator of a new int64[B] in main memory a step; ended rows say pad. It ends when every row has.
     Raises: GenerationError (exit code 2) for arguments out of range, PromptError for a batch that does not fit together, both
         at once; while running, GenerationError for logits that are not numbers.
@@ -425,6 +457,7 @@ def generate(
         top_k=top_k,
         seed=seed,
         eos_token_id=eos_token_id,
+        grammar=grammar,
     )
     return (step.tokens for step in steps)
 
@@ -454,6 +487,7 @@ def generate_many(
     top_k: int | None = None,
     seed: int | None = None,
     eos_token_id: int | list[int] | None = None,
+    grammar: "Grammar | None" = None,
     locations: range | None = None,
 ) -> Iterator[Answer]:
     """Answers any number of requests, `rows` at a time; a row that ends makes room for the next request.
@@ -461,10 +495,12 @@ def generate_many(
     Args:
         requests: what the processor returned for one row each; read one by one, no sooner than there is room.
         rows: how many are in flight. Each takes the cache of one row and makes a step slower by less than a step of its own.
+        grammar: as generate; a request that has a "grammar" among its keys, None included, is held to that one instead.
         others: as generate_steps. Request i draws from seed + i, so that an answer does not depend on what ran beside it.
     Returns: an iterator of Answer, in the order in which they end.
     Raises: as generate; PromptError for a request when it is read.
     """
     sampling = Sampling(do_sample, temperature, top_p, top_k, seed)
     decoder = Decoder(model, rows, max_new_tokens, sampling, eos_token_id, locations)
-    return refill(decoder, ((i, only_row(inputs, model.config)) for i, inputs in enumerate(requests)))
+    arrivals = (only_row(inputs, model.config) | {"grammar": inputs.get("grammar", grammar)} for inputs in requests)
+    return refill(decoder, enumerate(arrivals))

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import generation
-from generation import Sampling, choose, generate_steps, join_rows, split_rows
+from generation import Sampling, choose, choose_held, generate_steps, join_rows, split_rows
 from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask, suffix_loss
 from tiny import fill
 
@@ -235,6 +235,7 @@ def run_generation(checker: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
         flat, draws = torch.zeros(ROWS, 211), torch.zeros(ROWS, dtype=torch.float64)
         choose(flat, Sampling(do_sample=True, top_p=0.9), draws)
         choose(flat, Sampling(do_sample=True), draws)
+        choose_held(flat, Sampling(), draws, [torch.arange(13)] * ROWS)
 
 
 # The tests
