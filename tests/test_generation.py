@@ -569,12 +569,14 @@ BINS = range(40, 72)  # ids that the tests take for locations
 def test_moments_of_a_coordinate_are_those_of_its_distribution():
     # Float32 sums over 1024 bins: 2.2e-4 bins is the largest gap over 20 seeds and both moments.
     for seed in range(20):
-        logits = torch.randn(3, 1100, generator=torch.Generator().manual_seed(seed)) * 4
+        generator = torch.Generator().manual_seed(seed)
+        logits, tokens = torch.randn(3, 1100, generator=generator) * 4, torch.randint(50, 1074, (3,), generator=generator)
         probs = logits[:, 50:1074].double().softmax(-1)
         bins = torch.arange(1024.0, dtype=torch.float64)
-        mean = (probs * bins).sum(-1)
-        std = ((probs * bins**2).sum(-1) - mean**2).sqrt()
-        for ours, expected in zip(coordinate_moments(logits, range(50, 1074)), (mean, std), strict=True):
+        near = probs * ((bins - (tokens - 50)[:, None]).abs() <= 64)
+        mean = (near * bins).sum(-1) / near.sum(-1)
+        std = ((probs * bins**2).sum(-1) - 2 * mean * (probs * bins).sum(-1) + mean**2).sqrt()
+        for ours, expected in zip(coordinate_moments(logits, tokens, range(50, 1074)), (mean, std), strict=True):
             assert ours.dtype == torch.float32
             torch.testing.assert_close(ours.double(), expected, rtol=0, atol=1e-3)
 
@@ -584,9 +586,17 @@ def test_a_coordinate_may_lie_between_two_bins():
     logits[:, 99] = 9.0  # a word: not asked
     logits[0, 43], logits[0, 44] = math.log(0.75), math.log(0.25)
     logits[1, 70] = 2.0
-    mean, std = coordinate_moments(logits, BINS)
+    mean, std = coordinate_moments(logits, torch.tensor([43, 70]), BINS)
     torch.testing.assert_close(mean, torch.tensor([3.25, 30.0]), rtol=0, atol=1e-6)
     torch.testing.assert_close(std, torch.tensor([0.1875**0.5, 0.0]), rtol=0, atol=1e-6)
+
+
+def test_another_object_moves_the_deviation_of_a_coordinate_and_not_its_mean():
+    logits = torch.full((1, 1024), -torch.inf)
+    logits[0, 100], logits[0, 102], logits[0, 700] = math.log(0.3), math.log(0.3), math.log(0.4)
+    mean, std = coordinate_moments(logits, torch.tensor([100]), range(1024))
+    assert mean.item() == pytest.approx(101)
+    assert std.item() == pytest.approx((0.6 + 0.4 * 599**2) ** 0.5)
 
 
 def moments_of_said(model, row, said):
@@ -597,7 +607,7 @@ def moments_of_said(model, row, said):
     row["input_ids"] = torch.cat((row["input_ids"][:, is_token], said[None]), dim=1)
     row["token_type_ids"] = torch.cat((row["token_type_ids"][:, is_token], torch.ones_like(said)[None]), dim=1)
     with torch.no_grad():
-        mean, std = coordinate_moments(model(**row)[0, start - 1 + steps], BINS)
+        mean, std = coordinate_moments(model(**row)[0, start - 1 + steps], said, BINS)
     return list(zip(mean.tolist(), std.tolist(), strict=True))
 
 
