@@ -8,12 +8,17 @@ right answer, and the picture decides it:
 - "the circle" is asked about only where there is one circle;
 - "where" is asked only of shapes that lie well inside one of the nine fields of a 3 x 3 grid.
 
-The same seed draws the same scenes. Coordinates are fractions of the picture's side, x to the right, y down. numpy and PIL only.
+`detect` and `segment` of what is not there are answered with nothing. Every shape of a kind fills its box in the same way, so
+it has the same sixteen codes wherever it is: those that the encoder of checkpoint/vae-oid.npz gives to its outline.
+
+The same seed draws the same scenes. Coordinates are fractions of the picture's side, x to the right, y down. numpy and PIL, and
+torch only once codes are needed.
 """
 
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +27,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from masks import MASK_SIDE, fill, resize  # noqa: E402
+
+CODEC = Path(__file__).resolve().parent / "checkpoint" / "vae-oid.npz"
 COLORS = {
     "red": (215, 35, 40), "orange": (245, 140, 25), "yellow": (245, 222, 45), "green": (45, 160, 65),
     "blue": (45, 85, 220), "purple": (140, 55, 185), "black": (18, 18, 20), "white": (248, 248, 246),
@@ -164,6 +174,12 @@ def draw(scene: Scene, size: int = 224) -> Image.Image:
     return picture
 
 
+def silhouette(shape: Shape, size: int) -> np.ndarray:
+    """The shape's mask in a picture of `size` x `size` pixels, bool[size, size]: the pixels whose centres it covers."""
+    corners = (outline(shape.kind) * shape.side + (shape.x, shape.y)) * size
+    return fill([corners.ravel().tolist()], size, size)
+
+
 def article(name: str) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
@@ -206,20 +222,24 @@ def ask_count(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     return f"answer en how many {color} shapes are there?", str(sum(shape.color == color for shape in scene.shapes))
 
 
+def absent(scene: Scene, pick: Shape, rng: np.random.Generator) -> str:
+    """A word for something that is not there: a kind, "red shape", or what has the kind or the colour of one that is."""
+    there = {word for shape in scene.shapes for word in (shape.kind, f"{shape.color} shape", shape.name)}
+    far = [word for word in KINDS if word not in there], [word for word in COLORS if f"{word} shape" not in there]
+    near = [f"{color} {pick.kind}" for color in COLORS] + [f"{pick.color} {kind}" for kind in KINDS]
+    near += [f"{a.color} {b.kind}" for a in scene.shapes for b in scene.shapes] * 3
+    near = [word for word in near if word not in there]
+    way = rng.integers(4)
+    return str(rng.choice(near) if way >= 2 else rng.choice(far[way])) + (" shape" if way == 1 else "")
+
+
 def ask_exists(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     """Half the answers are yes; half of the others are almost right, a kind and a colour that are there, but not together."""
     pick = scene.shapes[rng.integers(len(scene.shapes))]
-    there = {word for shape in scene.shapes for word in (shape.kind, f"{shape.color} shape", shape.name)}
     if rng.random() < 0.5:
         word = str(rng.choice([pick.kind, f"{pick.color} shape", pick.name, pick.name]))
-    else:
-        absent = [word for word in KINDS if word not in there], [word for word in COLORS if f"{word} shape" not in there]
-        near = [f"{color} {pick.kind}" for color in COLORS] + [f"{pick.color} {kind}" for kind in KINDS]
-        near += [f"{a.color} {b.kind}" for a in scene.shapes for b in scene.shapes] * 3
-        near = [word for word in near if word not in there]
-        way = rng.integers(4)
-        word = str(rng.choice(near) if way >= 2 else rng.choice(absent[way])) + (" shape" if way == 1 else "")
-    return f"answer en is there {article(word)}?", "yes" if word in there else "no"
+        return f"answer en is there {article(word)}?", "yes"
+    return f"answer en is there {article(absent(scene, pick, rng))}?", "no"
 
 
 def ask_where(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
@@ -239,30 +259,69 @@ def loc(v: float) -> str:
     return f"<loc{min(max(round(v * 1023), 0), 1023):04d}>"
 
 
-def ask_detect(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    """One word, two, or all shapes. Boxes come in the order of the words and, for one word, from left to right."""
+def pick_words(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """What to look for: one word, two, or "shape" for all."""
     way = rng.random()
     pick = scene.shapes[rng.integers(len(scene.shapes))]
     if way < 0.25:
-        words = ["shape"]
-    elif way < 0.5:
-        words = [pick.kind]
-    elif way < 0.75:
-        words = [pick.name]
-    else:
-        names = sorted({shape.name for shape in scene.shapes})
-        words = [str(name) for name in rng.permutation(names)[:2]]
-    boxes = []
-    for word in words:
-        named = [shape for shape in scene.shapes if word in ("shape", shape.kind, shape.name)]
-        boxes += ["".join(loc(v) for v in shape.box) + f" {word}" for shape in named]
-    return "detect " + " ; ".join(words), " ; ".join(boxes)
+        return ["shape"]
+    if way < 0.5:
+        return [pick.kind]
+    if way < 0.75:
+        return [pick.name]
+    names = sorted({shape.name for shape in scene.shapes})
+    return [str(name) for name in rng.permutation(names)[:2]]
+
+
+def named(scene: Scene, words: list[str]) -> list[tuple[Shape, str]]:
+    """The shapes that are meant, each with its word: in the order of the words and, for one word, from left to right."""
+    return [(shape, word) for word in words for shape in scene.shapes if word in ("shape", shape.kind, shape.name)]
+
+
+def box_tokens(shape: Shape) -> str:
+    return "".join(loc(v) for v in shape.box)
+
+
+@cache
+def mask_tokens(kind: str) -> str:
+    """The sixteen codes of a kind of shape, as the shipped codec encodes its outline."""
+    import torch
+
+    from segmentation import load_codec
+
+    fine = fill([(outline(kind) * 8 * MASK_SIDE).ravel().tolist()], 8 * MASK_SIDE, 8 * MASK_SIDE)
+    codes = load_codec(CODEC).encode(torch.from_numpy(resize(fine, MASK_SIDE, MASK_SIDE))[None])[0]
+    return "".join(f"<seg{code:03d}>" for code in codes.tolist())
+
+
+def ask_detect(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    words = pick_words(scene, rng)
+    return "detect " + " ; ".join(words), " ; ".join(f"{box_tokens(shape)} {word}" for shape, word in named(scene, words))
+
+
+def ask_segment(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    words = pick_words(scene, rng)
+    found = (f"{box_tokens(shape)}{mask_tokens(shape.kind)} {word}" for shape, word in named(scene, words))
+    return "segment " + " ; ".join(words), " ; ".join(found)
+
+
+def ask_absent(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    """`detect` or `segment` of what is not there."""
+    pick = scene.shapes[rng.integers(len(scene.shapes))]
+    task = str(rng.choice(["detect", "segment"]))
+    while (word := absent(scene, pick, rng)).endswith(" shape"):  # nobody asks for these where they are
+        pass
+    return f"{task} {word}", ""
 
 
 QUESTIONS: dict[str, Callable[[Scene, np.random.Generator], tuple[str, str] | None]] = {
     "caption": ask_caption, "color": ask_color, "shape": ask_shape, "count": ask_count, "exists": ask_exists,
-    "where": ask_where, "detect": ask_detect,
+    "where": ask_where, "detect": ask_detect, "segment": ask_segment, "absent": ask_absent,
 }  # fmt: skip
+# Asked of each picture that is written or measured. What was added later stands last, so that the others are still the same.
+ASKED = (
+    "caption", "color", "shape", "count", "exists", "where", "detect", "count", "exists", "detect", "segment", "absent",
+)  # fmt: skip
 
 
 def ask(scene: Scene, rng: np.random.Generator, kinds: list[str]) -> list[tuple[str, str]]:
@@ -281,7 +340,7 @@ def write(out: Path, count: int, seed: int, size: int) -> None:
         name = f"{index:06d}.png"
         draw(scene, size).save(out / f"{name}.part", format="png")
         os.replace(out / f"{name}.part", out / name)
-        for prefix, suffix in ask(scene, rng, [*QUESTIONS, "count", "exists", "detect"]):
+        for prefix, suffix in ask(scene, rng, list(ASKED)):
             lines.append(json.dumps({"image": name, "prefix": prefix, "suffix": suffix}))
     part = out / "annotations.jsonl.part"
     part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

@@ -1,0 +1,206 @@
+"""Trains the demo's mask codec, demo/checkpoint/vae-oid.npz, in the form of PaliGemma's: two million parameters, from nothing.
+
+    python demo/codec.py [--steps N] [--out FILE]      the last line says how much of a mask comes back
+
+Half of the masks are the demo's six shapes, some of them turned; the others are ellipses, blobs, polygons and rings, so that the
+codec is one for masks in general and not a list of six. Each is drawn at some size without smoothing, as a mask of a picture
+is, and cropped as masks.crop does it.
+
+First encoder and decoder learn alone to copy masks. Then the codebook starts as 128 centres of what the encoder says
+(k-means), and all three go on together: the decoder sees the nearest codes, the encoder gets the gradient as if there were none
+between (straight through), each code follows the mean of the vectors that it stands for, and a code that stands for none starts
+again at a vector of the batch. Mean square error; the target is -1 outside, 1 inside.
+
+1500 steps took 219 seconds of one core. Mean IoU of 200 unseen masks of a kind with what came back (the file holds float16,
+3.8 MB):
+
+    circle  square  triangle  star   heart  cross    ellipse  blob   polygon  ring
+    0.987   1.000   0.987     0.963  0.980  0.984    0.980    0.963  0.942    0.954
+    0.987   0.969   0.961     0.937  0.967  0.953    turned by any angle up to a right one
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+
+import shapes  # noqa: E402
+from masks import MASK_SIDE, resize  # noqa: E402
+from segmentation import CODEC_NAME, CODES, Codebook, MaskCodec, load_codec  # noqa: E402
+
+COPYING = 0.3  # the share of all steps before there are codes
+FOLLOWING = 0.98  # how much of a code's past stays at a step
+OTHERS = ("ellipse", "blob", "polygon", "ring")
+
+
+def other_outline(kind: str, rng: np.random.Generator) -> np.ndarray:
+    """Corners of a random shape of this kind, float[N, 2], of any size."""
+    if kind == "polygon":
+        angle = np.sort(rng.uniform(0, 2 * np.pi, int(rng.integers(3, 10))))
+        return np.stack([np.cos(angle), np.sin(angle)], axis=1) * rng.uniform(0.4, 1, (len(angle), 1))
+    angle = np.linspace(0, 2 * np.pi, 80, endpoint=False)
+    radius = np.ones_like(angle)
+    if kind == "blob":
+        for waves in range(2, 7):
+            radius += rng.normal(0, 0.35 / waves) * np.cos(waves * angle + rng.uniform(0, 2 * np.pi))
+    return np.stack([np.cos(angle), np.sin(angle) * rng.uniform(0.3, 1)], axis=1) * np.clip(radius, 0.15, None)[:, None]
+
+
+def turn(points: np.ndarray, angle: float) -> np.ndarray:
+    return points @ np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
+
+
+def draw_mask(kind: str, rng: np.random.Generator, turned: float = 0.0) -> np.ndarray:
+    """float32[64, 64] from 0 to 1: the crop of a shape of 20 to 260 pixels, whose box was rounded to pixels.
+
+    Args:
+        turned: by at most this angle, radians.
+    """
+    points = shapes.outline(kind) if kind in shapes.KINDS else other_outline(kind, rng)
+    points = turn(points, rng.uniform(-turned, turned))
+    points = (points - points.min(axis=0)) / np.ptp(points, axis=0)
+    width, height = (int(np.exp(rng.uniform(np.log(20), np.log(260)))) for _ in range(2))
+    width = height if kind in shapes.KINDS else width
+    margins = rng.uniform(-0.5, 0.5, (2, 2))  # by which rounding moved the box's corners, pixels
+    corners = margins[0] + points * (np.array([width, height]) + margins[1] - margins[0])
+    mask = Image.new("L", (width, height))
+    ImageDraw.Draw(mask).polygon([tuple(corner) for corner in corners - 0.5], fill=1)
+    if kind == "ring":
+        middle = corners.mean(axis=0)
+        inner = middle + (corners - middle) * rng.uniform(0.3, 0.7)
+        ImageDraw.Draw(mask).polygon([tuple(corner) for corner in inner - 0.5], fill=0)
+    return resize(np.asarray(mask), MASK_SIDE, MASK_SIDE)
+
+
+def draw_masks(rng: np.random.Generator, count: int) -> Tensor:
+    """float32[N, 64, 64], half of them the demo's shapes, a third of these turned by up to a right angle."""
+    drawn = []
+    for index in range(count):
+        kind = str(rng.choice(shapes.KINDS if index % 2 else OTHERS))
+        drawn.append(draw_mask(kind, rng, turned=0.0 if index % 2 and rng.random() < 0.67 else np.pi / 2))
+    return torch.from_numpy(np.stack(drawn))
+
+
+def encode(codec: MaskCodec, masks: Tensor) -> Tensor:
+    """What the encoder says, float32[N, E, 4, 4]: in bfloat16, which is twice as fast on newer processors."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return codec.encoder(2 * masks[:, None] - 1).float()
+
+
+def vectors_of(x: Tensor) -> Tensor:
+    """float[N, E, 4, 4] -> float[16 * N, E]."""
+    return x.detach().flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+class Codes:
+    """The codebook in training, float32[128, E], changed in place; and what each code stood for lately."""
+
+    def __init__(self, codebook: Codebook):
+        self.codebook, self.table = codebook, codebook._embedding.data
+        self.counts, self.sums = torch.ones(CODES), self.table.clone()
+
+    def start(self, vectors: Tensor, rounds: int = 12) -> None:
+        """k-means over float[n, E]."""
+        self.table.copy_(vectors[torch.randperm(len(vectors))[:CODES]])
+        for _ in range(rounds):
+            nearest = torch.cdist(vectors, self.table).argmin(1)
+            counts = torch.bincount(nearest, minlength=CODES)
+            sums = torch.zeros_like(self.table).index_add(0, nearest, vectors)
+            self.table.copy_(torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], vectors[:CODES]))
+        self.counts, self.sums = torch.ones(CODES), self.table.clone()
+
+    def follow(self, vectors: Tensor, codes: Tensor) -> None:
+        """Each code moves to the mean of its vectors, float[n, E]; one that lost them all starts again at one of them."""
+        used = torch.bincount(codes, minlength=CODES)
+        self.counts.lerp_(used.float(), 1 - FOLLOWING)
+        self.sums.lerp_(torch.zeros_like(self.table).index_add(0, codes, vectors), 1 - FOLLOWING)
+        lost = (self.counts < 0.03).nonzero()[:, 0]
+        if len(lost):
+            self.sums[lost] = vectors[torch.randint(len(vectors), (len(lost),))]
+            self.counts[lost] = 1.0
+        self.table.copy_(self.sums / self.counts[:, None])
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest codes with the gradient of x, float[N, E, 4, 4], and the penalty for being far from them."""
+        said = self.codebook.nearest(x.detach())
+        nearest = self.codebook(said).detach()
+        self.follow(vectors_of(x), said.flatten())
+        return x + (nearest - x).detach(), 0.25 * (x - nearest).square().mean() / nearest.var()
+
+
+def train(steps: int, batch: int, seed: int, rate: float) -> MaskCodec:
+    """Prints a line every 100 steps."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng([seed, 0])
+    codec = MaskCodec().to(memory_format=torch.channels_last)
+    codes = Codes(codec._vq_vae)
+    learned = [*codec.encoder.parameters(), *codec.decoder.parameters()]
+    optimiser = torch.optim.AdamW(learned, rate, betas=(0.9, 0.98), weight_decay=1e-3)
+    began, losses, copying = time.process_time(), [], round(COPYING * steps)
+    for step in range(steps):
+        if step == copying:
+            codes.start(vectors_of(encode(codec, draw_masks(rng, 600))))
+        masks = draw_masks(rng, batch)
+        x = encode(codec, masks)
+        # While there are no codes, nothing but the penalty keeps the vectors from growing.
+        seen, penalty = codes(x) if step >= copying else (x, 1e-3 * x.square().mean())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            back = codec.decoder(seen)[:, 0].float()
+        loss = F.mse_loss(back, 2 * masks - 1)
+        (loss + penalty).backward()
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min(1.0, step / 50 + 0.02, 2.5 * (1 - step / steps))
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if (step + 1) % 100 == 0:
+            spent = round(time.process_time() - began)
+            print(json.dumps({"step": step + 1, "loss": round(float(np.mean(losses[-100:])), 4), "cpu_s": spent}), flush=True)
+    return codec.eval().requires_grad_(False)
+
+
+def round_trip(codec: MaskCodec, masks: Tensor) -> np.ndarray:
+    """IoU, float[N], of masks with what comes back of them through sixteen codes."""
+    true, back = masks > 0.5, codec.decode(codec.encode(masks)) > 0
+    return ((true & back).sum((1, 2)) / (true | back).sum((1, 2))).numpy()
+
+
+def report(codec: MaskCodec, seed: int = 1000, count: int = 200) -> dict[str, float]:
+    """Mean IoU of unseen masks by kind, the demo's shapes upright, then its shapes turned."""
+    rng = np.random.default_rng(seed)
+    sets = {kind: (kind, 0.0) for kind in shapes.KINDS} | {"turned " + kind: (kind, np.pi / 2) for kind in shapes.KINDS}
+    sets |= {kind: (kind, np.pi / 2) for kind in OTHERS}
+    result = {}
+    for name, (kind, turned) in sets.items():
+        masks = torch.from_numpy(np.stack([draw_mask(kind, rng, turned) for _ in range(count)]))
+        result[name] = round(float(round_trip(codec, masks).mean()), 4)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=40)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=ROOT / "demo" / "checkpoint" / CODEC_NAME)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    codec = train(options.steps, options.batch, options.seed, options.rate)
+    np.savez_compressed(options.out, **{name: value.half().numpy() for name, value in codec.state_dict().items()})
+    print(json.dumps(report(load_codec(options.out))))
+
+
+if __name__ == "__main__":
+    main()
