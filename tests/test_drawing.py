@@ -1,0 +1,202 @@
+"""Drawings of any boxes on any picture: the size stays, labels stay inside, colours can be told apart and read."""
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import drawing
+from errors import OutputError
+from outputs import Box, Found
+
+GREY = (128, 128, 128)
+
+
+def blank(width=300, height=200, color=GREY):
+    return Image.new("RGB", (width, height), color)
+
+
+def changed(picture, other):
+    """bool[H, W], where two pictures differ."""
+    return (np.asarray(picture) != np.asarray(other)).any(-1)
+
+
+fractions = st.floats(0, 1)
+pairs = st.tuples(fractions, fractions)
+boxes = st.builds(lambda y, x: Box(min(y), min(x), max(y), max(x)), pairs, pairs)
+labels = st.sampled_from(["", "cat", "日本 🐈", "\udcff\x1b[2J", "a very long label, longer than most"])
+founds = st.builds(
+    Found,
+    st.one_of(st.text(max_size=12), labels),
+    st.one_of(st.none(), boxes, boxes),
+    score=st.one_of(st.none(), fractions),
+    spread=st.one_of(st.none(), st.tuples(fractions, fractions, fractions, fractions)),
+)
+sides = st.one_of(st.integers(1, 12), st.integers(13, 300))
+
+
+@settings(max_examples=120, deadline=None)
+@given(sides, sides, st.lists(founds, max_size=6), st.booleans())
+def test_any_objects_on_any_picture_are_drawn_without_a_change_of_size(width, height, objects, is_masked):
+    if is_masked:
+        mask = np.arange(width * height).reshape(height, width) % 3 == 0
+        objects = [Found(found.label, found.box, score=found.score, spread=found.spread, mask=mask) for found in objects]
+    picture = blank(width, height)
+    before = picture.tobytes()
+    out = drawing.draw(picture, objects)
+    assert (out.mode, out.size) == ("RGB", (width, height)) and picture.tobytes() == before
+    lines = drawing.table(objects, width, height, True) + drawing.listing(objects, width, height)
+    assert lines.count("\n") == 2 * sum(found.box is not None for found in objects)
+
+
+def test_nothing_found_changes_nothing():
+    assert not changed(drawing.draw(blank(), []), blank()).any()
+
+
+def test_a_frame_lies_just_inside_its_box():
+    out = np.asarray(drawing.draw(blank(1000, 1000), [Found("", Box(0.2, 0.1, 0.6, 0.9))]))
+    color = drawing.PALETTE[0]
+    assert tuple(out[200, 500]) == tuple(out[599, 500]) == tuple(out[400, 100]) == tuple(out[400, 899]) == color
+    assert tuple(out[400, 500]) == GREY and tuple(out[190, 500]) == GREY
+
+
+def test_lines_and_letters_grow_with_the_picture():
+    found = [Found("cat", Box(0.2, 0.2, 0.8, 0.8), score=0.5)]
+
+    def covered(side):
+        return changed(drawing.draw(blank(side, side), found), blank(side, side)).mean()
+
+    assert covered(2000) == pytest.approx(covered(800), rel=0.15)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.tuples(fractions, fractions), st.integers(20, 400), st.integers(20, 400))
+def test_labels_never_leave_the_picture(corner, width, height):
+    label = drawing.fit("a label 0.50", 12, width, height)
+    box = drawing.rectangle(Box(corner[0], corner[1], corner[0], corner[1]), width, height)
+    spot = drawing.place(box, drawing.measure(*label)[:2], [], width, height)
+    assert 0 <= spot[0] < spot[2] <= width and 0 <= spot[1] < spot[3] <= height
+
+
+def test_labels_of_equal_boxes_do_not_cover_each_other():
+    taken = []
+    for _ in range(6):
+        spot = drawing.place((40, 60, 200, 160), (90, 16), taken, 300, 200)
+        assert not any(drawing.overlap(spot, other) for other in taken)
+        taken.append(spot)
+
+
+def test_a_label_shrinks_then_is_cut_then_left_out():
+    assert drawing.fit("cat", 12, 300, 200) == ("cat", 12)
+    text, size = drawing.fit("a cat on a mat", 12, 70, 200)
+    assert text == "a cat on a mat" and size < 12
+    text, size = drawing.fit("a cat on a mat", 12, 40, 200)
+    assert text.endswith("…") and size == drawing.SMALLEST_LETTER
+    assert drawing.fit("a cat on a mat", 12, 300, 4) is None and drawing.fit("a cat", 12, 3, 100) is None
+
+
+def test_unsure_edges_are_shaded_and_sure_ones_are_not():
+    box = Box(0.3, 0.3, 0.7, 0.7)
+    sure = drawing.draw(blank(), [Found("", box, spread=(0, 0, 0, 0))])
+    unsure = np.asarray(drawing.draw(blank(), [Found("", box, spread=(0.05, 0, 0, 0))])).astype(int)
+    assert changed(sure, drawing.draw(blank(), [Found("", box)])).sum() < 100
+    shade = np.abs(unsure - GREY).sum(-1)
+    assert shade[50, 150] > 10 and shade[50, 150] > shade[40, 150] > 0  # fades away from the upper edge, at y = 60
+    assert shade[150, 150] == 0 and shade[100, 220] == 0
+
+
+def test_masks_are_coloured_and_outlined_where_they_are():
+    mask = np.zeros((200, 300), bool)
+    mask[50:150, 100:200] = True
+    out = np.asarray(drawing.draw(blank(), [Found("", Box(0, 0, 1, 1), mask=mask)]))
+    inside, edge = out[100, 150], out[51, 150]
+    assert tuple(out[20, 150]) == GREY and tuple(inside) != GREY
+    assert np.abs(edge - np.array(drawing.PALETTE[0])).sum() < np.abs(inside - np.array(drawing.PALETTE[0])).sum()
+
+
+def test_a_mask_of_another_picture_is_not_drawn():
+    out = drawing.draw(blank(), [Found("", Box(0, 0, 1, 1), mask=np.ones((20, 20), bool))])
+    assert not changed(out, drawing.draw(blank(), [Found("", Box(0, 0, 1, 1))])).any()
+
+
+# Colours
+
+
+def test_labels_have_their_own_colours_and_equal_labels_the_same():
+    colors = drawing.palette(["cat", "dog", "cat", *map(str, range(12))])
+    assert len(set(colors.values())) == len(colors) == 14
+
+
+def test_text_on_every_colour_can_be_read():
+    for color in drawing.palette(map(str, range(21))).values():
+        assert drawing.contrast(drawing.ink(color), color) >= 4.5
+    assert drawing.contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
+
+
+# What the cones of people without red, green or blue vision make of linear RGB: Machado et al. 2009, severity 1.0.
+DEFICIENCIES = {
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+@pytest.mark.parametrize("kind", sorted(DEFICIENCIES))
+def test_the_seven_colours_differ_with_any_colour_vision(kind):
+    linear = (np.array(drawing.PALETTE) / 255) ** 2.2 @ np.array(DEFICIENCIES[kind]).T
+    seen = np.clip(linear, 0, 1) ** (1 / 2.2) * 255
+    gaps = [np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)]
+    assert min(gaps) > 25  # of 441 between black and white; the least are 30 (green and blue, tritan), 50 and 51
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", ["out.png", "out.JPG", "out.webp", "out.bmp", "out.tif"])
+def test_the_ending_of_the_name_is_the_format(tmp_path, name):
+    drawing.save(blank(), tmp_path / name)
+    with Image.open(tmp_path / name) as written:
+        assert written.size == (300, 200) and name.lower().endswith(drawing_suffixes(written.format))
+    assert os.listdir(tmp_path) == [name]
+
+
+def drawing_suffixes(kind):
+    return {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif"}[kind]
+
+
+def test_a_file_that_cannot_be_written_is_7_and_leaves_what_was_there(tmp_path, monkeypatch):
+    drawing.save(blank(), tmp_path / "out.png")
+    before = (tmp_path / "out.png").read_bytes()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OutputError, match="No space left on device") as error:
+        drawing.save(blank(color=(1, 2, 3)), tmp_path / "out.png")
+    assert error.value.code == 7 and (tmp_path / "out.png").read_bytes() == before and os.listdir(tmp_path) == ["out.png"]
+    with pytest.raises(OutputError):
+        drawing.save(blank(), tmp_path / "gone" / "out.png")
+
+
+# Letters
+
+
+def test_bars_are_as_long_as_the_score():
+    assert [drawing.bar(score) for score in (0, 0.5, 1, 7, 0.0625)] == [" " * 10, "█████     ", "█" * 10, "█" * 10, "▋         "]
+
+
+def test_a_table_is_aligned_whatever_letters_labels_have():
+    objects = [Found(label, Box(0, 0, 0.5, 0.5), score=0.5) for label in ("cat", "日本", "e\u0301", "")]
+    lines = drawing.table(objects, 100, 100, False).splitlines()
+    places = [drawing.shown_width(line[: line.index("0.50")]) for line in lines]
+    assert len(set(places)) == 1 and "(no label)" in lines[3]
+
+
+def test_a_listing_has_six_columns_and_no_object_without_a_box():
+    objects = [Found("a\tcat\n", Box(0.1, 0.2, 0.5, 1), score=0.25), Found("dog", None), Found("x", Box(0, 0, 1, 1))]
+    assert drawing.listing(objects, 200, 100) == "a cat\t0.2500\t40.0\t10.0\t200.0\t50.0\nx\t\t0.0\t0.0\t200.0\t100.0\n"
