@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import chain, groupby, pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 import machine
@@ -23,10 +23,10 @@ from outputs import Reading, as_json, read_ids
 
 if TYPE_CHECKING:
     import torch
-    from grammar import Grammar
     from PIL import Image
 
     from generation import Answer
+    from grammar import Grammar
     from modeling_paligemma import PaliGemmaForConditionalGeneration
     from processing_paligemma import PaliGemmaProcessor
     from segmentation import MaskCodec
@@ -243,6 +243,7 @@ class Annotator:
         self.language = language
         self.denominator = denominator
         self.sampling = sampling or {}
+        self.grammars: dict[tuple[str, str], Grammar] = {}  # of the last labels asked for
         self.encoded: tuple[Image.Image | None, torch.Tensor | None] = (None, None)  # the last picture asked about twice
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Result]]:
@@ -255,16 +256,6 @@ class Annotator:
         Raises: DeviceError when memory runs out with a single row, GenerationError for logits that are not numbers.
         """
         arrivals = pairwise(chain(enumerate(requests), [None]))  # each with the one that follows
-
-        def labels(arrival: tuple) -> tuple | None:
-            request = arrival[0][1]
-            return (request.task, request.text) if self.uses_grammar and request.task in OBJECT_TASKS else None
-
-        for _, group in groupby(arrivals, labels):
-            yield from self.run_group(group)
-
-    def run_group(self, arrivals: Iterator[tuple]) -> Iterator[tuple[int, Result]]:
-        """Answers requests that share a grammar, or have none; with half the rows from when memory runs out."""
         while True:
             in_flight: dict[int, tuple] = {}
             try:
@@ -283,18 +274,13 @@ class Annotator:
         from generation import generate_many
 
         failed: list[tuple[int, Result]] = []
-        first = next(arrivals, None)
-        if first is None:
-            return
-        grammar = self.grammar(first[0][1])
         for answer in generate_many(
             self.model,
-            self.inputs(chain([first], arrivals), in_flight, failed),
+            self.inputs(arrivals, in_flight, failed),
             rows=self.rows,
             max_new_tokens=self.max_new_tokens,
             eos_token_id=self.model.config.eos_token_id,
             locations=self.processor.locations,
-            **({} if grammar is None else {"grammar": grammar}),
             **self.sampling,
         ):
             yield from failed
@@ -304,12 +290,17 @@ class Annotator:
         yield from failed
 
     def grammar(self, request: Request) -> "Grammar | None":
-        """What holds the answers of this request and those like it to valid output, if that is wanted."""
+        """What holds the answer to valid output, if that is wanted; requests with the same labels share it."""
         if not (self.uses_grammar and request.task in OBJECT_TASKS):
             return None
         from grammar import Grammar
 
-        return Grammar.for_objects(self.processor, split_objects(request.text), with_masks=request.task == "segment")
+        key = request.task, request.text
+        if key not in self.grammars:
+            labels = [""] if self.kind == "refcoco-seg" else split_objects(request.text)  # its answers have no labels
+            with_masks = request.task == "segment"
+            self.grammars = {key: Grammar.for_objects(self.processor, labels, with_masks=with_masks)}
+        return self.grammars[key]
 
     def inputs(self, arrivals: Iterator[tuple], in_flight: dict[int, tuple], failed: list[tuple[int, Result]]) -> Iterator[dict]:
         """The model's input for each request, made when a row is free; what is wrong with a request goes to `failed`."""
@@ -325,6 +316,7 @@ class Annotator:
                 inputs = self.processor.tokens([1], self.wording(request))
                 is_shared = following is not None and following[1].picture is request.picture
                 inputs |= self.look(request.picture, is_shared)
+                inputs["grammar"] = self.grammar(request)
                 only_row(inputs, self.model.config)  # refuses what generate_many would, while it is one request's fault
             except DeviceError:
                 raise
