@@ -178,15 +178,20 @@ def printable(text: str, keep: str = "\n\t") -> str:
     return "".join(c for c in text if c in keep or not (ord(c) < 32 or 127 <= ord(c) < 160))
 
 
-def write(text: str) -> None:
-    """Puts text on stdout at once; on a terminal, without control characters. Raises: OutputError, BrokenPipeError."""
+def put(text: str) -> None:
+    """Puts text on stdout at once, as it is. Raises: OutputError, BrokenPipeError."""
     try:
-        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+        sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
         raise OutputError(f"stdout cannot be written. {error.strerror}. Make room, or write elsewhere.") from error
+
+
+def write(text: str) -> None:
+    """Puts text on stdout; on a terminal, without control characters."""
+    put(printable(text) if sys.stdout.isatty() else text)
 
 
 def note(text: str) -> None:

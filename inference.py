@@ -1,9 +1,13 @@
-"""Ask a PaliGemma about a picture: `python inference.py --image_file_path cat.jpg --prompt "caption en"`.
+"""Ask a PaliGemma about a picture: `python inference.py detect street.jpg car person --save out.png`.
 
-Without flags it answers the bundled question about the bundled picture with the bundled checkpoint. The answer goes to
-stdout, everything else to stderr; exit codes are in errors.py. Reading order: Flags (what can be asked for), Session (a model
-and its pictures), program (what happens, in order). torch is imported only after flags and pictures turned out to be fine.
-Checked in tests/test_inference.py.
+There are two ways to ask. A verb (caption, ask, detect, segment, ocr, count) in front of the picture writes the prompt that the
+checkpoint was taught and gives typed results: tables, JSON, drawings, annotation files. The classic flags, `--image_file_path
+cat.jpg --prompt "caption en"`, hand any prompt through as it is. Without anything it answers the bundled question about the
+bundled picture with the bundled checkpoint.
+
+The answer goes to stdout, everything else to stderr; exit codes are in errors.py. Reading order: Flags (what can be asked for),
+Session (a model and its pictures), answer_prompt and answer_verb (the two ways, in order). torch is imported only after flags
+and pictures turned out to be fine. Checked in tests/test_inference.py.
 """
 
 import sys
@@ -14,133 +18,105 @@ if sys.version_info < (3, 10):
 import json
 import math
 import os
-import re
 import secrets
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import commandline
 import machine
+import verbs
 from commandline import note, write
-from errors import CheckpointError, ImageError, PaliGemmaError, PromptError, UsageError
+from errors import AccessError, ImageError, PaliGemmaError, PromptError, UsageError
+from options import Checkpoint, ModelFlags, PictureFlags, ResultFlags, bundled, read_picture, require, split_pictures
+from tasks import ANSWER_TOKENS, Annotator, Request, Result, checkpoint_kind, doubt, prompt
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
     from modeling_paligemma import PaliGemmaForConditionalGeneration
+    from segmentation import MaskCodec
 
-BUNDLED_MODEL, BUNDLED_PICTURE, BUNDLED_QUESTION = "demo/checkpoint", "examples/shapes.png", "caption en"
-STDIN_BYTES = 64 << 20  # a picture piped in is read up to here
-SMALL_MODEL = 32 << 20  # bytes that a core's cache nearly holds: handing parts to other cores takes longer than doing them
+BUNDLED_PICTURE, BUNDLED_QUESTION = "examples/shapes.png", "caption en"
+LONGEST_ANSWER = 100  # tokens, if neither --max_tokens_to_generate nor a verb says more
+ROWS = 4  # answers in flight, of a verb
 ANSWER_ROOM = 64  # tokens that a prompt cut by --truncate_prompt leaves for the answer
 REPEATS = 3  # an object said that many times in a row is not an answer any more
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class Flags(ModelFlags, PictureFlags, ResultFlags):
     """Asks a PaliGemma model about a picture and prints its answer.
 
-    Without --prompt it captions, or asks you again and again if this is a terminal. Without --image_file_path it looks at
-    the bundled picture, without --model_path it takes the bundled model, which knows coloured shapes and nothing else.
+      python inference.py detect street.jpg car person --save out.png     a verb: caption, ask, detect, segment, ocr or count;
+      python inference.py ask cat.jpg "what is on the table?" --json      `inference.py detect --help` shows more of each
+      python inference.py --image_file_path cat.jpg --prompt "caption en" any prompt, word for word
+
+    Pictures are files, http(s) addresses, or - for stdin; several with commas between them, behind a verb with spaces, too.
+    Behind a verb each is asked about on its own; with --prompt they are asked about together. Without a verb and --prompt it
+    captions, or asks you again and again if this is a terminal. Without a picture it looks at the bundled one, without
+    --model_path it takes the bundled model, which knows coloured shapes and nothing else.
 
     Args:
-        model_path: a folder in hub layout, or a hub id such as google/paligemma2-3b-mix-224
         prompt: what to ask: "caption en", "answer en what is this?", "detect cat", "segment cat", "ocr"
         image_file_path: a file, an http(s) address, or - for stdin; several with commas between them
-        max_tokens_to_generate: the longest answer
         temperature: with --do_sample: below 1 careful, above 1 daring, 0 none
         top_p: with --do_sample: only the likeliest tokens that together reach this probability
         do_sample: draw each token at random instead of taking the likeliest
-        only_cpu: do not use a GPU
-        device: auto, cpu, cuda, cuda:N or mps
         top_k: with --do_sample: only that many of the likeliest tokens
         seed: of the random draws; the same seed gives the same answer
-        dtype: bf16, fp16 or fp32; as stored if not given
-        json: print one JSON object instead of the text
+        json: print one JSON object an answer instead of text
         stream: print words as they come; on a terminal that is so anyway, unless --stream=false
-        quantize: int8 or int4: smaller and faster, a little less exact
-        quantize_vision: quantize the vision tower too
-        revision: branch, tag or commit of a hub id
-        background: colour behind transparent pixels; drop ignores transparency
-        frame: which frame of an animated picture
-        ignore_exif: do not turn the picture upright
-        max_pixels: refuse larger pictures
-        allow_truncated: accept a picture whose file ends early
         truncate_prompt: cut a prompt that is too long instead of refusing it
-        allow_nonfinite: load weights even if some are not numbers
+        save: the picture with what was found drawn into it: out.png; of several pictures out-1.png, out-2.png
+        export: what was found as COCO (.json), Pascal VOC (.xml), YOLO (.txt) or a table (.csv)
         verbose: say how long everything took, and how fast this machine could be at best
         debug: print the traceback of an error
     """
 
-    model_path: str | None = None
+    words: commandline.Words = ()
     prompt: str | None = None
     image_file_path: str | None = None
-    max_tokens_to_generate: int = 100
     temperature: float = 0.8
     top_p: float = 0.9
     do_sample: bool = False
-    only_cpu: bool = False
-    device: str = "auto"
     top_k: int | None = None
     seed: int | None = None
-    dtype: str | None = None
     json: bool = False
     stream: bool | None = None
-    quantize: str | None = None
-    quantize_vision: bool = False
-    revision: str | None = None
-    background: str = "white"
-    frame: int = 0
-    ignore_exif: bool = False
-    max_pixels: int = 50_000_000
-    allow_truncated: bool = False
     truncate_prompt: bool = False
-    allow_nonfinite: bool = False
+    save: str | None = None
+    export: str | None = None
     verbose: bool = False
     debug: bool = False
 
     def __post_init__(self):
-        dtypes = ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
-        for name, is_fine, needed in (
-            ("max_tokens_to_generate", self.max_tokens_to_generate >= 1, "a whole number from 1 up"),
+        for group in (ModelFlags, PictureFlags, ResultFlags):
+            group.__post_init__(self)
+        require(
+            self,
             ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "a number from 0 (greedy) up"),
             ("top_p", 0 < self.top_p <= 1, "a number above 0 and up to 1"),
             ("top_k", self.top_k is None or self.top_k >= 1, "a whole number from 1 up"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
-            ("device", re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|mps", self.device), "auto, cpu, cuda, cuda:N or mps"),
-            ("dtype", self.dtype is None or self.dtype in dtypes, "bf16, fp16 or fp32"),
-            ("quantize", self.quantize in (None, "int8", "int4"), "int8 or int4"),
-            ("frame", self.frame >= 0, "a whole number from 0 up"),
-            ("max_pixels", self.max_pixels >= 1, "a whole number from 1 up"),
             ("image_file_path", self.image_file_path != "", "a file, an address or -"),
-            ("model_path", self.model_path != "", "a folder or a hub id"),
-        ):
-            if not is_fine:
-                raise UsageError(f"--{name} is {getattr(self, name)!r}, but {needed} is needed.")
-        for name, is_clash, advice in (
-            ("--only_cpu", self.only_cpu and self.device not in ("auto", "cpu"), f"forbids --device {self.device}. Drop one."),
-            ("--quantize_vision", self.quantize_vision and not self.quantize, "needs --quantize int8 or int4. Add it."),
-            ("--json", self.json and self.stream, "prints one object at the end. Drop --stream."),
-        ):
-            if is_clash:
-                raise UsageError(f"{name} {advice}")
+        )
+        given = {each.name for each in fields(self) if getattr(self, each.name) != each.default}
+        if self.words:
+            verbs.check_flags(verbs.read_words(self.words), given, self.save, self.export)
+        elif early := [name for name in verbs.FITS if name in given]:
+            name, verb = early[0], verbs.FITS[early[0]][0]
+            raise UsageError(f"--{name} goes with a verb. Write inference.py {verb} PICTURE ... --{name} ...")
+        if self.json and self.stream:
+            raise UsageError("--json prints one object at the end. Drop --stream.")
 
 
 # What was asked for
-
-
-def bundled(name: str) -> str:
-    """A file that comes with this program: beside it in a clone; after `pip install` under the share/ next to lib/."""
-    here = Path(__file__).resolve().parent
-    for folder in (here, *(above / "share" / "paligemma" for above in here.parents[:3])):
-        if (folder / name).exists():
-            return str(folder / name)
-    raise CheckpointError(f"{name} did not come with this installation. Give --model_path, --image_file_path and --prompt.")
 
 
 def as_utf8(prompt: str) -> str:
@@ -149,62 +125,6 @@ def as_utf8(prompt: str) -> str:
         return os.fsencode(prompt).decode()
     except UnicodeError as error:
         raise PromptError("the prompt is not valid UTF-8. Type it in a terminal that uses UTF-8.") from error
-
-
-def split_pictures(text: str) -> list[str]:
-    """The names between the commas; commas of a file that exists, of an address or of a data: URI stay in their name."""
-    parts, names = text.split(","), []
-    while parts:
-        longest = range(len(parts), 0, -1)
-        if parts[0].startswith("data:"):
-            taken = min(2, len(parts))
-        elif parts[0].startswith(("http://", "https://")):
-            following = (i for i in range(1, len(parts)) if ":" in parts[i] or parts[i] == "-" or os.path.exists(parts[i]))
-            taken = next(following, len(parts))
-        else:
-            taken = next((i for i in longest if os.path.exists(os.path.expanduser(",".join(parts[:i])))), 1)
-        names.append(",".join(parts[:taken]))
-        parts = parts[taken:]
-    if "" in names:
-        raise UsageError(f"--image_file_path is {text!r}, with no name beside a comma. Take the comma out.")
-    if names.count("-") > 1:
-        raise UsageError(f"--image_file_path is {text!r}, but stdin can be read only once. Give - once.")
-    return names
-
-
-def read_stdin() -> bytes:
-    """The picture that is piped in."""
-    if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("--image_file_path - reads a picture from stdin, which is not piped. Write: inference.py ... < cat.jpg")
-    data = sys.stdin.buffer.read(STDIN_BYTES + 1)
-    if len(data) > STDIN_BYTES:
-        raise ImageError(f"the picture on stdin is larger than {STDIN_BYTES >> 20} MB. Make it smaller.", path="-")
-    return data
-
-
-def read_pictures(flags: Flags) -> list["Image.Image"]:
-    """The pictures of --image_file_path, or the bundled one, upright and RGB."""
-    from images import load_image
-
-    pictures = []
-    for name in split_pictures(flags.image_file_path or bundled(BUNDLED_PICTURE)):
-        notes: list[str] = []
-        is_file = not name.startswith(("data:", "http://", "https://"))
-        source = read_stdin() if name == "-" else os.path.expanduser(name) if is_file else name
-        pictures.append(
-            load_image(
-                source,
-                background=flags.background,
-                ignore_exif=flags.ignore_exif,
-                max_pixels=flags.max_pixels,
-                frame=flags.frame,
-                allow_truncated=flags.allow_truncated,
-                notes=notes,
-            )
-        )
-        for text in notes:
-            note(f"note: {text}")
-    return pictures
 
 
 def is_terminal(stream: object) -> bool:
@@ -270,6 +190,36 @@ def is_looping(text: str) -> bool:
     return len(objects) == REPEATS and len(set(objects)) == 1 and "<loc" in objects[0]
 
 
+def open_checkpoint(flags: Flags) -> Checkpoint:
+    """The model that the flags name, without its weights."""
+    machine.use_cores()
+    import weights
+
+    return Checkpoint(flags, weights)
+
+
+def load(checkpoint: Checkpoint, is_verbose: bool) -> "PaliGemmaForConditionalGeneration":
+    """The model with its weights."""
+    import torch
+
+    start = time.perf_counter()
+    model = checkpoint.load()
+    if is_verbose:
+        spent = time.perf_counter() - start
+        note(f"loaded {checkpoint.name} in {spent:.2f} s: {model.dtype}, {model.device}, threads: {torch.get_num_threads()}")
+    return model
+
+
+def longest_answer(flags: Flags) -> int:
+    """In tokens."""
+    return flags.max_tokens_to_generate or ANSWER_TOKENS.get(flags.words[0] if flags.words else "", LONGEST_ANSWER)
+
+
+def choose_seed(flags: Flags) -> int | None:
+    """The seed asked for; where draws are random and none was, one that can be asked for again."""
+    return secrets.randbelow(2**31) if flags.do_sample and flags.seed is None else flags.seed
+
+
 class Session:
     """A model, and pictures to ask it about.
 
@@ -279,45 +229,18 @@ class Session:
     """
 
     def __init__(self, flags: Flags, pictures: list["Image.Image"]):
-        machine.use_cores()
-        machine.check_torch()
-        import torch
-
-        import weights
-        from processing_paligemma import PaliGemmaProcessor
-
         self.flags = flags
         self.pictures = pictures
-        self.name = flags.model_path or bundled(BUNDLED_MODEL)
-        self.device = weights.find_device("cpu" if flags.only_cpu else flags.device)
-        self.folder = weights.resolve(os.path.expanduser(self.name), flags.revision)
-        self.config = weights.read_config(self.folder)
-        self.processor = PaliGemmaProcessor.from_pretrained(self.folder)
+        self.checkpoint = open_checkpoint(flags)
+        self.config, self.processor = self.checkpoint.config, self.checkpoint.processor
         self.pixels = self.processor.pixels(pictures)
         self.model: PaliGemmaForConditionalGeneration | None = None
         self.image_features: torch.Tensor | None = None
-        if sum(file.stat().st_size for file in self.folder.glob("*.safetensors") if file.is_file()) < SMALL_MODEL:
-            torch.set_num_threads(1)
-        self.threads = torch.get_num_threads()
-        self.seed = secrets.randbelow(2**31) if flags.do_sample and flags.seed is None else flags.seed
+        self.seed = choose_seed(flags)
 
     def load(self) -> None:
         """Brings the weights in. Apart from __init__ so that a prompt can be checked before."""
-        import weights
-
-        flags, start = self.flags, time.perf_counter()
-        with machine.memory_errors("loading the weights"):
-            self.model = weights.load_model(
-                self.folder,
-                device=self.device,
-                dtype=flags.dtype,
-                quantize=flags.quantize,
-                quantize_vision=flags.quantize_vision,
-                allow_nonfinite=flags.allow_nonfinite,
-            )
-        if flags.verbose:
-            spent = time.perf_counter() - start
-            note(f"loaded {self.name} in {spent:.2f} s: {self.model.dtype}, {self.device}, threads: {self.threads}")
+        self.model = load(self.checkpoint, self.flags.verbose)
 
     def inputs(self, prompt: str) -> dict:
         """The processor's dict for one question, without pixels. Raises: PromptError if it leaves no room for an answer."""
@@ -344,7 +267,7 @@ class Session:
     def encode_pictures(self) -> None:
         """Runs the vision tower now, so that no question needs to."""
         with machine.memory_errors("looking at the picture"):
-            self.image_features = self.model.encode_images(self.pixels.to(self.device))
+            self.image_features = self.model.encode_images(self.pixels)
 
     def steps(self, inputs: dict) -> Iterator[tuple[int, float]]:
         """The answer's tokens and their logprobs, one by one."""
@@ -356,12 +279,12 @@ class Session:
         else:
             inputs = inputs | {"image_features": self.image_features}
         room = self.config.text_config.max_position_embeddings - inputs["input_ids"].shape[1]
-        if flags.max_tokens_to_generate > room:
+        if flags.max_tokens_to_generate is not None and flags.max_tokens_to_generate > room:
             note(f"note: --max_tokens_to_generate {flags.max_tokens_to_generate} is cut to {room}, where the context ends.")
         for step in generate_steps(
             self.model,
             inputs,
-            max_new_tokens=min(flags.max_tokens_to_generate, room),
+            max_new_tokens=min(longest_answer(flags), room),
             do_sample=flags.do_sample,
             temperature=flags.temperature,
             top_p=flags.top_p,
@@ -412,16 +335,16 @@ class Session:
     def print(self, answer: Answer, rest: str) -> None:
         """Writes the answer, or what is left of it after streaming."""
         if self.flags.json:
-            write(json.dumps(asdict(answer) | {"model": self.name, "seed": self.seed}) + "\n")
+            write(json.dumps(asdict(answer) | {"model": self.checkpoint.name, "seed": self.seed}) + "\n")
         else:
             write(rest + "\n")
 
     def print_speed(self, answer: Answer, seconds: list[float]) -> None:
         """How long reading and writing took, beside the least time that this machine could take (see machine.py)."""
         products = machine.prefill_products(self.config, len(self.pictures), answer.prompt_tokens)
-        rate = machine.matrix_rate(self.device, self.model.dtype)
+        rate = machine.matrix_rate(self.model.device, self.model.dtype)
         weights = sum(tensor.nbytes for tensor in self.model.language_model.state_dict().values())
-        bandwidth = machine.read_bandwidth(self.device)
+        bandwidth = machine.read_bandwidth(self.model.device)
         note(
             f"prefill: {seconds[0] * 1e3:.1f} ms for {answer.prompt_tokens} tokens; floor {products / rate * 1e3:.1f} ms "
             f"({products / 1e9:.3g} G multiply-adds at the measured {rate / 1e9:.3g} G/s)"
@@ -432,7 +355,7 @@ class Session:
                 f"decode: {decode * 1e3:.2f} ms a token, {1 / decode:.1f} tokens/s; floor {weights / bandwidth * 1e3:.2f} ms "
                 f"({machine.size(weights)} of weights at the measured {machine.size(bandwidth)}/s)"
             )
-        note(f"peak memory: {machine.size(machine.peak_memory(self.device))}")
+        note(f"peak memory: {machine.size(machine.peak_memory(self.model.device))}")
 
 
 def note_unused(flags: Flags) -> None:
@@ -443,32 +366,137 @@ def note_unused(flags: Flags) -> None:
         note(f"note: {', '.join(changed)} without --do_sample changes nothing.")
 
 
-def program(flags: Flags) -> None:
-    """Pictures, prompt, model, answer: in this order, so that what is wrong is said before the slow part."""
-    commandline.relay_logs(flags.verbose)
-    note_unused(flags)
-    prompt = choose_prompt(flags)
-    if flags.image_file_path is None:
-        note(f'note: this asks "{prompt}" about the bundled picture, {bundled(BUNDLED_PICTURE)}; --help lists the flags.')
-    session = Session(flags, read_pictures(flags))
-    is_streaming = not flags.json and (is_terminal(sys.stdout) if flags.stream is None else flags.stream)
-    if prompt is not None:
-        inputs = session.inputs(prompt)
-        session.load()
-        session.answer(inputs, is_streaming)
-        return
+def is_streamed(flags: Flags) -> bool:
+    """Whether words are printed as they come."""
+    return not flags.json and (is_terminal(sys.stdout) if flags.stream is None else flags.stream)
+
+
+def answer_once(flags: Flags, pictures: list["Image.Image"], prompt: str) -> None:
+    """Prompt, model, answer: in this order, so that what is wrong is said before the slow part."""
+    session = Session(flags, pictures)
+    inputs = session.inputs(prompt)
+    session.load()
+    session.answer(inputs, is_streamed(flags))
+
+
+def answer_typed(flags: Flags, pictures: list["Image.Image"]) -> None:
+    """Answers whatever somebody types."""
+    session = Session(flags, pictures)
     session.load()
     session.encode_pictures()
-    for prompt in typed_prompts():
+    for typed in typed_prompts():
         try:
-            session.answer(session.inputs(as_utf8(prompt)), is_streaming)
+            session.answer(session.inputs(as_utf8(typed)), is_streamed(flags))
         except PaliGemmaError as error:
             commandline.report(error, flags.json, flags.debug)
 
 
+def answer_prompt(flags: Flags) -> None:
+    """The classic way: one prompt about all pictures at once."""
+    prompt = choose_prompt(flags)
+    if flags.image_file_path is None:
+        note(f'note: this asks "{prompt}" about the bundled picture, {bundled(BUNDLED_PICTURE)}; --help lists the flags.')
+    names = split_pictures(flags.image_file_path or bundled(BUNDLED_PICTURE))
+    pictures = [read_picture(name, flags) for name in names]
+    if prompt is None:
+        answer_typed(flags, pictures)
+    else:
+        answer_once(flags, pictures, prompt)
+
+
+# A verb
+
+
+def in_order(results: Iterable[tuple[int, Result]]) -> Iterator[Result]:
+    """Results in the order of their requests, each as soon as those before it have come."""
+    waiting, following = {}, 0
+    for index, result in results:
+        waiting[index] = result
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
+
+
+def try_picture(name: str, flags: Flags) -> "Image.Image | PaliGemmaError":
+    """The picture, or the reason why there is none."""
+    try:
+        return read_picture(name, flags)
+    except (ImageError, AccessError) as error:
+        return error
+
+
+def find_masks(flags: Flags, checkpoint: Checkpoint) -> "MaskCodec | None":
+    """What decodes the masks of `segment`, if it is there; else a note says how to get it."""
+    from segmentation import find_codec, load_codec
+
+    file = find_codec(checkpoint.folder, flags.mask_codec)
+    if file is None:
+        note("note: boxes only, because vae-oid.npz, which decodes masks, is not in the model's folder; see --mask_codec.")
+    return None if file is None else load_codec(file)
+
+
+def open_annotator(flags: Flags, job: verbs.Job, extra: dict) -> Annotator:
+    """What answers the job; `extra` gets what its JSON shall say of it."""
+    checkpoint = open_checkpoint(flags)
+    codec = find_masks(flags, checkpoint) if job.task == "segment" else None
+    sampling = {name: getattr(flags, name) for name in ("do_sample", "temperature", "top_p", "top_k")}
+    extra |= {"model": checkpoint.name, "seed": choose_seed(flags)}
+    return Annotator(
+        load(checkpoint, flags.verbose),
+        checkpoint.processor,
+        codec=codec,
+        rows=min(ROWS, len(job.pictures) * len(job.texts)),
+        max_new_tokens=longest_answer(flags),
+        uses_grammar=flags.grammar,
+        min_score=flags.min_score,
+        kind=checkpoint.kind,
+        language=flags.language,
+        denominator=flags.denominator,
+        sampling=sampling | {"seed": extra["seed"]},
+    )
+
+
+def answer_verb(flags: Flags) -> None:
+    """Typed results for each picture; those after the first are read when their turn comes, and a bad one ends nothing."""
+    job = verbs.read_words(tuple(map(as_utf8, flags.words)))
+    kind = checkpoint_kind(flags.model_path or "")
+    if doubtful := doubt(job.task, kind):
+        note(f"note: {doubtful}")
+    first = try_picture(job.pictures[0], flags)
+    if job.is_single and isinstance(first, PaliGemmaError):
+        raise first
+    if job.is_single and job.task in ("caption", "ask", "ocr") and not flags.json:  # nothing but text, so it can be streamed
+        answer_once(flags, [first], prompt(job.task, job.texts[0], kind, flags.language))
+        return
+    extra: dict = {}
+    annotator = open_annotator(flags, job, extra)
+    desk = verbs.Desk(job, flags, extra)
+    pictures: deque = deque()  # of requests whose results have not come yet
+
+    def requests() -> Iterator[Request]:
+        for i, name in enumerate(job.pictures):
+            picture = try_picture(name, flags) if i else first
+            for text in job.texts:
+                pictures.append(picture)
+                yield Request(picture=picture, task=job.task, text=text, image=name)
+
+    for result in in_order(annotator.run(requests())):
+        desk.take(result, pictures.popleft())
+    desk.close()
+
+
+def program(flags: Flags) -> None:
+    commandline.relay_logs(flags.verbose)
+    note_unused(flags)
+    if flags.words:
+        answer_verb(flags)
+    else:
+        answer_prompt(flags)
+
+
 def main() -> int:
     sys.excepthook = commandline.report_bug
-    return commandline.run(Flags, program)
+    return commandline.run(Flags, program, topics=verbs.HELP)
 
 
 if __name__ == "__main__":

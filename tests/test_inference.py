@@ -19,6 +19,9 @@ from PIL import Image
 
 import commandline
 import inference
+import options
+import segmentation
+import verbs
 import weights
 from errors import GenerationError, ImageError, PromptError, UsageError
 from inference import Flags
@@ -78,7 +81,8 @@ ENDLESS = ("--model_path=long", "--image_file_path=cat.png", "--prompt=ocr", "--
         "temperature=-1", "temperature=nan", "temperature=inf", "top_p=0", "top_p=1.5", "top_p=-0.1", "top_p=nan", "top_k=0",
         "max_tokens_to_generate=0", "max_tokens_to_generate=-1", "max_tokens_to_generate=1.5", "seed=-1", f"seed={2**70}",
         "device=gpu", "device=cuda:x", "dtype=int8", "quantize=int3", "quantize_vision", "frame=-1", "max_pixels=0",
-        "image_file_path=", "model_path=", "max_tokens=5", "only_cpu --device=cuda", "json --stream",
+        "image_file_path=", "model_path=", "max_tokens=5", "only_cpu --device=cuda", "json --stream", "min_score=1.1",
+        "min_score=nan", "denominator=1000", "language=french", "mask_codec=", "save=out.png", "export=out.json", "grammar",
     ],
 )  # fmt: skip
 def test_flags_out_of_range_are_2_and_named(flag, capsys):
@@ -97,9 +101,11 @@ def test_wrong_usage_is_answered_before_anything_slow_is_imported(world):
         "slow = {'torch', 'numpy', 'PIL', 'tokenizers', 'safetensors', 'transformers', 'huggingface_hub'} & set(sys.modules); "
         "print(code, sorted(slow))"
     )
-    for argv in (["--promt", "x"], ["--temperature", "-1"], ["--help"]):
+    wrong_verbs = "detct a.png b,detect,detect nothing,ocr cat.png --save=x.png,detect cat.png a --stream,ocr cat.png --save=x.y"
+    wrong = [["--promt", "x"], ["--temperature", "-1"], *(words.split() for words in wrong_verbs.split(","))]
+    for argv in (*wrong, ["--help"], ["detect", "--help"]):
         done = subprocess.run([sys.executable, "-c", script, str(ROOT), *argv], cwd=world, capture_output=True, text=True)
-        assert done.stdout.splitlines()[-1] == ("0 []" if argv == ["--help"] else "2 []"), done.stderr
+        assert done.stdout.splitlines()[-1] == ("0 []" if "--help" in argv else "2 []"), done.stderr
 
 
 def test_running_imports_neither_transformers_nor_the_hub(world):
@@ -119,7 +125,7 @@ def test_pictures_are_split_at_commas_but_not_within_names(world, monkeypatch):
     monkeypatch.chdir(world)
     for name in ("a,b.png", "c.png", "d,e,f.png"):
         (world / name).touch()
-    split = inference.split_pictures
+    split = options.split_pictures
     assert split("c.png") == ["c.png"]
     assert split("c.png,a,b.png") == ["c.png", "a,b.png"]
     assert split("d,e,f.png,c.png,missing.png") == ["d,e,f.png", "c.png", "missing.png"]
@@ -131,7 +137,7 @@ def test_pictures_are_split_at_commas_but_not_within_names(world, monkeypatch):
 @pytest.mark.parametrize("text", ["a.png,,b.png", "a.png,", ",", "-,-"])
 def test_a_comma_without_a_name_or_two_stdins_are_refused(text):
     with pytest.raises(UsageError):
-        inference.split_pictures(text)
+        options.split_pictures(text)
 
 
 def test_a_prompt_is_the_bytes_that_were_typed():
@@ -167,9 +173,9 @@ def test_too_much_on_stdin_is_3(monkeypatch):
         buffer = io.BytesIO(b"x" * 100)
 
     monkeypatch.setattr(sys, "stdin", Pipe())
-    monkeypatch.setattr(inference, "STDIN_BYTES", 99)
+    monkeypatch.setattr(options, "STDIN_BYTES", 99)
     with pytest.raises(ImageError):
-        inference.read_stdin()
+        options.read_stdin()
 
 
 def test_a_picture_without_a_prompt_is_captioned_with_a_note(ask):
@@ -203,7 +209,7 @@ def test_a_prompt_beyond_the_context_is_cut_on_request(ask):
 
 
 def test_nothing_given_asks_the_bundled_question_about_the_bundled_picture(ask, world, monkeypatch):
-    monkeypatch.setattr(inference, "BUNDLED_MODEL", str(world / "model"))
+    monkeypatch.setattr(options, "BUNDLED_MODEL", str(world / "model"))
     monkeypatch.setattr(inference, "BUNDLED_PICTURE", str(world / "cat.png"))
     monkeypatch.setattr(inference, "BUNDLED_QUESTION", "caption en")
     expected = answer_of(ask("--json"))
@@ -214,7 +220,7 @@ def test_nothing_given_asks_the_bundled_question_about_the_bundled_picture(ask, 
 
 
 def test_without_the_bundled_files_it_says_what_to_give(ask, monkeypatch):
-    monkeypatch.setattr(inference, "BUNDLED_MODEL", "gone/checkpoint")
+    monkeypatch.setattr(options, "BUNDLED_MODEL", "gone/checkpoint")
     code, _, err = ask(model=None)
     assert code == 4 and "gone/checkpoint" in err and "--model_path" in err
 
@@ -359,6 +365,187 @@ def test_memory_that_runs_out_is_6(ask, monkeypatch):
     monkeypatch.setattr(weights, "load_model", greedy)
     code, _, err = ask()
     assert code == 6 and "memory ran out while loading" in err and "--quantize int8" in err
+
+
+# Verbs
+
+
+@pytest.fixture
+def verb(tmp_path, monkeypatch, capsys):
+    """Runs a verb in this process, in an empty folder, with the bundled checkpoint: verb("caption", SHAPES) -> code, out, err."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv):
+        code = commandline.run(Flags, inference.program, list(argv), verbs.HELP)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+SHAPES, CAT = str(ROOT / "examples" / "shapes.png"), str(ROOT / "examples" / "cat.png")
+CAPTION = "an orange cross, a yellow circle and a purple heart"
+
+
+def test_verbs_answer_in_plain_text(verb):
+    assert verb("caption", SHAPES) == (0, f"{CAPTION}\n", "")
+    assert verb("ask", SHAPES, "how", "many", "shapes", "are", "there?") == (0, "3\n", "")
+    assert verb("count", SHAPES, "circles ; stars") == (0, "circles\t1\nstars\t0\n", "")
+    code, out, err = verb("detect", SHAPES, "circle")
+    label, score, *corners = out.split("\t")
+    assert (code, err, label) == (0, "", "circle") and 0 < float(score) < 1
+    assert [round(float(corner) / 20) for corner in corners] == [7, 2, 15, 10]
+
+
+def test_verbs_answer_in_typed_json(verb):
+    found = answer_of(verb("detect", SHAPES, "circle", "--json"))
+    assert (found["prompt"], found["status"], found["objects"][0]["label"]) == ("detect circle", "objects", "circle")
+    assert answer_of(verb("count", SHAPES, "circles", "--json"))["count"] == 1
+    assert answer_of(verb("caption", SHAPES, "--json"))["text"] == CAPTION
+
+
+def test_words_behind_a_verb_are_objects_and_pictures_in_any_number():
+    def job(*words):
+        job = verbs.read_words(words)
+        return [Path(name).name for name in job.pictures], list(job.texts)
+
+    assert job("detect", SHAPES, "cat ; dog", "bird") == (["shapes.png"], ["cat ; dog ; bird"])
+    assert job("detect", SHAPES, CAT, "gone.jpg", "cat") == (["shapes.png", "cat.png", "gone.jpg"], ["cat"])
+    assert job("segment", f"{SHAPES},{CAT}", "https://x.org/a", "-", "cat") == (["shapes.png", "cat.png", "a", "-"], ["cat"])
+    assert job("count", SHAPES, "red", "cars;people") == (["shapes.png"], ["red cars", "people"])
+    assert job("caption", SHAPES) == (["shapes.png"], [""])
+
+
+def test_several_pictures_keep_their_order_and_a_bad_one_is_8(verb, tmp_path):
+    (tmp_path / "bad.png").write_text("no picture")
+    code, out, err = verb("caption", SHAPES, "bad.png", CAT)
+    assert code == 8 and [line.split("\t")[0] for line in out.splitlines()] == [SHAPES, CAT]
+    assert "error: bad.png" in err and "error: 1 of 3 answers failed" in err
+    code, out, _ = verb("detect", SHAPES, "bad.png", CAT, "circle", "--json")
+    first, bad, last = map(json.loads, out.splitlines()[:3])
+    assert code == 8 and (first["image"], bad["error"]["code"], last["image"]) == (SHAPES, 3, CAT)
+
+
+def test_a_single_bad_picture_is_its_error_before_the_model_is_touched(verb, tmp_path):
+    for name, code in (("gone.png", 3), (str(tmp_path), 3)):
+        assert verb("detect", name, "cat", "--model_path=no such model")[0] == code
+    assert "annotate.py" in verb("caption", str(tmp_path))[2]
+
+
+def test_save_draws_into_a_copy_of_the_picture(verb, tmp_path):
+    code, _, err = verb("detect", SHAPES, "circle", "--save", "out.png")
+    drawn, before = Image.open("out.png"), Image.open(SHAPES)
+    assert code == 0 and "out.png" in err and drawn.size == before.size
+    assert drawn.tobytes() != before.convert("RGB").tobytes()
+    assert verb("detect", SHAPES, CAT, "circle", "--save", "out.jpg")[0] == 0
+    assert Image.open("out-1.jpg").format == "JPEG" and Image.open("out-2.jpg").size == Image.open(CAT).size
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out-1.jpg", "out-2.jpg", "out.png"]
+
+
+def test_what_cannot_be_written_is_7_before_the_model_is_touched(verb, tmp_path):
+    code, _, err = verb("detect", SHAPES, "circle", "--save=no/out.png", "--model_path=no such model")
+    assert code == 7 and "no folder no" in err
+    (tmp_path / "out.png").mkdir()
+    assert verb("detect", SHAPES, "circle", "--save=out.png")[0] == 7
+
+
+def test_the_picture_itself_is_never_overwritten(verb, tmp_path):
+    data = Path(SHAPES).read_bytes()
+    (tmp_path / "a.png").write_bytes(data)
+    (tmp_path / "b-2.png").symlink_to("a.png")
+    for argv in (["a.png", "cat", "--save=./a.png"], [SHAPES, "a.png", "cat", "--save=b.png"]):
+        code, _, err = verb("detect", *argv)
+        assert code == 2 and "overwrite" in err
+    assert (tmp_path / "a.png").read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["detct", SHAPES], "Did you mean detect?"), (["cat.png"], "inference.py caption cat.png"),
+        (["detect"], "detect needs a picture: inference.py detect PICTURE TEXT."), (["detect", SHAPES], "needs what to look for"),
+        (["detect", "cat"], "'cat' is none that is there"), (["caption", SHAPES, "cat"], "takes no text"),
+        (["caption", "-", "-"], "only once"), (["caption", SHAPES, "--save=x.png"], "goes with detect and segment"),
+        (["detect", SHAPES, "a", "--mask_codec=x"], "goes with segment"), (["ocr", SHAPES, "--language=fr"], "means nothing"),
+        (["detect", SHAPES, "a", "--prompt=b"], "exclude each other"), (["--grammar"], "goes with a verb"),
+        (["detect", SHAPES, "a", "--save=x.gif"], "ends in .png"), (["detect", SHAPES, "a", "--export=x.yaml"], "ends in .json"),
+    ],
+)  # fmt: skip
+def test_verbs_without_sense_are_2_in_one_line(verb, argv, message):
+    code, out, err = verb(*argv)
+    assert (code, out, err.count("\n")) == (2, "", 1) and message in err
+
+
+def test_help_begins_with_examples_of_the_verb(verb):
+    for task in verbs.TASKS:
+        out = verb(task, "--help")[1]
+        assert f"inference.py {task} " in out and "--model_path" in out and "Which model, and where it runs:" in out
+    assert "inference.py detect street.jpg" in verb("--help")[1]
+
+
+def test_grammar_min_score_and_denominator_reach_the_run(verb):
+    plain = answer_of(verb("detect", SHAPES, "star", "circle", "--json"))
+    held = answer_of(verb("detect", SHAPES, "star", "circle", "--json", "--grammar"))
+    assert held["problems"] == [] and {found["label"] for found in held["objects"]} <= {"star", "circle"}
+    none = answer_of(verb("detect", SHAPES, "star", "circle", "--json", "--min_score=1"))
+    assert plain["objects"] and (none["status"], none["objects"]) == ("nothing", [])
+    other = answer_of(verb("detect", SHAPES, "star", "circle", "--json", "--denominator=1024"))
+    assert other["objects"][0]["box"][2] == pytest.approx(plain["objects"][0]["box"][2] * 1023 / 1024, abs=0.02)
+
+
+def test_sampling_goes_with_verbs_too(verb):
+    sample = ("caption", CAT, "--json", "--do_sample", "--temperature=2", "--top_p=1")
+    first = answer_of(verb(*sample))
+    assert answer_of(verb(*sample, f"--seed={first['seed']}"))["text"] == first["text"]
+    assert answer_of(verb(*sample, f"--seed={first['seed'] + 1}"))["text"] != first["text"]
+
+
+def test_segment_without_a_codec_gives_boxes_and_says_how_to_get_masks(verb, monkeypatch):
+    monkeypatch.setattr(segmentation, "find_codec", lambda *_: None)
+    assert "--mask_codec" in verb("segment", SHAPES, "circle")[2]
+
+
+def test_a_codec_that_is_not_there_is_4(verb):
+    assert verb("segment", SHAPES, "circle", "--mask_codec=gone.npz")[0] == 4
+
+
+def test_a_task_the_checkpoint_does_not_know_is_noted(verb, tmp_path):
+    (tmp_path / "paligemma-3b-ft-docvqa-224").symlink_to(ROOT / "demo" / "checkpoint")
+    err = verb("detect", SHAPES, "circle", "--model_path=paligemma-3b-ft-docvqa-224")[2]
+    assert "note: this checkpoint was fine-tuned on docvqa" in err
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_a_terminal_gets_a_table_and_colours_only_if_it_wants_them(monkeypatch, no_color):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    commandline.run(Flags, inference.program, ["detect", SHAPES, "circle"])
+    assert "circle" in screen.getvalue() and "█" in screen.getvalue() and ("\x1b[" in screen.getvalue()) is not no_color
+
+
+def test_a_label_moves_no_cursor():
+    from drawing import listing, table
+    from outputs import Box, Found
+
+    found = [Found("cat\x1b[2J\n", Box(0, 0, 1, 1), score=0.5)]
+    assert "\x1b" not in table(found, 9, 9, False) + listing(found, 9, 9)
+
+
+def test_a_verb_in_a_process_of_its_own(world):
+    process = start(world, "detect", "cat.png", "circle", "--save=drawn.png")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert (world / "drawn.png").exists() and err == b"note: the drawing is in drawn.png.\n"
 
 
 # Terminals, signals, pipes

@@ -1,0 +1,241 @@
+"""`inference.py detect street.jpg car person --save out.png`: what the words mean, which flags go with them, and their help.
+
+A verb is a task of tasks.py. The words behind it that look like pictures are pictures, the rest is the question, or names of
+objects. Reading order: HELP, read_words and check_flags (all of which comes before torch is imported), Desk (what is done with
+the results). Checked in tests/test_inference.py.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import commandline
+from commandline import note, suggestion
+from errors import OutputError, PaliGemmaError, UsageError
+from options import looks_like_picture, split_pictures
+from tasks import NEEDED, OBJECT_TASKS, TASKS, Result, check_task, split_objects
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DRAWABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+EXPORTABLE = (".json", ".xml", ".txt", ".csv")
+# Which verbs a flag means something to; flags that are not here go with each of them, or with none (CLASSIC).
+FITS = {
+    "save": OBJECT_TASKS,
+    "export": OBJECT_TASKS,
+    "grammar": OBJECT_TASKS,
+    "min_score": OBJECT_TASKS,
+    "denominator": OBJECT_TASKS,
+    "mask_codec": ("segment",),
+    "language": ("caption", "ask"),
+}
+CLASSIC = ("prompt", "image_file_path", "stream", "truncate_prompt")
+
+HELP = {
+    "caption": """Says in a sentence what a picture shows.
+
+  python inference.py caption cat.jpg
+  python inference.py caption cat.jpg --language fr
+  python inference.py caption photos/*.jpg --json          one JSON object a line
+""",
+    "ask": """Answers a question about a picture.
+
+  python inference.py ask cat.jpg "what is on the table?"
+  python inference.py ask cat.jpg what is on the table
+  python inference.py ask https://example.com/cat.jpg "is it raining?" --json
+""",
+    "detect": """Finds objects: a label, a score and a box for each.
+
+  python inference.py detect street.jpg car person
+  python inference.py detect street.jpg "traffic light ; person" --save boxes.png
+  python inference.py detect street.jpg car --min_score 0.3 --json
+  python inference.py detect photos/*.jpg car --export cars.json       COCO; .xml Pascal VOC, .txt YOLO, .csv a table
+  python inference.py detect street.jpg car --grammar                  only whole boxes with the label asked for
+
+On a terminal it prints a table; elsewhere a line for each object, separated by tabs: label, score, x_min, y_min, x_max, y_max
+in pixels of the picture as it is. A score is the probability of the box by the model's own account.
+""",
+    "segment": """Finds objects and their outlines.
+
+  python inference.py segment cat.jpg cat --save masks.png
+  python inference.py segment cat.jpg "cat ; table" --json              masks as COCO run lengths and as polygons
+  python inference.py segment cat.jpg cat --mask_codec vae-oid.npz
+
+It prints what detect prints. Masks need vae-oid.npz in the model's folder, or where --mask_codec says.
+""",
+    "ocr": """Reads the text in a picture.
+
+  python inference.py ocr receipt.jpg
+""",
+    "count": """Counts things.
+
+  python inference.py count street.jpg cars
+  python inference.py count street.jpg "red cars ; people" --json
+""",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the words ask for: each of the texts about each of the pictures.
+
+    Args:
+        task: the verb.
+        pictures: names.
+        texts: questions, or objects with " ; " between them; one empty text where the task needs none.
+    """
+
+    task: str
+    pictures: tuple[str, ...]
+    texts: tuple[str, ...]
+
+    @property
+    def is_single(self) -> bool:
+        return len(self.pictures) == len(self.texts) == 1
+
+
+def read_words(words: tuple[str, ...]) -> Job:
+    """The words behind the program's name, understood. Raises: UsageError."""
+    task, *rest = words
+    if task not in TASKS:
+        close = suggestion(task, list(TASKS), dashes="")
+        if not close and looks_like_picture(task):
+            close = f" Write one before the picture: inference.py caption {task}."
+        raise UsageError(
+            f"{task!r} belongs to no flag and is no verb.{close} Verbs are {', '.join(TASKS)}; put text with spaces in quotes."
+        )
+    rule = f"inference.py {task} PICTURE{' TEXT' if task in NEEDED else ''}"
+    if not rest:
+        raise UsageError(f"{task} needs a picture: {rule}.")
+    if not looks_like_picture(rest[0]):
+        raise UsageError(f"{task} needs a picture first, and {rest[0]!r} is none that is there: {rule}.")
+    count = next((i for i, word in enumerate(rest) if not looks_like_picture(word)), len(rest))
+    pictures = [name for word in rest[:count] for name in split_pictures(word)]
+    if pictures.count("-") > 1:
+        raise UsageError("- stands twice, but stdin can be read only once. Give it once.")
+    said = rest[count:]
+    text = " ; ".join(split_objects(" ; ".join(said))) if task in OBJECT_TASKS else " ".join(said)
+    check_task(task, text)
+    return Job(task, tuple(pictures), tuple(split_objects(text)) if task == "count" else (text,))
+
+
+def save_names(file: str, count: int) -> list[str]:
+    """Where the drawings go: the file itself, or, of several pictures, out-1.png, out-2.png and so on."""
+    if count == 1:
+        return [file]
+    stem, suffix = os.path.splitext(file)
+    return [f"{stem}-{i + 1}{suffix}" for i in range(count)]
+
+
+def check_flags(job: Job, given: set[str], save: str | None, export: str | None) -> None:
+    """Raises: UsageError for a flag that means nothing to the verb, OutputError for a file that could not be written later."""
+    for name in CLASSIC:
+        if name in given:
+            raise UsageError(f"--{name} and the verb {job.task} exclude each other. Drop one.")
+    for name, verbs in FITS.items():
+        if name in given and job.task not in verbs:
+            raise UsageError(f"--{name} means nothing to {job.task}. It goes with {' and '.join(verbs)}.")
+    for name, file, known in (("save", save, DRAWABLE), ("export", export, EXPORTABLE)):
+        if file is None:
+            continue
+        if not file.lower().endswith(known):
+            raise UsageError(f"--{name} is {file!r}, but a name that ends in {', '.join(known)} is needed.")
+        folder = os.path.dirname(file) or "."
+        if not os.path.isdir(folder):
+            raise OutputError(f"{file} cannot be written: there is no folder {folder}. Make it first.", path=file)
+    for file in save_names(save, len(job.pictures)) if save else []:
+        for picture in job.pictures:
+            source = os.path.expanduser(picture)
+            if os.path.exists(source) and os.path.exists(file) and os.path.samefile(source, file):
+                raise UsageError(f"--save {save} would overwrite the picture {picture}. Give another name.")
+
+
+# Results
+
+
+class ResultWishes(Protocol):
+    """The flags that say where results go."""
+
+    json: bool
+    save: str | None
+    export: str | None
+
+
+def is_fancy() -> bool:
+    """Whether stdout is a terminal that shows bars."""
+    return sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf")
+
+
+def has_colors() -> bool:
+    """Whether that terminal wants colours (no-color.org)."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+class Desk:
+    """Puts results where the flags want them: on stdout, into drawings, into a file of annotations.
+
+    Args:
+        job: what was asked.
+        flags: where results go.
+        extra: goes into each JSON object.
+    """
+
+    def __init__(self, job: Job, flags: ResultWishes, extra: dict):
+        self.job = job
+        self.flags = flags
+        self.extra = extra
+        self.rows: list[dict] = []
+        self.drawings = iter(save_names(flags.save, len(job.pictures)) if flags.save else [])
+        self.num_failed = 0
+
+    def take(self, result: Result, picture: "Image.Image | PaliGemmaError") -> None:
+        """Deals with one result. Raises: the error of the only one there is."""
+        drawing = next(self.drawings, None)
+        if result.error is not None:
+            if self.job.is_single:
+                raise result.error
+            self.num_failed += 1
+            note(f"error: {result.error.message}")
+        if self.flags.json:
+            commandline.write(json.dumps(result.to_json() | self.extra) + "\n")
+        elif result.error is None:
+            self.say(result)
+        if result.error is not None:
+            return
+        if self.flags.export:
+            self.rows.append(result.to_json())
+        if drawing is not None:
+            from drawing import draw, save
+
+            save(draw(picture, result.reading.objects), drawing)
+            note(f"note: the drawing is in {drawing}.")
+
+    def say(self, result: Result) -> None:
+        """Text for people, or a line for each thing found for programs, behind what tells the results apart."""
+        several = [self.job.pictures, self.job.texts]
+        head = [name for name, values in zip((result.image, result.asked), several, strict=True) if len(values) > 1]
+        if result.reading is None or self.job.task not in OBJECT_TASKS:
+            said = result.text if result.count is None else str(result.count)
+            commandline.write("\t".join([*head, " ".join(said.split()) if head else said]) + "\n")
+            return
+        if result.reading.status == "nothing":
+            note(f"note: nothing found in {result.image}.")
+        elif result.reading.status == "unparsable":
+            note(f"note: the answer about {result.image} holds no box: {result.text!r}.")
+        from drawing import listing, table
+
+        if is_fancy():
+            title = f"{commandline.printable(result.image)}\n" if head else ""
+            commandline.put(title + table(result.reading.objects, result.width, result.height, has_colors()))
+        else:
+            lines = listing(result.reading.objects, result.width, result.height).splitlines(keepends=True)
+            commandline.write("".join("\t".join([*head, line]) for line in lines))
+
+    def close(self) -> None:
+        """What is left to do after the last result. Raises: OutputError; PaliGemmaError with code 8 when results failed."""
+        if self.num_failed:
+            count = len(self.job.pictures) * len(self.job.texts)
+            raise PaliGemmaError(f"{self.num_failed} of {count} answers failed; the others are there.", code=8)
