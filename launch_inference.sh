@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Answers a question about a picture: makes .venv if it is missing, installs requirements.txt, starts inference.py.
+#     bash launch_inference.sh detect street.jpg car person --save out.png
 # Every argument goes through (--help lists them). These variables set the classic ones; a flag beats a variable.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/make_venv.sh" requirements.txt

@@ -181,7 +181,9 @@ def test_ci_runs_the_tests_without_a_terminal(clone):
     assert run(clone, ".ci/run").stdout.splitlines() == ["[-m]", "[pytest]"]
 
 
-def test_launch_answers_about_the_bundled_picture_with_the_bundled_checkpoint(tmp_path):
+@pytest.fixture
+def launch(tmp_path):
+    """Starts the launch_inference.sh of a clone that has this environment, in a folder of its own, without classic variables."""
     clone = tmp_path / "a clone with spaces"
     (clone / ".venv" / "bin").mkdir(parents=True)
     for path in ROOT.iterdir():
@@ -191,13 +193,28 @@ def test_launch_answers_about_the_bundled_picture_with_the_bundled_checkpoint(tm
     python = clone / ".venv" / "bin" / "python"
     python.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    command = ["bash", str(clone / "launch_inference.sh"), "--json"]
-    environment = {key: value for key, value in os.environ.items() if key not in CLASSIC} | {"MAX_TOKENS_TO_GENERATE": "20"}
-    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=300)
+    clean = {key: value for key, value in os.environ.items() if key not in CLASSIC}
+
+    def start(*arguments, **variables):
+        command = ["bash", str(clone / "launch_inference.sh"), *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=clean | variables, capture_output=True, text=True, timeout=300)
+
+    return start
+
+
+def test_launch_answers_about_the_bundled_picture_with_the_bundled_checkpoint(launch):
+    done = launch("--json", MAX_TOKENS_TO_GENERATE="20")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["model"].endswith("demo/checkpoint") and answer["text"] and len(answer["token_ids"]) <= 20
     assert "examples/shapes.png" in done.stderr
+
+
+def test_launch_takes_verbs_and_variables_about_the_model(launch, tmp_path):
+    picture, model = str(ROOT / "examples" / "shapes.png"), str(ROOT / "demo" / "checkpoint")
+    done = launch("detect", picture, "circle", "--save", "out.png", MODEL_PATH=model, ONLY_CPU="true")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("circle\t") and (tmp_path / "out.png").exists()
 
 
 def test_scripts_can_be_executed():
