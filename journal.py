@@ -25,9 +25,9 @@ BEGINNING = b'{"journal": '  # of every header, and so of every file
 SYNC_S = 5.0  # rows of at most so many seconds are lost with the power
 
 
-def key(row: dict) -> bytes:
-    """What a row is known by: 16 bytes of its image and prompt, so that a million of them fit in memory."""
-    return blake2b(f"{row['image']}\0{row['prompt']}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def key(image: str, prompt: str) -> bytes:
+    """What a row is known by, in 16 bytes, so that a million of them fit in memory."""
+    return blake2b(f"{image}\0{prompt}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def is_header(record: dict) -> bool:
@@ -56,7 +56,7 @@ def read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, dict]]:
                 is_whole = record["journal"] == FORMAT and isinstance(record["settings"], dict)
             else:
                 is_whole = isinstance(record["image"], str) and isinstance(record["prompt"], str)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             is_whole = False
         if not is_whole:
             advice = "Delete that line; what it answered is then asked again."
@@ -154,7 +154,7 @@ class Journal:
         return settings
 
     def count(self, row: dict) -> None:
-        self.known.add(key(row))
+        self.known.add(key(row["image"], row["prompt"]))
         if "error" in row:
             self.num_failed += 1
         else:
@@ -186,11 +186,14 @@ class Journal:
         os.close(self.descriptor)
         self.descriptor = descriptor
 
-    def claim(self, row: dict) -> bool:
-        """Whether nobody has asked this yet, neither an earlier run nor this one; from now on somebody has."""
-        name = key(row)
-        is_new = name not in self.known
-        self.known.add(name)
+    def knows(self, image: str, prompt: str) -> bool:
+        """Whether this was asked already, by an earlier run or by this one."""
+        return key(image, prompt) in self.known
+
+    def claim(self, image: str, prompt: str) -> bool:
+        """Whether nobody has asked this yet; from now on somebody has."""
+        is_new = not self.knows(image, prompt)
+        self.known.add(key(image, prompt))
         return is_new
 
     def write(self, row: dict) -> None:

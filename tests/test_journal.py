@@ -36,6 +36,10 @@ def written(path, *records, **options):
     return path
 
 
+def claim(file, record):
+    return file.claim(record["image"], record["prompt"])
+
+
 def numbers(path):
     return [int(record["image"].removesuffix(".jpg")) for record in rows(path)]
 
@@ -71,8 +75,8 @@ def test_a_row_is_in_the_file_as_soon_as_it_is_written(tmp_path):
 def test_what_is_known_is_claimed_once(tmp_path):
     path = written(tmp_path / "rows.jsonl", row(1), failed(2))
     with Journal(path, SETTINGS) as file:
-        assert [file.claim(row(n)) for n in (1, 2, 3, 3)] == [False, False, True, False]
-        assert file.claim(row(1, prompt="detect dog"))  # another question about the same picture
+        assert [claim(file, row(n)) for n in (1, 2, 3, 3)] == [False, False, True, False]
+        assert claim(file, row(1, prompt="detect dog"))  # another question about the same picture
         assert (file.num_answered, file.num_failed) == (1, 1)
 
 
@@ -81,7 +85,7 @@ def test_names_that_are_no_characters_come_back(tmp_path):
     path = written(tmp_path / "rows.jsonl", {"image": name, "prompt": "ocr"})
     assert [record["image"] for record in rows(path)] == [name]
     with Journal(path, SETTINGS) as file:
-        assert not file.claim({"image": name, "prompt": "ocr"})
+        assert not file.claim(name, "ocr")
 
 
 WHOLE = b"".join(journal.to_line(record) for record in ({"journal": 1, "settings": SETTINGS}, row(1), failed(2), row(3)))
@@ -94,7 +98,7 @@ def test_cut_off_at_any_byte_the_file_is_mended_and_ends_up_the_same(tmp_path_fa
     path.write_bytes(WHOLE[:size])
     with Journal(path, SETTINGS) as file:
         for record in (row(1), failed(2), row(3)):
-            if file.claim(record):
+            if claim(file, record):
                 file.write(record)
     assert path.read_bytes() == WHOLE
 
@@ -158,7 +162,7 @@ def test_forced_settings_stand_in_a_header_of_their_own(tmp_path):
     other = SETTINGS | {"quantize": "int8"}
     for number in (2, 3):
         with Journal(path, other, is_forced=True) as file:
-            assert not file.claim(row(1))
+            assert not claim(file, row(1))
             file.write(row(number))
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert records == [{"journal": 1, "settings": SETTINGS}, row(1), {"journal": 1, "settings": other}, row(2), row(3)]
@@ -173,7 +177,7 @@ def test_failed_rows_are_taken_out_on_request_only(tmp_path):
     path = written(tmp_path / "rows.jsonl", row(1), failed(2), row(3), failed(4))
     with Journal(path, SETTINGS, retry_failed=True) as file:
         assert numbers(path) == [1, 3] and (file.num_answered, file.num_failed) == (2, 0)
-        assert file.claim(failed(2)) and not file.claim(row(3))
+        assert claim(file, failed(2)) and not claim(file, row(3))
         file.write(row(2))
         with pytest.raises(OutputError, match="another process"):
             Journal(path, SETTINGS)  # the new file is locked as the old one was

@@ -1,0 +1,210 @@
+"""Asks a PaliGemma about many pictures, a row of JSON for each: `annotate.py photos --task detect cat --output cats.jsonl`.
+
+The file of rows (journal.py) is all there is to a run: killed at any moment, the same command goes on where it ends, and the rows
+are then those of a run that nobody disturbed. Rows come in the order in which answers end. Exit code 8 means that the run is
+through and some rows are errors. Reading order: Flags, then program (what happens, in order). Checked in tests/test_annotate.py.
+"""
+
+import sys
+
+if sys.version_info < (3, 10):
+    sys.exit("error: Python %d.%d is too old. This program needs 3.10 or newer." % sys.version_info[:2])
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import commandline
+import folders
+import job
+import machine
+from commandline import note
+from errors import OutputError, UsageError
+from job import JobFlags, Question
+from journal import Journal, key, rows
+from options import Checkpoint, require
+from tasks import doubt
+
+if TYPE_CHECKING:
+    from tasks import Result
+
+EXPORTS = {"coco": "_coco.json", "csv": ".csv", "voc": "_voc", "yolo": "_yolo"}  # how files and folders are named
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags(JobFlags):
+    """Asks a PaliGemma model about many pictures and writes a row of JSON for each.
+
+      python annotate.py photos --task detect "cat ; dog" --output pets.jsonl         a folder, with all folders in it
+      python annotate.py "2024/**/*.jpg" more.png --task caption --output captions.jsonl
+      python annotate.py --list names.txt --task ask "is it raining?" --output rain.jsonl
+      python annotate.py photos --questions questions.jsonl --output answers.jsonl    lines {"image": .., "prefix": ..}
+      python annotate.py photos --task ocr --output text.jsonl --shard 2/4            the second quarter, to text-2-of-4.jsonl
+
+    Killed or interrupted, the same command goes on where the file ends; no row is lost or repeated. A picture that cannot be
+    read gets a row with its error. Exit code 8: all is asked, and some rows are errors.
+
+    Args:
+        shard: i/n, which of n equal parts of the pictures to take; each has a file of its own
+        save_dir: a folder for pictures with boxes and masks drawn in, under the names of their sources
+        export: coco, voc, yolo or csv: when all is asked, the objects in that form too, beside the rows
+    """
+
+    shard: str | None = None
+    save_dir: str | None = None
+    export: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            self,
+            ("shard", self.shard is None or self.part, "i/n with i from 1 to n, such as 2/4,"),
+            ("save_dir", self.save_dir != "", "a folder"),
+            ("export", self.export in (None, *EXPORTS), "coco, voc, yolo or csv"),
+        )
+        for name in ("save_dir", "export"):
+            if getattr(self, name) is not None and not self.has_objects:
+                raise UsageError(f"--{name} means nothing to {self.chosen_task}. It goes with detect and segment.")
+
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """The i and the n of --shard."""
+        numbers = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard or "")
+        i, n = map(int, numbers.groups()) if numbers else (0, 0)
+        return (i, n) if 1 <= i <= n else None
+
+    @property
+    def file(self) -> Path:
+        """Where the rows go."""
+        path = Path(self.output).expanduser()
+        return path.with_stem(f"{path.stem}-{self.part[0]}-of-{self.part[1]}") if self.part else path
+
+    @property
+    def exported(self) -> Path:
+        """The file or the folder of --export, beside the rows: results_coco.json, results.csv, results_voc, results_yolo."""
+        return self.file.with_name(self.file.stem.replace(".", "-") + EXPORTS[self.export])
+
+
+# Questions
+
+
+def without(flags: Flags) -> list[str]:
+    """The folders that are not listed: drawings are no pictures to be asked about."""
+    return [] if flags.save_dir is None else [os.path.expanduser(flags.save_dir)]
+
+
+def questions(flags: Flags, kind: str) -> Iterator[Question]:
+    """Those of this part."""
+    for question in job.questions(flags, kind, without(flags)):
+        if not flags.part or folders.shard_of(question.image, flags.part[1]) == flags.part[0]:
+            yield question
+
+
+# Drawings
+
+
+def drawing_name(flags: Flags, row: dict) -> Path:
+    """Where the drawing of a row goes: the picture's own path below --save_dir, never above it, with .png behind.
+
+    Several questions about one picture have a drawing each.
+    """
+    parts = ["__" if part == ".." else part for part in Path(re.sub("^https?://", "", row["image"])).parts]
+    question = f".{key('', row['prompt']).hex()[:8]}" if flags.questions is not None else ""
+    folder = Path(flags.save_dir).expanduser()
+    return folder.joinpath(*(part for part in parts if part != Path(part).anchor)).with_name(f"{parts[-1]}{question}.png")
+
+
+def make_folder(folder: Path) -> None:
+    """Makes it and those above it, if they are not there. Raises: OutputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made: {error.strerror}. Choose another --save_dir.", path=folder) from error
+
+
+def make_save_dir(flags: Flags) -> None:
+    """Raises: OutputError if it cannot be made, UsageError if drawings would come to lie among the pictures."""
+    folder = Path(flags.save_dir).expanduser()
+    make_folder(folder)
+    for word in map(os.path.expanduser, flags.words):
+        places = [place for place in (folder, folder / word) if place.is_dir()]
+        if os.path.isdir(word) and any(place.samefile(word) for place in places):
+            raise UsageError(f"--save_dir {flags.save_dir} would put drawings among the pictures. Choose another folder.")
+
+
+def save_drawing(flags: Flags, row: dict, loaded: folders.Loaded, result: "Result") -> None:
+    """Draws the objects of a row into its picture, if it has a reading. Raises: OutputError."""
+    if result.reading is not None:
+        import drawing
+
+        path = drawing_name(flags, row)
+        make_folder(path.parent)
+        drawing.save(drawing.draw(loaded.original, result.reading.objects), path)
+
+
+# The run
+
+
+def work(flags: Flags, checkpoint: Checkpoint, journal: Journal) -> None:
+    """Asks what has no row yet and writes rows as answers end, with a bar if somebody watches."""
+    from tqdm import tqdm
+
+    known, total = len(journal.known), None
+    is_watched = sys.stderr.isatty()
+    if is_watched:
+        total = known + sum(not journal.knows(question.image, question.prompt) for question in questions(flags, checkpoint.kind))
+    left = (question for question in questions(flags, checkpoint.kind) if journal.claim(question.image, question.prompt))
+    first = next(left, None)
+    if first is None:
+        return
+    annotator = job.make_annotator(flags, checkpoint, checkpoint.load())
+    # Rows of earlier runs cost nothing and are in `initial`; with smoothing 0 the time left comes from all rows of this one.
+    bar = tqdm(total=total, initial=known, unit="row", smoothing=0, dynamic_ncols=True, disable=not is_watched)
+    with commandline.interruptible(), bar:
+        for row, loaded, result in job.answer(annotator, chain([first], left), flags, flags.save_dir is not None):
+            if flags.save_dir is not None:
+                save_drawing(flags, row, loaded, result)
+            journal.write(row)
+            bar.update()
+
+
+def program(flags: Flags) -> None:
+    """Pictures, model, file, rows: in this order, so that what is wrong is said before the slow part."""
+    commandline.relay_logs(flags.verbose)
+    job.check_output(flags.output)
+    if flags.save_dir is not None:
+        make_save_dir(flags)
+    job.check_pictures(flags, without(flags))
+    machine.use_cores()
+    import weights
+
+    checkpoint = Checkpoint(flags, weights)
+    about = None if flags.questions is not None else doubt(flags.chosen_task, checkpoint.kind)
+    for text in filter(None, (about, flags.part and f"part {flags.shard} goes to {flags.file}.")):
+        note(f"note: {text}")
+    options = {"is_forced": flags.force, "retry_failed": flags.retry_failed}
+    with Journal(flags.file, job.settings(flags, checkpoint), **options) as journal:
+        try:
+            work(flags, checkpoint, journal)
+        except commandline.Interrupted:
+            note(f"interrupted after {journal.num_answered + journal.num_failed} rows. The same command goes on there.")
+            raise
+    if flags.export is not None:
+        from exports import export
+
+        export(rows(flags.file), flags.export, flags.exported)
+        note(f"{flags.export} in {flags.exported}.")
+    job.conclude(journal)
+
+
+def main() -> int:
+    sys.excepthook = commandline.report_bug
+    return commandline.run(Flags, program)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

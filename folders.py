@@ -1,0 +1,232 @@
+"""Many pictures: which they are, and reading them while the model is busy with others. Imports images when it reads.
+
+Names are made one after the other, folder by folder, so that a million pictures take no more memory than the names of the
+largest folder. Reading is a few threads that stay a few pictures ahead: Pillow lets other threads run while it decodes.
+Checked in tests/test_folders.py.
+"""
+
+import glob
+import json
+import os
+import stat
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from errors import DatasetError, ImageError, PaliGemmaError
+from options import PICTURE_SUFFIXES, is_address
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+T = TypeVar("T")
+
+
+# Which
+
+
+def identity(folder: str) -> tuple[int, int]:
+    """What a folder is, by whatever name it is reached. Raises: OSError."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether it is a folder or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle
+        return False
+
+
+def in_folder(folder: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[str]:
+    """The pictures in a folder and its folders, in the order of their names; what ends like none, or is hidden, is passed over.
+
+    Args:
+        seen: identities of folders that are not to be listed; nor is one that is met twice, through a link.
+    Yields: paths that begin with `folder`; also a folder that cannot be listed, so that reading it says so.
+    """
+    left, seen = [folder], set(seen)
+    while left:
+        folder = left.pop()
+        folders, files = [], []
+        try:
+            number = identity(folder)
+            if number in seen:
+                continue
+            seen.add(number)
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if is_folder(entry):
+                        folders.append(entry.name)
+                    elif entry.name.lower().endswith(PICTURE_SUFFIXES):
+                        files.append(entry.name)
+        except OSError:
+            yield folder
+            continue
+        for name in sorted(files):
+            yield os.path.join(folder, name)
+        left += [os.path.join(folder, name) for name in sorted(folders, reverse=True)]
+
+
+def expand(word: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[str]:
+    """The pictures that a word means: a folder, a file, an address, or a pattern with * ? [ ] and ** for any depth."""
+    if is_address(word):
+        yield word
+        return
+    word = os.fspath(Path(word).expanduser())  # "photos/" and "./photos" are photos
+    if os.path.isdir(word):
+        yield from in_folder(word, seen)
+    elif os.path.lexists(word) or not glob.has_magic(word):
+        yield word
+    else:
+        for match in glob.iglob(word, recursive=True):
+            yield from expand(match, seen)
+
+
+def check_words(words: Iterable[str]) -> None:
+    """Raises: ImageError for a word that means no file at all. What is in the files is seen later, one by one."""
+    for word in words:
+        if is_address(word) or os.path.lexists(os.path.expanduser(word)):
+            continue
+        if not glob.has_magic(word):
+            from images import explain_missing
+
+            raise ImageError(explain_missing(Path(word).expanduser()), path=word)
+        if next(glob.iglob(os.path.expanduser(word), recursive=True), None) is None:
+            raise ImageError(f"no file matches {word}. Check the pattern, and put it in quotes.", path=word)
+
+
+def read_text_lines(path: str) -> Iterator[str]:
+    """The lines of a list, without their ends and the empty ones. Raises: DatasetError."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+            for line in file:
+                if text := line.rstrip("\r\n"):
+                    yield text
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror}. Name a text file.", path=path) from error
+
+
+def in_list(path: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[str]:
+    """The pictures of a list, one a line, as they stand there; a folder stands for its pictures. Raises: DatasetError."""
+    for line in read_text_lines(path):
+        if is_address(line) or not os.path.isdir(line):
+            yield line
+        else:
+            yield from in_folder(line, seen)
+
+
+def questions(path: str) -> Iterator[tuple[str, str]]:
+    """The image and the prompt of every line {"image": "x.jpg", "prefix": "detect cat", ...}. Raises: DatasetError."""
+    for number, line in enumerate(read_text_lines(path), 1):
+        try:
+            record = json.loads(line)
+            image, prefix = record["image"], record["prefix"]
+            is_fine = isinstance(image, str) and isinstance(prefix, str) and image
+        except (ValueError, KeyError, TypeError, RecursionError):
+            is_fine = False
+        if not is_fine:
+            needed = 'An object with "image" and "prefix", both text, is needed.'
+            raise DatasetError(f"line {number} of {path} is no question. {needed}", path=path)
+        yield image, prefix
+
+
+def shard_of(name: str, count: int) -> int:
+    """Which of `count` equal shares a picture belongs to, from 1; the same on every machine and in every order."""
+    return int.from_bytes(blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") % count + 1
+
+
+# Reading
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A picture for the model, or the error that says why there is none.
+
+    Args:
+        picture: squeezed to the model's square, so that little memory waits.
+        size: width and height of the picture itself; None if there is none.
+        original: the picture itself, if it is to be kept.
+        notes: what was converted or chosen.
+    """
+
+    picture: "Image.Image | PaliGemmaError"
+    size: tuple[int, int] | None = None
+    original: "Image.Image | None" = None
+    notes: list[str] = field(default_factory=list)
+
+
+def version_of(place: str) -> tuple[int, int, int] | None:
+    """What changes when a file does; None for an address, or when there is no file.
+
+    Raises: ImageError for a folder, which is asked for only if it could not be listed.
+    """
+    if is_address(place):
+        return None
+    try:
+        status = os.stat(place)
+    except (OSError, ValueError):  # load_image finds the words for it
+        return None
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(f"the folder {place} cannot be listed. Change its permissions.", path=place)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def load(place: str, side: int, keeps_original: bool = False, **options: object) -> Loaded:
+    """Reads a picture and squeezes it as the processor does: it then has nothing left to do, and its pixels are the same.
+
+    Args:
+        place: a path or an address.
+        side: of the model's square.
+        options: of load_image.
+    """
+    from PIL import Image
+
+    from images import load_image
+
+    notes: list[str] = []
+    try:
+        before = version_of(place)
+        picture = load_image(place, notes=notes, **options)
+        if version_of(place) != before:
+            raise ImageError(f"{place} changed while it was read. Ask again with --retry_failed.", path=place)
+    except PaliGemmaError as error:
+        return Loaded(error)
+    small = picture.resize((side, side), Image.Resampling.BICUBIC)
+    return Loaded(small, picture.size, picture if keeps_original else None, notes)
+
+
+def read_ahead(
+    items: Iterable[T], place: Callable[[T], str], read: Callable[[str], Loaded], threads: int, ahead: int
+) -> Iterator[tuple[T, Loaded]]:
+    """Every item with its picture, in order. Items in a row about the same place share one picture object.
+
+    Args:
+        items: taken one by one, `ahead` before they are asked for.
+        place: where the picture of an item is.
+        read: called in `threads` threads.
+        ahead: how many pictures are read, or being read, before they are asked for.
+    """
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
+    waiting: deque = deque()
+    last = None
+    try:
+        for item in items:
+            if last is None or last[0] != place(item):
+                last = place(item), pool.submit(read, place(item))
+            waiting.append((item, last[1]))
+            if len(waiting) > ahead:
+                first, picture = waiting.popleft()
+                yield first, picture.result()
+        while waiting:
+            first, picture = waiting.popleft()
+            yield first, picture.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

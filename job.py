@@ -1,0 +1,300 @@
+"""A job on many pictures: its flags, its questions, what decides its answers, and its rows. annotate.py does one on this machine,
+cluster.py on many, and both get their rows from `answer`, so that they are the same. Imports torch only when it runs.
+
+Checked in tests/test_annotate.py.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from functools import partial
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import folders
+import machine
+from commandline import Words, note
+from errors import ImageError, OutputError, PaliGemmaError, UsageError
+from journal import Journal
+from options import (
+    PICTURE_SUFFIXES,
+    Checkpoint,
+    ModelFlags,
+    PictureFlags,
+    ResultFlags,
+    is_address,
+    looks_like_picture,
+    require,
+)
+from tasks import ANSWER_TOKENS, NEEDED, OBJECT_TASKS, Annotator, Request, Result, check_task, prompt
+
+if TYPE_CHECKING:
+    from modeling_paligemma import PaliGemmaForConditionalGeneration
+
+READERS = 8  # threads that decode pictures, where there are as many cores; a GPU is busy with what about four read
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of each file of weights, for telling one model from another
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFlags(ModelFlags, PictureFlags, ResultFlags):
+    """What is asked, about which pictures, and where the rows go.
+
+    Args:
+        words: folders, files, patterns, addresses; then the text
+        task: caption, ask, detect, segment, ocr or count
+        text: the question, or the objects with semicolons between them; may also be the last word
+        list: a file with the name of a picture in each line
+        questions: a JSONL file of lines {"image": "a.jpg", "prefix": "detect cat"}; each prefix is asked as it stands
+        output: the JSONL file of the rows; run again to go on where it ends
+        rows: how many pictures are in flight; more are faster, above all on a GPU, and take more memory
+        retry_failed: ask again where the row in the file is an error
+        force: go on in a file that was begun with other settings
+        verbose: also say what is of lesser interest
+        debug: print the traceback of an error
+    """
+
+    words: Words = ()
+    task: str | None = None
+    text: str | None = None
+    list: str | None = None
+    questions: str | None = None
+    output: str | None = None
+    rows: int = 8
+    retry_failed: bool = False
+    force: bool = False
+    verbose: bool = False
+    debug: bool = False
+
+    def __post_init__(self):
+        for group in (ModelFlags, PictureFlags, ResultFlags):
+            group.__post_init__(self)
+        require(
+            self,
+            ("rows", self.rows >= 1, "a whole number from 1 up"),
+            ("list", self.list != "", "a file"),
+            ("questions", self.questions != "", "a file"),
+            ("output", self.output, "a file for the rows, such as results.jsonl,"),
+        )
+        if self.questions is not None:
+            for name in ("task", "text", "list"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"--questions brings its own pictures and prompts. Drop --{name}.")
+            if len(self.words) > 1 or not all(map(os.path.isdir, self.words)):
+                raise UsageError("beside --questions one word may stand, the folder that its pictures are in. Drop the others.")
+        else:
+            check_task(self.chosen_task, self.asked)
+            if not self.pictures and self.list is None:
+                raise UsageError("no picture is named. Name a folder, a file or a pattern, or give --list or --questions.")
+
+    @property
+    def chosen_task(self) -> str:
+        return self.task or "caption"
+
+    @property
+    def has_text_as_word(self) -> bool:
+        is_needed = self.questions is None and self.chosen_task in NEEDED and self.text is None
+        return is_needed and bool(self.words) and not looks_like_picture(self.words[-1])
+
+    @property
+    def asked(self) -> str:
+        return self.words[-1] if self.has_text_as_word else self.text or ""
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        return self.words[:-1] if self.has_text_as_word else self.words
+
+    @property
+    def has_objects(self) -> bool:
+        """Whether answers may hold objects, to be drawn or exported."""
+        return self.questions is not None or self.chosen_task in OBJECT_TASKS
+
+
+# Questions
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about one picture. Image and prompt make a row what it is.
+
+    Args:
+        image: the picture's name as it was given.
+        place: where it is.
+        task, text: how the answer is to be read, see tasks.Request.
+    """
+
+    image: str
+    place: str
+    prompt: str
+    task: str
+    text: str
+
+
+def read_prompt(prefix: str) -> tuple[str, str]:
+    """Task and text of a prompt that somebody wrote, as far as they decide how the answer is read."""
+    word, _, rest = prefix.strip().partition(" ")
+    if word in OBJECT_TASKS and rest:
+        return word, rest
+    return ("ocr", "") if prefix.strip() == "ocr" else ("caption", "") if word == "caption" else ("ask", prefix)
+
+
+def images(flags: JobFlags, without: Iterable[str] = ()) -> Iterator[str]:
+    """The names of the pictures, one by one; one that is meant by two words comes twice.
+
+    Args:
+        without: folders whose pictures are not meant, such as that of the drawings.
+    """
+    seen = [folders.identity(folder) for folder in without if os.path.isdir(folder)]
+    for word in flags.pictures:
+        yield from folders.expand(word, seen)
+    if flags.list is not None:
+        yield from folders.in_list(flags.list, seen)
+
+
+def questions(flags: JobFlags, kind: str, without: Iterable[str] = ()) -> Iterator[Question]:
+    """What is to be asked, in the order in which it is listed.
+
+    Args:
+        kind: of the checkpoint, see tasks.checkpoint_kind.
+        without: see images.
+    """
+    if flags.questions is not None:
+        home = flags.words[0] if flags.words else os.path.dirname(flags.questions)
+        for image, prefix in folders.questions(flags.questions):
+            place = image if is_address(image) else os.path.join(home, image)
+            yield Question(image, place, prefix, *read_prompt(prefix))
+        return
+    words = prompt(flags.chosen_task, flags.asked, kind, flags.language)
+    for image in images(flags, without):
+        yield Question(image, image, words, flags.chosen_task, flags.asked)
+
+
+def check_pictures(flags: JobFlags, without: Iterable[str] = ()) -> str:
+    """The name of the first picture, after a look at everything that can be seen without reading one.
+
+    Raises: ImageError for words that mean no picture, DatasetError for a list that cannot be read or has a damaged line.
+    """
+    if flags.questions is not None:
+        names = [image for image, _ in folders.questions(flags.questions)][:1]
+    else:
+        folders.check_words(flags.pictures)
+        names = list(islice(images(flags, without), 1))
+    if not names:
+        raise ImageError(f"there is no picture. In folders, names that end in {', '.join(PICTURE_SUFFIXES)} are looked for.")
+    return names[0]
+
+
+# What decides the answers
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells a model from another, or from itself before it was trained on: config, tokenizer, and samples of the weights."""
+    digest = blake2b(digest_size=6)
+    for name in ("config.json", "tokenizer.json"):
+        digest.update((folder / name).read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for sample in range(SAMPLES):
+                file.seek(size * sample // SAMPLES)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def longest_answer(flags: JobFlags) -> int:
+    """In tokens."""
+    if flags.max_tokens_to_generate is not None:
+        return flags.max_tokens_to_generate
+    return max(ANSWER_TOKENS.values()) if flags.questions is not None else ANSWER_TOKENS[flags.chosen_task]
+
+
+def settings(flags: JobFlags, checkpoint: Checkpoint) -> dict:
+    """What decides the answers, for the header of the rows: all of it that is not in the rows themselves."""
+    from segmentation import find_codec
+
+    decisive = [field.name for group in (PictureFlags, ResultFlags) for field in fields(group)]
+    asked = {"task": "questions"} if flags.questions is not None else {"task": flags.chosen_task, "text": flags.asked}
+    codec = find_codec(checkpoint.folder, flags.mask_codec)
+    return (
+        asked
+        | {"model": f"{Path(checkpoint.name).name} {fingerprint(checkpoint.folder)}"}
+        | {name: getattr(flags, name) for name in ("dtype", "quantize", "quantize_vision", *decisive)}
+        | {"max_tokens_to_generate": longest_answer(flags), "mask_codec": None if codec is None else codec.name}
+    )
+
+
+def make_annotator(flags: JobFlags, checkpoint: Checkpoint, model: "PaliGemmaForConditionalGeneration") -> Annotator:
+    """The model, ready for requests as the flags want them."""
+    from segmentation import find_codec, load_codec
+
+    codec = find_codec(checkpoint.folder, flags.mask_codec)
+    return Annotator(
+        model,
+        checkpoint.processor,
+        codec=None if codec is None else load_codec(codec),
+        rows=flags.rows,
+        max_new_tokens=longest_answer(flags),
+        uses_grammar=flags.grammar,
+        min_score=flags.min_score,
+        kind=checkpoint.kind,
+        language=flags.language,
+        denominator=flags.denominator,
+    )
+
+
+# Rows
+
+
+def answer(
+    annotator: Annotator, asked: Iterable[Question], flags: JobFlags, keeps_original: bool = False
+) -> Iterator[tuple[dict, folders.Loaded, Result]]:
+    """A row for every question, in the order in which they end, with the picture and the result behind it.
+
+    A picture that cannot be read, or a question that cannot be asked, gets a row that says so.
+    """
+    in_flight: dict[int, folders.Loaded] = {}
+    load = partial(
+        folders.load,
+        side=annotator.processor.image_size,
+        keeps_original=keeps_original,
+        **{field.name: getattr(flags, field.name) for field in fields(PictureFlags)},
+    )
+
+    def requests() -> Iterator[Request]:
+        threads = min(READERS, machine.available_cores())
+        ahead = max(threads, annotator.rows)
+        for number, (question, loaded) in enumerate(folders.read_ahead(asked, lambda q: q.place, load, threads, ahead)):
+            in_flight[number] = loaded
+            yield Request(
+                picture=loaded.picture,
+                task=question.task,
+                text=question.text,
+                prompt=question.prompt,
+                image=question.image,
+                size=loaded.size,
+            )
+
+    for number, result in annotator.run(requests()):
+        loaded = in_flight.pop(number)
+        yield result.to_json() | ({"notes": loaded.notes} if loaded.notes else {}), loaded, result
+
+
+# The end
+
+
+def check_output(path: str) -> None:
+    """Raises: OutputError for a file in a folder that is not there."""
+    folder = os.path.dirname(os.path.expanduser(path)) or "."
+    if not os.path.isdir(folder):
+        raise OutputError(f"{path} cannot be written: there is no folder {folder}. Make it first.", path=path)
+
+
+def conclude(journal: Journal) -> None:
+    """Says what the file holds. Raises: PaliGemmaError with exit code 8 if some of it are errors."""
+    answered, failed = journal.num_answered, journal.num_failed
+    if failed:
+        advice = "--retry_failed asks them again."
+        raise PaliGemmaError(f"{failed} of {answered + failed} rows in {journal.path} are errors and say why. {advice}", code=8)
+    note(f"{answered} rows in {journal.path}.")
