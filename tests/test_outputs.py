@@ -1,8 +1,10 @@
 """outputs.py: objects from ids and from text, every fault of an answer, scores, and the way back."""
 
+import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import masks
 import outputs
 from errors import DatasetError
 from outputs import Box, Found, as_json, read_ids, read_text, to_suffix
@@ -294,9 +297,6 @@ def test_a_row_has_pixels_of_the_original_picture_and_leaves_out_what_is_not_kno
 
 
 def test_a_row_with_everything_is_plain_json(processor):
-    import json
-    from dataclasses import replace
-
     ids, logprobs, places = measured(processor)
     found = read_ids(ids, processor, logprobs, places).objects[0]
     mask = np.zeros((6, 4), dtype=bool)
@@ -304,10 +304,47 @@ def test_a_row_with_everything_is_plain_json(processor):
     row = as_json(replace(found, codes=tuple(range(16)), mask=mask), 100, 200)
     assert json.loads(json.dumps(row)) == row
     assert row["spread"] == [1.96, 1.96, 1.96, 1.96]  # x y x y: 20 bins of 100 pixels, 10 bins of 200
-    assert row["mask"] == {"size": [6, 4], "counts": "7222229"} or row["mask"]["size"] == [6, 4]
+    np.testing.assert_array_equal(masks.from_rle(row["mask"]), mask)
     assert row["codes"] == list(range(16)) and row["expected_box"][0] == pytest.approx(19.57, abs=0.01)
 
 
 def test_reading_needs_neither_torch_nor_numpy():
     code = "import sys, outputs; outputs.read_text('x'); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# The comparison in benchmarks/parsing.py
+
+
+@pytest.fixture
+def parsing(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import parsing
+
+    return parsing
+
+
+def test_every_case_of_the_comparison_is_read_as_written_by_hand(parsing):
+    cases = [case for group in parsing.CASES.values() for case in group]
+    for text, wanted, *frame in cases:
+        side, tolerance = frame[0] if frame else (parsing.SIZE, parsing.TOLERANCE)
+        assert parsing.is_right(parsing.ours(text, side), wanted, side, tolerance), text
+    assert len(cases) >= 40
+
+
+def test_the_comparison_tells_right_from_wrong(parsing):
+    wanted = [("cat", (0, 0, 512, 1023))]
+    right = [("cat", (0.0, 0.0, 1000.0, 500.5))]  # pixels are x first
+    assert parsing.is_right(right, wanted, 1000, 2)
+    longer, turned = [("cat", (0.0, 0.0, 1000.0, 503.0))], [("cat", (0.0, 0.0, 500.5, 1000.0))]
+    for wrong in ([], [("dog", right[0][1])], right * 2, longer, turned):
+        assert not parsing.is_right(wrong, wanted, 1000, 2)
+
+
+def test_the_comparison_runs_alone_where_supervision_is_not_installed(parsing, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    parsing.main()
+    out, err = capsys.readouterr()
+    assert "pip install supervision" in err and len(err.splitlines()) == 1
+    result = json.loads(out.splitlines()[-1])
+    assert result["ours"]["all"] == result["cases"] and "supervision" not in result

@@ -1,0 +1,144 @@
+"""Who reads the answers that models give? outputs.py beside supervision, on the same texts, judged by what was written by hand.
+
+    python benchmarks/parsing.py          (pip install supervision)
+
+Each case is a text and the objects that it names: label and box, in 1023rds, y first. A side is right if it finds these objects
+in this order and no others, each box within 2 pixels of a picture of 1000 x 1000. That forgives dividing by 1024; one case asks
+for the far edge of a picture of 4000, where it shows. In "faults" the text is not what a model should say, and what is right is
+a convention: a box turned around is put in order, what broke off is left out, what is said twice counts once, and a box without
+a label is kept.
+The last line is JSON.
+"""
+
+import json
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from outputs import Box, read_text  # noqa: E402
+
+CAT, DOG, ALL = (100, 200, 300, 400), (500, 20, 900, 1000), (0, 0, 1023, 1023)
+CODES = "".join(f"<seg{code:03d}>" for code in range(16))
+SIZE, TOLERANCE = 1000, 2  # pixels
+Objects = list[tuple[str, tuple[float, ...]]]  # label and box
+
+
+def loc(box: tuple[int, ...]) -> str:
+    return "".join(f"<loc{value:04d}>" for value in box)
+
+
+C, D = loc(CAT), loc(DOG)
+# Group -> text -> objects (label, box). A third entry is the side of the picture and the tolerance.
+CASES = {
+    "labels": [
+        (f"{C} cat", [("cat", CAT)]),
+        (f"{C} red car", [("red car", CAT)]),
+        (f"{C} red-and-white car", [("red-and-white car", CAT)]),
+        (f"{C} person's hat", [("person's hat", CAT)]),
+        (f"{C} AC/DC poster", [("AC/DC poster", CAT)]),
+        (f"{C} naïve café", [("naïve café", CAT)]),
+        (f"{C} 猫", [("猫", CAT)]),
+        (f"{C} 😀 face", [("😀 face", CAT)]),
+        (f"{C} 50% off!", [("50% off!", CAT)]),
+        (f"{C} St. Bernard", [("St. Bernard", CAT)]),
+        (f"{C} number 7 (red)", [("number 7 (red)", CAT)]),
+        (f"{C} black & white", [("black & white", CAT)]),
+    ],
+    "form": [
+        ("", []),
+        (f"{C} cat ; {D} dog", [("cat", CAT), ("dog", DOG)]),
+        (f"{C} cat ; {D} cat", [("cat", CAT), ("cat", DOG)]),
+        (f"{C} cat;{D} dog", [("cat", CAT), ("dog", DOG)]),
+        (f"{C} cat  ;  {D}  dog", [("cat", CAT), ("dog", DOG)]),
+        (f"{C}cat", [("cat", CAT)]),
+        (f"{C}  cat", [("cat", CAT)]),
+        (f"{C} cat\n", [("cat", CAT)]),
+        (f"{C} cat\nthat is all", [("cat", CAT)]),
+        (f"{C} cat\n{D} dog", [("cat", CAT), ("dog", DOG)]),
+        (f"{C} cat {D} dog", [("cat", CAT), ("dog", DOG)]),
+        (f"{C} cat ;", [("cat", CAT)]),
+        (f"{C}{CODES} cat", [("cat", CAT)]),
+        (f"{C}{CODES} cat ; {D}{CODES} dog", [("cat", CAT), ("dog", DOG)]),
+        (f"{loc(ALL)} sky", [("sky", ALL)], (4000, 1)),
+    ],
+    "faults": [
+        ("there is no cat", []),
+        ("<loc0100>", []),
+        ("<loc0100><loc0200><loc0300> cat", []),
+        (f"{C} cat ; <loc0500><loc0020>", [("cat", CAT)]),
+        (f"<loc0100><loc0200> cat ; {D} dog", [("dog", DOG)]),
+        (f"{C} cat ; {C} cat ; {C} cat", [("cat", CAT)]),
+        (f"{loc((300, 200, 100, 400))} cat", [("cat", CAT)]),
+        (f"{loc((100, 400, 300, 200))} cat", [("cat", CAT)]),
+        (f"{C}{CODES}", [("", CAT)]),
+        (f"{C}", [("", CAT)]),
+        (f"{C} ; {D} dog", [("", CAT), ("dog", DOG)]),
+        (f"{C}{CODES[:-8]} cat", [("cat", CAT)]),
+        (f"{C} cat ; dog", [("cat", CAT)]),
+        ("<loc9999><loc0200><loc0300><loc0400> cat", []),
+        (f"{CODES} cat", []),
+    ],
+}
+
+
+def ours(text: str, side: int) -> Objects:
+    found = [found for found in read_text(text).objects if found.box is not None]
+    return [(one.label, one.box.pixels(side, side)) for one in found]
+
+
+def theirs(text: str, side: int) -> Objects:
+    import supervision
+
+    detections = supervision.Detections.from_vlm(supervision.VLM.PALIGEMMA, text, resolution_wh=(side, side))
+    return list(zip(map(str, detections.data["class_name"]), map(tuple, detections.xyxy.tolist()), strict=True))
+
+
+def is_right(found: Objects, wanted: Objects, side: int, tolerance: float) -> bool:
+    if [label for label, _ in found] != [label for label, _ in wanted]:
+        return False
+    true = [Box.from_bins(bins).pixels(side, side) for _, bins in wanted]
+    pairs = [pair for (_, box), right in zip(found, true, strict=True) for pair in zip(box, right, strict=True)]
+    return all(abs(a - b) <= tolerance for a, b in pairs)
+
+
+def short(text: str) -> str:
+    """The text with a sign for each box and each mask."""
+    for tokens, sign in ((C, "□cat"), (D, "□dog"), (loc(ALL), "□all"), (CODES, "▦"), (CODES[:-8], "▦⅞")):
+        text = text.replace(tokens, sign)
+    return text.replace("\n", "\\n")[:56]
+
+
+def main() -> None:
+    sides = {"ours": ours, "supervision": theirs}
+    warnings.filterwarnings("ignore", message="OpenCV")
+    try:
+        import supervision  # noqa: F401  only to know whether it is there
+    except ModuleNotFoundError:
+        del sides["supervision"]
+        print("note: only ours, as supervision is not installed. Install it: pip install supervision.", file=sys.stderr)
+    result: dict = {"cases": sum(map(len, CASES.values()))}
+    counts = {name: dict.fromkeys(CASES, 0) for name in sides}
+    for group, cases in CASES.items():
+        print(f"\n{group:58}" + "".join(f"{name:>13}" for name in sides))
+        for text, wanted, *frame in cases:
+            side, tolerance = frame[0] if frame else (SIZE, TOLERANCE)
+            verdicts = [is_right(read(text, side), wanted, side, tolerance) for read in sides.values()]
+            for name, verdict in zip(sides, verdicts, strict=True):
+                counts[name][group] += verdict
+            words = "".join(f"{'right' if verdict else 'wrong':>13}" for verdict in verdicts)
+            print(f"  {short(text) or '(nothing)':56}{words}")
+    for name in sides:
+        result[name] = counts[name] | {"all": sum(counts[name].values())}
+        groups = ", ".join(f"{group} {right} of {len(CASES[group])}" for group, right in counts[name].items())
+        print(f"\n{name}: {result[name]['all']} of {result['cases']} right ({groups})")
+    if "supervision" in sides:
+        result["version"] = version("supervision")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
