@@ -1,0 +1,359 @@
+"""Fine-tuning, one update at a time: the loss, what is trained, the optimiser, and stopping without losing a bit.
+
+    frozen weights stay as they are, in the dtype of the file
+    trained ones are float32 (the master copy), computed with in bfloat16 where that is asked for, and have two moments in AdamW
+
+An update of 1e-5 is far below bfloat16's step of 1/256: on bfloat16 weights it would be rounded away. Hence the float32 copy.
+
+Everything random is a function of the seed and the number of the update: the order of the examples, their augmentation, dropout.
+So a run that was killed needs no random state to go on: with its weights and moments it repeats the very numbers of a run
+that was not. Several processes (torchrun) share the weights with FSDP2; each sees its share of every batch.
+
+Takes a model and imports none. Sources: AdamW (arXiv:1711.05101), FSDP (arXiv:2304.11277), the official trainer of PaliGemma
+(big_vision, trainers/proj/paligemma/train.py) for the mean over examples. Checked in tests/test_training.py.
+Shapes: B rows, L tokens of a row, T answer tokens of all rows together, D width, V vocabulary.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
+
+from errors import CheckpointError, OutputError, UsageError
+
+IGNORE_INDEX = -100  # the label of a token that the loss skips
+PARTS = {  # what may be trained, by the names of parameters; a part that is told apart from another one stands before it
+    "attention": re.compile(r"language_model\..*\.self_attn\..*"),
+    "language_model": re.compile(r"language_model\..*"),
+    "vision_tower": re.compile(r"vision_tower\..*"),
+    "projector": re.compile(r"multi_modal_projector\..*"),
+}
+ALL = ("language_model", "vision_tower", "projector")
+STATE_NAME = "state.json"
+STEP_FOLDER = re.compile(r"step_(\d{8})")
+MOST_BAD_STEPS = 10  # in a row, whose loss or gradient is no number
+
+
+# The loss
+
+
+def answer_losses(model: nn.Module, batch: dict, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """How surprised the model is by each token of the answers, in nats.
+
+    Logits are made for the answers only: over pictures and prompts, which nobody asks for, they would be gigabytes.
+
+    Args:
+        batch: what the processor returned for pictures, prompts and suffixes, labels included.
+        label_smoothing: probability that the target gives up to all other tokens together.
+    Returns: float32[T], and int64[T], the row of each.
+    Source: PaliGemma (arXiv:2407.07726), section 3.2.4; the smoothing of big_vision.
+    """
+    inputs = (batch.get(key) for key in ("input_ids", "pixel_values", "attention_mask", "token_type_ids"))
+    x = model.hidden(*inputs, None)  # [B, L, D]
+    targets = batch["labels"][:, 1:].to(x.device)  # [B, L-1]
+    is_answer = targets != IGNORE_INDEX  # [B, L-1]
+    logits = model.language_model.logits(x[:, :-1][is_answer])  # [T, V]
+    count = logits.shape[-1]
+    # torch gives the target a share of the smoothing, too; big_vision gives it to the others only.
+    smoothing = label_smoothing * count / (count - 1)
+    losses = F.cross_entropy(logits, targets[is_answer], reduction="none", label_smoothing=smoothing)  # [T]
+    return losses, is_answer.nonzero()[:, 0]
+
+
+def weights_of(labels: Tensor, reduction: str) -> tuple[Tensor, float]:
+    """How much each row's mean counts, and the sum of that.
+
+    Args:
+        labels: int64[B, L].
+        reduction: "example" = each answer counts as one, "token" = as its tokens.
+    Returns: float32[B], the weight of one token of the row, and the total weight of the rows.
+    """
+    counts = (labels[:, 1:] != IGNORE_INDEX).sum(1)  # [B]
+    if reduction == "token":
+        return torch.ones(len(counts)), float(counts.sum())
+    return 1 / counts.clamp(min=1).float(), float((counts > 0).sum())
+
+
+# What is trained
+
+
+def trainable(model: nn.Module, parts: Sequence[str]) -> None:
+    """Freezes all but these parts; those become float32.
+
+    Args:
+        parts: names of PARTS.
+    Raises: UsageError for another name.
+    """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or not parts:
+        raise UsageError(f"train is {unknown[0] if unknown else ''!r}. Of {', '.join(PARTS)}, one or several are needed.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(PARTS[part].fullmatch(name) for part in parts))
+    master_weights(model)
+
+
+def master_weights(model: nn.Module) -> None:
+    """Trained weights become float32: a copy that may be written to, where the model was mapped from a file."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                setattr(module, name, nn.Parameter(parameter.detach().to(torch.float32, copy=True)))
+
+
+def part_of(name: str) -> str:
+    """The part of ALL that a parameter belongs to."""
+    return next(part for part in ALL if PARTS[part].fullmatch(name))
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Layers forget what they computed and compute it again for the gradient: a third more time, a fraction of the memory."""
+    from torch.utils.checkpoint import checkpoint
+
+    layers = [*model.language_model.model.layers, *model.vision_tower.vision_model.encoder.layers]
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def shard(model: nn.Module, dtype: torch.dtype) -> None:
+    """Spreads weights, gradients and moments over all processes, layer by layer (FSDP2)."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype)
+    for layer in (*model.language_model.model.layers, *model.vision_tower.vision_model.encoder.layers):
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    register_fsdp_forward_method(model, "hidden")  # what answer_losses calls
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is trained.
+
+    Args:
+        steps: updates of the whole run.
+        batch_size: examples of an update, all processes and accumulated passes together.
+        rows: examples of one pass; the gradients of a batch are summed over its passes.
+        learning_rate: at its peak. rates: of single parts, where they differ.
+        warmup: share of the steps in which the rate rises from 0; then it falls to 0 along half a cosine.
+        weight_decay: of matrices; norms and biases have none.
+        clip: gradients longer than that are shortened to it.
+        reduction, label_smoothing: of the loss.
+        dtype: that is computed in.
+    """
+
+    steps: int
+    batch_size: int = 8
+    rows: int = 8
+    learning_rate: float = 1e-5
+    rates: dict[str, float] | None = None
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    reduction: str = "example"
+    label_smoothing: float = 0.0
+    seed: int = 0
+    dtype: torch.dtype = torch.bfloat16
+
+    def rate(self, step: int) -> float:
+        """The factor on the learning rates in update `step`, from 0."""
+        warm = self.warmup * self.steps
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, self.steps - warm))
+
+
+def draw_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of `count` examples in an epoch."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+
+def examples_of(step: int, count: int, batch_size: int, seed: int) -> list[tuple[int, int]]:
+    """The examples of an update as (epoch, index): the epochs one behind the other, cut into batches."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    orders = {epoch: draw_order(count, seed, epoch) for epoch in {place // count for place in places}}
+    return [(place // count, orders[place // count][place % count]) for place in places]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did: metrics.jsonl has a line of it."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    is_skipped: bool  # loss or gradient was no number, and the weights stayed
+
+
+class Trainer:
+    """A model on its way, with its optimiser.
+
+    Args:
+        model: with requires_grad where it is to be trained (`trainable`, or lora.inject), sharded if there are several processes.
+        plan: how.
+        make_batch: from a list of (epoch, index) to what the processor returns for these examples, labels included.
+        count: of the examples.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, make_batch: Callable[[list[tuple[int, int]]], dict], count: int):
+        self.model, self.plan, self.make_batch, self.count = model, plan, make_batch, count
+        self.step, self.updates, self.bad_steps = 0, 0, 0
+        is_alone = not distributed.is_initialized()
+        self.rank, self.world = (0, 1) if is_alone else (distributed.get_rank(), distributed.get_world_size())
+        self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.named.items():
+            rate = (plan.rates or {}).get(part_of(name), plan.learning_rate)
+            groups.setdefault((rate, plan.weight_decay if parameter.dim() > 1 else 0.0), []).append(parameter)
+        self.peaks = [rate for rate, _ in groups]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
+        )
+
+    def passes(self) -> Iterator[tuple[dict, Tensor, float]]:
+        """The batches of this process in this update, each with the weight of a token in its rows and of the whole update."""
+        examples = examples_of(self.step, self.count, self.plan.batch_size, self.plan.seed)
+        mine = examples[self.rank :: self.world]
+        batches = [self.make_batch(mine[i : i + self.plan.rows]) for i in range(0, len(mine), self.plan.rows)]
+        weighted = [weights_of(batch["labels"], self.plan.reduction) for batch in batches]
+        total = torch.tensor(sum(weight for _, weight in weighted))
+        if self.world > 1:
+            distributed.all_reduce(total)
+        for batch, (of_token, _) in zip(batches, weighted, strict=True):
+            yield batch, of_token, max(float(total), 1.0)
+
+    def update(self) -> Update:
+        """One update of the weights, or none where the numbers are no numbers. Raises: CheckpointError after a run of those."""
+        device, loss, tokens = next(iter(self.named.values())).device, torch.zeros(()), 0
+        torch.manual_seed((self.plan.seed * 1_000_003 + self.step) * 1_009 + self.rank)  # of dropout
+        self.model.train()
+        for batch, of_token, total in self.passes():
+            with torch.autocast(device.type, self.plan.dtype, enabled=self.plan.dtype != torch.float32):
+                losses, row = answer_losses(self.model, batch, self.plan.label_smoothing)  # [T], [T]
+            share = (losses * of_token.to(device)[row.to(device)]).sum() / total
+            (share * self.world).backward()  # FSDP takes the mean over processes, and here the sum is meant
+            loss, tokens = loss + share.detach().cpu(), tokens + len(losses)
+        if self.world > 1:
+            distributed.all_reduce(loss)
+        norm = nn.utils.clip_grad_norm_(self.named.values(), self.plan.clip)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        is_skipped = not (math.isfinite(norm) and math.isfinite(float(loss)))
+        rate = self.plan.rate(self.step)
+        for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * rate
+        if not is_skipped:
+            self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        done = Update(self.step, float(loss), norm, self.plan.learning_rate * rate, tokens, is_skipped)
+        self.step, self.updates = self.step + 1, self.updates + (not is_skipped)
+        self.bad_steps = self.bad_steps + 1 if is_skipped else 0
+        if self.bad_steps >= MOST_BAD_STEPS:
+            raise CheckpointError(
+                f"{self.bad_steps} updates in a row had a loss or gradient that is no number. The last checkpoint is intact. "
+                "Take a smaller --learning_rate, or --dtype fp32."
+            )
+        return done
+
+    # Checkpoints
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights and both moments of everything that is trained, by name."""
+        found = {f"model.{name}": parameter.detach() for name, parameter in self.named.items()}
+        for name, parameter in self.named.items():
+            state = self.optimiser.state[parameter]
+            if not state:  # before the first update
+                state["step"] = torch.tensor(float(self.updates))
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            found |= {f"{moment}.{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
+        return found
+
+    def save(self, runs: Path, keep: int = 2) -> Path:
+        """Writes runs/step_N, whole or not at all, and deletes all but the last `keep`. Raises: OutputError."""
+        from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
+
+        folder = runs / f"step_{self.step:08d}"
+        beside = folder.with_suffix(".tmp")
+        try:
+            if self.rank == 0:
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir(parents=True)
+            barrier()
+            with quiet():
+                writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
+                save(self.tensors(), storage_writer=writer, no_dist=self.world == 1)
+            if self.rank == 0:
+                state = {"step": self.step, "updates": self.updates, "bad_steps": self.bad_steps}
+                (beside / STATE_NAME).write_text(json.dumps(state) + "\n")
+                sync_folder(beside)
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(beside, folder)
+                for old in checkpoints(runs)[:-keep]:
+                    shutil.rmtree(old)
+            barrier()
+        except (OSError, CheckpointException) as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            text = f"{folder} cannot be written: {reason(error)} The one before it is intact. Make room and go on with --resume."
+            raise OutputError(text, path=folder) from error
+        return folder
+
+    def restore(self, folder: Path) -> None:
+        """Goes on where `save` stopped, bit for bit; on any number of processes. Raises: CheckpointError."""
+        from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
+
+        try:
+            state = json.loads((folder / STATE_NAME).read_text())
+            self.step, self.updates, self.bad_steps = (int(state[name]) for name in ("step", "updates", "bad_steps"))
+            with quiet():
+                load(self.tensors(), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=self.world == 1)
+        except (OSError, ValueError, KeyError, RuntimeError, CheckpointException) as error:
+            text = f"{folder} does not continue this run: {reason(error)} Name another output, or delete that folder."
+            raise CheckpointError(text, path=folder) from error
+        for parameter in self.named.values():
+            self.optimiser.state[parameter]["step"].fill_(self.updates)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without torch's warning that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what went wrong, that of the first process where several failed."""
+    for failed, _ in getattr(error, "failures", {}).values():
+        return reason(failed)
+    return str(error).splitlines()[0].rstrip(".") + "." if str(error) else f"{type(error).__name__}."
+
+
+def barrier() -> None:
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def checkpoints(runs: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(path for path in runs.glob("step_*") if STEP_FOLDER.fullmatch(path.name) and (path / STATE_NAME).exists())
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings all files of a folder to the disk, so that its name, once it is there, stands for what was written."""
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
