@@ -191,7 +191,7 @@ class KVCache:
     def grow(self) -> None:
         """Makes each row one token longer; called before the pass that writes it. Raises ValueError when a row is full."""
         self.count()
-        self.lengths += 1
+        self.lengths.add_(1)
 
     def mask(self, window: int | None = None) -> Tensor | None:
         """What the newest token of each row may look at: every token of its row, or the newest `window` of them.

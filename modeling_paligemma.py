@@ -337,7 +337,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
 
     def step(self, cache: KVCache, tokens: Tensor) -> Tensor:
         """The part of `decode` that happens on the device; nothing in it waits for it."""
-        cache.lengths += 1
+        cache.lengths.add_(1)
         x = self.language_model.model.embed_tokens(tokens[:, None])  # [B, 1, D]
         window_mask = None if self.window is None else cache.mask(self.window)
         x = self.language_model.model(x, cache.lengths[:, None], cache.mask(), cache, window_mask)  # [B, 1, D]
