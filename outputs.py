@@ -360,6 +360,7 @@ def as_json(found: Found, width: int, height: int) -> dict:
         row["score"] = round(found.score, 5)
     if found.expected is not None:
         row["expected_box"] = [round(value, 2) for value in found.expected.pixels(width, height)]
+    if found.spread is not None:
         row["spread"] = [round(value, 2) for value in Box(*found.spread).pixels(width, height)]
     if found.codes is not None:
         row["codes"] = list(found.codes)

@@ -1,18 +1,26 @@
-"""Measures a checkpoint on scenes that it has not seen: exact answers, exact captions, boxes by their overlap.
+"""Measures a checkpoint on scenes that it has not seen: exact answers, exact captions, boxes, masks, and what their scores say.
 
-    python demo/evaluate.py [--model FOLDER] [--count PICTURES] [--seed S] [--quantize int8]
+    python demo/evaluate.py [--model FOLDER] [--count PICTURES] [--seed S] [--quantize int8] [--grammar]
 
-Each picture is encoded once and asked nine questions. An answer or caption counts if it is right to the letter. A `detect`
-scores the sum of IoU over boxes of the same label, matched best first, divided by the larger of the numbers of true and said
-boxes. Training draws its scenes from other seeds. One line a kind of question; the last line is JSON.
+Each picture is asked the questions of shapes.ASKED. An answer or caption counts if it is right to the letter. A `detect` scores
+the sum of IoU over boxes of the same label, matched best first, divided by the larger of the numbers of true and said boxes; a
+`segment` the same of its masks, if the checkpoint has a codec. Training draws its scenes from other seeds.
+
+Then all boxes of `detect` together, as COCO counts them: average precision over the IoU from 0.50 to 0.95. Each word of each
+question is a picture of its own there, so that a box counts only for the word it was said for. Boxes are taken with and without
+their scores, and as the locations said or as the expected values, whose errors stand beside each other, too.
+One line a measure; the last line is JSON, with the curves that notes/boxes_figures.py draws.
 """
 
 import argparse
+import contextlib
+import io
 import json
-import re
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,72 +29,196 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 import shapes  # noqa: E402
+from exports import coco, coco_results, collect  # noqa: E402
+from outputs import Box, Found, as_json  # noqa: E402
+from tasks import OBJECT_TASKS, Annotator, Request, Result  # noqa: E402
 
 ANSWERS = ("color", "shape", "count", "exists", "where")
-KINDS = [*shapes.QUESTIONS, "count", "exists", "detect"]
-BOX = re.compile(r"<loc(\d{4})><loc(\d{4})><loc(\d{4})><loc(\d{4})>([^;<>]*)")
-PICTURES = 16  # a batch
+SIZE = 224  # pixels of a picture's side
+ROWS = 96  # questions in flight
+CURVES = ("0.50", "0.75")  # the IoU of the curves that are kept
+MAX_NEW_TOKENS = 112  # a caption is shorter, and so are four boxes with masks
 
 
-def boxes(text: str) -> list[tuple[str, tuple[float, ...]]]:
-    """The labels and boxes (y_min, x_min, y_max, x_max as fractions) that a `detect` answer names."""
-    return [(found[4].strip(), tuple(int(v) / 1023 for v in found[:4])) for found in BOX.findall(text)]
+@dataclass(frozen=True)
+class Question:
+    """One of a scene's questions.
+
+    Args:
+        kind: of shapes.QUESTIONS.
+        prefix, suffix: the question and its answer.
+        true: the objects of `detect` and `segment`, with the boxes and masks of the scene itself, not those of its tokens.
+    """
+
+    kind: str
+    prefix: str
+    suffix: str
+    true: list[Found]
+
+    @property
+    def task(self) -> str:
+        task = self.prefix.partition(" ")[0]
+        return task if task in OBJECT_TASKS else "ask"
+
+    @property
+    def words(self) -> str:
+        return self.prefix.partition(" ")[2]
 
 
-def iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    """Area that two boxes share over area that they cover."""
-    height, width = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    shared = max(0.0, height) * max(0.0, width)
-    covered = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
-    return shared / covered if covered > 0 else 0.0
+def truth(scene: shapes.Scene, prefix: str) -> list[Found]:
+    """What a `detect` or `segment` should find; for other questions nothing."""
+    task, _, words = prefix.partition(" ")
+    named = shapes.named(scene, words.split(" ; ")) if task in OBJECT_TASKS else []
+    masks = [shapes.silhouette(shape, SIZE) if task == "segment" else None for shape, _ in named]
+    return [Found(word, Box(*shape.box), mask=mask) for (shape, word), mask in zip(named, masks, strict=True)]
 
 
-def detect_score(said: str, true: str) -> float:
-    """1 for the right boxes and no others, 0 for none right."""
-    theirs, ours = boxes(said), boxes(true)
-    pairs = [
-        (iou(a, b), i, j)
-        for i, (label, a) in enumerate(theirs)
-        for j, (wanted, b) in enumerate(ours)
-        if label == wanted
-    ]  # fmt: skip
-    total, used = 0.0, set()
-    for overlap, i, j in sorted(pairs, reverse=True):
-        if not used & {("said", i), ("true", j)}:
-            used |= {("said", i), ("true", j)}
-            total += overlap
-    return total / max(len(theirs), len(ours), 1)
-
-
-def questions(count: int, seed: int) -> list[tuple[shapes.Scene, list[tuple[str, str, str]]]]:
-    """The scenes of `shapes.py --seed` and, for each, its questions as (kind, prefix, suffix)."""
+def questions(count: int, seed: int) -> list[tuple[shapes.Scene, list[Question]]]:
+    """The scenes of `shapes.py --seed`, each with its questions."""
     scenes = []
     for index in range(count):
         rng = np.random.default_rng([seed, index])
         scene = shapes.make_scene(rng)
         asked = {}
-        for kind in KINDS:
+        for kind in shapes.ASKED:
             for question in shapes.ask(scene, rng, [kind]):
                 asked.setdefault(question, kind)
-        scenes.append((scene, [(kind, *question) for question, kind in asked.items()]))
+        scenes.append((scene, [Question(kind, *question, truth(scene, question[0])) for question, kind in asked.items()]))
     return scenes
 
 
-def answers(model, processor, asked: list, max_new_tokens: int) -> list[str]:
-    """What the model says to each question, in the order of `asked`, as questions() returns it."""
-    import torch
+def answers(annotator: Annotator, asked: list[tuple[shapes.Scene, list[Question]]]) -> list[Result]:
+    """What the model says to each question, in the order of `asked`."""
 
-    from generation import generate
+    def requests():
+        for scene, scene_questions in asked:
+            picture = shapes.draw(scene, SIZE)
+            for question in scene_questions:
+                yield Request(picture=picture, task=question.task, text=question.words, prompt=question.prefix)
 
-    pictures = [shapes.draw(scene) for scene, _ in asked]
-    prompts = [prefix for _, scene_questions in asked for _, prefix, _ in scene_questions]
-    owner = torch.tensor([i for i, (_, scene_questions) in enumerate(asked) for _ in scene_questions])
-    inputs = processor([pictures[i] for i in owner], prompts)
-    first = torch.cat([torch.zeros(1, dtype=torch.int64), (owner.diff() > 0).nonzero()[:, 0] + 1])
-    with torch.no_grad():
-        inputs["image_features"] = model.encode_images(inputs.pop("pixel_values")[first])[owner.to(model.device)]
-    steps = generate(model, inputs, max_new_tokens=max_new_tokens, eos_token_id=processor.eos_token_id)
-    return [processor.decode(ids) for ids in torch.stack([step.cpu() for step in steps], dim=1).tolist()]
+    said = dict(annotator.run(requests()))
+    return [said[index] for index in sorted(said)]
+
+
+# Scores
+
+
+def box_overlap(a: Found, b: Found) -> float:
+    return a.box.iou(b.box) if a.box and b.box else 0.0
+
+
+def mask_overlap(a: Found, b: Found) -> float:
+    """Pixels that two masks share over pixels that they cover; 0 where one is missing."""
+    if a.mask is None or b.mask is None:
+        return 0.0
+    return float((a.mask & b.mask).sum() / max((a.mask | b.mask).sum(), 1))
+
+
+def matches(said: list[Found], true: list[Found], overlap: Callable[[Found, Found], float]) -> list[tuple[float, Found, Found]]:
+    """Pairs of the same label, (overlap, said, true), the best first; each object is in one pair at most."""
+    pairs = [(overlap(a, b), i, j) for i, a in enumerate(said) for j, b in enumerate(true) if a.label == b.label]
+    found, used = [], set()
+    for value, i, j in sorted(pairs, reverse=True):
+        if not used & {("said", i), ("true", j)}:
+            used |= {("said", i), ("true", j)}
+            found.append((value, said[i], true[j]))
+    return found
+
+
+def objects_score(said: list[Found], true: list[Found], overlap: Callable[[Found, Found], float]) -> float:
+    """1 for the right objects and no others, 0 for none right."""
+    return sum(value for value, _, _ in matches(said, true, overlap)) / max(len(said), len(true), 1)
+
+
+def score(question: Question, result: Result) -> float:
+    """0 to 1."""
+    said = result.reading.objects if result.reading else []
+    if question.kind == "detect":
+        return objects_score(said, question.true, box_overlap)
+    if question.kind == "segment":
+        return objects_score(said, question.true, mask_overlap)
+    return float(result.text.strip() == question.suffix)
+
+
+# Detection
+
+
+def average_precision(said: list[list[Found]], true: list[list[Found]]) -> tuple[float, float, dict[str, list[float]]]:
+    """Average precision over the IoU from 0.50 to 0.95, that at 0.50, and precision at recall 0, 0.01, ... 1, by IoU.
+
+    Args:
+        said, true: the objects of each question. A box without a score counts as if it had 1.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    found, wanted = [], []
+    for number, (a, b) in enumerate(zip(said, true, strict=True)):
+        for word in dict.fromkeys(one.label for one in [*b, *a]):
+            for objects, rows in ((a, found), (b, wanted)):
+                named = [as_json(replace(one, label="", mask=None), 1000, 1000) for one in objects if one.label == word]
+                rows.append({"image": f"{number} {word}", "width": 1000, "height": 1000, "objects": named})
+    reference = coco(collect(wanted))
+    results = coco_results(collect(found), reference)
+    if not results:  # COCOeval cannot judge nothing
+        return 0.0, 0.0, {iou: [0.0] * 101 for iou in CURVES}
+    with contextlib.redirect_stdout(io.StringIO()):  # it talks
+        index = COCO()
+        index.dataset = reference
+        index.createIndex()
+        judge = COCOeval(index, index.loadRes(results), "bbox")
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    precision = judge.eval["precision"][:, :, 0, 0, -1].round(4).tolist()  # by IoU and recall
+    curves = {f"{iou:.2f}": curve for iou, curve in zip(judge.params.iouThrs, precision, strict=True)}
+    return float(judge.stats[0]), float(judge.stats[1]), {iou: curves[iou] for iou in CURVES}
+
+
+def detection(said: list[list[Found]], true: list[list[Found]]) -> dict:
+    """What scores and expected values add: average precision and curves with and without, and the error of a coordinate."""
+    expected = [[replace(one, box=one.expected or one.box) for one in objects] for objects in said]
+    bare = [[replace(one, score=None) for one in objects] for objects in said]
+    ways = {"plain": bare, "scores": said, "scores_and_expected": expected}
+    result: dict = {"map": {}, "map_50": {}, "curves": {}}
+    for name, objects in ways.items():
+        result["map"][name], result["map_50"][name], result["curves"][name] = average_precision(objects, true)
+    pairs = [pair for a, b in zip(said, true, strict=True) for pair in matches(a, b, box_overlap) if pair[0] >= 0.5]
+    sides = ("y_min", "x_min", "y_max", "x_max")
+    for name, box in (("bin", lambda found: found.box), ("expected", lambda found: found.expected or found.box)):
+        errors = [abs(getattr(box(a), side) - getattr(b.box, side)) for _, a, b in pairs for side in sides]
+        result[f"{name}_error"] = float(np.mean(errors)) if errors else None
+    return result | {"boxes": sum(map(len, said)), "true_boxes": sum(map(len, true)), "matched": len(pairs)}
+
+
+def report_detection(result: dict) -> None:
+    for name, key in (("mAP", "map"), ("AP at 0.50", "map_50")):
+        values = result[key]
+        print(f"{name:11}{values['plain']:6.1%} without scores, {values['scores']:.1%} with scores, "
+              f"{values['scores_and_expected']:.1%} of expected boxes with scores")  # fmt: skip
+    errors = [result[name] * 1000 for name in ("bin_error", "expected_error")]
+    print(f"coordinate error, thousandths of the side: {errors[0]:.2f} of the bin, {errors[1]:.2f} of the expected value")
+
+
+def rounded(value: object) -> object:
+    """The numbers in dicts, to four places after the point."""
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    return round(value, 5) if isinstance(value, float) else value
+
+
+def annotator(options: argparse.Namespace) -> Annotator:
+    """The checkpoint, with its codec if it has one."""
+    from processing_paligemma import PaliGemmaProcessor
+    from segmentation import find_codec, load_codec
+    from weights import load_model, resolve
+
+    model = load_model(options.model, device=options.device, dtype=options.dtype, quantize=options.quantize)
+    folder = resolve(options.model)
+    processor = PaliGemmaProcessor.from_pretrained(folder)
+    file = find_codec(folder)
+    codec = None if file is None else load_codec(file)
+    return Annotator(model, processor, codec=codec, rows=ROWS, max_new_tokens=MAX_NEW_TOKENS, uses_grammar=options.grammar)
 
 
 def main() -> None:
@@ -96,37 +228,41 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1000, help="of the scenes; training used others")
     parser.add_argument("--dtype", default=None, help="bf16, fp16 or fp32; as stored if not given")
     parser.add_argument("--quantize", default=None, help="int8 or int4, as in inference.py")
+    parser.add_argument("--grammar", action="store_true", help="hold detect and segment to valid answers")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--show", type=int, default=0, help="print that many wrong answers")
     options = parser.parse_args()
 
-    from processing_paligemma import PaliGemmaProcessor
-    from weights import load_model, resolve
-
     start = time.perf_counter()
-    model = load_model(options.model, device=options.device, dtype=options.dtype, quantize=options.quantize)
-    processor = PaliGemmaProcessor.from_pretrained(resolve(options.model))
+    ready = annotator(options)
     asked = questions(options.count, options.seed)
+    flat = [question for _, scene_questions in asked for question in scene_questions]
+    results = answers(ready, asked)
     scores, shown = defaultdict(list), 0
-    for at in range(0, len(asked), PICTURES):
-        batch = asked[at : at + PICTURES]
-        said = answers(model, processor, batch, max_new_tokens=48)
-        flat = [question for _, scene_questions in batch for question in scene_questions]
-        for text, (kind, prefix, suffix) in zip(said, flat, strict=True):
-            score = detect_score(text, suffix) if kind == "detect" else float(text.strip() == suffix)
-            scores[kind].append(score)
-            if score < 0.5 and shown < options.show:
-                shown += 1
-                print(f"  {prefix!r}: said {text!r}, right is {suffix!r}")
-    for kind, values in scores.items():
-        print(f"{kind:8} {np.mean(values):6.1%} of {len(values)}")
-    together = [score for kind in ANSWERS for score in scores[kind]]
-    numbers = {"answer": np.mean(together), "caption": np.mean(scores["caption"]), "detect": np.mean(scores["detect"])}
-    numbers |= {kind: np.mean(scores[kind]) for kind in ANSWERS}
-    result = {name: round(float(value), 4) for name, value in numbers.items()}
-    result |= {"pictures": options.count, "questions": sum(map(len, scores.values())), "seed": options.seed}
-    result |= {"quantize": options.quantize, "seconds": round(time.perf_counter() - start, 1)}
-    print(json.dumps(result))
+    for question, result in zip(flat, results, strict=True):
+        if question.kind == "segment" and ready.codec is None:
+            continue
+        value = score(question, result)
+        scores[question.kind].append(value)
+        if value < 0.5 and shown < options.show:
+            shown += 1
+            print(f"  {question.prefix!r}: said {result.text!r}, right is {question.suffix!r}")
+    for kind in dict.fromkeys(shapes.ASKED):
+        if scores[kind]:
+            print(f"{kind:8} {np.mean(scores[kind]):6.1%} of {len(scores[kind])}")
+    together = [value for kind in ANSWERS for value in scores[kind]]
+    numbers = {"answer": np.mean(together)} | {kind: np.mean(values) for kind, values in scores.items() if values}
+    summary = {name: float(value) for name, value in numbers.items()}
+    summary |= {"pictures": options.count, "questions": sum(map(len, scores.values())), "seed": options.seed}
+    summary |= {"quantize": options.quantize, "grammar": options.grammar}
+    try:
+        boxed = [(question, result) for question, result in zip(flat, results, strict=True) if question.task == "detect"]
+        said = [result.reading.objects if result.reading else [] for _, result in boxed]
+        summary["detection"] = detection(said, [question.true for question, _ in boxed])
+        report_detection(summary["detection"])
+    except ModuleNotFoundError as error:
+        print(f"note: no average precision without {error.name}. Install it: pip install pycocotools.", file=sys.stderr)
+    print(json.dumps(rounded(summary | {"seconds": time.perf_counter() - start})))
 
 
 if __name__ == "__main__":

@@ -262,14 +262,84 @@ def test_every_word_of_the_demo_is_one_token(processor):
         ("<loc0000><loc0000><loc0512><loc0512> a", 0.5),  # one is missing
         ("<loc0000><loc0000><loc0512><loc0512> b ; <loc0600><loc0600><loc0900><loc0900> a", 0.0),  # labels count
         ("<loc0000><loc0000><loc0512><loc0256> a ; <loc0600><loc0600><loc0900><loc0900> b", 0.75),
-        ("<loc0000><loc0000><loc0512><loc0512> a ; " * 3 + "<loc0600><loc0600><loc0900><loc0900> b", 0.5),  # two too many
+        ("<loc0000><loc0000><loc0512><loc0512> a ; " * 3 + "<loc0600><loc0600><loc0900><loc0900> b", 1.0),  # repeats are one
+        ("<loc0000><loc0000><loc0512><loc0512> a ; <loc0000><loc0000><loc0512><loc0511> a ; "
+         "<loc0000><loc0000><loc0512><loc0510> a ; <loc0600><loc0600><loc0900><loc0900> b", 0.5),  # two too many
         ("", 0.0),
-        ("<loc0512><loc0512><loc0000><loc0000> a", 0.0),
+        ("<loc0512><loc0512><loc0000><loc0000> a", 0.5),  # turned around, and put in order
     ],
 )
-def test_detect_score(said, score):
+def test_objects_score(said, score):
     true = "<loc0000><loc0000><loc0512><loc0512> a ; <loc0600><loc0600><loc0900><loc0900> b"
-    assert evaluate.detect_score(said, true) == pytest.approx(score)
+    said, true = (outputs.read_text(text).objects for text in (said, true))
+    assert evaluate.objects_score(said, true, evaluate.box_overlap) == pytest.approx(score)
+
+
+def test_masks_are_scored_by_the_pixels_they_share():
+    mask = np.zeros((4, 4), dtype=bool)
+    mask[:2] = True
+    box = outputs.Box(0, 0, 1, 1)
+    true = [outputs.Found("a", box, mask=mask)]
+    assert evaluate.objects_score(true, true, evaluate.mask_overlap) == 1
+    assert evaluate.objects_score([outputs.Found("a", box, mask=mask.T)], true, evaluate.mask_overlap) == pytest.approx(4 / 12)
+    assert evaluate.objects_score([outputs.Found("a", box)], true, evaluate.mask_overlap) == 0  # a box without a mask
+
+
+def test_a_scene_says_what_detect_and_segment_should_find():
+    for drawn, asked in evaluate.questions(count=30, seed=3):
+        for question in asked:
+            said = outputs.read_text(question.suffix).objects if question.task != "ask" else []
+            assert [(one.label, one.box.bins()) for one in question.true] == [(one.label, one.bins) for one in said]
+            assert all((one.mask is not None) == (question.task == "segment") for one in question.true)
+            assert question.kind != "absent" or question.true == []
+        assert any(question.task == "detect" for question in asked) and drawn.shapes
+
+
+def boxed(y, score=None, expected=None):
+    return outputs.Found("cat", outputs.Box(y, 0, y + 0.5, 1), score=score, expected=expected)
+
+
+def test_scores_and_expected_values_count_where_they_are_right():
+    """Three questions: a cat that is not there comes first; two that are, with boxes a tenth of their height off."""
+    right = outputs.Box(0.2, 0, 0.7, 1)
+    said = [[boxed(0.1, score=0.2)], [boxed(0.25, 0.9, right)], [boxed(0.25, 0.8, right)]]
+    result = evaluate.detection(said, [[], [boxed(0.2)], [boxed(0.2)]])
+    assert result["map_50"]["plain"] == pytest.approx(2 / 3, abs=0.01)  # precision of the last of three, at every recall
+    assert result["map_50"]["scores"] == result["map_50"]["scores_and_expected"] == pytest.approx(1)
+    assert result["map"]["scores"] == pytest.approx(0.7)  # an IoU of 9 / 11 passes seven of ten thresholds
+    assert result["map"]["scores_and_expected"] == pytest.approx(1)
+    assert result["curves"]["scores"]["0.50"] == [1.0] * 101
+    assert result["bin_error"] == pytest.approx(0.025) and result["expected_error"] == 0
+    assert (result["boxes"], result["true_boxes"], result["matched"]) == (3, 2, 2)
+
+
+def test_a_box_counts_only_for_the_word_it_was_said_for():
+    dog = outputs.Found("dog", outputs.Box(0.2, 0, 0.7, 1))
+    assert evaluate.detection([[boxed(0.2)]], [[dog]])["map"]["plain"] == 0
+    assert evaluate.detection([[]], [[dog]])["map"] == {"plain": 0, "scores": 0, "scores_and_expected": 0}
+
+
+def evaluated(monkeypatch, capsys, *flags) -> tuple[list[str], dict, str]:
+    """Lines, JSON and stderr of the program."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--count", "2", *flags])
+    evaluate.main()
+    out, err = capsys.readouterr()
+    *lines, last = out.splitlines()
+    return lines, json.loads(last), err
+
+
+def test_evaluate_prints_a_line_a_measure_and_ends_with_json(monkeypatch, capsys):
+    lines, result, _ = evaluated(monkeypatch, capsys)
+    assert re.fullmatch(r"caption +\d+\.\d% of 2", lines[0])
+    assert re.fullmatch(r"mAP +\d+\.\d% without scores, \d+\.\d% with scores, \d+\.\d% of expected boxes with scores", lines[-3])
+    assert {"answer", "caption", "detect", "questions", "seed", "detection"} <= result.keys()
+    assert len(result["detection"]["curves"]["plain"]["0.75"]) == 101
+
+
+def test_evaluate_does_without_pycocotools(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    lines, result, err = evaluated(monkeypatch, capsys)
+    assert "pip install pycocotools" in err and "detection" not in result and not any("mAP" in line for line in lines)
 
 
 def test_questions_about_one_picture_do_not_see_each_other():
@@ -349,14 +419,16 @@ def test_a_few_steps_make_a_codec_better(capsys):
 
 
 def test_the_checkpoint_answers_unseen_scenes(processor):
-    model = load_model(CHECKPOINT)
     asked = evaluate.questions(count=8, seed=UNSEEN_SEED)
-    said = evaluate.answers(model, processor, asked, max_new_tokens=48)
+    said = evaluate.answers(evaluate.Annotator(load_model(CHECKPOINT), processor, rows=64, max_new_tokens=48), asked)
     flat = [question for _, scene_questions in asked for question in scene_questions]
-    exact = [text == suffix for text, (kind, _, suffix) in zip(said, flat, strict=True) if kind in ANSWERED]
-    boxes = [evaluate.detect_score(text, suffix) for text, (kind, _, suffix) in zip(said, flat, strict=True) if kind == "detect"]
+    values = [(question.kind, evaluate.score(question, result)) for question, result in zip(flat, said, strict=True)]
+    exact = [value for kind, value in values if kind in ANSWERED]
+    boxes = [value for kind, value in values if kind == "detect"]
     assert np.mean(exact) >= 0.85, exact
     assert np.mean(boxes) >= 0.6, boxes
+    found = [found for result in said for found in (result.reading.objects if result.reading else []) if found.box]
+    assert found and all(0 < one.score <= 1 and one.expected.iou(one.box) > 0.7 for one in found)
 
 
 def test_the_checkpoint_says_the_same_in_transformers(processor):
