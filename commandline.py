@@ -77,21 +77,17 @@ def suggestion(name: str, names: list[str], dashes: str = "--") -> str:
     return f" Did you mean {dashes}{close[0]}?" if close else ""
 
 
-def normalise(argv: list[str], parameters: dict[str, inspect.Parameter]) -> list[str]:
-    """The arguments as --name=value each, so that nothing is left for Fire to guess; of a repeated flag the last.
+def separate(argv: list[str], flags: dict[str, type], takes_words: bool) -> tuple[dict[str, str], list[str]]:
+    """The value of each flag in argv, of a repeated one the last, and the words without a flag; behind -- all are such words.
 
-    Words without a flag become one argument, a JSON list; behind -- everything is such a word.
-    Raises: UsageError for an unknown flag, a missing value, or a word where no field takes words.
+    Raises: UsageError for an unknown flag, a missing value, or a word where there must be none.
     """
-    flags = {name: base_type(parameter) for name, parameter in parameters.items()}
-    place = next((name for name, kind in flags.items() if kind == Words), None)
-    flags.pop(place, None)
     values: dict[str, str] = {}
     words: list[str] = []
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
-        if argument == "--" and place:
+        if argument == "--" and takes_words:
             words += rest
             break
         if not argument.startswith("-") or argument == "-":
@@ -112,11 +108,11 @@ def normalise(argv: list[str], parameters: dict[str, inspect.Parameter]) -> list
             raise UsageError(f"--{name} needs a value. A value that starts with dashes is written --{name}=--so.")
         else:
             values[name] = rest.pop(0)
-    if words and not place:
+    if words and not takes_words:
         raise UsageError(
             f"{words[0]!r} belongs to no flag. Put text with spaces in quotes and name every flag; --help lists them."
         )
-    return [f"--{name}={value}" for name, value in values.items()] + ([f"--{place}={json.dumps(words)}"] if words else [])
+    return values, words
 
 
 def is_on(name: str, argv: list[str]) -> bool:
@@ -160,14 +156,21 @@ def help_text(flags: type, about: str | None = None) -> str:
 
 
 def read_flags(flags: type, argv: list[str]) -> object:
-    """The flags in argv as an instance of the class, made by Fire. Raises: UsageError."""
-    parameters = dict(inspect.signature(flags).parameters)
-    arguments = normalise(argv, parameters)
+    """The flags in argv as an instance of the class, made by Fire. Raises: UsageError.
+
+    If the class has a function check_words, it sees the words first: what it refuses is answered before Fire is imported.
+    """
+    kinds = {name: base_type(parameter) for name, parameter in inspect.signature(flags).parameters.items()}
+    place = next((name for name, kind in kinds.items() if kind == Words), None)
+    values, words = separate(argv, {name: kind for name, kind in kinds.items() if name != place}, place is not None)
+    if words:
+        getattr(flags, "check_words", lambda _: None)(tuple(words))
+        values[place] = json.dumps(words)
     import fire  # after the check, so that a mistyped flag is answered sooner
 
-    parsers = {name: converter(name, base_type(parameter)) for name, parameter in parameters.items()}
-    decorated = fire.decorators.SetParseFns(**parsers)(flags)
-    return fire.Fire(decorated, command=arguments, serialize=lambda _: None)
+    decorated = fire.decorators.SetParseFns(**{name: converter(name, kind) for name, kind in kinds.items()})(flags)
+    # As --name=value each, so that nothing is left for Fire to guess.
+    return fire.Fire(decorated, command=[f"--{name}={value}" for name, value in values.items()], serialize=lambda _: None)
 
 
 # Output

@@ -95,6 +95,8 @@ class Flags(ModelFlags, PictureFlags, ResultFlags):
     verbose: bool = False
     debug: bool = False
 
+    check_words = staticmethod(verbs.read_words)
+
     def __post_init__(self):
         for group in (ModelFlags, PictureFlags, ResultFlags):
             group.__post_init__(self)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 DRAWABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
-EXPORTABLE = (".json", ".xml", ".txt", ".csv")
+EXPORTABLE = {".json": "coco", ".xml": "voc", ".txt": "yolo", ".csv": "csv"}
 # Which verbs a flag means something to; flags that are not here go with each of them, or with none (CLASSIC).
 FITS = {
     "save": OBJECT_TASKS,
@@ -138,7 +138,7 @@ def check_flags(job: Job, given: set[str], save: str | None, export: str | None)
     for name, verbs in FITS.items():
         if name in given and job.task not in verbs:
             raise UsageError(f"--{name} means nothing to {job.task}. It goes with {' and '.join(verbs)}.")
-    for name, file, known in (("save", save, DRAWABLE), ("export", export, EXPORTABLE)):
+    for name, file, known in (("save", save, DRAWABLE), ("export", export, tuple(EXPORTABLE))):
         if file is None:
             continue
         if not file.lower().endswith(known):
@@ -174,6 +174,19 @@ def has_colors() -> bool:
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def with_polygons(result: Result) -> dict:
+    """The result's JSON, with each mask as polygons, too: x, y, x, y, ... in pixels."""
+    row = result.to_json()
+    masks = [found.mask for found in result.reading.objects] if result.reading else []
+    if any(mask is not None for mask in masks):
+        from masks import to_polygons
+
+        for found, mask in zip(row["objects"], masks, strict=True):
+            if mask is not None:
+                found["polygons"] = to_polygons(mask)
+    return row
+
+
 class Desk:
     """Puts results where the flags want them: on stdout, into drawings, into a file of annotations.
 
@@ -200,7 +213,7 @@ class Desk:
             self.num_failed += 1
             note(f"error: {result.error.message}")
         if self.flags.json:
-            commandline.write(json.dumps(result.to_json() | self.extra) + "\n")
+            commandline.write(json.dumps(with_polygons(result) | self.extra) + "\n")
         elif result.error is None:
             self.say(result)
         if result.error is not None:
@@ -236,6 +249,12 @@ class Desk:
 
     def close(self) -> None:
         """What is left to do after the last result. Raises: OutputError; PaliGemmaError with code 8 when results failed."""
+        if self.flags.export:
+            from exports import export
+
+            kind = EXPORTABLE[os.path.splitext(self.flags.export)[1].lower()]
+            files = export(self.rows, kind, self.flags.export)
+            note(f"note: {kind} is in {', '.join(map(str, files[:3]))}{' and so on' if len(files) > 3 else ''}.")
         if self.num_failed:
             count = len(self.job.pictures) * len(self.job.texts)
             raise PaliGemmaError(f"{self.num_failed} of {count} answers failed; the others are there.", code=8)

@@ -199,6 +199,16 @@ def test_words_have_no_flag_and_mistyped_flags_are_still_refused(argv):
         read_wordy(*argv)
 
 
+def test_a_class_may_check_its_words_before_anything_else(monkeypatch):
+    def check(words):
+        raise UsageError(f"{words} are no words.")
+
+    monkeypatch.setattr(Wordy, "check_words", staticmethod(check), raising=False)
+    monkeypatch.setitem(sys.modules, "fire", None)  # whose import fails
+    with pytest.raises(UsageError, match="no words"):
+        read_wordy("a", "b")
+
+
 def test_help_groups_the_flags_of_base_classes_and_leaves_the_words_out(capsys):
     assert commandline.run(Wordy, lambda _: pytest.fail("it ran"), ["--help"]) == 0
     out = capsys.readouterr().out

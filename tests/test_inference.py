@@ -13,19 +13,23 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import commandline
 import inference
+import masks
 import options
 import segmentation
 import verbs
 import weights
 from errors import GenerationError, ImageError, PromptError, UsageError
 from inference import Flags
+from outputs import Box, Found, Reading
 from processing_paligemma import PaliGemmaProcessor
+from tasks import Result
 from tiny_checkpoint import CONTEXT, make_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -441,6 +445,26 @@ def test_save_draws_into_a_copy_of_the_picture(verb, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out-1.jpg", "out-2.jpg", "out.png"]
 
 
+def test_what_was_found_is_exported_in_the_form_that_the_ending_names(verb, tmp_path):
+    for name, made in (("o.json", "o.json"), ("o.csv", "o.csv"), ("o.XML", "o/cat.xml"), ("o.txt", "o/cat.txt")):
+        code, out, err = verb("detect", SHAPES, CAT, "circle", "--export", name)
+        assert code == 0 and out.count("\n") >= 2 and "note: " in err
+        assert (tmp_path / made).stat().st_size > 0
+
+
+def test_masks_come_as_run_lengths_and_as_polygons(capsys):
+    mask = np.zeros((30, 40), bool)
+    mask[10:20, 5:25] = True
+    reading = Reading([Found("cat", Box(0, 0, 1, 1), mask=mask), Found("dog", Box(0, 0, 1, 1))], [], "objects", "")
+    result = Result(image="a.png", task="segment", asked="cat", prompt="segment cat", width=40, height=30, reading=reading)
+    job = verbs.read_words(("segment", SHAPES, "cat"))
+    verbs.Desk(job, Flags(words=("segment", SHAPES, "cat"), json=True), {"model": "m"}).take(result, None)
+    row = json.loads(capsys.readouterr().out)
+    cat, dog = row["objects"]
+    assert cat["mask"]["size"] == [30, 40] and "polygons" not in dog and row["model"] == "m"
+    assert (masks.fill(cat["polygons"], 30, 40) == mask).mean() > 0.99
+
+
 def test_what_cannot_be_written_is_7_before_the_model_is_touched(verb, tmp_path):
     code, _, err = verb("detect", SHAPES, "circle", "--save=no/out.png", "--model_path=no such model")
     assert code == 7 and "no folder no" in err
@@ -535,7 +559,6 @@ def test_a_terminal_gets_a_table_and_colours_only_if_it_wants_them(monkeypatch, 
 
 def test_a_label_moves_no_cursor():
     from drawing import listing, table
-    from outputs import Box, Found
 
     found = [Found("cat\x1b[2J\n", Box(0, 0, 1, 1), score=0.5)]
     assert "\x1b" not in table(found, 9, 9, False) + listing(found, 9, 9)
