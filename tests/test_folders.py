@@ -207,12 +207,12 @@ def test_questions_in_a_row_about_one_picture_share_it():
     assert found[0][1].picture is found[1][1].picture is not found[3][1].picture
 
 
-def test_an_abandoned_run_leaves_no_thread_behind():
-    before = threading.active_count()
-    pictures = ahead(range(50), Reader(0.01))
+def test_an_abandoned_run_reads_nothing_more_and_leaves_no_thread_behind():
+    before, reader = threading.active_count(), Reader(0.02)
+    pictures = ahead(range(50), reader, threads=1, count=30)
     next(pictures)
     pictures.close()
     deadline = time.monotonic() + 10
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert threading.active_count() == before and len(reader.places) <= 5
