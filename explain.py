@@ -20,12 +20,12 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from drawing import PALETTE, clean, draw_box, font
 from errors import PromptError
 from generation import only_row
 from modeling_gemma import rotate
@@ -42,7 +42,7 @@ NO_GRADIENT = (
 WIDTH, MARGIN, GAP, PAD = 1240, 28, 18, 12  # pixels
 CARDS = 5  # side by side
 INK, SOFT, FAINT, SHEET = "#22262b", "#707780", "#e4e6e9", "#f6f7f8"
-BLUE, ORANGE, GREEN = "#2f6db3", "#e07b1a", "#2e8b57"
+BLUE, SKY, ORANGE, GREEN = PALETTE[4], PALETTE[1], PALETTE[5], PALETTE[2]
 BARS = 3  # alternatives that a card shows
 GLOW = ((0.0, (255, 255, 255)), (0.35, (255, 214, 92)), (0.7, (240, 112, 24)), (1.0, (176, 18, 40)))  # of a heat map
 
@@ -396,19 +396,14 @@ def explain(model: nn.Module, processor: PaliGemmaProcessor, inputs: dict, token
 # The sheet
 
 
-@cache
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
 def fitted(text: str, size: int, width: float) -> str:
     """As much of the text as is not wider than that many pixels."""
-    text = " ".join(text.split())
+    text = clean(text)
     if font(size).getlength(text) <= width:
         return text
-    while text and font(size).getlength(text + "...") > width:
+    while text and font(size).getlength(text + "…") > width:
         text = text[:-1]
-    return text + "..."
+    return text + "…"
 
 
 def wrapped(text: str, size: int, width: float, most: int) -> list[str]:
@@ -461,18 +456,20 @@ def draw_bars(draw: ImageDraw.ImageDraw, x: int, y: int, width: int, bars: Seque
         draw.text((x + width, top), f"{probability:.0%}", SOFT, font(13), anchor="ra")
 
 
-def draw_box(draw: ImageDraw.ImageDraw, x: int, y: int, picture: Image.Image, box: Box | None) -> None:
-    """The box of an object, if it is one, on a picture that lies at x, y."""
-    if box is not None:
-        left, top, right, bottom = box.pixels(picture.width - 1, picture.height - 1)
-        draw.rectangle((x + left, y + top, x + right, y + bottom), outline=BLUE, width=2)
+def boxed(picture: Image.Image, words: Sequence[Word]) -> Image.Image:
+    """A copy with the boxes of those words that are objects."""
+    out = picture.copy()
+    for word in words:
+        if word.box is not None:
+            draw_box(out, word.box, SKY, 2)
+    return out
 
 
 def draw_card(sheet: Image.Image, x: int, y: int, picture: Image.Image, word: Word, tokens: Sequence[Token]) -> None:
     """One word: its map, how likely it was and how much likelier through the picture, and what else was considered."""
     draw, width = ImageDraw.Draw(sheet), picture.width
-    sheet.paste(heat_map(picture, word.roll_out if word.gradient is None else word.gradient), (x, y))
-    draw_box(draw, x, y, picture, word.box)
+    heat = heat_map(picture, word.roll_out if word.gradient is None else word.gradient)
+    sheet.paste(boxed(heat, [word]), (x, y))
     below = y + picture.height + 8
     chance = f"{math.exp(word.logprob / len(tokens)):.0%}"  # of a token, in the geometric mean
     draw.text((x, below), fitted(word.text, 19, width - 56), INK, font(19))
@@ -486,9 +483,7 @@ def draw_card(sheet: Image.Image, x: int, y: int, picture: Image.Image, word: Wo
 def draw_head(sheet: Image.Image, picture: Image.Image, explanation: Explanation) -> None:
     """The picture, the question, the answer, and whether it came from the picture."""
     draw, x, y = ImageDraw.Draw(sheet), MARGIN + picture.width + 28, MARGIN
-    sheet.paste(picture, (MARGIN, MARGIN))
-    for word in explanation.words:
-        draw_box(draw, MARGIN, MARGIN, picture, word.box)
+    sheet.paste(boxed(picture, explanation.words), (MARGIN, MARGIN))
     width = sheet.width - x - MARGIN
     draw.text((x, y), fitted(explanation.prompt, 17, width), SOFT, font(17))
     y += 32

@@ -152,6 +152,28 @@ def test_roll_outs_sum_to_one_over_all_tokens_and_to_the_share_over_the_picture(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_roll_outs_are_the_product_of_all_layers(family, processor):
+    model, inputs, ids = tiny_case(family, processor)
+    found = explain.explain(model, processor, inputs, ids)
+    tower = [layer.self_attn for layer in model.vision_tower.vision_model.encoder.layers]
+    decoder = [layer.self_attn for layer in model.language_model.model.layers]
+    row = with_answer(inputs, ids)
+    with torch.no_grad(), explain.recording(tower) as tower_calls, explain.recording(decoder) as decoder_calls:
+        model(**row, pixel_values=inputs["pixel_values"])
+    whole = []  # as in equation 1 of the paper, from the first layer to the last
+    for calls, weights_of in ((tower_calls, explain.tower_weights), (decoder_calls, explain.decoder_weights)):
+        matrices = [(weights_of(*call)[0].mean(0) + torch.eye(call[1].shape[1])) / 2 for call in calls]
+        product = matrices[0]
+        for matrix in matrices[1:]:
+            product = matrix @ product
+        whole.append(product)
+    first = inputs["input_ids"].shape[1] - 1
+    for word in found.words:
+        rows = whole[1][first + word.tokens.start : first + word.tokens.stop].mean(0)
+        torch.testing.assert_close(rows[:4] @ whole[0], word.roll_out.flatten(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_maps_agree_with_finite_differences(family, processor):
     model, inputs, ids = tiny_case(family, processor)
     found = explain.explain(model, processor, inputs, ids)
@@ -365,7 +387,7 @@ def test_an_answer_without_words_and_one_with_very_long_ones_are_drawn(processor
 
 def test_text_is_cut_to_its_room():
     lines = explain.wrapped("one two three four five six seven", 20, 90, 3)
-    assert len(lines) == 3 and lines[0] == "one two" and lines[-1].endswith("...")
+    assert len(lines) == 3 and lines[0] == "one two" and lines[-1].endswith("…")
     assert all(explain.font(20).getlength(line) <= 90 for line in lines)
 
 
