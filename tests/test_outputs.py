@@ -127,8 +127,11 @@ def test_nothing_behind_the_end_is_read_and_control_tokens_are_silent(processor)
 
 
 def test_a_letter_that_broke_off_leaves_a_mark_and_nothing_else(processor):
-    ids = processor.encode(f"{CAT} 猫")[:-1] + processor.encode(f" ; {DOG} dog")
-    assert said(read_ids(ids, processor)) == [("\ufffd", CAT_BINS, ()), ("dog", DOG_BINS, ())]
+    begun = processor.encode(f"{CAT} 猫")[:-1]
+    for between in (" ; ", ""):
+        ids = begun + processor.encode(f"{between}{DOG} dog")
+        assert said(read_ids(ids, processor)) == [("\ufffd", CAT_BINS, ()), ("dog", DOG_BINS, ())]
+    assert said(read_ids(begun, processor)) == [("\ufffd", CAT_BINS, ())]
 
 
 # Boxes
