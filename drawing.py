@@ -142,8 +142,7 @@ def font(size: float) -> ImageFont.FreeTypeFont:
 
 def clean(text: str) -> str:
     """Text on one line that can be drawn and printed: no control characters, no halves of letters."""
-    whole = text.encode("utf-8", "replace").decode()
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in whole).split())
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def caption(found: Found) -> str:

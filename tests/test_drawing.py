@@ -65,10 +65,11 @@ def test_a_frame_lies_just_inside_its_box():
 
 
 def test_lines_and_letters_grow_with_the_picture():
-    found = [Found("cat", Box(0.2, 0.2, 0.8, 0.8), score=0.5)]
+    frame, labelled = ([Found(label, Box(0.2, 0.2, 0.8, 0.8))] for label in ("", "cat"))
 
     def covered(side):
-        return changed(drawing.draw(blank(side, side), found), blank(side, side)).mean()
+        small, large = drawing.draw(blank(side, side), frame), drawing.draw(blank(side, side), labelled)
+        return changed(small, blank(side, side)).mean(), changed(large, small).mean()
 
     assert covered(2000) == pytest.approx(covered(800), rel=0.15)
 

@@ -499,6 +499,11 @@ def test_verbs_without_sense_are_2_in_one_line(verb, argv, message):
     assert (code, out, err.count("\n")) == (2, "", 1) and message in err
 
 
+def test_words_are_checked_before_fire_is_imported():
+    with pytest.raises(UsageError, match="no verb"):
+        Flags.check_words(("detct",))
+
+
 def test_help_begins_with_examples_of_the_verb(verb):
     for task in verbs.TASKS:
         out = verb(task, "--help")[1]
@@ -506,10 +511,15 @@ def test_help_begins_with_examples_of_the_verb(verb):
     assert "inference.py detect street.jpg" in verb("--help")[1]
 
 
-def test_grammar_min_score_and_denominator_reach_the_run(verb):
+def test_grammar_makes_objects_even_of_noise(verb, world):
+    noise = ("detect", str(world / "cat.png"), "cat ; dog", "--json", f"--model_path={world / 'model'}")
+    free, held = answer_of(verb(*noise)), answer_of(verb(*noise, "--grammar", "--max_tokens_to_generate=40"))
+    assert free["status"] == "unparsable" and held["status"] == "objects"
+    assert held["problems"] == [] and {found["label"] for found in held["objects"]} <= {"cat", "dog"}
+
+
+def test_min_score_and_denominator_reach_the_run(verb):
     plain = answer_of(verb("detect", SHAPES, "star", "circle", "--json"))
-    held = answer_of(verb("detect", SHAPES, "star", "circle", "--json", "--grammar"))
-    assert held["problems"] == [] and {found["label"] for found in held["objects"]} <= {"star", "circle"}
     none = answer_of(verb("detect", SHAPES, "star", "circle", "--json", "--min_score=1"))
     assert plain["objects"] and (none["status"], none["objects"]) == ("nothing", [])
     other = answer_of(verb("detect", SHAPES, "star", "circle", "--json", "--denominator=1024"))
