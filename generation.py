@@ -6,11 +6,15 @@ into free rows, `step` says one token in every row, `retire` frees a row. A row 
 free, so that a folder of a million pictures keeps every row busy (continuous batching: Orca, OSDI 2022). A row may be held to a
 grammar (grammar.py): it then says the best, or draws, among the tokens that its grammar allows.
 
+On CUDA nothing waits for the token that was just said: the next step is under way before main memory reads it. So a row's end is
+found one step late, and what it said behind it is dropped; what remains is the same. A grammar has to know each token at once.
+
 Checked in tests/test_generation.py. Shapes: B rows, L tokens of a prompt with its pictures, V vocabulary,
 C candidates for the next token, Q bins of a coordinate.
 """
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -105,6 +109,31 @@ class Row:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     places: list[tuple[float, float] | None] = field(default_factory=list)
+    num_said: int = 0  # tokens, those that main memory has not read included
+    is_retired: bool = False
+
+
+class Saying:
+    """One token of each of some rows, on its way to main memory.
+
+    Args:
+        rows: who said them.
+        numbers: float32[B, ...] on the device: token, log-probability and, where asked for, mean and spread of a coordinate.
+    """
+
+    def __init__(self, rows: list[Row], numbers: Tensor):
+        self.rows = rows
+        self.numbers = numbers.to("cpu", non_blocking=True)
+        self.arrival = None
+        if numbers.is_cuda:
+            self.arrival = torch.cuda.Event()
+            self.arrival.record()
+
+    def read(self) -> list[tuple[Row, list[float]]]:
+        """Each row that has not ended meanwhile, with its numbers, once they are there."""
+        if self.arrival is not None:
+            self.arrival.synchronize()
+        return [pair for pair in zip(self.rows, self.numbers.tolist(), strict=True) if not pair[0].is_retired]
 
 
 def nucleus(probs: Tensor, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor]:
@@ -295,6 +324,7 @@ class Decoder:
         self.cache = None
         self.rows: list[Row] = []
         self.tokens = torch.empty(0, dtype=torch.int64)
+        self.sayings: deque[Saying] = deque()  # not read yet; never more than two
 
     def is_finished(self, row: Row) -> bool:
         return row.token_ids[-1] in self.eos or len(row.token_ids) >= row.limit
@@ -318,7 +348,7 @@ class Decoder:
                 self.rows.append(Row(index, limit, torch.Generator().manual_seed((self.seed + index) % 2**63), walk))
             batch = join_rows([row for _, row in group], config.pad_token_id)
             logits = self.model.prefill(self.cache[first : first + count], **batch)  # [B, V]
-            self.say(logits, first)
+            self.read(self.say(logits, first))
 
     def make_room(self, slots: int) -> None:
         """Allocates the cache when the first request comes, and a larger one should a longer request come."""
@@ -328,14 +358,27 @@ class Decoder:
                 cache.take(self.cache)
             self.cache = cache
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the next step may begin before the last is read: worth it where the device works by itself."""
+        return self.cache.lengths.is_cuda and all(row.walk is None for row in self.rows)
+
     @torch.no_grad()
     def step(self) -> None:
+        """One more token of every row is read; the device says the next meanwhile, where that is worth it."""
+        if not self.sayings:
+            self.sayings.append(self.decode())
+        if self.is_ahead and any(row.num_said < row.limit for row in self.rows):
+            self.sayings.append(self.decode())
+        self.read(self.sayings.popleft())
+
+    def decode(self) -> Saying:
         """Says one more token in every row."""
         logits = self.model.decode(self.cache[: len(self.rows)], self.tokens)  # [B, V]
-        self.say(logits, 0)
+        return self.say(logits, 0)
 
-    def say(self, logits: Tensor, first: int) -> None:
-        """Chooses the next token of the rows from `first` on. Raises GenerationError when the logits are not numbers."""
+    def say(self, logits: Tensor, first: int) -> Saying:
+        """Chooses the next token of the rows from `first` on."""
         image = self.model.config.image_token_index  # may lie outside the vocabulary
         is_last = logits.shape[1] - image <= UNTRAINED_ROWS
         logits[:, image : None if is_last else image + 1] = -torch.inf
@@ -353,8 +396,13 @@ class Decoder:
         columns = [tokens.float(), log_probabilities(logits, tokens)]  # float32 holds every id below 2^24
         if self.locations is not None:
             columns += coordinate_moments(logits, tokens, self.locations)
-        # Joined, so that the device is waited for once a step.
-        for row, (number, logprob, *place) in zip(rows, torch.stack(columns, 1).tolist(), strict=True):
+        for row in rows:
+            row.num_said += 1
+        return Saying(rows, torch.stack(columns, 1))
+
+    def read(self, saying: Saying) -> None:
+        """Hands the rows what they said. Raises GenerationError when the logits were not numbers."""
+        for row, (number, logprob, *place) in saying.read():
             token = int(number)
             if math.isnan(logprob):
                 raise GenerationError(
@@ -382,6 +430,7 @@ class Decoder:
                     self.tokens[i] = self.tokens[last]
                 self.rows.pop()
                 self.tokens = self.tokens[:last]
+                row.is_retired = True
         return answers[::-1]
 
 

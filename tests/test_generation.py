@@ -430,6 +430,95 @@ def test_draws_of_a_request_do_not_depend_on_what_runs_beside_it():
             assert answer.token_ids == alone[0].tolist()
 
 
+# One step ahead, as on CUDA
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """As if the device worked by itself. What happens, in order: "said n" when n rows say a token, "read n" when it is read."""
+    events = []
+
+    class Watched(generation.Saying):
+        def __init__(self, rows, numbers):
+            super().__init__(rows, numbers)
+            events.append(f"said {len(rows)}")
+
+        def read(self):
+            pairs = super().read()
+            events.append(f"read {len(pairs)}")
+            return pairs
+
+    monkeypatch.setattr(generation.Decoder, "is_ahead", property(lambda self: all(row.walk is None for row in self.rows)))
+    monkeypatch.setattr(generation, "Saying", Watched)
+    return events
+
+
+def test_the_next_step_is_under_way_before_the_last_is_read(ahead):
+    model = Scripted({3: [10, 11, 12, 13, 14, 15]})
+    assert collect(model, ask(3), max_new_tokens=5)[0].tolist() == [10, 11, 12, 13, 14]
+    assert ahead == ["said 1", "read 1", "said 1", "said 1", "read 1", "said 1", "read 1", "said 1", "read 1", "read 1"]
+
+
+def test_what_a_row_says_behind_its_end_is_dropped(ahead):
+    model = Scripted({3: [10, 1, 12, 13, 14], 4: [20, 21, 22, 1, 24, 25, 26]})
+    said = [(step.tokens.tolist(), step.is_finished.tolist()) for step in
+            generate_steps(model, ask(3, 4), max_new_tokens=6, eos_token_id=1)]  # fmt: skip
+    assert said == [([10, 20], [False, False]), ([1, 21], [True, False]), ([PAD, 22], [True, False]), ([PAD, 1], [True, True])]
+    assert ahead[:2] == ["said 2", "read 2"]
+    assert ahead[2:] == ["said 2", "said 2", "read 2", "said 1", "read 1", "said 1", "read 1"]
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 3, "temperature": 2.0}])
+@pytest.mark.parametrize("family, window", CASES)
+def test_answers_one_step_ahead_are_the_same(family, window, options, request):
+    # Nine requests of other lengths through three rows, some of which end by themselves and some at their limit.
+    model = make_windowed(family, window)
+    requests = [make_batch([(1, 2 + i, 0)], seed=i) for i in range(9)]
+    options |= {"rows": 3, "max_new_tokens": 7, "eos_token_id": list(range(3, 30))}
+    plain = sorted(generate_many(model, requests, **options), key=lambda answer: answer.index)
+    events = request.getfixturevalue("ahead")
+    ours = sorted(generate_many(model, requests, **options), key=lambda answer: answer.index)
+    assert [(a.token_ids, a.finish_reason) for a in ours] == [(a.token_ids, a.finish_reason) for a in plain]
+    assert {a.finish_reason for a in plain} == {"stop", "length"}
+    assert ["said 3", "said 3"] in [events[i : i + 2] for i in range(len(events))]
+    for a, b in zip(ours, plain, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)  # other rows beside it: sums in another order
+
+
+def test_an_answer_of_one_token_is_not_followed_by_a_step(ahead):
+    model = Scripted({3: [10], 4: [20]})
+    assert [answer.token_ids for answer in generate_many(model, [ask(3), ask(4)], rows=2, max_new_tokens=1)] == [[10], [20]]
+    assert model.passes == ["prefill 2"] and ahead == ["said 2", "read 2"]
+
+
+class Attentive:
+    """A grammar that allows everything, but must have heard each token before it is asked about the next."""
+
+    def __init__(self):
+        self.heard, self.asked = [], 0
+
+    def start(self, limit):  # noqa: ARG002  (the signature is that of a grammar)
+        return Attentive()
+
+    def allowed(self):
+        assert self.asked == len(self.heard)
+        self.asked += 1
+
+    def say(self, token):
+        self.heard.append(token)
+
+
+def test_a_row_with_a_grammar_is_read_before_it_goes_on(ahead):
+    long = [20, 21, 22, 23, 24, 25, 26, 27, 1]
+    model = Scripted({3: [10, 11, 1, 99], 4: [*long, 99], 5: [30, 31, 32, 33, 1, 99], 6: [40, 41, 1, 99]})
+    requests = [ask(3), ask(4), ask(5) | {"grammar": Attentive()}, ask(6)]
+    answers = list(generate_many(model, requests, rows=2, max_new_tokens=9, eos_token_id=1))
+    assert {answer.index: answer.token_ids for answer in answers} == {
+        0: [10, 11, 1], 1: long, 2: [30, 31, 32, 33, 1], 3: [40, 41, 1]
+    }  # fmt: skip
+    assert ["said 2", "said 2"] in [ahead[i : i + 2] for i in range(len(ahead))]  # ahead while it could be
+
+
 # Sampling
 
 
