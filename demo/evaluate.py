@@ -31,6 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 import shapes  # noqa: E402
 from exports import coco, coco_results, collect  # noqa: E402
 from outputs import Box, Found, as_json  # noqa: E402
+from scores import mask_iou  # noqa: E402
 from tasks import OBJECT_TASKS, Annotator, Request, Result  # noqa: E402
 
 ANSWERS = ("color", "shape", "count", "exists", "where")
@@ -108,10 +109,7 @@ def box_overlap(a: Found, b: Found) -> float:
 
 
 def mask_overlap(a: Found, b: Found) -> float:
-    """Pixels that two masks share over pixels that they cover; 0 where one is missing."""
-    if a.mask is None or b.mask is None:
-        return 0.0
-    return float((a.mask & b.mask).sum() / max((a.mask | b.mask).sum(), 1))
+    return mask_iou(a.mask, b.mask) if a.mask is not None and b.mask is not None else 0.0
 
 
 def matches(said: list[Found], true: list[Found], overlap: Callable[[Found, Found], float]) -> list[tuple[float, Found, Found]]:
@@ -209,16 +207,21 @@ def rounded(value: object) -> object:
 
 def annotator(options: argparse.Namespace) -> Annotator:
     """The checkpoint, with its codec if it has one."""
-    from processing_paligemma import PaliGemmaProcessor
+    import weights
+    from options import Checkpoint, ModelFlags
     from segmentation import find_codec, load_codec
-    from weights import load_model, resolve
 
-    model = load_model(options.model, device=options.device, dtype=options.dtype, quantize=options.quantize)
-    folder = resolve(options.model)
-    processor = PaliGemmaProcessor.from_pretrained(folder)
-    file = find_codec(folder)
-    codec = None if file is None else load_codec(file)
-    return Annotator(model, processor, codec=codec, rows=ROWS, max_new_tokens=MAX_NEW_TOKENS, uses_grammar=options.grammar)
+    flags = ModelFlags(model_path=options.model, device=options.device, dtype=options.dtype, quantize=options.quantize)
+    checkpoint = Checkpoint(flags, weights)
+    file = find_codec(checkpoint.folder)
+    return Annotator(
+        checkpoint.load(),
+        checkpoint.processor,
+        codec=None if file is None else load_codec(file),
+        rows=ROWS,
+        max_new_tokens=MAX_NEW_TOKENS,
+        uses_grammar=options.grammar,
+    )
 
 
 def main() -> None:

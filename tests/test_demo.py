@@ -342,6 +342,16 @@ def test_evaluate_does_without_pycocotools(monkeypatch, capsys):
     assert "pip install pycocotools" in err and "detection" not in result and not any("mAP" in line for line in lines)
 
 
+def test_the_figure_of_scores_is_what_its_script_draws(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "notes"))
+    import boxes_figures
+
+    committed = (boxes_figures.HERE / "scores.svg").read_text(encoding="utf-8")
+    monkeypatch.setattr(boxes_figures, "HERE", tmp_path)
+    boxes_figures.draw_scores()
+    assert (tmp_path / "scores.svg").read_text(encoding="utf-8") == committed
+
+
 def test_questions_about_one_picture_do_not_see_each_other():
     pack = train.Pack(*(torch.zeros(1, 5, dtype=torch.int64) for _ in range(7)))
     pack.question = torch.tensor([[1, 1, 1, 2, -1]])
