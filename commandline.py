@@ -158,8 +158,10 @@ def help_text(flags: type, about: str | None = None) -> str:
 def read_flags(flags: type, argv: list[str]) -> object:
     """The flags in argv as an instance of the class, made by Fire. Raises: UsageError.
 
-    If the class has a function check_words, it sees the words first: what it refuses is answered before Fire is imported.
+    If the class has a function check_words, it sees the words first: what it refuses is answered before Fire is imported. If it
+    has a function expand, that sees the arguments before anybody else, and may put more in front of them.
     """
+    argv = getattr(flags, "expand", list)(argv)
     kinds = {name: base_type(parameter) for name, parameter in inspect.signature(flags).parameters.items()}
     place = next((name for name, kind in kinds.items() if kind == Words), None)
     values, words = separate(argv, {name: kind for name, kind in kinds.items() if name != place}, place is not None)

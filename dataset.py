@@ -7,7 +7,7 @@ of line 40,000 after two hours, or that learns from boxes in another order, is w
 every picture is looked at, and all that is wrong is named at once. A fault stops the run unless the user says to skip such lines;
 a doubt is said and changes nothing.
 
-Needs no torch. Checked in tests/test_dataset.py.
+`Examples` makes batches of what is left. Checked in tests/test_dataset.py.
 """
 
 import hashlib
@@ -20,8 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
+from augmentation import zoom
 from errors import DatasetError, ImageError
-from images import MAX_PIXELS, check_size, open_picture, read_file
+from images import MAX_PIXELS, check_size, load_image, open_picture, read_file
 from outputs import CUT_BOX, CUT_MASK, LONG_MASK, NO_AREA, SWAPPED, read_text
 
 FIELDS = ("image", "prefix", "suffix")
@@ -238,3 +241,32 @@ def require_usable(splits: Sequence[Split], skip_bad: bool) -> None:
     for split in splits:
         if not split.examples:
             raise DatasetError(f"{split.file} has no line that can be used. The first: {split.faults[0].text}.", path=split.file)
+
+
+# Batches
+
+
+class Examples:
+    """The lines of a split as they are learned.
+
+    Args:
+        split: read and checked.
+        processor: a PaliGemmaProcessor.
+        augment: "none", or "zoom" (augmentation.py), drawn anew in each epoch and always the same for seed, epoch and line.
+    """
+
+    def __init__(self, split: Split, processor: object, augment: str = "none", seed: int = 0):
+        self.lines, self.processor, self.augment, self.seed = split.examples, processor, augment, seed
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Image.Image, str, str]:
+        """Picture, prefix and suffix of the line `index` in the epoch `epoch`, given as (epoch, index)."""
+        line = self.lines[place[1]]
+        picture, suffix = load_image(line.image, notes=[]), line.suffix
+        if self.augment == "zoom":
+            picture, suffix = zoom(picture, suffix, seed=(self.seed, *place))
+        return picture, line.prefix, suffix
+
+    def batch(self, places: Sequence[tuple[int, int]]) -> dict:
+        """What the processor makes of some of them, labels included."""
+        pictures, prefixes, suffixes = zip(*(self[place] for place in places), strict=True)
+        return self.processor(list(pictures), list(prefixes), list(suffixes), notes=[])

@@ -15,6 +15,7 @@ Shapes: B rows, L tokens of a row, T answer tokens of all rows together, D width
 """
 
 import json
+import logging
 import math
 import os
 import re
@@ -327,6 +328,7 @@ class Trainer:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without torch's warning that one process is one process."""
+    logging.getLogger("c10d-NullHandler-dcp_logger").propagate = False  # it tells of each tensor, at the level of debugging
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,0 +1,97 @@
+"""Asks a model questions whose answers are known, and scores what it says. Takes a model, imports none.
+
+Checked in tests/test_finetune.py.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import scores
+from dataset import Examples
+from images import load_image
+from outputs import read_text
+from segmentation import MaskCodec, with_masks
+from tasks import Annotator, Request, Result
+from training import answer_losses, weights_of
+
+ANSWER_ROOM = 8  # tokens that an answer may be longer than the longest right one
+
+
+class Judge:
+    """Scores of a model on examples that it does not learn from.
+
+    Answers with boxes or masks are scored as objects, all others as texts; an example belongs to the objects if what is right, or
+    what was said, names one.
+
+    Args:
+        examples: lines with the same picture and prompt are right answers to one question.
+        codec: decodes masks, if there is one.
+        rows: questions in flight.
+        count: the most questions to ask.
+        scores: names of scores.TEXT_SCORES and OBJECT_SCORES; chosen by what the right answers hold if empty.
+    """
+
+    def __init__(self, examples: Examples, codec: MaskCodec | None, *, rows: int, count: int, scores: Sequence[str] = ()):
+        self.examples, self.codec, self.rows, self.count = examples, codec, rows, count
+        answers: dict[tuple[Path, str], list[str]] = {}
+        for line in examples.lines:
+            answers.setdefault((line.image, line.prefix), []).append(line.suffix)
+        self.answers = dict(list(answers.items())[:count])
+        said = [suffix for suffixes in self.answers.values() for suffix in suffixes]
+        self.scores = list(scores) or self.fitting(said)
+        self.longest = max(len(examples.processor.encode(suffix)) for suffix in said) + 1 + ANSWER_ROOM
+
+    def fitting(self, said: Sequence[str]) -> list[str]:
+        """The scores that make sense for such answers."""
+        has_masks = self.codec is not None and any("<seg" in suffix for suffix in said)
+        has_boxes = any("<loc" in suffix for suffix in said)
+        has_words = any(suffix and "<loc" not in suffix for suffix in said)
+        return ["exact", "anls"] * has_words + ["map"] * has_boxes + ["miou"] * has_masks
+
+    def loss(self, model: nn.Module) -> float:
+        """Mean over answers, in nats a token."""
+        total, count = 0.0, min(len(self.examples.lines), self.count)
+        with torch.no_grad():
+            for first in range(0, count, self.rows):
+                batch = self.examples.batch([(0, i) for i in range(first, min(first + self.rows, count))])
+                losses, row = answer_losses(model, batch)
+                of_token, _ = weights_of(batch["labels"], "example")
+                total += float((losses * of_token.to(losses.device)[row]).sum())
+        return total / count
+
+    def ask(self, model: nn.Module) -> list[Result]:
+        """The answers, said greedily, in the order of the questions. Raises: the error of the first that could not be asked."""
+        run = Annotator(model, self.examples.processor, codec=self.codec, rows=self.rows, max_new_tokens=self.longest)
+        requests = (
+            Request(picture=load_image(image, notes=[]), task="ask", text=prefix, prompt=prefix) for image, prefix in self.answers
+        )
+        results = [result for _, result in sorted(run.run(requests), key=lambda pair: pair[0])]
+        for result in results:
+            if result.error is not None:
+                raise result.error
+        return results
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """The loss and every score."""
+        numbers = {"valid_loss": self.loss(model)}
+        pairs = list(zip(self.ask(model), self.answers.values(), strict=True))
+        of_objects = [(result, right) for result, right in pairs if result.reading or any("<loc" in text for text in right)]
+        of_words = [pair for pair in pairs if pair not in of_objects]
+        for name in self.scores:
+            if name in scores.TEXT_SCORES and of_words:
+                said, right = zip(*((result.text, answers) for result, answers in of_words), strict=True)
+                numbers[name] = scores.TEXT_SCORES[name](said, right)
+        return numbers | (self.score_objects(of_objects) if of_objects else {})
+
+    def score_objects(self, pairs: list[tuple[Result, list[str]]]) -> dict[str, float]:
+        said = [result.reading.objects if result.reading else [] for result, _ in pairs]
+        right = [read_text(answers[0]).objects for _, answers in pairs]
+        numbers = scores.detection_map(said, right) if "map" in self.scores else {}
+        if "miou" in self.scores:
+            places = [i for i, objects in enumerate(right) if any(found.codes for found in objects)]
+            true = [with_masks(right[i], self.codec, pairs[i][0].width, pairs[i][0].height) for i in places]
+            numbers["miou"] = scores.segmentation_miou([said[i] for i in places], true)
+        return numbers

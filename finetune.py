@@ -1,0 +1,620 @@
+"""Fine-tunes a PaliGemma on your own pictures: `python finetune.py --train train.jsonl --valid valid.jsonl --output runs/mine`.
+
+The data are JSONL lines of image, prefix, suffix (dataset.py), the settings flags or a YAML file. Everything about the data is
+checked before the first step. What a run leaves in --output:
+
+    settings.json      what was asked for; --resume refuses other settings
+    metrics.jsonl      a line for each update and each evaluation
+    progress.svg       the same as curves, drawn anew at each evaluation
+    checkpoints/       weights and optimiser, for --resume; written beside and renamed, the last two are kept
+    model/             the result: a checkpoint like any other, for this project and for transformers; with --method lora,
+                       adapter/ beside it, in PEFT's form
+
+Killed at any moment, the same command with --resume goes on, and its losses are bit for bit those of a run that was not (on one
+kind of CPU). `torchrun --nproc_per_node N finetune.py ...` shares the work. Reading order: Flags, Run, program.
+Checked in tests/test_finetune.py.
+"""
+
+import sys
+
+if sys.version_info < (3, 10):
+    sys.exit("error: Python %d.%d is too old. This program needs 3.10 or newer." % sys.version_info[:2])
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import commandline
+import machine
+from commandline import note
+from errors import DatasetError, DeviceError, OutputError, UsageError
+from options import bundled, require
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    import dataset
+    import lora
+    import training
+    from evaluation import Judge
+
+METHODS = {"full": 1e-5, "lora": 2e-4}  # and the learning rate where none is given
+SCORES = ("exact", "vqa", "anls", "relaxed", "cider", "map", "miou")
+FAULTS_SHOWN = 20
+FREE_TO_CHANGE = (  # when a run goes on: what has no influence on the weights
+    "config", "output", "resume", "device", "evaluate_every", "save_every", "num_scored", "scores", "tensorboard", "debug",
+    "verbose", "preview",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Fine-tunes a PaliGemma model on pictures with a prompt and its answer each.
+
+      python finetune.py --train train.jsonl --output runs/x --preview                 look at what will be learned
+      python finetune.py --train train.jsonl --valid valid.jsonl --output runs/x
+      python finetune.py --config finetune.yaml --output runs/y --method lora          flags beat the file
+      python finetune.py --config finetune.yaml --output runs/y --resume               go on after an interruption
+      torchrun --nproc_per_node 2 finetune.py --config finetune.yaml --output runs/z
+
+    Lines of a JSONL: {"image": "a.jpg", "prefix": "detect cat", "suffix": "<loc0104><loc0320><loc0458><loc0674> cat"}
+
+    Args:
+        train: the examples to learn from, a JSONL
+        valid: examples to be scored on and never to be learned from
+        output: a new folder for everything that comes of it
+        config: a YAML file of these settings; examples/finetune.yaml has them all
+        model_path: what to start from, a folder or a hub id; the bundled model if not given
+        revision: branch, tag or commit of a hub id
+        device: auto, cpu, cuda or cuda:N
+        dtype: that is computed in, bf16 or fp32; trained weights are kept in float32 anyway
+        method: full, or lora for a small adapter
+        parts: what is trained, of attention, language_model, vision_tower, projector, with commas; everything if not given, with
+            lora the language model
+        lora_r: rank of an adapter
+        lora_alpha: an adapter counts lora_alpha / lora_r times
+        lora_dropout: share of an adapter's inputs that is dropped while training
+        lora_matrices: last words of the names of matrices to adapt, with commas; all if not given
+        epochs: how often every example is seen
+        steps: number of updates, instead of epochs
+        batch_size: examples of an update
+        rows: examples that are in memory at a time; a batch is made of several passes
+        learning_rate: at its peak; 1e-5, and 2e-4 for an adapter, if not given
+        learning_rate_language_model: where it differs
+        learning_rate_vision_tower: where it differs
+        learning_rate_projector: where it differs
+        warmup: share of the updates in which the rate rises
+        weight_decay: of matrices
+        clip: longest gradient
+        loss: example, the mean over answers, or token, the mean over all their tokens
+        label_smoothing: probability that is taken from the right token and given to all others
+        max_text_tokens: longest prefix and suffix together; an example that is longer is refused, never cut
+        augment: none or zoom: pictures are cut or moved a little, and boxes move with them
+        gradient_checkpointing: less memory, a third more time
+        evaluate_every: updates between two evaluations; once an epoch if not given
+        num_scored: how many examples of valid are answered for the scores
+        scores: of exact, vqa, anls, relaxed, cider, map, miou, with commas; chosen by what the answers hold if not given
+        save_every: updates between two checkpoints
+        seed: of order, augmentation and dropout
+        skip_bad: go on without lines that cannot be used
+        preview: only draw a page of examples as they will be learned, boxes and masks from their tokens
+        resume: go on where the last checkpoint of --output ends
+        tensorboard: write a log for TensorBoard, too
+        verbose: say more
+        debug: print the traceback of an error
+    """
+
+    train: str | None = None
+    valid: str | None = None
+    output: str | None = None
+    config: str | None = None
+    model_path: str | None = None
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "bf16"
+    method: str = "full"
+    parts: str | None = None
+    lora_r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    lora_matrices: str | None = None
+    epochs: float = 1
+    steps: int | None = None
+    batch_size: int = 8
+    rows: int = 4
+    learning_rate: float | None = None
+    learning_rate_language_model: float | None = None
+    learning_rate_vision_tower: float | None = None
+    learning_rate_projector: float | None = None
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    loss: str = "example"
+    label_smoothing: float = 0.0
+    max_text_tokens: int = 256
+    augment: str = "none"
+    gradient_checkpointing: bool = False
+    evaluate_every: int | None = None
+    num_scored: int = 200
+    scores: str | None = None
+    save_every: int = 200
+    seed: int = 0
+    skip_bad: bool = False
+    preview: bool = False
+    resume: bool = False
+    tensorboard: bool = False
+    verbose: bool = False
+    debug: bool = False
+
+    def __post_init__(self):
+        def is_rate(value: float | None) -> bool:
+            return value is None or 0 < value < 1
+
+        require(
+            self,
+            ("train", self.train, "a JSONL of examples"),
+            ("output", self.output, "a folder to write to"),
+            ("dtype", self.dtype in ("bf16", "bfloat16", "fp32", "float32"), "bf16 or fp32"),
+            ("method", self.method in METHODS, "full or lora"),
+            ("lora_r", self.lora_r >= 1, "a whole number from 1 up"),
+            ("lora_dropout", 0 <= self.lora_dropout < 1, "a number from 0 to below 1"),
+            ("epochs", 0 < self.epochs < math.inf, "a number above 0"),
+            ("steps", self.steps is None or self.steps >= 1, "a whole number from 1 up"),
+            *((name, getattr(self, name) >= 1, "a whole number from 1 up") for name in ("batch_size", "rows", "save_every")),
+            *((name, is_rate(getattr(self, name)), "a number above 0 and below 1") for name in RATES),
+            ("warmup", 0 <= self.warmup < 1, "a share from 0 to below 1"),
+            ("weight_decay", 0 <= self.weight_decay < 1, "a number from 0 to below 1"),
+            ("clip", self.clip > 0, "a number above 0"),
+            ("loss", self.loss in ("example", "token"), "example or token"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "a number from 0 to below 1"),
+            ("max_text_tokens", self.max_text_tokens >= 4, "a whole number from 4 up"),
+            ("augment", self.augment in ("none", "zoom"), "none or zoom"),
+            ("evaluate_every", self.evaluate_every is None or self.evaluate_every >= 1, "a whole number from 1 up"),
+            ("scores", set(names(self.scores)) <= set(SCORES), f"of {', '.join(SCORES)}, one or several"),
+            ("seed", 0 <= self.seed < 2**31, "a whole number from 0 to 2^31 - 1"),
+        )
+
+    @staticmethod
+    def expand(argv: list[str]) -> list[str]:
+        """The arguments, those that a --config file stands for before them, so that what is typed counts."""
+        given = [argument.partition("=")[2] or following for argument, following in zip(argv, [*argv[1:], ""], strict=True)
+                 if argument.partition("=")[0] == "--config"]  # fmt: skip
+        return [*(read_config(given[-1]) if given else []), *argv]
+
+    @property
+    def trained_parts(self) -> list[str]:
+        everything = ["language_model", "vision_tower", "projector"]
+        return names(self.parts) or (everything if self.method == "full" else ["language_model"])
+
+    @property
+    def peak(self) -> float:
+        return self.learning_rate or METHODS[self.method]
+
+
+RATES = [field.name for field in fields(Flags) if field.name.startswith("learning_rate")]
+
+
+def names(text: str | None) -> list[str]:
+    """What stands between the commas."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def read_config(file: str) -> list[str]:
+    """The settings of a YAML file as arguments. Raises: UsageError for a file that is none and for a name that is no setting."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {file} cannot be read: {error.strerror}. Name a YAML file.") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        where = getattr(error, "problem_mark", None)
+        place = f":{where.line + 1}:{where.column + 1}" if where else ""
+        raise UsageError(f"{file}{place} is not YAML. Write a line `name: value` for each setting.") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"{file} holds a {type(settings).__name__}. Write a line `name: value` for each setting.")
+    known = [field.name for field in fields(Flags) if field.name != "config"]
+    for name, value in settings.items():
+        if name not in known:
+            raise UsageError(f"{file}: unknown setting {name}.{commandline.suggestion(str(name), known, '')} --help lists all.")
+        if isinstance(value, (dict, set)):
+            raise UsageError(f"{file}: {name} is {value!r}. One value, or several with commas, is needed.")
+    as_text = {name: ",".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in settings.items()}
+    return [f"--{name}={text}" for name, text in as_text.items() if settings[name] is not None]
+
+
+# Data
+
+
+def read_data(flags: Flags, processor: object, room: int) -> list["dataset.Split"]:
+    """The examples to learn from and, if there are any, those to be scored on; all that is wrong with them is said.
+
+    Args:
+        room: tokens of the context that a picture leaves.
+    Raises: DatasetError.
+    """
+    import dataset
+
+    splits = [dataset.read_split(file) for file in (flags.train, flags.valid) if file]
+    for split in splits:
+        dataset.check_pictures(split)
+        dataset.check_texts(split, processor, min(flags.max_text_tokens, room))
+    if len(splits) == 2:
+        splits[1].doubts += dataset.compare(*splits)
+    for split in splits:
+        for kind, found in (("fault", split.faults), ("doubt", split.doubts)):
+            for fault in found[:FAULTS_SHOWN]:
+                note(f"{kind}: {fault}")
+            if len(found) > FAULTS_SHOWN:
+                note(f"{kind}: ... and {len(found) - FAULTS_SHOWN} more in {split.file}")
+    dataset.require_usable(splits, flags.skip_bad)
+    return splits
+
+
+# The model
+
+
+def memory_needed(model: "nn.Module", flags: Flags, world: int) -> int:
+    """Bytes that a run will take in each process, estimated from the model on the meta device.
+
+    Trained weights are float32 and have a gradient and two moments (16 bytes together); for each evaluation all of them are
+    there once more as the plain model. What a layer keeps for its gradient was measured on models of several sizes.
+    """
+    size = 2 if flags.dtype.startswith("b") else 4
+    count = {is_it: sum(p.numel() for p in model.parameters() if p.requires_grad == is_it) for is_it in (True, False)}
+    text, vision = model.config.text_config, model.config.vision_config
+    is_thrifty = flags.gradient_checkpointing
+    patches, tokens = model.config.num_image_tokens, model.config.num_image_tokens + flags.max_text_tokens
+    layers = 0
+    for part, length, mlp in ((text, tokens, 4), (vision, patches, 2)):
+        kept = part.hidden_size if is_thrifty else 12 * part.hidden_size + mlp * part.intermediate_size
+        layers += flags.rows * length * part.num_hidden_layers * kept * 4
+    answers = flags.rows * min(flags.max_text_tokens, 64) * text.vocab_size * 4 * 3
+    return count[True] * 16 // world + count[False] * size + (count[True] + count[False]) * size + layers + answers
+
+
+def prepare(model: "nn.Module", flags: Flags) -> "lora.LoraConfig | None":
+    """Chooses what is trained; with --method lora puts the adapter in and returns what it is."""
+    import lora
+    import training
+
+    if flags.method == "full":
+        training.trainable(model, flags.trained_parts)
+        return None
+    config = lora.LoraConfig(flags.lora_r, flags.lora_alpha, flags.lora_dropout)
+    parts = {whole: part for part, whole in lora.PARTS.items()}
+    wanted = [parts.get(part, part) for part in flags.trained_parts]
+    try:
+        chosen = lora.targets(model, wanted, names(flags.lora_matrices) or lora.MATRICES)
+    except ValueError as error:
+        raise UsageError(f"--parts or --lora_matrices: {error}") from error
+    import torch
+
+    torch.manual_seed(flags.seed)  # of A, the same in all processes
+    lora.inject(model, config, chosen)
+    return config
+
+
+def plain_model(model: "nn.Module", weights: object, dtype: "torch.dtype") -> "nn.Module":
+    """The model as it would be saved now: whole, in one process, adapters merged, every weight in `dtype`."""
+    import lora
+
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    tensors = {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in tensors.items()}
+    for name, layer in lora.adapted(model):
+        a, b = (tensors.pop(f"{name}.{matrix}.weight") for matrix in ("lora_A", "lora_B"))
+        tensors[f"{name}.weight"] = lora.merged_weight(tensors[f"{name}.weight"], a, b, layer.scaling)
+    plain = weights.empty_model(model.config)
+    plain.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    return plain.eval()
+
+
+# What is kept of a run
+
+
+class Log:
+    """metrics.jsonl and progress.svg, and TensorBoard's log if it is wanted.
+
+    Args:
+        step: updates that count; lines of later ones, from a run that was killed behind its last checkpoint, are dropped.
+    """
+
+    def __init__(self, folder: Path, step: int, with_tensorboard: bool):
+        self.folder, self.file = folder, folder / "metrics.jsonl"
+        lines = []
+        with suppress(OSError):
+            for text in self.file.read_text(encoding="utf-8").splitlines():
+                with suppress(json.JSONDecodeError):  # a line that was cut off
+                    lines.append(json.loads(text))
+        self.lines = [line for line in lines if line["step"] < step]
+        beside = self.file.with_suffix(".part")
+        beside.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        os.replace(beside, self.file)
+        self.tensorboard = None
+        if with_tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise DeviceError("--tensorboard needs a package. Install it: pip install tensorboard.") from error
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, line: dict) -> None:
+        """Raises: OutputError."""
+        self.lines.append(line)
+        try:
+            with open(self.file, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OutputError(f"{self.file} cannot be written: {error.strerror}. Make room and go on with --resume.") from error
+        if self.tensorboard is not None:
+            for name, value in line.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self.tensorboard.add_scalar(name, value, line["step"])
+
+    def draw(self) -> None:
+        from curves import draw_curves
+
+        draw_curves(self.lines, self.folder / "progress.svg")
+
+
+def settings_of(flags: Flags) -> dict:
+    """What must be the same for a run to go on."""
+    return {name: value for name, value in asdict(flags).items() if name not in FREE_TO_CHANGE}
+
+
+def open_output(flags: Flags) -> Path:
+    """The folder of the run, with its settings in it. Raises: UsageError for one that is taken, or that ran with others."""
+    folder = Path(flags.output)
+    file = folder / "settings.json"
+    if file.exists():
+        before, now = json.loads(file.read_text(encoding="utf-8")), settings_of(flags)
+        if not flags.resume:
+            raise UsageError(f"{folder} holds a run already. Name another --output, or go on with --resume.")
+        changed = [f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in now if before.get(name) != now[name]]
+        if changed:
+            raise UsageError(f"{folder} ran with other settings: {'; '.join(changed)}. Take the same, or another --output.")
+        return folder
+    if flags.resume:
+        raise UsageError(f"{folder} holds no run that could go on. Drop --resume.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = file.with_suffix(".part")
+        beside.write_text(json.dumps(settings_of(flags), indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, file)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written: {error.strerror}. Name another --output.") from error
+    return folder
+
+
+# The run
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[int]:
+    """Joins the other processes, if torchrun started several; yields how many there are."""
+    if "RANK" not in os.environ:
+        yield 1
+        return
+    from torch import distributed
+
+    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield distributed.get_world_size()
+    finally:
+        distributed.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Whether this process speaks and writes for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class Run:
+    """A model being trained, its scores, and the folder where both are written.
+
+    Args:
+        flags: what was asked for.
+        trainer: the model with its optimiser, perhaps restored.
+        judge: None where there is no --valid.
+        keep: function from the plain model to the result on the disk.
+    """
+
+    def __init__(self, flags: Flags, trainer: "training.Trainer", judge: "Judge | None", weights: object, dtype: "torch.dtype"):
+        self.flags, self.trainer, self.judge, self.weights, self.dtype = flags, trainer, judge, weights, dtype
+        self.folder = Path(flags.output)
+        self.checkpoints = self.folder / "checkpoints"
+        self.log = Log(self.folder, trainer.step, flags.tensorboard) if is_first() else None
+        self.every = flags.evaluate_every or max(1, trainer.count // flags.batch_size)
+        self.stopped: int | None = None  # the signal that came
+
+    def evaluate(self) -> None:
+        """Scores of the model as it would be saved now."""
+        plain = plain_model(self.trainer.model, self.weights, self.dtype)  # all processes take part in making it whole
+        if not is_first():
+            return
+        if self.judge is not None:
+            numbers = {name: round(value, 5) for name, value in self.judge(plain).items()}
+            self.log.write({"step": self.trainer.step - 1} | numbers)
+            note(f"step {self.trainer.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+        self.log.draw()
+
+    def save(self) -> None:
+        self.trainer.save(self.checkpoints)
+
+    def loop(self) -> None:
+        """Updates until the end, or until a signal: then the state is saved first. Raises: Interrupted."""
+        steps, start, tokens = self.trainer.plan.steps, time.perf_counter(), 0
+
+        def stop(signum: int, _frame: object) -> None:
+            self.stopped = signum
+
+        with commandline.handlers(stop), progress(self.trainer.step, steps) as bar:
+            while self.trainer.step < steps and self.stopped is None:
+                with machine.memory_errors("training"):
+                    update = self.trainer.update()
+                tokens += update.tokens
+                if is_first():
+                    self.log.write(asdict(update) | {"seconds": round(time.perf_counter() - start, 2)})
+                    bar(update)
+                is_last = self.trainer.step == steps
+                if self.trainer.step % self.every == 0 or is_last:
+                    self.evaluate()
+                if self.trainer.step % self.flags.save_every == 0 or is_last or self.stopped is not None:
+                    self.save()
+        if self.stopped is not None and self.trainer.step < steps:
+            note(f"interrupted at step {self.trainer.step} of {steps}; it is saved. The same command with --resume goes on.")
+            raise commandline.Interrupted(self.stopped)
+
+    def finish(self, source: Path, name: str, adapter: object | None) -> None:
+        """Writes the result: model/, with the files of the processor, and adapter/ where there is one."""
+        plain = plain_model(self.trainer.model, self.weights, self.dtype)
+        if not is_first():
+            return
+        result = self.folder / "model"
+        self.weights.save_model(plain, result)
+        for file in source.iterdir():  # tokenizer, processor, mask codec
+            is_wanted = file.suffix in (".json", ".model", ".npz") and "index" not in file.name
+            if is_wanted and not (result / file.name).exists():
+                shutil.copy(file, result / file.name)
+        if adapter is not None and self.trainer.world == 1:
+            self.weights.save_adapter(self.trainer.model, adapter, self.folder / "adapter", name)
+        note(f"the result is in {result}. Try it: inference.py --model_path {result} --image_file_path PICTURE --prompt PREFIX")
+
+
+@contextmanager
+def progress(step: int, steps: int) -> Iterator:
+    """Something to look at: a bar on a terminal, else a line now and then. Yields a function that takes an Update."""
+    if sys.stderr is not None and sys.stderr.isatty() and is_first():
+        from tqdm import tqdm
+
+        with tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True) as bar:
+
+            def show(update: "training.Update") -> None:
+                bar.set_postfix_str(f"loss {update.loss:.4f}, gradient {update.grad_norm:.2f}")
+                bar.update()
+
+            yield show
+        return
+    often = max(1, steps // 20)
+
+    def say(update: "training.Update") -> None:
+        if update.step % often == 0 or update.step == steps - 1:
+            skipped = ", skipped" if update.is_skipped else ""
+            note(f"step {update.step + 1} of {steps}: loss {update.loss:.4f}, gradient {update.grad_norm:.3g}{skipped}")
+
+    yield say
+
+
+def train(flags: Flags, world: int) -> None:
+    """Data, memory, model, updates, result: in this order, so that what is wrong is said before the slow part."""
+    import torch
+
+    import training
+    import weights
+    from dataset import Examples
+    from evaluation import Judge
+    from preview import draw_preview
+    from processing_paligemma import PaliGemmaProcessor
+    from segmentation import find_codec, load_codec
+
+    name = flags.model_path or bundled("demo/checkpoint")
+    device = weights.find_device(flags.device)
+    if world > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    folder = weights.base_folder(weights.resolve(os.path.expanduser(name), flags.revision))
+    config, processor = weights.read_config(folder), PaliGemmaProcessor.from_pretrained(folder)
+    room = config.text_config.max_position_embeddings - config.num_image_tokens
+    with nullcontext() if is_first() else silence():
+        splits = read_data(flags, processor, room)
+    codec_file = find_codec(folder)
+    codec = load_codec(codec_file) if codec_file else None
+    examples = Examples(splits[0], processor, flags.augment, flags.seed)
+    if flags.preview:
+        file = Path(flags.output) / "preview.png"
+        draw_preview(examples, codec, file)
+        note(f"what will be learned is drawn in {file}.")
+        return
+    run_folder = open_output(flags) if is_first() else Path(flags.output)
+    if world > 1:
+        torch.distributed.barrier()
+
+    dtype = torch.float32 if flags.dtype in ("fp32", "float32") else torch.bfloat16
+    blueprint = weights.empty_model(config)
+    prepare(blueprint, flags)
+    weights.require_memory(memory_needed(blueprint, flags, world), device)
+    with machine.memory_errors("loading the weights"):
+        model = weights.load_model(name, device=device, dtype=dtype, revision=flags.revision)
+    adapter = prepare(model, flags)
+    if flags.gradient_checkpointing:
+        training.checkpoint_activations(model)
+    if world > 1:
+        training.shard(model, dtype)
+    count = len(splits[0].examples)
+    rates = {part: getattr(flags, f"learning_rate_{part}") for part in training.ALL}
+    plan = training.Plan(
+        steps=flags.steps or max(1, round(flags.epochs * count / flags.batch_size)),
+        batch_size=flags.batch_size,
+        rows=flags.rows,
+        learning_rate=flags.peak,
+        rates={part: rate for part, rate in rates.items() if rate is not None},
+        warmup=flags.warmup,
+        weight_decay=flags.weight_decay,
+        clip=flags.clip,
+        reduction=flags.loss,
+        label_smoothing=flags.label_smoothing,
+        seed=flags.seed,
+        dtype=dtype,
+    )
+    trainer = training.Trainer(model, plan, examples.batch, count)
+    found = training.checkpoints(run_folder / "checkpoints")
+    if flags.resume and found:
+        trainer.restore(found[-1])
+    if is_first():
+        trained = sum(parameter.numel() for parameter in trainer.named.values())
+        note(f"{count} examples, {plan.steps} updates from {trainer.step} on; {trained / 1e6:.4g} M weights learn, on {device}.")
+    judge = None
+    if len(splits) == 2:
+        scored = Examples(splits[1], processor)
+        judge = Judge(scored, codec, rows=flags.rows, count=flags.num_scored, scores=names(flags.scores))
+    run = Run(flags, trainer, judge, weights, dtype)
+    run.loop()
+    run.finish(folder, name, adapter)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """For the processes that have nothing to add to what the first one says."""
+    stream, sys.stderr = sys.stderr, SimpleNamespace(write=lambda _: None, flush=lambda: None, isatty=lambda: False)
+    try:
+        yield
+    finally:
+        sys.stderr = stream
+
+
+def program(flags: Flags) -> None:
+    commandline.relay_logs(flags.verbose)
+    if not Path(flags.train).exists():
+        raise DatasetError(f"{flags.train} does not exist. Name a JSONL of examples with --train.", path=flags.train)
+    machine.use_cores()
+    machine.check_torch()
+    with process_group(flags.device) as world:
+        train(flags, world)
+
+
+def main() -> int:
+    sys.excepthook = commandline.report_bug
+    return commandline.run(Flags, program)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,284 @@
+"""The whole program: what is refused before it begins, what a run leaves behind, and runs that are killed and go on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import finetune
+import lora
+import weights
+from errors import DatasetError, UsageError
+from tiny_checkpoint import make_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("model"), context=512)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Six pictures of one colour each, and their names."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = []
+    for number, color in enumerate(("red", "green", "blue", "white", "black", "gray")):
+        Image.new("RGB", (20, 20), color).save(folder / f"{number}.png")
+        lines.append({"image": f"{number}.png", "prefix": "color", "suffix": color})
+    lines.append({"image": "0.png", "prefix": "detect x", "suffix": "<loc0100><loc0100><loc0500><loc0500> x"})
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "valid.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[2:]))
+    return folder
+
+
+def arguments(model, data, output, *more):
+    given = [f"--model_path={model}", f"--train={data / 'train.jsonl'}", f"--output={output}", "--dtype=fp32", "--batch_size=4"]
+    return [*given, "--rows=2", "--steps=6", "--learning_rate=3e-3", "--seed=1", "--device=cpu", *more]
+
+
+def run(capsys, *given):
+    """The program in this process: exit code and what it said."""
+    code = finetune.commandline.run(finetune.Flags, finetune.program, [*given])
+    return code, capsys.readouterr().err
+
+
+def start(*given):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "finetune.py"), *given],
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def losses(output):
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def whole(model, data, tmp_path_factory):
+    """A run that nobody disturbed."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    given = arguments(model, data, output, f"--valid={data / 'valid.jsonl'}", "--evaluate_every=3", "--save_every=2")
+    assert finetune.commandline.run(finetune.Flags, finetune.program, given) == 0
+    return output
+
+
+# What a run leaves behind
+
+
+def test_a_run_leaves_everything_that_its_header_names(whole):
+    found = {path.name for path in whole.iterdir()}
+    assert found == {"settings.json", "metrics.jsonl", "progress.svg", "checkpoints", "model"}
+    assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
+    assert [step for step, _ in losses(whole)] == list(range(6))
+    scored = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines() if "valid_loss" in line]
+    assert [line["step"] for line in scored] == [2, 5] and {"exact", "anls", "map"} <= scored[0].keys()
+    drawn = (whole / "progress.svg").read_text()
+    assert drawn.startswith("<svg") and "valid_loss" in drawn and "exact" in drawn
+
+
+def test_the_result_answers_and_loads_in_transformers_with_equal_logits(whole):
+    from transformers import PaliGemmaForConditionalGeneration
+
+    from processing_paligemma import PaliGemmaProcessor
+
+    inputs = PaliGemmaProcessor.from_pretrained(whole / "model")(Image.new("RGB", (20, 20), "red"), "color")
+    ours = weights.load_model(whole / "model")(**inputs)
+    reference = PaliGemmaForConditionalGeneration.from_pretrained(whole / "model").eval()
+    with torch.no_grad():
+        theirs = reference(**inputs).logits.float()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)  # as in test_modeling_paligemma.py
+
+
+def test_learning_changes_the_weights(whole, model):
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, whole / "model"))
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before if "k_proj.bias" not in name)
+
+
+def test_overfitting_a_few_examples_answers_them(model, data, tmp_path, capsys):
+    given = [*arguments(model, data, tmp_path / "run", f"--valid={data / 'train.jsonl'}"), "--steps=150", "--learning_rate=1e-2"]
+    code, said = run(capsys, *given, "--batch_size=7", "--rows=7", "--evaluate_every=150")
+    assert code == 0
+    numbers = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert numbers["exact"] == 1 and numbers["map50"] == pytest.approx(1) and numbers["valid_loss"] < 0.2, said
+
+
+# Going on
+
+
+def test_a_killed_run_goes_on_with_the_losses_of_one_that_was_not(model, data, tmp_path, whole):
+    given = arguments(model, data, tmp_path / "run", f"--valid={data / 'valid.jsonl'}", "--evaluate_every=3", "--save_every=2")
+    first = start(*given)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoints" / "step_00000002").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.kill()
+    first.communicate()
+    second = start(*given, "--resume")
+    said = second.communicate(timeout=240)[1]
+    assert second.returncode == 0, said
+    assert losses(tmp_path / "run") == losses(whole)  # to the last bit, and no step twice
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "run", whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(model, data, tmp_path, whole):
+    given = arguments(model, data, tmp_path / "run", "--save_every=1000")
+    first = start(*given)
+    for line in first.stderr:
+        if line.startswith("step 1 of 6"):
+            first.send_signal(signal.SIGTERM)
+    assert first.wait(timeout=240) == 143
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert saved.name != "step_00000006" or len(losses(tmp_path / "run")) == 6
+    second = start(*given, "--resume")
+    assert second.communicate(timeout=240) and second.returncode == 0
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_other_settings_and_taken_folders_are_refused(model, data, whole, capsys):
+    given = arguments(model, data, whole, f"--valid={data / 'valid.jsonl'}", "--evaluate_every=3", "--save_every=2")
+    assert run(capsys, *given)[0] == 2
+    code, said = run(capsys, *given, "--resume", "--learning_rate=1e-4", "--clip=2")
+    assert code == 2 and "clip was 1.0 and is 2.0" in said and "learning_rate was 0.003 and is 0.0001" in said
+    assert run(capsys, *arguments(model, data, whole.with_name("none")), "--resume")[0] == 2
+
+
+# Adapters
+
+
+def test_an_adapter_and_its_merged_model_say_the_same(model, data, tmp_path, capsys):
+    code, said = run(capsys, *arguments(model, data, tmp_path / "run", "--method=lora", "--lora_r=2", "--lora_dropout=0.1"))
+    assert code == 0, said
+    from processing_paligemma import PaliGemmaProcessor
+
+    inputs = PaliGemmaProcessor.from_pretrained(model)(Image.new("RGB", (20, 20), "red"), "color")
+    merged, adapted = (weights.load_model(tmp_path / "run" / name) for name in ("model", "adapter"))
+    assert torch.equal(merged(**inputs), adapted(**inputs))  # the same matrices, merged by the same function
+    assert not torch.equal(merged(**inputs), weights.load_model(model)(**inputs))
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 2 and config["base_model_name_or_path"] == str(model) and "vision_tower" not in config["target_modules"]
+
+
+def test_words_that_name_no_matrix_are_refused(model, data, tmp_path, capsys):
+    code, said = run(capsys, *arguments(model, data, tmp_path / "a", "--method=lora", "--lora_matrices=q_prj"))
+    assert code == 2 and "q_prj names no matrix" in said
+    assert run(capsys, *arguments(model, data, tmp_path / "b", "--parts=tower"))[0] == 2
+
+
+# What is refused before anything begins
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--lerning_rate=1", "Did you mean --learning_rate?"),
+        ("--learning_rate=2", "--learning_rate is 2.0"),
+        ("--method=qlora", "full or lora"),
+        ("--loss=mean", "example or token"),
+        ("--scores=bleu", "of exact, vqa"),
+        ("--augment=flip", "none or zoom"),
+        ("--epochs=0", "--epochs is 0.0"),
+        ("--rows=0", "--rows is 0"),
+        ("--output=", "--output is ''"),
+        ("--dtype=fp16", "bf16 or fp32"),
+    ],
+)
+def test_flags_that_make_no_sense(model, data, tmp_path, capsys, flag, says):
+    code, said = run(capsys, *arguments(model, data, tmp_path / "run"), flag)
+    assert code == 2 and says in said and not (tmp_path / "run").exists()
+
+
+def test_faulty_lines_are_all_named_and_can_be_skipped(model, data, tmp_path, capsys):
+    lines = (data / "train.jsonl").read_text().splitlines()
+    bad = [*lines, "{", json.dumps({"image": "none.png", "prefix": "x", "suffix": "y"})]
+    (data / "bad.jsonl").write_text("\n".join(bad))
+    given = [*arguments(model, data, tmp_path / "run"), f"--train={data / 'bad.jsonl'}", "--steps=1"]
+    code, said = run(capsys, *given)
+    assert code == 3 and not (tmp_path / "run").exists()
+    assert re.search(r"fault: .*bad.jsonl:8: not JSON", said)
+    assert re.search(r"fault: .*bad.jsonl:9: .*none.png does not exist", said)
+    assert run(capsys, *given, "--skip_bad")[0] == 0
+
+
+def test_a_missing_file_is_said_before_torch():
+    code = "import sys, finetune; sys.argv[1:] = ['--train', 'none.jsonl', '--output', 'x']; code = finetune.main(); "
+    code += "sys.exit(code if 'torch' not in sys.modules else 99)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == DatasetError.code and "none.jsonl does not exist" in done.stderr
+
+
+def test_memory_is_estimated_before_it_is_taken(model, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("devices.free_memory", lambda _: 10_000)
+    code, said = run(capsys, *arguments(model, data, tmp_path / "run"))
+    assert code == 6 and "0.00 GiB free" in said
+
+
+# Settings
+
+
+def test_the_example_of_settings_has_them_all_with_their_defaults():
+    text = (ROOT / "examples" / "finetune.yaml").read_text()
+    settings = yaml.safe_load(text)
+    defaults = {field.name: field.default for field in fields(finetune.Flags)}
+    assert {name: defaults[name] for name in settings} == settings
+    named = set(re.findall(r"^(?:# )?(\w+):", text, re.MULTILINE))
+    others = {"config", "revision", "steps", "preview", "resume", "tensorboard", "verbose", "debug"}
+    assert named | others | {name for name in defaults if name.startswith("learning_rate_")} == set(defaults)
+
+
+def test_flags_beat_the_file_and_lists_become_commas(tmp_path):
+    (tmp_path / "c.yaml").write_text("epochs: 3\nclip: 0.5\nparts: [attention, projector]\nskip_bad: true\nvalid: null\n")
+    given = ["--config", str(tmp_path / "c.yaml"), "--train=t", "--output=o", "--clip=2"]
+    flags = finetune.commandline.read_flags(finetune.Flags, given)
+    assert (flags.epochs, flags.clip, flags.parts, flags.skip_bad, flags.valid) == (3, 2, "attention,projector", True, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("learning_rat: 1", "unknown setting learning_rat. Did you mean learning_rate?"),
+        ("config: x", "unknown setting config"),
+        ("- a", "holds a list"),
+        ("a: [", r"c.yaml:\d+:\d+ is not YAML"),
+        ("clip: {a: 1}", "clip is {'a': 1}"),
+        ("!!python/object/apply:os.system ['true']", "is not YAML"),
+    ],
+)
+def test_settings_that_are_none(tmp_path, text, says):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UsageError, match=says):
+        finetune.read_config(str(tmp_path / "c.yaml"))
+    with pytest.raises(UsageError, match="cannot be read"):
+        finetune.read_config(str(tmp_path / "none.yaml"))
+
+
+# Looking first
+
+
+def test_a_preview_is_drawn_and_nothing_is_learned(model, data, tmp_path, capsys):
+    code, said = run(capsys, *arguments(model, data, tmp_path / "run", "--preview", "--augment=zoom"))
+    assert code == 0 and [path.name for path in (tmp_path / "run").iterdir()] == ["preview.png"]
+    with Image.open(tmp_path / "run" / "preview.png") as page:
+        assert page.width == 4 * 336 and page.height == 2 * (336 + 48)
+    assert run(capsys, *arguments(model, data, tmp_path / "run"), "--steps=1")[0] == 0  # and then the run may begin
+
+
+def test_default_rates_are_those_of_the_method():
+    flags = finetune.commandline.read_flags(finetune.Flags, ["--train=t", "--output=o", "--method=lora"])
+    assert flags.peak == 2e-4 and flags.trained_parts == ["language_model"]
+    assert lora.LoraConfig(flags.lora_r, flags.lora_alpha, flags.lora_dropout) == lora.LoraConfig()
