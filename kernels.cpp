@@ -57,74 +57,161 @@ struct Scratch {
         return memory.get();
     }
 };
-static thread_local Scratch scratch;
+static thread_local Scratch scratch, attended, scored;  // inputs as a product needs them; queries and scores of attention
+
+static inline F32 read16(const void* x, int64_t i, bool is_bf16) {
+    if (!is_bf16) return load<F32>((const float*)x + i);
+    return as_float(__builtin_convertvector(load<U16>((const uint16_t*)x + i), U32) << 16);
+}
+
+// e^x to a unit or two in the last place: 2^n from the exponent's bits, times a polynomial for what is left of x.
+static inline F32 exponential(F32 x) {
+    const F32 least = F32{} - 87.0f, most = F32{} + 88.0f;
+    x = x < least ? least : x;
+    x = x > most ? most : x;
+    F32 n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    F32 r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+    F32 p = 1 + r * (1 + r * (0.5f + r * (0.166666672f + r * (0.0416657962f + r * (0.00833345205f + r * 0.00139313773f)))));
+    return as_float((U32)p + ((U32)__builtin_convertvector(n, I32) << 23));
+}
+static inline F32 gelu(F32 x) { return x / (1 + exponential(x * (-1.59576912f - 0.0713548163f * x * x))); }  // its tanh form
+
+// ---------------------------------------------------------------- what all products share
+
+const int TILE_ROWS = 6;     // rows of x that a tile multiplies with at once
+const int64_t CHUNK = 128;   // most outputs that a thread takes at a time: small enough for its cache
+
+struct Matrix {
+    const void* w;
+    const uint16_t* scales;  // one bfloat16 an output (8 bits) or an output and group (4 bits); none for bfloat16 weights
+    int64_t n;               // outputs; 0 = no matrix
+};
+
+// One to three matrices meet the same x[rows, k]. Their sums become y[rows, all outputs], one matrix behind the other, or, gated,
+// y[rows, n] = gelu(x first^T) * (x second^T).
+struct Call {
+    Matrix matrices[3];
+    int is_gated;
+    void* y;
+    int y_is_bf16;
+    int64_t rows, k;
+    int threads;
+};
+
+static void write_outputs(const Call& call, int64_t at, int64_t count, const float* sums, const float* more) {
+    for (int64_t i = 0; i < count; i += 16) {
+        F32 out = load<F32>(sums + i);
+        if (more) out = gelu(out) * load<F32>(more + i);
+        U16 rounded = to_bf16(out);
+        int64_t size = std::min<int64_t>(16, count - i);
+        if (call.y_is_bf16) memcpy((uint16_t*)call.y + at + i, &rounded, 2 * size);
+        else memcpy((float*)call.y + at + i, &out, 4 * size);
+    }
+}
+
+// Product::tile(matrix, first output, outputs, first row, rows, sums[rows][CHUNK]) does the work. Threads take chunks as they become
+// free, so that one that another program holds up is waited for no longer than a chunk takes.
+template <class Product> static void multiply(const Product& product, const Call& call) {
+    const Matrix* matrices = call.matrices;
+    const int parts = call.is_gated ? 1 : 3;
+    int64_t width = 0, tasks = 0, chunk = CHUNK;
+    for (int i = 0; i < parts; i++) width += matrices[i].n;
+    while (chunk > 32 && width < 8 * chunk * call.threads) chunk /= 2;
+    for (int i = 0; i < parts; i++) tasks += (matrices[i].n + chunk - 1) / chunk;
+#pragma omp parallel for num_threads(call.threads) schedule(dynamic)
+    for (int64_t task = 0; task < tasks; task++) {
+        const Matrix* matrix = matrices;
+        int64_t start = task * chunk, before = 0;
+        for (; start >= matrix->n; matrix++) {
+            start -= (matrix->n + chunk - 1) / chunk * chunk;
+            before += matrix->n;
+        }
+        const int64_t count = std::min(chunk, matrix->n - start);
+        float sums[TILE_ROWS * CHUNK], gated[TILE_ROWS * CHUNK];
+        for (int64_t row = 0; row < call.rows; row += TILE_ROWS) {
+            const int height = std::min<int64_t>(TILE_ROWS, call.rows - row);
+            product.tile(*matrix, start, count, row, height, sums);
+            if (call.is_gated) product.tile(matrices[1], start, count, row, height, gated);
+            for (int r = 0; r < height; r++) {
+                const float* other = call.is_gated ? gated + r * CHUNK : nullptr;
+                write_outputs(call, (row + r) * width + before + start, count, sums + r * CHUNK, other);
+            }
+        }
+    }
+}
+
+// What the three products take: the call, piece by piece, and x.
+#define CALL_ARGUMENTS \
+    const void *w0, const uint16_t *scales0, int64_t n0, const void *w1, const uint16_t *scales1, int64_t n1, const void *w2, \
+        const uint16_t *scales2, int64_t n2, int is_gated, void *y, int y_is_bf16, int64_t rows, int64_t k, int threads
+#define CALL \
+    Call{{{w0, scales0, n0}, {w1, scales1, n1}, {w2, scales2, n2}}, is_gated, y, y_is_bf16, rows, k, threads}
 
 // ---------------------------------------------------------------- bfloat16
 
-// 32 bfloat16 -> the even ones and the odd ones as float32: a bfloat16 is the upper half of a float32.
-static inline void split(const uint16_t* from, F32& even, F32& odd) {
-    U32 pair = load<U32>(from);
-    even = as_float(pair << 16);
-    odd = as_float(pair & 0xffff0000u);
+#if defined(__AVX512BF16__)  // the processor multiplies pairs of bfloat16 itself: x stays as it is
+typedef uint16_t Input;
+static inline F32 dot2(F32 acc, U32 w, const Input* x) {
+    return (F32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)load<U32>(x));
+}
+#else  // a bfloat16 is the upper half of a float32; x comes as float32, of each 32 inputs the even ones before the odd ones
+typedef float Input;
+static inline F32 dot2(F32 acc, U32 w, const Input* x) {
+    acc += as_float(w << 16) * load<F32>(x);
+    return acc + as_float(w & 0xffff0000u) * load<F32>(x + 16);
+}
+#endif
+
+static const Input* as_inputs(const uint16_t* x, int64_t count, int threads) {
+#if defined(__AVX512BF16__)
+    (void)count, (void)threads;
+    return x;
+#else
+    float* inputs = (float*)scratch.at_least(count * sizeof(float));
+#pragma omp parallel for num_threads(threads) schedule(static) if (count > 65536)
+    for (int64_t i = 0; i < count; i += 32) {
+        U32 pair = load<U32>(x + i);
+        store(inputs + i, pair << 16);
+        store(inputs + i + 16, pair & 0xffff0000u);
+    }
+    return inputs;
+#endif
 }
 
-// y[R rows, C outputs]; x holds 32 inputs of each of the R rows in turn, as float32, evens before odds.
-template <int R, int C>
-static void bf16_tile(const uint16_t* w, const float* x, uint16_t* y, int64_t n, int64_t k) {
+// sums[R rows][C outputs, `apart` from each other].
+template <int R, int C> static void bf16_tile(const uint16_t* w, const Input* x, float* sums, int64_t apart, int64_t k) {
     F32 acc[R][C] = {};
-    for (int64_t i = 0; i < k; i += 32, x += 32 * R) {
-        F32 even[C], odd[C];
-        UNROLL for (int c = 0; c < C; c++) split(w + c * k + i, even[c], odd[c]);
+    for (int64_t i = 0; i < k; i += 32) {
+        U32 pairs[C];
+        UNROLL for (int c = 0; c < C; c++) pairs[c] = load<U32>(w + c * apart * k + i);
         UNROLL for (int r = 0; r < R; r++) {
-            F32 input = load<F32>(x + r * 32);
-            UNROLL for (int c = 0; c < C; c++) acc[r][c] += even[c] * input;
-        }
-        UNROLL for (int r = 0; r < R; r++) {
-            F32 input = load<F32>(x + r * 32 + 16);
-            UNROLL for (int c = 0; c < C; c++) acc[r][c] += odd[c] * input;
+            UNROLL for (int c = 0; c < C; c++) acc[r][c] = dot2(acc[r][c], pairs[c], x + r * k + i);
         }
     }
     for (int r = 0; r < R; r++) {
-        F32 sums = {};
-        for (int c = 0; c < C; c++) sums[c] = sum(acc[r][c]);
-        U16 rounded = to_bf16(sums);
-        for (int c = 0; c < C; c++) y[r * n + c] = rounded[c];
+        for (int c = 0; c < C; c++) sums[r * CHUNK + c * apart] = sum(acc[r][c]);
     }
 }
 
-template <int R>
-static void bf16_rows(const uint16_t* w, const float* x, uint16_t* y, int64_t outputs, int64_t n, int64_t k) {
+template <int R> static void bf16_rows(const uint16_t* w, const Input* x, float* sums, int64_t outputs, int64_t k) {
     const int C = R <= 2 ? 8 : 4;
-    int64_t o = 0;
-    for (; o + C <= outputs; o += C) bf16_tile<R, C>(w + o * k, x, y + o, n, k);
-    for (; o < outputs; o++) bf16_tile<R, 1>(w + o * k, x, y + o, n, k);
+    const int64_t apart = outputs / C;  // each stretch is `apart` whole rows of w, one behind the other in memory
+    for (int64_t o = 0; o < apart; o++) bf16_tile<R, C>(w + o * k, x, sums + o, apart, k);
+    for (int64_t o = C * apart; o < outputs; o++) bf16_tile<R, 1>(w + o * k, x, sums + o, 1, k);
 }
 
-extern "C" void bf16_product(const uint16_t* w, const uint16_t* x, uint16_t* y, int64_t rows, int64_t n, int64_t k, int threads) {
-    decltype(&bf16_rows<1>) tiles[] = {bf16_rows<1>, bf16_rows<2>, bf16_rows<3>, bf16_rows<4>, bf16_rows<5>, bf16_rows<6>};
-    float* inputs = (float*)scratch.at_least(rows * k * sizeof(float));
-    const int64_t chunk = rows > 2 ? 128 : 32;  // outputs that a thread takes at a time: small enough for its cache
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row++) {
-            int64_t first = row / 6 * 6, height = std::min<int64_t>(6, rows - first);
-            for (int64_t i = 0; i < k; i += 32) {
-                F32 even, odd;
-                split(x + row * k + i, even, odd);
-                float* to = inputs + first * k + i * height + (row - first) * 32;
-                store(to, even);
-                store(to + 16, odd);
-            }
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t start = 0; start < n; start += chunk) {
-            for (int64_t row = 0; row < rows; row += 6) {
-                auto tile = tiles[std::min<int64_t>(6, rows - row) - 1];
-                tile(w + start * k, inputs + row * k, y + row * n + start, std::min(chunk, n - start), n, k);
-            }
-        }
+struct Bf16Product {
+    int64_t k;
+    const Input* x;
+
+    void tile(const Matrix& matrix, int64_t start, int64_t count, int64_t row, int height, float* sums) const {
+        decltype(&bf16_rows<1>) tiles[] = {bf16_rows<1>, bf16_rows<2>, bf16_rows<3>, bf16_rows<4>, bf16_rows<5>, bf16_rows<6>};
+        tiles[height - 1]((const uint16_t*)matrix.w + start * k, x + row * k, sums, count, k);
     }
+};
+
+extern "C" void bf16_product(const uint16_t* x, CALL_ARGUMENTS) {
+    multiply(Bf16Product{k, as_inputs(x, rows * k, threads)}, CALL);
 }
 
 // y = x / root of its mean square, times 1 + weight: in torch ten small operations, which at one row are mostly overhead.
@@ -141,6 +228,109 @@ extern "C" void bf16_rms_norm(const uint16_t* x, const uint16_t* weight, uint16_
             F32 w = as_float(__builtin_convertvector(load<U16>(weight + i), U32) << 16);
             store(y + i, to_bf16(v * factor * (w + 1)));
         }
+    }
+}
+
+// ---------------------------------------------------------------- attention of one new token a row
+
+const int TILE_HEADS = 4;  // query heads of a key head that a thread takes at a time
+
+// What `bf16_attend` is about. Keys and values of a row and head lie slot behind slot, `width` numbers each.
+struct Cache {
+    uint16_t *keys, *values;
+    int64_t row_stride, head_stride, slots, width;
+};
+
+// RoPE: y = x turned by the angles whose cosines and sines come; x[i] and x[i + width / 2] are a pair.
+static void turn(const uint16_t* x, const uint16_t* cos, const uint16_t* sin, uint16_t* y, int64_t width) {
+    const int64_t half = width / 2;
+    for (int64_t i = 0; i < half; i += 16) {
+        F32 first = read16(x, i, true), second = read16(x, i + half, true);
+        store(y + i, to_bf16(first * read16(cos, i, true) - second * read16(sin, i, true)));
+        store(y + i + half, to_bf16(second * read16(cos, i + half, true) + first * read16(sin, i + half, true)));
+    }
+}
+
+// scores[slots] -> e^(score - highest), 0 where the mask forbids; returns their sum. Room for whole vectors is needed.
+static float weigh(float* scores, int64_t slots, const uint8_t* mask, float scale, float cap) {
+    F32 highest = F32{} - INFINITY, total = {};
+    for (int64_t s = 0; s < slots; s += 16) {
+        F32 v = load<F32>(scores + s) * scale;
+        if (cap > 0) v = cap - 2 * cap / (1 + exponential(v * (2 / cap)));  // cap * tanh(v / cap)
+        for (int64_t j = 0; j < 16; j++) {
+            if (s + j >= slots || (mask && !mask[s + j])) v[j] = -INFINITY;
+        }
+        highest = highest > v ? highest : v;
+        store(scores + s, v);
+    }
+    float most = highest[0];
+    for (int j = 1; j < 16; j++) most = std::max(most, highest[j]);
+    for (int64_t s = 0; s < slots; s += 16) {
+        F32 v = load<F32>(scores + s), weights = exponential(v - most);
+        weights = v < -1e38f ? F32{} : weights;
+        total += weights;
+        store(scores + s, weights);
+    }
+    return sum(total);
+}
+
+// y[R heads][width] of q[R heads][width]; `scores` has room for R times `slots`, rounded up to whole chunks.
+template <int R>
+static void attend(const Cache& cache, const uint16_t* keys, const uint16_t* values, const Input* q, const uint8_t* mask,
+                   float scale, float cap, float* scores, uint16_t* y) {
+    const int64_t width = cache.width, room = (cache.slots + CHUNK - 1) / CHUNK * CHUNK;
+    for (int64_t s = 0; s < cache.slots; s += CHUNK) {
+        float sums[R * CHUNK];
+        bf16_rows<R>(keys + s * width, q, sums, std::min(CHUNK, cache.slots - s), width);
+        for (int r = 0; r < R; r++) memcpy(scores + r * room + s, sums + r * CHUNK, CHUNK * sizeof(float));
+    }
+    float share[R];
+    for (int r = 0; r < R; r++) share[r] = 1 / weigh(scores + r * room, cache.slots, mask, scale, cap);
+    for (int64_t i = 0; i < width; i += 32) {
+        F32 even[R] = {}, odd[R] = {};
+        for (int64_t s = 0; s < cache.slots; s++) {
+            U32 pair = load<U32>(values + s * width + i);
+            UNROLL for (int r = 0; r < R; r++) {
+                even[r] += as_float(pair << 16) * scores[r * room + s];
+                odd[r] += as_float(pair & 0xffff0000u) * scores[r * room + s];
+            }
+        }
+        for (int r = 0; r < R; r++) {
+            U32 low = __builtin_convertvector(to_bf16(even[r] * share[r]), U32);
+            U32 high = __builtin_convertvector(to_bf16(odd[r] * share[r]), U32);
+            store(y + r * width + i, low | high << 16);
+        }
+    }
+}
+
+// One new token in each row, qkv[rows, (heads + 2 kv_heads) width]: turns q and k, puts k and v into the slot of the row's position
+// (which counts from 1), lets q look at the first `slots` slots, or those of them that mask[rows, slots] allows. y[rows, heads width].
+extern "C" void bf16_attend(const uint16_t* qkv, const uint16_t* cos, const uint16_t* sin, const int64_t* positions, uint16_t* keys,
+                            uint16_t* values, int64_t row_stride, int64_t head_stride, int64_t slots, const uint8_t* mask,
+                            float scale, float cap, uint16_t* y, int64_t rows, int64_t heads, int64_t kv_heads, int64_t width,
+                            int threads) {
+    const Cache cache = {keys, values, row_stride, head_stride, slots, width};
+    uint16_t* turned = (uint16_t*)attended.at_least(rows * heads * width * sizeof(uint16_t));
+    for (int64_t row = 0; row < rows; row++, cos += width, sin += width) {
+        const uint16_t* x = qkv + row * (heads + 2 * kv_heads) * width;
+        for (int64_t h = 0; h < heads; h++) turn(x + h * width, cos, sin, turned + (row * heads + h) * width, width);
+        for (int64_t h = 0; h < kv_heads; h++) {
+            const int64_t slot = row * row_stride + h * head_stride + (positions[row] - 1) * width;
+            turn(x + (heads + h) * width, cos, sin, keys + slot, width);
+            memcpy(values + slot, x + (heads + kv_heads + h) * width, width * sizeof(uint16_t));
+        }
+    }
+    const Input* q = as_inputs(turned, rows * heads * width, 1);
+    const int64_t group = heads / kv_heads, parts = (group + TILE_HEADS - 1) / TILE_HEADS;
+    const int64_t room = (slots + CHUNK - 1) / CHUNK * CHUNK;
+#pragma omp parallel for num_threads(std::min<int64_t>(threads, rows * kv_heads * parts)) schedule(dynamic)
+    for (int64_t task = 0; task < rows * kv_heads * parts; task++) {
+        const int64_t row = task / (kv_heads * parts), head = task / parts % kv_heads, part = task % parts;
+        const int64_t first = head * group + part * TILE_HEADS, count = std::min<int64_t>(TILE_HEADS, group - part * TILE_HEADS);
+        const int64_t place = row * row_stride + head * head_stride, at = (row * heads + first) * width;
+        decltype(&attend<1>) tiles[] = {attend<1>, attend<2>, attend<3>, attend<4>};
+        tiles[count - 1](cache, keys + place, values + place, q + at, mask ? mask + row * slots : nullptr, scale, cap,
+                         (float*)scored.at_least(TILE_HEADS * room * sizeof(float)), y + at);
     }
 }
 
@@ -165,11 +355,6 @@ static inline I32 dot4(I32 acc, U32 w, int32_t x) {
     for (int j = 0; j < 4; j++) acc += (I32)(w >> (8 * j) & 255) * (int32_t)(int8_t)((uint32_t)x >> (8 * j));
     return acc;
 #endif
-}
-
-static inline F32 read16(const void* x, int64_t i, bool is_bf16) {
-    if (!is_bf16) return load<F32>((const float*)x + i);
-    return as_float(__builtin_convertvector(load<U16>((const uint16_t*)x + i), U32) << 16);
 }
 
 // Rows of x in 8 bits: each group of G inputs has its own scale; `start` is what the unsigned weights add too much.
@@ -205,21 +390,10 @@ static void quantize_group(const void* x, bool is_bf16, int64_t i, int zero, Row
     rows.start[i / G] = -zero * whole;
 }
 
-// What a call is about, beside the rows of x: the weights in blocks of 16 outputs, one bfloat16 scale an output (8 bits) or an
-// output and group (4 bits), and y[rows, n].
-struct Call {
-    const uint8_t* w;
-    const uint16_t* scales;
-    void* y;
-    bool y_is_bf16;
-    int64_t n;
-};
-
-// y[R rows, 16 C outputs], from `row` and `block` on.
+// sums[R rows][16 C outputs], from `row` on.
 template <int BITS, int G, int R, int C>
-static void int_tile(const Call& call, Rows x, int64_t row, int64_t block) {
+static void int_tile(const uint8_t* w, const uint16_t* scales, Rows x, int64_t row, float* sums) {
     const int64_t k = x.k, bytes = 16 * k * BITS / 8;  // of one block
-    const uint8_t* w = call.w + block * bytes;
     const int8_t* q = x.q + row * k;
     const float* x_scale = x.scale + row * x.groups;
     const int32_t* x_start = x.start + row * x.groups;
@@ -245,63 +419,50 @@ static void int_tile(const Call& call, Rows x, int64_t row, int64_t block) {
             }
         }
         UNROLL for (int c = 0; c < C; c++) {
-            F32 scale = BITS == 8 ? F32{} + 1 : read16(call.scales, ((block + c) * x.groups + g) * 16, true);
+            F32 scale = BITS == 8 ? F32{} + 1 : read16(scales, (c * x.groups + g) * 16, true);
             UNROLL for (int r = 0; r < R; r++) {
-                F32 sums = __builtin_convertvector(acc[c][r], F32);
-                total[c][r] += sums * (BITS == 8 ? F32{} + x_scale[r * x.groups + g] : scale * x_scale[r * x.groups + g]);
+                F32 floats = __builtin_convertvector(acc[c][r], F32);
+                total[c][r] += floats * (BITS == 8 ? F32{} + x_scale[r * x.groups + g] : scale * x_scale[r * x.groups + g]);
             }
         }
     }
     for (int c = 0; c < C; c++) {
-        int64_t first = (block + c) * 16, count = std::min<int64_t>(16, call.n - first);
         for (int r = 0; r < R; r++) {
-            F32 out = BITS == 8 ? total[c][r] * read16(call.scales, first, true) : total[c][r];
-            U16 rounded = to_bf16(out);
-            int64_t at = (row + r) * call.n + first;
-            if (call.y_is_bf16) memcpy((uint16_t*)call.y + at, &rounded, 2 * count);
-            else memcpy((float*)call.y + at, &out, 4 * count);
+            F32 out = BITS == 8 ? total[c][r] * read16(scales, c * 16, true) : total[c][r];
+            store(sums + r * CHUNK + c * 16, out);
         }
     }
 }
 
-template <int BITS, int G, int R> static void int_rows(const Call& call, Rows x, int64_t row, int64_t block, int64_t end) {
-    if (R == 1) {  // more stretches side by side: 6 percent more GB/s
-        for (; block + 8 <= end; block += 8) int_tile<BITS, G, R, R == 1 ? 8 : 1>(call, x, row, block);
+template <int BITS, int G> struct IntProduct {
+    Rows x;
+
+    template <int R> static void blocks(const uint8_t* w, const uint16_t* scales, int64_t count, Rows x, int64_t row, float* sums) {
+        const int C = R == 1 ? 8 : 4;  // with one row more stretches side by side: 6 percent more GB/s
+        const int64_t bytes = 2 * x.k * BITS, step = 16 * (BITS == 8 ? 1 : x.groups);
+        int64_t b = 0;
+        for (; b + C <= count; b += C) int_tile<BITS, G, R, C>(w + b * bytes, scales + b * step, x, row, sums + b * 16);
+        for (; b < count; b++) int_tile<BITS, G, R, 1>(w + b * bytes, scales + b * step, x, row, sums + b * 16);
     }
-    for (; block + 4 <= end; block += 4) int_tile<BITS, G, R, 4>(call, x, row, block);
-    for (; block < end; block++) int_tile<BITS, G, R, 1>(call, x, row, block);
-}
 
-template <int BITS, int G> static void int_product(Call call, const void* x, bool x_is_bf16, int64_t rows, int64_t k, int threads) {
-    decltype(&int_rows<BITS, G, 1>) tiles[] = {int_rows<BITS, G, 1>, int_rows<BITS, G, 2>, int_rows<BITS, G, 3>,
-                                               int_rows<BITS, G, 4>, int_rows<BITS, G, 5>, int_rows<BITS, G, 6>};
-    const int64_t groups = k / G, blocks = (call.n + 15) / 16;
-    const int64_t chunk = rows == 1 && blocks >= 16 * threads ? 8 : 4;  // blocks that a thread takes at a time
-    char* memory = scratch.at_least(rows * (k + groups * 8));
-    Rows inputs = {(int8_t*)memory, (float*)(memory + rows * k), (int32_t*)(memory + rows * (k + groups * 4)), k, groups};
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows * k; i += G) quantize_group<G>(x, x_is_bf16, i, 1 << (BITS - 1), inputs);
-#pragma omp for schedule(dynamic)
-        for (int64_t block = 0; block < blocks; block += chunk) {
-            for (int64_t row = 0; row < rows; row += 6) {
-                auto tile = tiles[std::min<int64_t>(6, rows - row) - 1];
-                tile(call, inputs, row, block, std::min(block + chunk, blocks));
-            }
-        }
+    void tile(const Matrix& matrix, int64_t start, int64_t count, int64_t row, int height, float* sums) const {
+        decltype(&blocks<1>) tiles[] = {blocks<1>, blocks<2>, blocks<3>, blocks<4>, blocks<5>, blocks<6>};
+        const uint8_t* w = (const uint8_t*)matrix.w + start * x.k * BITS / 8;
+        tiles[height - 1](w, matrix.scales + start * (BITS == 8 ? 1 : x.groups), (count + 15) / 16, x, row, sums);
     }
+};
+
+template <int BITS, int G> static void int_product(const Call& call, const void* x, bool x_is_bf16) {
+    const int64_t groups = call.k / G, count = call.rows * call.k;
+    char* memory = scratch.at_least(call.rows * (call.k + groups * 8));
+    Rows inputs = {(int8_t*)memory, (float*)(memory + count), (int32_t*)(memory + count + call.rows * groups * 4), call.k, groups};
+#pragma omp parallel for num_threads(call.threads) schedule(static) if (count > 65536)
+    for (int64_t i = 0; i < count; i += G) quantize_group<G>(x, x_is_bf16, i, 1 << (BITS - 1), inputs);
+    multiply(IntProduct<BITS, G>{inputs}, call);
 }
 
-extern "C" void int8_product(const uint8_t* w, const uint16_t* scales, const void* x, int x_is_bf16, void* y, int y_is_bf16,
-                             int64_t rows, int64_t n, int64_t k, int threads) {
-    int_product<8, 64>({w, scales, y, y_is_bf16 != 0, n}, x, x_is_bf16, rows, k, threads);
-}
-
-extern "C" void int4_product(const uint8_t* w, const uint16_t* scales, const void* x, int x_is_bf16, void* y, int y_is_bf16,
-                             int64_t rows, int64_t n, int64_t k, int threads) {
-    int_product<4, 32>({w, scales, y, y_is_bf16 != 0, n}, x, x_is_bf16, rows, k, threads);
-}
+extern "C" void int8_product(const void* x, int x_is_bf16, CALL_ARGUMENTS) { int_product<8, 64>(CALL, x, x_is_bf16); }
+extern "C" void int4_product(const void* x, int x_is_bf16, CALL_ARGUMENTS) { int_product<4, 32>(CALL, x, x_is_bf16); }
 
 // ---------------------------------------------------------------- rounding weights (quantization.py has the same in torch)
 

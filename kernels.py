@@ -1,4 +1,4 @@
-"""The matrix products (and one norm) of kernels.cpp: compiled once for this machine, kept, and called with tensors. CPU only.
+"""Products, norm and attention for few rows, of kernels.cpp: compiled once for this machine, kept, called with tensors. CPU only.
 
 The first use compiles (a few seconds) into ~/.cache/paligemma (or $XDG_CACHE_HOME/paligemma), under a name made of the source,
 the compiler's command and the processor, so that another version or another machine never meets a foreign file. Where there is
@@ -81,13 +81,14 @@ def compile_once(source: Path, folder: Path) -> Path | None:
 def open_library(file: Path) -> ctypes.CDLL:
     """The functions of a compiled file, told what they take, so that ctypes passes whole pointers; none returns anything."""
     loaded = ctypes.CDLL(str(file))
-    pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    of_ints = (pointer, pointer, pointer, flag, pointer, flag, size, size, size, flag)
+    pointer, size, flag, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+    call = (*(pointer, pointer, size) * 3, flag, pointer, flag, size, size, flag)
     for function, arguments in (
-        (loaded.bf16_product, (pointer, pointer, pointer, size, size, size, flag)),
-        (loaded.bf16_rms_norm, (pointer, pointer, pointer, size, size, ctypes.c_float)),
-        (loaded.int8_product, of_ints),
-        (loaded.int4_product, of_ints),
+        (loaded.bf16_product, (pointer, *call)),
+        (loaded.int8_product, (pointer, flag, *call)),
+        (loaded.int4_product, (pointer, flag, *call)),
+        (loaded.bf16_rms_norm, (pointer, pointer, pointer, size, size, real)),
+        (loaded.bf16_attend, (*(pointer,) * 6, size, size, size, pointer, real, real, pointer, size, size, size, size, flag)),
         (loaded.int_quantize, (flag, pointer, flag, size, size, size, pointer, pointer, flag)),
     ):
         function.argtypes, function.restype = arguments, None
@@ -108,14 +109,35 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def bf16_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T, sums in float32. x: bfloat16[..., K], weight: bfloat16[N, K], contiguous, K a multiple of 32."""
+NO_MATRIX = (0, 0, 0)
+
+
+def product(
+    kind: str, x: Tensor, matrices: list[tuple[Tensor, Tensor | None, int]], dtype: torch.dtype, is_gated: bool = False
+) -> Tensor:
+    """x @ w.T for one to three matrices that meet the same x, as one call.
+
+    Args:
+        kind: "bf16": w is bfloat16[N, K], contiguous, K a multiple of 32, and x bfloat16; sums are in float32. "int8", "int4":
+            w is as quantization.py draws it, x is bfloat16 or float32, and each group of it is rounded to 8 bits on the way.
+        x: [..., K].
+        matrices: w, its scales or None, and its number of outputs N.
+        dtype: of the result, bfloat16 or float32.
+        is_gated: of two matrices of as many outputs.
+    Returns: [..., N of all], one matrix behind the other; or, gated, gelu(x @ first.T) * (x @ second.T), [..., N].
+    """
     x = x.contiguous()
-    outputs, k = weight.shape
-    y = x.new_empty(*x.shape[:-1], outputs)
-    library().bf16_product(
-        weight.data_ptr(), x.data_ptr(), y.data_ptr(), x.numel() // k, outputs, k, torch.get_num_threads()
-    )  # fmt: skip
+    outputs = matrices[0][2] if is_gated else sum(matrix[2] for matrix in matrices)
+    y = x.new_empty(*x.shape[:-1], outputs, dtype=dtype)
+    pieces = []
+    for w, scales, n in matrices:
+        pieces += (w.data_ptr(), 0 if scales is None else scales.data_ptr(), n)
+    pieces += NO_MATRIX * (3 - len(matrices))
+    given = (x.data_ptr(),) if kind == "bf16" else (x.data_ptr(), x.dtype is torch.bfloat16)
+    k = x.shape[-1]
+    getattr(library(), f"{kind}_product")(
+        *given, *pieces, is_gated, y.data_ptr(), dtype is torch.bfloat16, x.numel() // k, k, torch.get_num_threads()
+    )
     return y
 
 
@@ -128,20 +150,31 @@ def bf16_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
-def int_product(kind: str, x: Tensor, packed: Tensor, scales: Tensor, outputs: int, dtype: torch.dtype) -> Tensor:
-    """x @ w.T for the quantised w of quantization.py; each group of x is rounded to 8 bits on the way.
+def bf16_attend(
+    qkv: Tensor, position_ids: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, keys: Tensor, values: Tensor,
+    reach: int, scale: float, cap: float | None,
+) -> Tensor:  # fmt: skip
+    """Attention of one new token a row: turns queries and keys, writes keys and values, looks at what the cache then holds.
 
     Args:
-        x: bfloat16 or float32 [..., K], K as long as that of `packed`.
-        dtype: of the result, bfloat16 or float32.
+        qkv: bfloat16[B, 1, (N + 2 K) E], queries, keys and values as the products made them; E a multiple of 32.
+        position_ids: int64[B, 1]; a token's slot is its position minus 1.
+        rotation: cosines and sines, bfloat16[B, 1, 1, E].
+        mask: bool[B, 1, 1, S], True = may look; None = at all S slots.
+        keys, values: bfloat16[B, K, slots, E], of one layer; written to.
+        reach: S, how many of the slots are read.
+        scale, cap: as in modeling_gemma.attention.
+    Returns: bfloat16[B, 1, N E].
     """
-    x = x.contiguous()
-    k = x.shape[-1]
-    y = x.new_empty(*x.shape[:-1], outputs, dtype=dtype)
-    function = library().int8_product if kind == "int8" else library().int4_product
-    function(
-        packed.data_ptr(), scales.data_ptr(), x.data_ptr(), x.dtype == torch.bfloat16, y.data_ptr(), dtype == torch.bfloat16,
-        x.numel() // k, outputs, k, torch.get_num_threads(),
+    rows, kv_heads, _, width = keys.shape
+    heads = qkv.shape[-1] // width - 2 * kv_heads
+    cos, sin = (part.contiguous() for part in rotation)
+    positions, mask = position_ids.contiguous(), None if mask is None else mask.contiguous()
+    y = qkv.new_empty(rows, 1, heads * width)
+    library().bf16_attend(
+        qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), keys.data_ptr(), values.data_ptr(),
+        keys.stride(0), keys.stride(1), reach, 0 if mask is None else mask.data_ptr(), scale, cap or 0, y.data_ptr(),
+        rows, heads, kv_heads, width, torch.get_num_threads(),
     )  # fmt: skip
     return y
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from modeling_gemma import GemmaEmbedding, GemmaRMSNorm
+from modeling_gemma import GemmaAttention, GemmaEmbedding, GemmaMLP, GemmaRMSNorm, KVCache
 
 KINDS = ("int8", "int4")
 QUANT_METHOD = "paligemma_rows"  # in config.json; other programs then know that they cannot read the file
@@ -37,8 +37,8 @@ GROUP = {"int8": 64, "int4": 32}  # inputs: K is padded to a multiple; int4 has 
 SCALE_FRACTIONS = (1.0, 1.05, 0.95, 0.9, 0.85, 0.8)  # of the scale that just reaches the largest weight
 WORK = 2**22  # weights that are in float32 at a time while quantising or falling back
 FEW_ROWS = 16  # up to here a product is bound by memory, and torch's integer products beat turning the weights into floats
-# Rows up to which our bfloat16 product beats torch's: with and without bfloat16 instructions in the processor.
-BF16_ROWS = {True: 4, False: 64}
+# Rows up to which our bfloat16 product beats torch's, by what of bfloat16 the processor multiplies itself.
+BF16_ROWS = {"matrices": 4, "pairs": 32, "nothing": 64}
 KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 WORTHWHILE = 2**24  # parameters: below, a model lives in the cache and compiling a kernel for it would only delay its start
 
@@ -177,10 +177,12 @@ def dequantize(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @functools.cache
-def has_bf16_instructions() -> bool:
-    """Whether this processor multiplies bfloat16 itself; where the system does not say, torch is trusted to know best."""
+def bf16_instructions() -> str:
+    """What this processor multiplies, a key of BF16_ROWS; where the system does not say, torch is trusted to know best."""
     flags = kernels.cpu_flags()
-    return not flags or not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
+    if not flags or not flags.isdisjoint({"amx_bf16", "bf16", "svebf16"}):
+        return "matrices"
+    return "pairs" if "avx512_bf16" in flags else "nothing"
 
 
 def upcast_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -193,22 +195,36 @@ def upcast_product(x: Tensor, weight: Tensor) -> Tensor:
     return y.view(*x.shape[:-1], -1)
 
 
+def is_untrained_bf16(x: Tensor, weight: Tensor) -> bool:
+    """Whether both are bfloat16 on the CPU and nobody asks for gradients: where there is something to choose."""
+    is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return (
+        x.dtype is weight.dtype is torch.bfloat16 and x.is_cpu and weight.is_cpu and not is_trained
+        and not torch.compiler.is_compiling()
+    )  # fmt: skip
+
+
+def suits_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether our bfloat16 product can do x @ weight.T and is the fastest; both as is_untrained_bf16 wants them."""
+    inputs = weight.shape[1]
+    if inputs % 32 or not weight.is_contiguous() or kernels.library() is None:
+        return False
+    return 0 < x.numel() <= BF16_ROWS[bf16_instructions()] * inputs
+
+
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T, by the operator that is fastest for this processor, dtype and number of rows.
 
-    On two Ice Lake cores (no bfloat16 instructions), 16384 x 2048, ms for 1 / 4 / 16 / 64 / 266 rows: F.linear
-    4.0 / 11 / 24 / 76 / 288; ours 2.5 / 3.5 / 8.2 / 25 / 95; through float32 - / 12 / 16 / 27 / 80. With the instructions
-    F.linear is the best from a few rows on, and slow (18 of 44 GB/s) only below.
+    16384 x 2048, ms for 1 / 4 / 16 / 64 / 266 rows. Two Ice Lake cores, which have no bfloat16 instructions: F.linear
+    4.0 / 11 / 24 / 76 / 288; ours 2.5 / 3.5 / 8.2 / 25 / 95; through float32 - / 12 / 16 / 27 / 80. Two EPYC cores, which
+    multiply pairs: F.linear 3.9 / 5.1 / 5.2 / 13 / 44; ours 1.6 / 3.6 / 4.6 / 13 / 58.
     """
-    is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16 or is_trained or torch.compiler.is_compiling():
+    if not is_untrained_bf16(x, weight):
         return F.linear(x, weight)
-    if not (weight.is_cpu and x.is_cpu and weight.is_contiguous()):
-        return F.linear(x, weight)
-    rows = x.numel() // max(1, weight.shape[1])
-    if 0 < rows <= BF16_ROWS[has_bf16_instructions()] and weight.shape[1] % 32 == 0 and kernels.library() is not None:
-        return kernels.bf16_product(x, weight)
-    return F.linear(x, weight) if rows < 8 or has_bf16_instructions() else upcast_product(x, weight)
+    if suits_kernel(x, weight):
+        return kernels.product("bf16", x, [(weight, None, len(weight))], torch.bfloat16)
+    is_slow = bf16_instructions() == "nothing" and x.numel() >= 8 * weight.shape[1] and weight.is_contiguous()
+    return upcast_product(x, weight) if is_slow else F.linear(x, weight)
 
 
 def few_rows_product(x: Tensor, packed: Tensor, scales: Tensor, kind: str) -> Tensor:
@@ -324,10 +340,8 @@ class QuantizedLinear(nn.Module):
         x = F.pad(x, (0, missing)) if missing else x
         if packed.is_cpu and packed.ndim == 3 and kernels.library() is not None:
             x = x if x.dtype in KERNEL_DTYPES else x.float()
-            y = kernels.int_product(
-                self.kind, x, packed, self.scales, self.out_features, dtype if dtype in KERNEL_DTYPES else torch.float32
-            )
-            return y.to(dtype)
+            matrices = [(packed, self.scales, self.out_features)]
+            return kernels.product(self.kind, x, matrices, dtype if dtype in KERNEL_DTYPES else torch.float32).to(dtype)
         if self.is_tiled:
             self.leave_tiles()
         y = rows_product(x.flatten(0, -2), self.packed, self.scales, self.kind, self.int4pack)
@@ -386,10 +400,13 @@ class FastLinear(nn.Linear):
 
 
 class FastEmbedding(GemmaEmbedding):
-    """GemmaEmbedding whose logits are made by `product`."""
+    """GemmaEmbedding whose logits are made by `product`, without rounding the sums of few rows."""
 
     def logits(self, x: Tensor) -> Tensor:
-        return product(x, self.weight)
+        w = self.weight
+        if is_untrained_bf16(x, w) and suits_kernel(x, w):
+            return kernels.product("bf16", x, [(w, None, len(w))], torch.float32)
+        return product(x, w)
 
 
 class FastRMSNorm(GemmaRMSNorm):
@@ -397,12 +414,50 @@ class FastRMSNorm(GemmaRMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
-        is_trained = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
-        is_plain = x.dtype is w.dtype is torch.bfloat16 and x.is_cpu and w.is_cpu and not torch.compiler.is_compiling()
         is_small = x.numel() <= FEW_ROWS * w.numel() and w.numel() % 16 == 0
-        if is_plain and is_small and not is_trained and kernels.library() is not None:
+        if is_small and is_untrained_bf16(x, w) and kernels.library() is not None:
             return kernels.bf16_rms_norm(x, w, self.eps)
         return super().forward(x)
+
+
+def joint_product(x: Tensor, modules: tuple[nn.Module, ...], is_gated: bool = False) -> Tensor | None:
+    """What modules that share an input make of it, in one call, as kernels.product says; None where each has to do it itself."""
+    first = modules[0]
+    if any(type(module) is not type(first) or module.bias is not None for module in modules):
+        return None
+    if type(first) is FastLinear:
+        weights = [module.weight for module in modules]
+        if all(is_untrained_bf16(x, w) and suits_kernel(x, w) for w in weights):
+            return kernels.product("bf16", x, [(w, None, len(w)) for w in weights], torch.bfloat16, is_gated)
+    if type(first) is QuantizedLinear and x.is_cpu and x.dtype in KERNEL_DTYPES and x.shape[-1] % GROUP[first.kind] == 0:
+        if all(module.is_tiled and module.kind == first.kind for module in modules) and kernels.library() is not None:
+            matrices = [(module.packed, module.scales, module.out_features) for module in modules]
+            return kernels.product(first.kind, x, matrices, x.dtype, is_gated)
+    return None
+
+
+class FastGemmaMLP(GemmaMLP):
+    """GemmaMLP whose widened copies are made, bent and multiplied in one call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated = joint_product(x, (self.gate_proj, self.up_proj), is_gated=True)  # [B, L, F]
+        return super().forward(x) if gated is None else self.down_proj(gated)
+
+
+class FastGemmaAttention(GemmaAttention):
+    """GemmaAttention in three calls where each row has one new token: to q, k and v; from them to the values; back to D."""
+
+    def forward(
+        self, x: Tensor, position_ids: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        qkv = None
+        if cache is not None and x.shape[1] == 1 and x.dtype is cache.keys.dtype is torch.bfloat16 and self.width % 32 == 0:
+            qkv = joint_product(x, (self.q_proj, self.k_proj, self.v_proj))  # [B, 1, (N + 2 K) E]
+        if qkv is None:
+            return super().forward(x, position_ids, rotation, mask, cache)
+        keys, values = cache.keys[self.layer], cache.values[self.layer]
+        x = kernels.bf16_attend(qkv, position_ids, rotation, mask, keys, values, cache.reach, self.scale, self.cap)  # [B, 1, N*E]
+        return self.o_proj(x)
 
 
 # ---------------------------------------------------------------- whole models
@@ -450,10 +505,11 @@ def empty_module(module: nn.Linear | GemmaEmbedding, kind: str, dtype: torch.dty
 
 
 FAST = {nn.Linear: FastLinear, GemmaEmbedding: FastEmbedding, GemmaRMSNorm: FastRMSNorm}
+FUSED = {GemmaAttention: FastGemmaAttention, GemmaMLP: FastGemmaMLP}  # of what FAST or quantising put into them
 
 
 def use_fast_products(model: nn.Module, least_parameters: int = WORTHWHILE) -> None:
-    """Gives a model on the CPU what this machine is fast at, where its weights are bfloat16; parameters and names stay.
+    """Gives a model on the CPU what this machine is fast at, where its weights are bfloat16 or quantised; names stay.
 
     Small models are left alone: they live in the cache, and would only wait for the compiler at the first start.
     """
@@ -462,3 +518,5 @@ def use_fast_products(model: nn.Module, least_parameters: int = WORTHWHILE) -> N
     for module in model.modules():
         if type(module) in FAST and module.weight.dtype == torch.bfloat16:
             module.__class__ = FAST[type(module)]
+        elif type(module) in FUSED:
+            module.__class__ = FUSED[type(module)]

@@ -72,7 +72,7 @@ OPERATORS = {
     "F.linear bf16": (2, 266, lambda w: lambda x: F.linear(x, w)),
     "F.linear bf16, mkldnn off": (2, 16, lambda w: lambda x: without_mkldnn(x, w)),
     "bf16 through float32": (2, 266, lambda w: lambda x: quantization.upcast_product(x, w)),
-    "ours bf16": (2, 266, lambda w: lambda x: kernels.bf16_product(x, w)),
+    "ours bf16": (2, 266, lambda w: lambda x: kernels.product("bf16", x, [(w, None, len(w))], torch.bfloat16)),
     "torch int8, fbgemm": (1, 266, lambda w: torch_int8(w, "fbgemm")),
     "torch int8, onednn": (1, 266, lambda w: torch_int8(w, "onednn")),
     "int8pack": (1, 16, int8_pack),
