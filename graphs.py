@@ -173,8 +173,9 @@ class RecordedPaliGemma(PaliGemmaForConditionalGeneration):
         return RecordedCache(self, batch, -(-slots // SLOTS) * SLOTS)
 
     def step(self, cache: KVCache, tokens: Tensor) -> Tensor:
-        is_part_inside = cache.lengths.storage_offset() > 0  # cache[2:4]: graphs begin at row 0
-        if torch.is_grad_enabled() or is_part_inside or not isinstance(cache, RecordedCache):
+        is_inside = cache.lengths.storage_offset() > 0  # cache[2:4]: graphs begin at row 0
+        is_derived = type(self) is not RecordedPaliGemma  # by FSDP, which gathers weights in every step
+        if torch.is_grad_enabled() or is_inside or is_derived or not isinstance(cache, RecordedCache):
             return super().step(cache, tokens)
         return cache.steps.find(len(tokens), cache.reach)(tokens)
 

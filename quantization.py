@@ -251,6 +251,12 @@ def compiled_few_rows_product() -> Callable[..., Tensor]:
     return torch.compile(few_rows_product, dynamic=False)
 
 
+def few_rows(x: Tensor, packed: Tensor, scales: Tensor, kind: str) -> Tensor:
+    """The same in the dtype of x, compiled: by itself, or with whatever is being compiled around it (graphs.py)."""
+    make = few_rows_product if torch.compiler.is_compiling() else compiled_few_rows_product()
+    return make(x.float(), packed, scales, kind).to(x.dtype)
+
+
 def to_int4pack(q: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """int8[N, K] and scales [N, G] -> what torch's int4 product for a CPU reads: its own order, scales with zeros beside them."""
     step = 64 * max(1, WORK // q.shape[1] // 64)  # whole blocks of that order
@@ -265,7 +271,7 @@ def rows_product(x: Tensor, packed: Tensor, scales: Tensor, kind: str, int4pack:
         int4pack: the same weights from to_int4pack, to be used for few rows; bfloat16 inside.
     """
     if x.is_cuda and len(x) <= 4:
-        return compiled_few_rows_product()(x.float(), packed, scales, kind).to(x.dtype)
+        return few_rows(x, packed, scales, kind)
     if kind == "int8" and x.device.type == "cpu" and len(x) <= FEW_ROWS:
         return torch._weight_int8pack_mm(x, packed, scales[:, 0].to(x.dtype))
     if int4pack is not None and x.device.type == "cpu" and len(x) <= FEW_ROWS:
@@ -380,7 +386,8 @@ class QuantizedEmbedding(QuantizedLinear):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         ids = input_ids.flatten()
-        if ids.device.type == "cpu" and ((ids < 0) | (ids >= self.out_features)).any():
+        is_checked = ids.device.type == "cpu" and not torch.compiler.is_compiling()  # CUDA and compiled code do it
+        if is_checked and ((ids < 0) | (ids >= self.out_features)).any():
             raise IndexError(f"token ids must lie in 0..{self.out_features - 1}.")
         q, scales = self.rows(ids)
         scale = torch.tensor(self.in_features**0.5, dtype=self.dtype).item()  # rounded as in GemmaEmbedding

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+import graphs
 import hub
 import lora
 import quantization
@@ -530,6 +531,8 @@ def load_model(
         fill(model, stored, TensorReader(device, allow_nonfinite), dtype, quantised, kind, adapter)
     if device.type == "cpu":
         quantization.use_fast_products(model)
+    if device.type == "cuda":
+        graphs.use_graphs(model)
     return model.eval()
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import graphs
 import modeling_gemma
+import quantization
 from generation import generate, generate_many
 from graphs import CappedAttention, bucket, capped_attention, use_graphs
 from modeling_gemma import KVCache, attention
@@ -182,6 +183,12 @@ def test_what_cannot_be_recorded_is_decoded_as_ever(recorder):
         for row in tokens:
             model.decode(cache, row)
         assert cache.lengths.tolist() == [15, 17]
+        assert recorder.count == 0
+    cache = model.new_cache(2, 24)
+    model.__class__ = type("FSDPPaliGemma", (graphs.RecordedPaliGemma,), {})  # as sharding does it
+    model.prefill(cache, **batch)
+    for row in tokens:
+        model.decode(cache, row)
     assert recorder.count == 0
 
 
@@ -233,8 +240,8 @@ def test_a_model_without_graphs_is_the_model_itself():
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Compiles as graphs.py does, fullgraph, but without inductor, which takes minutes on a CPU."""
-    compiled = torch.compile(PaliGemmaForConditionalGeneration.step, fullgraph=True, dynamic=False, backend="aot_eager")
+    """Compiles as graphs.py does, fullgraph, but runs what was traced as it is: inductor would take minutes on a CPU."""
+    compiled = torch.compile(PaliGemmaForConditionalGeneration.step, fullgraph=True, dynamic=False, backend="eager")
     monkeypatch.setattr(graphs, "compiled_step", lambda: compiled)
     torch._dynamo.reset()
     yield
@@ -296,6 +303,28 @@ def test_inductor_writes_a_token_without_copying_the_cache():
     assert max(math.prod(shape) for shape in buffers) < 2 * heads * 24 * width
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantised_step_compiles_without_a_break(kind, monkeypatch):
+    """The product of few rows, which is compiled by itself elsewhere, becomes a part of the step."""
+    model = make(num_hidden_layers=1)
+    for name in quantization.targets(model):
+        module = model.get_submodule(name)
+        model.set_submodule(name, quantization.quantize_module(module, kind, {"weight": module.weight.detach()}))
+        model.get_submodule(name).leave_tiles()  # as on CUDA
+    monkeypatch.setattr(quantization, "compiled_few_rows_product", lambda: quantization.few_rows_product)
+    monkeypatch.setattr(quantization, "rows_product", lambda *arguments: quantization.few_rows(*arguments[:4]))
+    cache = model.new_cache(2, 24)
+    with torch.no_grad():
+        model.prefill(cache, **make_batch(ROWS[:2], "right"))
+        plain = model.step(cache.fixed(16), script(2, 1)[0])
+        cache.lengths.sub_(1)
+        torch._dynamo.reset()
+        monkeypatch.setattr(quantization, "compiled_few_rows_product", None)  # whoever calls it while compiling fails
+        step = torch.compile(PaliGemmaForConditionalGeneration.step, fullgraph=True, dynamic=False, backend="eager")
+        assert (step(model, cache.fixed(16), script(2, 1)[0]) - plain).abs().max() <= 4e-5
+    torch._dynamo.reset()
+
+
 # Nobody waits for the device
 
 
@@ -336,7 +365,7 @@ def test_capped_attention_compiles_without_a_break():
     q, k, v = draw(2, 4, 13, 16), draw(2, 2, 13, 16, seed=1), draw(2, 2, 13, 16, seed=2)
     mask = torch.ones(2, 1, 13, 13, dtype=torch.bool).tril()
     torch._dynamo.reset()
-    compiled = torch.compile(capped_attention, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(capped_attention, fullgraph=True, backend="eager")
     for looks in (mask, None):
         with torch.no_grad():
             ours, plain = compiled(q, k, v, looks, 0.3, 2.0), attention(q, k, v, looks, 0.3, 2.0)
