@@ -134,7 +134,7 @@ def distributed_sigmoid_loss(image_embeds: Tensor, text_embeds: Tensor, scale: T
     Args: as sigmoid_loss, the share of this process; as many in each.
     Returns: scalar, the mean over this process's texts; the mean of that over all processes is the loss of the whole batch.
         Gradients, averaged as data parallel training does, are those of the whole batch.
-    Source: SigLIP, section 3.3 and figure 1. Pictures are gathered, which is a few MB; the logits, which grow with the square, not.
+    Source: SigLIP, section 3.3 and figure 1. Pictures' vectors are gathered, a few MB; logits, which grow with the square, not.
     """
     from torch.distributed.nn.functional import all_gather
 

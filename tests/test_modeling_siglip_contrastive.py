@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from modeling_siglip import SiglipVisionConfig
 from modeling_siglip_contrastive import SiglipModel, SiglipTextConfig, sigmoid_loss, softmax_loss
 
-VISION = {"hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28}
+VISION = {"hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
+VISION |= {"image_size": 28, "patch_size": 14}
 TEXT = {"vocab_size": 99, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3}
 TEXT |= {"max_position_embeddings": 12, "projection_size": 48}
 
