@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from modeling_paligemma import PaliGemmaForConditionalGeneration
+    from processing_paligemma import PaliGemmaProcessor
     from segmentation import MaskCodec
 
 BUNDLED_PICTURE, BUNDLED_QUESTION = "examples/shapes.png", "caption en"
@@ -74,6 +75,7 @@ class Flags(ModelFlags, PictureFlags, ResultFlags):
         stream: print words as they come; on a terminal that is so anyway, unless --stream=false
         truncate_prompt: cut a prompt that is too long instead of refusing it
         save: the picture with what was found drawn into it: out.png; of several pictures out-1.png, out-2.png
+        explain: where each word of the answer comes from, as a drawing: out.png; of several answers out-1.png, out-2.png
         export: what was found as COCO (.json), Pascal VOC (.xml), YOLO (.txt) or a table (.csv)
         verbose: say how long everything took, and how fast this machine could be at best
         debug: print the traceback of an error
@@ -91,6 +93,7 @@ class Flags(ModelFlags, PictureFlags, ResultFlags):
     stream: bool | None = None
     truncate_prompt: bool = False
     save: str | None = None
+    explain: str | None = None
     export: str | None = None
     verbose: bool = False
     debug: bool = False
@@ -110,10 +113,15 @@ class Flags(ModelFlags, PictureFlags, ResultFlags):
         )
         given = {each.name for each in fields(self) if getattr(self, each.name) != each.default}
         if self.words:
-            verbs.check_flags(verbs.read_words(self.words), given, self.save, self.export)
+            verbs.check_flags(verbs.read_words(self.words), given, self.save, self.export, self.explain)
         elif early := [name for name in verbs.FITS if name in given]:
             name, verb = early[0], verbs.FITS[early[0]][0]
             raise UsageError(f"--{name} goes with a verb. Write inference.py {verb} PICTURE ... --{name} ...")
+        elif self.explain is not None:
+            names = split_pictures(self.image_file_path or bundled(BUNDLED_PICTURE))
+            verbs.check_file("explain", self.explain, verbs.DRAWABLE, names, 1)
+            if len(names) > 1:
+                raise UsageError("--explain looks at one picture, but several came. Give one, or use a verb.")
         if self.json and self.stream:
             raise UsageError("--json prints one object at the end. Drop --stream.")
 
@@ -222,6 +230,22 @@ def choose_seed(flags: Flags) -> int | None:
     return secrets.randbelow(2**31) if flags.do_sample and flags.seed is None else flags.seed
 
 
+def explain_answer(
+    model: "PaliGemmaForConditionalGeneration", processor: "PaliGemmaProcessor", asked: dict, picture: "Image.Image",
+    token_ids: list[int], file: str,
+) -> dict:  # fmt: skip
+    """Draws where an answer comes from into a file, and returns the same for its JSON; `asked` is the processor's dict."""
+    from drawing import save
+    from explain import draw_explanation, explain
+
+    with machine.memory_errors("explaining the answer"):
+        explanation = explain(model, processor, asked, token_ids)
+    save(draw_explanation(picture, explanation), file)
+    for text in (*explanation.notes, *filter(None, [explanation.warning]), f"the explanation is in {file}."):
+        note(f"note: {text}")
+    return {"explanation": explanation.to_json()}
+
+
 class Session:
     """A model, and pictures to ask it about.
 
@@ -327,19 +351,23 @@ class Session:
         piece = stream.end()
         answer.text += piece
         answer.seconds = round(time.perf_counter() - start, 4)
-        self.print(answer, piece if is_streaming else answer.text)
+        self.print(answer, piece if is_streaming else answer.text, inputs)
         if interrupted:
             raise interrupted
         if self.flags.verbose:
             self.print_speed(answer, seconds)
         return answer
 
-    def print(self, answer: Answer, rest: str) -> None:
-        """Writes the answer, or what is left of it after streaming."""
-        if self.flags.json:
-            write(json.dumps(asdict(answer) | {"model": self.checkpoint.name, "seed": self.seed}) + "\n")
-        else:
+    def print(self, answer: Answer, rest: str, inputs: dict) -> None:
+        """Writes the answer, or what is left of it after streaming, and explains it if that is wanted."""
+        if not self.flags.json:
             write(rest + "\n")
+        more = {"model": self.checkpoint.name, "seed": self.seed}
+        if self.flags.explain and answer.finish_reason != "interrupted":
+            asked = inputs | {"pixel_values": self.pixels}
+            more |= explain_answer(self.model, self.processor, asked, self.pictures[0], answer.token_ids, self.flags.explain)
+        if self.flags.json:
+            write(json.dumps(asdict(answer) | more) + "\n")
 
     def print_speed(self, answer: Answer, seconds: list[float]) -> None:
         """How long reading and writing took, beside the least time that this machine could take (see machine.py)."""
@@ -482,8 +510,13 @@ def answer_verb(flags: Flags) -> None:
                 pictures.append(picture)
                 yield Request(picture=picture, task=job.task, text=text, image=name)
 
-    for result in in_order(annotator.run(requests())):
-        desk.take(result, pictures.popleft())
+    names = verbs.save_names(flags.explain, len(job.pictures) * len(job.texts)) if flags.explain else []
+    for number, result in enumerate(in_order(annotator.run(requests()))):
+        picture, more = pictures.popleft(), {}
+        if names and result.error is None:
+            asked = annotator.processor(picture, result.prompt, notes=[])
+            more = explain_answer(annotator.model, annotator.processor, asked, picture, result.token_ids, names[number])
+        desk.take(result, picture, more)
     desk.close()
 
 

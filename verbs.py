@@ -8,6 +8,7 @@ the results). Checked in tests/test_inference.py.
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -130,7 +131,24 @@ def save_names(file: str, count: int) -> list[str]:
     return [f"{stem}-{i + 1}{suffix}" for i in range(count)]
 
 
-def check_flags(job: Job, given: set[str], save: str | None, export: str | None) -> None:
+def check_file(name: str, file: str, endings: Sequence[str], pictures: Sequence[str], count: int) -> None:
+    """A flag's file, or files if there are several, that are to be written.
+
+    Raises: UsageError for another ending, or the name of a picture; OutputError where there is no such folder.
+    """
+    if not file.lower().endswith(tuple(endings)):
+        raise UsageError(f"--{name} is {file!r}, but a name that ends in {', '.join(endings)} is needed.")
+    folder = os.path.dirname(file) or "."
+    if not os.path.isdir(folder):
+        raise OutputError(f"{file} cannot be written: there is no folder {folder}. Make it first.", path=file)
+    for out in save_names(file, count):
+        for picture in pictures:
+            source = os.path.expanduser(picture)
+            if os.path.exists(source) and os.path.exists(out) and os.path.samefile(source, out):
+                raise UsageError(f"--{name} {file} would overwrite the picture {picture}. Give another name.")
+
+
+def check_flags(job: Job, given: set[str], save: str | None, export: str | None, explain: str | None) -> None:
     """Raises: UsageError for a flag that means nothing to the verb, OutputError for a file that could not be written later."""
     for name in CLASSIC:
         if name in given:
@@ -138,19 +156,14 @@ def check_flags(job: Job, given: set[str], save: str | None, export: str | None)
     for name, verbs in FITS.items():
         if name in given and job.task not in verbs:
             raise UsageError(f"--{name} means nothing to {job.task}. It goes with {' and '.join(verbs)}.")
-    for name, file, known in (("save", save, DRAWABLE), ("export", export, tuple(EXPORTABLE))):
-        if file is None:
-            continue
-        if not file.lower().endswith(known):
-            raise UsageError(f"--{name} is {file!r}, but a name that ends in {', '.join(known)} is needed.")
-        folder = os.path.dirname(file) or "."
-        if not os.path.isdir(folder):
-            raise OutputError(f"{file} cannot be written: there is no folder {folder}. Make it first.", path=file)
-    for file in save_names(save, len(job.pictures)) if save else []:
-        for picture in job.pictures:
-            source = os.path.expanduser(picture)
-            if os.path.exists(source) and os.path.exists(file) and os.path.samefile(source, file):
-                raise UsageError(f"--save {save} would overwrite the picture {picture}. Give another name.")
+    num_pictures = len(job.pictures)
+    for name, file, endings, count in (
+        ("save", save, DRAWABLE, num_pictures),
+        ("export", export, tuple(EXPORTABLE), 1),
+        ("explain", explain, DRAWABLE, num_pictures * len(job.texts)),
+    ):
+        if file is not None:
+            check_file(name, file, endings, job.pictures, count)
 
 
 # Results
@@ -204,8 +217,8 @@ class Desk:
         self.drawings = iter(save_names(flags.save, len(job.pictures)) if flags.save else [])
         self.num_failed = 0
 
-    def take(self, result: Result, picture: "Image.Image | PaliGemmaError") -> None:
-        """Deals with one result. Raises: the error of the only one there is."""
+    def take(self, result: Result, picture: "Image.Image | PaliGemmaError", more: dict | None = None) -> None:
+        """Deals with one result; `more` goes into its JSON. Raises: the error of the only one there is."""
         drawing = next(self.drawings, None)
         if result.error is not None:
             if self.job.is_single:
@@ -213,7 +226,7 @@ class Desk:
             self.num_failed += 1
             note(f"error: {result.error.message}")
         if self.flags.json:
-            commandline.write(json.dumps(with_polygons(result) | self.extra) + "\n")
+            commandline.write(json.dumps(with_polygons(result) | self.extra | (more or {})) + "\n")
         elif result.error is None:
             self.say(result)
         if result.error is not None:
