@@ -175,18 +175,14 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     return (place if ids is None else ids.gather(1, place))[:, 0]  # [B]
 
 
-def choose_held(logits: Tensor, sampling: Sampling, uniforms: Tensor, allowed: list[Tensor | None]) -> Tensor:
-    """As choose, but row i picks among the ids allowed[i], int64[C] in main memory, C its own; None = among all."""
-    tokens = choose(logits, sampling, uniforms)  # [B]
-    held = torch.tensor([i for i, ids in enumerate(allowed) if ids is not None])
-    ids = nn.utils.rnn.pad_sequence([ids for ids in allowed if ids is not None], batch_first=True, padding_value=-1)
-    held, ids = held.to(logits.device), ids.to(logits.device)
+def choose_held(logits: Tensor, sampling: Sampling, uniforms: Tensor, allowed: list[Tensor]) -> Tensor:
+    """As choose, but row i picks among the ids allowed[i] alone: int64[C] in main memory, with a C of its own."""
+    ids = nn.utils.rnn.pad_sequence(allowed, batch_first=True, padding_value=-1).to(logits.device)  # [B, C]
     is_padding = ids < 0
     ids = torch.where(is_padding, ids[:, :1], ids)  # so that whatever is picked is allowed
-    candidates = logits[held[:, None], ids].masked_fill(is_padding, -torch.inf)  # [B, C]
-    places = choose(candidates, sampling, uniforms[held.cpu()])  # [B]
-    tokens[held] = ids.gather(1, places[:, None])[:, 0]
-    return tokens
+    candidates = logits.gather(1, ids).masked_fill(is_padding, -torch.inf)  # [B, C]
+    places = choose(candidates, sampling, uniforms)[:, None]  # [B, 1]
+    return ids.gather(1, places)[:, 0]  # [B]
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -377,21 +373,28 @@ class Decoder:
         logits = self.model.decode(self.cache[: len(self.rows)], self.tokens)  # [B, V]
         return self.say(logits, 0)
 
+    def choose(self, logits: Tensor, rows: list[Row]) -> Tensor:
+        """The next token of each row, int64[B]; where the row has a grammar, one of those that it allows."""
+        uniforms = torch.zeros(len(rows), dtype=torch.float64)  # [B]
+        if not self.sampling.is_greedy:
+            for i, row in enumerate(rows):
+                uniforms[i] = torch.rand((), dtype=torch.float64, generator=row.uniform)
+        allowed = [row.walk.allowed() for row in rows if row.walk is not None]
+        if len(allowed) == len(rows):
+            return choose_held(logits, self.sampling, uniforms, allowed)
+        tokens = choose(logits, self.sampling, uniforms)  # [B]
+        if allowed:
+            held = torch.tensor([i for i, row in enumerate(rows) if row.walk is not None])
+            tokens[held] = choose_held(logits[held], self.sampling, uniforms[held], allowed)
+        return tokens
+
     def say(self, logits: Tensor, first: int) -> Saying:
         """Chooses the next token of the rows from `first` on."""
         image = self.model.config.image_token_index  # may lie outside the vocabulary
         is_last = logits.shape[1] - image <= UNTRAINED_ROWS
         logits[:, image : None if is_last else image + 1] = -torch.inf
         rows = self.rows[first:]
-        uniforms = torch.zeros(len(rows), dtype=torch.float64)  # [B]
-        if not self.sampling.is_greedy:
-            for i, row in enumerate(rows):
-                uniforms[i] = torch.rand((), dtype=torch.float64, generator=row.uniform)
-        allowed = [row.walk and row.walk.allowed() for row in rows]
-        if any(ids is not None for ids in allowed):
-            tokens = choose_held(logits, self.sampling, uniforms, allowed)  # [B]
-        else:
-            tokens = choose(logits, self.sampling, uniforms)  # [B]
+        tokens = self.choose(logits, rows)  # [B]
         self.tokens = torch.cat((self.tokens[:first].to(tokens.device), tokens))
         columns = [tokens.float(), log_probabilities(logits, tokens)]  # float32 holds every id below 2^24
         if self.locations is not None:

@@ -222,7 +222,7 @@ def all_answers(grammar, limit):
             answers.add(said)
         else:
             allowed = walk.allowed().tolist()
-            assert allowed and len(set(allowed)) == len(allowed)
+            assert allowed and len(set(allowed)) == len(allowed) and len(said) < limit
             open_ends += [(*said, token) for token in allowed]
     return answers
 
