@@ -1,0 +1,250 @@
+"""Draws the figures of looking.md and prints its numbers, with the demo checkpoint: `python notes/looking_figures.py`.
+
+looking.png      a caption explained: what `--explain` writes
+maps.png         two answers and their two maps: roll-out of attention, and gradient
+dependence.svg   what the picture adds to answers that were read off it, and to answers that were not
+
+Scenes are of a seed that neither training nor the choice of the maps has seen.
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(HERE), str(ROOT / "demo")]
+
+import numpy as np  # noqa: E402  (the project's folder comes first)
+import torch  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import shapes  # noqa: E402
+from explain import LEAST_DEPENDENCE, Explanation, answer_logits, boxed, draw_explanation, explain, heat_map  # noqa: E402
+from generation import generate  # noqa: E402
+from modeling_paligemma import PaliGemmaForConditionalGeneration  # noqa: E402
+from processing_paligemma import PaliGemmaProcessor, load_image  # noqa: E402
+from svg import BLUE, GREEN, ORANGE, SOFT, Axes, Drawing  # noqa: E402
+from weights import load_model  # noqa: E402
+
+PICTURE = ROOT / "examples" / "shapes.png"
+SCENES, SEED = 50, 40_001
+ERASED = 16  # patches, of 64
+NEED_NO_LOOK = ("answer en is there a shape?", "answer en is there a dog?")  # every picture has shapes, and none a dog
+NEED_A_LOOK = ("caption", "color", "shape", "where", "detect")
+LOW, HIGH = -2.0, 14.0  # nats that the figure shows
+SIDE = 280  # of a picture in a figure, pixels
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The bundled checkpoint."""
+
+    model: PaliGemmaForConditionalGeneration
+    processor: PaliGemmaProcessor
+
+    def ask(self, picture: Image.Image, question: str) -> list[int]:
+        steps = generate(
+            self.model, self.processor(picture, question), max_new_tokens=100, eos_token_id=self.model.config.eos_token_id
+        )
+        return [int(tokens) for tokens in steps]
+
+    def explain(self, picture: Image.Image, question: str, answer: list[int] | None = None) -> Explanation:
+        """Of an answer, by default of the model's own."""
+        ids = self.ask(picture, question) if answer is None else answer
+        return explain(self.model, self.processor, self.processor(picture, question), ids)
+
+
+def scenes() -> Iterator[tuple[int, shapes.Scene, Image.Image]]:
+    """The first scenes with at least two shapes, and their numbers."""
+    number = count = 0
+    while count < SCENES:
+        scene = shapes.make_scene(np.random.default_rng([SEED, number]))
+        if len(scene.shapes) > 1:
+            count += 1
+            yield number, scene, shapes.draw(scene)
+        number += 1
+
+
+# Where
+
+
+def aims(scene: shapes.Scene, number: int) -> Iterator[tuple[str, str, list[tuple[shapes.Shape, slice]]]]:
+    """Kind of question, question, and which words of the answer are about which shape."""
+    every = slice(None)
+    for kind, ways in (("color", ("kind",)), ("shape", ("color",)), ("where", ("kind", "color", "name"))):
+        question = shapes.QUESTIONS[kind](scene, np.random.default_rng(number))
+        if question:  # the same draw again says which shape it is about
+            yield kind, question[0], [(shapes.only_one(scene.shapes, np.random.default_rng(number), by=ways)[0], every)]
+    names = [shape.name for shape in scene.shapes]
+    alone = [shape for shape in scene.shapes if names.count(shape.name) == 1]
+    if alone:
+        yield "detect", f"detect {alone[0].name}", [(alone[0], every)]
+    # "a red circle, a blue star and ...": of three or four words each the second and third are colour and kind.
+    caption = shapes.ask_caption(scene, np.random.default_rng())[1].split()
+    places = [place for place, word in enumerate(caption) if word in shapes.COLORS]
+    yield "caption", "caption en", [(s, slice(p, p + 2)) for s, p in zip(scene.shapes, places, strict=True)]
+
+
+def inside(shape: shapes.Shape, across: int) -> Tensor:
+    """float32[across, across]: the share of each patch that lies in the shape's box."""
+    edges = torch.arange(across) / across
+    y, x, y_end, x_end = shape.box
+    rows, columns = (
+        ((edges + 1 / across).clamp(max=high) - edges.clamp(min=low)).clamp(min=0) * across
+        for low, high in ((y, y_end), (x, x_end))
+    )
+    return rows[:, None] * columns
+
+
+def is_hit(values: Tensor, shape: shapes.Shape) -> bool:
+    """Whether the middle of the hottest patch lies in the box."""
+    row, column = divmod(int(values.argmax()), len(values))
+    y, x, y_end, x_end = shape.box
+    return y <= (row + 0.5) / len(values) <= y_end and x <= (column + 0.5) / len(values) <= x_end
+
+
+def measure_maps(demo: Demo) -> None:
+    """Prints how often, and by how much, the maps lie on the shape that the words are about."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    chances = []
+    for number, scene, picture in scenes():
+        for kind, question, targets in aims(scene, number):
+            words = demo.explain(picture, question).words
+            for shape, places in targets:
+                own = words[places]
+                if not own:
+                    continue
+                area = inside(shape, 8)
+                chances.append(float(area.mean()))
+                for name in ("roll_out", "gradient"):
+                    values = sum(getattr(word, name) for word in own)
+                    mass = float((values * area).sum() / values.sum())
+                    found.setdefault((kind, name), []).append((is_hit(values, shape), mass / float(area.mean())))
+    print(f"a shape's box covers {np.mean(chances):.0%} of the picture; hottest patch in the box / mass there, times chance")
+    for kind in ("color", "shape", "where", "caption", "detect"):
+        parts = []
+        for name in ("roll_out", "gradient"):
+            hits, mass = np.mean(found[kind, name], axis=0)
+            parts.append(f"{name.replace('_', '-')} {hits:4.0%} / {mass:4.1f}")
+        print(f"  {kind:8} {len(found[kind, 'gradient']):3} answers   " + "   ".join(parts))
+
+
+@torch.no_grad()
+def loss_without(demo: Demo, picture: Image.Image, question: str, ids: list[int], choices: list[Tensor]) -> list[float]:
+    """By how many nats an answer becomes less likely when the vectors of some patches are replaced by the mean of all."""
+    inputs = demo.processor(picture, question)
+    types = torch.cat((inputs["token_type_ids"], torch.ones(1, len(ids), dtype=torch.int64)), dim=1)
+    row = {"input_ids": torch.cat((inputs["input_ids"], torch.tensor([ids])), dim=1), "token_type_ids": types}
+    features = demo.model.encode_images(inputs["pixel_values"])
+    logprobs = []
+    for patches in (torch.tensor([], dtype=torch.int64), *choices):
+        erased = features.clone()
+        erased[:, patches] = features.mean(1, keepdim=True)
+        chosen = answer_logits(demo.model, row, erased).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])
+        logprobs.append(float(chosen.sum()))
+    return [logprobs[0] - logprob for logprob in logprobs[1:]]
+
+
+def measure_erasing(demo: Demo) -> None:
+    """Prints what answers lose without the patches that each map finds hottest, and without as many others."""
+    losses, draw = [], torch.Generator().manual_seed(0)
+    for number, scene, picture in scenes():
+        for kind, question, _ in aims(scene, number):
+            if kind not in ("color", "shape", "where"):
+                continue
+            ids = demo.ask(picture, question)
+            words = demo.explain(picture, question, ids).words
+            if not words:
+                continue
+            maps = [sum(getattr(word, name) for word in words).flatten() for name in ("roll_out", "gradient")]
+            choices = [values.topk(ERASED).indices for values in maps]
+            losses.append(loss_without(demo, picture, question, ids, [*choices, torch.randperm(64, generator=draw)[:ERASED]]))
+    rolled, gradient, drawn = np.mean(losses, axis=0)
+    print(
+        f"erasing {ERASED} of 64 patches costs {len(losses)} answers, in nats: "
+        f"hottest by gradient {gradient:.1f}, by roll-out {rolled:.1f}, at random {drawn:.1f}"
+    )
+
+
+# From the picture at all
+
+
+def dependences(demo: Demo) -> dict[str, list[float]]:
+    """What the picture adds to three kinds of answers, in nats."""
+    found: dict[str, list[float]] = {"needs the picture": [], '"no" or "0"': [], "needs no look": []}
+    for number, scene, picture in scenes():
+        found["needs no look"] += [demo.explain(picture, question).dependence for question in NEED_NO_LOOK]
+        for kind in (*NEED_A_LOOK, "count", "exists"):
+            question = shapes.QUESTIONS[kind](scene, np.random.default_rng(number))
+            if not question:
+                continue
+            answer = demo.explain(picture, question[0])
+            if kind in NEED_A_LOOK:
+                found["needs the picture"].append(answer.dependence)
+            elif answer.text in ("no", "0"):
+                found['"no" or "0"'].append(answer.dependence)
+    return found
+
+
+def draw_dependence(demo: Demo) -> None:
+    """dependence.svg, and how often the warning is given."""
+    found = dependences(demo)
+    drawing = Drawing(640, 330)
+    axes = Axes(drawing, (60, 50, 470, 270), x=(LOW, HIGH), y=(0, 1))
+    ticks = list(range(-2, 15, 2)), [0, 0.25, 0.5, 0.75, 1]
+    axes.frame(*ticks, "nats that the picture adds to the answer", "share of answers below")
+    axes.curve([(LEAST_DEPENDENCE, 0), (LEAST_DEPENDENCE, 1)], SOFT, "4 4")
+    labels = []
+    for (name, values), color in zip(found.items(), (GREEN, ORANGE, BLUE), strict=True):
+        warned = sum(value < LEAST_DEPENDENCE for value in values)
+        median = round(np.median(values), 1) + 0.0  # no minus before a zero
+        print(f"{name:17} {len(values):3} answers, median {median:+5.1f} nats, {warned / len(values):4.0%} warned about")
+        levels = [(value, np.mean(np.array(values) <= value)) for value in np.linspace(LOW, HIGH, 321)]
+        axes.curve(levels, color)
+        labels.append((axes.at(*levels[-1])[1], name, color))
+    drawing.labels(478, labels, gap=18)
+    place = axes.at(LEAST_DEPENDENCE, 0.6)
+    drawing.text(place[0] + 5, place[1], "ln 2", size=12, fill=SOFT)
+    drawing.save(HERE / "dependence.svg")
+
+
+# Figures
+
+
+def draw_maps(demo: Demo, picture: Image.Image) -> None:
+    """maps.png: the picture, and the two maps of two answers."""
+    small = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    sheet = Image.new("RGB", (3 * (SIDE + 12) - 12, 2 * (SIDE + 32)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, question in enumerate(("answer en what color is the heart?", "detect cross")):
+        found = demo.explain(picture, question)
+        word, top = found.words[0], row * (SIDE + 32)
+        panels = [(small, question), (heat_map(small, word.roll_out), "roll-out"), (heat_map(small, word.gradient), "gradient")]
+        for column, (panel, title) in enumerate(panels):
+            left = column * (SIDE + 12)
+            sheet.paste(boxed(panel, [word]), (left, top))
+            draw.text((left + SIDE / 2, top + SIDE + 15), title, "black", ImageFont.load_default(15), anchor="mm")
+        print(f'"{question}": "{found.text}", of the roll-out {word.share:.0%} ends in the picture')
+    sheet.quantize(192).save(HERE / "maps.png", optimize=True)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder = ROOT / "demo" / "checkpoint"
+    demo = Demo(load_model(folder, dtype="fp32"), PaliGemmaProcessor.from_pretrained(folder))
+    picture = load_image(PICTURE)
+    caption = demo.explain(picture, "caption en")
+    draw_explanation(picture, caption).quantize(192).save(HERE / "looking.png", optimize=True)
+    print(f'"{caption.text}": {caption.dependence:+.1f} nats from the picture, {math.exp(caption.logprob):.0%} likely')
+    draw_maps(demo, picture)
+    measure_maps(demo)
+    measure_erasing(demo)
+    draw_dependence(demo)
+
+
+if __name__ == "__main__":
+    main()
