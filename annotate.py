@@ -150,21 +150,15 @@ def save_drawing(flags: Flags, row: dict, loaded: folders.Loaded, result: "Resul
 
 
 def work(flags: Flags, checkpoint: Checkpoint, journal: Journal) -> None:
-    """Asks what has no row yet and writes rows as answers end, with a bar if somebody watches."""
-    from tqdm import tqdm
-
-    known, total = len(journal.known), None
-    is_watched = sys.stderr.isatty()
-    if is_watched:
-        total = known + sum(not journal.knows(question.image, question.prompt) for question in questions(flags, checkpoint.kind))
-    left = (question for question in questions(flags, checkpoint.kind) if journal.claim(question.image, question.prompt))
+    """Asks what has no row yet and writes rows as answers end."""
+    known = len(journal.known)
+    total = known + job.count_left(questions(flags, checkpoint.kind), journal) if job.is_watched() else None
+    left = job.claim_left(questions(flags, checkpoint.kind), journal)
     first = next(left, None)
     if first is None:
         return
     annotator = job.make_annotator(flags, checkpoint, checkpoint.load())
-    # Rows of earlier runs cost nothing and are in `initial`; with smoothing 0 the time left comes from all rows of this one.
-    bar = tqdm(total=total, initial=known, unit="row", smoothing=0, dynamic_ncols=True, disable=not is_watched)
-    with commandline.interruptible(), bar:
+    with commandline.interruptible(), job.progress(known, total) as bar:
         for row, loaded, result in job.answer(annotator, chain([first], left), flags, flags.save_dir is not None):
             if flags.save_dir is not None:
                 save_drawing(flags, row, loaded, result)

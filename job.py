@@ -5,6 +5,7 @@ Checked in tests/test_annotate.py.
 """
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
@@ -31,6 +32,8 @@ from options import (
 from tasks import ANSWER_TOKENS, NEEDED, OBJECT_TASKS, Annotator, Request, Result, check_task, prompt
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from modeling_paligemma import PaliGemmaForConditionalGeneration
 
 READERS = 8  # threads that decode pictures, where there are as many cores; a GPU is busy with what about four read
@@ -281,7 +284,31 @@ def answer(
         yield result.to_json() | ({"notes": loaded.notes} if loaded.notes else {}), loaded, result
 
 
-# The end
+# Beginning and end
+
+
+def count_left(asked: Iterable[Question], journal: Journal) -> int:
+    """How many questions have no row yet. Lists them all."""
+    return sum(not journal.knows(question.image, question.prompt) for question in asked)
+
+
+def claim_left(asked: Iterable[Question], journal: Journal) -> Iterator[Question]:
+    """The questions that have no row yet, each once."""
+    return (question for question in asked if journal.claim(question.image, question.prompt))
+
+
+def is_watched() -> bool:
+    """Whether somebody sees a bar."""
+    return sys.stderr.isatty()
+
+
+def progress(known: int, total: int | None) -> "tqdm":
+    """A bar of rows, where it is watched. The time left comes from all rows of this run (smoothing 0); those of earlier runs are
+    known and cost nothing.
+    """
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=known, unit="row", smoothing=0, dynamic_ncols=True, disable=not is_watched())
 
 
 def check_output(path: str) -> None:
