@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from checkpoint import listed
 from errors import CheckpointError
 from masks import paste
+from outputs import Found
 
 CODEC_NAME = "vae-oid.npz"
 CODES, CODE_WIDTH = 128, 512
@@ -145,8 +146,8 @@ def find_codec(folder: Path, given: str | Path | None = None) -> Path | None:
 
 
 @torch.no_grad()
-def with_masks(objects: Sequence, codec: MaskCodec, width: int, height: int) -> list:
-    """The objects (outputs.Found) of one picture, those that have a box and codes with their mask, all decoded in one go.
+def with_masks(objects: Sequence[Found], codec: MaskCodec, width: int, height: int) -> list[Found]:
+    """The objects of one picture, those that have a box and codes with their mask, all decoded in one go.
 
     Args:
         width, height: of the picture, in pixels.

@@ -1,16 +1,16 @@
 """segmentation.py: the architecture, Google's numbers, a file's faults, masks in their place."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from errors import CheckpointError
+from outputs import Box, Found
 from segmentation import CODEC_NAME, MaskCodec, find_codec, load_codec, with_masks
 
 ORACLE = Path(__file__).parent / "oracle" / "segdecoder"
@@ -186,22 +186,15 @@ def test_the_codec_is_the_given_one_or_lies_beside_the_weights(tmp_path):
 # Objects
 
 
-@dataclass(frozen=True)
-class Thing:
-    codes: tuple[int, ...] | None
-    box: SimpleNamespace | None
-    mask: np.ndarray | None = None
-
-
 def test_objects_get_their_masks_and_the_others_stay(google):
-    box = SimpleNamespace(y_min=0.25, x_min=0.5, y_max=0.75, x_max=1.0)
+    box = Box(y_min=0.25, x_min=0.5, y_max=0.75, x_max=1.0)
     codes = [tuple(row) for row in fixture()["codes"].tolist()]
-    things = [Thing(codes[2], box), Thing(None, box), Thing(codes[3], None), Thing(codes[7], box)]
+    things = [Found("a", box, codes=codes[2]), Found("b", box), Found("c", None, codes=codes[3]), Found("d", box, codes=codes[7])]
     found = with_masks(things, google, width=128, height=128)  # the box is 64 x 64: nothing is resized
     for index, row in ((0, 2), (3, 7)):
         expected = np.zeros((128, 128), dtype=bool)
         expected[32:96, 64:128] = fixture()["masks"][row].numpy() > 0
         assert (found[index].mask != expected).sum() <= 1  # a value within the rounding of 0
-        assert found[index].codes == things[index].codes
+        assert replace(found[index], mask=None) == things[index]
     assert found[1] is things[1] and found[2] is things[2]
     assert with_masks([], google, width=5, height=5) == []
