@@ -1,37 +1,127 @@
-"""Do CPU and CUDA say the same? Logits and greedy tokens of small random models on both, before anything is timed.
+"""Do CPU and CUDA say the same, and all ways of computing on CUDA? Before anything is timed; only answers count here, no time.
 
-Both families in float32, bfloat16, int8 and int4, a picture and a prompt: the logits of the whole row, and eight tokens
-through cache and decoding loop. A kernel that is fast and wrong shows here. Exit code 1 if a gap exceeds its bound.
+Small random models of both families, in float32, bfloat16, int8 and int4, a picture and a prompt:
+    device      logits of the whole row, and eight tokens through cache and decoding loop, against the CPU
+    recorded    logits of a step from a CUDA graph, three rows of unequal length, against the same step from Python
+    compiled    the same from a graph of what torch.compile made
+and attention by itself: torch's choice of kernel, with and without a mask, against scores written out; soft caps in
+flex_attention against soft caps written out; and the memory that 4096 tokens take, where float32 scores of all by all would show.
+A kernel that is fast and wrong shows here, and so does one that was never reached. Exit code 1 if anything is WRONG.
+On the CPU, --device cpu runs what can run there: graphs are refused, compiling would take minutes.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402  (the project's folder comes first)
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
+import graphs  # noqa: E402
 from generation import generate  # noqa: E402
 from make_checkpoint import write_checkpoint  # noqa: E402
+from modeling_gemma import attention  # noqa: E402
+from modeling_paligemma import PaliGemmaForConditionalGeneration  # noqa: E402
 from sides import make_rows  # noqa: E402
 from weights import load_model  # noqa: E402
 
 # Relative distance of all logits. float32 sums in another order differ by some 1e-6 and bfloat16 by 4e-3, the rounding of
 # its 8 bits; the quantised forms round their activations on some devices and not on others.
 BOUNDS = {("fp32", None): 1e-4, ("bf16", None): 2e-2, ("bf16", "int8"): 5e-2, ("bf16", "int4"): 5e-2}
-CONTEXT, TOKENS = 290, 8
+CONTEXT, TOKENS, STEPS = 290, 8, 6
+LONG = 4096  # picture tokens of 896 px
+
+
+def distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    ours, reference = ours.float().cpu(), reference.float().cpu()
+    return ((ours - reference).norm() / reference.norm()).item()
 
 
 @torch.no_grad()
-def answers(folder: Path, device: str, dtype: str, quantize: str | None) -> tuple[torch.Tensor, list[int]]:
-    """Logits float32[L, V] in main memory, and the greedy tokens."""
-    model = load_model(folder, device=device, dtype=dtype, quantize=quantize)
-    inputs = make_rows(json.loads((folder / "config.json").read_text()), 1, CONTEXT, 0)
+def answers(model: torch.nn.Module, inputs: dict) -> tuple[torch.Tensor, list[int]]:
+    """Logits float32[L, V], and the greedy tokens."""
     tokens = [int(token) for token in generate(model, inputs, max_new_tokens=TOKENS)]
     return model(**inputs)[0].float().cpu(), tokens
+
+
+@torch.no_grad()
+def stepwise(model: torch.nn.Module, inputs: dict) -> tuple[torch.Tensor, list[graphs.Step]]:
+    """Logits float32[steps, rows, V] of steps behind three rows, and the steps that were recorded or compiled."""
+    cache = model.new_cache(3, inputs["input_ids"].shape[1] + STEPS)
+    model.prefill(cache, **inputs)
+    logits = [model.decode(cache, torch.tensor([500, 501, 502]) + i).cpu() for i in range(STEPS)]
+    return torch.stack(logits), list(cache.steps.steps.values()) if isinstance(cache, graphs.RecordedCache) else []
+
+
+def compare_forms(folder: Path, family: str, device: str) -> Iterator[dict]:
+    """The rows of one family, form by form."""
+    config = json.loads((folder / "config.json").read_text())
+    one, three = make_rows(config, 1, CONTEXT, 0), make_rows(config, 3, CONTEXT, 0)
+    three["attention_mask"][1, -20:] = three["attention_mask"][2, -5:] = 0
+    is_gpu = device.startswith("cuda")
+    for (dtype, quantize), bound in BOUNDS.items():
+        about = {"family": family, "form": quantize or dtype, "bound": bound}
+        expected, said = answers(load_model(folder, dtype=dtype, quantize=quantize), one)
+        model = load_model(folder, device=device, dtype=dtype, quantize=quantize)
+        found, said_there = answers(model, one)
+        yield about | {"way": "device", "distance": distance(found, expected), "is_as_asked": said == said_there}
+        model.__class__ = PaliGemmaForConditionalGeneration  # without graphs
+        plain, _ = stepwise(model, three)
+        is_compiled_here = is_gpu and (dtype, quantize) in (("bf16", None), ("bf16", "int4"))  # each takes a quarter of a minute
+        for way, compile_after in (("recorded", 10**9), *([("compiled", 0)] if is_compiled_here else [])):
+            graphs.use_graphs(model, compile_after)
+            found, steps = stepwise(model, three)
+            is_recorded = all(step.replay is not None for step in steps) or not is_gpu
+            is_compiled = all((step.function is graphs.compiled_step()) for step in steps) or way == "recorded"
+            yield about | {"way": way, "distance": distance(found, plain), "is_as_asked": is_recorded and is_compiled}
+
+
+def make_heads(device: str, dtype: torch.dtype, length: int, key_heads: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """q, k, v of two rows and eight query heads as wide as Gemma's, and the mask of a prompt of which the second row has less."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(2, 8, length, 256), (2, key_heads, length, 256), (2, key_heads, length, 256)]
+    heads = [torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes]
+    mask = torch.ones(2, 1, length, length, dtype=torch.bool, device=device)
+    mask[1, :, :, length * 3 // 4 :] = False
+    return heads, mask
+
+
+@torch.no_grad()
+def compare_attention(device: str) -> Iterator[dict]:
+    is_gpu = device.startswith("cuda")
+    capped = graphs.compiled_capped_attention() if is_gpu else graphs.capped_attention
+    for form, dtype, bound in (("fp32", torch.float32, 1e-4), ("bf16", torch.bfloat16, 2e-2)):
+        for key_heads in (1, 4):
+            heads, ragged = make_heads(device, dtype, 1100 if is_gpu else 40, key_heads)
+            for mask, name in ((None, "open"), (ragged, "masked")):
+                about = {"family": f"{key_heads} key heads", "form": form, "bound": bound, "is_as_asked": True}
+                chosen = attention(*heads, mask, 1 / 16, None)
+                with sdpa_kernel(SDPBackend.MATH):
+                    written_out = attention(*heads, mask, 1 / 16, None)
+                yield about | {"way": name, "distance": distance(chosen, written_out)}
+                expected = attention(*heads, mask, 1 / 16, 50.0)
+                yield about | {"way": f"{name}, capped", "distance": distance(capped(*heads, mask, 1 / 16, 50.0), expected)}
+
+
+@torch.no_grad()
+def measure_memory(device: str) -> Iterator[dict]:
+    """Bytes that attention of one long row takes at most, beside its inputs, as a share of one float32 matrix of all by all."""
+    for name, key_heads, cap in (("open", 1, None), ("masked", 1, None), ("masked, capped", 4, 50.0)):
+        heads, mask = make_heads(device, torch.bfloat16, LONG, key_heads)
+        heads, mask = [head[:1].clone() for head in heads], mask[1:].clone() if name.startswith("masked") else None
+        run = graphs.compiled_capped_attention() if cap else attention
+        arguments = (*heads, mask, 1 / 16, cap)
+        run(*arguments)  # what compiling needs does not count
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run(*arguments)
+        share = (torch.cuda.max_memory_allocated(device) - before) / (4 * LONG * LONG)
+        yield {"family": "4096 tokens", "form": "bf16", "way": name, "distance": share, "bound": 1.0, "is_as_asked": True}
 
 
 def main() -> None:
@@ -39,21 +129,27 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="to be compared with the CPU")
     device = parser.parse_args().device
     torch.backends.cuda.matmul.allow_tf32 = False  # the default, said aloud: float32 is to mean float32
-    rows, is_fine = [], True
+    rows = []
+
+    def note(row: dict) -> None:
+        row["is_fine"] = row["distance"] <= row["bound"] and row["is_as_asked"]
+        rows.append(row)
+        line = f"{row['family']:14}{row['form']:6}{row['way']:16}{row['distance']:12.2e} of {row['bound']:.0e}"
+        print(f"{line}   {'fine' if row['is_fine'] else 'WRONG'}", flush=True)
+
+    for row in compare_attention(device):
+        note(row)
     with tempfile.TemporaryDirectory() as folder:
         for family in ("paligemma", "paligemma2"):
             path = Path(folder) / family
             write_checkpoint(path, family=family, size="tiny")
-            for (dtype, quantize), bound in BOUNDS.items():
-                ours, said = answers(path, "cpu", dtype, quantize)
-                theirs, said_there = answers(path, device, dtype, quantize)
-                gap = ((theirs - ours).norm() / ours.norm()).item()
-                is_equal = gap <= bound and said == said_there
-                is_fine &= is_equal
-                rows.append({"family": family, "form": quantize or dtype, "distance": gap, "same_tokens": said == said_there})
-                print(f"{family:12}{quantize or dtype:6}{gap:12.2e} of {bound:.0e}   {'fine' if is_equal else 'WRONG'}")
+            for row in compare_forms(path, family, device):
+                note(row)
+    if device.startswith("cuda"):
+        for row in measure_memory(device):
+            note(row)
     print(json.dumps({"script": "agree", "device": device, "rows": rows}))
-    sys.exit(0 if is_fine else 1)
+    sys.exit(0 if all(row["is_fine"] for row in rows) else 1)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ int4 halves them again. What a program does beyond that (a product that reads sl
 a cache that grows by copying) is what stands between the floor and its number.
 
 The sides share one prompt. Each has read it once, and in turn they say the next few tokens. On the CPU, transformers is also
-measured with torch's oneDNN products switched off while decoding, which some processors like better.
+measured with torch's oneDNN products switched off while decoding, which some processors like better. On CUDA, ours is a recorded
+graph (graphs.py), and "compiled" the same of a compiled step; "share" is the part of the bandwidth that is used.
 """
 
 import json
@@ -14,16 +15,22 @@ from functools import partial
 
 import turns
 
+RECORDING = 8  # tokens on CUDA, until graphs are recorded and, some minutes, steps compiled: by all sides at the same time
+
 
 def main() -> None:
     options = turns.parse(__doc__)
     config = json.loads((options.model / "config.json").read_text())
-    count = 2 if options.quick else 8
+    is_gpu = options.device.startswith("cuda")
+    count = 2 if options.quick else 16 if is_gpu else 8  # so few on CUDA, too, that no longer reach is recorded on the way
+    names = [*options.sides, *(turns.COMPILED if is_gpu and turns.INT4 in options.sides else ())]
     context = config["text_config"]["num_image_tokens"] + turns.PROMPT
     floors = turns.Floors(options.device)
-    with turns.start(options.sides, options.model, options.device) as sides:
-        most = 1 + 2 * count * (options.rounds + 1)  # two ways share the answer of transformers
+    with turns.start(names, options.model, options.device) as sides:
+        most = 1 + RECORDING + 2 * count * (options.rounds + 1)  # two ways share the answer of transformers
         turns.require_same({name: side.ask("begin", context=context, most=most) for name, side in sides.items()})
+        if is_gpu:
+            turns.require_same(turns.together(sides, "decode", count=RECORDING))
         ways = {name: partial(side.ask, "decode", count=count) for name, side in sides.items()}
         if options.device == "cpu" and turns.THEIRS in sides:
             ways["transformers bf16, mkldnn off"] = partial(sides[turns.THEIRS].ask, "decode", count=count, mkldnn=False)

@@ -83,7 +83,7 @@ class Side:
         self.tokens.close()
         inputs = make_rows(self.config, 1, context, seed)
         start = time.perf_counter()
-        self.tokens = self.answer({key: tensor.to(self.device) for key, tensor in inputs.items()}, most)
+        self.tokens = self.answer(inputs, most)
         return self.take(1, start)
 
     def decode(self, count: int) -> dict:
@@ -135,12 +135,16 @@ class Side:
 
 
 class Ours(Side):
-    """This project. Options: dtype, quantize."""
+    """This project. Options: dtype, quantize; compiled = the decoding step is compiled at once, and not after a while (CUDA)."""
 
     def load_model(self) -> torch.nn.Module:
+        from graphs import use_graphs
         from weights import load_model
 
-        return load_model(self.folder, device=self.device, dtype=self.options["dtype"], quantize=self.options["quantize"])
+        model = load_model(self.folder, device=self.device, dtype=self.options["dtype"], quantize=self.options["quantize"])
+        if self.options["compiled"]:
+            use_graphs(model, compile_after=0)
+        return model
 
     def load(self, model: str) -> dict:
         reply = super().load(model)
@@ -224,6 +228,7 @@ class Transformers(Side):
 
     def answer(self, inputs: dict, most: int) -> Generator[int]:
         turnstile = Turnstile()
+        inputs = {key: tensor.to(self.device) for key, tensor in inputs.items()}
         thread = threading.Thread(target=turnstile.run, args=(self.generate, inputs, most))
         thread.start()
         try:
@@ -267,6 +272,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="ours only")
     parser.add_argument("--dtype", help="ours only; as stored if not given")
+    parser.add_argument("--compiled", action="store_true", help="ours only, on CUDA")
     parser.add_argument("--static", action="store_true", help="transformers only")
     options = vars(parser.parse_args())
     side = {"ours": Ours, "transformers": Transformers}[options.pop("side")](**options)

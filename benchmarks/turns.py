@@ -37,6 +37,8 @@ ARGUMENTS = {
     THEIRS: ["transformers"],
     STATIC: ["transformers", "--static"],
 }
+COMPILED = {f"{name}, compiled": [*ARGUMENTS[name], "--compiled"] for name in (OURS, INT8, INT4)}  # on CUDA, for decoding
+ARGUMENTS |= COMPILED
 
 
 def default_sides(device: str) -> list[str]:
@@ -97,7 +99,8 @@ class Side:
 @contextmanager
 def start(names: list[str], model: Path, device: str) -> Iterator[dict[str, Side]]:
     """One side for each name, all with their model in memory; they end with the block."""
-    folders = {name: quantised(model, name.split()[1], device) if name in (INT8, INT4) else model for name in names}
+    kinds = {name: ARGUMENTS[name][2] for name in names if "--quantize" in ARGUMENTS[name]}
+    folders = {name: quantised(model, kinds[name], device) if name in kinds else model for name in names}
     with ExitStack() as stack:
         sides = {}
         for name, folder in folders.items():
@@ -116,6 +119,13 @@ def quantised(model: Path, kind: str, device: str = "cpu") -> Path:
         side.ask("save", out=str(folder))
         side.close()
     return folder
+
+
+def together(sides: dict[str, Side], do: str, **arguments: object) -> dict[str, dict]:
+    """Asks all sides at the same time: for work that takes long and is not measured."""
+    for side in sides.values():
+        side.tell(do, **arguments)
+    return {name: side.hear() for name, side in sides.items()}
 
 
 def in_turn(ways: dict[str, Callable[[], dict]], options: argparse.Namespace, *, is_warm: bool = False) -> dict[str, list[float]]:
@@ -138,6 +148,15 @@ def require_same(replies: dict[str, dict]) -> None:
         raise SystemExit("the sides do not say the same tokens:\n" + "\n".join(f"  {name}: {t}" for name, t in said.items()))
 
 
+def copy_bandwidth(device: object, size: int = 2**30) -> float:
+    """Bytes a second, read and written, of copying `size` bytes: the rate that a GPU is judged by."""
+    import torch
+
+    source = torch.zeros(size // 4, dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / machine.best_seconds(lambda: target.copy_(source), device)
+
+
 class Floors:
     """What this machine can do at best: bytes read and multiply-adds a second; the best of the measurements so far."""
 
@@ -153,6 +172,8 @@ class Floors:
         import torch
 
         self.bytes_per_s = max(self.bytes_per_s, machine.read_bandwidth(self.device))
+        if self.device.type == "cuda":
+            self.bytes_per_s = max(self.bytes_per_s, copy_bandwidth(self.device))
         for dtype in (torch.float32, torch.bfloat16):
             name = str(dtype).removeprefix("torch.")
             self.products_per_s[name] = max(self.products_per_s.get(name, 0), machine.matrix_rate(self.device, dtype))
@@ -186,13 +207,14 @@ def compare(
         floors: the least seconds possible, where that is known.
     """
     baseline, rows = seconds.get(BASELINE), {}
-    print(f"{'':34}{'median ' + unit:>12}{'spread':>20}{'floor':>10}   times as fast as {BASELINE}")
+    print(f"{'':34}{'median ' + unit:>12}{'spread':>20}{'floor':>10}{'share':>7}   times as fast as {BASELINE}")
     for name, values in seconds.items():
         row = {unit: spread([value * scale for value in values])}
         line = f"{name:34}{row[unit]['median']:12.4g}{row[unit]['low']:>10.4g} ..{row[unit]['high']:>7.4g}"
         if floors and name in floors:
             row["floor"] = float(f"{floors[name] * scale:.4g}")
-        line += f"{row.get('floor', ''):>10}"
+            row["share"] = float(f"{row['floor'] / row[unit]['median']:.3g}")  # of the bandwidth or matrix rate there is
+        line += f"{row.get('floor', ''):>10}{row.get('share', ''):>7}"
         if baseline:
             row["ratio"] = spread([theirs / ours for theirs, ours in zip(baseline, values, strict=True)])
             line += f"   {row['ratio']['median']:.2f} ({row['ratio']['low']:.2f} .. {row['ratio']['high']:.2f})"

@@ -70,6 +70,7 @@ def test_decode_gives_each_side_its_floor_and_its_ratio(run):
     document, printed = run("decode")
     assert set(document["ways"]) == {*SIDES, "transformers bf16, mkldnn off"}
     for row in document["ways"].values():
+        assert row["share"] == pytest.approx(row["floor"] / row["ms"]["median"], rel=1e-2)
         assert (
             0 < row["floor"] and 0 < row["ms"]["low"] <= row["ms"]["median"] <= row["ms"]["high"] and row["ratio"]["median"] > 0
         )
@@ -158,7 +159,20 @@ def test_cpu_agrees_with_itself():
     command = [sys.executable, str(BENCHMARKS / "agree.py"), "--device", "cpu"]
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout
     rows = json.loads(output.splitlines()[-1])["rows"]
-    assert len(rows) == 8 and all(row["distance"] == 0 and row["same_tokens"] for row in rows)
+    assert [row["distance"] for row in rows if row["way"] == "device"] == [0] * 8
+    assert {row["way"] for row in rows} == {"device", "recorded", "open", "masked", "open, capped", "masked, capped"}
+    assert all(row["is_fine"] for row in rows)
+
+
+def test_a_copy_has_a_bandwidth(tools):
+    assert tools["turns"].copy_bandwidth(tools["sides"].torch.device("cpu"), size=2**20) > 10**8
+
+
+def test_sides_that_work_at_the_same_time_say_the_same(pair, tools):
+    for side in pair.values():
+        side.ask("begin", context=266, most=9)
+    replies = tools["turns"].together(pair, "decode", count=3)
+    assert {name: reply["tokens"] for name, reply in replies.items()} == dict.fromkeys(SIDES, [108] * 3)
 
 
 def test_a_random_checkpoint_has_the_published_size(tools):
