@@ -304,6 +304,7 @@ def test_words_of_an_answer(answer, words, processor):
     for text, places, box in found:  # the tokens of a word are those that say it
         assert processor.decode(ids[places.start : places.stop]).endswith(text) or box is None
     assert all(before[1].stop <= after[1].start for before, after in zip(found, found[1:], strict=False))
+    assert all(places.stop < len(ids) for _, places, _ in found)  # the eos belongs to no word
 
 
 def test_an_object_is_one_word_with_its_box(processor):
