@@ -175,6 +175,15 @@ def test_sides_that_work_at_the_same_time_say_the_same(pair, tools):
     assert {name: reply["tokens"] for name, reply in replies.items()} == dict.fromkeys(SIDES, [108] * 3)
 
 
+def test_a_grammar_is_measured_where_it_changes_nothing():
+    command = [sys.executable, str(BENCHMARKS / "grammar_cost.py"), "--quick", "--rows", "2"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout
+    document = json.loads(output.splitlines()[-1])
+    for rows in (document["rows"]["2"], document["demo"]):
+        assert set(rows) == {"free", "places", "held", "held, places"}
+        assert all(row["us"]["median"] > 0 for row in rows.values()) and rows["free"]["added_us"]["median"] == 0
+
+
 def test_a_random_checkpoint_has_the_published_size(tools):
     from modeling_paligemma import PaliGemmaConfig
     from weights import empty_model
