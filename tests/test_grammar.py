@@ -15,6 +15,7 @@ from grammar import Ending, Grammar
 from images import load_image
 from modeling_gemma import GemmaConfig, KVCache
 from modeling_paligemma import PaliGemmaConfig
+from outputs import NO_AREA, read_ids
 from processing_paligemma import PaliGemmaProcessor
 from tiny import raw_config
 from tiny_checkpoint import make_tokenizer
@@ -303,6 +304,9 @@ def test_answers_of_noise_are_valid_and_end_in_any_room(processors, name):
             assert first_refused(grammars[answer.index], answer.token_ids, limit) is None
             objects = parse(processor.decode(answer.token_ids), labels, with_masks)
             assert processor.encode(suffix_of(objects)) == answer.token_ids[:-1]
+            reading = read_ids(answer.token_ids, processor)
+            assert [(found.bins, found.codes or (), found.label) for found in reading.objects] == objects
+            assert set(reading.problems) <= {NO_AREA}  # sides may be equal
             num_objects += len(objects)
     assert num_objects > 50
 
