@@ -180,13 +180,8 @@ def program(flags: Flags) -> None:
     about = None if flags.questions is not None else doubt(flags.chosen_task, checkpoint.kind)
     for text in filter(None, (about, flags.part and f"part {flags.shard} goes to {flags.file}.")):
         note(f"note: {text}")
-    options = {"is_forced": flags.force, "retry_failed": flags.retry_failed}
-    with Journal(flags.file, job.settings(flags, checkpoint), **options) as journal:
-        try:
-            work(flags, checkpoint, journal)
-        except commandline.Interrupted:
-            note(f"interrupted after {journal.num_answered + journal.num_failed} rows. The same command goes on there.")
-            raise
+    with job.open_rows(flags, checkpoint, flags.file) as journal:
+        work(flags, checkpoint, journal)
     if flags.export is not None:
         from exports import export
 

@@ -123,7 +123,8 @@ def ray_running(flags: Flags) -> Iterator[None]:
         try:
             ray.init(address=flags.address or "local", **options)
         except ConnectionError as error:
-            raise AccessError(f"no Ray cluster answers at {flags.address}. {error}") from error
+            advice = "Start one with ray start --head; if it wants a token, set RAY_AUTH_MODE=token here, too."
+            raise AccessError(f"no Ray cluster answers at {flags.address}. {advice}", path=flags.address) from error
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         try:
@@ -209,8 +210,7 @@ def program(flags: Flags) -> None:
     import weights
 
     checkpoint = Checkpoint(flags, weights)
-    options = {"is_forced": flags.force, "retry_failed": flags.retry_failed}
-    with Journal(Path(flags.output).expanduser(), job.settings(flags, checkpoint), **options) as journal:
+    with job.open_rows(flags, checkpoint, Path(flags.output).expanduser()) as journal:
         work(flags, checkpoint, journal)
     job.conclude(journal)
 

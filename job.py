@@ -7,6 +7,7 @@ Checked in tests/test_annotate.py.
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from hashlib import blake2b
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import folders
 import machine
-from commandline import Words, note
+from commandline import Interrupted, Words, note
 from errors import ImageError, OutputError, PaliGemmaError, UsageError
 from journal import Journal
 from options import (
@@ -316,6 +317,17 @@ def check_output(path: str) -> None:
     folder = os.path.dirname(os.path.expanduser(path)) or "."
     if not os.path.isdir(folder):
         raise OutputError(f"{path} cannot be written: there is no folder {folder}. Make it first.", path=path)
+
+
+@contextmanager
+def open_rows(flags: JobFlags, checkpoint: Checkpoint, path: Path) -> Iterator[Journal]:
+    """The file of rows, opened as the flags want it; an interruption says how far it got. Raises: as Journal."""
+    with Journal(path, settings(flags, checkpoint), is_forced=flags.force, retry_failed=flags.retry_failed) as journal:
+        try:
+            yield journal
+        except Interrupted:
+            note(f"interrupted after {journal.num_answered + journal.num_failed} rows. The same command goes on there.")
+            raise
 
 
 def conclude(journal: Journal) -> None:
