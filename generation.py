@@ -170,7 +170,7 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
         probs, ids = nucleus(probs, sampling.top_p, sampling.top_k)  # [B, C], [B, C]
     exact = torch.float32 if probs.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     ends = probs.to(exact).cumsum(-1)
-    marks = uniforms.to(exact).to(ends.device)[:, None] * ends[:, -1:]  # [B, 1]
+    marks = uniforms.to(exact).to(ends.device, non_blocking=ends.is_cuda)[:, None] * ends[:, -1:]  # [B, 1]
     place = torch.searchsorted(ends, marks, right=True).clamp(max=ends.shape[-1] - 1)  # [B, 1]
     return (place if ids is None else ids.gather(1, place))[:, 0]  # [B]
 

@@ -238,6 +238,10 @@ def test_a_model_without_graphs_is_the_model_itself():
 # Compiled
 
 
+def test_inductor_knows_the_options_of_the_compiled_step():
+    assert callable(graphs.compiled_step())  # torch.compile refuses others
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """Compiles as graphs.py does, fullgraph, but runs what was traced as it is: inductor would take minutes on a CPU."""
@@ -411,6 +415,31 @@ def test_capped_attention_that_fails_is_written_out(monkeypatch, capped, caplog)
     ours, _ = answer(recorded("gemma2"), batch, [])
     assert torch.equal(ours, answer(make("gemma2"), batch, [])[0])
     assert caplog.messages == ["soft caps are written out: out of shared memory"] and not capped
+
+
+class KeysSeen(TorchDispatchMode):
+    """What torch's attention is given as keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.keys = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "scaled_dot_product" in str(function):
+            self.keys.append(args[1])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("key_heads, length", [(1, 13), (2, 13), (1, 1), (2, 1)])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_every_kernel_gets_as_many_key_heads_as_query_heads(key_heads, length, is_masked):
+    # With enable_gqa, CUDA's kernels for a mask or for float32 step aside for one that writes out all scores in float32.
+    q, k, v = draw(2, 4, length, 16), draw(2, key_heads, 13, 16, seed=1), draw(2, key_heads, 13, 16, seed=2)
+    with torch.no_grad(), KeysSeen() as seen:
+        attention(q, k, v, torch.ones(2, 1, length, 13, dtype=torch.bool) if is_masked else None, 0.3, None)
+    (keys,) = seen.keys
+    assert keys.shape[1] == (4 if length > 1 else key_heads)
+    assert (keys.data_ptr() == k.data_ptr()) == (key_heads == 1 or length == 1)  # one head is spread without a copy
 
 
 class Largest(TorchDispatchMode):

@@ -249,6 +249,20 @@ def test_first_answer_token_has_the_position_after_the_prompt():
     assert second.tolist() == [[8], [6]]
 
 
+@pytest.mark.parametrize("rows, needed", [([(1, 4, 0)] * 2, False), ([(1, 4, 0), (1, 3, 0)], True), ([(1, 4, 1)], True)])
+@torch.no_grad()
+def test_a_mask_is_made_only_where_somebody_may_not_look(rows, needed):
+    model = make_model("gemma")
+    masks = []
+    model.language_model.model.register_forward_pre_hook(lambda _module, args: masks.append(args[2]))
+    batch = make_batch(rows, "right")
+    model(**batch)
+    model.prefill(model.new_cache(len(rows), 9), **batch)
+    expected = prefix_lm_mask(batch["attention_mask"], batch["token_type_ids"])
+    assert expected.all() == (not needed)
+    assert all(torch.equal(mask, expected) if needed else mask is None for mask in masks) and len(masks) == 2
+
+
 # Who may influence whom
 
 
