@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers
 
 from errors import GenerationError, PromptError
-from generation import generate, generate_many, generate_steps
+from generation import Sampling, choose_held, generate, generate_many, generate_steps
 from grammar import Ending, Grammar
 from images import load_image
 from modeling_gemma import GemmaConfig, KVCache
@@ -211,8 +211,8 @@ def toy_language(grammar, labels, limit, most):
     return language
 
 
-def all_answers(grammar, limit):
-    """Every answer that can be said, found by saying each allowed id in turn."""
+def all_answers(grammar, limit, most):
+    """Every answer that can be said, at most so many, found by saying each allowed id in turn."""
     answers, open_ends = set(), [()]
     while open_ends:
         said = open_ends.pop()
@@ -221,6 +221,7 @@ def all_answers(grammar, limit):
             walk.say(token)
         if walk.is_over and said:
             answers.add(said)
+            assert len(answers) <= most
         else:
             allowed = walk.allowed().tolist()
             assert allowed and len(set(allowed)) == len(allowed) and len(said) < limit
@@ -248,7 +249,7 @@ def test_just_the_answers_of_the_definition_can_be_said(labels, limit, most):
         endings += [Ending(number, last, True), Ending(number, followed, False)]
     grammar = Grammar(range(10, 12), range(20, 22), 1, tuple(endings), max_objects=most)
     expected = toy_language(grammar, labels, limit, most)
-    assert all_answers(grammar, limit) == expected
+    assert all_answers(grammar, limit, len(expected)) == expected
     assert len(expected) > 1 or limit < grammar.object_length
 
 
@@ -371,6 +372,16 @@ def test_draws_share_among_the_allowed_tokens_what_the_model_gave_them(processor
     torch.testing.assert_close(shares, expected, rtol=0, atol=0.032)
     cut = next(generate(model, inputs, max_new_tokens=9, do_sample=True, top_k=2, seed=0, grammar=grammar))
     assert set(cut.tolist()) == {first + 7, first + 9}
+
+
+def test_draws_of_a_row_do_not_depend_on_how_much_its_neighbours_are_allowed():
+    # An even spread of 2000 draws is off by at most one draw a token and end.
+    logits = torch.tensor([0.1, 0.2, 0.0, 0.3, 0.4]).log().expand(2000, -1)
+    few, all_of_them = torch.tensor([3, 1]), torch.arange(5)
+    draws = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    said = choose_held(logits, Sampling(do_sample=True), draws, [few] * 1999 + [all_of_them])[:-1]
+    shares = torch.bincount(said, minlength=5) / 1999
+    torch.testing.assert_close(shares, torch.tensor([0, 0.4, 0, 0.6, 0]), rtol=0, atol=1.6e-3)
 
 
 def test_rows_without_a_grammar_are_free_beside_rows_with_one(processors):
