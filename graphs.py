@@ -1,17 +1,17 @@
 """What a CUDA GPU is fast at: a decoding step that starts with one call, compiled if there are many, and soft caps in one kernel.
 
-A step of decoding is a thousand small kernels, and Python starts them more slowly than a fast GPU runs them. Recorded once as a
-CUDA graph, they start with one call. A graph has fixed shapes and fixed places in memory: so rows are counted in powers of two
-and slots in 256 times powers of two (`bucket`), each such pair has a `Step` of its own, tokens are copied in, logits are read
-where they always appear, and lengths count on the device. Rows of a graph that are not in use write into the slot that their
+A step of decoding is some fifty small kernels a layer, and Python starts them more slowly than a fast GPU runs them. Recorded
+once as a CUDA graph, they start with one call. A graph has fixed shapes and fixed places in memory: so rows are counted in powers
+of two and slots in 256 times powers of two (`bucket`), each such pair has a `Step` of its own, tokens are copied in, logits are
+read where they always appear, and lengths count on the device. Rows of a graph that are not in use write into the slot that their
 next token will overwrite.
 
 A step that has run many thousand times is compiled and recorded again: torch.compile makes a kernel or two of what lies between
-the products, and reads a weight for one row faster than cuBLAS does. `Step.__call__` decides this, and nothing else does.
+the products, and products of one row of its own, as gpt-fast does. `Step.__call__` decides this, and nothing else does.
 
 `use_graphs` gives all this to a model. tests/test_graphs.py runs it on a CPU, with a stand-in for the CUDA graph; what only a GPU
-can show has not been seen: `record` has never run, inductor's kernels for CUDA have not either, and no speed was measured.
-benchmarks/gpu.sh does these three. Shapes: B rows, V vocabulary; the rest as in modeling_gemma.py.
+can show has not been seen: `record` has never run, inductor's kernels for CUDA have not either, no speed was measured, and the
+numbers below are estimates. benchmarks/gpu.sh is there to replace them. Shapes: B rows, V vocabulary; the rest as in modeling_gemma.py.
 """
 
 import functools
@@ -26,9 +26,9 @@ from modeling_paligemma import PaliGemmaForConditionalGeneration
 
 SLOTS = 256  # a graph reads so many slots, or twice, four times ... as many; caches are multiples of it
 WARM_UP = 3  # steps before recording, real ones: libraries have to start, and an answer of one word is not worth it
-COMPILE_AFTER = 20_000  # steps of one shape, a minute or so: what compiling takes, so that it never doubles the time
+COMPILE_AFTER = 20_000  # steps of one shape, a minute or so: as long as compiling may take, so that it at most doubles the time
 COMPILED_SHAPES = 256  # after that many, torch would refuse to compile
-CAPPED_TOKENS = 1024  # from here on written-out scores cost more than compiling a kernel without them; 448 px has as many
+CAPPED_TOKENS = 1024  # tokens of 448 px: with fewer, written-out scores are small, and no start waits for a compiler
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def compiled_step() -> Callable[[PaliGemmaForConditionalGeneration, KVCache, Ten
     import torch._dynamo  # not before it is needed: it takes a second
 
     torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
-    # With this tuning the product of one row is a sum of inductor's own, which reads faster than cuBLAS.
+    # With this tuning the product of one row is a sum of inductor's own instead of cuBLAS's product.
     options = {"coordinate_descent_tuning": True}
     return torch.compile(PaliGemmaForConditionalGeneration.step, fullgraph=True, dynamic=False, options=options)
 
