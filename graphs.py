@@ -11,7 +11,8 @@ the products, and products of one row of its own, as gpt-fast does. `Step.__call
 
 `use_graphs` gives all this to a model. tests/test_graphs.py runs it on a CPU, with a stand-in for the CUDA graph; what only a GPU
 can show has not been seen: `record` has never run, inductor's kernels for CUDA have not either, no speed was measured, and the
-numbers below are estimates. benchmarks/gpu.sh is there to replace them. Shapes: B rows, V vocabulary; the rest as in modeling_gemma.py.
+numbers below are estimates. benchmarks/gpu.sh is there to replace them.
+Shapes: B rows, V vocabulary; the rest as in modeling_gemma.py.
 """
 
 import functools
