@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pty
 import random
+import re
 import resource
 import select
 import shutil
@@ -172,8 +173,8 @@ def test_questions_are_asked_as_they_stand(run):
     assert "context is 256" in found["2.png", "x" * 400]["error"]["message"]
     assert [found[key]["task"] for key in asked[:3]] == ["detect", "ocr", "ask"] and "objects" in found[asked[0]]
     shutil.move("q.jsonl", "photos/a/q.jsonl")  # beside its pictures it needs no word
-    assert run("--questions=photos/a/q.jsonl")[0] == 8
-    assert written() == found
+    assert run("--questions=photos/a/q.jsonl", "--output=other.jsonl")[0] == 8
+    assert sorted(written("other.jsonl")) == sorted(found) and failed("other.jsonl") == failed()
 
 
 def test_an_answer_of_questions_is_that_of_the_task(run):
@@ -202,6 +203,14 @@ def test_drawings_lie_under_the_names_of_their_sources(run):
                 "photos/b/c/3.jpg.png", "photos/b/c/4.png.png"]  # fmt: skip
     assert drawn == sorted(expected)
     assert Image.open("out/photos/b/c/3.jpg.png").size == Image.open("photos/b/c/3.jpg").size
+
+
+def test_every_question_has_a_drawing_of_its_own(run):
+    asked = [{"image": "1.png", "prefix": prefix} for prefix in ("detect cat", "detect dog")]
+    Path("photos/a/q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    assert run("--questions=photos/a/q.jsonl", "--save_dir=out")[0] == 0
+    drawn = [path.name for path in Path("out").iterdir()]
+    assert len(drawn) == 2 and all(re.fullmatch(r"1\.png\.[0-9a-f]{8}\.png", name) for name in drawn)
 
 
 def test_drawings_are_not_asked_about(run):
@@ -421,9 +430,15 @@ def test_the_time_left_comes_from_the_rows_of_this_run(model, monkeypatch):
     monkeypatch.setattr(tqdm, "tqdm", Recorded)
     argv = ["photos", f"--model_path={model}", "--output=rows.jsonl", "--max_tokens_to_generate=8"]
     assert commandline.run(Flags, annotate.program, argv) == 0
-    bar = tqdm.std.tqdm(**seen | {"total": 1000, "initial": 900, "disable": False, "file": io.StringIO(), "ncols": 80})
-    text = bar.format_meter(**bar.format_dict | {"n": 920, "elapsed": 10.0})
-    assert "00:40" in text and "2.00row/s" in text
+    shown = io.StringIO()
+    bar = tqdm.std.tqdm(**seen | {"total": 1000, "initial": 900, "disable": False, "file": shown, "ncols": 80})
+    now = bar.start_t
+    bar._time = lambda: now
+    for seconds, count in ((1, 19), (9, 1)):
+        now += seconds
+        bar.update(count)
+    bar.refresh()
+    assert "920/1000" in shown.getvalue() and "<00:40" in shown.getvalue().split("\r")[-1]
 
 
 # Flags
