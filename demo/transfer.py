@@ -1,0 +1,71 @@
+"""Writes data for a fine-tune to what the demo checkpoint cannot do: to tell which shape is the largest.
+
+    python demo/transfer.py --out runs/largest
+    python finetune.py --config runs/largest/finetune.yaml --output runs/largest/full
+    python finetune.py --config runs/largest/finetune.yaml --output runs/largest/lora --method lora --learning_rate 5e-3
+
+The question was never asked in training, and nothing that was asked needs sizes to be compared. The scenes are those of shapes.py
+with two shapes or more, of seeds that nothing else uses; where the two largest differ by less than a tenth, nobody is asked.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+
+import shapes
+
+QUESTION = "answer en what is the largest shape?"
+SEEDS = {"train": 3000, "valid": 4000}
+CLEAR = 1.1  # the largest side over the next
+SETTINGS = """\
+train: {folder}/train.jsonl
+valid: {folder}/valid.jsonl
+epochs: 4
+learning_rate: 5.0e-4
+max_text_tokens: 64
+"""
+
+
+def scenes(seed: int) -> Iterator[tuple[shapes.Scene, str]]:
+    """Scenes in which one shape is clearly the largest, and that shape's name, without end."""
+    for index in count():
+        scene = shapes.make_scene(np.random.default_rng([seed, index]))
+        largest, *others = sorted(scene.shapes, key=lambda shape: -shape.side)
+        if others and largest.side > CLEAR * others[0].side:
+            yield scene, largest.name
+
+
+def write_split(out: Path, name: str, number: int, size: int) -> None:
+    """`number` pictures and OUT/NAME.jsonl, which appears last and whole."""
+    (out / name).mkdir(parents=True, exist_ok=True)
+    lines = []
+    for index, (scene, largest) in enumerate(islice(scenes(SEEDS[name]), number)):
+        image = f"{name}/{index:05d}.png"
+        shapes.draw(scene, size).save(out / image)
+        lines.append(json.dumps({"image": image, "prefix": QUESTION, "suffix": largest}))
+    part = out / f"{name}.jsonl.part"
+    part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    os.replace(part, out / f"{name}.jsonl")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Writes pictures and answers for a fine-tune of the demo checkpoint.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures, the JSONL files and finetune.yaml")
+    parser.add_argument("--count", type=int, default=800, help="pictures to learn from; a quarter as many to be scored on")
+    parser.add_argument("--size", type=int, default=112, help="side of a picture in pixels")
+    options = parser.parse_args()
+    if options.count < 4 or options.size < 16:
+        parser.error("--count starts at 4, --size at 16.")
+    for name, number in (("train", options.count), ("valid", options.count // 4)):
+        write_split(options.out, name, number, options.size)
+    (options.out / "finetune.yaml").write_text(SETTINGS.format(folder=options.out), encoding="utf-8")
+    print(f"{options.count} examples to learn from and {options.count // 4} to be scored on are in {options.out}.")
+
+
+if __name__ == "__main__":
+    main()
