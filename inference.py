@@ -459,7 +459,7 @@ def find_masks(flags: Flags, checkpoint: Checkpoint) -> "MaskCodec | None":
     """What decodes the masks of `segment`, if it is there; else a note says how to get it."""
     from segmentation import find_codec, load_codec
 
-    file = find_codec(checkpoint.folder, flags.mask_codec)
+    file = find_codec(checkpoint.base, flags.mask_codec)
     if file is None:
         note("note: boxes only, because vae-oid.npz, which decodes masks, is not in the model's folder; see --mask_codec.")
     return None if file is None else load_codec(file)

@@ -220,7 +220,7 @@ def settings(flags: JobFlags, checkpoint: Checkpoint) -> dict:
 
     decisive = [field.name for group in (PictureFlags, ResultFlags) for field in fields(group)]
     asked = {"task": "questions"} if flags.questions is not None else {"task": flags.chosen_task, "text": flags.asked}
-    codec = find_codec(checkpoint.folder, flags.mask_codec)
+    codec = find_codec(checkpoint.base, flags.mask_codec)
     return (
         asked
         | {"model": f"{Path(checkpoint.name).name} {fingerprint(checkpoint.folder)}"}
@@ -233,7 +233,7 @@ def make_annotator(flags: JobFlags, checkpoint: Checkpoint, model: "PaliGemmaFor
     """The model, ready for requests as the flags want them."""
     from segmentation import find_codec, load_codec
 
-    codec = find_codec(checkpoint.folder, flags.mask_codec)
+    codec = find_codec(checkpoint.base, flags.mask_codec)
     return Annotator(
         model,
         checkpoint.processor,

@@ -235,9 +235,10 @@ class Checkpoint:
         self.kind = checkpoint_kind(self.name)
         self.device = weights.find_device("cpu" if flags.only_cpu else flags.device)
         self.folder = weights.resolve(os.path.expanduser(self.name), flags.revision)
-        self.config = weights.read_config(self.folder)
-        self.processor = PaliGemmaProcessor.from_pretrained(self.folder)
-        if sum(file.stat().st_size for file in self.folder.glob("*.safetensors") if file.is_file()) < SMALL_MODEL:
+        self.base = weights.base_folder(self.folder)  # another one only for an adapter
+        self.config = weights.read_config(self.base)
+        self.processor = PaliGemmaProcessor.from_pretrained(self.base)
+        if sum(file.stat().st_size for file in self.base.glob("*.safetensors") if file.is_file()) < SMALL_MODEL:
             torch.set_num_threads(1)
 
     def load(self) -> "PaliGemmaForConditionalGeneration":

@@ -1,6 +1,7 @@
 """LoRA against peft: the same file, the same logits, the same gradients; and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -271,3 +272,14 @@ def test_an_adapter_is_not_merged_into_integers(folder, tmp_path):
     alter(folder, base_model_name_or_path=str(tmp_path / "int8"))
     with pytest.raises(CheckpointError, match="stored as int8.*plain checkpoint"):
         weights.load_model(folder)
+
+
+def test_an_adapter_answers_on_the_command_line(tmp_path):
+    import inference
+
+    base = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
+    model = weights.load_model(base)
+    lora.inject(model, CONFIG, lora.targets(model))
+    weights.save_adapter(model, CONFIG, tmp_path, str(base))
+    given = [f"--model_path={tmp_path}", "--prompt=caption en", f"--image_file_path={base.parent.parent / 'examples/shapes.png'}"]
+    assert inference.commandline.run(inference.Flags, inference.program, given) == 0
