@@ -65,7 +65,7 @@ class JobFlags(ModelFlags, PictureFlags, ResultFlags):
     list: str | None = None
     questions: str | None = None
     output: str | None = None
-    rows: int = 8
+    rows: int = 16
     retry_failed: bool = False
     force: bool = False
     verbose: bool = False

@@ -1,0 +1,197 @@
+"""Pictures a second of a folder: annotate.py's own loop beside the plain loop over transformers; and what a killed run loses.
+
+    python benchmarks/annotate.py [--model CHECKPOINT] [--pictures 64] [--rows 16]
+    python benchmarks/annotate.py --kills 5         the same, and then 1,000 pictures, 10 of them bad, with 5 kills
+
+The plain loop is what everybody writes first: open a picture, processor, generate, decode, the next one. annotate.py keeps `rows`
+pictures in flight and lets the next one in where an answer has ended (continuous batching), reads pictures in threads meanwhile,
+and flushes every row to its file. Both sides read the same files from the disk, say the same tokens in the same dtype, in float32
+because bfloat16 now and then turns a near-tie, and in as many threads as annotate.py takes: all cores, or one for a model as
+small as the demo's, which is faster for transformers, too. Pictures come from demo/shapes.py; questions go round: a caption,
+boxes, a count.
+
+With --kills the program itself is started on a folder with damaged pictures in it, killed by SIGKILL at random moments, started
+again, and the rows are counted: lost are pictures without a row, repeated those with several.
+"""
+
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+
+# isort: off
+import turns
+import job
+import numpy as np
+import torch
+import weights
+from job import JobFlags, Question
+from journal import Journal, rows
+from options import Checkpoint
+from PIL import Image
+
+sys.path.insert(0, str(turns.HERE.parent / "demo"))
+import shapes
+# isort: on
+
+PROMPTS = ("caption en", "detect shape", "answer en how many shapes are there?")
+LONGEST = 64  # tokens
+KILL_PICTURES, KILL_BAD = 1000, 10
+NAMES = {dtype: (f"ours {dtype}", f"transformers {dtype}") for dtype in ("bf16", "fp32")}
+
+
+def draw_pictures(folder: Path, count: int, size: int) -> list[Path]:
+    """So many pictures in four folders."""
+    paths = [folder / str(number % 4) / f"{number:06d}.png" for number in range(count)]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shapes.draw(shapes.make_scene(np.random.default_rng([0, number])), size).save(path)
+    return paths
+
+
+# Speed
+
+
+def ours(options: argparse.Namespace, asked: list[tuple[Path, str]], folder: Path) -> Callable[[], dict]:
+    """annotate.py's loop, with a new file of rows each time."""
+    flags = JobFlags(
+        words=(str(folder),),
+        model_path=str(options.model),
+        device=options.device,
+        dtype=options.dtype,
+        output=str(folder / "rows.jsonl"),
+        rows=options.rows,
+        max_tokens_to_generate=LONGEST,
+    )
+    checkpoint = Checkpoint(flags, weights)
+    annotator = job.make_annotator(flags, checkpoint, checkpoint.load())
+    eos = checkpoint.config.eos_token_id
+
+    def run() -> dict:
+        questions = [Question(str(path), str(path), prompt, *job.read_prompt(prompt)) for path, prompt in asked]
+        said, start = {}, time.perf_counter()
+        Path(flags.output).unlink(missing_ok=True)
+        with Journal(flags.output, job.settings(flags, checkpoint)) as journal:
+            for row, _, result in job.answer(annotator, questions, flags):
+                journal.write(row)
+                said[row["image"]] = [token for token in result.token_ids if token != eos]
+        return {"seconds": time.perf_counter() - start, "tokens": [said[str(path)] for path, _ in asked]}
+
+    return run
+
+
+def theirs(options: argparse.Namespace, asked: list[tuple[Path, str]]) -> Callable[[], dict]:
+    """The plain loop."""
+    from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
+    processor = AutoProcessor.from_pretrained(options.model)
+    model = PaliGemmaForConditionalGeneration.from_pretrained(options.model, dtype=dtype).to(options.device).eval()
+
+    def run() -> dict:
+        tokens, start = [], time.perf_counter()
+        for path, prompt in asked:
+            picture = Image.open(path).convert("RGB")
+            inputs = processor(images=picture, text="<image>" + prompt, return_tensors="pt").to(options.device, dtype)
+            output = model.generate(**inputs, do_sample=False, max_new_tokens=LONGEST)
+            answer = output[0, inputs["input_ids"].shape[1] :].tolist()
+            processor.decode(answer, skip_special_tokens=True)
+            tokens.append([token for token in answer if token != model.generation_config.eos_token_id])
+        return {"seconds": time.perf_counter() - start, "tokens": tokens}
+
+    return run
+
+
+def compare(options: argparse.Namespace, folder: Path) -> dict:
+    """Both ways in turn; pictures a second of each."""
+    paths = draw_pictures(folder, options.pictures, options.size)
+    asked = list(islice(zip(paths, cycle(PROMPTS), strict=False), len(paths)))
+    mine, plain = NAMES[options.dtype]
+    seconds = turns.in_turn({mine: ours(options, asked, folder), plain: theirs(options, asked)}, options)
+    print(f"{len(paths)} pictures of {options.size} x {options.size}, {options.rows} in flight; a picture:")
+    each = {name: [value / len(paths) for value in values] for name, values in seconds.items()}
+    found = turns.compare(each, baseline=plain)
+    for row in found.values():
+        row["pictures_per_s"] = float(f"{1e3 / row['ms']['median']:.4g}")
+    return {"pictures": len(paths), "size": options.size, "in_flight": options.rows, "dtype": options.dtype, "ways": found}
+
+
+# Kills
+
+
+def count_rows(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill(options: argparse.Namespace, folder: Path) -> dict:
+    """Starts annotate.py, kills it, and so on; then lets it finish and counts."""
+    count, num_bad = (12, 2) if options.quick else (KILL_PICTURES, KILL_BAD)
+    paths = draw_pictures(folder / "photos", count, 32)
+    draw = random.Random(0)
+    bad = draw.sample(paths, num_bad)
+    for path in bad:
+        path.write_bytes(path.read_bytes()[: draw.randrange(60)])
+    file = folder / "rows.jsonl"
+    command = [sys.executable, str(turns.HERE.parent / "annotate.py"), "photos", "--task=detect", "shape", f"--output={file}"]
+    command += [f"--model_path={options.model}", f"--rows={options.rows}"]
+    start = partial(subprocess.Popen, command, cwd=folder, stderr=subprocess.PIPE)
+    kept = []
+    for left in range(options.kills, 0, -1):
+        there = count_rows(file)
+        moment = there + draw.randrange(1, max(2, 2 * (len(paths) - there) // (left + 1)))
+        process = start()
+        while process.poll() is None and count_rows(file) < moment:
+            time.sleep(0.001)
+        time.sleep(draw.random() / 50)
+        process.kill()
+        process.communicate()
+        kept.append(count_rows(file) - 1)
+        print(f"killed with {kept[-1]} rows in the file")
+    process = start()
+    said = process.communicate()[1].decode().strip()
+    print(said)
+    found = Counter(row["image"] for row in rows(file))
+    failed = {row["image"] for row in rows(file) if "error" in row}
+    return {
+        "pictures": len(paths),
+        "bad": len(bad),
+        "rows_at_kills": kept,
+        "exit_code": process.returncode,
+        "lost": len(paths) - len(found),
+        "repeated": sum(found.values()) - len(found),
+        "errors_are_the_bad_ones": failed == {str(path.relative_to(folder)) for path in bad},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=turns.HERE.parent / "demo" / "checkpoint", help="default: demo/checkpoint")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default="fp32", choices=sorted(NAMES))
+    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--size", type=int, default=224, help="side of a picture in pixels")
+    parser.add_argument("--rows", type=int, default=JobFlags.rows, help="in flight")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--kills", type=int, default=0, help="kill the program so many times, too")
+    parser.add_argument("--quick", action="store_true", help="only to see that it works")
+    parser.add_argument("--save", action="store_true", help="keep the JSON in results/")
+    options = parser.parse_args()
+    options.model, options.script = options.model.resolve(), "annotate"
+    if options.quick:
+        options.rounds, options.pictures = 1, 6
+    with tempfile.TemporaryDirectory() as folder:
+        results = compare(options, Path(folder) / "speed")
+        if options.kills:
+            results["kills"] = kill(options, Path(folder) / "kills")
+    turns.finish(options, results)
+
+
+if __name__ == "__main__":
+    main()
