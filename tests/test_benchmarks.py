@@ -201,3 +201,12 @@ def test_gpu_script_says_when_there_is_nothing_to_measure():
 def test_all_script_asks_for_a_model():
     result = subprocess.run(["bash", str(BENCHMARKS / "all.sh")], capture_output=True, text=True)
     assert result.returncode == 2 and "--model" in result.stderr
+
+
+@pytest.mark.parametrize(("script", "flags"), [("parsing", []), ("annotate", ["--quick"])])
+def test_scripts_that_need_no_checkpoint_end_with_a_line_of_json(script, flags):
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert isinstance(json.loads(done.stdout.splitlines()[-1]), dict)
