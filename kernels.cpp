@@ -221,19 +221,23 @@ extern "C" void bf16_product(const uint16_t* x, CALL_ARGUMENTS) {
     multiply(Bf16Product{k, as_inputs(x, rows * k, threads)}, CALL);
 }
 
+// gate = gelu(gate) * up, of `count` numbers, a multiple of 16: for products that torch made.
+extern "C" void bf16_gate(uint16_t* gate, const uint16_t* up, int64_t count, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (count > 65536)
+    for (int64_t i = 0; i < count; i += 16) store(gate + i, to_bf16(gelu(read16(gate, i, true)) * read16(up, i, true)));
+}
+
 // y = x / root of its mean square, times 1 + weight: in torch ten small operations, which at one row are mostly overhead.
-extern "C" void bf16_rms_norm(const uint16_t* x, const uint16_t* weight, uint16_t* y, int64_t rows, int64_t width, float eps) {
-    for (int64_t row = 0; row < rows; row++, x += width, y += width) {
+extern "C" void bf16_rms_norm(const uint16_t* x, const uint16_t* weight, uint16_t* y, int64_t rows, int64_t width, float eps,
+                              int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows > 8)
+    for (int64_t row = 0; row < rows; row++) {
+        const uint16_t* from = x + row * width;
         F32 squares = {};
-        for (int64_t i = 0; i < width; i += 16) {
-            F32 v = as_float(__builtin_convertvector(load<U16>(x + i), U32) << 16);
-            squares += v * v;
-        }
+        for (int64_t i = 0; i < width; i += 16) squares += read16(from, i, true) * read16(from, i, true);
         float factor = 1 / std::sqrt(sum(squares) / width + eps);
         for (int64_t i = 0; i < width; i += 16) {
-            F32 v = as_float(__builtin_convertvector(load<U16>(x + i), U32) << 16);
-            F32 w = as_float(__builtin_convertvector(load<U16>(weight + i), U32) << 16);
-            store(y + i, to_bf16(v * factor * (w + 1)));
+            store(y + row * width + i, to_bf16(read16(from, i, true) * factor * (read16(weight, i, true) + 1)));
         }
     }
 }

@@ -1,4 +1,4 @@
-"""Products, norm and attention for few rows, of kernels.cpp: compiled once for this machine, kept, called with tensors. CPU only.
+"""Products, norm, gate and attention of kernels.cpp: compiled once for this machine, kept, called with tensors. CPU only.
 
 The first use compiles (a few seconds) into ~/.cache/paligemma (or $XDG_CACHE_HOME/paligemma), under a name made of the source,
 the compiler's command and the processor, so that another version or another machine never meets a foreign file. Where there is
@@ -87,7 +87,8 @@ def open_library(file: Path) -> ctypes.CDLL:
         (loaded.bf16_product, (pointer, *call)),
         (loaded.int8_product, (pointer, flag, *call)),
         (loaded.int4_product, (pointer, flag, *call)),
-        (loaded.bf16_rms_norm, (pointer, pointer, pointer, size, size, real)),
+        (loaded.bf16_gate, (pointer, pointer, size, flag)),
+        (loaded.bf16_rms_norm, (pointer, pointer, pointer, size, size, real, flag)),
         (loaded.bf16_attend, (*(pointer,) * 6, size, size, size, pointer, real, real, pointer, size, size, size, size, flag)),
         (loaded.int_quantize, (flag, pointer, flag, size, size, size, pointer, pointer, flag)),
     ):
@@ -141,12 +142,19 @@ def product(
     return y
 
 
+def bf16_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up, written over `gate`. Both bfloat16, contiguous, of as many numbers, a multiple of 16."""
+    library().bf16_gate(gate.data_ptr(), up.data_ptr(), gate.numel(), torch.get_num_threads())
+    return gate
+
+
 def bf16_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """GemmaRMSNorm of few rows. x: bfloat16[..., D], weight: bfloat16[D], contiguous, D a multiple of 16."""
+    """GemmaRMSNorm. x: bfloat16[..., D], weight: bfloat16[D], contiguous, D a multiple of 16."""
     x = x.contiguous()
     y = torch.empty_like(x)
     width = weight.numel()
-    library().bf16_rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // width, width, eps)
+    rows = x.numel() // width
+    library().bf16_rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, width, eps, torch.get_num_threads())
     return y
 
 

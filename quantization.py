@@ -417,12 +417,11 @@ class FastEmbedding(GemmaEmbedding):
 
 
 class FastRMSNorm(GemmaRMSNorm):
-    """GemmaRMSNorm whose ten small operations are one where there are few rows."""
+    """GemmaRMSNorm whose ten small operations are one."""
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
-        is_small = x.numel() <= FEW_ROWS * w.numel() and w.numel() % 16 == 0
-        if is_small and is_untrained_bf16(x, w) and kernels.library() is not None:
+        if w.numel() % 16 == 0 and is_untrained_bf16(x, w) and kernels.library() is not None:
             return kernels.bf16_rms_norm(x, w, self.eps)
         return super().forward(x)
 
@@ -444,11 +443,16 @@ def joint_product(x: Tensor, modules: tuple[nn.Module, ...], is_gated: bool = Fa
 
 
 class FastGemmaMLP(GemmaMLP):
-    """GemmaMLP whose widened copies are made, bent and multiplied in one call."""
+    """GemmaMLP whose widened copies are made, bent and multiplied in one call; behind torch's products, bent and multiplied so."""
 
     def forward(self, x: Tensor) -> Tensor:
         gated = joint_product(x, (self.gate_proj, self.up_proj), is_gated=True)  # [B, L, F]
-        return super().forward(x) if gated is None else self.down_proj(gated)
+        if gated is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)  # [B, L, F], [B, L, F]
+            if gate.numel() % 16 or kernels.library() is None or not is_untrained_bf16(gate, up):
+                return self.down_proj(F.gelu(gate, approximate="tanh") * up)
+            gated = kernels.bf16_gate(gate, up)
+        return self.down_proj(gated)
 
 
 class FastGemmaAttention(GemmaAttention):
