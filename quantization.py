@@ -443,7 +443,7 @@ def joint_product(x: Tensor, modules: tuple[nn.Module, ...], is_gated: bool = Fa
 
 
 class FastGemmaMLP(GemmaMLP):
-    """GemmaMLP whose widened copies are made, bent and multiplied in one call; behind torch's products, bent and multiplied so."""
+    """GemmaMLP whose widened copies are made, bent and multiplied in one call; or, behind torch's products, the latter."""
 
     def forward(self, x: Tensor) -> Tensor:
         gated = joint_product(x, (self.gate_proj, self.up_proj), is_gated=True)  # [B, L, F]
