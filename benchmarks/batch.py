@@ -23,9 +23,8 @@ def main() -> None:
     raw = json.loads((options.model / "config.json").read_text())
     context = raw["text_config"]["num_image_tokens"] + turns.PROMPT
     draw = random.Random(0)
-    names = [name for name in options.sides if is_gpu or name != turns.INT4]  # int8 is the faster one for many rows
     results = {}
-    with turns.start([name for name in names if name != turns.STATIC], options.model, options.device) as sides:
+    with turns.start([name for name in options.sides if name != turns.STATIC], options.model, options.device) as sides:
         for side in sides.values():
             side.ask("begin", context=context, most=1)
         for n in sizes:

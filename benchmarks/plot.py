@@ -35,6 +35,9 @@ def panels(suffix: str) -> list[tuple[str, dict[str, tuple[float, float | None]]
     if decode := read("decode", suffix):
         rows = {name: (row["ms"]["median"], row.get("floor")) for name, row in decode["ways"].items()}
         found.append(("Decoding, ms a token", rows))
+    if llama := read("llama", suffix):
+        rows = {name: (row["ms"]["median"], row.get("floor")) for name, row in llama["ways"].items()}
+        found.append(("Decoding beside llama.cpp, ms a token", rows))
     if prefill := read("prefill", suffix):
         rows = {name: (row["ms"]["median"] / 1e3, row["floor"] / 1e3) for name, row in prefill["whole"].items()}
         found.append((f"Prefill, one picture of {prefill['image_size']} px, s", rows))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,7 +27,7 @@ THREADS = machine.use_cores()  # here, and in every side that is started: a chil
 
 OURS, INT8, INT4, EXACT = "ours bf16", "ours int8", "ours int4", "ours fp32"
 THEIRS, STATIC = "transformers bf16", "transformers bf16, static cache"
-BASELINE = THEIRS  # what ratios refer to
+BASELINE = THEIRS  # what ratios refer to where a script does not say otherwise
 PROMPT = 10  # tokens of bos, prompt and newline in the scripts that do not vary them
 ARGUMENTS = {
     OURS: ["ours"],
@@ -148,6 +148,19 @@ def require_same(replies: dict[str, dict]) -> None:
         raise SystemExit("the sides do not say the same tokens:\n" + "\n".join(f"  {name}: {t}" for name, t in said.items()))
 
 
+def product_bandwidth() -> float:
+    """Bytes a second that our own product of one row reads, on some processors more than anything of torch does; 0 = none."""
+    import torch
+
+    import kernels
+
+    if kernels.library() is None:
+        return 0.0
+    matrix, x = torch.ones(65536, 2048, dtype=torch.bfloat16), torch.ones(1, 2048, dtype=torch.bfloat16)
+    work = partial(kernels.product, "bf16", x, [(matrix, None, len(matrix))], torch.bfloat16)
+    return matrix.nbytes / machine.best_seconds(work, x.device)
+
+
 def copy_bandwidth(device: object, size: int = 2**30) -> float:
     """Bytes a second, read and written, of copying `size` bytes: the rate that a GPU is judged by."""
     import torch
@@ -172,8 +185,8 @@ class Floors:
         import torch
 
         self.bytes_per_s = max(self.bytes_per_s, machine.read_bandwidth(self.device))
-        if self.device.type == "cuda":
-            self.bytes_per_s = max(self.bytes_per_s, copy_bandwidth(self.device))
+        faster = copy_bandwidth(self.device) if self.device.type == "cuda" else product_bandwidth()
+        self.bytes_per_s = max(self.bytes_per_s, faster)
         for dtype in (torch.float32, torch.bfloat16):
             name = str(dtype).removeprefix("torch.")
             self.products_per_s[name] = max(self.products_per_s.get(name, 0), machine.matrix_rate(self.device, dtype))
@@ -198,16 +211,21 @@ def spread(values: list[float]) -> dict:
 
 
 def compare(
-    seconds: dict[str, list[float]], floors: dict[str, float] | None = None, scale: float = 1e3, unit: str = "ms"
+    seconds: dict[str, list[float]],
+    floors: dict[str, float] | None = None,
+    scale: float = 1e3,
+    unit: str = "ms",
+    baseline: str = BASELINE,
 ) -> dict:
     """Prints a line for each way and returns them as a document.
 
     Args:
         seconds: from in_turn. Times `scale` they are in `unit`.
         floors: the least seconds possible, where that is known.
+        baseline: the way that ratios refer to; without it there are none.
     """
-    baseline, rows = seconds.get(BASELINE), {}
-    print(f"{'':34}{'median ' + unit:>12}{'spread':>20}{'floor':>10}{'share':>7}   times as fast as {BASELINE}")
+    rows = {}
+    print(f"{'':34}{'median ' + unit:>12}{'spread':>20}{'floor':>10}{'share':>7}   times as fast as {baseline}")
     for name, values in seconds.items():
         row = {unit: spread([value * scale for value in values])}
         line = f"{name:34}{row[unit]['median']:12.4g}{row[unit]['low']:>10.4g} ..{row[unit]['high']:>7.4g}"
@@ -215,8 +233,8 @@ def compare(
             row["floor"] = float(f"{floors[name] * scale:.4g}")
             row["share"] = float(f"{row['floor'] / row[unit]['median']:.3g}")  # of the bandwidth or matrix rate there is
         line += f"{row.get('floor', ''):>10}{row.get('share', ''):>7}"
-        if baseline:
-            row["ratio"] = spread([theirs / ours for theirs, ours in zip(baseline, values, strict=True)])
+        if baseline in seconds:
+            row["ratio"] = spread([theirs / ours for theirs, ours in zip(seconds[baseline], values, strict=True)])
             line += f"   {row['ratio']['median']:.2f} ({row['ratio']['low']:.2f} .. {row['ratio']['high']:.2f})"
         print(line)
         rows[name] = row

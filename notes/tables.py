@@ -79,7 +79,7 @@ def result(name: str) -> dict | None:
     if not file.exists():
         return None
     document = json.loads(file.read_text(encoding="utf-8"))
-    document["command"] = re.sub(r"(--model) \S*/", r"\1 ", document["command"])  # where it lay does not matter
+    document["command"] = re.sub(r"(--model|--python|--gguf) \S*/", r"\1 ", document["command"])  # where it lay does not matter
     return document
 
 
@@ -146,6 +146,20 @@ def steps_table() -> str:
     return "\n".join([*lines, "", f"{document['machine']}, {document['threads']} threads; `{document['command']}`."])
 
 
+def llama_table() -> str:
+    """Milliseconds for one token of llama.cpp and of our model of as many bits, of results/llama.json; "" while there is none."""
+    document = result("llama")
+    if document is None:
+        return ""
+    lines = ["| | ms a token | lowest and highest | times as fast as llama.cpp |", "|---|---|---|---|"]
+    for name, row in document["ways"].items():
+        ms, ratio = row["ms"], row["ratio"]["median"]
+        cells = name, f"{ms['median']:.0f}", f"{ms['low']:.0f} to {ms['high']:.0f}", f"{ratio:.2f}"
+        lines.append(f"| {' | '.join(cells)} |")
+    about = f"{document['machine']}, {document['threads']} threads; llama-cpp-python {document['llama_cpp_python']}"
+    return "\n".join([*lines, "", f"{about}; `{document['command']}`."])
+
+
 def products_table() -> str:
     """Milliseconds of one matrix product by operator and number of rows, of benchmarks/results/products.json."""
     document = result("products")
@@ -170,4 +184,5 @@ def products_table() -> str:
 
 GENERATED: dict[str, Callable[[], str]] = {
     "checkpoints": checkpoint_table, "speed": speed_table, "steps": steps_table, "products": products_table,
+    "llama": llama_table,
 }  # fmt: skip

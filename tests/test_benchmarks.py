@@ -78,6 +78,27 @@ def test_decode_gives_each_side_its_floor_and_its_ratio(run):
     assert "ours bf16" in printed and document["command"].startswith("python benchmarks/decode.py --model")
 
 
+def test_llama_is_compared_with_as_many_bits(run, tmp_path):
+    interpreter = tmp_path / "python"  # stands in for one that has llama.cpp: it imports everything and answers everything
+    interpreter.write_text(
+        f"#!{sys.executable}\nimport sys\nfor _ in sys.stdin if sys.argv[-1] == '--serve' else ():\n"
+        """    print('{"seconds": 0.5, "version": "1.0"}', flush=True)\n"""
+    )
+    interpreter.chmod(0o755)
+    document, printed = run("llama", "--gguf", str(tmp_path), "--python", str(interpreter))
+    for theirs, name in (("llama.cpp BF16", "ours bf16"), ("llama.cpp Q8_0", "ours int8"), ("llama.cpp Q4_0", "ours int4")):
+        assert document["ways"][theirs]["ratio"]["median"] == 1 < document["ways"][name]["ratio"]["median"]
+        assert document["ways"][theirs]["floor"] == document["ways"][name]["floor"] > 0
+    assert document["llama_cpp_python"] == "1.0" and "times as fast as llama.cpp Q4_0" in printed
+
+
+def test_llama_says_what_it_lacks(folder):
+    command = [sys.executable, str(BENCHMARKS / "llama.py"), "--model", str(folder), "--python", "false"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("false cannot import gguf and llama_cpp.") and result.stderr.count("\n") == 1
+
+
 def test_prefill_is_tower_and_decoder(run):
     document, _ = run("prefill")
     for side in SIDES:
