@@ -538,8 +538,10 @@ def test_every_choice_of_product_gives_the_product(rows, instructions, has_kerne
     if not has_kernels:
         monkeypatch.setattr(kernels, "library", lambda: None)
     linear, x = random_linear(37, 96, dtype=torch.bfloat16), torch.randn(rows, 96).bfloat16()
-    exact = x.double() @ linear.weight.double().T
+    exact, bias = x.double() @ linear.weight.double().T, torch.ones(37).bfloat16()
     torch.testing.assert_close(quantization.product(x, linear.weight).double(), exact, rtol=2**-7, atol=1e-5)
+    # Where the bias is added to what was rounded before, a sum near zero keeps the rounding of a larger number.
+    torch.testing.assert_close(quantization.product(x, linear.weight, bias).double(), exact + 1, rtol=2**-7, atol=2**-8)
 
 
 # ---------------------------------------------------------------- compiling
