@@ -1,5 +1,6 @@
 """demo/: scenes and their annotations, the tokenizer, the measure, the packing of many questions, the codec, the checkpoint."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -381,6 +383,13 @@ def test_a_packed_row_asks_for_each_answer_behind_its_question(processor):
     assert pack.weights[0].sum().item() == pytest.approx(2)  # each answer counts as one
 
 
+def test_the_codes_of_a_mask_weigh_as_much_as_its_box(processor):
+    answer = "".join(f"<loc{i:04d}>" for i in range(4)) + "".join(f"<seg{i:03d}>" for i in range(16)) + " star"
+    pack = train.Packer(processor.tokenizer, num_image_tokens=64)([[("segment", "segment star", answer)]])
+    weights = pack.weights[0][pack.weights[0] > 0].tolist()
+    assert weights == pytest.approx([0.1] * 4 + [0.025] * 16 + [0.1, 0.1])
+
+
 def test_orthogonalised_matrices_move_all_directions_alike():
     torch.manual_seed(0)
     moved = train.Muon.orthogonalise(torch.randn(2, 24, 64))
@@ -439,6 +448,40 @@ def test_the_checkpoint_answers_unseen_scenes(processor):
     assert np.mean(boxes) >= 0.6, boxes
     found = [found for result in said for found in (result.reading.objects if result.reading else []) if found.box]
     assert found and all(0 < one.score <= 1 and one.expected.iou(one.box) > 0.7 for one in found)
+
+
+def test_the_checkpoint_segments_unseen_scenes_and_finds_nothing_where_nothing_is(processor, mask_codec):
+    asked = evaluate.questions(count=12, seed=UNSEEN_SEED)
+    asked = [(drawn, [question for question in questions if question.task == "segment"]) for drawn, questions in asked]
+    annotator = evaluate.Annotator(load_model(CHECKPOINT), processor, codec=mask_codec, rows=64, max_new_tokens=112)
+    said = evaluate.answers(annotator, asked)
+    flat = [question for _, questions in asked for question in questions]
+    assert {question.kind for question in flat} == {"segment", "absent"}
+    values = [evaluate.score(question, result) for question, result in zip(flat, said, strict=True)]
+    assert np.mean(values) >= 0.7, values
+    # The masks, not only the boxes: of what was found, they cover the shapes, and whole boxes would not.
+    found = [
+        (overlap(one.mask, true.mask), true.mask.mean() / true.box.area)
+        for question, result in zip(flat, said, strict=True)
+        for _, one, true in evaluate.matches(result.reading.objects, question.true, evaluate.box_overlap)
+        if one.box.iou(true.box) > 0.8
+    ]
+    both = [(mask, box) for mask, box in found if box < 0.9]  # a square is its box
+    assert len(both) > 10
+    of_masks, of_boxes = np.mean(both, axis=0)
+    assert of_masks > of_boxes + 0.15
+
+
+def test_training_goes_on_from_the_committed_weights():
+    options = argparse.Namespace(runs=CHECKPOINT, tower_rate=0.0, batch=1, questions=1)
+    joint = train.Joint(options, np.random.default_rng(0))
+    joint.load("checkpoint")
+    stored = load_file(CHECKPOINT / "model.safetensors")
+    state = joint.model.state_dict()
+    assert state.keys() == stored.keys() and {value.dtype for value in state.values()} == {torch.float32}
+    assert all(torch.equal(state[name], value.float()) for name, value in stored.items())
+    frozen = {name.split(".")[1] for name, parameter in joint.both.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"vision_tower", "weight", "bias"}  # the tower and the patch head
 
 
 def test_the_checkpoint_says_the_same_in_transformers(processor):
