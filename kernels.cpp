@@ -1,11 +1,15 @@
-// Matrix products y = x W^T for decoding on a CPU: bfloat16 weights as stored, int8, and int4 in groups of 32.
-// Compiled once by kernels.py, which calls the three functions at the ends of the two parts; quantization.py draws the layouts.
+// What decoding on a CPU does: matrix products y = x W^T with bfloat16 weights as stored, int8, and int4 in groups of 32; attention of
+// one new token; the norm and the gate. Compiled once by kernels.py, which calls what is marked extern "C"; quantization.py draws the
+// layouts of int8 and int4.
 //
-// One token reads every weight once, so few rows are bound by memory: each thread walks several stretches of W side by side,
-// because one stretch keeps too few cache lines in flight (measured: 1 stretch 22 GB/s, 8 stretches 29 GB/s, two cores).
+// One token reads every weight once, so few rows are bound by memory: each thread walks several long stretches of W side by side and
+// asks for what comes a little later, because one stretch keeps too few cache lines in flight (notes/decoding.md has the numbers).
 // Many rows are bound by arithmetic: a tile of outputs x rows stays in registers while K passes by.
 //
-// Vectors are the compiler's own (16 lanes, whatever the machine has); only the 4-byte integer dot product names instructions.
+// Every parallel loop ends with threads that wait for each other, which costs a microsecond on a quiet machine and milliseconds on a
+// busy one; so what can be one loop is one.
+//
+// Vectors are the compiler's own (16 lanes, whatever the machine has); only the dot products of short numbers name instructions.
 
 #include <algorithm>
 #include <cmath>
