@@ -1,17 +1,27 @@
-"""Draws the figure of boxes and their scores: `python notes/boxes_figures.py`. Measures nothing.
+"""Draws the figures of boxes.md and prints its numbers: `python notes/boxes_figures.py`.
 
 scores.svg  precision against recall of the demo checkpoint's boxes, with and without scores, from
             benchmarks/results/detection.json: python demo/evaluate.py | tail -1 > benchmarks/results/detection.json
+codec.png   masks of three shapes, what the codec makes of them, and what comes back
 """
 
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
+from PIL import Image, ImageDraw
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
+import drawing  # noqa: E402  (the project's folder comes first)
+import shapes  # noqa: E402
+from masks import crop, paste  # noqa: E402
+from outputs import Box, Found, read_text, to_suffix  # noqa: E402
+from scores import mask_iou  # noqa: E402
+from segmentation import load_codec  # noqa: E402
 from svg import BLUE, ORANGE, SOFT, Axes, Drawing  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "detection.json"
@@ -39,5 +49,55 @@ def draw_scores() -> None:
     drawing.save(HERE / "scores.svg")
 
 
-if __name__ == "__main__":
+def examples() -> list[tuple[shapes.Shape, np.ndarray, Box]]:
+    """Three shapes with their masks, bool[448, 448], and boxes."""
+    kinds = {"star": (0.2, 0.3, 0.36), "heart": (0.5, 0.1, 0.3), "cross": (0.12, 0.55, 0.25)}
+    found = []
+    for kind, (x, y, side) in kinds.items():
+        shape = shapes.Shape(kind, "red", shapes.COLORS["red"], x, y, side)
+        found.append((shape, shapes.silhouette(shape, 448), Box(*shape.box)))
+    return found
+
+
+def draw_codec() -> None:
+    """A row for each shape: its mask, the 64 x 64 crop, the sixteen codes, what they decode to; and prints the overlaps."""
+    import torch
+
+    codec = load_codec(ROOT / "demo" / "checkpoint" / "vae-oid.npz")
+    side, gap = 176, 12
+    page = Image.new("RGB", (4 * side + 5 * gap, 3 * side + 4 * gap), "white")
+    pen = ImageDraw.Draw(page)
+    for row, (shape, mask, box) in enumerate(examples()):
+        cropped = crop(mask, box)
+        codes = codec.encode(torch.from_numpy(cropped)[None])
+        decoded = codec.decode(codes)[0].detach().numpy()
+        back = paste(decoded, box, *mask.shape)
+        found = Found(shape.kind, box, codes=tuple(codes[0].tolist()))
+        suffix = to_suffix([found])
+        assert read_text(suffix).objects[0].codes == found.codes
+        print(f"{suffix}\n  the mask that comes back overlaps with the true one: IoU {mask_iou(back, mask):.3f}")
+        top = gap + row * (side + gap)
+        for column, values in ((0, mask), (1, cropped), (3, decoded / 2 + 0.5)):
+            levels = Image.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8))
+            page.paste(levels.resize((side, side), Image.Resampling.NEAREST), (gap + column * (side + gap), top))
+        left = gap + 2 * (side + gap)
+        for place, code in enumerate(found.codes):
+            x, y = left + place % 4 * side // 4, top + place // 4 * side // 4
+            pen.rectangle([x, y, x + side // 4 - 2, y + side // 4 - 2], fill="#e8eef6")
+            pen.text((x + side // 8, y + side // 8), str(code), "#222222", drawing.font(15), anchor="mm")
+    page.save(HERE / "codec.png", optimize=True)
+
+
+def main() -> None:
+    numbers = json.loads(RESULTS.read_text(encoding="utf-8"))["detection"]
+    precision = numbers["map"]
+    print(f"mAP {precision['plain']:.3f} without scores, {precision['scores']:.3f} with, {precision['scores_and_expected']:.3f} "
+          "with expected coordinates")  # fmt: skip
+    print(f"mean error of a coordinate, thousandths of the side: {numbers['bin_error'] * 1e3:.2f} as said, "
+          f"{numbers['expected_error'] * 1e3:.2f} expected")  # fmt: skip
     draw_scores()
+    draw_codec()
+
+
+if __name__ == "__main__":
+    main()
