@@ -39,7 +39,7 @@ VOCABULARY, IMAGE, EOS = 257216, 257152, 1  # as in every PaliGemma
 LOCATIONS, SEGMENTS = range(256000, 257024), range(257024, IMAGE)
 DECODER_BYTES = 2 * 2_506_172_416  # of PaliGemma 3B
 LABELS, OBJECTS = 80, 15  # COCO's classes; objects of the answer
-QUESTION = "detect circle ; square ; triangle"
+QUESTION = "detect shape"
 
 
 def made_up_grammar() -> Grammar:

@@ -12,7 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "notes"))
+sys.path.insert(0, str(HERE.parent))
 
 from svg import BLUE, GREEN, INK, ORANGE, PURPLE, SOFT, Axes, Drawing  # noqa: E402  (its folder comes first)
 

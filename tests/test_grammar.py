@@ -411,7 +411,7 @@ def demo():
 def test_a_valid_answer_stays_as_it_is_and_others_become_valid(demo):
     model, processor = demo
     picture = load_image(ROOT / "examples" / "shapes.png")
-    questions = [["red circle"], ["circle", "square"], ["triangle"], ["cat"], ["circle", "square", "triangle", "star"]]
+    questions = [["yellow circle"], ["circle"], ["circle", "square"], ["triangle"], ["cat"], ["orange cross", "purple heart"]]
     num_same = 0
     for labels in questions:
         inputs = processor(picture, "detect " + " ; ".join(labels))

@@ -448,7 +448,7 @@ def test_save_draws_into_a_copy_of_the_picture(verb, tmp_path):
 def test_what_was_found_is_exported_in_the_form_that_the_ending_names(verb, tmp_path):
     for name, made in (("o.json", "o.json"), ("o.csv", "o.csv"), ("o.XML", "o/cat.xml"), ("o.txt", "o/cat.txt")):
         code, out, err = verb("detect", SHAPES, CAT, "circle", "--export", name)
-        assert code == 0 and out.count("\n") >= 2 and "note: " in err
+        assert code == 0 and out.count("\n") >= 1 and "note: " in err
         assert (tmp_path / made).stat().st_size > 0
 
 
@@ -519,10 +519,10 @@ def test_grammar_makes_objects_even_of_noise(verb, world):
 
 
 def test_min_score_and_denominator_reach_the_run(verb):
-    plain = answer_of(verb("detect", SHAPES, "star", "circle", "--json"))
-    none = answer_of(verb("detect", SHAPES, "star", "circle", "--json", "--min_score=1"))
+    plain = answer_of(verb("detect", SHAPES, "orange cross", "purple heart", "--json"))
+    none = answer_of(verb("detect", SHAPES, "orange cross", "purple heart", "--json", "--min_score=1"))
     assert plain["objects"] and (none["status"], none["objects"]) == ("nothing", [])
-    other = answer_of(verb("detect", SHAPES, "star", "circle", "--json", "--denominator=1024"))
+    other = answer_of(verb("detect", SHAPES, "orange cross", "purple heart", "--json", "--denominator=1024"))
     assert other["objects"][0]["box"][2] == pytest.approx(plain["objects"][0]["box"][2] * 1023 / 1024, abs=0.02)
 
 
@@ -575,7 +575,7 @@ def test_a_label_moves_no_cursor():
 
 
 def test_a_verb_in_a_process_of_its_own(world):
-    process = start(world, "detect", "cat.png", "circle", "--save=drawn.png")
+    process = start(world, "detect", SHAPES, "circle", "--save=drawn.png")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert (world / "drawn.png").exists() and err == b"note: the drawing is in drawn.png.\n"

@@ -13,11 +13,16 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "notes"))
 
+import annotate  # noqa: E402
+import cluster  # noqa: E402
 import decoding_figures  # noqa: E402  (scripts, found beside the pages)
+import finetune  # noqa: E402
+import inference  # noqa: E402
 import mask_figures  # noqa: E402
 import refresh_readme  # noqa: E402
 import tables  # noqa: E402
-from inference import Flags  # noqa: E402
+
+PROGRAMS = {"inference": inference, "annotate": annotate, "cluster": cluster, "finetune": finetune}
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FILES = [ROOT / "README.md", *sorted(ROOT.glob("notes/*.md"))]
@@ -62,10 +67,10 @@ def test_commands_name_scripts_and_flags_that_exist(page, command):
     assert scripts, f"{page}: {command} starts nothing of ours"
     for script in scripts:
         assert (ROOT / script).is_file()
-    known = {field.name for field in fields(Flags)} | {"help"}
     flags = {word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")}
-    if scripts[0] in ("inference.py", "launch_inference.sh"):
-        assert flags <= known
+    name = scripts[0].removesuffix(".py").replace("launch_inference.sh", "inference")
+    if name in PROGRAMS:
+        assert flags <= {field.name for field in fields(PROGRAMS[name].Flags)} | {"help"}
     elif scripts[0].endswith(".py"):
         source = (ROOT / scripts[0]).read_text(encoding="utf-8") + (ROOT / "benchmarks" / "turns.py").read_text(encoding="utf-8")
         assert all(f'"--{flag}"' in source for flag in flags)
