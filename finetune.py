@@ -99,7 +99,7 @@ class Flags:
         label_smoothing: probability that is taken from the right token and given to all others
         max_text_tokens: longest prefix and suffix together; an example that is longer is refused, never cut
         augment: none or zoom: pictures are cut or moved a little, and boxes move with them
-        gradient_checkpointing: less memory, a third more time
+        gradient_checkpointing: less memory, and one more forward pass in each update
         evaluate_every: updates between two evaluations; once an epoch if not given
         num_scored: how many examples of valid are answered for the scores
         scores: of exact, vqa, anls, relaxed, cider, map, miou, with commas; chosen by what the answers hold if not given
@@ -267,7 +267,8 @@ def memory_needed(model: "nn.Module", flags: Flags, world: int) -> int:
     """Bytes that a run will take in each process, estimated from the model on the meta device.
 
     Trained weights are float32 and have a gradient and two moments (16 bytes together); for each evaluation all of them are
-    there once more as the plain model. What a layer keeps for its gradient was measured on models of several sizes.
+    there once more as the plain model. On models of 3.5 and 100 million parameters, float32, 2 to 16 rows, with and without
+    recomputation, this came within 13 percent of the peak.
     """
     size = 2 if flags.dtype.startswith("b") else 4
     count = {is_it: sum(p.numel() for p in model.parameters() if p.requires_grad == is_it) for is_it in (True, False)}

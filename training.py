@@ -118,7 +118,7 @@ def part_of(name: str) -> str:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Layers forget what they computed and compute it again for the gradient: a third more time, a fraction of the memory."""
+    """Layers forget what they computed and compute it again for the gradient: one more forward pass, less memory."""
     from torch.utils.checkpoint import checkpoint
 
     layers = [*model.language_model.model.layers, *model.vision_tower.vision_model.encoder.layers]

@@ -108,8 +108,8 @@ def test_gradients_equal_those_of_peft(tmp_path):
     }
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
-        # Attention is another kernel: 3e-6 of the largest gradient is the largest gap seen.
-        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-4 * expected[name].abs().max().item() + 1e-7)
+        # Attention is another kernel: 7.0e-6 of the largest gradient is the largest gap over 6 seeds.
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=5e-5 * expected[name].abs().max().item() + 1e-7)
 
 
 # By itself

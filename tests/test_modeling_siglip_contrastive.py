@@ -46,9 +46,9 @@ def test_logits_and_loss_equal_those_of_transformers(seed):
     model, (pixels, ids) = make_model(seed), make_batch(seed)
     reference = make_reference(model)
     theirs = reference(input_ids=ids, pixel_values=pixels, return_loss=True)
-    # The pooling asks for no weights, and so takes a fused kernel: 4.8e-7 is the largest gap over 20 seeds, in logits of 1.
-    torch.testing.assert_close(model(pixels, ids), theirs.logits_per_image, rtol=0, atol=5e-6)
-    torch.testing.assert_close(model.loss(pixels, ids), theirs.loss, rtol=0, atol=1e-5)
+    # The pooling asks for no weights, and so takes a fused kernel. Over 20 seeds 1.2e-7 in logits of 0.5, 9.5e-7 in the loss.
+    torch.testing.assert_close(model(pixels, ids), theirs.logits_per_image, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.loss(pixels, ids), theirs.loss, rtol=0, atol=5e-6)
 
 
 def test_gradients_equal_those_of_transformers():
@@ -58,7 +58,9 @@ def test_gradients_equal_those_of_transformers():
     reference(input_ids=ids, pixel_values=pixels, return_loss=True).loss.backward()
     expected = dict(reference.named_parameters())
     for name, ours in model.named_parameters():
-        torch.testing.assert_close(ours.grad, expected[name].grad, rtol=1e-3, atol=1e-5)
+        # Relative to the largest gradient of a parameter 2.9e-5 is the largest gap over 20 seeds.
+        most = expected[name].grad.abs().max().item()
+        torch.testing.assert_close(ours.grad, expected[name].grad, rtol=0, atol=1e-4 * most + 1e-7)
 
 
 def test_softmax_loss_written_out():

@@ -62,8 +62,8 @@ def test_loss_and_gradients_equal_those_of_transformers(family):
     expected = {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
     for name, parameter in model.named_parameters():
         other = "model." + name.replace("language_model.model.", "language_model.").replace("vision_model.", "")
-        # Attention sums in another order; relative to the largest gradient of the matrix 3e-5 was seen.
-        torch.testing.assert_close(parameter.grad, expected[other], rtol=0, atol=3e-4 * expected[other].abs().max().item() + 1e-7)
+        # Attention sums in another order: 9.9e-6 of the matrix's largest gradient is the largest gap over 10 seeds.
+        torch.testing.assert_close(parameter.grad, expected[other], rtol=0, atol=5e-5 * expected[other].abs().max().item() + 1e-7)
 
 
 @pytest.mark.parametrize("reduction", ["example", "token"])
@@ -94,7 +94,7 @@ def test_padding_changes_nothing(side):
     pad = (300, 0) if side == "left" else (0, 300)
     padded = {key: F.pad(value, pad, value=-100 if key == "labels" else 0) for key, value in batch.items() if value.dim() == 2}
     losses, _ = training.answer_losses(model, padded | {"pixel_values": batch["pixel_values"]})
-    torch.testing.assert_close(losses, alone, rtol=0, atol=2e-5)  # other sizes of products: 4e-6 seen
+    torch.testing.assert_close(losses, alone, rtol=0, atol=2e-5)  # products of other sizes: 8.6e-6 over 10 seeds
 
 
 def test_label_smoothing_is_that_of_big_vision():
