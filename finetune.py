@@ -267,7 +267,7 @@ def memory_needed(model: "nn.Module", flags: Flags, world: int) -> int:
     """Bytes that a run will take in each process, estimated from the model on the meta device.
 
     Trained weights are float32 and have a gradient and two moments (16 bytes together); for each evaluation all of them are
-    there once more as the plain model. On models of 3.5 and 100 million parameters, float32, 2 to 16 rows, with and without
+    there once more as the plain model. On models of 3.5 and 111 million parameters, float32, 2 to 16 rows, with and without
     recomputation, this came within 13 percent of the peak.
     """
     size = 2 if flags.dtype.startswith("b") else 4
