@@ -232,17 +232,38 @@ def test_a_run_goes_on_bit_for_bit(tmp_path):
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(second).items())
 
 
-def test_dropout_of_an_adapter_goes_on_bit_for_bit(tmp_path):
+def test_a_trainer_that_has_gone_on_can_go_back(tmp_path):
+    """Its optimiser has state already, whose count of updates must go back, too."""
+    trainer = make_trainer()
+    trainer.update()
+    folder = trainer.save(tmp_path)
+    expected = [trainer.update() for _ in range(4)]
+    trainer.restore(folder)
+    assert [trainer.update() for _ in range(4)] == expected
+
+
+def make_dropping():
+    """A trainer of an adapter that drops half of its inputs."""
     import lora
 
-    def make():
-        model = make_model("gemma")
-        config = lora.LoraConfig(r=2, lora_dropout=0.5)
-        torch.manual_seed(0)
-        lora.inject(model, config, lora.targets(model))
-        return training.Trainer(model, training.Plan(steps=6, learning_rate=1e-2, dtype=torch.float32), toy_batch, COUNT)
+    model = make_model("gemma")
+    config = lora.LoraConfig(r=2, lora_dropout=0.5)
+    torch.manual_seed(0)
+    lora.inject(model, config, lora.targets(model))
+    return training.Trainer(model, training.Plan(steps=6, learning_rate=1e-2, dtype=torch.float32), toy_batch, COUNT)
 
-    whole, first, second = make(), make(), make()
+
+def test_each_update_drops_other_inputs(monkeypatch):
+    trainer, drawn = make_dropping(), []
+    monkeypatch.setattr(trainer, "passes", lambda: iter(()))
+    for _ in range(3):
+        trainer.update()
+        drawn.append(float(torch.rand(())))  # goes on from the seed of the update, as dropout does
+    assert len(set(drawn)) == 3
+
+
+def test_dropout_of_an_adapter_goes_on_bit_for_bit(tmp_path):
+    whole, first, second = make_dropping(), make_dropping(), make_dropping()
     expected = [whole.update().loss for _ in range(6)]
     for _ in range(2):
         first.update()
@@ -303,18 +324,24 @@ trainer = training.Trainer(model, plan, test_training.toy_batch, test_training.C
 folder = Path(sys.argv[1])
 if training.checkpoints(folder):
     trainer.restore(training.checkpoints(folder)[-1])
-losses = [trainer.update().loss for _ in range(4)]
+updates = [trainer.update() for _ in range(4)]
 trainer.save(folder)
 if trainer.rank == 0:
-    (folder / "losses.json").write_text(__import__("json").dumps(losses))
+    numbers = [[update.loss for update in updates], [update.grad_norm for update in updates]]
+    (folder / "numbers.json").write_text(__import__("json").dumps(numbers))
 distributed.destroy_process_group()
 """
 
 
 def test_two_processes_see_the_losses_of_one_and_take_over_from_it(tmp_path, family="gemma2"):
     # 2e-6 is the largest gap seen in losses of 12 to 3; sums over processes have another order.
+    def require_same(folder, updates):
+        losses, norms = json.loads((folder / "numbers.json").read_text())
+        assert losses == pytest.approx([update.loss for update in updates], abs=1e-5)
+        assert norms == pytest.approx([update.grad_norm for update in updates], rel=1e-4)  # AdamW would not notice half of them
+
     one = make_trainer(family)
-    expected = [one.update().loss for _ in range(4)]
+    first = [one.update() for _ in range(4)]
     one.save(tmp_path)
     here = Path(__file__).resolve().parent
     (tmp_path / "worker.py").write_text(WORKER.format(paths=[str(here), str(here.parent)], family=family))
@@ -324,11 +351,11 @@ def test_two_processes_see_the_losses_of_one_and_take_over_from_it(tmp_path, fam
     both = tmp_path / "both"
     both.mkdir()
     subprocess.run([*command, str(both)], check=True, env=environment, timeout=240, capture_output=True)
-    assert json.loads((both / "losses.json").read_text()) == pytest.approx(expected, abs=1e-5)
-    later = [one.update().loss for _ in range(4)]
+    require_same(both, first)
+    later = [one.update() for _ in range(4)]
     # Two go on with the checkpoint of one, and one with theirs.
     subprocess.run([*command, str(tmp_path)], check=True, env=environment, timeout=240, capture_output=True)
-    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(later, abs=1e-5)
+    require_same(tmp_path, later)
     back = make_trainer(family)
     back.restore(training.checkpoints(both)[-1])
-    assert [back.update().loss for _ in range(4)] == pytest.approx(later, abs=1e-5)
+    assert [back.update().loss for _ in range(4)] == pytest.approx([update.loss for update in later], abs=1e-5)
