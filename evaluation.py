@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 import scores
 from dataset import Examples
@@ -24,7 +24,7 @@ class Judge:
     """Scores of a model on examples that it does not learn from.
 
     Answers with boxes or masks are scored as objects, all others as texts; an example belongs to the objects if what is right, or
-    what was said, names one.
+    what was said, names one. Several processes ask a share of the questions each; all of them get all scores.
 
     Args:
         examples: lines with the same picture and prompt are right answers to one question.
@@ -43,6 +43,8 @@ class Judge:
         said = [suffix for suffixes in self.answers.values() for suffix in suffixes]
         self.scores = list(scores) or self.fitting(said)
         self.longest = max(len(examples.processor.encode(suffix)) for suffix in said) + 1 + ANSWER_ROOM
+        is_alone = not distributed.is_initialized()
+        self.rank, self.world = (0, 1) if is_alone else (distributed.get_rank(), distributed.get_world_size())
 
     def fitting(self, said: Sequence[str]) -> list[str]:
         """The scores that make sense for such answers."""
@@ -54,22 +56,33 @@ class Judge:
     def loss(self, model: nn.Module) -> float:
         """Mean over answers, in nats a token."""
         total, count = 0.0, min(len(self.examples.lines), self.count)
+        mine = range(self.rank, count, self.world)
         with torch.no_grad():
-            for first in range(0, count, self.rows):
-                batch = self.examples.batch([(0, i) for i in range(first, min(first + self.rows, count))])
+            for first in range(0, len(mine), self.rows):
+                batch = self.examples.batch([(0, i) for i in mine[first : first + self.rows]])
                 losses, row = answer_losses(model, batch)
                 of_token, _ = weights_of(batch["labels"], "example")
                 total += float((losses * of_token.to(losses.device)[row]).sum())
-        return total / count
+        return sum(self.of_all(total)) / count
+
+    def of_all(self, mine: object) -> list:
+        """What each of the processes has come to, by their rank."""
+        if self.world == 1:
+            return [mine]
+        everything = [None] * self.world
+        distributed.all_gather_object(everything, mine)
+        return everything
 
     def ask(self, model: nn.Module) -> list[Result]:
         """The answers, said greedily, in the order of the questions. Raises: the error of the first that could not be asked."""
         run = Annotator(model, self.examples.processor, codec=self.codec, rows=self.rows, max_new_tokens=self.longest)
+        mine = list(self.answers)[self.rank :: self.world]
         requests = (
-            Request(picture=load_image(image, notes=[]), task="ask", text=prefix, prompt=prefix) for image, prefix in self.answers
+            Request(picture=load_image(image, notes=[]), task="ask", text=prefix, prompt=prefix) for image, prefix in mine
         )
-        results = [result for _, result in sorted(run.run(requests), key=lambda pair: pair[0])]
-        for result in results:
+        shares = self.of_all([result for _, result in sorted(run.run(requests), key=lambda pair: pair[0])])
+        results = [shares[i % self.world][i // self.world] for i in range(len(self.answers))]
+        for result in results:  # only now, where all processes know of it
             if result.error is not None:
                 raise result.error
         return results

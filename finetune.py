@@ -439,14 +439,14 @@ class Run:
 
     def evaluate(self) -> None:
         """Scores of the model as it would be saved now."""
-        plain = plain_model(self.trainer.model, self.weights, self.dtype)  # all processes take part in making it whole
-        if not is_first():
-            return
         if self.judge is not None:
+            plain = plain_model(self.trainer.model, self.weights, self.dtype)  # whole in each process, which asks its share
             numbers = {name: round(value, 5) for name, value in self.judge(plain).items()}
-            self.log.write({"step": self.trainer.step - 1} | numbers)
-            note(f"step {self.trainer.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
-        self.log.draw()
+            if is_first():
+                self.log.write({"step": self.trainer.step - 1} | numbers)
+                note(f"step {self.trainer.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+        if is_first():
+            self.log.draw()
 
     def save(self) -> None:
         self.trainer.save(self.checkpoints)
@@ -477,7 +477,10 @@ class Run:
 
     def finish(self, source: Path, name: str, adapter: object | None) -> None:
         """Writes the result: model/, with the files of the processor, and adapter/ where there is one."""
+        import lora
+
         plain = plain_model(self.trainer.model, self.weights, self.dtype)
+        parts = lora.adapter_state(self.trainer.model)
         if not is_first():
             return
         result = self.folder / "model"
@@ -486,8 +489,8 @@ class Run:
             is_wanted = file.suffix in (".json", ".model", ".npz") and "index" not in file.name
             if is_wanted and not (result / file.name).exists():
                 shutil.copy(file, result / file.name)
-        if adapter is not None and self.trainer.world == 1:
-            self.weights.save_adapter(self.trainer.model, adapter, self.folder / "adapter", name)
+        if adapter is not None:
+            self.weights.save_adapter(parts, adapter, self.folder / "adapter", name)
         note(f"the result is in {result}. Try it: inference.py --model_path {result} --image_file_path PICTURE --prompt PREFIX")
 
 

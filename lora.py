@@ -211,12 +211,13 @@ def merge(model: nn.Module) -> None:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """A and B of every adapted layer, under PEFT's keys."""
-    return {
-        f"base_model.model.{their_name(name)}.{matrix}.weight": getattr(layer, matrix).weight.detach()
-        for name, layer in adapted(model)
-        for matrix in ("lora_A", "lora_B")
-    }
+    """A and B of every adapted layer by the names of their parameters, whole; where processes share them, all must ask."""
+    state = {}
+    for name, layer in adapted(model):
+        for matrix in ("lora_A", "lora_B"):
+            weight = getattr(layer, matrix).weight.detach()
+            state[f"{name}.{matrix}.weight"] = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return state
 
 
 def modules_of(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig, bases: Mapping[str, tuple[int, ...]]) -> list[str]:

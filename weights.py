@@ -560,18 +560,21 @@ def save_model(model: PaliGemmaForConditionalGeneration, folder: str | Path, *, 
         raise OutputError(text, path=folder) from error
 
 
-def save_adapter(model: PaliGemmaForConditionalGeneration, config: lora.LoraConfig, folder: str | Path, base: str | None) -> None:
-    """Writes the A and B of a model that lora.inject has changed, as PEFT does: a few MB. load_model reads it, PEFT too.
+def save_adapter(state: dict[str, Tensor], config: lora.LoraConfig, folder: str | Path, base: str | None) -> None:
+    """Writes an adapter as PEFT does: a few MB. load_model reads it, PEFT too.
 
     Args:
+        state: from lora.adapter_state.
         base: folder or hub id of the model that was adapted.
     Raises: OutputError when the folder cannot be written; it is then as it was.
     """
-    folder, names = Path(folder), [name for name, _ in lora.adapted(model)]
+    folder = Path(folder)
+    names = dict.fromkeys(name.rsplit(".", 2)[0] for name in state)
+    tensors = {f"base_model.model.{lora.their_name(name)}": tensor for name, tensor in state.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            write_tensors(Path(temporary) / ADAPTER_NAME, lora.adapter_state(model))
+            write_tensors(Path(temporary) / ADAPTER_NAME, tensors)
             write_text(Path(temporary) / ADAPTER_CONFIG_NAME, json.dumps(config.to_peft(base, names), indent=2) + "\n")
             for name in (ADAPTER_NAME, ADAPTER_CONFIG_NAME):
                 os.replace(Path(temporary) / name, folder / name)

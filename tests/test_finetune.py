@@ -174,6 +174,28 @@ def test_an_adapter_and_its_merged_model_say_the_same(model, data, tmp_path, cap
     assert config["r"] == 2 and config["base_model_name_or_path"] == str(model) and "vision_tower" not in config["target_modules"]
 
 
+def test_two_processes_score_and_save_what_one_does(model, data, tmp_path):
+    """A share of the questions each, weights and adapter gathered from both."""
+    flags = ("--method=lora", "--lora_r=2", f"--valid={data / 'valid.jsonl'}", "--evaluate_every=3")
+    alone = start(*arguments(model, data, tmp_path / "one", *flags))
+    assert alone.wait(timeout=240) == 0, alone.stderr.read()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command = [*launcher, str(ROOT / "finetune.py"), *arguments(model, data, tmp_path / "two", *flags)]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240, capture_output=True)
+    lines = {}
+    for name in ("one", "two"):
+        text = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        lines[name] = [line for line in map(json.loads, text) if "valid_loss" in line]
+    assert len(lines["one"]) == 2
+    for one, two in zip(lines["one"], lines["two"], strict=True):
+        assert two == pytest.approx(one, abs=1e-4)
+    first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert first.keys() == second.keys()
+    # AdamW turns gradients that are all but 0 into steps of full size either way, so single weights may differ by a few steps.
+    gaps = torch.cat([(first[name] - second[name]).abs().flatten() for name in first])
+    assert gaps.mean() < 1e-4 and all(tensor.abs().max() > 0 for tensor in second.values())
+
+
 def test_words_that_name_no_matrix_are_refused(model, data, tmp_path, capsys):
     code, said = run(capsys, *arguments(model, data, tmp_path / "a", "--method=lora", "--lora_matrices=q_prj"))
     assert code == 2 and "q_prj names no matrix" in said

@@ -48,7 +48,7 @@ def peft_adapter(folder, base, model, **options):
 def our_adapter(folder, base, model, names=None):
     lora.inject(model, CONFIG, names or lora.targets(model))
     give_numbers(model)
-    weights.save_adapter(model, CONFIG, folder, str(base))
+    weights.save_adapter(lora.adapter_state(model), CONFIG, folder, str(base))
     return model
 
 
@@ -280,6 +280,6 @@ def test_an_adapter_answers_on_the_command_line(tmp_path):
     base = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
     model = weights.load_model(base)
     lora.inject(model, CONFIG, lora.targets(model))
-    weights.save_adapter(model, CONFIG, tmp_path, str(base))
+    weights.save_adapter(lora.adapter_state(model), CONFIG, tmp_path, str(base))
     given = [f"--model_path={tmp_path}", "--prompt=caption en", f"--image_file_path={base.parent.parent / 'examples/shapes.png'}"]
     assert inference.commandline.run(inference.Flags, inference.program, given) == 0
