@@ -224,7 +224,20 @@ def test_all_script_asks_for_a_model():
     assert result.returncode == 2 and "--model" in result.stderr
 
 
-@pytest.mark.parametrize(("script", "flags"), [("parsing", []), ("annotate", ["--quick"])])
+def test_learning_compares_updates_that_begin_with_the_same_loss(folder):
+    command = [sys.executable, str(BENCHMARKS / "learning.py"), "--model", str(folder), "--quick", "--rows", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    ways = json.loads(done.stdout.splitlines()[-1])["ways"]
+    assert list(ways) == ["full", "lora"]
+    for method, names in (("full", ["ours full", "transformers full"]), ("lora", ["ours lora", "transformers + peft lora"])):
+        assert list(ways[method]) == names and ways[method][names[1]]["peak_ratio"] == 1
+        assert all(row["examples_per_s"]["median"] > 0 and row["peak_GB"]["median"] > 0.1 for row in ways[method].values())
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"), [("parsing", []), ("annotate", ["--quick"]), ("resume", ["--kills", "1", "--steps", "4"])]
+)
 def test_scripts_that_need_no_checkpoint_end_with_a_line_of_json(script, flags):
     command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

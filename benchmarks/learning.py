@@ -1,0 +1,177 @@
+"""Examples a second and peak memory of fine-tuning: ours beside the same step by transformers, LoRA beside peft's.
+
+    python benchmarks/learning.py --model demo/checkpoint
+    python benchmarks/make_checkpoint.py --out /tmp/wide --layers 1
+    python benchmarks/learning.py --model /tmp/wide --rows 2 --steps 4        full width, one layer in each part
+
+Each turn is a new process that loads the model, makes one update to warm up and then --steps of them, so that the peak is that
+of a fine-tune and nothing else, and no two models need to be in memory. Both sides learn the same rows (a picture of noise, ten
+tokens of prompt, sixteen of answer) with the same loss (mean over answer tokens), AdamW, clipping, float32 master weights and
+bfloat16 compute (torch.autocast; of LoRA's base the weights are bfloat16, too), in as many threads. Their side is the loop that
+their documentation shows. Before anything has been learned, the losses must be the same to 2 %, or the script stops.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import turns
+
+ANSWER, VOCABULARY = 16, (10, 250)  # tokens of an answer; ids that mean something in every tokenizer
+LEARNING_RATE, RANK, ALPHA = 1e-4, 8, 16
+SIDES = {
+    "ours full": ("ours", "full"),
+    "transformers full": ("transformers", "full"),
+    "ours lora": ("ours", "lora"),
+    "transformers + peft lora": ("transformers", "lora"),
+}
+BASELINES = {"full": "transformers full", "lora": "transformers + peft lora"}
+
+
+# One side, in a process of its own
+
+
+def make_batch(config: dict, rows: int, step: int) -> dict:
+    """What a processor returns for `rows` examples of training: int64[B, L] tensors and pixel_values float32[B, 3, R, R]."""
+    import torch
+
+    vision, draw = config["vision_config"], torch.Generator().manual_seed(step)
+    side = vision["image_size"]
+    patches = (side // vision["patch_size"]) ** 2
+    words = torch.randint(*VOCABULARY, (rows, turns.PROMPT + ANSWER), generator=draw)
+    words[:, 0] = config["bos_token_id"]
+    ids = torch.cat([torch.full((rows, patches), config["image_token_index"]), words], dim=1)
+    is_answer = (torch.arange(ids.shape[1]) >= patches + turns.PROMPT).long().expand_as(ids)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "token_type_ids": is_answer,
+        "labels": ids.masked_fill(is_answer == 0, -100),
+        "pixel_values": torch.rand(rows, 3, side, side, generator=draw) * 2 - 1,
+    }
+
+
+def ours(options: argparse.Namespace, config: dict) -> Callable[[int], float]:
+    """A function that makes update number `step` and returns its loss."""
+    import torch
+
+    import lora
+    import training
+    import weights
+
+    model = weights.load_model(options.model, device=torch.device(options.device), dtype=torch.bfloat16)
+    if options.method == "lora":
+        lora.inject(model, lora.LoraConfig(RANK, ALPHA), lora.targets(model, ["language"], lora.MATRICES))
+    else:
+        training.trainable(model, training.ALL)
+    plan = training.Plan(1000, options.rows, options.rows, LEARNING_RATE, warmup=0.0, reduction="token")
+    trainer = training.Trainer(model, plan, lambda _: make_batch(config, options.rows, trainer.step), 1_000_000)
+    return lambda _: trainer.update().loss  # it counts for itself
+
+
+def theirs(options: argparse.Namespace, config: dict) -> Callable[[int], float]:
+    """The same by transformers and peft."""
+    import torch
+    from transformers import PaliGemmaForConditionalGeneration
+
+    dtype = torch.bfloat16 if options.method == "lora" else torch.float32
+    model = PaliGemmaForConditionalGeneration.from_pretrained(options.model, dtype=dtype).to(options.device)
+    if options.method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
+    model.train()
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(learned, LEARNING_RATE, weight_decay=0.0)
+
+    def update(step: int) -> float:
+        batch = {name: value.to(options.device) for name, value in make_batch(config, options.rows, step).items()}
+        with torch.autocast(options.device.partition(":")[0], torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return update
+
+
+def work(options: argparse.Namespace) -> None:
+    """One turn of one side: a line of JSON."""
+    config = json.loads((options.model / "config.json").read_text())
+    update = {"ours": ours, "transformers": theirs}[options.side](options, config)
+    losses, seconds = [update(0)], []
+    for step in range(1, options.steps + 1):
+        start = time.perf_counter()
+        losses.append(update(step))
+        seconds.append(time.perf_counter() - start)
+    if options.device == "cpu":
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        peak = int(status["VmHWM"].split()[0]) * 1024
+    else:
+        import torch
+
+        peak = torch.cuda.max_memory_allocated()
+    print(json.dumps({"seconds": seconds, "losses": losses, "peak": peak}))
+
+
+# The comparison
+
+
+def turn(name: str, options: argparse.Namespace) -> dict:
+    side, method = SIDES[name]
+    flags = {"model": options.model, "device": options.device, "rows": options.rows, "steps": options.steps}
+    command = [sys.executable, __file__, "--side", side, "--method", method, *(f"--{k}={v}" for k, v in flags.items())]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if run.returncode:
+        raise SystemExit(f"{name} ended with {run.returncode}; see its error above.")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    flags = {
+        "--rows": {"type": int, "default": 4, "help": "examples of an update"},
+        "--steps": {"type": int, "default": 10, "help": "updates of a turn"},
+        "--method": {"choices": ("full", "lora"), "help": "only one of both"},
+        "--side": {"choices": ("ours", "transformers"), "help": "be that side and nothing more"},
+    }
+    options = turns.parse(__doc__, rounds=3, flags=flags)
+    if options.side:
+        return work(options)
+    options.steps = 2 if options.quick else options.steps
+    results: dict = {}
+    for method in [options.method] if options.method else BASELINES:
+        names = [name for name in SIDES if SIDES[name][1] == method]
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        peaks: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(options.rounds):
+            replies = {name: turn(name, options) for name in names}
+            first = [reply["losses"][0] for reply in replies.values()]
+            if max(first) > 1.02 * min(first):
+                raise SystemExit(f"the sides do not do the same: their first losses are {first}.")
+            for name, reply in replies.items():
+                seconds[name].append(statistics.median(reply["seconds"]))
+                peaks[name].append(reply["peak"])
+        print(f"\n{method}: an update of {options.rows} examples")
+        rows = turns.compare(seconds, baseline=BASELINES[method])
+        for name in names:
+            ratio = statistics.median(peaks[name]) / statistics.median(peaks[BASELINES[method]])
+            rows[name] |= {
+                "examples_per_s": turns.spread([options.rows / value for value in seconds[name]]),
+                "peak_GB": turns.spread([value / 1e9 for value in peaks[name]]),
+                "peak_ratio": round(ratio, 3),
+            }
+            print(f"{name:34}peak {rows[name]['peak_GB']['median']:.3f} GB, {ratio:.2f} times theirs")
+        results[method] = rows
+    turns.finish(options, {"rows": options.rows, "steps": options.steps, "ways": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Kills fine-tunes at random moments, lets them go on, and counts those that end bit for bit as one that was left alone.
+
+    python benchmarks/resume.py [--kills 20] [--seed 0]
+
+Each run is finetune.py on pictures of demo/transfer.py, with evaluations and a checkpoint every few updates. It gets SIGKILL at a
+moment drawn from the whole length of an undisturbed run (start, updates, writing a checkpoint, writing the result), is started
+again with --resume, and must then have the same loss in every line of metrics.jsonl, none missing and none twice, the same
+scores, and the same bytes in model/model.safetensors. Every fourth run is killed twice. The last line is JSON.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FREE = ("seconds",)  # what a line of metrics.jsonl says about the clock
+
+
+def command(folder: Path, output: Path, steps: int) -> list[str]:
+    settings = {"config": folder / "finetune.yaml", "output": output, "steps": steps, "save_every": 3, "evaluate_every": 5}
+    settings |= {"batch_size": 4, "num_scored": 4, "lora_dropout": 0.1, "method": "lora"}
+    return [sys.executable, str(ROOT / "finetune.py"), *(f"--{name}={value}" for name, value in settings.items())]
+
+
+def run(words: list[str], patience: float | None = None) -> bool:
+    """Whether the run came to its end; without it, it was killed after so many seconds."""
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with suppress(subprocess.TimeoutExpired):
+        _, said = process.communicate(timeout=patience)
+        if process.returncode:
+            raise SystemExit(f"a run ended with {process.returncode}: {said}")
+        return True
+    process.kill()
+    process.communicate()
+    return False
+
+
+def result(output: Path) -> tuple[list[dict], str]:
+    """The lines of metrics.jsonl without their times, and what the weights hash to."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    weights = hashlib.sha256((output / "model" / "model.safetensors").read_bytes()).hexdigest()
+    return [{name: value for name, value in line.items() if name not in FREE} for line in lines], weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="number of runs")
+    parser.add_argument("--steps", type=int, default=20, help="updates of a run")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    options = parser.parse_args()
+    draw = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        demo = [sys.executable, str(ROOT / "demo" / "transfer.py"), "--out", str(folder), "--count", "40"]
+        subprocess.run(demo, check=True, stdout=subprocess.DEVNULL)
+        start = time.monotonic()
+        run(command(folder, folder / "undisturbed", options.steps))
+        length, right = time.monotonic() - start, result(folder / "undisturbed")
+        equal, steps_at_kill, killed = 0, [], 0
+        for number in range(options.kills):
+            output = folder / f"run{number}"
+            words, kills = command(folder, output, options.steps), 2 if number % 4 == 3 else 1
+            for attempt in range(kills):
+                if run(words + ["--resume"] * (attempt > 0), draw.uniform(0, length)):
+                    break
+                killed += 1
+                metrics = output / "metrics.jsonl"
+                steps_at_kill.append(len(metrics.read_text().splitlines()) if metrics.exists() else 0)
+            run([*words, "--resume"])
+            is_equal = result(output) == right
+            equal += is_equal
+            print(
+                f"run {number}: killed with {steps_at_kill[-1:]} lines written, {'equal' if is_equal else 'DIFFERENT'}",
+                flush=True,
+            )
+        print(json.dumps({"runs": options.kills, "killed": killed, "equal": equal, "lines_at_kill": steps_at_kill}))
+
+
+if __name__ == "__main__":
+    main()
