@@ -136,10 +136,10 @@ def distributed_sigmoid_loss(image_embeds: Tensor, text_embeds: Tensor, scale: T
         Gradients, averaged as data parallel training does, are those of the whole batch.
     Source: SigLIP, section 3.3 and figure 1. Pictures' vectors are gathered, a few MB; logits, which grow with the square, not.
     """
-    from torch.distributed.nn.functional import all_gather
+    from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
     rank = distributed.get_rank()
-    blocks = all_gather(image_embeds)
+    blocks = all_gather_tensor_autograd(image_embeds, 0, distributed.group.WORLD).split(len(image_embeds))
     losses = (sigmoid_loss(block, text_embeds, scale, bias, 0 if i == rank else len(block)) for i, block in enumerate(blocks))
     return sum(losses).mean()
 
