@@ -1,6 +1,6 @@
 """Asks a model questions whose answers are known, and scores what it says. Takes a model, imports none.
 
-Checked in tests/test_finetune.py.
+Checked in tests/test_evaluation.py, with a whole run in tests/test_finetune.py.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ ANSWER_ROOM = 8  # tokens that an answer may be longer than the longest right on
 class Judge:
     """Scores of a model on examples that it does not learn from.
 
-    Answers with boxes or masks are scored as objects, all others as texts; an example belongs to the objects if what is right, or
-    what was said, names one. Several processes ask a share of the questions each; all of them get all scores.
+    Right answers with boxes or masks are scored as objects, all others as texts; where nothing is right, what was said decides.
+    Several processes ask a share of the questions each; all of them get all scores.
 
     Args:
         examples: lines with the same picture and prompt are right answers to one question.
@@ -91,8 +91,9 @@ class Judge:
         """The loss and every score."""
         numbers = {"valid_loss": self.loss(model)}
         pairs = list(zip(self.ask(model), self.answers.values(), strict=True))
-        of_objects = [(result, right) for result, right in pairs if result.reading or any("<loc" in text for text in right)]
-        of_words = [pair for pair in pairs if pair not in of_objects]
+        is_object = [any("<loc" in text for text in right) or bool(result.reading and not any(right)) for result, right in pairs]
+        of_objects = [pair for pair, is_it in zip(pairs, is_object, strict=True) if is_it]
+        of_words = [pair for pair, is_it in zip(pairs, is_object, strict=True) if not is_it]
         for name in self.scores:
             if name in scores.TEXT_SCORES and of_words:
                 said, right = zip(*((result.text, answers) for result, answers in of_words), strict=True)

@@ -1,0 +1,51 @@
+"""What a Judge counts as the answer to what, and which scores see it."""
+
+import pytest
+
+import dataset
+from evaluation import Judge
+from outputs import read_text
+from processing_paligemma import PaliGemmaProcessor
+from tasks import Result
+from tiny_checkpoint import make_checkpoint
+
+BOX = "<loc0100><loc0100><loc0500><loc0500>"
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    return PaliGemmaProcessor.from_pretrained(make_checkpoint(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def judge(processor, tmp_path):
+    """A function from (prefix, suffix) pairs to a Judge that hears what it is told instead of asking a model."""
+
+    def make(lines, said, **options):
+        examples = [dataset.Example(tmp_path / "a.png", prefix, suffix, i + 1) for i, (prefix, suffix) in enumerate(lines)]
+        split = dataset.Split(tmp_path / "x.jsonl", examples, [], [], [])
+        made = Judge(dataset.Examples(split, processor), None, rows=2, count=100, **options)
+        common = {"image": "a.png", "task": "ask", "asked": "", "prompt": "", "width": 64, "height": 64}
+        readings = [read_text(text) if "<loc" in text else None for text in said]
+        results = [Result(**common, text=text, reading=reading) for text, reading in zip(said, readings, strict=True)]
+        made.ask, made.loss = (lambda _: results), (lambda _: 0.5)
+        return made(None)
+
+    return make
+
+
+def test_lines_of_one_question_are_its_right_answers(judge):
+    numbers = judge([("what", "cat"), ("what", "kitten"), ("color", "red")], ["kitten", "blue"])
+    assert numbers["valid_loss"] == 0.5 and numbers["exact"] == 0.5  # two questions, one is right
+
+
+def test_a_text_that_is_answered_with_a_box_is_wrong_and_not_left_out(judge):
+    numbers = judge([("what", "cat"), ("color", "red")], [f"{BOX} cat", "red"])
+    assert numbers["exact"] == 0.5 and "map" not in numbers
+
+
+def test_a_box_where_nothing_is_costs_precision_and_nothing_said_there_is_a_right_text(judge):
+    lines = [("detect cat at night", ""), ("detect cat", f"{BOX} cat")]
+    right, wrong = (judge(lines, [first, f"{BOX} cat"], scores=["exact", "map"]) for first in ("", f"{BOX} cat"))
+    assert right["map"] == pytest.approx(1) and right["exact"] == 1
+    assert wrong["map"] == pytest.approx(0.5) and "exact" not in wrong
