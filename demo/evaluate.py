@@ -4,7 +4,8 @@
 
 Each picture is asked the questions of shapes.ASKED. An answer or caption counts if it is right to the letter. A `detect` scores
 the sum of IoU over boxes of the same label, matched best first, divided by the larger of the numbers of true and said boxes; a
-`segment` the same of its masks, if the checkpoint has a codec. Training draws its scenes from other seeds.
+`segment` the same of its masks, if the checkpoint has a codec; `several` is one or the other. `ocr` asks for words that training
+used, `letters` for random ones, `blank` where nothing is written. Training draws its scenes from other seeds.
 
 Then all boxes of `detect` together, as COCO counts them: average precision over the IoU from 0.50 to 0.95. Each word of each
 question is a picture of its own there, so that a box counts only for the word it was said for. Boxes are taken with and without
@@ -130,12 +131,10 @@ def objects_score(said: list[Found], true: list[Found], overlap: Callable[[Found
 
 def score(question: Question, result: Result) -> float:
     """0 to 1."""
+    if not question.true:
+        return float(result.text.strip() == question.suffix)
     said = result.reading.objects if result.reading else []
-    if question.kind == "detect":
-        return objects_score(said, question.true, box_overlap)
-    if question.kind == "segment":
-        return objects_score(said, question.true, mask_overlap)
-    return float(result.text.strip() == question.suffix)
+    return objects_score(said, question.true, mask_overlap if question.task == "segment" else box_overlap)
 
 
 # Detection
@@ -243,7 +242,7 @@ def main() -> None:
     results = answers(ready, asked)
     scores, shown = defaultdict(list), 0
     for question, result in zip(flat, results, strict=True):
-        if question.kind == "segment" and ready.codec is None:
+        if question.task == "segment" and question.true and ready.codec is None:
             continue
         value = score(question, result)
         scores[question.kind].append(value)

@@ -2,8 +2,8 @@
 
     python demo/shapes.py --out DIR --count N --seed S      N pictures and DIR/annotations.jsonl, one question a line
 
-A scene has one to four shapes that do not touch, on a flat, graded, striped or noisy background. Every question has exactly one
-right answer, and the picture decides it:
+A scene has one to four shapes that do not touch, on a flat, graded, striped or noisy background, and often a word in capital
+letters. Every question has exactly one right answer, and the picture decides it:
 - no two shapes stand in the same column, so "from left to right", the order of captions and of boxes, is never in doubt;
 - "the circle" is asked about only where there is one circle;
 - "where" is asked only of shapes that lie well inside one of the nine fields of a 3 x 3 grid.
@@ -11,8 +11,8 @@ right answer, and the picture decides it:
 `detect` and `segment` of what is not there are answered with nothing. Every shape of a kind fills its box in the same way, so
 it has the same sixteen codes wherever it is: those that the encoder of checkpoint/vae-oid.npz gives to its outline.
 
-The same seed draws the same scenes. Coordinates are fractions of the picture's side, x to the right, y down. numpy and PIL, and
-torch only once codes are needed.
+The same seed draws the same scenes. Coordinates are fractions of the picture's side, x to the right, y down. numpy and PIL,
+torch only once codes are needed; the fonts are those that come with matplotlib, which is not imported.
 """
 
 import argparse
@@ -20,12 +20,13 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -42,6 +43,19 @@ GAP = 0.02  # least distance of two boxes
 COLUMN_GAP = 0.08  # least horizontal distance of two centres
 FIELD_MARGIN = 0.04  # least distance of a centre from the lines of the 3 x 3 grid, for "where"
 SUPERSAMPLING = 4
+FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono", "STIXGeneralBol", "cmss10")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+WORDS = """
+    AIR APPLE ARM ART BAKER BAND BANK BAR BEACH BELL BIKE BIRD BOAT BOOK BOX BREAD BRIDGE BUS CAFE CAKE CAMP CAR CASH CHECK CITY
+    CLOCK COAST COFFEE COLD CUP DANGER DESK DOCK DOG DOOR DOWN DRINK EAST ENTRY EXIT FARM FIRE FISH FLAT FLOOR FOOD FOX FRUIT
+    GATE GIFT GOLD GRAND GUEST HALL HELP HERE HOTEL HOUSE ICE INFO JAZZ JUICE KEY KITE LAKE LAMP LEFT LIFT LIVE MAIL MAP MARKET
+    MENU MILK MUSIC NEW NEXT NORTH OFF ON OPEN OUT OVEN PARK PHONE PIANO PIZZA PLAY POOL POST PULL PUSH QUICK QUIET RADIO RIGHT
+    RIVER ROAD ROOM SALE SALT SCHOOL SHOE SHOP SLOW SOUTH STOP SUN TAXI TEA TICKET TOWN TRAIN TREE UP VIDEO WATER WEST WINE YARD
+    YES ZERO ZONE ZOO
+""".split()
+WITH_WORD, MADE_UP = 0.8, 0.35  # the share of scenes where a word is tried, and of words that are random letters
+LOWEST, HIGHEST = 0.1, 0.16  # height of the letters
+CONTRAST = 110  # least distance of a word's colour from the background's two, in RGB
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,30 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Word:
+    """Capital letters. The box begins where the pen does, a little to the left of the ink, and ends with it."""
+
+    text: str
+    font: str  # one of FONTS
+    rgb: tuple[int, int, int]
+    x: float  # left edge
+    y: float  # upper edge
+    height: float
+
+    @property
+    def width(self) -> float:
+        left, top, right, bottom = face(self.font, 200).getbbox(self.text)
+        return (right - left) / (bottom - top) * self.height
+
+    def centers(self) -> list[tuple[float, float]]:
+        """The middle of each letter, x and y."""
+        long = face(self.font, 200)
+        ends = [long.getlength(self.text[:count]) / long.getlength(self.text) for count in range(len(self.text) + 1)]
+        middles = [(a + b) / 2 for a, b in zip(ends, ends[1:], strict=False)]
+        return [(self.x + middle * self.width, self.y + self.height / 2) for middle in middles]
+
+
+@dataclass(frozen=True)
 class Scene:
     shapes: tuple[Shape, ...]  # from left to right
     background: str  # flat, graded, striped or noisy
@@ -75,6 +113,16 @@ class Scene:
     angle: float  # of the gradient or the stripes, radians
     waves: float  # stripes across the picture
     noise_seed: int
+    word: Word | None = None
+
+
+@lru_cache(256)
+def face(font: str, size: int) -> ImageFont.FreeTypeFont:
+    """A font at a size in pixels. Raises: SystemExit without matplotlib."""
+    found = find_spec("matplotlib")
+    if found is None:
+        raise SystemExit("The demo's words are drawn in the fonts of matplotlib. Install it: pip install matplotlib.")
+    return ImageFont.truetype(Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / f"{font}.ttf", size)
 
 
 @cache
@@ -120,6 +168,24 @@ def place(rng: np.random.Generator, count: int) -> list[tuple[float, float, floa
             return [(float(a), float(b), float(c)) for a, b, c in zip(x, y, side, strict=True)]
 
 
+def place_word(scene: Scene, rng: np.random.Generator) -> Word | None:
+    """A random word beside the shapes, in a colour that can be read; None for some scenes, and where there is no room."""
+    if rng.random() >= WITH_WORD:
+        return None
+    is_made_up = rng.random() < MADE_UP
+    text = "".join(rng.choice(list(LETTERS), rng.integers(2, 6))) if is_made_up else str(rng.choice(WORDS))
+    readable = [rgb for rgb in COLORS.values() if np.linalg.norm(np.array(scene.tones) - np.array(rgb), axis=-1).min() > CONTRAST]
+    word = Word(text, str(rng.choice(FONTS)), tuple(rng.choice(readable).tolist()), 0, 0, float(rng.uniform(LOWEST, HIGHEST)))
+    width = word.width
+    for _ in range(40):
+        x, y = (float(v) for v in rng.uniform(0.02, 1.0, 2))
+        is_inside = x + width < 0.98 and y + word.height < 0.98
+        gaps = ((one.x - x - width, x - one.x - one.side, one.y - y - word.height, y - one.y - one.side) for one in scene.shapes)
+        if is_inside and all(max(gap) >= GAP for gap in gaps):
+            return replace(word, x=x, y=y)
+    return None
+
+
 def make_scene(rng: np.random.Generator) -> Scene:
     """A random scene. A third of the shapes repeat the kind or colour of one before, so that there is something to count."""
     boxes = place(rng, int(rng.integers(1, 5)))
@@ -140,7 +206,9 @@ def make_scene(rng: np.random.Generator) -> Scene:
     background = str(rng.choice(["flat", "graded", "striped", "noisy"]))
     first, second = (tuple(tone.astype(int).tolist()) for tone in tones)
     angle, waves = float(rng.uniform(0, 2 * np.pi)), float(rng.uniform(3, 9))
-    return Scene(tuple(shapes), background, (first, second), angle, waves, int(rng.integers(2**31)))
+    scene = Scene(tuple(shapes), background, (first, second), angle, waves, int(rng.integers(2**31)))
+    # Words came when there were measures of scenes without: what a seed draws beside them is still the same.
+    return replace(scene, word=place_word(scene, rng.spawn(1)[0]))
 
 
 def draw_background(scene: Scene, size: int) -> Image.Image:
@@ -171,7 +239,24 @@ def draw(scene: Scene, size: int = 224) -> Image.Image:
         # PIL fills the pixels that a corner lies in: half a small pixel less on each side keeps the shape inside its box.
         ImageDraw.Draw(mask).polygon([tuple(point) for point in corners * SUPERSAMPLING - 0.5], fill=255)
         picture.paste(shape.rgb, (left, top), mask.reduce(SUPERSAMPLING))
+    if scene.word:
+        draw_word(picture, scene.word)
     return picture
+
+
+def draw_word(picture: Image.Image, word: Word) -> None:
+    """Puts the letters on the picture, edges smoothed."""
+    size = picture.width
+    left, top, right, bottom = face(word.font, 200).getbbox(word.text)
+    scale = word.height * size * SUPERSAMPLING / (bottom - top)
+    letters = face(word.font, max(1, round(200 * scale)))
+    x, y = int(word.x * size), int(word.y * size)
+    ink = letters.getbbox(word.text)
+    shift = ((word.x * size - x) * SUPERSAMPLING - ink[0], (word.y * size - y) * SUPERSAMPLING - ink[1])
+    side = [int(np.ceil((end - begin) / SUPERSAMPLING)) + 2 for begin, end in (ink[::2], ink[1::2])]
+    mask = Image.new("L", (side[0] * SUPERSAMPLING, side[1] * SUPERSAMPLING))
+    ImageDraw.Draw(mask).text(shift, word.text, font=letters, fill=255)
+    picture.paste(word.rgb, (x, y), mask.reduce(SUPERSAMPLING))
 
 
 def silhouette(shape: Shape, size: int) -> np.ndarray:
@@ -294,33 +379,73 @@ def mask_tokens(kind: str) -> str:
     return "".join(f"<seg{code:03d}>" for code in codes.tolist())
 
 
+def box_answer(scene: Scene, words: list[str]) -> str:
+    return " ; ".join(f"{box_tokens(shape)} {word}" for shape, word in named(scene, words))
+
+
+def mask_answer(scene: Scene, words: list[str]) -> str:
+    return " ; ".join(f"{box_tokens(shape)}{mask_tokens(shape.kind)} {word}" for shape, word in named(scene, words))
+
+
 def ask_detect(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     words = pick_words(scene, rng)
-    return "detect " + " ; ".join(words), " ; ".join(f"{box_tokens(shape)} {word}" for shape, word in named(scene, words))
+    return "detect " + " ; ".join(words), box_answer(scene, words)
 
 
 def ask_segment(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     words = pick_words(scene, rng)
-    found = (f"{box_tokens(shape)}{mask_tokens(shape.kind)} {word}" for shape, word in named(scene, words))
-    return "segment " + " ; ".join(words), " ; ".join(found)
+    return "segment " + " ; ".join(words), mask_answer(scene, words)
+
+
+def missing(scene: Scene, pick: Shape, rng: np.random.Generator) -> str:
+    """A word for something to look for that is not there."""
+    while (word := absent(scene, pick, rng)).endswith(" shape"):  # nobody looks for these where they are
+        pass
+    return word
 
 
 def ask_absent(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     """`detect` or `segment` of what is not there."""
     pick = scene.shapes[rng.integers(len(scene.shapes))]
     task = str(rng.choice(["detect", "segment"]))
-    while (word := absent(scene, pick, rng)).endswith(" shape"):  # nobody asks for these where they are
-        pass
-    return f"{task} {word}", ""
+    return f"{task} {missing(scene, pick, rng)}", ""
+
+
+def ask_several(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
+    """`detect` or `segment` of two to four kinds or names, one of which may not be there."""
+    task = str(rng.choice(["detect", "segment"]))
+    by_kind = rng.random() < 0.5
+    there = sorted({shape.kind if by_kind else shape.name for shape in scene.shapes})
+    words = [str(word) for word in rng.permutation(there)[:3]]
+    if len(words) == 1 or rng.random() < 0.3:
+        words.insert(int(rng.integers(len(words) + 1)), missing(scene, scene.shapes[0], rng))
+    answer = box_answer if task == "detect" else mask_answer
+    return f"{task} " + " ; ".join(words), answer(scene, words)
+
+
+def ask_ocr(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:  # noqa: ARG001 (it has one form)
+    return ("ocr", scene.word.text) if scene.word and scene.word.text in WORDS else None
+
+
+def ask_letters(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:  # noqa: ARG001 (it has one form)
+    """`ocr` of what is no word, so that it must be read letter by letter."""
+    return ("ocr", scene.word.text) if scene.word and scene.word.text not in WORDS else None
+
+
+def ask_blank(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:  # noqa: ARG001 (it has one form)
+    """`ocr` where nothing is written."""
+    return None if scene.word else ("ocr", "")
 
 
 QUESTIONS: dict[str, Callable[[Scene, np.random.Generator], tuple[str, str] | None]] = {
     "caption": ask_caption, "color": ask_color, "shape": ask_shape, "count": ask_count, "exists": ask_exists,
-    "where": ask_where, "detect": ask_detect, "segment": ask_segment, "absent": ask_absent,
+    "where": ask_where, "detect": ask_detect, "segment": ask_segment, "absent": ask_absent, "several": ask_several,
+    "ocr": ask_ocr, "letters": ask_letters, "blank": ask_blank,
 }  # fmt: skip
 # Asked of each picture that is written or measured. What was added later stands last, so that the others are still the same.
 ASKED = (
     "caption", "color", "shape", "count", "exists", "where", "detect", "count", "exists", "detect", "segment", "absent",
+    "several", "ocr", "letters", "blank",
 )  # fmt: skip
 
 

@@ -21,9 +21,9 @@ SEGS = [f"<seg{i:03d}>" for i in range(128)]
 def corpus(scenes: int = 2000) -> list[str]:
     """Questions and answers about random scenes, without their coordinates.
 
-    `segment` came when there was a checkpoint, whose words had their numbers: it is spelled with pieces that were there.
+    What came when the words had their numbers, `segment` and `ocr`, is spelled with pieces that were there; capital letters are.
     """
-    kinds = [kind for kind in shapes.QUESTIONS if kind not in ("segment", "absent")]
+    kinds = [kind for kind in shapes.QUESTIONS if kind not in ("segment", "absent", "several", "ocr", "letters", "blank")]
     rng = np.random.default_rng(0)
     texts = []
     for _ in range(scenes):

@@ -1,64 +1,22 @@
-"""Trains the demo checkpoint: 3.5 million parameters, from nothing, in two hours on two cores.
+"""Trains the demo checkpoint, 3.5 million parameters, from nothing, in the stages of PaliGemma's recipe. All of it: recipe.sh.
 
-    python demo/train.py tower --minutes 14 --batch 48
-    python demo/train.py packed --minutes 42 --final 0.1
-    python demo/train.py packed --start packed.pt --seed 2 --minutes 21 --muon_lr 0.014 --adam_lr 1.5e-3 --bins 14 --final 0.1
-    python demo/train.py rows --start packed.pt --seed 3 --minutes 27 --batch 12 --muon_lr 0.006 --adam_lr 6e-4 --bins 6
-    python demo/train.py export --start rows.pt && python demo/evaluate.py
+    python demo/train.py contrastive --name tower   --pixels 84 ...      0  the vision tower alone, on captions (tower.py)
+    python demo/train.py shared      --name joint   --pixels 84 ...      1  tower and decoder, on all tasks
+    python demo/train.py shared      --name higher  --pixels 112 ...     2  the same with 64 instead of 36 patches,
+    python demo/train.py prefix      --name last    --pixels 112 ...        then as it will be used
+    python demo/train.py export      --start last.pt
 
-tower   The vision tower alone. A linear head, thrown away later, says for each patch which shape covers it. That is a much
-        stronger teacher than answers are: every patch of every picture has one.
-packed  Tower and decoder. All questions about a picture stand in one row behind it and do not see each other, so the picture's
-        64 tokens are read once for a dozen answers. The picture does not see the questions yet.
-rows    One question a row, and the picture sees it: the prefix-LM pass that generation does. Slower, so it comes last.
+shared  The picture is read once for all questions about it, a dozen and more; they see it, it does not see them.
+prefix  One question a row, and the picture sees it: the prefix-LM pass that generation does. Slower, so it comes last.
 
-The learning rate follows the time that the processor has worked (--minutes, of each process), so that a phase does the same work
-whatever else the machine does, and may be stopped for a while; two processes of one thread each average their gradients. Each
-answer counts as one in the loss, however long it is. How it went (share of answers right to the
-letter, on new scenes, since none is drawn twice; mean error of a coordinate in pixels of 112):
-
-    phase   minutes  steps  caption  color  shape  count  exists  where  pixels
-    tower        14    911        -   1.00   1.00      -       -      -     1.2   (of patches; box edges)
-    packed        4    175     0.58   0.56   0.98   0.73    0.85   0.50    11.8
-                 15    625     0.70   0.85   0.99   0.79    0.95   0.88     5.8
-                 28   1025     0.86   0.88   0.99   0.87    0.96   0.93     4.0
-    packed        9    325     0.91   1.00   0.98   0.87    0.97   0.94     3.0
-    again        21    775     0.99   1.00   1.00   0.94    0.99   0.98     1.4
-    rows         10    475     0.96   1.00   1.00   0.90    0.95   0.97     2.2
-                 27   1000     0.98   1.00   1.00   0.92    1.00   0.98     1.7
-
-Then, said greedily about 150 pictures of an unseen seed (evaluate.py --count 150; 1326 questions): answers 97.4 %, captions
-100 %, detect 0.833. Before the rows (24 pictures, float32): 98.0 %, 100 %, 0.786. What it still gets wrong is several shapes of
-one kind: it counts or boxes one too few.
-
-The first packed run was stopped after 28 of its 42 minutes: the two processes had made different tokenizers (two pairs of words
-had swapped ids), which is why colours and captions lagged. Since then there is one tokenizer file for all.
-
-Then it learned to segment, and to find nothing where nothing is. The states above were gone, so it went on from its own
-bfloat16 weights; the tower stayed as it was (--tower_rate 0, all four times), and no vector of a <seg> token had been used yet.
-
-    python demo/codec.py
-    ... rows --start checkpoint --seed 4 --minutes 6 --batch 6 --muon_lr 0.004 --adam_lr 1e-3 --bins 5 --final 0.4
-    ... rows --start rows.pt --seed 6 --minutes 4.5 --batch 6 --muon_lr 0.004 --adam_lr 8e-4 --bins 4
-    ... rows --start rows.pt --seed 7 --minutes 9 --batch 8 --muon_lr 0.005 --adam_lr 8e-4 --bins 4
-    ... rows --start rows.pt --seed 8 --minutes 6 --batch 8 --muon_lr 0.004 --adam_lr 6e-4 --bins 2.5
-
-Between the first two, another run was stopped after 50 steps; in both, a code weighed as much as any other token. Said about
-the same 150 pictures (1626 questions now; mAP is that of detect, without and with scores), the last line by what is shipped:
-
-    minutes  steps  answers  captions  detect  segment  absent  mAP
-          0      0     97.4       100   0.831        0     2.0  0.574  0.662
-       11.0   1391     96.9       100   0.809    0.635    99.3  0.672  0.700
-       20.0   2233     97.2       100   0.839    0.704     100  0.698  0.737
-       26.0   2786     97.6      99.3   0.854    0.728    99.3  0.718  0.751
+Each stage goes on from the state of another one, `--start`. A position embedding for fewer patches is stretched (bilinearly, as
+big_vision does for PaliGemma's stages). Everything is computed in bfloat16, on weights in float32. Each answer counts as one in
+the loss, however long it is, and each object of a `detect` or `segment` as one; a word that is read counts as three.
 """
 
 import argparse
-import json
 import math
-import os
 import sys
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -66,10 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, distributed, multiprocessing, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "demo" / "checkpoint"
@@ -77,285 +35,95 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 import shapes  # noqa: E402
 from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask  # noqa: E402
-from modeling_siglip import SiglipVisionConfig, SiglipVisionModel  # noqa: E402
+from optimisers import Trainer, init, save  # noqa: E402
 from tokenizer import make_tokenizer, write_files  # noqa: E402
+from tower import VISION, PatchHead, draw_batch, train_contrastive  # noqa: E402
 
-VISION = {
-    "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 3, "image_size": 112,
-    "patch_size": 14,
-}  # fmt: skip
 TEXT = {
     "model_type": "gemma", "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 3,
     "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 512,
 }  # fmt: skip
 QUESTIONS = {
-    "caption": 1, "color": 1, "shape": 1, "count": 2, "exists": 2, "where": 2, "detect": 3, "segment": 3, "absent": 1,
+    "caption": 1, "color": 1, "shape": 1, "count": 2, "exists": 2, "where": 2, "detect": 2, "segment": 1, "absent": 1,
+    "several": 2, "ocr": 1, "letters": 1, "blank": 1,
 }  # fmt: skip  # tries a picture
-GROUPS = 3  # of rows by length, in the phase rows
-GRID = VISION["image_size"] // VISION["patch_size"]
-DRAWN_SIZES = (112, 112, 160, 224)
-IS_COVERED = 0.25  # a patch belongs to a shape whose box covers that much of it
-COLORS, KINDS = list(shapes.COLORS), list(shapes.KINDS)
-
-
-def pixels_of(scene: shapes.Scene, rng: np.random.Generator) -> np.ndarray:
-    """uint8[3, R, R], as the processor makes them: drawn at some size, resized by PIL's bicubic filter."""
-    side = VISION["image_size"]
-    picture = shapes.draw(scene, int(rng.choice(DRAWN_SIZES)))
-    if picture.width != side:
-        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
-    return np.asarray(picture).transpose(2, 0, 1)
-
-
-def patch_targets(scene: shapes.Scene) -> tuple[np.ndarray, np.ndarray]:
-    """What the patch head has to say of each patch: int64[P, 4] = covered, colour, kind, rank; float32[P, 4] = box - centre."""
-    edge = np.arange(GRID) / GRID
-    centre = edge + 0.5 / GRID
-    words = np.zeros((GRID, GRID, 4), dtype=np.int64)
-    boxes = np.zeros((GRID, GRID, 4), dtype=np.float32)
-    best = np.full((GRID, GRID), IS_COVERED)
-    for rank, shape in enumerate(scene.shapes):
-        top, left, bottom, right = shape.box
-        rows = np.clip(np.minimum(edge + 1 / GRID, bottom) - np.maximum(edge, top), 0, None) * GRID
-        columns = np.clip(np.minimum(edge + 1 / GRID, right) - np.maximum(edge, left), 0, None) * GRID
-        share = rows[:, None] * columns
-        mine = share >= best
-        best = np.where(mine, share, best)
-        words[mine] = 1, COLORS.index(shape.color), KINDS.index(shape.kind), rank
-        offsets = np.stack(
-            np.broadcast_arrays(top - centre[:, None], left - centre, bottom - centre[:, None], right - centre), axis=-1
-        )
-        boxes[mine] = offsets[mine]
-    return words.reshape(-1, 4), boxes.reshape(-1, 4)
-
-
-def draw_batch(rng: np.random.Generator, count: int) -> tuple[list[shapes.Scene], Tensor, Tensor, Tensor]:
-    """New scenes, their pixels float32[I, 3, R, R] in [-1, 1], and what the patch head has to say of them."""
-    scenes = [shapes.make_scene(rng) for _ in range(count)]
-    pixels = torch.from_numpy(np.stack([pixels_of(scene, rng) for scene in scenes])).float() / 127.5 - 1
-    words, boxes = (torch.from_numpy(np.stack(part)) for part in zip(*map(patch_targets, scenes), strict=True))
-    return scenes, pixels, words, boxes
-
-
-class PatchHead(nn.Linear):
-    """Thrown away after training: from a patch's vector, which shape covers it. Teaches the tower faster than answers do."""
-
-    sizes = (1, len(COLORS), len(KINDS), 4, 4)
-
-    def __init__(self, width: int):
-        super().__init__(width, sum(self.sizes))
-
-    def loss(self, x: Tensor, words: Tensor, boxes: Tensor) -> tuple[Tensor, dict[str, float]]:
-        covered, color, kind, rank, box = self(x).float().split(self.sizes, dim=-1)
-        is_covered = words[..., 0].bool()
-        loss = F.binary_cross_entropy_with_logits(covered[..., 0], words[..., 0].float())
-        right = {}
-        for index, (name, logits) in enumerate((("color", color), ("kind", kind), ("rank", rank)), start=1):
-            loss = loss + F.cross_entropy(logits[is_covered], words[..., index][is_covered])
-            right[name] = (logits[is_covered].argmax(-1) == words[..., index][is_covered]).float().mean().item()
-        distance = (box[is_covered] - boxes[is_covered]).abs()
-        right["box_px"] = distance.mean().item() * VISION["image_size"]
-        return loss + F.smooth_l1_loss(box[is_covered] * 10, boxes[is_covered] * 10, beta=0.2), right
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: each matrix moves in all its directions alike (Jordan, 2024: kellerjordan.github.io/posts/muon).
-
-    As torch.optim.Muon, but in float32, since bfloat16 is slow on a CPU, and for all matrices of one shape at a time.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @staticmethod
-    def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
-        """The nearest matrices whose singular values are all about 1, by Newton and Schulz's iteration; x is [N, r, c]."""
-        is_tall = x.shape[1] > x.shape[2]
-        x = x.mT if is_tall else x
-        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-        for _ in range(steps):
-            gram = x @ x.mT
-            x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
-        return x.mT if is_tall else x
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            shapes_seen: dict[tuple, list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    shapes_seen.setdefault(tuple(parameter.shape), []).append(parameter)
-            for (rows, columns), alike in shapes_seen.items():
-                pushes = []
-                for parameter in alike:
-                    speed = self.state[parameter].setdefault("speed", torch.zeros_like(parameter))
-                    speed.lerp_(parameter.grad, 1 - group["momentum"])
-                    pushes.append(parameter.grad.lerp(speed, group["momentum"]))
-                moves = torch.zeros(len(alike), rows, columns)  # each process does its share; the sum has them all
-                mine = slice(distributed.get_rank(), None, distributed.get_world_size())
-                moves[mine] = self.orthogonalise(torch.stack(pushes)[mine]) * max(1, rows / columns) ** 0.5
-                distributed.all_reduce(moves)
-                for parameter, move in zip(alike, moves, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(move, alpha=group["lr"])
-
-
-class Trainer:
-    """Two optimisers, a learning rate that follows the time that the processor has worked, a log.
-
-    Muon moves the matrices of the layers, AdamW all else. In the joint phases the tower, which knows its trade, moves slowly.
-    """
-
-    def __init__(self, modules: nn.Module, options: argparse.Namespace):
-        self.seconds, self.start, self.steps, self.progress = options.minutes * 60, time.process_time(), 0, 0.0
-        self.final = options.final
-        self.parameters = [p for p in modules.parameters() if p.requires_grad]
-        groups: dict[tuple[bool, bool], list] = {}
-        for name, p in modules.named_parameters():
-            groups.setdefault((p.dim() == 2 and ".layers." in name, "vision_tower" in name), []).append(p)
-        self.optimisers = []
-        for (is_matrix, is_tower), parameters in groups.items():
-            peak = (options.muon_lr if is_matrix else options.adam_lr) * (options.tower_rate if is_tower else 1)
-            if is_matrix:
-                self.optimisers.append((peak, Muon(parameters, peak, weight_decay=0.01)))
-            else:
-                self.optimisers.append((peak, torch.optim.AdamW(parameters, peak, betas=(0.9, 0.98), weight_decay=0.01)))
-
-    @property
-    def clock(self) -> float:
-        return (time.process_time() - self.start) / self.seconds
-
-    def step(self, loss: Tensor) -> None:
-        """One update with the mean gradient of all processes.
-
-        The rate rises during the first 3 % of the time, stays until 40 %, and falls to `final` of it at the end.
-        """
-        loss.backward()
-        grads = [p.grad for p in self.parameters]
-        flat = torch.cat([torch.full((1,), self.clock), *(grad.flatten() for grad in grads)]) / distributed.get_world_size()
-        distributed.all_reduce(flat)
-        self.progress = float(flat[0])
-        for grad, mean in zip(grads, flat[1:].split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(mean.view_as(grad))
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        rate = min(1.0, self.progress / 0.03 + 0.01, self.final + (1 - self.final) * max(0.0, 1 - self.progress) / 0.6)
-        for peak, optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = peak * rate
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        self.steps += 1
-
-
-def log(trainer: "Trainer", **numbers: float) -> None:
-    line = {"minutes": trainer.progress * trainer.seconds / 60, "steps": trainer.steps, **numbers}
-    print(json.dumps({key: round(value, 4) for key, value in line.items()}), flush=True)
-
-
-def save(folder: Path, name: str, state: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(state, folder / f"{name}.part")
-    os.replace(folder / f"{name}.part", folder / name)
-
-
-def init(module: nn.Module) -> None:
-    """Small normal weights; the tower's position embedding, too."""
-    for child in module.modules():
-        if isinstance(child, nn.Linear):
-            nn.init.normal_(child.weight, std=child.in_features**-0.5 * 0.8)
-            if child.bias is not None:
-                nn.init.zeros_(child.bias)
-        elif isinstance(child, nn.Embedding):
-            nn.init.normal_(child.weight, std=child.embedding_dim**-0.5)
-    for name, parameter in module.named_parameters():
-        if name.endswith(("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")):
-            parameter.data.mul_(0.3)
-
-
-def train_tower(options: argparse.Namespace, rng: np.random.Generator) -> None:
-    """The tower alone, under the patch head."""
-    tower = SiglipVisionModel(SiglipVisionConfig(**VISION))
-    init(tower)
-    both = nn.ModuleDict({"tower": tower, "head": PatchHead(VISION["hidden_size"])})
-    trainer = Trainer(both, options)
-    while trainer.progress < 1:
-        _, pixels, words, boxes = draw_batch(rng, options.batch)
-        loss, right = both["head"].loss(tower(pixels), words, boxes)
-        trainer.step(loss)
-        if distributed.get_rank() == 0 and (trainer.steps % 50 == 0 or trainer.progress >= 1):
-            log(trainer, loss=loss.item(), **right)
-            save(options.runs, "tower.pt", both.state_dict())
+OF_OCR = 3.0  # what a word counts
+OF_CODE = 0.1  # what a code of a mask weighs beside a coordinate: they are the same for all shapes of a kind
+GROUPS = 8  # of rows by length, since an answer with masks is ten times as long as most
 
 
 @dataclass
 class Pack:
-    """Questions about pictures as tensors, every row `picture | question answer | question answer | ...`, without the picture.
+    """Questions with their answers as tensors, one a row, without the picture; U is the length of the longest row.
 
-    A position's target is the token after it, if that is of an answer, else -100. U is the text length, the longest row's.
+    A position's target is the token after it, if that is of an answer, else -100.
     """
 
-    ids: Tensor  # int64[B, U]
-    position_ids: Tensor  # int64[B, U]; each question starts as if it came right after the picture
-    question: Tensor  # int64[B, U], 1, 2, ... within a row; -1 = padding
-    is_prefix: Tensor  # bool[B, U]
-    targets: Tensor  # int64[B, U]
-    weights: Tensor  # float32[B, U], of an answer's tokens; they sum to 1: an answer counts as one, however long it is
-    kinds: Tensor  # int64[B, U], what kind of question it is, as an index of QUESTIONS
+    picture: Tensor  # int64[N], which of the batch's pictures each row is about
+    ids: Tensor  # int64[N, U]
+    is_token: Tensor  # int64[N, U], 0 = padding, which is on the right
+    is_answer: Tensor  # int64[N, U], 1 = of the answer
+    targets: Tensor  # int64[N, U]
+    weights: Tensor  # float32[N, U], of an answer's tokens
+    kinds: Tensor  # int64[N], what kind of question it is, as an index of QUESTIONS
 
 
 class Packer:
     """From questions to a Pack."""
 
-    def __init__(self, tokenizer: Tokenizer, num_image_tokens: int):
+    def __init__(self, tokenizer: Tokenizer):
         self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
         self.bos, self.eos, self.newline = (tokenizer.token_to_id(token) for token in ("<bos>", "<eos>", "\n"))
+        self.locs = range(tokenizer.token_to_id("<loc0000>"), tokenizer.token_to_id("<loc1023>") + 1)
         self.segs = range(tokenizer.token_to_id("<seg000>"), tokenizer.token_to_id("<seg127>") + 1)
-        self.offset = num_image_tokens
         self.prefixes: dict[str, list[int]] = {}
 
-    def __call__(self, rows: list[list[tuple[str, str, str]]]) -> Pack:
-        """rows: for each row its questions as (kind, prefix, suffix)."""
-        names = list(QUESTIONS)
-        packed = []
-        for row in rows:
-            columns: list[list] = [[] for _ in range(7)]
-            for number, (kind, prefix, suffix) in enumerate(row, start=1):
-                if prefix not in self.prefixes:
-                    self.prefixes[prefix] = [self.bos, *self.encode(prefix), self.newline]
-                start, answer = self.prefixes[prefix], [*self.encode(suffix), self.eos]
-                n, a = len(start), len(answer)
-                counts = [0.25 if token in self.segs else 1.0 for token in answer]  # a mask weighs as much as its box
-                size = n + a - 1
-                columns[0] += start + answer[:-1]
-                columns[1] += range(self.offset + 1, self.offset + 1 + size)
-                columns[2] += [number] * size
-                columns[3] += [True] * n + [False] * (a - 1)
-                columns[4] += [-100] * (n - 1) + answer
-                columns[5] += [0.0] * (n - 1) + [count / sum(counts) for count in counts]
-                columns[6] += [names.index(kind)] * size
-            packed.append(columns)
-        longest = max(len(columns[0]) for columns in packed)
-        fill = (0, 1, -1, False, -100, 0.0, 0)
-        return Pack(
-            *(
-                torch.tensor([columns[i] + [fill[i]] * (longest - len(columns[i])) for columns in packed])
-                for i in range(len(fill))
-            )
-        )
+    def weigh(self, kind: str, answer: list[int]) -> list[float]:
+        """How much each token of an answer counts."""
+        shares = [OF_CODE if token in self.segs else 1.0 for token in answer]
+        boxes = sum(token in self.locs for token in answer) // 4
+        total = OF_OCR if kind in ("ocr", "letters") else max(1, boxes)
+        return [share * total / sum(shares) for share in shares]
+
+    def __call__(self, rows: list[tuple[int, str, str, str]]) -> Pack:
+        """rows: of each question the number of its picture, its kind, prefix and suffix."""
+        columns: list[list] = [[], [], [], [], []]
+        for _, kind, prefix, suffix in rows:
+            if prefix not in self.prefixes:
+                self.prefixes[prefix] = [self.bos, *self.encode(prefix), self.newline]
+            start, answer = self.prefixes[prefix], [*self.encode(suffix), self.eos]
+            n, a = len(start), len(answer)
+            columns[0].append(start + answer[:-1])
+            columns[1].append([1] * (n + a - 1))
+            columns[2].append([0] * n + [1] * (a - 1))
+            columns[3].append([-100] * (n - 1) + answer)
+            columns[4].append([0.0] * (n - 1) + self.weigh(kind, answer))
+        longest = max(map(len, columns[0]))
+        tensors = [
+            torch.tensor([row + [fill] * (longest - len(row)) for row in column])
+            for column, fill in zip(columns, (0, 0, 0, -100, 0.0), strict=True)
+        ]
+        picture, kinds = zip(*((number, list(QUESTIONS).index(kind)) for number, kind, _, _ in rows), strict=True)
+        return Pack(torch.tensor(picture), *tensors, torch.tensor(kinds))
 
 
-def packed_mask(pack: Pack, num_image_tokens: int) -> Tensor:
-    """Who may look at whom when many questions share a picture: bool[B, 1, L, L], L = P + U.
+class SharedPicture:
+    """Stands in for a KVCache where many questions share a picture: its keys and values, read once, serve each of them.
 
-    The picture sees itself only. A question sees the picture and itself in both directions, its answer looks back; neither sees
-    another question. (In the model as it is used the picture sees the question, too: that is what the last phase is for.)
+    Gradients flow back through it. First the pictures are read, [I, K, P, E] a layer; then, with `picture` set to int64[N], rows
+    of questions, each of which finds its picture's before its own.
     """
-    picture = pack.question.new_zeros(len(pack.question), num_image_tokens)
-    question = torch.cat([picture, pack.question], dim=1)
-    is_prefix = torch.cat([picture == 0, pack.is_prefix], dim=1)
-    index = torch.arange(question.shape[1])
-    back = (index <= index[:, None]) | (is_prefix[:, None] & is_prefix[:, :, None])
-    mask = (question[:, None] == 0) | ((question[:, None] == question[:, :, None]) & back)
-    return mask[:, None]
+
+    def __init__(self):
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.picture: Tensor | None = None
+
+    def write(self, layer: int, position_ids: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        if self.picture is None:
+            self.layers.append((k, v))
+            return k, v
+        seen = (x[self.picture] for x in self.layers[layer])
+        return tuple(torch.cat([picture, own], dim=2) for picture, own in zip(seen, (k, v), strict=True))
 
 
 class Smooth:
@@ -385,27 +153,25 @@ class Smooth:
 def scores(logits: Tensor, pack: Pack, chosen: Tensor, first_loc: int) -> dict[str, float]:
     """Share of answers with every token right, by kind of question (greedy decoding would say them), and the error of boxes."""
     said, targets = logits.argmax(-1), pack.targets[chosen]
-    row = torch.arange(len(pack.ids))[:, None].expand_as(pack.ids)
-    answer = (row * 100 + pack.question)[chosen]
-    ids, answer = answer.unique(return_inverse=True)
-    wrong = torch.zeros(len(ids)).index_add(0, answer, (said != targets).float())
-    kind = torch.zeros(len(ids), dtype=torch.int64).index_copy(0, answer, pack.kinds[chosen])
-    result = {name: (wrong[kind == i] == 0).float().mean().item() for i, name in enumerate(QUESTIONS) if (kind == i).any()}
+    row = torch.arange(len(pack.ids))[:, None].expand_as(pack.ids)[chosen]
+    is_right = torch.zeros(len(pack.ids)).index_add(0, row, (said != targets).float()) == 0
+    found = {kind: (pack.kinds == i) for i, kind in enumerate(QUESTIONS)}
+    result = {kind: is_right[mine].float().mean().item() for kind, mine in found.items() if mine.any()}
+    for kind in ("detect", "segment", "several"):  # no bin is right to the letter
+        result.pop(kind, None)
     is_loc = (targets >= first_loc) & (targets < first_loc + 1024)
-    for name in ("detect", "segment"):  # no bin is right to the letter
-        result.pop(name, None)
     is_seg = (targets >= first_loc + 1024) & (targets < first_loc + 1152)
     if is_seg.any():
-        result["seg"] = (said == targets)[is_seg].float().mean().item()
+        result["codes"] = (said == targets)[is_seg].float().mean().item()
     if is_loc.any():
-        bins = (said - targets)[is_loc].abs().clamp(max=1024).float().mean().item()
-        result["loc_px"] = bins / 1023 * VISION["image_size"]
+        result["location"] = (said - targets)[is_loc].abs().clamp(max=1023).float().mean().item() / 1023
     return result
 
 
-def new_model(tokenizer: Tokenizer) -> PaliGemmaForConditionalGeneration:
+def new_model(tokenizer: Tokenizer, pixels: int) -> PaliGemmaForConditionalGeneration:
     """First weights. Neighbouring <loc> tokens start with vectors that are alike: sums of waves over the coordinate."""
-    raw = {"model_type": "paligemma", "vision_config": VISION, "image_token_index": tokenizer.token_to_id("<image>")}
+    vision = VISION | {"image_size": pixels}
+    raw = {"model_type": "paligemma", "vision_config": vision, "image_token_index": tokenizer.token_to_id("<image>")}
     vocabulary = math.ceil(tokenizer.get_vocab_size() / 64) * 64
     raw["text_config"] = TEXT | {"vocab_size": vocabulary}
     model = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_hf(raw))
@@ -418,58 +184,101 @@ def new_model(tokenizer: Tokenizer) -> PaliGemmaForConditionalGeneration:
     return model
 
 
+def stretch(positions: Tensor, patches: int) -> Tensor:
+    """A position embedding [P, D] for another number of patches, both of them squares."""
+    old, new = math.isqrt(len(positions)), math.isqrt(patches)
+    grid = positions.T.reshape(1, -1, old, old)  # [1, D, H, W]
+    return F.interpolate(grid, size=(new, new), mode="bilinear", align_corners=False)[0].flatten(1).T
+
+
 class Joint:
-    """What both joint phases share: the model, the patch head as a small extra loss, scenes, the log."""
+    """What all stages with a decoder share: the model, the patch head as a small extra loss, scenes, the log."""
 
     def __init__(self, options: argparse.Namespace, rng: np.random.Generator):
         self.options, self.rng = options, rng
         self.tokenizer = Tokenizer.from_file(str(options.runs / "tokenizer.json"))
-        self.model = new_model(self.tokenizer)
+        self.model = new_model(self.tokenizer, options.pixels)
         self.head = PatchHead(VISION["hidden_size"])
         self.both = nn.ModuleDict({"model": self.model, "head": self.head})
         self.model.vision_tower.requires_grad_(options.tower_rate > 0)
         self.head.requires_grad_(options.tower_rate > 0)
-        self.packer = Packer(self.tokenizer, self.model.config.num_image_tokens)
-        self.first_loc = self.tokenizer.token_to_id("<loc0000>")
-        self.smooth = Smooth(self.first_loc)
+        self.packer = Packer(self.tokenizer)
+        self.smooth = Smooth(self.packer.locs.start)
         self.kinds = [kind for kind, tries in QUESTIONS.items() for _ in range(tries)]
         self.recent: dict[str, list[float]] = {}
 
-    def batch(self) -> tuple[Tensor, Tensor, list[list[tuple[str, str, str]]]]:
-        """The tower's view of new scenes [I, P, D], the loss of the patch head, and each scene's questions."""
-        scenes, pixels, words, boxes = draw_batch(self.rng, self.options.batch)
+    def batch(self) -> tuple[Tensor, Tensor, list[list[tuple[int, str, str, str]]]]:
+        """What the decoder sees of new scenes [I, P, D], the loss of the patch head, and each scene's questions."""
+        scenes, pixels, words, boxes = draw_batch(self.rng, self.options.batch, self.options.pixels)
         rows = []
-        for scene in scenes:
+        for number, scene in enumerate(scenes):
             asked = {}
             for kind in self.kinds:
                 question = shapes.QUESTIONS[kind](scene, self.rng)
                 if question is not None:
                     asked[question] = kind
-            rows.append([(kind, *question) for question, kind in asked.items()])
+            rows.append([(number, kind, *question) for question, kind in asked.items()])
         x = self.model.vision_tower(pixels)
-        return x, self.head.loss(x, words, boxes)[0], rows
+        return self.model.multi_modal_projector(x), self.head.loss(x, words, boxes)[0], rows
 
     def load(self, start: str) -> None:
-        """The state of a phase, or the weights of the shipped checkpoint; these come without the patch head."""
+        """The state of a stage, of the contrastive one the tower and the head; or the weights of the shipped checkpoint."""
         if start == "checkpoint":
-            self.model.load_state_dict(load_file(CHECKPOINT / "model.safetensors"))  # copied, and so float32 again
-        else:
-            self.both.load_state_dict(torch.load(self.options.runs / start, weights_only=True))
+            return self.model.load_state_dict(load_file(CHECKPOINT / "model.safetensors"))  # copied, and so float32 again
+        state = torch.load(self.options.runs / start, weights_only=True)
+        name = "model.vision_tower.vision_model."
+        if not any(key.startswith("model.") for key in state):
+            tower = {key.replace("siglip.vision_model.", name): value for key, value in state.items()}
+            state = self.both.state_dict()
+            state |= {key: value for key, value in tower.items() if key in state}
+        place = f"{name}embeddings.position_embedding.weight"
+        if len(state[place]) != self.model.config.num_image_tokens:
+            state[place] = stretch(state[place], self.model.config.num_image_tokens)
+        self.both.load_state_dict(state)
 
-    def loss(self, features: Tensor, pack: Pack, mask: Tensor, progress: float) -> Tensor:
-        """Mean over answers of the mean over an answer's tokens."""
-        decoder = self.model.language_model
-        p = features.shape[1]
-        picture_positions = torch.arange(1, p + 1).expand(len(features), p)
-        inputs = torch.cat([features, decoder.model.embed_tokens(pack.ids)], dim=1)
-        x = decoder.model(inputs, torch.cat([picture_positions, pack.position_ids], dim=1), mask)[:, p:]
+    def groups(self, rows: list[tuple[int, str, str, str]]) -> list[Pack]:
+        """Rows of alike length go through the decoder together."""
+        rows = sorted(rows, key=lambda row: (len(row[3]), len(row[2])))
+        return [self.packer([rows[i] for i in part]) for part in np.array_split(np.arange(len(rows)), GROUPS)]
+
+    def loss(self, x: Tensor, pack: Pack, progress: float) -> Tensor:
+        """The weighted sum over answer tokens, of the decoder's vectors [N, U, D]."""
         chosen = pack.weights > 0
-        logits = decoder.logits(x[chosen])
+        logits = self.model.language_model.logits(x[chosen])
         self.smooth.narrow(self.options.bins * 0.2**progress)
-        weights = pack.weights[chosen]
-        for name, value in scores(logits, pack, chosen, self.first_loc).items():
+        for name, value in scores(logits, pack, chosen, self.smooth.first_loc).items():
             self.recent.setdefault(name, []).append(value)
-        return (self.smooth(logits, pack.targets[chosen]) * weights).sum() / weights.sum()
+        return (self.smooth(logits, pack.targets[chosen]) * pack.weights[chosen]).sum()
+
+    def shared(self, features: Tensor, packs: list[Pack], progress: float) -> Tensor:
+        """The loss of questions that see their picture, while it does not see them. A mean over answers, as they count."""
+        decoder, p = self.model.language_model.model, features.shape[1]
+        cache = SharedPicture()
+        decoder(features, torch.arange(1, p + 1).expand(len(features), p), None, cache)
+        total, count = torch.zeros(()), 0.0
+        for pack in packs:
+            cache.picture = pack.picture
+            # The picture's tokens stand before the row's, so the mask is that of a whole row without the picture's own queries.
+            n, u = pack.ids.shape
+            is_token = torch.cat([torch.ones(n, p, dtype=torch.int64), pack.is_token], dim=1)
+            is_answer = torch.cat([torch.zeros(n, p, dtype=torch.int64), pack.is_answer], dim=1)
+            mask = prefix_lm_mask(is_token, is_answer)[:, :, p:]  # [N, 1, U, P+U]
+            positions = torch.arange(p + 1, p + u + 1).expand(n, u)
+            x = decoder(decoder.embed_tokens(pack.ids).to(features.dtype), positions, mask, cache)
+            total, count = total + self.loss(x, pack, progress), count + float(pack.weights.sum())
+        return total / count
+
+    def prefix(self, features: Tensor, packs: list[Pack], progress: float) -> Tensor:
+        """The loss of rows of picture, question and answer: the pass as it is used."""
+        decoder, p = self.model.language_model.model, features.shape[1]
+        total, count = torch.zeros(()), 0.0
+        for pack in packs:
+            inputs = torch.cat([features[pack.picture], decoder.embed_tokens(pack.ids).to(features.dtype)], dim=1)
+            picture = torch.ones(inputs.shape[0], p, dtype=torch.int64)
+            mask = prefix_lm_mask(torch.cat([picture, pack.is_token], 1), torch.cat([picture * 0, pack.is_answer], 1))
+            x = decoder(inputs, torch.arange(1, inputs.shape[1] + 1).expand(inputs.shape[:2]), mask)[:, p:]
+            total, count = total + self.loss(x, pack, progress), count + float(pack.weights.sum())
+        return total / count
 
     def finish_step(self, trainer: Trainer, loss: Tensor, extra: Tensor) -> None:
         """One update; every 25 of them a line of means since the last one, and the state on disk."""
@@ -477,57 +286,28 @@ class Joint:
         self.recent.setdefault("loss", []).append(loss.item())
         self.recent.setdefault("head", []).append(extra.item())
         if distributed.get_rank() == 0 and (trainer.steps % 25 == 0 or trainer.progress >= 1):
-            log(trainer, **{name: float(np.mean(values)) for name, values in self.recent.items()})
+            trainer.log(self.options, {name: float(np.mean(values)) for name, values in self.recent.items()})
             self.recent.clear()
-            save(self.options.runs, f"{self.options.phase}.pt", self.both.state_dict())
+            save(self.options.runs, f"{self.options.name}.pt", self.both.state_dict())
 
 
-def train_packed(options: argparse.Namespace, rng: np.random.Generator) -> None:
-    """Picture and answers together, all questions about a picture in one row."""
-    joint = Joint(options, rng)
-    if options.start == "tower.pt":
-        state = torch.load(options.runs / options.start, weights_only=True)
-        for part, module in (("tower.", joint.model.vision_tower), ("head.", joint.head)):
-            module.load_state_dict({key.removeprefix(part): value for key, value in state.items() if key.startswith(part)})
-    else:
-        joint.load(options.start)
-    trainer = Trainer(joint.both, options)
-    while trainer.progress < 1:
-        x, extra, rows = joint.batch()
-        pack = joint.packer(rows)
-        features = joint.model.multi_modal_projector(x)
-        mask = packed_mask(pack, features.shape[1])
-        joint.finish_step(trainer, joint.loss(features, pack, mask, trainer.progress), extra)
-
-
-def train_rows(options: argparse.Namespace, rng: np.random.Generator) -> None:
-    """One question a row, and the picture sees it: the pass that generation will do.
-
-    Rows of alike length go through the decoder together, since an answer with masks is ten times as long as most.
-    """
+def train_joint(options: argparse.Namespace, rng: np.random.Generator) -> None:
+    """The stages shared and prefix."""
     joint = Joint(options, rng)
     joint.load(options.start)
     trainer = Trainer(joint.both, options)
     while trainer.progress < 1:
-        x, extra, rows = joint.batch()
-        projected = joint.model.multi_modal_projector(x)
-        picks = [(i, row[j]) for i, row in enumerate(rows) for j in rng.permutation(len(row))[: options.questions]]
-        picks.sort(key=lambda pick: len(pick[1][2]))
-        loss = torch.zeros(())
-        for part in np.array_split(np.arange(len(picks)), GROUPS):
-            chosen = [picks[k] for k in part]
-            pack = joint.packer([[question] for _, question in chosen])
-            features = projected[torch.tensor([i for i, _ in chosen])]
-            picture = torch.ones(features.shape[:2], dtype=torch.int64)
-            is_token = torch.cat([picture, (pack.question > 0).long()], dim=1)
-            is_answer = torch.cat([picture * 0, (~pack.is_prefix).long()], dim=1)
-            mask = prefix_lm_mask(is_token, is_answer)
-            loss = loss + joint.loss(features, pack, mask, trainer.progress) * len(part) / len(picks)
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # short rows: the flash kernel is slower
+            features, extra, rows = joint.batch()
+            if options.stage == "prefix":
+                rows = [[row[j] for j in rng.permutation(len(row))[: options.questions]] for row in rows]
+            packs = joint.groups([question for row in rows for question in row])
+            loss = getattr(joint, options.stage)(features, packs, trainer.progress)
         joint.finish_step(trainer, loss, extra)
 
 
 def export(options: argparse.Namespace) -> None:
-    """The state of a phase as a checkpoint folder in bfloat16, as the hub has it."""
+    """The state of a stage as a checkpoint folder in bfloat16, as the hub has it."""
     from weights import save_model
 
     joint = Joint(options, np.random.default_rng(0))
@@ -543,21 +323,23 @@ def run(rank: int, options: argparse.Namespace) -> None:
     patience = timedelta(days=1)  # a process may be stopped for a while and go on
     distributed.init_process_group("gloo", rank=rank, world_size=options.processes, init_method=address, timeout=patience)
     torch.manual_seed(options.seed)  # the same first weights in all processes, but other scenes
-    PHASES[options.phase](options, np.random.default_rng([options.seed, rank, list(PHASES).index(options.phase)]))
+    STAGES[options.stage](options, np.random.default_rng([options.seed, rank, list(STAGES).index(options.stage)]))
     distributed.destroy_process_group()
 
 
-PHASES = {"tower": train_tower, "packed": train_packed, "rows": train_rows}
+STAGES = {"contrastive": train_contrastive, "shared": train_joint, "prefix": train_joint}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phase", choices=[*PHASES, "export"])
-    parser.add_argument("--minutes", type=float, default=15)
-    parser.add_argument("--start", default="tower.pt", help="state of an earlier phase, in --runs; or checkpoint")
-    parser.add_argument("--questions", type=int, default=4, help="of each picture, in the phase rows")
+    parser.add_argument("stage", choices=[*STAGES, "export"])
+    parser.add_argument("--name", default="stage", help="of the stage in the log, and of its state, RUNS/NAME.pt")
+    parser.add_argument("--pixels", type=int, default=112, help="side of a picture; each 14 x 14 of them are a token")
+    parser.add_argument("--minutes", type=float, default=15, help="of each processor")
+    parser.add_argument("--start", help="state of an earlier stage, in RUNS; or checkpoint, the weights that ship")
+    parser.add_argument("--questions", type=int, default=4, help="of each picture, in the stage prefix")
     parser.add_argument("--bins", type=float, default=25, help="width of the bell around a <loc>; at the end a fifth")
-    parser.add_argument("--head_weight", type=float, default=0.2)
+    parser.add_argument("--head_weight", type=float, default=0.2, help="of the patch head's loss")
     parser.add_argument("--batch", type=int, default=20, help="pictures a step and process")
     parser.add_argument("--processes", type=int, default=2, help="one core each")
     parser.add_argument("--port", type=int, default=29511)
@@ -566,13 +348,13 @@ def main() -> None:
     parser.add_argument("--adam_lr", type=float, default=2e-3)
     parser.add_argument("--tower_rate", type=float, default=0.25, help="learning rate of the tower, relative; 0: it stays")
     parser.add_argument("--final", type=float, default=0.0, help="learning rate at the end, relative")
-    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder, for the phase export")
+    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder, for export")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs")
     options = parser.parse_args()
-    if not (options.runs / "tokenizer.json").exists():  # made once: all processes and phases must mean the same by an id
-        options.runs.mkdir(parents=True, exist_ok=True)
+    options.runs.mkdir(parents=True, exist_ok=True)
+    if not (options.runs / "tokenizer.json").exists():  # made once: all processes and stages must mean the same by an id
         make_tokenizer().save(str(options.runs / "tokenizer.json"))
-    if options.phase == "export":
+    if options.stage == "export":
         return export(options)
     multiprocessing.spawn(run, (options,), nprocs=options.processes)
 

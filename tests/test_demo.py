@@ -20,9 +20,11 @@ sys.path.insert(0, str(DEMO))
 import codec  # noqa: E402
 import evaluate  # noqa: E402
 import masks  # noqa: E402
+import optimisers  # noqa: E402
 import outputs  # noqa: E402
 import shapes  # noqa: E402
 import tokenizer as demo_tokenizer  # noqa: E402
+import tower  # noqa: E402
 import train  # noqa: E402
 from generation import generate  # noqa: E402
 from processing_paligemma import PaliGemmaProcessor  # noqa: E402
@@ -82,8 +84,9 @@ def test_annotations_name_pictures_beside_them_and_several_questions_each(tmp_pa
     shapes.write(tmp_path, count=4, seed=1, size=48)
     lines = [json.loads(line) for line in (tmp_path / "annotations.jsonl").read_text(encoding="utf-8").splitlines()]
     assert all(set(line) == {"image", "prefix", "suffix"} for line in lines)
-    nothing = [line["prefix"].split()[0] for line in lines if not line["suffix"]]
+    nothing = [line["prefix"].split()[0] for line in lines if not line["suffix"] and line["prefix"] != "ocr"]
     assert len(nothing) == 4 and set(nothing) <= {"detect", "segment"}  # one a picture asks for what is not there
+    assert sum(line["prefix"] == "ocr" for line in lines) == 4
     for name in {line["image"] for line in lines}:
         prefixes = [line["prefix"] for line in lines if line["image"] == name]
         assert (tmp_path / name).is_file() and len(prefixes) >= 6
@@ -161,9 +164,11 @@ def test_every_answer_follows_from_the_scene():
                 assert [word for word in suffix.replace(",", "").split() if word in shapes.KINDS] == [s.kind for s in there]
             elif prefix == "detect shape":
                 np.testing.assert_allclose(bins_of(suffix), [np.array(s.box) * 1023 for s in there], atol=0.5 + 1e-6)
+            elif prefix == "ocr":
+                assert suffix == (drawn.word.text if drawn.word else "")
             elif not suffix:
                 assert named() == []  # detect or segment of what is not there
-            checked.add(words[0] + " " + words[1])
+            checked.add(" ".join(words[:2]))
     assert len(checked) >= 8
 
 
@@ -171,7 +176,7 @@ def test_what_was_asked_before_there_were_masks_is_still_asked():
     """Measures of older checkpoints stay comparable: the first questions about a picture are those that they were asked."""
     drawn, rng = scene(5)
     asked = shapes.ask(drawn, rng, list(shapes.ASKED))
-    assert asked[:-2] == [
+    assert asked[:-4] == [
         ("caption en", "a green circle, a purple circle and a blue square"),
         ("answer en what color is the square?", "blue"),
         ("answer en what shape is blue?", "square"),
@@ -184,7 +189,7 @@ def test_what_was_asked_before_there_were_masks_is_still_asked():
         ("answer en is there a purple circle?", "yes"),
         ("detect square", "<loc0295><loc0626><loc0474><loc0806> square"),
     ]  # fmt: skip
-    assert asked[-2][0].startswith("segment ") and asked[-1][1] == ""
+    assert asked[-4][0].startswith("segment ") and asked[-3][1] == "" and " ; " in asked[-2][0] and asked[-1][0] == "ocr"
 
 
 def test_yes_and_no_are_asked_for_equally_often():
@@ -209,6 +214,64 @@ def test_a_segment_answer_is_boxes_with_masks_and_the_words_asked_for():
             assert found[2] == shapes.mask_tokens(shape.kind)
             kinds_seen.add(shape.kind)
     assert kinds_seen == set(shapes.KINDS)
+
+
+def test_several_words_are_answered_in_their_order_and_nothing_is_said_of_one_that_is_not_there():
+    absent = 0
+    for index in range(60):
+        drawn, rng = scene(index)
+        prefix, suffix = shapes.ask_several(drawn, rng)
+        task, _, words = prefix.partition(" ")
+        words = words.split(" ; ")
+        said = [re.sub(r"<[a-z0-9]+>", "", text).strip() for text in suffix.split(" ; ")]
+        assert 2 <= len(words) <= 4 and len(set(words)) == len(words)
+        assert said == [word for word in words for shape in drawn.shapes if word in (shape.kind, shape.name)]
+        assert ("<seg" in suffix) == (task == "segment")
+        absent += len(set(words) - set(said))
+        assert len(set(words) - set(said)) <= 1
+    assert 15 < absent < 45
+
+
+def with_words(count: int) -> list[shapes.Scene]:
+    drawn = (scene(index)[0] for index in range(3 * count))
+    return [one for one in drawn if one.word][:count]
+
+
+def test_a_word_stands_beside_the_shapes_and_can_be_told_from_the_ground():
+    fonts = set()
+    for drawn in with_words(60):
+        word = drawn.word
+        box = outputs.Box(word.y, word.x, word.y + word.height, word.x + word.width)
+        assert 0 < box.y_min and box.y_max < 1 and 0 < box.x_min and box.x_max < 1
+        assert all(outputs.Box(*shape.box).iou(box) == 0 for shape in drawn.shapes)
+        assert np.linalg.norm(np.array(drawn.tones) - np.array(word.rgb), axis=-1).min() > 100
+        fonts.add(word.font)
+    assert fonts == set(shapes.FONTS)
+
+
+@pytest.mark.parametrize("font", shapes.FONTS)
+def test_the_letters_of_a_word_fill_its_box_and_their_middles_lie_in_them(font):
+    size = 448
+    word = shapes.Word("LIFT", font, (255, 255, 255), x=0.2031, y=0.3, height=0.14)
+    dark = shapes.Scene((), "flat", ((0, 0, 0), (0, 0, 0)), 0.0, 0.0, 0, word)
+    ink = np.array(shapes.draw(dark, size))[..., 0] > 127
+    rows, columns = np.nonzero(ink)
+    drawn = np.array([rows.min(), columns.min(), rows.max() + 1, columns.max() + 1])
+    box = np.array([word.y, word.x, word.y + word.height, word.x + word.width]) * size
+    np.testing.assert_allclose(drawn[[0, 2, 3]], box[[0, 2, 3]], atol=4)
+    assert 0 <= drawn[1] - box[1] < 12  # the pen begins a little before the ink
+    gaps = np.flatnonzero(np.diff(np.flatnonzero(ink.any(axis=0))) > 1)
+    assert len(gaps) == 3  # four letters
+    ends = np.flatnonzero(ink.any(axis=0))[np.concatenate([[0], gaps, gaps + 1, [-1]])]
+    ends.sort()
+    for (x, _), left, right in zip(word.centers(), ends[::2], ends[1::2], strict=True):
+        assert left - 4 <= x * size <= right + 4  # advances are a little wider than the ink
+
+
+def test_words_are_of_the_list_or_random_letters_or_not_there():
+    kinds = [kind for index in range(400) for kind in ("ocr", "letters", "blank") if shapes.QUESTIONS[kind](*scene(index))]
+    assert len(kinds) == 400  # exactly one fits
+    assert kinds.count("blank") > 120 and kinds.count("ocr") > kinds.count("letters") > 40
 
 
 @pytest.mark.parametrize("kind", shapes.KINDS)
@@ -265,8 +328,11 @@ def test_every_word_of_the_demo_is_one_token(processor):
         ("<loc0000><loc0000><loc0512><loc0512> b ; <loc0600><loc0600><loc0900><loc0900> a", 0.0),  # labels count
         ("<loc0000><loc0000><loc0512><loc0256> a ; <loc0600><loc0600><loc0900><loc0900> b", 0.75),
         ("<loc0000><loc0000><loc0512><loc0512> a ; " * 3 + "<loc0600><loc0600><loc0900><loc0900> b", 1.0),  # repeats are one
-        ("<loc0000><loc0000><loc0512><loc0512> a ; <loc0000><loc0000><loc0512><loc0511> a ; "
-         "<loc0000><loc0000><loc0512><loc0510> a ; <loc0600><loc0600><loc0900><loc0900> b", 0.5),  # two too many
+        (
+            "<loc0000><loc0000><loc0512><loc0512> a ; <loc0000><loc0000><loc0512><loc0511> a ; "
+            "<loc0000><loc0000><loc0512><loc0510> a ; <loc0600><loc0600><loc0900><loc0900> b",
+            0.5,
+        ),  # two too many
         ("", 0.0),
         ("<loc0512><loc0512><loc0000><loc0000> a", 0.5),  # turned around, and put in order
     ],
@@ -354,45 +420,163 @@ def test_the_figure_of_scores_is_what_its_script_draws(tmp_path, monkeypatch):
     assert (tmp_path / "scores.svg").read_text(encoding="utf-8") == committed
 
 
-def test_questions_about_one_picture_do_not_see_each_other():
-    pack = train.Pack(*(torch.zeros(1, 5, dtype=torch.int64) for _ in range(7)))
-    pack.question = torch.tensor([[1, 1, 1, 2, -1]])
-    pack.is_prefix = torch.tensor([[True, True, False, True, False]])
-    mask = train.packed_mask(pack, num_image_tokens=2)[0, 0].int()
-    assert mask.tolist() == [
-        [1, 1, 0, 0, 0, 0, 0],  # the picture
-        [1, 1, 0, 0, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0, 0],  # a question of two tokens
-        [1, 1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 1, 0, 0],  # and its answer
-        [1, 1, 0, 0, 0, 1, 0],  # another question
-        [1, 1, 0, 0, 0, 0, 1],  # padding
-    ]
+# Training
 
 
-def test_a_packed_row_asks_for_each_answer_behind_its_question(processor):
+def test_a_row_asks_for_each_answer_behind_its_question(processor):
     tokenizer = processor.tokenizer
-    packer = train.Packer(tokenizer, num_image_tokens=64)
-    pack = packer([[("color", "answer en what color is the star?", "red"), ("caption", "caption en", "a red star")]])
-    text = [tokenizer.id_to_token(i) for i in pack.ids[0].tolist()]
-    wanted = [tokenizer.id_to_token(i) if i >= 0 else "" for i in pack.targets[0].tolist()]
+    packer = train.Packer(tokenizer)
+    pack = packer([(3, "color", "answer en what color is the star?", "red"), (5, "caption", "caption en", "a red star")])
+    text = [[tokenizer.id_to_token(i) for i in row] for row in pack.ids.tolist()]
+    wanted = [[tokenizer.id_to_token(i) if i >= 0 else "" for i in row] for row in pack.targets.tolist()]
     first = ["<bos>", "answer", "▁en", "▁what", "▁color", "▁is", "▁the", "▁star", "?", "\n", "red"]
-    assert text == [*first, "<bos>", "caption", "▁en", "\n", "a", "▁red", "▁star"]
-    assert wanted == [*[""] * 9, "red", "<eos>", "", "", "", "a", "▁red", "▁star", "<eos>"]
-    assert pack.position_ids[0].tolist() == [*range(65, 76), *range(65, 72)]
-    assert pack.weights[0].sum().item() == pytest.approx(2)  # each answer counts as one
+    assert text == [first, ["<bos>", "caption", "▁en", "\n", "a", "▁red", "▁star", *["<pad>"] * 4]]
+    assert wanted == [[*[""] * 9, "red", "<eos>"], ["", "", "", "a", "▁red", "▁star", "<eos>", *[""] * 4]]
+    assert pack.is_token.sum(1).tolist() == [11, 7] and pack.is_answer.sum(1).tolist() == [1, 3]
+    assert pack.picture.tolist() == [3, 5]
+    assert pack.weights.sum(1).tolist() == pytest.approx([1, 1])  # each answer counts as one
 
 
-def test_the_codes_of_a_mask_weigh_as_much_as_its_box(processor):
-    answer = "".join(f"<loc{i:04d}>" for i in range(4)) + "".join(f"<seg{i:03d}>" for i in range(16)) + " star"
-    pack = train.Packer(processor.tokenizer, num_image_tokens=64)([[("segment", "segment star", answer)]])
-    weights = pack.weights[0][pack.weights[0] > 0].tolist()
-    assert weights == pytest.approx([0.1] * 4 + [0.025] * 16 + [0.1, 0.1])
+def test_an_object_counts_as_one_and_codes_weigh_less_than_coordinates(processor):
+    box, codes = "".join(f"<loc{i:04d}>" for i in range(4)), "".join(f"<seg{i:03d}>" for i in range(16))
+    packer = train.Packer(processor.tokenizer)
+    weights = packer([(0, "segment", "segment star", f"{box}{codes} star")]).weights[0]
+    weights = weights[weights > 0]
+    assert weights.sum() == pytest.approx(1) and len(weights) == 22
+    assert (weights[:4] / weights[4]).tolist() == pytest.approx([10] * 4)
+    assert packer([(0, "detect", "detect star", f"{box} star ; {box} star")]).weights.sum() == pytest.approx(2)
+    assert packer([(0, "ocr", "ocr", "STOP")]).weights.sum() == pytest.approx(3)
+    assert packer([(0, "blank", "ocr", "")]).weights.sum() == pytest.approx(1)
+
+
+def make_joint(stage="shared", pixels=84, **options):
+    settings = {"runs": CHECKPOINT, "pixels": pixels, "tower_rate": 0.0, "batch": 2, "questions": 2, "bins": 4.0, "stage": stage}
+    torch.manual_seed(0)
+    return train.Joint(argparse.Namespace(**settings | options), np.random.default_rng(0))
+
+
+def test_a_shared_picture_gives_each_question_what_a_row_of_its_own_would():
+    """As long as the picture does not see the question: the row's mask is changed to that, and the loss must be the same."""
+    joint = make_joint()
+    features, _, rows = joint.batch()
+    packs = joint.groups([question for row in rows for question in row])
+    shared = joint.shared(features, packs, progress=0.0)
+    p, total, count = features.shape[1], 0.0, 0.0
+    decoder = joint.model.language_model.model
+    for pack in packs:
+        for row in range(len(pack.ids)):
+            text = int(pack.is_token[row].sum())
+            mine = [value[row : row + 1] for value in vars(pack).values()]
+            alone = train.Pack(*(value[:, :text] if value.dim() == 2 else value for value in mine))
+            inputs = torch.cat([features[alone.picture], decoder.embed_tokens(alone.ids)], dim=1)
+            is_token = torch.ones(1, p + text, dtype=torch.int64)
+            mask = train.prefix_lm_mask(is_token, torch.cat([is_token[:, :p] * 0, alone.is_answer], dim=1))
+            mask[:, :, :p, p:] = False
+            x = decoder(inputs, torch.arange(1, p + text + 1)[None], mask)[:, p:]
+            total, count = total + joint.loss(x, alone, 0.0), count + float(alone.weights.sum())
+    torch.testing.assert_close(shared, total / count, rtol=1e-5, atol=0)  # sums have another order
+    shared.backward()
+    assert joint.model.multi_modal_projector.linear.weight.grad.abs().sum() > 0  # through the picture's keys and values
+
+
+def test_the_last_stage_is_the_pass_of_the_model_itself():
+    joint = make_joint("prefix")
+    scenes, pixels, _, _ = train.draw_batch(np.random.default_rng(1), 1, 84)
+    row = (0, "caption", *shapes.ask_caption(scenes[0], np.random.default_rng()))
+    pack = joint.packer([row])
+    seen = {}
+    joint.loss = lambda x, *_: seen.setdefault("x", x).sum()
+    joint.prefix(joint.model.multi_modal_projector(joint.model.vision_tower(pixels)), [pack], 0.0)
+    image = torch.full((1, 36), joint.model.config.image_token_index)
+    ids = torch.cat([image, pack.ids], 1)
+    types = torch.cat([torch.zeros_like(image), pack.is_answer], 1)
+    expected = joint.model.hidden(ids, pixels, None, types, None)[:, 36:]
+    torch.testing.assert_close(seen["x"], expected, rtol=0, atol=1e-5)
+
+
+def test_a_stretched_position_embedding_keeps_a_plane_a_plane():
+    rows, columns = torch.meshgrid(torch.arange(6.0), torch.arange(6.0), indexing="ij")
+    plane = torch.stack([rows, columns, rows * 0 + 1], dim=-1).flatten(0, 1)
+    new = train.stretch(plane, 64).unflatten(0, (8, 8))
+    middle = (torch.arange(8) + 0.5) * 6 / 8 - 0.5
+    torch.testing.assert_close(new[..., 2], torch.ones(8, 8))
+    torch.testing.assert_close(new[1:-1, 1:-1, 0], middle[1:-1, None].expand(6, 6))
+    torch.testing.assert_close(new[1:-1, 1:-1, 1], middle[1:-1].expand(6, 6))
+
+
+def test_patches_are_told_what_covers_them_and_which_letters_they_hold():
+    word = shapes.Word("AB", "DejaVuSans", (0, 0, 0), x=0.02, y=0.02, height=0.1)
+    square = shapes.Shape("square", "blue", (0, 0, 255), x=0.5, y=0.5, side=1 / 3)
+    drawn = shapes.Scene((square,), "flat", ((0, 0, 0), (0, 0, 0)), 0.0, 0.0, 0, word)
+    words, boxes = (part.reshape(6, 6, -1) for part in tower.patch_targets(drawn, 6))
+    assert words[..., 0].sum() == 4 and words[3:5, 3:5, 0].all()
+    assert words[3, 3, 1:4].tolist() == [list(shapes.COLORS).index("blue"), shapes.KINDS.index("square"), 0]
+    np.testing.assert_allclose(boxes[3, 3], np.array([0.5, 0.5, 5 / 6, 5 / 6]) - 3.5 / 6, atol=1e-6)
+    assert words[0, 0, 4:].tolist() == [1, 2, 0]  # A, B and nothing
+    assert words[..., 4:].sum() == 3
+
+
+def test_captions_of_the_text_tower_fit_and_name_the_word(processor):
+    scenes = with_words(40)
+    ids = tower.Captions(processor.tokenizer)(scenes)
+    assert ids.shape == (40, tower.CAPTION_LENGTH)
+    assert (ids[:, -1] == 0).all()  # padding: nothing was cut
+    for one, row in zip(scenes, ids, strict=True):
+        assert processor.tokenizer.decode(row[row > 0].tolist()).endswith(f" ; {one.word.text}")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """Stages 0 to 2 with a step or two each, and the checkpoint that comes of it."""
+    runs = tmp_path_factory.mktemp("recipe")
+    common = ["--runs", str(runs), "--minutes", "0.001", "--batch", "2", "--final", "0.5", "--port", "29517"]
+
+    def stage(*flags):
+        subprocess.run([sys.executable, str(DEMO / "train.py"), *flags, *common], check=True, capture_output=True, timeout=300)
+
+    stage("contrastive", "--name", "tower", "--pixels", "84")
+    stage("shared", "--name", "joint", "--pixels", "84", "--start", "tower.pt")
+    stage("prefix", "--name", "last", "--pixels", "112", "--start", "joint.pt")
+    stage("export", "--start", "last.pt", "--out", str(runs / "checkpoint"))
+    return runs
+
+
+def test_each_stage_goes_on_from_the_one_before(recipe):
+    lines = [json.loads(line) for line in (recipe / "log.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["pixels"]) for line in lines] == [("tower", 84), ("joint", 84), ("last", 112)]
+    states = {name: torch.load(recipe / f"{name}.pt", weights_only=True) for name in ("tower", "joint", "last")}
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    before, after = states["tower"][f"siglip.{name}"], states["joint"][f"model.vision_tower.{name}"]
+    assert 0 < (after - before).abs().max() < 0.1 * before.abs().max()
+    place = "model.vision_tower.vision_model.embeddings.position_embedding.weight"
+    assert (len(states["joint"][place]), len(states["last"][place])) == (36, 64)
+
+
+def test_the_recipe_makes_a_checkpoint_like_any_other(recipe):
+    model = load_model(recipe / "checkpoint")
+    names = [path.name for path in CHECKPOINT.iterdir() if path.name != "vae-oid.npz"]
+    assert sorted(path.name for path in (recipe / "checkpoint").iterdir()) == sorted(names)
+    assert model.config.num_image_tokens == 64
+    assert (recipe / "checkpoint" / "tokenizer.json").read_bytes() == (CHECKPOINT / "tokenizer.json").read_bytes()
+
+
+def test_the_script_of_the_recipe_skips_what_is_done(tmp_path):
+    """Every stage is marked as done, so the script goes on with export and measure; python is replaced by one that says so."""
+    for name in ("tower", "joint", "higher", "last"):
+        (tmp_path / f"{name}.done").touch()
+    said = tmp_path / "said"
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\necho "$@" >> {said}\nmkdir -p {tmp_path}/checkpoint\n')
+    fake.chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(fake)}
+    subprocess.run(["bash", str(DEMO / "recipe.sh"), str(tmp_path)], check=True, env=environment, capture_output=True)
+    programs = [line.split()[0] for line in said.read_text().splitlines()]
+    assert programs == ["demo/train.py", "demo/evaluate.py", "demo/transfer.py", "finetune.py", "finetune.py"]
 
 
 def test_orthogonalised_matrices_move_all_directions_alike():
     torch.manual_seed(0)
-    moved = train.Muon.orthogonalise(torch.randn(2, 24, 64))
+    moved = optimisers.Muon.orthogonalise(torch.randn(2, 24, 64))
     values = torch.linalg.svdvals(moved)
     assert 0.5 < values.min() and values.max() < 1.5  # the iteration aims at 0.7 to 1.2
 
@@ -456,7 +640,7 @@ def test_the_checkpoint_segments_unseen_scenes_and_finds_nothing_where_nothing_i
     annotator = evaluate.Annotator(load_model(CHECKPOINT), processor, codec=mask_codec, rows=64, max_new_tokens=112)
     said = evaluate.answers(annotator, asked)
     flat = [question for _, questions in asked for question in questions]
-    assert {question.kind for question in flat} == {"segment", "absent"}
+    assert {question.kind for question in flat} == {"segment", "absent", "several"}
     values = [evaluate.score(question, result) for question, result in zip(flat, said, strict=True)]
     assert np.mean(values) >= 0.7, values
     # The masks, not only the boxes: of what was found, they cover the shapes, and whole boxes would not.
@@ -473,8 +657,7 @@ def test_the_checkpoint_segments_unseen_scenes_and_finds_nothing_where_nothing_i
 
 
 def test_training_goes_on_from_the_committed_weights():
-    options = argparse.Namespace(runs=CHECKPOINT, tower_rate=0.0, batch=1, questions=1)
-    joint = train.Joint(options, np.random.default_rng(0))
+    joint = make_joint(pixels=112)
     joint.load("checkpoint")
     stored = load_file(CHECKPOINT / "model.safetensors")
     state = joint.model.state_dict()

@@ -1,0 +1,159 @@
+"""Stage 0 of the recipe: a vision tower that learns from pictures and their captions, before there is a decoder.
+
+SigLIP's two towers and its loss (modeling_siglip_contrastive.py): which of the batch's captions belongs to which of its pictures?
+A caption names the shapes from left to right and the word, if there is one. That asks for what is in a picture and little for
+where, and a tower that has seen a hundred thousand pictures instead of ten thousand million needs a stronger teacher. So a linear
+head, thrown away after training, says beside it of each patch which shape covers it, where the edges of that shape's box are,
+and which letters stand there. (SigLIP 2, arXiv:2502.14786, section 2, adds losses on patches to the contrastive one, too.)
+"""
+
+import argparse
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor, distributed, nn
+
+import shapes
+from modeling_siglip import SiglipVisionConfig, SiglipVisionTransformer
+from modeling_siglip_contrastive import SiglipModel, SiglipTextConfig, distributed_sigmoid_loss
+from optimisers import Trainer, init, save
+
+PATCH = 14
+VISION = {
+    "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 3, "patch_size": PATCH,
+}  # fmt: skip
+CAPTION_LENGTH = 40  # tokens; the longest has 36
+TEXT = {
+    "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "max_position_embeddings": CAPTION_LENGTH, "projection_size": VISION["hidden_size"],
+}  # fmt: skip
+DRAWN_SIZES = (112, 112, 160, 224)
+IS_COVERED = 0.25  # a patch belongs to a shape whose box covers that much of it
+SLOTS = 3  # letters in one patch, at most
+COLORS, KINDS = list(shapes.COLORS), list(shapes.KINDS)
+
+
+def pixels_of(scene: shapes.Scene, side: int, rng: np.random.Generator) -> np.ndarray:
+    """uint8[3, R, R], as the processor makes them: drawn at some size, resized by PIL's bicubic filter."""
+    picture = shapes.draw(scene, int(rng.choice(DRAWN_SIZES)))
+    if picture.width != side:
+        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+    return np.asarray(picture).transpose(2, 0, 1)
+
+
+def patch_targets(scene: shapes.Scene, grid: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the patch head has to say of each of grid x grid patches.
+
+    Returns: int64[P, 4 + SLOTS], whether a shape covers it, its colour, kind and rank, and the letters whose middles it holds,
+        1 = A, 0 = none; float32[P, 4], the shape's box less the patch's centre.
+    """
+    edge = np.arange(grid) / grid
+    centre = edge + 0.5 / grid
+    words = np.zeros((grid, grid, 4 + SLOTS), dtype=np.int64)
+    boxes = np.zeros((grid, grid, 4), dtype=np.float32)
+    best = np.full((grid, grid), IS_COVERED)
+    for rank, shape in enumerate(scene.shapes):
+        top, left, bottom, right = shape.box
+        rows = np.clip(np.minimum(edge + 1 / grid, bottom) - np.maximum(edge, top), 0, None) * grid
+        columns = np.clip(np.minimum(edge + 1 / grid, right) - np.maximum(edge, left), 0, None) * grid
+        share = rows[:, None] * columns
+        mine = share >= best
+        best = np.where(mine, share, best)
+        words[mine, :4] = 1, COLORS.index(shape.color), KINDS.index(shape.kind), rank
+        offsets = np.stack(
+            np.broadcast_arrays(top - centre[:, None], left - centre, bottom - centre[:, None], right - centre), axis=-1
+        )
+        boxes[mine] = offsets[mine]
+    for letter, (x, y) in zip(scene.word.text, scene.word.centers(), strict=True) if scene.word else ():
+        slots = words[int(y * grid), int(x * grid), 4:]
+        free = np.flatnonzero(slots == 0)[:1]
+        slots[free] = shapes.LETTERS.index(letter) + 1
+    return words.reshape(-1, 4 + SLOTS), boxes.reshape(-1, 4)
+
+
+def draw_batch(rng: np.random.Generator, count: int, side: int) -> tuple[list[shapes.Scene], Tensor, Tensor, Tensor]:
+    """New scenes, their pixels float32[I, 3, R, R] in [-1, 1], and what the patch head has to say of them."""
+    scenes = [shapes.make_scene(rng) for _ in range(count)]
+    pixels = torch.from_numpy(np.stack([pixels_of(scene, side, rng) for scene in scenes])).float() / 127.5 - 1
+    targets = zip(*(patch_targets(scene, side // PATCH) for scene in scenes), strict=True)
+    words, boxes = (torch.from_numpy(np.stack(part)) for part in targets)
+    return scenes, pixels, words, boxes
+
+
+class PatchHead(nn.Linear):
+    """Thrown away after training: from a patch's vector, what is there. Teaches the tower faster than captions and answers do."""
+
+    sizes = (1, len(COLORS), len(KINDS), 4, 4, SLOTS * (len(shapes.LETTERS) + 1))
+
+    def __init__(self, width: int):
+        super().__init__(width, sum(self.sizes))
+
+    def loss(self, x: Tensor, words: Tensor, boxes: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """A scalar, and the share of patches told rightly; the boxes' mean error is in shares of the side."""
+        covered, color, kind, rank, box, letters = self(x).float().split(self.sizes, dim=-1)
+        is_covered = words[..., 0].bool()
+        loss = F.binary_cross_entropy_with_logits(covered[..., 0], words[..., 0].float())
+        right = {}
+        for index, (name, logits) in enumerate((("color", color), ("kind", kind), ("rank", rank)), start=1):
+            loss = loss + F.cross_entropy(logits[is_covered], words[..., index][is_covered])
+            right[name] = (logits[is_covered].argmax(-1) == words[..., index][is_covered]).float().mean().item()
+        distance = (box[is_covered] - boxes[is_covered]).abs()
+        right["box"] = distance.mean().item()
+        loss = loss + F.smooth_l1_loss(box[is_covered] * 10, boxes[is_covered] * 10, beta=0.2)
+        letters, true = letters.unflatten(-1, (SLOTS, -1)), words[..., 4:]
+        has_letters = true[..., 0] > 0
+        for some, weight in ((has_letters, 1.0), (~has_letters, 0.5)):
+            if some.any():
+                loss = loss + weight * F.cross_entropy(letters[some].flatten(0, 1), true[some].flatten())
+        if has_letters.any():
+            right["letters"] = (letters.argmax(-1) == true)[has_letters].all(-1).float().mean().item()
+        return loss, right
+
+
+def caption(scene: shapes.Scene) -> str:
+    """What the text tower reads."""
+    words = shapes.ask_caption(scene, np.random.default_rng())[1]
+    return f"{words} ; {scene.word.text}" if scene.word else words
+
+
+class Captions:
+    """From scenes to int64[T, L], padded to one length."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, scenes: list[shapes.Scene]) -> Tensor:
+        rows = [self.tokenizer.encode(caption(scene), add_special_tokens=False).ids for scene in scenes]
+        return torch.tensor([row + [0] * (CAPTION_LENGTH - len(row)) for row in rows])
+
+
+def train_contrastive(options: argparse.Namespace, rng: np.random.Generator) -> None:
+    """Both towers and the patch head; what is kept is the vision tower and, for the next stages, the head."""
+    tokenizer = Tokenizer.from_file(str(options.runs / "tokenizer.json"))
+    vision, text = VISION | {"image_size": options.pixels}, TEXT | {"vocab_size": tokenizer.get_vocab_size()}
+    siglip = SiglipModel(SiglipVisionConfig(**vision), SiglipTextConfig(**text))
+    init(siglip)
+    both = nn.ModuleDict({"siglip": siglip, "head": PatchHead(VISION["hidden_size"])})
+    if options.start:
+        both.load_state_dict(torch.load(options.runs / options.start, weights_only=True))
+    trainer, captions = Trainer(both, options), Captions(tokenizer)
+    recent: dict[str, list[float]] = {}
+    while trainer.progress < 1:
+        scenes, pixels, words, boxes = draw_batch(rng, options.batch, options.pixels)
+        with torch.autocast("cpu", torch.bfloat16):
+            x = SiglipVisionTransformer.forward(siglip.vision_model, pixels)  # [I, P, D], before the pooling
+            patches, right = both["head"].loss(x, words, boxes)
+            images = F.normalize(siglip.vision_model.head(x).float(), dim=-1)  # [I, D]
+            texts = siglip.encode_texts(captions(scenes)).float()  # [I, D]
+        contrast = distributed_sigmoid_loss(images, texts, siglip.logit_scale.exp(), siglip.logit_bias)
+        trainer.step(contrast + options.head_weight * patches)
+        right["retrieval"] = ((images @ texts.T).argmax(1) == torch.arange(len(images))).float().mean().item()
+        for name, value in (right | {"loss": contrast.item(), "head": patches.item()}).items():
+            recent.setdefault(name, []).append(value)
+        if distributed.get_rank() == 0 and (trainer.steps % 50 == 0 or trainer.progress >= 1):
+            trainer.log(options, {name: float(np.mean(values)) for name, values in recent.items()})
+            recent.clear()
+            save(options.runs, f"{options.name}.pt", both.state_dict())
