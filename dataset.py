@@ -18,13 +18,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 from PIL import Image
 
 from augmentation import zoom
 from errors import DatasetError, ImageError
-from images import MAX_PIXELS, check_size, load_image, open_picture, read_file
+from images import MAX_PIXELS, check_size, decode, load_image, open_picture, read_file
 from outputs import CUT_BOX, CUT_MASK, LONG_MASK, NO_AREA, SWAPPED, read_text
 
 FIELDS = ("image", "prefix", "suffix")
@@ -84,7 +85,16 @@ class Split:
         faults = list(faults)
         bad = {fault.line for fault in faults}
         self.faults += faults
-        self.examples = [example for example in self.examples if example.line not in bad]
+        is_kept = [example.line not in bad for example in self.examples]
+        self.examples = list(compress(self.examples, is_kept))
+        self.hashes = list(compress(self.hashes, is_kept))
+
+    def fingerprint(self) -> str:
+        """The same for the same examples in the same order, and for no others."""
+        digest = hashlib.sha256()
+        for example, picture in zip(self.examples, self.hashes, strict=True):
+            digest.update(repr((example.prefix, example.suffix)).encode() + picture)
+        return f"{len(self.examples)} examples, {digest.hexdigest()[:16]}"
 
 
 # Lines
@@ -151,17 +161,19 @@ def read_split(file: str | Path) -> Split:
 
 
 def look_at(path: Path) -> tuple[bytes, str | None]:
-    """The hash of a picture file, and what is wrong with it. Of the picture itself only the header is read."""
+    """The hash of a picture file, and what is wrong with it. It is decoded, since the end of many files is what is missing."""
     try:
         data = read_file(path)
-        check_size(open_picture(data, path.name, MAX_PIXELS).size, path.name, MAX_PIXELS)
+        picture = open_picture(data, path.name, MAX_PIXELS)
+        check_size(picture.size, path.name, MAX_PIXELS)
+        decode(picture, path.name, 0, MAX_PIXELS, allow_truncated=False, notes=[])
         return hashlib.sha256(data).digest(), None
     except ImageError as error:
         return b"", error.message
 
 
 def check_pictures(split: Split) -> None:
-    """Drops the lines whose picture is missing or is none."""
+    """Drops the lines whose picture is missing, damaged or none."""
     paths = list(dict.fromkeys(example.image for example in split.examples))
     with ThreadPoolExecutor(READERS) as readers:
         seen = dict(zip(paths, readers.map(look_at, paths), strict=True))

@@ -114,6 +114,33 @@ def test_pictures_are_looked_at_before_anything_begins(folder, processor):
     assert "does not exist" in split.faults[0].text and "a text, not a picture" in split.faults[1].text
 
 
+def test_a_picture_whose_end_is_missing_is_found_although_its_header_is_whole(folder):
+    Image.effect_noise((60, 60), 50).convert("RGB").save(folder / "whole.jpg")
+    data = (folder / "whole.jpg").read_bytes()
+    (folder / "half.jpg").write_bytes(data[: len(data) // 2])
+    split = dataset.read_split(write(folder, *(GOOD | {"image": name} for name in ("whole.jpg", "half.jpg"))))
+    dataset.check_pictures(split)
+    assert [fault.line for fault in split.faults] == [2] and "half.jpg: image data ends early" in split.faults[0].text
+
+
+def test_lines_that_are_too_long_do_not_move_the_pictures_of_others(folder, processor):
+    """Pictures are hashed first and texts are measured later; what is compared between splits must still belong together."""
+    Image.new("RGB", (9, 9), "blue").save(folder / "other.png")
+    long = GOOD | {"suffix": "a red circle " * 50}
+    train = checked(write(folder, long, GOOD | {"image": "other.png"}), processor, 64)
+    valid = checked(write(folder, GOOD, long), processor, 64)
+    assert len(train.hashes) == len(train.examples) == len(valid.hashes) == 1
+    assert dataset.compare(train, valid) == []  # a.png is in valid only: its line in train was dropped
+
+
+def test_the_fingerprint_of_examples_knows_texts_and_pictures(folder, processor):
+    first = checked(write(folder, GOOD, GOOD), processor).fingerprint()
+    assert first.startswith("2 examples, ") and checked(write(folder, GOOD, GOOD), processor).fingerprint() == first
+    assert checked(write(folder, GOOD, GOOD | {"suffix": "other"}), processor).fingerprint() != first
+    Image.new("RGB", (9, 9), "blue").save(folder / "a.png")
+    assert checked(write(folder, GOOD, GOOD), processor).fingerprint() != first
+
+
 def test_an_answer_that_would_be_cut_is_a_fault_with_its_length(folder, processor):
     file = write(folder, GOOD, GOOD | {"suffix": "a red circle " * 5})
     count = len(processor.encode("detect cat")) + len(processor.encode("a red circle " * 5)) + 3
