@@ -137,10 +137,14 @@ def distributed_sigmoid_loss(image_embeds: Tensor, text_embeds: Tensor, scale: T
     Source: SigLIP, section 3.3 and figure 1. Pictures' vectors are gathered, a few MB; logits, which grow with the square, not.
     """
     from torch.distributed._functional_collectives import all_gather_tensor_autograd
+    from torch.utils.checkpoint import checkpoint
 
     rank = distributed.get_rank()
     blocks = all_gather_tensor_autograd(image_embeds, 0, distributed.group.WORLD).split(len(image_embeds))
-    losses = (sigmoid_loss(block, text_embeds, scale, bias, 0 if i == rank else len(block)) for i, block in enumerate(blocks))
+    losses = (  # a block's logits are forgotten and made again for the gradient
+        checkpoint(sigmoid_loss, block, text_embeds, scale, bias, 0 if i == rank else len(block), use_reentrant=False)
+        for i, block in enumerate(blocks)
+    )
     return sum(losses).mean()
 
 
