@@ -11,8 +11,10 @@ from torch import distributed, nn
 
 import scores
 from dataset import Examples
+from errors import UsageError
 from images import load_image
 from outputs import read_text
+from scores import require_pycocotools
 from segmentation import MaskCodec, with_masks
 from tasks import Annotator, Request, Result
 from training import answer_losses, weights_of
@@ -23,8 +25,8 @@ ANSWER_ROOM = 8  # tokens that an answer may be longer than the longest right on
 class Judge:
     """Scores of a model on examples that it does not learn from.
 
-    Right answers with boxes or masks are scored as objects, all others as texts; where nothing is right, what was said decides.
-    Several processes ask a share of the questions each; all of them get all scores.
+    Right answers with boxes or masks are scored as objects, all others as texts. An empty one is both: the right text is none,
+    and a box there is one too many. Several processes ask a share of the questions each; all of them get all scores.
 
     Args:
         examples: lines with the same picture and prompt are right answers to one question.
@@ -32,6 +34,7 @@ class Judge:
         rows: questions in flight.
         count: the most questions to ask.
         scores: names of scores.TEXT_SCORES and OBJECT_SCORES; chosen by what the right answers hold if empty.
+    Raises: UsageError for a score of masks without a codec, DeviceError for one that needs a package which is not there.
     """
 
     def __init__(self, examples: Examples, codec: MaskCodec | None, *, rows: int, count: int, scores: Sequence[str] = ()):
@@ -42,6 +45,10 @@ class Judge:
         self.answers = dict(list(answers.items())[:count])
         said = [suffix for suffixes in self.answers.values() for suffix in suffixes]
         self.scores = list(scores) or self.fitting(said)
+        if "miou" in self.scores and codec is None:
+            raise UsageError("--scores miou needs a mask codec. Name vae-oid.npz with --mask_codec, or leave miou out.")
+        if "map" in self.scores:
+            require_pycocotools()
         self.longest = max(len(examples.processor.encode(suffix)) for suffix in said) + 1 + ANSWER_ROOM
         is_alone = not distributed.is_initialized()
         self.rank, self.world = (0, 1) if is_alone else (distributed.get_rank(), distributed.get_world_size())
@@ -91,9 +98,8 @@ class Judge:
         """The loss and every score."""
         numbers = {"valid_loss": self.loss(model)}
         pairs = list(zip(self.ask(model), self.answers.values(), strict=True))
-        is_object = [any("<loc" in text for text in right) or bool(result.reading and not any(right)) for result, right in pairs]
-        of_objects = [pair for pair, is_it in zip(pairs, is_object, strict=True) if is_it]
-        of_words = [pair for pair, is_it in zip(pairs, is_object, strict=True) if not is_it]
+        of_objects = [(result, right) for result, right in pairs if any("<loc" in text for text in right) or not any(right)]
+        of_words = [(result, right) for result, right in pairs if not any("<loc" in text for text in right)]
         for name in self.scores:
             if name in scores.TEXT_SCORES and of_words:
                 said, right = zip(*((result.text, answers) for result, answers in of_words), strict=True)

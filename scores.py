@@ -12,6 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from itertools import chain
 
 from errors import DeviceError
@@ -185,19 +186,24 @@ def clipped_cosine(ours: dict[tuple, float], theirs: dict[tuple, float]) -> floa
 # Boxes and masks
 
 
+def require_pycocotools() -> None:
+    """Raises: DeviceError without it."""
+    if find_spec("pycocotools") is None:
+        raise DeviceError("average precision needs pycocotools. Install it: pip install pycocotools.")
+
+
 def detection_map(said: Sequence[Sequence[Found]], right: Sequence[Sequence[Found]]) -> dict[str, float]:
     """COCO's average precision, over labels; objects without a score count as equally sure.
 
     Returns: "map", the mean over overlaps of 0.50, 0.55, ..., 0.95, and "map50", at 0.50 alone.
     Raises: DeviceError if pycocotools is missing.
     """
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise DeviceError("average precision needs pycocotools. Install it: pip install pycocotools.") from error
+    require_pycocotools()
     import contextlib
     import io
+
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
     labels = sorted({found.label for objects in chain(said, right) for found in objects})
     if not labels:

@@ -3,6 +3,8 @@
 import pytest
 
 import dataset
+import scores
+from errors import DeviceError, UsageError
 from evaluation import Judge
 from outputs import read_text
 from processing_paligemma import PaliGemmaProcessor
@@ -44,8 +46,16 @@ def test_a_text_that_is_answered_with_a_box_is_wrong_and_not_left_out(judge):
     assert numbers["exact"] == 0.5 and "map" not in numbers
 
 
-def test_a_box_where_nothing_is_costs_precision_and_nothing_said_there_is_a_right_text(judge):
+def test_a_box_where_nothing_is_is_a_wrong_text_and_a_box_too_many(judge):
     lines = [("detect cat at night", ""), ("detect cat", f"{BOX} cat")]
     right, wrong = (judge(lines, [first, f"{BOX} cat"], scores=["exact", "map"]) for first in ("", f"{BOX} cat"))
     assert right["map"] == pytest.approx(1) and right["exact"] == 1
-    assert wrong["map"] == pytest.approx(0.5) and "exact" not in wrong
+    assert wrong["map"] == pytest.approx(0.5) and wrong["exact"] == 0
+
+
+def test_what_scores_need_is_asked_for_before_anything_is_learned(judge, monkeypatch):
+    with pytest.raises(UsageError, match="--mask_codec"):
+        judge([("segment cat", "cat")], ["cat"], scores=["miou"])
+    monkeypatch.setattr(scores, "find_spec", lambda _: None)
+    with pytest.raises(DeviceError, match="pip install pycocotools"):
+        judge([("detect cat", f"{BOX} cat")], ["cat"])
