@@ -24,6 +24,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -52,8 +53,9 @@ SCORES = ("exact", "vqa", "anls", "relaxed", "cider", "map", "miou")
 FAULTS_SHOWN = 20
 FREE_TO_CHANGE = (  # when a run goes on: what has no influence on the weights
     "config", "output", "resume", "device", "evaluate_every", "save_every", "num_scored", "scores", "tensorboard", "debug",
-    "verbose", "preview",
+    "verbose", "preview", "valid", "skip_bad", "mask_codec",
 )  # fmt: skip
+ADJUSTABLE = ("dtype", "clip")  # and the learning rates: the way out of updates that are no numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +105,12 @@ class Flags:
         evaluate_every: updates between two evaluations; once an epoch if not given
         num_scored: how many examples of valid are answered for the scores
         scores: of exact, vqa, anls, relaxed, cider, map, miou, with commas; chosen by what the answers hold if not given
+        mask_codec: vae-oid.npz, which decodes masks for miou and --preview; looked for in the model's folder if not given
         save_every: updates between two checkpoints
         seed: of order, augmentation and dropout
         skip_bad: go on without lines that cannot be used
         preview: only draw a page of examples as they will be learned, boxes and masks from their tokens
-        resume: go on where the last checkpoint of --output ends
+        resume: go on where the last checkpoint of --output ends, or begin if there is none
         tensorboard: write a log for TensorBoard, too
         verbose: say more
         debug: print the traceback of an error
@@ -146,6 +149,7 @@ class Flags:
     evaluate_every: int | None = None
     num_scored: int = 200
     scores: str | None = None
+    mask_codec: str | None = None
     save_every: int = 200
     seed: int = 0
     skip_bad: bool = False
@@ -166,10 +170,11 @@ class Flags:
             ("dtype", self.dtype in ("bf16", "bfloat16", "fp32", "float32"), "bf16 or fp32"),
             ("method", self.method in METHODS, "full or lora"),
             ("lora_r", self.lora_r >= 1, "a whole number from 1 up"),
+            ("lora_alpha", math.isfinite(self.lora_alpha), "a number"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "a number from 0 to below 1"),
             ("epochs", 0 < self.epochs < math.inf, "a number above 0"),
             ("steps", self.steps is None or self.steps >= 1, "a whole number from 1 up"),
-            *((name, getattr(self, name) >= 1, "a whole number from 1 up") for name in ("batch_size", "rows", "save_every")),
+            *((name, getattr(self, name) >= 1, "a whole number from 1 up") for name in COUNTS),
             *((name, is_rate(getattr(self, name)), "a number above 0 and below 1") for name in RATES),
             ("warmup", 0 <= self.warmup < 1, "a share from 0 to below 1"),
             ("weight_decay", 0 <= self.weight_decay < 1, "a number from 0 to below 1"),
@@ -200,6 +205,7 @@ class Flags:
         return self.learning_rate or METHODS[self.method]
 
 
+COUNTS = ("batch_size", "rows", "save_every", "num_scored")
 RATES = [field.name for field in fields(Flags) if field.name.startswith("learning_rate")]
 
 
@@ -214,6 +220,7 @@ def read_config(file: str) -> list[str]:
 
     try:
         settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        settings = {} if settings is None else settings  # every line is a comment
     except OSError as error:
         raise UsageError(f"--config {file} cannot be read: {error.strerror}. Name a YAML file.") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -267,8 +274,8 @@ def memory_needed(model: "nn.Module", flags: Flags, world: int) -> int:
     """Bytes that a run will take in each process, estimated from the model on the meta device.
 
     Trained weights are float32 and have a gradient and two moments (16 bytes together); for each evaluation all of them are
-    there once more as the plain model. On models of 3.5 and 111 million parameters, float32, 2 to 16 rows, with and without
-    recomputation, this came within 13 percent of the peak.
+    there once more as the plain model. Several processes share the 16 bytes, but each loads all weights before they do. On models
+    of 3.5 and 111 million parameters, float32, 2 to 16 rows, with and without recomputation, one process came within 13 percent.
     """
     size = 2 if flags.dtype.startswith("b") else 4
     count = {is_it: sum(p.numel() for p in model.parameters() if p.requires_grad == is_it) for is_it in (True, False)}
@@ -280,7 +287,7 @@ def memory_needed(model: "nn.Module", flags: Flags, world: int) -> int:
         kept = part.hidden_size if is_thrifty else 12 * part.hidden_size + mlp * part.intermediate_size
         layers += flags.rows * length * part.num_hidden_layers * kept * 4
     answers = flags.rows * min(flags.max_text_tokens, 64) * text.vocab_size * 4 * 3
-    return count[True] * 16 // world + count[False] * size + (count[True] + count[False]) * size + layers + answers
+    return count[True] * max(16 // world, 4) + count[False] * size + (count[True] + count[False]) * size + layers + answers
 
 
 def prepare(model: "nn.Module", flags: Flags) -> "lora.LoraConfig | None":
@@ -294,10 +301,12 @@ def prepare(model: "nn.Module", flags: Flags) -> "lora.LoraConfig | None":
     config = lora.LoraConfig(flags.lora_r, flags.lora_alpha, flags.lora_dropout)
     parts = {whole: part for part, whole in lora.PARTS.items()}
     wanted = [parts.get(part, part) for part in flags.trained_parts]
+    if not set(wanted) <= set(lora.PARTS):
+        raise UsageError(f"--parts is {flags.parts}. Adapters go into {' and '.join(lora.PARTS.values())}; name one or both.")
     try:
         chosen = lora.targets(model, wanted, names(flags.lora_matrices) or lora.MATRICES)
     except ValueError as error:
-        raise UsageError(f"--parts or --lora_matrices: {error}") from error
+        raise UsageError(f"--lora_matrices: {error}") from error
     import torch
 
     torch.manual_seed(flags.seed)  # of A, the same in all processes
@@ -367,29 +376,40 @@ class Log:
         draw_curves(self.lines, self.folder / "progress.svg")
 
 
-def settings_of(flags: Flags) -> dict:
+def settings_of(flags: Flags, data: str) -> dict:
     """What must be the same for a run to go on."""
-    return {name: value for name, value in asdict(flags).items() if name not in FREE_TO_CHANGE}
+    return {name: value for name, value in asdict(flags).items() if name not in FREE_TO_CHANGE} | {"data": data}
 
 
-def open_output(flags: Flags) -> Path:
-    """The folder of the run, with its settings in it. Raises: UsageError for one that is taken, or that ran with others."""
-    folder = Path(flags.output)
+def open_output(flags: Flags, data: str) -> Path:
+    """The folder of the run, with its settings in it.
+
+    Args:
+        data: the fingerprint of the examples to learn from.
+    Raises: UsageError for a folder that holds a run already, or one that ran with other settings or other data.
+    """
+    from training import checkpoints
+
+    folder, now = Path(flags.output), settings_of(flags, data)
     file = folder / "settings.json"
-    if file.exists():
-        before, now = json.loads(file.read_text(encoding="utf-8")), settings_of(flags)
+    if file.exists() and checkpoints(folder / "checkpoints"):
+        before = json.loads(file.read_text(encoding="utf-8"))
         if not flags.resume:
             raise UsageError(f"{folder} holds a run already. Name another --output, or go on with --resume.")
-        changed = [f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in now if before.get(name) != now[name]]
+        changed = {name: f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in now if before.get(name) != now[name]}
+        adjusted = [changed.pop(name) for name in (*ADJUSTABLE, *RATES) if name in changed]
         if changed:
-            raise UsageError(f"{folder} ran with other settings: {'; '.join(changed)}. Take the same, or another --output.")
-        return folder
-    if flags.resume:
-        raise UsageError(f"{folder} holds no run that could go on. Drop --resume.")
+            raise UsageError(
+                f"{folder} ran with other settings: {'; '.join(changed.values())}. Take the same, or another --output."
+            )
+        if adjusted:
+            note(f"goes on with other settings: {'; '.join(adjusted)}.")
+    elif flags.resume:
+        note(f"{folder} holds no checkpoint yet; the run begins.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         beside = file.with_suffix(".part")
-        beside.write_text(json.dumps(settings_of(flags), indent=1) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
         os.replace(beside, file)
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {error.strerror}. Name another --output.") from error
@@ -400,14 +420,14 @@ def open_output(flags: Flags) -> Path:
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[int]:
+def process_group(device: "torch.device") -> Iterator[int]:
     """Joins the other processes, if torchrun started several; yields how many there are."""
     if "RANK" not in os.environ:
         yield 1
         return
     from torch import distributed
 
-    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield distributed.get_world_size()
     finally:
@@ -426,7 +446,8 @@ class Run:
         flags: what was asked for.
         trainer: the model with its optimiser, perhaps restored.
         judge: None where there is no --valid.
-        keep: function from the plain model to the result on the disk.
+        weights: the module, which makes plain models and writes them.
+        dtype: of the plain model that is scored and kept.
     """
 
     def __init__(self, flags: Flags, trainer: "training.Trainer", judge: "Judge | None", weights: object, dtype: "torch.dtype"):
@@ -441,7 +462,12 @@ class Run:
         """Scores of the model as it would be saved now."""
         if self.judge is not None:
             plain = plain_model(self.trainer.model, self.weights, self.dtype)  # whole in each process, which asks its share
-            numbers = {name: round(value, 5) for name, value in self.judge(plain).items()}
+            try:
+                numbers = {name: round(value, 5) for name, value in self.judge(plain).items()}
+            except Exception:
+                if self.trainer.world == 1:  # others would wait for this one
+                    self.save()
+                raise
             if is_first():
                 self.log.write({"step": self.trainer.step - 1} | numbers)
                 note(f"step {self.trainer.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
@@ -453,27 +479,31 @@ class Run:
 
     def loop(self) -> None:
         """Updates until the end, or until a signal: then the state is saved first. Raises: Interrupted."""
-        steps, start, tokens = self.trainer.plan.steps, time.perf_counter(), 0
+        steps, start, is_stopped = self.trainer.plan.steps, time.perf_counter(), False
 
         def stop(signum: int, _frame: object) -> None:
             self.stopped = signum
 
         with commandline.handlers(stop), progress(self.trainer.step, steps) as bar:
-            while self.trainer.step < steps and self.stopped is None:
+            while self.trainer.step < steps and not is_stopped:
                 with machine.memory_errors("training"):
                     update = self.trainer.update()
-                tokens += update.tokens
+                is_stopped = any(self.trainer.sums(self.stopped is not None))  # all processes stop behind the same update
                 if is_first():
                     self.log.write(asdict(update) | {"seconds": round(time.perf_counter() - start, 2)})
                     bar(update)
                 is_last = self.trainer.step == steps
                 if self.trainer.step % self.every == 0 or is_last:
                     self.evaluate()
-                if self.trainer.step % self.flags.save_every == 0 or is_last or self.stopped is not None:
+                if self.trainer.step % self.flags.save_every == 0 or is_last or is_stopped:
                     self.save()
-        if self.stopped is not None and self.trainer.step < steps:
-            note(f"interrupted at step {self.trainer.step} of {steps}; it is saved. The same command with --resume goes on.")
-            raise commandline.Interrupted(self.stopped)
+        if is_stopped and self.trainer.step < steps:
+            if is_first():
+                note(f"interrupted at step {self.trainer.step} of {steps}; it is saved. The same command with --resume goes on.")
+            raise commandline.Interrupted(self.stopped or signal.SIGTERM)
+        skipped = self.trainer.step - self.trainer.updates
+        if skipped and is_first():
+            note(f"{skipped} of {steps} updates were skipped: their loss or gradient was no number.")
 
     def finish(self, source: Path, name: str, adapter: object | None) -> None:
         """Writes the result: model/, with the files of the processor, and adapter/ where there is one."""
@@ -503,7 +533,8 @@ def progress(step: int, steps: int) -> Iterator:
         with tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True) as bar:
 
             def show(update: "training.Update") -> None:
-                bar.set_postfix_str(f"loss {update.loss:.4f}, gradient {update.grad_norm:.2f}")
+                skipped = f", {update.skipped} skipped" if update.skipped else ""
+                bar.set_postfix_str(f"loss {update.loss:.4f}, gradient {update.grad_norm:.2f}{skipped}")
                 bar.update()
 
             yield show
@@ -512,13 +543,13 @@ def progress(step: int, steps: int) -> Iterator:
 
     def say(update: "training.Update") -> None:
         if update.step % often == 0 or update.step == steps - 1:
-            skipped = ", skipped" if update.is_skipped else ""
+            skipped = f", {update.skipped} skipped" if update.skipped else ""
             note(f"step {update.step + 1} of {steps}: loss {update.loss:.4f}, gradient {update.grad_norm:.3g}{skipped}")
 
     yield say
 
 
-def train(flags: Flags, world: int) -> None:
+def train(flags: Flags, device: "torch.device", world: int) -> None:
     """Data, memory, model, updates, result: in this order, so that what is wrong is said before the slow part."""
     import torch
 
@@ -531,7 +562,6 @@ def train(flags: Flags, world: int) -> None:
     from segmentation import find_codec, load_codec
 
     name = flags.model_path or bundled("demo/checkpoint")
-    device = weights.find_device(flags.device)
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -540,7 +570,7 @@ def train(flags: Flags, world: int) -> None:
     room = config.text_config.max_position_embeddings - config.num_image_tokens
     with nullcontext() if is_first() else silence():
         splits = read_data(flags, processor, room)
-    codec_file = find_codec(folder)
+    codec_file = find_codec(folder, flags.mask_codec)
     codec = load_codec(codec_file) if codec_file else None
     examples = Examples(splits[0], processor, flags.augment, flags.seed)
     if flags.preview:
@@ -548,21 +578,26 @@ def train(flags: Flags, world: int) -> None:
         draw_preview(examples, codec, file)
         note(f"what will be learned is drawn in {file}.")
         return
-    run_folder = open_output(flags) if is_first() else Path(flags.output)
-    if world > 1:
-        torch.distributed.barrier()
+    judge = None
+    if len(splits) == 2:
+        scored = Examples(splits[1], processor)
+        judge = Judge(scored, codec, rows=flags.rows, count=flags.num_scored, scores=names(flags.scores))
 
     dtype = torch.float32 if flags.dtype in ("fp32", "float32") else torch.bfloat16
     blueprint = weights.empty_model(config)
     prepare(blueprint, flags)
-    weights.require_memory(memory_needed(blueprint, flags, world), device)
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1  # processes that share the memory
+    weights.require_memory(memory_needed(blueprint, flags, world) * beside, device)
+    run_folder = open_output(flags, splits[0].fingerprint()) if is_first() else Path(flags.output)
+    if world > 1:
+        torch.distributed.barrier()
     with machine.memory_errors("loading the weights"):
         model = weights.load_model(name, device=device, dtype=dtype, revision=flags.revision)
     adapter = prepare(model, flags)
     if flags.gradient_checkpointing:
         training.checkpoint_activations(model)
     if world > 1:
-        training.shard(model, dtype)
+        training.shard(model, device)
     count = len(splits[0].examples)
     rates = {part: getattr(flags, f"learning_rate_{part}") for part in training.ALL}
     plan = training.Plan(
@@ -586,10 +621,6 @@ def train(flags: Flags, world: int) -> None:
     if is_first():
         trained = sum(parameter.numel() for parameter in trainer.named.values())
         note(f"{count} examples, {plan.steps} updates from {trainer.step} on; {trained / 1e6:.4g} M weights learn, on {device}.")
-    judge = None
-    if len(splits) == 2:
-        scored = Examples(splits[1], processor)
-        judge = Judge(scored, codec, rows=flags.rows, count=flags.num_scored, scores=names(flags.scores))
     run = Run(flags, trainer, judge, weights, dtype)
     run.loop()
     run.finish(folder, name, adapter)
@@ -611,8 +642,11 @@ def program(flags: Flags) -> None:
         raise DatasetError(f"{flags.train} does not exist. Name a JSONL of examples with --train.", path=flags.train)
     machine.use_cores()
     machine.check_torch()
-    with process_group(flags.device) as world:
-        train(flags, world)
+    from weights import find_device
+
+    device = find_device(flags.device)
+    with process_group(device) as world:
+        train(flags, device, world)
 
 
 def main() -> int:

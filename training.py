@@ -126,14 +126,18 @@ def checkpoint_activations(model: nn.Module) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def shard(model: nn.Module, dtype: torch.dtype) -> None:
-    """Spreads weights, gradients and moments over all processes, layer by layer (FSDP2)."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Spreads weights, gradients and moments over all processes, layer by layer (FSDP2).
 
-    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype)
+    What is computed in bfloat16 is left to autocast, as in one process, so that both do the same.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for layer in (*model.language_model.model.layers, *model.vision_tower.vision_model.encoder.layers):
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "hidden")  # what answer_losses calls
 
 
@@ -196,6 +200,7 @@ class Update:
     learning_rate: float
     tokens: int
     is_skipped: bool  # loss or gradient was no number, and the weights stayed
+    skipped: int  # updates so far of which that is true
 
 
 class Trainer:
@@ -206,6 +211,7 @@ class Trainer:
         plan: how.
         make_batch: from a list of (epoch, index) to what the processor returns for these examples, labels included.
         count: of the examples.
+    Raises: UsageError for a batch that the processes cannot share evenly: one would wait for the others forever.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, make_batch: Callable[[list[tuple[int, int]]], dict], count: int):
@@ -213,6 +219,10 @@ class Trainer:
         self.step, self.updates, self.bad_steps = 0, 0, 0
         is_alone = not distributed.is_initialized()
         self.rank, self.world = (0, 1) if is_alone else (distributed.get_rank(), distributed.get_world_size())
+        if plan.batch_size % self.world:
+            raise UsageError(
+                f"--batch_size {plan.batch_size} cannot be shared by {self.world} processes. Take a multiple of that."
+            )
         self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.named.items():
@@ -229,11 +239,16 @@ class Trainer:
         mine = examples[self.rank :: self.world]
         batches = [self.make_batch(mine[i : i + self.plan.rows]) for i in range(0, len(mine), self.plan.rows)]
         weighted = [weights_of(batch["labels"], self.plan.reduction) for batch in batches]
-        total = torch.tensor(sum(weight for _, weight in weighted))
-        if self.world > 1:
-            distributed.all_reduce(total)
+        (total,) = self.sums(sum(weight for _, weight in weighted))
         for batch, (of_token, _) in zip(batches, weighted, strict=True):
-            yield batch, of_token, max(float(total), 1.0)
+            yield batch, of_token, max(total, 1.0)
+
+    def sums(self, *values: float) -> list[float]:
+        """Each number's sum over all processes."""
+        numbers = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            distributed.all_reduce(numbers)
+        return numbers.tolist()
 
     def update(self) -> Update:
         """One update of the weights, or none where the numbers are no numbers. Raises: CheckpointError after a run of those."""
@@ -246,24 +261,24 @@ class Trainer:
             share = (losses * of_token.to(device)[row.to(device)]).sum() / total
             (share * self.world).backward()  # FSDP takes the mean over processes, and here the sum is meant
             loss, tokens = loss + share.detach().cpu(), tokens + len(losses)
-        if self.world > 1:
-            distributed.all_reduce(loss)
+        loss, tokens = self.sums(float(loss), tokens)
         norm = nn.utils.clip_grad_norm_(self.named.values(), self.plan.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        is_skipped = not (math.isfinite(norm) and math.isfinite(float(loss)))
+        is_skipped = not (math.isfinite(norm) and math.isfinite(loss))
         rate = self.plan.rate(self.step)
         for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
             group["lr"] = peak * rate
         if not is_skipped:
             self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        done = Update(self.step, float(loss), norm, self.plan.learning_rate * rate, tokens, is_skipped)
         self.step, self.updates = self.step + 1, self.updates + (not is_skipped)
+        skipped = self.step - self.updates
+        done = Update(self.step - 1, loss, norm, self.plan.learning_rate * rate, int(tokens), is_skipped, skipped)
         self.bad_steps = self.bad_steps + 1 if is_skipped else 0
         if self.bad_steps >= MOST_BAD_STEPS:
             raise CheckpointError(
                 f"{self.bad_steps} updates in a row had a loss or gradient that is no number. The last checkpoint is intact. "
-                "Take a smaller --learning_rate, or --dtype fp32."
+                "Go on with --resume and a smaller --learning_rate, or with --dtype fp32."
             )
         return done
 

@@ -318,7 +318,7 @@ from pathlib import Path
 distributed.init_process_group("gloo")
 model = test_training.make_model({family!r})
 training.trainable(model, training.ALL)
-training.shard(model, torch.float32)
+training.shard(model, torch.device("cpu"))
 plan = training.Plan(steps=8, batch_size=4, rows=2, learning_rate=1e-2, dtype=torch.float32)
 trainer = training.Trainer(model, plan, test_training.toy_batch, test_training.COUNT)
 folder = Path(sys.argv[1])
