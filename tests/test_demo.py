@@ -562,7 +562,9 @@ def test_the_recipe_makes_a_checkpoint_like_any_other(recipe):
 
 def test_the_script_of_the_recipe_skips_what_is_done(tmp_path):
     """Every stage is marked as done, so the script goes on with export and measure; python is replaced by one that says so."""
-    for name in ("tower", "joint", "higher", "last"):
+    stages = re.findall(r"^stage (\w+) (\d+) (\w+)", (DEMO / "recipe.sh").read_text(), re.MULTILINE)
+    assert sum(int(share) for _, share, _ in stages) == 100 and {stage for *_, stage in stages} == set(train.STAGES)
+    for name, *_ in stages:
         (tmp_path / f"{name}.done").touch()
     said = tmp_path / "said"
     fake = tmp_path / "python"
@@ -570,8 +572,9 @@ def test_the_script_of_the_recipe_skips_what_is_done(tmp_path):
     fake.chmod(0o755)
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(fake)}
     subprocess.run(["bash", str(DEMO / "recipe.sh"), str(tmp_path)], check=True, env=environment, capture_output=True)
-    programs = [line.split()[0] for line in said.read_text().splitlines()]
-    assert programs == ["demo/train.py", "demo/evaluate.py", "demo/transfer.py", "finetune.py", "finetune.py"]
+    lines = said.read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["demo/train.py", "demo/evaluate.py", "demo/transfer.py", *["finetune.py"] * 2]
+    assert all(line.endswith("--resume") for line in lines[3:])  # begun or not, they go on
 
 
 def test_orthogonalised_matrices_move_all_directions_alike():
