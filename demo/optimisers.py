@@ -68,7 +68,7 @@ class Trainer:
 
     def __init__(self, modules: nn.Module, options: argparse.Namespace):
         self.seconds, self.start, self.steps, self.progress = options.minutes * 60, time.process_time(), 0, 0.0
-        self.final = options.final
+        self.final, self.parent = options.final, os.getppid()
         self.parameters = [p for p in modules.parameters() if p.requires_grad]
         groups: dict[tuple[bool, bool], list] = {}
         for name, p in modules.named_parameters():
@@ -90,6 +90,8 @@ class Trainer:
 
         The rate rises until WARMUP, stays until PLATEAU, and falls to `final` of it at the end.
         """
+        if os.getppid() != self.parent:
+            raise SystemExit("the process that started this one is gone.")
         loss.backward()
         grads = [p.grad for p in self.parameters]
         flat = torch.cat([torch.full((1,), self.clock), *(grad.flatten() for grad in grads)]) / distributed.get_world_size()

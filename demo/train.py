@@ -12,6 +12,27 @@ prefix  One question a row, and the picture sees it: the prefix-LM pass that gen
 Each stage goes on from the state of another one, `--start`. A position embedding for fewer patches is stretched (bilinearly, as
 big_vision does for PaliGemma's stages). Everything is computed in bfloat16, on weights in float32. Each answer counts as one in
 the loss, however long it is, and each object of a `detect` or `segment` as one; a word that is read counts as three.
+
+The learning rate follows the time that the processor has worked, so minutes are those of each of two cores. How it went, on scenes
+that are all new (shares of answers with every token right behind a right beginning; mean error of a coordinate in pixels of 112):
+
+    stage   minutes  steps  caption  color  shape  count  exists  where   ocr  pixels
+    tower       9.8   1022   of patches: color 1.00, shape 0.99, letters 0.23; captions found among 48: 0.98;  1.4
+    letters     8.6    895   of patches: color 1.00, shape 0.99, letters 0.45; captions found among 48: 0.98;  1.2
+    joint         7    250     0.53   0.88   0.99   0.78    0.94   0.42  0.05    13.8
+                 14    475     0.75   0.97   0.99   0.85    0.96   0.80  0.14     7.4
+                 28    976     0.96   1.00   1.00   0.95    0.99   0.96  0.60     2.4
+    higher        3    100     0.72   0.99   0.98   0.88    0.98   0.88  0.27     6.0
+                 11    389     0.92   1.00   1.00   0.95    0.99   0.96  0.59     2.6
+    last          8    425     0.90   0.96   0.99   0.92    0.99   0.91  0.50     3.1
+                 23   1144     0.98   1.00   1.00   0.96    1.00   0.99  0.74     1.6
+    polish      5.5    280     0.98   1.00   1.00   0.97    1.00   0.98  0.74     1.6
+
+Then, said greedily about 300 pictures of an unseen seed (evaluate.py): before polish answers 98.5 %, captions 98.3 %, detect
+0.862, segment 0.806, words 84.3 %; after it 98.7 %, 98.0 %, 0.870, 0.821 and 85.0 %. An hour on two cores ends with `higher`. What
+was gained after it is boxes and reading; random letters are read in one of eight cases, so it knows words rather than letters. What was different in this run from what recipe.sh
+does now: in the stage tower 60 of 100 scenes were to have a word, in the others 80; and up to joint two `segment` were asked
+of each picture, not one. Masks are learned in minutes: the codes of a kind are always the same.
 """
 
 import argparse
