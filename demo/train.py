@@ -13,8 +13,8 @@ Each stage goes on from the state of another one, `--start`. A position embeddin
 big_vision does for PaliGemma's stages). Everything is computed in bfloat16, on weights in float32. Each answer counts as one in
 the loss, however long it is, and each object of a `detect` or `segment` as one; a word that is read counts as three.
 
-The learning rate follows the time that the processor has worked, so minutes are those of each of two cores. How it went, on scenes
-that are all new (shares of answers with every token right behind a right beginning; mean error of a coordinate in pixels of 112):
+The learning rate follows the time that the processor has worked, so minutes are those of each of two cores. How it went on scenes
+that are all new: shares of answers with every token right behind a right beginning, mean error of a coordinate in pixels of 112.
 
     stage   minutes  steps  caption  color  shape  count  exists  where   ocr  pixels
     tower       9.8   1022   of patches: color 1.00, shape 0.99, letters 0.23; captions found among 48: 0.98;  1.4
@@ -29,10 +29,12 @@ that are all new (shares of answers with every token right behind a right beginn
     polish      5.5    280     0.98   1.00   1.00   0.97    1.00   0.98  0.74     1.6
 
 Then, said greedily about 300 pictures of an unseen seed (evaluate.py): before polish answers 98.5 %, captions 98.3 %, detect
-0.862, segment 0.806, words 84.3 %; after it 98.7 %, 98.0 %, 0.870, 0.821 and 85.0 %. An hour on two cores ends with `higher`. What
-was gained after it is boxes and reading; random letters are read in one of eight cases, so it knows words rather than letters. What was different in this run from what recipe.sh
-does now: in the stage tower 60 of 100 scenes were to have a word, in the others 80; and up to joint two `segment` were asked
-of each picture, not one. Masks are learned in minutes: the codes of a kind are always the same.
+0.862, segment 0.806, words 84.3 %; after it 98.7 %, 98.0 %, 0.870, 0.821 and 85.0 %. An hour on two cores ends with `higher`;
+what comes after it gains boxes and reading. Random letters are read in one of eight cases: it knows words rather than letters.
+
+What was different in this run from what recipe.sh does now: in the stage tower 60 of 100 scenes were to have a word, in the
+others 80; and up to joint two `segment` were asked of each picture, not one. Masks are learned in minutes: the codes of a kind
+are always the same.
 """
 
 import argparse
