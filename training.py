@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -178,7 +178,8 @@ class Plan:
         return 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, self.steps - warm))
 
 
-def draw_order(count: int, seed: int, epoch: int) -> list[int]:
+@lru_cache(2)  # a batch may lie in two epochs; a million examples take longer to shuffle than a small model to learn from
+def draw_order(count: int, seed: int, epoch: int) -> Sequence[int]:
     """The order of `count` examples in an epoch."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
