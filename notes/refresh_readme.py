@@ -5,6 +5,7 @@ Three things are refreshed, all others stay as they are:
 - the counts of lines in the table of files;
 - what stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, by the function that GENERATED of tables.py names.
 
+runs/found.jsonl, which an example writes, is deleted before, since a folder's rows go on where they ended.
 A comment above a console block may hold marks: `slow` (run only with --slow: minutes) and `last N` (keep the last N lines).
 """
 
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="run nothing, only make the tables anew: seconds")
     parser.add_argument("pages", nargs="*", type=Path, help="default: README.md and notes/*.md")
     options = parser.parse_args()
+    (ROOT / "runs" / "found.jsonl").unlink(missing_ok=True)
     for page in options.pages or [README, *sorted(HERE.glob("*.md"))]:
         before = page.read_text(encoding="utf-8")
         after = before if options.tables else refresh_blocks(before, options.slow)

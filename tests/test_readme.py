@@ -17,8 +17,10 @@ import annotate  # noqa: E402
 import cluster  # noqa: E402
 import decoding_figures  # noqa: E402  (scripts, found beside the pages)
 import finetune  # noqa: E402
+import finetuning_figures  # noqa: E402
 import inference  # noqa: E402
 import mask_figures  # noqa: E402
+import recipe_figures  # noqa: E402
 import refresh_readme  # noqa: E402
 import tables  # noqa: E402
 
@@ -115,6 +117,8 @@ def test_exit_codes_are_those_of_the_code():
         (mask_figures, "draw_mask", "mask.svg"),
         (mask_figures, "draw_influence", "influence.svg"),
         (decoding_figures, "draw_roofline", "roofline.svg"),
+        (finetuning_figures, "draw_mistakes", "mistakes.svg"),
+        (recipe_figures, "draw_recipe", "recipe.svg"),
     ],
 )
 def test_figures_are_what_their_scripts_draw(script, draw, figure, tmp_path, monkeypatch):

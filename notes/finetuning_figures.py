@@ -1,0 +1,232 @@
+"""Makes the mistakes of finetuning.md on purpose and prints what they cost: `python notes/finetuning_figures.py`.
+
+mistakes.svg  the loss that training shows, and the share of right answers behind it, of each run
+
+Every run starts from the demo checkpoint and learns "what is the largest shape?" (demo/transfer.py) with the trainer of
+finetune.py. A mistake is one line that is different. A quarter of an hour on two cores; --quick only shows that it works.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+
+import machine  # noqa: E402  (the project's folder comes first)
+
+machine.use_cores()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import curves  # noqa: E402
+import dataset  # noqa: E402
+import evaluate  # noqa: E402
+import lora  # noqa: E402
+import shapes  # noqa: E402
+import training  # noqa: E402
+import weights  # noqa: E402
+from evaluation import Judge  # noqa: E402
+from finetune import plain_model  # noqa: E402
+from processing_paligemma import PaliGemmaProcessor  # noqa: E402
+from svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing  # noqa: E402
+from tasks import Annotator  # noqa: E402
+
+CHECKPOINT = ROOT / "demo" / "checkpoint"
+RESULTS = HERE / "mistakes.json"
+IMAGE_TOKEN = weights.read_config(CHECKPOINT).image_token_index
+PLAN = training.Plan(steps=200, batch_size=8, rows=8, learning_rate=5e-4)
+OLD_SCENES = 24  # whose other questions say what was forgotten
+
+
+def as_it_comes(batch: dict) -> dict:
+    return batch
+
+
+def leak(batch: dict) -> dict:
+    """The whole row is marked as prompt, so that every token sees the answer."""
+    return batch | {"token_type_ids": torch.zeros_like(batch["token_type_ids"])}
+
+
+def no_end(batch: dict) -> dict:
+    """The last token of each row, <eos>, is not asked for: as if the text had been cut at some length."""
+    labels = batch["labels"].clone()
+    last = (batch["attention_mask"].cumsum(1) * (labels != -100)).argmax(1)
+    labels[torch.arange(len(labels)), last] = -100
+    return batch | {"labels": labels}
+
+
+def with_prompt(batch: dict) -> dict:
+    """The loss counts prompt tokens, too."""
+    is_text = (batch["attention_mask"] == 1) & (batch["input_ids"] != IMAGE_TOKEN)
+    return batch | {"labels": torch.where(is_text, batch["input_ids"], -100)}
+
+
+def causal(batch: dict) -> dict:
+    """The whole row is marked as answer: picture and prompt see backwards only, as in an ordinary decoder."""
+    return batch | {"token_type_ids": torch.ones_like(batch["token_type_ids"])}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One run. Args: name: in the table; spoil: what it does to a batch; the others as its plan and model have them."""
+
+    name: str
+    spoil: Callable[[dict], dict] = as_it_comes
+    plan: training.Plan = PLAN
+    method: str = "full"
+    is_rounded: bool = False  # weights are bfloat16 after each update
+    count: int | None = None  # of examples to learn from; all if not given
+    with_old: bool = False  # as many of the questions that the checkpoint was trained on in each batch
+    seen: bool = False  # scored on what it learned from
+
+
+WAYS = [
+    Way("as it should be"),
+    Way("adapter (LoRA)", plan=replace(PLAN, learning_rate=5e-3), method="lora"),
+    Way("with as many old questions", with_old=True),
+    Way("the prompt sees the answer", leak),
+    Way("the answer has no end", no_end),
+    Way("picture and prompt look back only", causal),
+    Way("loss on the prompt, too", with_prompt),
+    Way("rate ten times as high", plan=replace(PLAN, learning_rate=5e-3)),
+    Way("rate of a hundredth", plan=replace(PLAN, learning_rate=5e-6)),
+    Way("rate of a hundredth, weights in bfloat16", plan=replace(PLAN, learning_rate=5e-6), is_rounded=True),
+    Way("40 examples, over and over", count=40),
+    Way("40 examples, scored on themselves", count=40, seen=True),
+]
+
+
+@dataclass
+class Found:
+    """What a run showed and what it came to."""
+
+    losses: list[float] = field(default_factory=list)
+    valid_loss: float = 0.0
+    exact: float = 0.0
+    old: float = 0.0  # share of right answers to what the checkpoint knew before
+    moved: float = 0.0  # share of the trained weights that are other numbers than before
+    said: list[str] = field(default_factory=list)
+
+
+def old_example(seed: tuple[int, int]) -> tuple[Image.Image, str, str]:
+    """Picture, prefix and suffix of a question that the checkpoint was trained on, about a new scene."""
+    rng = np.random.default_rng([9000, *seed])
+    scene = shapes.make_scene(rng)
+    asked = shapes.ask(scene, rng, list(evaluate.ANSWERS))
+    return shapes.draw(scene, 112), *asked[rng.integers(len(asked))]
+
+
+def old_questions(model: torch.nn.Module, processor: PaliGemmaProcessor, count: int) -> float:
+    """Share of right answers to the questions that the checkpoint was trained on."""
+    asked = evaluate.questions(count, seed=1000)
+    asked = [(scene, [one for one in questions if one.kind in evaluate.ANSWERS]) for scene, questions in asked]
+    said = evaluate.answers(Annotator(model, processor, codec=None, rows=32, max_new_tokens=24), asked)
+    flat = [question for _, questions in asked for question in questions]
+    return sum(evaluate.score(question, result) for question, result in zip(flat, said, strict=True)) / len(flat)
+
+
+def run(
+    way: Way, train: dataset.Split, valid: dataset.Split, processor: PaliGemmaProcessor, options: argparse.Namespace
+) -> Found:
+    model = weights.load_model(CHECKPOINT, dtype=torch.bfloat16)
+    if way.method == "lora":
+        torch.manual_seed(0)
+        lora.inject(model, lora.LoraConfig(), lora.targets(model))
+    else:
+        training.trainable(model, training.ALL)
+    examples = dataset.Examples(train, processor)
+    count = way.count or len(train.examples)
+    plan = replace(way.plan, steps=options.steps)
+
+    def make_batch(places: list[tuple[int, int]]) -> dict:
+        rows = [examples[place] for place in places]
+        if way.with_old:
+            rows += [old_example(seed) for seed in places]
+        return way.spoil(processor(*map(list, zip(*rows, strict=True)), notes=[]))
+
+    trainer = training.Trainer(model, plan, make_batch, count)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.named.items()}
+    found = Found()
+    for _ in range(plan.steps):
+        found.losses.append(round(trainer.update().loss, 5))
+        if way.is_rounded:
+            for parameter in trainer.named.values():
+                parameter.data.copy_(parameter.data.bfloat16())
+    moved = sum(int((parameter != before[name]).sum()) for name, parameter in trainer.named.items())
+    found.moved = round(moved / sum(parameter.numel() for parameter in trainer.named.values()), 4)
+    plain = plain_model(model, weights, torch.bfloat16)
+    scored = dataset.Examples(train if way.seen else valid, processor)
+    judge = Judge(scored, None, rows=32, count=way.count if way.seen else options.scored, scores=["exact"])
+    numbers = judge(plain)
+    found.valid_loss, found.exact = round(numbers["valid_loss"], 4), round(numbers["exact"], 4)
+    found.said = [result.text for result in judge.ask(plain)[:3]]
+    found.old = round(old_questions(plain, processor, options.old), 4)
+    return found
+
+
+def draw_mistakes() -> None:
+    """Left the losses that training shows, right what each run came to."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    drawing = Drawing(980, 60 + 30 * len(results))
+    most = max(len(found["losses"]) for found in results.values())
+    axes = Axes(drawing, (60, 50, 420, 10 + 30 * len(results)), (0, most), (0, 3))
+    axes.frame([0, most / 2, most], [0, 1, 2, 3], "updates", "training loss, nats a token")
+    drawing.text(660, 38, "right answers to the new question, and to the old ones", size=13)
+    for number, (name, found) in enumerate(results.items()):
+        color = (BLUE, GREEN, ORANGE, PURPLE)[number] if number < 4 else FAINT
+        smooth = curves.smoothed([(step, min(loss, 3.0)) for step, loss in enumerate(found["losses"])])
+        axes.curve(smooth, color if number < 4 else SOFT)
+        y = 52 + 30 * number
+        drawing.text(650, y + 10, name, anchor="end", size=12)
+        drawing.rect(660, y, 220 * found["exact"], 11, color if number < 4 else SOFT)
+        drawing.rect(660, y + 12, 220 * found["old"], 6, FAINT, SOFT)
+        drawing.text(890, y + 10, f"{found['exact']:.1%}, {found['old']:.0%}", size=12)
+    drawing.save(HERE / "mistakes.svg")
+
+
+def report(results: dict[str, dict]) -> None:
+    print(f"{'':42}{'train loss':>10}{'valid loss':>11}{'exact':>8}{'old':>7}{'moved':>8}  says")
+    for name, found in results.items():
+        last = found["losses"][-20:]
+        print(f"{name:42}{sum(last) / len(last):10.3f}{found['valid_loss']:11.3f}{found['exact']:8.1%}{found['old']:7.1%}"
+              f"{found['moved']:8.1%}  {found['said'][0][:40]!r}")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few updates, and nothing is kept")
+    parser.add_argument("--only", help="make this run anew, and keep the others as they are")
+    parser.add_argument("--stored", action="store_true", help="run nothing: print and draw what mistakes.json holds")
+    options = parser.parse_args()
+    if options.stored:
+        draw_mistakes()
+        return report(json.loads(RESULTS.read_text(encoding="utf-8")))
+    options.steps, options.scored, options.old = (3, 8, 2) if options.quick else (PLAN.steps, 200, OLD_SCENES)
+    processor = PaliGemmaProcessor.from_pretrained(CHECKPOINT)
+    with tempfile.TemporaryDirectory() as folder:
+        count = 40 if options.quick else 800
+        command = [sys.executable, str(ROOT / "demo" / "transfer.py"), "--out", folder, "--count", str(count)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        train, valid = (dataset.read_split(Path(folder) / f"{name}.jsonl") for name in ("train", "valid"))
+        before = json.loads(RESULTS.read_text(encoding="utf-8")) if options.only else {}
+        results = {way.name: before.get(way.name) for way in WAYS}
+        for way in (way for way in WAYS if options.only in (None, way.name)):
+            results[way.name] = run(way, train, valid, processor, options).__dict__
+            print(f"done: {way.name}", file=sys.stderr)
+    if not options.quick:
+        RESULTS.write_text(json.dumps(results) + "\n", encoding="utf-8")
+        draw_mistakes()
+    report(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Draws recipe.svg from the log of the run that made the demo checkpoint, demo/recipe.jsonl: `python notes/recipe_figures.py`.
+
+Every scene of training is new, so the share of right answers in a step is that of scenes the model has not seen. It is that of
+single tokens behind a right beginning; demo/evaluate.py lets the model speak, and its numbers are lower.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT)]
+
+from svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing  # noqa: E402  (the project's folder comes first)
+
+LOG = ROOT / "demo" / "recipe.jsonl"
+ANSWERS = ("color", "shape", "count", "exists", "where")
+BEFORE = ("tower", "letters")  # the stages without a decoder
+STAGES = {
+    "tower": "0: captions", "letters": "0, on", "joint": "1: all tasks", "higher": "2: 112 px", "last": "2: as used",
+    "polish": "",
+}  # fmt: skip
+WIDTH, BOTTOM = 860, 330
+
+
+def read_log() -> list[dict]:
+    """The lines with `at`, the minutes since the beginning of the whole."""
+    lines, before, stage = [], 0.0, None
+    for line in map(json.loads, LOG.read_text(encoding="utf-8").splitlines()):
+        if stage is not None and line["stage"] != stage:
+            before = lines[-1]["at"]
+        stage = line["stage"]
+        lines.append(line | {"at": before + line["minutes"]})
+    return lines
+
+
+def curves(lines: list[dict]) -> dict[str, tuple[list[tuple[float, float]], str]]:
+    """Named curves from 0 to 1 with their colours."""
+    first, then = ([line for line in lines if (line["stage"] in BEFORE) == is_it] for is_it in (True, False))
+
+    def points(part: list[dict], names: tuple[str, ...]) -> list[tuple[float, float]]:
+        found = [(line["at"], [line[name] for name in names if name in line]) for line in part]
+        return [(at, sum(values) / len(values)) for at, values in found if values]
+
+    return {
+        "shape of a patch": (points(first, ("kind",)), SOFT),
+        "its letters": (points(first, ("letters",)), FAINT),
+        "answers": (points(then, ANSWERS), BLUE),
+        "captions": (points(then, ("caption",)), GREEN),
+        "words": (points(then, ("ocr",)), ORANGE),
+        "random letters": (points(then, ("letters",)), PURPLE),
+    }
+
+
+def smooth(points: list[tuple[float, float]], width: float = 0.6) -> list[tuple[float, float]]:
+    """Means over `width` minutes, since a line of the log holds few captions and words."""
+    result = []
+    for at, _ in points:
+        near = [value for other, value in points if abs(other - at) <= width / 2]
+        result.append((at, sum(near) / len(near)))
+    return result
+
+
+def draw_recipe() -> None:
+    lines = read_log()
+    end = lines[-1]["at"]
+    drawing = Drawing(WIDTH, BOTTOM + 60)
+    axes = Axes(drawing, (50, 50, WIDTH - 150, BOTTOM), (0, end), (0, 1))
+    axes.frame([tick for tick in range(0, int(end) + 1, 10)], [0, 0.2, 0.4, 0.6, 0.8, 1], "minutes of each of two cores",
+               "share that is right, of scenes that are new")  # fmt: skip
+    for stage, title in STAGES.items():
+        mine = [line["at"] for line in lines if line["stage"] == stage]
+        if mine:
+            x = axes.at(mine[0], 0)[0]
+            drawing.line([(x, 50), (x, BOTTOM)], SOFT, 1, "2 4")
+            drawing.text(x + 4, 64, title, size=11, fill=SOFT)
+    ends = []
+    for name, (points, color) in curves(lines).items():
+        if points:
+            points = smooth(points)
+            axes.curve(points, color)
+            if points[-1][0] == end:
+                ends.append((axes.at(*points[-1])[1], f"{name} {points[-1][1]:.1%}", color))
+            else:
+                x, y = axes.at(*points[-1])
+                drawing.text(x - 4, y - 6, f"{name} {points[-1][1]:.0%}", anchor="end", size=11, fill=SOFT)
+    drawing.labels(WIDTH - 142, ends)
+    drawing.save(HERE / "recipe.svg")
+
+
+def main() -> None:
+    draw_recipe()
+    for stage in STAGES:
+        mine = [line for line in read_log() if line["stage"] == stage]
+        if mine:
+            last = {name: value for name, value in mine[-1].items() if name not in ("stage", "at", "loss", "head")}
+            print(stage, " ".join(f"{name} {value:g}" for name, value in last.items()))
+
+
+if __name__ == "__main__":
+    main()
