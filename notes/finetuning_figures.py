@@ -178,9 +178,9 @@ def draw_mistakes() -> None:
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     drawing = Drawing(980, 60 + 30 * len(results))
     most = max(len(found["losses"]) for found in results.values())
-    axes = Axes(drawing, (60, 50, 420, 10 + 30 * len(results)), (0, most), (0, 3))
+    axes = Axes(drawing, (60, 50, 380, 10 + 30 * len(results)), (0, most), (0, 3))
     axes.frame([0, most / 2, most], [0, 1, 2, 3], "updates", "training loss, nats a token")
-    drawing.text(660, 38, "right answers to the new question, and to the old ones", size=13)
+    drawing.text(970, 38, "right answers to the new question, and to the old ones", anchor="end")
     for number, (name, found) in enumerate(results.items()):
         color = (BLUE, GREEN, ORANGE, PURPLE)[number] if number < 4 else FAINT
         smooth = curves.smoothed([(step, min(loss, 3.0)) for step, loss in enumerate(found["losses"])])

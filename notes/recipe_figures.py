@@ -21,7 +21,7 @@ STAGES = {
     "tower": "0: captions", "letters": "0, on", "joint": "1: all tasks", "higher": "2: 112 px", "last": "2: as used",
     "polish": "",
 }  # fmt: skip
-WIDTH, BOTTOM = 860, 330
+WIDTH, TOP, BOTTOM = 860, 74, 354
 
 
 def read_log() -> list[dict]:
@@ -66,15 +66,15 @@ def draw_recipe() -> None:
     lines = read_log()
     end = lines[-1]["at"]
     drawing = Drawing(WIDTH, BOTTOM + 60)
-    axes = Axes(drawing, (50, 50, WIDTH - 150, BOTTOM), (0, end), (0, 1))
+    axes = Axes(drawing, (50, TOP, WIDTH - 150, BOTTOM), (0, end), (0, 1))
     axes.frame([tick for tick in range(0, int(end) + 1, 10)], [0, 0.2, 0.4, 0.6, 0.8, 1], "minutes of each of two cores",
                "share that is right, of scenes that are new")  # fmt: skip
     for stage, title in STAGES.items():
         mine = [line["at"] for line in lines if line["stage"] == stage]
         if mine:
             x = axes.at(mine[0], 0)[0]
-            drawing.line([(x, 50), (x, BOTTOM)], SOFT, 1, "2 4")
-            drawing.text(x + 4, 64, title, size=11, fill=SOFT)
+            drawing.line([(x, 22), (x, BOTTOM)], SOFT, 1, "2 4")
+            drawing.text(x + 4, 30, title, size=11, fill=SOFT)
     ends = []
     for name, (points, color) in curves(lines).items():
         if points:
@@ -84,7 +84,7 @@ def draw_recipe() -> None:
                 ends.append((axes.at(*points[-1])[1], f"{name} {points[-1][1]:.1%}", color))
             else:
                 x, y = axes.at(*points[-1])
-                drawing.text(x - 4, y - 6, f"{name} {points[-1][1]:.0%}", anchor="end", size=11, fill=SOFT)
+                drawing.text(x - 4, y + 18, f"{name} {points[-1][1]:.0%}", anchor="end", size=11, fill=SOFT)
     drawing.labels(WIDTH - 142, ends)
     drawing.save(HERE / "recipe.svg")
 

@@ -80,10 +80,12 @@ def test_decode_gives_each_side_its_floor_and_its_ratio(run):
 
 def test_llama_is_compared_with_as_many_bits(run, tmp_path):
     interpreter = tmp_path / "python"  # stands in for one that has llama.cpp: it imports everything and answers everything
-    interpreter.write_text(
-        f"#!{sys.executable}\nimport sys\nfor _ in sys.stdin if sys.argv[-1] == '--serve' else ():\n"
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfor _ in sys.stdin if sys.argv[-1] == '--serve' else ():\n"
         """    print('{"seconds": 0.5, "version": "1.0"}', flush=True)\n"""
     )
+    interpreter.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')  # the path may hold a space
     interpreter.chmod(0o755)
     document, printed = run("llama", "--gguf", str(tmp_path), "--python", str(interpreter))
     for theirs, name in (("llama.cpp BF16", "ours bf16"), ("llama.cpp Q8_0", "ours int8"), ("llama.cpp Q4_0", "ours int4")):
