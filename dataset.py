@@ -248,11 +248,14 @@ def require_usable(splits: Sequence[Split], skip_bad: bool) -> None:
     """Lets a run begin. Raises: DatasetError when lines cannot be used and are not to be skipped, or when none is left."""
     faults = [fault for split in splits for fault in split.faults]
     if faults and not skip_bad:
-        text = f"{len(faults)} lines cannot be used; the first: {faults[0]}. Mend them, or go on without them: --skip_bad."
+        first = str(faults[0]).rstrip(".")
+        text = f"{len(faults)} lines cannot be used; the first: {first}. Mend them, or go on without them: --skip_bad."
         raise DatasetError(text, path=faults[0].file)
     for split in splits:
         if not split.examples:
-            raise DatasetError(f"{split.file} has no line that can be used. The first: {split.faults[0].text}.", path=split.file)
+            raise DatasetError(
+                f"{split.file} has no line that can be used. The first: {split.faults[0].text.rstrip('.')}.", path=split.file
+            )
 
 
 # Batches
