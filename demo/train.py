@@ -30,8 +30,10 @@ that are all new: shares of answers with every token right behind a right beginn
 
 Then, said greedily about 300 pictures of an unseen seed (evaluate.py): before polish answers 98.5 %, captions 98.3 %, detect
 0.862, segment 0.806, words 84.3 %; after it 98.7 %, 98.0 %, 0.870, 0.821 and 85.0 %. That seed was looked at before polish was
-begun; one that nobody had looked at (2000) gives 98.7 %, 98.3 %, 0.852, 0.800 and 82.6 %. An hour on two cores ends with `higher`;
-what comes after it gains boxes and reading. Random letters are read in one of eight cases: it knows words rather than letters.
+begun; one that nobody had looked at (2000) gives 98.7 %, 98.3 %, 0.852, 0.800 and 82.6 %.
+
+An hour on two cores ends with `higher`; what comes after it gains boxes and reading. Random letters are read in one of eight to
+ten cases: it knows words rather than letters.
 
 What was different in this run from what recipe.sh does now: in the stage tower 60 of 100 scenes were to have a word, in the
 others 80; and up to joint two `segment` were asked of each picture, not one. Masks are learned in minutes: the codes of a kind
