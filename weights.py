@@ -304,7 +304,7 @@ class NoInit(TorchFunctionMode):
     On the meta device it has nothing to fill, yet its first call imports 800 modules (sympy among them), 1.8 s on two cores.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ARG002  (the signature is torch's)
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]

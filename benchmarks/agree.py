@@ -19,16 +19,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402  (the project's folder comes first)
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import graphs  # noqa: E402
-from generation import generate  # noqa: E402
-from make_checkpoint import write_checkpoint  # noqa: E402
-from modeling_gemma import attention  # noqa: E402
-from modeling_paligemma import PaliGemmaForConditionalGeneration  # noqa: E402
-from sides import make_rows  # noqa: E402
-from weights import load_model  # noqa: E402
+import graphs
+from generation import generate
+from make_checkpoint import write_checkpoint
+from modeling_gemma import attention
+from modeling_paligemma import PaliGemmaForConditionalGeneration
+from sides import make_rows
+from weights import load_model
 
 # Relative distance of all logits. float32 sums in another order differ by some 1e-6 and bfloat16 by 4e-3, the rounding of
 # its 8 bits; the quantised forms round their activations on some devices and not on others.

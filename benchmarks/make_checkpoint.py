@@ -16,14 +16,14 @@ import random
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from safetensors.torch import save_file
+
+from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402  (the project's folder comes first)
-from safetensors.torch import save_file  # noqa: E402
-
-from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration  # noqa: E402
-
 SHARD_BYTES = 4_950_000_000  # the first of the hub's two files
 LOCATIONS, CODES, UNTRAINED = 1024, 128, 64  # <loc....>, <seg...>, and the rows from <image> on
 VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27}

@@ -16,11 +16,11 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from outputs import Box, read_text
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from outputs import Box, read_text  # noqa: E402
-
 CAT, DOG, ALL = (100, 200, 300, 400), (500, 20, 900, 1000), (0, 0, 1023, 1023)
 CODES = "".join(f"<seg{code:03d}>" for code in range(16))
 SIZE, TOLERANCE = 1000, 2  # pixels

@@ -11,11 +11,11 @@ import sys
 from itertools import zip_longest
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from svg import BLUE, GREEN, INK, ORANGE, PURPLE, SOFT, Axes, Drawing
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-from svg import BLUE, GREEN, INK, ORANGE, PURPLE, SOFT, Axes, Drawing  # noqa: E402  (its folder comes first)
-
 COLORS = {"transformers": ORANGE, "ours bf16": BLUE, "ours int8": GREEN, "ours int4": PURPLE}
 WIDTH, PANEL, ROW, LEFT = 820, 390, 22, 180  # pixels: the sheet, half of it, a bar with its gap, where bars begin
 

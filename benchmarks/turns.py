@@ -18,11 +18,11 @@ from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import machine
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-import machine  # noqa: E402  (the project's folder comes first)
-
 THREADS = machine.use_cores()  # here, and in every side that is started: a child inherits the number of threads
 
 OURS, INT8, INT4, EXACT = "ours bf16", "ours int8", "ours int4", "ours fp32"

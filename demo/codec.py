@@ -31,13 +31,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import shapes
+from masks import MASK_SIDE, resize
+from segmentation import CODEC_NAME, CODES, Codebook, MaskCodec, load_codec
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
-
-import shapes  # noqa: E402
-from masks import MASK_SIDE, resize  # noqa: E402
-from segmentation import CODEC_NAME, CODES, Codebook, MaskCodec, load_codec  # noqa: E402
-
 COPYING = 0.3  # the share of all steps before there are codes
 FOLLOWING = 0.98  # how much of a code's past stays at a step
 OTHERS = ("ellipse", "blob", "polygon", "ring")

@@ -26,15 +26,16 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import shapes
+from exports import coco, coco_results, collect
+from outputs import Box, Found, as_json
+from scores import mask_iou
+from tasks import OBJECT_TASKS, Annotator, Request, Result
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
-
-import shapes  # noqa: E402
-from exports import coco, coco_results, collect  # noqa: E402
-from outputs import Box, Found, as_json  # noqa: E402
-from scores import mask_iou  # noqa: E402
-from tasks import OBJECT_TASKS, Annotator, Request, Result  # noqa: E402
-
 ANSWERS = ("color", "shape", "count", "exists", "where")
 SIZE = 224  # pixels of a picture's side
 ROWS = 96  # questions in flight

@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from masks import MASK_SIDE, fill, resize  # noqa: E402
+from masks import MASK_SIDE, fill, resize
 
 CODEC = Path(__file__).resolve().parent / "checkpoint" / "vae-oid.npz"
 COLORS = {

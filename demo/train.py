@@ -55,16 +55,17 @@ from tokenizers import Tokenizer
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import shapes
+from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask
+from optimisers import Trainer, init, save
+from tokenizer import make_tokenizer, write_files
+from tower import VISION, PatchHead, draw_batch, train_contrastive
+
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "demo" / "checkpoint"
-sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
-
-import shapes  # noqa: E402
-from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask  # noqa: E402
-from optimisers import Trainer, init, save  # noqa: E402
-from tokenizer import make_tokenizer, write_files  # noqa: E402
-from tower import VISION, PatchHead, draw_batch, train_contrastive  # noqa: E402
-
 TEXT = {
     "model_type": "gemma", "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 3,
     "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 512,

@@ -12,18 +12,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import drawing
+import shapes
+from masks import crop, paste
+from outputs import Box, Found, read_text, to_suffix
+from scores import mask_iou
+from segmentation import load_codec
+from svg import BLUE, ORANGE, SOFT, Axes, Drawing
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
-
-import drawing  # noqa: E402  (the project's folder comes first)
-import shapes  # noqa: E402
-from masks import crop, paste  # noqa: E402
-from outputs import Box, Found, read_text, to_suffix  # noqa: E402
-from scores import mask_iou  # noqa: E402
-from segmentation import load_codec  # noqa: E402
-from svg import BLUE, ORANGE, SOFT, Axes, Drawing  # noqa: E402
-
 RESULTS = ROOT / "benchmarks" / "results" / "detection.json"
 IOU = "0.75"
 CURVES = {

@@ -7,18 +7,19 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import machine
+import quantization
+from modeling_paligemma import PaliGemmaConfig
+from svg import BLUE, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing
+from weights import empty_model
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(HERE)]
-
-import torch  # noqa: E402  (after the number of threads is set)
-
-import machine  # noqa: E402
-import quantization  # noqa: E402
-from modeling_paligemma import PaliGemmaConfig  # noqa: E402
-from svg import BLUE, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing  # noqa: E402
-from weights import empty_model  # noqa: E402
-
 RESULTS = ROOT / "benchmarks" / "results" / "products.json"
 CURVES = {"F.linear bf16": ORANGE, "ours bf16": BLUE, "ours int8": GREEN, "ours int4": PURPLE}
 PROMPT, ANSWER = 266, 20  # tokens

@@ -15,31 +15,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from PIL import Image
+
+import curves
+import dataset
+import evaluate
+import lora
+import shapes
+import training
+import weights
+from evaluation import Judge
+from finetune import plain_model
+from processing_paligemma import PaliGemmaProcessor
+from svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing
+from tasks import Annotator
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
-
-import machine  # noqa: E402  (the project's folder comes first)
-
-machine.use_cores()
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-
-import curves  # noqa: E402
-import dataset  # noqa: E402
-import evaluate  # noqa: E402
-import lora  # noqa: E402
-import shapes  # noqa: E402
-import training  # noqa: E402
-import weights  # noqa: E402
-from evaluation import Judge  # noqa: E402
-from finetune import plain_model  # noqa: E402
-from processing_paligemma import PaliGemmaProcessor  # noqa: E402
-from svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing  # noqa: E402
-from tasks import Annotator  # noqa: E402
-
 CHECKPOINT = ROOT / "demo" / "checkpoint"
 RESULTS = HERE / "mistakes.json"
 IMAGE_TOKEN = weights.read_config(CHECKPOINT).image_token_index

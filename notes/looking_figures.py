@@ -13,23 +13,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+import shapes
+from explain import LEAST_DEPENDENCE, Explanation, answer_logits, boxed, draw_explanation, explain, heat_map
+from generation import generate
+from modeling_paligemma import PaliGemmaForConditionalGeneration
+from processing_paligemma import PaliGemmaProcessor, load_image
+from svg import BLUE, GREEN, ORANGE, SOFT, Axes, Drawing
+from weights import load_model
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(HERE), str(ROOT / "demo")]
-
-import numpy as np  # noqa: E402  (the project's folder comes first)
-import torch  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-import shapes  # noqa: E402
-from explain import LEAST_DEPENDENCE, Explanation, answer_logits, boxed, draw_explanation, explain, heat_map  # noqa: E402
-from generation import generate  # noqa: E402
-from modeling_paligemma import PaliGemmaForConditionalGeneration  # noqa: E402
-from processing_paligemma import PaliGemmaProcessor, load_image  # noqa: E402
-from svg import BLUE, GREEN, ORANGE, SOFT, Axes, Drawing  # noqa: E402
-from weights import load_model  # noqa: E402
-
 PICTURE = ROOT / "examples" / "shapes.png"
 SCENES, SEED = 50, 40_001
 ERASED = 16  # patches, of 64

@@ -9,24 +9,25 @@ import math
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402  (the project's folder comes first)
-from torch import Tensor  # noqa: E402
+import torch
+from torch import Tensor
 
-from generation import generate  # noqa: E402
-from modeling_gemma import GemmaConfig  # noqa: E402
-from modeling_paligemma import (  # noqa: E402
+from generation import generate
+from modeling_gemma import GemmaConfig
+from modeling_paligemma import (
     IGNORE_INDEX,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     prefix_lm_mask,
     suffix_loss,
 )
-from modeling_siglip import SiglipVisionConfig  # noqa: E402
-from svg import BLUE, FAINT, ORANGE, SOFT, Axes, Drawing  # noqa: E402
+from modeling_siglip import SiglipVisionConfig
+from svg import BLUE, FAINT, ORANGE, SOFT, Axes, Drawing
 
+HERE = Path(__file__).resolve().parent
 ROW = ["<image>", "<image>", "<image>", "<image>", "<bos>", "caption", "en", "\\n", "a", "red", "heart"]
 PREFIX = 8  # tokens of ROW before the answer
 IMAGE, WORDS = 40, 16  # id of <image>; how many different words the unforeseeable answers are made of

@@ -8,12 +8,12 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT)]
-
-from svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing  # noqa: E402  (the project's folder comes first)
-
 LOG = ROOT / "demo" / "recipe.jsonl"
 ANSWERS = ("color", "shape", "count", "exists", "where")
 BEFORE = ("tower", "letters")  # the stages without a decoder

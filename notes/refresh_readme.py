@@ -17,12 +17,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tables import GENERATED
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(HERE)]
-
-from tables import GENERATED  # noqa: E402  (its folder comes first)
-
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(?:<!-- (?P<marks>[a-z0-9 ]+) -->\n)?```console\n(?P<body>.*?)```\n", re.DOTALL)
 FILE_ROW = re.compile(r"^\| \[(?P<file>[\w/.]+)\]\((?P=file)\) \| (?P<lines>\d+) \|", re.MULTILINE)

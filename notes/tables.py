@@ -6,15 +6,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import quantization
+from modeling_paligemma import PaliGemmaConfig
+from weights import empty_model
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402  (the project's folder comes first)
-
-import quantization  # noqa: E402
-from modeling_paligemma import PaliGemmaConfig  # noqa: E402
-from weights import empty_model  # noqa: E402
-
 RESULTS = ROOT / "benchmarks" / "results"
 OURS, THEIRS = ("ours bf16", "ours int8", "ours int4"), "transformers bf16"  # what benchmarks/ calls them
 SIGLIP = {"image_size": 224}

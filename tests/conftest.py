@@ -5,6 +5,6 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
-import torch  # noqa: E402  (after the environment is set)
+import torch
 
 torch.set_num_threads(1)

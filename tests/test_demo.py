@@ -13,24 +13,24 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
+
+import codec
+import evaluate
+import masks
+import optimisers
+import outputs
+import shapes
+import tokenizer as demo_tokenizer
+import tower
+import train
+from generation import generate
+from processing_paligemma import PaliGemmaProcessor
+from segmentation import CODE_WIDTH, Codebook, MaskCodec, load_codec
+from weights import load_model
+
 ROOT = Path(__file__).resolve().parent.parent
 DEMO, CHECKPOINT = ROOT / "demo", ROOT / "demo" / "checkpoint"
-sys.path.insert(0, str(DEMO))
-
-import codec  # noqa: E402
-import evaluate  # noqa: E402
-import masks  # noqa: E402
-import optimisers  # noqa: E402
-import outputs  # noqa: E402
-import shapes  # noqa: E402
-import tokenizer as demo_tokenizer  # noqa: E402
-import tower  # noqa: E402
-import train  # noqa: E402
-from generation import generate  # noqa: E402
-from processing_paligemma import PaliGemmaProcessor  # noqa: E402
-from segmentation import CODE_WIDTH, Codebook, MaskCodec, load_codec  # noqa: E402
-from weights import load_model  # noqa: E402
-
 ANSWERED = ("caption", *evaluate.ANSWERS)
 UNSEEN_SEED = 4711  # training used seeds below 100
 

@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "notes"))
+
+import annotate
+import cluster
+import decoding_figures
+import finetune
+import finetuning_figures
+import inference
+import mask_figures
+import recipe_figures
+import refresh_readme
+import tables
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "notes"))
-
-import annotate  # noqa: E402
-import cluster  # noqa: E402
-import decoding_figures  # noqa: E402  (scripts, found beside the pages)
-import finetune  # noqa: E402
-import finetuning_figures  # noqa: E402
-import inference  # noqa: E402
-import mask_figures  # noqa: E402
-import recipe_figures  # noqa: E402
-import refresh_readme  # noqa: E402
-import tables  # noqa: E402
-
 PROGRAMS = {"inference": inference, "annotate": annotate, "cluster": cluster, "finetune": finetune}
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

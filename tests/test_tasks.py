@@ -284,5 +284,3 @@ def test_other_faults_of_the_machine_end_the_run(run, monkeypatch):
     monkeypatch.setattr(generation.Decoder, "step", broken)
     with pytest.raises(RuntimeError, match="a kernel failed"):
         run(many(3))
-
-

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-DEMO = Path(__file__).resolve().parent.parent / "demo"
-sys.path.insert(0, str(DEMO))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 
-import dataset  # noqa: E402
-import finetune  # noqa: E402
-import shapes  # noqa: E402  (found beside the script)
-import transfer  # noqa: E402
-from processing_paligemma import PaliGemmaProcessor  # noqa: E402
+import dataset
+import finetune
+import shapes
+import transfer
+from processing_paligemma import PaliGemmaProcessor
+
+DEMO = Path(__file__).resolve().parent.parent / "demo"
 
 
 def test_the_named_shape_is_clearly_the_largest():
