@@ -17,7 +17,7 @@ from outputs import read_text
 from scores import require_pycocotools
 from segmentation import MaskCodec, with_masks
 from tasks import Annotator, Request, Result
-from training import answer_losses, weights_of
+from training import answer_losses, rank_and_world, weights_of
 
 ANSWER_ROOM = 8  # tokens that an answer may be longer than the longest right one
 
@@ -50,8 +50,7 @@ class Judge:
         if "map" in self.scores:
             require_pycocotools()
         self.longest = max(len(examples.processor.encode(suffix)) for suffix in said) + 1 + ANSWER_ROOM
-        is_alone = not distributed.is_initialized()
-        self.rank, self.world = (0, 1) if is_alone else (distributed.get_rank(), distributed.get_world_size())
+        self.rank, self.world = rank_and_world()
 
     def fitting(self, said: Sequence[str]) -> list[str]:
         """The scores that make sense for such answers."""

@@ -141,6 +141,11 @@ def shard(model: nn.Module, device: torch.device) -> None:
     register_fsdp_forward_method(model, "hidden")  # what answer_losses calls
 
 
+def rank_and_world() -> tuple[int, int]:
+    """The rank of this process, and how many there are."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a model is trained.
@@ -218,8 +223,7 @@ class Trainer:
     def __init__(self, model: nn.Module, plan: Plan, make_batch: Callable[[list[tuple[int, int]]], dict], count: int):
         self.model, self.plan, self.make_batch, self.count = model, plan, make_batch, count
         self.step, self.updates, self.bad_steps = 0, 0, 0
-        is_alone = not distributed.is_initialized()
-        self.rank, self.world = (0, 1) if is_alone else (distributed.get_rank(), distributed.get_world_size())
+        self.rank, self.world = rank_and_world()
         if plan.batch_size % self.world:
             raise UsageError(
                 f"--batch_size {plan.batch_size} cannot be shared by {self.world} processes. Take a multiple of that."

@@ -3,6 +3,7 @@
 import pytest
 
 import dataset
+import evaluation
 import scores
 from errors import DeviceError, UsageError
 from evaluation import Judge
@@ -21,41 +22,68 @@ def processor(tmp_path_factory):
 
 @pytest.fixture
 def judge(processor, tmp_path):
-    """A function from (prefix, suffix) pairs to a Judge that hears what it is told instead of asking a model."""
+    """A function from (prefix, suffix) pairs to a Judge; with `said` it hears that instead of asking a model."""
 
-    def make(lines, said, **options):
+    def make(lines, said=None, **options):
         examples = [dataset.Example(tmp_path / "a.png", prefix, suffix, i + 1) for i, (prefix, suffix) in enumerate(lines)]
         split = dataset.Split(tmp_path / "x.jsonl", examples, [], [], [])
         made = Judge(dataset.Examples(split, processor), None, rows=2, count=100, **options)
+        if said is None:
+            return made
         common = {"image": "a.png", "task": "ask", "asked": "", "prompt": "", "width": 64, "height": 64}
         readings = [read_text(text) if "<loc" in text else None for text in said]
         results = [Result(**common, text=text, reading=reading) for text, reading in zip(said, readings, strict=True)]
         made.ask, made.loss = (lambda _: results), (lambda _: 0.5)
-        return made(None)
+        return made
 
     return make
 
 
 def test_lines_of_one_question_are_its_right_answers(judge):
-    numbers = judge([("what", "cat"), ("what", "kitten"), ("color", "red")], ["kitten", "blue"])
+    numbers = judge([("what", "cat"), ("what", "kitten"), ("color", "red")], ["kitten", "blue"])(None)
     assert numbers["valid_loss"] == 0.5 and numbers["exact"] == 0.5  # two questions, one is right
 
 
 def test_a_text_that_is_answered_with_a_box_is_wrong_and_not_left_out(judge):
-    numbers = judge([("what", "cat"), ("color", "red")], [f"{BOX} cat", "red"])
+    numbers = judge([("what", "cat"), ("color", "red")], [f"{BOX} cat", "red"])(None)
     assert numbers["exact"] == 0.5 and "map" not in numbers
 
 
 def test_a_box_where_nothing_is_is_a_wrong_text_and_a_box_too_many(judge):
     lines = [("detect cat at night", ""), ("detect cat", f"{BOX} cat")]
-    right, wrong = (judge(lines, [first, f"{BOX} cat"], scores=["exact", "map"]) for first in ("", f"{BOX} cat"))
+    right, wrong = (judge(lines, [first, f"{BOX} cat"], scores=["exact", "map"])(None) for first in ("", f"{BOX} cat"))
     assert right["map"] == pytest.approx(1) and right["exact"] == 1
     assert wrong["map"] == pytest.approx(0.5) and wrong["exact"] == 0
 
 
 def test_what_scores_need_is_asked_for_before_anything_is_learned(judge, monkeypatch):
     with pytest.raises(UsageError, match="--mask_codec"):
-        judge([("segment cat", "cat")], ["cat"], scores=["miou"])
+        judge([("segment cat", "cat")], scores=["miou"])
     monkeypatch.setattr(scores, "find_spec", lambda _: None)
     with pytest.raises(DeviceError, match="pip install pycocotools"):
-        judge([("detect cat", f"{BOX} cat")], ["cat"])
+        judge([("detect cat", f"{BOX} cat")])
+
+
+def test_each_process_asks_its_share_and_all_answers_come_in_their_order(judge, monkeypatch):
+    class Echo:
+        """Answers each question with itself, the last one first."""
+
+        def __init__(self, *_, **__):
+            pass
+
+        def run(self, requests):
+            for index, request in reversed(list(enumerate(requests))):
+                yield index, Result(image="a.png", task="ask", asked="", prompt="", text=request.prompt)
+
+    monkeypatch.setattr(evaluation, "Annotator", Echo)
+    monkeypatch.setattr(evaluation, "load_image", lambda *_, **__: None)
+    questions = [f"question {number}" for number in range(5)]
+    both = [judge([(question, "x") for question in questions]) for _ in range(2)]
+    shares = []
+    for rank, one in enumerate(both):
+        one.rank, one.world = rank, 2
+        one.of_all = lambda mine: shares.append(mine) or [mine * 2, mine * 2]  # enough of something
+        one.ask(None)
+    assert [[result.text for result in share] for share in shares] == [questions[::2], questions[1::2]]
+    both[0].of_all = lambda _: shares
+    assert [result.text for result in both[0].ask(None)] == questions
