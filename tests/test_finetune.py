@@ -183,6 +183,8 @@ def test_a_start_that_failed_or_was_killed_leaves_the_folder_free(model, data, t
     code, said = run(capsys, *given, "--resume")
     assert code == 0 and "holds no checkpoint yet; the run begins" in said
     assert len(losses(tmp_path / "run")) == 6
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if it had been killed before the first of them
+    assert run(capsys, *given, "--seed=2")[0] == 0
 
 
 def test_a_run_whose_evaluation_fails_is_saved_first(model, data, tmp_path, capsys, monkeypatch):
