@@ -208,11 +208,11 @@ def test_questions_in_a_row_about_one_picture_share_it():
 
 
 def test_an_abandoned_run_reads_nothing_more_and_leaves_no_thread_behind():
-    before, reader = threading.active_count(), Reader(0.02)
+    others, reader = set(threading.enumerate()), Reader(0.02)  # of earlier tests: they may end in the meantime
     pictures = ahead(range(50), reader, threads=1, count=30)
     next(pictures)
+    own = set(threading.enumerate()) - others
     pictures.close()
-    deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before and len(reader.places) <= 5
+    for thread in own:
+        thread.join(timeout=10)
+    assert own and not any(thread.is_alive() for thread in own) and len(reader.places) <= 5
