@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import IO
 
@@ -36,6 +37,7 @@ MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 MAX_JSON_BYTES = 50_000_000
 PART_ELEMENTS = 2**22  # read, or written, at a time: fewer keep threads waiting for each other, more take memory
 NAMES_SHOWN = 5
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of each file of weights, for telling one model from another
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -204,6 +206,31 @@ def explain_no_weights(folder: Path) -> str:
             "convert_paligemma_weights_to_hf.py or take the same model from the hub."
         )
     return f"{folder} holds no weights: neither {SINGLE_NAME} nor {INDEX_NAME}. Download the checkpoint again."
+
+
+def fingerprint(*folders: Path) -> str:
+    """Tells a model from another, or from itself before it was trained on: settings, tokenizer, and samples of the weights.
+
+    Args:
+        folders: of the model or, for an adapter, of its base model and of the adapter.
+    Raises: CheckpointError, AccessError.
+    """
+    digest = blake2b(digest_size=6)
+    for folder in dict.fromkeys(folders):
+        for file in (folder / name for name in (CONFIG_NAME, "tokenizer.json", ADAPTER_CONFIG_NAME)):
+            digest.update(file.read_bytes() if file.exists() else b"")
+        for file in sorted(folder.glob("*.safetensors")):
+            check_regular(file)
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            try:
+                with open(file, "rb") as stream:
+                    for sample in range(SAMPLES):
+                        stream.seek(size * sample // SAMPLES)
+                        digest.update(stream.read(SAMPLE_BYTES))
+            except PermissionError as error:
+                raise AccessError(f"{file} may not be read by this user. Change its permissions.", path=file) from error
+    return digest.hexdigest()
 
 
 def read_parts(tensor: StoredTensor, pin: bool = False) -> Iterator[Tensor]:

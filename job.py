@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from modeling_paligemma import PaliGemmaForConditionalGeneration
 
 READERS = 8  # threads that decode pictures, where there are as many cores; a GPU is busy with what about four read
-SAMPLES, SAMPLE_BYTES = 64, 4096  # of each file of weights, for telling one model from another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,21 +190,6 @@ def check_pictures(flags: JobFlags, without: Iterable[str] = ()) -> str:
 # What decides the answers
 
 
-def fingerprint(folder: Path) -> str:
-    """Tells a model from another, or from itself before it was trained on: config, tokenizer, and samples of the weights."""
-    digest = blake2b(digest_size=6)
-    for name in ("config.json", "tokenizer.json"):
-        digest.update((folder / name).read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as file:
-            for sample in range(SAMPLES):
-                file.seek(size * sample // SAMPLES)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
 def longest_answer(flags: JobFlags) -> int:
     """In tokens."""
     if flags.max_tokens_to_generate is not None:
@@ -216,6 +199,7 @@ def longest_answer(flags: JobFlags) -> int:
 
 def settings(flags: JobFlags, checkpoint: Checkpoint) -> dict:
     """What decides the answers, for the header of the rows: all of it that is not in the rows themselves."""
+    from checkpoint import fingerprint
     from segmentation import find_codec
 
     decisive = [field.name for group in (PictureFlags, ResultFlags) for field in fields(group)]
@@ -223,7 +207,7 @@ def settings(flags: JobFlags, checkpoint: Checkpoint) -> dict:
     codec = find_codec(checkpoint.base, flags.mask_codec)
     return (
         asked
-        | {"model": f"{Path(checkpoint.name).name} {fingerprint(checkpoint.folder)}"}
+        | {"model": f"{Path(checkpoint.name).name} {fingerprint(checkpoint.base, checkpoint.folder)}"}
         | {name: getattr(flags, name) for name in ("dtype", "quantize", "quantize_vision", *decisive)}
         | {"max_tokens_to_generate": longest_answer(flags), "mask_codec": None if codec is None else codec.name}
     )

@@ -29,6 +29,7 @@ import annotate
 import commandline
 import folders
 import job
+import lora
 import tasks
 import weights
 from annotate import Flags
@@ -294,6 +295,20 @@ def test_other_settings_are_refused_with_what_differs(run, flags, named):
     assert run("photos", *flags, "--force")[0] == 0
     is_other_prompt = "why?" in flags or "--language=fr" in flags
     assert len(list(rows("rows.jsonl"))) == (7 if is_other_prompt else 5)
+
+
+def test_an_adapter_answers_and_is_another_model_than_its_base(run, model, world):
+    adapted = weights.load_model(model)
+    lora.inject(adapted, config := lora.LoraConfig(2, 4), lora.targets(adapted))
+    weights.save_adapter(lora.adapter_state(adapted), config, world / "mine", str(model))
+    assert run("photos", "--task=caption", f"--model_path={world / 'mine'}")[0] == 0
+    assert images() == PHOTOS
+    assert run("photos", "--task=caption")[0] == 2
+    with torch.no_grad():
+        for _, layer in lora.adapted(adapted):
+            layer.lora_B.weight.fill_(1)
+    weights.save_adapter(lora.adapter_state(adapted), config, world / "mine", str(model))
+    assert run("photos", "--task=caption", f"--model_path={world / 'mine'}")[0] == 2
 
 
 def test_a_model_that_was_trained_on_is_another(run, model, world):
