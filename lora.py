@@ -97,13 +97,14 @@ class LoraConfig:
         names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
         return cls(**{name: raw[name] for name in names if raw.get(name) is not None})
 
-    def to_peft(self, base: str | None, targets: Collection[str]) -> dict:
+    def to_peft(self, base: str | None, targets: Collection[str], revision: str | None = None) -> dict:
         """The adapter_config.json that PEFT reads.
 
         Args:
             base: folder or hub id of the model that the adapter belongs to.
             targets: names of our modules. They are written as one expression that finds the same modules under the names of every
                 version of transformers, and none in the other part of the model.
+            revision: branch, tag or commit of the hub id.
         """
         patterns = []
         for part in PARTS.values():
@@ -113,6 +114,7 @@ class LoraConfig:
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base,
+            "revision": revision,
             "r": self.r,
             "lora_alpha": self.lora_alpha,
             "lora_dropout": self.lora_dropout,

@@ -560,12 +560,15 @@ def save_model(model: PaliGemmaForConditionalGeneration, folder: str | Path, *, 
         raise OutputError(text, path=folder) from error
 
 
-def save_adapter(state: dict[str, Tensor], config: lora.LoraConfig, folder: str | Path, base: str | None) -> None:
+def save_adapter(
+    state: dict[str, Tensor], config: lora.LoraConfig, folder: str | Path, base: str | None, revision: str | None = None
+) -> None:
     """Writes an adapter as PEFT does: a few MB. load_model reads it, PEFT too.
 
     Args:
         state: from lora.adapter_state.
         base: folder or hub id of the model that was adapted.
+        revision: branch, tag or commit of the hub id.
     Raises: OutputError when the folder cannot be written; it is then as it was.
     """
     folder = Path(folder)
@@ -575,7 +578,7 @@ def save_adapter(state: dict[str, Tensor], config: lora.LoraConfig, folder: str 
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             write_tensors(Path(temporary) / ADAPTER_NAME, tensors)
-            write_text(Path(temporary) / ADAPTER_CONFIG_NAME, json.dumps(config.to_peft(base, names), indent=2) + "\n")
+            write_text(Path(temporary) / ADAPTER_CONFIG_NAME, json.dumps(config.to_peft(base, names, revision), indent=2) + "\n")
             for name in (ADAPTER_NAME, ADAPTER_CONFIG_NAME):
                 os.replace(Path(temporary) / name, folder / name)
     except OSError as error:

@@ -145,6 +145,15 @@ def test_the_language_model_is_the_default_and_the_tower_only_on_request():
         lora.targets(model, ("tower",))
 
 
+def test_the_revision_of_the_base_is_kept(tmp_path):
+    model = save_base(tmp_path / "base", "gemma")
+    lora.inject(model, CONFIG, lora.targets(model))
+    weights.save_adapter(lora.adapter_state(model), CONFIG, tmp_path / "adapter", "google/base", "bfloat16")
+    raw = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (raw["base_model_name_or_path"], raw["revision"]) == ("google/base", "bfloat16")
+    assert PeftConfig.from_pretrained(tmp_path / "adapter").revision == "bfloat16"
+
+
 @pytest.mark.parametrize("parts", [("language",), ("vision",), ("language", "vision")])
 def test_target_modules_mean_the_same_modules_to_peft(parts):
     model = make_model("gemma")
