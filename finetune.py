@@ -53,7 +53,7 @@ SCORES = ("exact", "vqa", "anls", "relaxed", "cider", "map", "miou")
 FAULTS_SHOWN = 20
 FREE_TO_CHANGE = (  # when a run goes on: what has no influence on the weights
     "config", "output", "resume", "device", "evaluate_every", "save_every", "num_scored", "scores", "tensorboard", "debug",
-    "verbose", "preview", "valid", "skip_bad", "mask_codec",
+    "verbose", "preview", "valid", "skip_bad", "mask_codec", "train", "model_path", "revision",  # known by what is in them
 )  # fmt: skip
 ADJUSTABLE = ("dtype", "clip")  # and the learning rates: the way out of updates that are no numbers
 
@@ -376,27 +376,30 @@ class Log:
         draw_curves(self.lines, self.folder / "progress.svg")
 
 
-def settings_of(flags: Flags, data: str) -> dict:
+def settings_of(flags: Flags, data: str, model: str) -> dict:
     """What must be the same for a run to go on."""
-    return {name: value for name, value in asdict(flags).items() if name not in FREE_TO_CHANGE} | {"data": data}
+    settings = {name: value for name, value in asdict(flags).items() if name not in FREE_TO_CHANGE}
+    return settings | {"data": data, "model": model}
 
 
-def open_output(flags: Flags, data: str) -> Path:
-    """The folder of the run, with its settings in it.
+def open_output(flags: Flags, data: str, model: str) -> None:
+    """Makes the folder of the run, with its settings in it.
 
     Args:
         data: the fingerprint of the examples to learn from.
+        model: that of the model to begin with.
     Raises: UsageError for a folder that holds a run already, or one that ran with other settings or other data.
     """
     from training import checkpoints
 
-    folder, now = Path(flags.output), settings_of(flags, data)
+    folder, now = Path(flags.output), settings_of(flags, data, model)
     file = folder / "settings.json"
     if file.exists() and checkpoints(folder / "checkpoints"):
         before = json.loads(file.read_text(encoding="utf-8"))
         if not flags.resume:
             raise UsageError(f"{folder} holds a run already. Name another --output, or go on with --resume.")
-        changed = {name: f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in now if before.get(name) != now[name]}
+        common = [name for name in now if name in before]  # an older version of this program may have had fewer
+        changed = {name: f"{name} was {before[name]!r} and is {now[name]!r}" for name in common if before[name] != now[name]}
         adjusted = [changed.pop(name) for name in (*ADJUSTABLE, *RATES) if name in changed]
         if changed:
             raise UsageError(
@@ -413,7 +416,6 @@ def open_output(flags: Flags, data: str) -> Path:
         os.replace(beside, file)
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {error.strerror}. Name another --output.") from error
-    return folder
 
 
 # The run
@@ -505,8 +507,12 @@ class Run:
         if skipped and is_first():
             note(f"{skipped} of {steps} updates were skipped: their loss or gradient was no number.")
 
-    def finish(self, source: Path, name: str, adapter: object | None) -> None:
-        """Writes the result: model/, with the files of the processor, and adapter/ where there is one."""
+    def finish(self, source: Path, adapter: object | None) -> None:
+        """Writes the result: model/, with the files of the processor, and adapter/ where there is one.
+
+        Args:
+            source: the folder of the model that was begun with.
+        """
         import lora
 
         plain = plain_model(self.trainer.model, self.weights, self.dtype)
@@ -520,7 +526,10 @@ class Run:
             if is_wanted and not (result / file.name).exists():
                 shutil.copy(file, result / file.name)
         if adapter is not None:
-            self.weights.save_adapter(parts, adapter, self.folder / "adapter", name)
+            name = self.flags.model_path
+            if name is None or Path(name).expanduser().is_dir():  # from wherever the adapter will be used
+                name = str(source.resolve())
+            self.weights.save_adapter(parts, adapter, self.folder / "adapter", name, self.flags.revision)
         note(f"the result is in {result}. Try it: inference.py --model_path {result} --image_file_path PICTURE --prompt PREFIX")
 
 
@@ -555,6 +564,7 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
 
     import training
     import weights
+    from checkpoint import fingerprint
     from dataset import Examples
     from evaluation import Judge
     from preview import draw_preview
@@ -565,7 +575,13 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    folder = weights.base_folder(weights.resolve(os.path.expanduser(name), flags.revision))
+    source = weights.resolve(os.path.expanduser(name), flags.revision)
+    folder = weights.base_folder(source)
+    if flags.method == "lora" and source != folder:
+        raise UsageError(
+            f"{name} is an adapter, and a second one cannot stand on it. Name a merged model: finetune.py leaves one "
+            "beside each adapter, in model/."
+        )
     config, processor = weights.read_config(folder), PaliGemmaProcessor.from_pretrained(folder)
     room = config.text_config.max_position_embeddings - config.num_image_tokens
     with nullcontext() if is_first() else silence():
@@ -588,11 +604,13 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
     prepare(blueprint, flags)
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1  # processes that share the memory
     weights.require_memory(memory_needed(blueprint, flags, world) * beside, device)
-    run_folder = open_output(flags, splits[0].fingerprint()) if is_first() else Path(flags.output)
+    run_folder = Path(flags.output)
+    if is_first():
+        open_output(flags, splits[0].fingerprint(), fingerprint(folder, source))
     if world > 1:
         torch.distributed.barrier()
     with machine.memory_errors("loading the weights"):
-        model = weights.load_model(name, device=device, dtype=dtype, revision=flags.revision)
+        model = weights.load_model(source, device=device, dtype=dtype)
     adapter = prepare(model, flags)
     if flags.gradient_checkpointing:
         training.checkpoint_activations(model)
@@ -623,7 +641,7 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
         note(f"{count} examples, {plan.steps} updates from {trainer.step} on; {trained / 1e6:.4g} M weights learn, on {device}.")
     run = Run(flags, trainer, judge, weights, dtype)
     run.loop()
-    run.finish(folder, name, adapter)
+    run.finish(folder, adapter)
 
 
 @contextmanager

@@ -165,6 +165,19 @@ def test_other_data_are_refused(model, data, whole, tmp_path, capsys):
     assert code == 2 and re.search(r"data was '7 examples, \w{16}' and is '6 examples", said)
 
 
+def test_a_run_goes_on_with_the_same_weights_wherever_they_lie_and_with_no_others(model, data, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(model, tmp_path / "model")
+    given = [*arguments(tmp_path / "model", data, tmp_path / "run"), "--resume"]
+    assert run(capsys, *given)[0] == 0
+    changed = weights.load_model(model)
+    with torch.no_grad():
+        changed.multi_modal_projector.linear.weight *= 1.01
+    weights.save_model(changed, tmp_path / "model")
+    code, said = run(capsys, *given)
+    assert code == 2 and re.search(r"other settings: model was '\w{12}' and is '\w{12}'\.", said)
+
+
 def test_a_smaller_rate_is_the_way_on_from_updates_that_are_no_numbers(model, data, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
@@ -216,6 +229,17 @@ def test_an_adapter_and_its_merged_model_say_the_same(model, data, tmp_path, cap
     assert not torch.equal(merged(**inputs), weights.load_model(model)(**inputs))
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 2 and config["base_model_name_or_path"] == str(model) and "vision_tower" not in config["target_modules"]
+
+
+def test_an_adapter_finds_its_base_from_everywhere_and_carries_no_second_one(model, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(model.parent)
+    assert run(capsys, *arguments(model.name, data, tmp_path / "run", "--method=lora"))[0] == 0
+    monkeypatch.chdir(tmp_path)
+    weights.load_model("run/adapter")
+    code, said = run(capsys, *arguments("run/adapter", data, tmp_path / "second", "--method=lora"))
+    assert code == 2 and "run/adapter is an adapter, and a second one cannot stand on it" in said
+    assert not (tmp_path / "second").exists()
+    assert run(capsys, *arguments("run/adapter", data, tmp_path / "second"))[0] == 0  # all weights, from the merged ones on
 
 
 def start_two(*given):
