@@ -29,6 +29,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -351,10 +352,8 @@ class Log:
         os.replace(beside, self.file)
         self.tensorboard = None
         if with_tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise DeviceError("--tensorboard needs a package. Install it: pip install tensorboard.") from error
+            from torch.utils.tensorboard import SummaryWriter
+
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, line: dict) -> None:
@@ -658,6 +657,8 @@ def program(flags: Flags) -> None:
     commandline.relay_logs(flags.verbose)
     if not Path(flags.train).exists():
         raise DatasetError(f"{flags.train} does not exist. Name a JSONL of examples with --train.", path=flags.train)
+    if flags.tensorboard and find_spec("tensorboard") is None:
+        raise DeviceError("--tensorboard needs a package. Install it: pip install tensorboard.")
     machine.use_cores()
     machine.check_torch()
     from weights import find_device

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -213,6 +214,27 @@ def test_a_run_whose_evaluation_fails_is_saved_first(model, data, tmp_path, caps
         assert run(capsys, *given)[0] == 3
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000003"]
     assert run(capsys, *given, "--resume")[0] == 0
+
+
+def test_tensorboard_gets_every_number_and_is_missed_before_anything_begins(model, data, tmp_path, capsys, monkeypatch):
+    given = arguments(model, data, tmp_path / "run", f"--valid={data / 'valid.jsonl'}", "--evaluate_every=3", "--tensorboard")
+    monkeypatch.setattr(finetune, "find_spec", lambda _: None)
+    assert run(capsys, *given) == (6, "error: --tensorboard needs a package. Install it: pip install tensorboard.\n")
+    assert not (tmp_path / "run").exists()
+    scalars = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert folder == str(tmp_path / "run" / "tensorboard")
+
+        def add_scalar(self, name, value, step):
+            scalars.append((step, name, value))
+
+    monkeypatch.setattr(finetune, "find_spec", bool)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    assert run(capsys, *given)[0] == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert scalars == [(line["step"], name, value) for line in lines for name, value in line.items() if name != "step"]
 
 
 # Adapters
