@@ -1,4 +1,4 @@
-"""What every test runs under: no network, one thread (equal numbers on every machine, and no fight over cores)."""
+"""What every test runs under: no network, no time limits, one thread (equal numbers everywhere, and no fight over cores)."""
 
 import os
 
@@ -6,5 +6,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("slow machines", deadline=None)
+settings.load_profile("slow machines")

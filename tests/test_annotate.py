@@ -386,15 +386,14 @@ def test_killed_three_times_no_row_is_lost_or_repeated(many, model):
     draw = random.Random(0)
     for _ in range(3):
         before = len(images()) if os.path.exists("rows.jsonl") else 0
-        process = start(model, "--max_tokens_to_generate=16", "--rows=4")
+        process = start(model, "--max_tokens_to_generate=100", "--rows=4")
         wait_for_rows(process, before + draw.randrange(5, 25))
-        time.sleep(draw.random() / 20)
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
     interrupted = images()
     assert 15 < len(interrupted) < 120
-    process = start(model, "--max_tokens_to_generate=16", "--rows=4")
+    process = start(model, "--max_tokens_to_generate=100", "--rows=4")
     process.join(120)
     assert process.exitcode == 8 and "3 of 120 rows" in Path("stderr.txt").read_text()
     assert images() == many and len(failed()) == 3
@@ -403,7 +402,7 @@ def test_killed_three_times_no_row_is_lost_or_repeated(many, model):
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_keeps_what_is_done_and_leaves_nobody_behind(many, model, signum, code):
-    process = start(model, "--max_tokens_to_generate=16")
+    process = start(model, "--max_tokens_to_generate=100")
     wait_for_rows(process, 10)
     os.kill(process.pid, signum)
     process.join(60)

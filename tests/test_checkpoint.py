@@ -93,7 +93,7 @@ def test_a_truncated_file_is_told_with_both_sizes(tmp_path):
         checkpoint.read_header(file)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(edits=st.lists(st.tuples(st.integers(0, 250), st.integers(0, 255)), min_size=1, max_size=4), cut=st.integers(0, 40))
 def test_random_edits_raise_nothing_but_our_errors(tmp_path, edits, cut):
     file = tmp_path / "model.safetensors"

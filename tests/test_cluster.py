@@ -72,7 +72,7 @@ def workers_of(parent):
 
 
 def test_rows_are_those_of_one_process_though_a_worker_is_killed(photos, model):
-    flags = ["photos", "--task=ask", "what?", f"--model_path={model}", "--max_tokens_to_generate=24", "--rows=2"]
+    flags = ["photos", "--task=ask", "what?", f"--model_path={model}", "--max_tokens_to_generate=90", "--rows=2"]
     with tempfile.TemporaryDirectory() as temporary:  # a short path, for the names of sockets
         environment = os.environ | {"TMPDIR": temporary, "HOME": str(photos.parent / "home")}
         command = [sys.executable, str(ROOT / "cluster.py"), *flags, "--output=rows.jsonl", "--workers=2", "--cpus=1"]

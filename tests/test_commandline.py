@@ -65,7 +65,7 @@ def test_text_is_taken_as_it_stands(text):
     assert read("--prompt", text).prompt == text
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.text())
 def test_any_text_behind_the_equals_sign_is_taken_as_it_stands(text):
     assert read("--prompt=" + text).prompt == text
@@ -183,7 +183,7 @@ def test_words_are_taken_as_they_stand_and_in_their_order(argv, words):
     assert read_wordy(*argv).words == words
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.text().filter(lambda word: not word.startswith("-"))))
 def test_any_words_are_taken_as_they_stand(words):
     assert read_wordy(*words).words == tuple(words)

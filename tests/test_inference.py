@@ -675,7 +675,7 @@ def test_a_signal_keeps_what_was_said_and_ends_the_line(world, signum, code):
 def test_a_signal_keeps_what_was_said_for_json_too(world):
     process = start(world, *ENDLESS, "--json", "--verbose")
     process.stderr.readline()  # the model is loaded
-    time.sleep(0.5)
+    time.sleep(2)
     process.send_signal(signal.SIGINT)
     answer = json.loads(process.communicate(timeout=120)[0])
     assert process.returncode == 130 and answer["finish_reason"] == "interrupted"

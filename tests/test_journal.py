@@ -91,7 +91,7 @@ def test_names_that_are_no_characters_come_back(tmp_path):
 WHOLE = b"".join(journal.to_line(record) for record in ({"journal": 1, "settings": SETTINGS}, row(1), failed(2), row(3)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, len(WHOLE)))
 def test_cut_off_at_any_byte_the_file_is_mended_and_ends_up_the_same(tmp_path_factory, size):
     path = tmp_path_factory.mktemp("cut") / "rows.jsonl"

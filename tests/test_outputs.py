@@ -183,7 +183,7 @@ def found(draw) -> Found:
 several = st.lists(found(), max_size=4, unique_by=lambda found: (found.label, found.bins))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(several)
 def test_objects_written_and_read_are_the_same_objects(processor, objects):
     suffix = to_suffix(objects)
@@ -192,7 +192,7 @@ def test_objects_written_and_read_are_the_same_objects(processor, objects):
         assert reading.status == ("objects" if objects else "nothing")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.sampled_from([*ANSWERS, "<loc", "<seg007>", "<loc0007>", "\x00", "é", "<eos>"]) | st.text(max_size=9)))
 def test_no_text_is_too_strange(pieces):
     reading = read_text("".join(pieces))
@@ -207,7 +207,7 @@ def plain(found: Found) -> Found:
     return Found(found.label, found.box, found.box and found.box.bins(), found.codes, problems=kept)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_no_ids_are_too_strange(processor, data):
     numbers = st.integers(-3, processor.vocab_size + 70) | st.sampled_from([*processor.locations, *processor.segments])

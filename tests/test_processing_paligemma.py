@@ -412,7 +412,7 @@ def test_control_tokens_within_a_letter_do_not_break_it(processor):
     assert processor.decode([first, processor.pad_token_id, *rest]) == "\U0001f600"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(max_size=60))
 @example(" leading and trailing ")
 @example("<image><bos></s><0x41> <loc0001><loc1024>")
@@ -427,7 +427,7 @@ def test_any_text_comes_back_whole_piece_by_piece(processor, text):
     assert all(piece in expected for piece in pieces)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_any_ids_give_the_same_text_at_once_and_as_a_stream(processor, data):
     ids = data.draw(st.lists(st.one_of(st.integers(0, processor.vocab_size + 5), st.integers(11, 266)), max_size=30))
@@ -473,7 +473,7 @@ def test_a_broken_tokenizer_json_is_refused(tmp_path, text):
     assert "\n" not in text or "tokenizer.json:2:7" in message
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_a_damaged_tokenizer_json_raises_nothing_but_our_errors(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("damaged")
@@ -628,7 +628,7 @@ KEYS = {
 }
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_settings_of_any_type_raise_nothing_but_our_errors(tmp_path, data):
     for name in KEYS:  # what the example before left behind

@@ -388,7 +388,7 @@ EXTRA_KEYS = [("quantization_config",), ("text_config", "rope_parameters"), ("te
 KEYS = leaves(raw_config("gemma2")) + EXTRA_KEYS
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(edits=st.lists(st.tuples(st.sampled_from(KEYS), VALUES), min_size=1, max_size=2))
 def test_random_configs_raise_nothing_but_our_errors(tmp_path, edits):
     raw = copy.deepcopy(raw_config("gemma2"))
