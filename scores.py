@@ -79,15 +79,18 @@ def vqa_words(answer: str) -> str:
 def vqa_accuracy(said: Texts, right: Rights) -> float:
     """VQA's accuracy: an answer is right if three people gave it, a third right if one did.
 
-    It is the mean over leaving out each person in turn. With a single right answer nobody would be left to agree with, and what
-    was said has to be that one.
+    It is the mean over leaving out each person in turn. As in the official code, answers are compared letter by letter where all
+    people agree, and else as `vqa_words` has them. With a single right answer nobody would be left to agree with, and what was
+    said has to be that one, as `vqa_words` has both.
     """
     values = []
     for text, answers in zip(said, right, strict=True):
-        ours, theirs = vqa_words(text), [vqa_words(answer) for answer in answers]
-        if len(theirs) == 1:
-            values.append(float(ours == theirs[0]))
+        if len(answers) == 1:
+            values.append(float(vqa_words(text) == vqa_words(answers[0])))
             continue
+        ours, *theirs = (answer.replace("\n", " ").replace("\t", " ").strip() for answer in (text, *answers))
+        if len(set(theirs)) > 1:
+            ours, *theirs = map(vqa_words, (ours, *theirs))
         agreeing = theirs.count(ours)
         # Leaving out one who agrees leaves one fewer to agree with.
         values.append(mean([min(1.0, (agreeing - (answer == ours)) / 3) for answer in theirs]))
@@ -105,7 +108,7 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def anls(said: Texts, right: Rights, threshold: float = 0.5) -> float:
-    """1 - edit distance / length of the longer, case and runs of spaces aside; what is further off than half counts as wrong."""
+    """1 - edit distance / length of the longer, case and runs of spaces aside; what is off by half or more counts as wrong."""
     values = []
     for text, answers in zip(said, right, strict=True):
         ours, best = " ".join(text.lower().split()), 0.0
@@ -119,8 +122,8 @@ def anls(said: Texts, right: Rights, threshold: float = 0.5) -> float:
 
 
 def as_number(text: str) -> float | None:
-    """The number a text is, thousands and percent signs allowed: "1,200", "25%" = 0.25."""
-    text = text.strip().replace(",", "")
+    """The number a text is, a percent sign allowed ("25%" = 0.25), and as in ChartQA's code no comma ("1,200" is none)."""
+    text = text.strip()
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -240,14 +243,15 @@ def detection_map(said: Sequence[Sequence[Found]], right: Sequence[Sequence[Foun
 
 
 def segmentation_miou(said: Sequence[Sequence[Found]], right: Sequence[Sequence[Found]]) -> float:
-    """Mean overlap (intersection over union) of masks, as for referring expressions: the first mask said against the right one.
+    """Mean overlap (intersection over union) of masks of the same label.
 
-    An example with several right masks counts the mean over them, each against the best mask of its label that is left.
+    Where one mask is right, as for referring expressions, the first one said counts, as in big_vision's evaluator. Where several
+    are, each is held against the best that is left; the sum is divided by how many are right, or were said if that is more.
     """
     values = []
     for ours, theirs in zip(said, right, strict=True):
-        left = [found for found in ours if found.mask is not None]
         wanted = [found for found in theirs if found.mask is not None]
+        left = [found for found in ours if found.mask is not None][: 1 if len(wanted) == 1 else None]
         total = 0.0
         for goal in wanted:
             fitting = [found for found in left if found.label == goal.label]
@@ -255,7 +259,7 @@ def segmentation_miou(said: Sequence[Sequence[Found]], right: Sequence[Sequence[
                 best = max(fitting, key=lambda found: mask_iou(found.mask, goal.mask))
                 left = [found for found in left if found is not best]
                 total += mask_iou(best.mask, goal.mask)
-        count = max(len(wanted), len(ours))
+        count = max(len(wanted), len(ours)) if len(wanted) != 1 else 1
         values.append(total / count if count else 1.0)
     return mean(values)
 

@@ -40,11 +40,17 @@ def test_answers_are_brought_into_the_form_that_vqa_compares(answer, words):
     assert scores.vqa_words(answer) == words
 
 
-@pytest.mark.parametrize(("agreeing", "accuracy"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
+@pytest.mark.parametrize(("agreeing", "accuracy"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (9, 1.0)])
 def test_vqa_accuracy_of_ten_people(agreeing, accuracy):
     # Leaving out each of ten in turn: with three who agree, 7 times 3/3 and 3 times 2/3, which is 0.9.
     people = ["red"] * agreeing + ["blue"] * (10 - agreeing)
     assert scores.vqa_accuracy(["The Red"], [people]) == pytest.approx(accuracy)
+
+
+def test_vqa_accuracy_compares_letters_where_all_agree():
+    """As vqaEval.py does: it processes answers only if they differ."""
+    said = ["The Red", "red", "red\n", "Red"]
+    assert [scores.vqa_accuracy([text], [["red"] * 10]) for text in said] == [0, 1, 1, 0]
 
 
 def test_vqa_accuracy_with_one_right_answer_is_equality():
@@ -82,7 +88,8 @@ def test_edit_distance_of_known_pairs(a, b, distance):
     [
         ("95", "100", True),
         ("94.9", "100", False),
-        ("1,050", "1000", True),
+        ("1,050", "1000", False),
+        ("1,050", "1,050", True),
         ("25%", "0.25", True),
         ("-10", "10", False),
         ("0", "0", True),
@@ -179,6 +186,8 @@ def test_mean_overlap_of_masks():
     assert scores.segmentation_miou([[half]], [[left]]) == pytest.approx(1 / 3)  # one pixel of three
     assert scores.segmentation_miou([[half], []], [[half], [left]]) == 0.5
     assert scores.segmentation_miou([[left, half]], [[half, left]]) == 1
-    assert scores.segmentation_miou([[half, left]], [[half]]) == 0.5  # one too many
+    assert scores.segmentation_miou([[half, left, left]], [[half, left]]) == pytest.approx(2 / 3)  # one too many
+    assert scores.segmentation_miou([[half, left]], [[half]]) == 1  # of a referring expression the first counts
+    assert scores.segmentation_miou([[left, half]], [[half]]) == pytest.approx(1 / 3)
     assert scores.segmentation_miou([[]], [[]]) == 1
     assert scores.segmentation_miou([[masked("b", half.mask)]], [[half]]) == 0
