@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from PIL import Image
 
-from outputs import Box, Found, read_text, to_suffix
+from outputs import NO_LABEL, Box, Found, read_text, to_suffix
 
 GREY = (128, 128, 128)  # 0 for the model
 SMALLEST, LARGEST = 0.6, 1.3  # sides of the window, relative to those of the picture
@@ -41,7 +41,7 @@ def zoom(picture: Image.Image, suffix: str, seed: tuple) -> tuple[Image.Image, s
         seed: numbers.
     """
     reading = read_text(suffix)
-    if reading.problems or any(found.box is None for found in reading.objects):
+    if set(reading.problems) - {NO_LABEL} or any(found.box is None for found in reading.objects):
         return picture, suffix
     draw = random.Random(repr(seed))
     whole = Box(0.0, 0.0, 1.0, 1.0)

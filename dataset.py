@@ -129,7 +129,7 @@ def inside(folder: Path, name: str) -> Path:
     if not name or "\0" in name:
         raise ValueError(f"image is {name!r}; the name of a file is needed")
     path = Path(os.path.normpath(folder / name))
-    if os.path.isabs(name) or not path.is_relative_to(os.path.normpath(folder)):
+    if os.path.isabs(name) or not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
         raise ValueError(f"image {name!r} lies outside the dataset's folder")
     return path
 

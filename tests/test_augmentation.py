@@ -69,6 +69,11 @@ def test_what_cannot_be_read_whole_stays(suffix):
     assert augmentation.zoom(picture, suffix, seed=(0,)) == (picture, suffix)
 
 
+def test_boxes_without_a_name_move_like_others():
+    picture, suffix = augmentation.zoom(picture_of(BOXES), to_suffix([Found("", BOXES[0])]), seed=(0,))
+    assert picture.size != (200, 160) and read_text(suffix).objects[0].box != BOXES[0]
+
+
 sides = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted)
 
 

@@ -94,6 +94,13 @@ def test_every_faulty_line_is_named_and_the_others_stay(folder, line, says):
     dataset.require_usable([split], skip_bad=True)
 
 
+def test_a_picture_outside_is_seen_from_within_the_folder_too(folder, monkeypatch):
+    write(folder, GOOD, GOOD | {"image": "../a.png"})
+    monkeypatch.chdir(folder)
+    split = dataset.read_split("train.jsonl")
+    assert [fault.line for fault in split.faults] == [2] and "outside the dataset" in split.faults[0].text
+
+
 @given(st.binary(max_size=200))
 def test_no_line_raises_anything_else(tmp_path_factory, text):
     file = tmp_path_factory.mktemp("lines") / "train.jsonl"
