@@ -81,7 +81,7 @@ class Judge:
 
     def ask(self, model: nn.Module) -> list[Result]:
         """The answers, said greedily, in the order of the questions. Raises: the error of the first that could not be asked."""
-        run = Annotator(model, self.examples.processor, codec=self.codec, rows=self.rows, max_new_tokens=self.longest)
+        run = Annotator(model, self.examples.processor, rows=self.rows, max_new_tokens=self.longest)  # masks are for later
         mine = list(self.answers)[self.rank :: self.world]
         requests = (
             Request(picture=load_image(image, notes=[]), task="ask", text=prefix, prompt=prefix) for image, prefix in mine
@@ -110,7 +110,10 @@ class Judge:
         right = [read_text(answers[0]).objects for _, answers in pairs]
         numbers = scores.detection_map(said, right) if "map" in self.scores else {}
         if "miou" in self.scores:
-            places = [i for i, objects in enumerate(right) if any(found.codes for found in objects)]
-            true = [with_masks(right[i], self.codec, pairs[i][0].width, pairs[i][0].height) for i in places]
-            numbers["miou"] = scores.segmentation_miou([said[i] for i in places], true)
+            overlaps = []
+            for (result, _), ours, theirs in zip(pairs, said, right, strict=True):  # one by one: masks are as large as pictures
+                if any(found.codes for found in theirs):
+                    masks = [with_masks(objects, self.codec, result.width, result.height) for objects in (ours, theirs)]
+                    overlaps.append(scores.segmentation_miou([masks[0]], [masks[1]]))
+            numbers["miou"] = scores.mean(overlaps)
         return numbers
