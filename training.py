@@ -239,14 +239,12 @@ class Trainer:
         )
 
     def passes(self) -> Iterator[tuple[dict, Tensor, float]]:
-        """The batches of this process in this update, each with the weight of a token in its rows and of the whole update."""
+        """The batches of this process in this update, each with the weight of a token in its rows, and of all of them."""
         examples = examples_of(self.step, self.count, self.plan.batch_size, self.plan.seed)
         mine = examples[self.rank :: self.world]
-        batches = [self.make_batch(mine[i : i + self.plan.rows]) for i in range(0, len(mine), self.plan.rows)]
-        weighted = [weights_of(batch["labels"], self.plan.reduction) for batch in batches]
-        (total,) = self.sums(sum(weight for _, weight in weighted))
-        for batch, (of_token, _) in zip(batches, weighted, strict=True):
-            yield batch, of_token, max(total, 1.0)
+        for first in range(0, len(mine), self.plan.rows):
+            batch = self.make_batch(mine[first : first + self.plan.rows])
+            yield batch, *weights_of(batch["labels"], self.plan.reduction)
 
     def sums(self, *values: float) -> list[float]:
         """Each number's sum over all processes."""
@@ -257,16 +255,20 @@ class Trainer:
 
     def update(self) -> Update:
         """One update of the weights, or none where the numbers are no numbers. Raises: CheckpointError after a run of those."""
-        device, loss, tokens = next(iter(self.named.values())).device, torch.zeros(()), 0
+        device, loss, total, tokens = next(iter(self.named.values())).device, torch.zeros(()), 0.0, 0
         torch.manual_seed((self.plan.seed * 1_000_003 + self.step) * 1_009 + self.rank)  # of dropout
         self.model.train()
-        for batch, of_token, total in self.passes():
+        for batch, of_token, weight in self.passes():
             with torch.autocast(device.type, self.plan.dtype, enabled=self.plan.dtype != torch.float32):
                 losses, row = answer_losses(self.model, batch, self.plan.label_smoothing)  # [T], [T]
-            share = (losses * of_token.to(device)[row.to(device)]).sum() / total
+            share = (losses * of_token.to(device)[row.to(device)]).sum()
             (share * self.world).backward()  # FSDP takes the mean over processes, and here the sum is meant
-            loss, tokens = loss + share.detach().cpu(), tokens + len(losses)
-        loss, tokens = self.sums(float(loss), tokens)
+            loss, total, tokens = loss + share.detach().cpu(), total + weight, tokens + len(losses)
+        loss, total, tokens = self.sums(float(loss), total, tokens)
+        loss /= max(total, 1.0)
+        for parameter in self.named.values():  # only now is it known how much there was in all passes and processes
+            if parameter.grad is not None:
+                parameter.grad /= max(total, 1.0)
         norm = nn.utils.clip_grad_norm_(self.named.values(), self.plan.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         is_skipped = not (math.isfinite(norm) and math.isfinite(loss))
@@ -308,7 +310,8 @@ class Trainer:
         beside = folder.with_suffix(".tmp")
         try:
             if self.rank == 0:
-                shutil.rmtree(beside, ignore_errors=True)
+                for unfinished in runs.glob("step_*.tmp"):  # of runs that were killed
+                    shutil.rmtree(unfinished, ignore_errors=True)
                 beside.mkdir(parents=True)
             barrier()
             with quiet():

@@ -1,9 +1,11 @@
 """Loss and gradients against transformers, leaks, padding, and runs that are stopped anywhere and go on bit for bit."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -195,6 +197,35 @@ def test_accumulated_passes_are_one_batch(reduction):
         assert one.tokens == many.tokens
 
 
+@pytest.mark.parametrize("clip", [0.01, 1e9])
+def test_long_gradients_are_shortened_and_others_are_not(clip, monkeypatch):
+    trainer, lengths = make_trainer(clip=clip), []
+    step = trainer.optimiser.step
+
+    def measure():
+        lengths.append(float(torch.cat([p.grad.flatten() for p in trainer.named.values()]).norm()))
+        step()
+
+    monkeypatch.setattr(trainer.optimiser, "step", measure)
+    before = trainer.update().grad_norm
+    assert before > 0.1 and lengths == [pytest.approx(min(clip, before), rel=1e-3)]
+
+
+def test_pictures_of_one_pass_are_in_memory_at_a_time():
+    trainer, alive, most = make_trainer(batch_size=8, rows=2), weakref.WeakSet(), []
+
+    def make_batch(examples):
+        batch = toy_batch(examples)
+        most.append(len(alive))
+        alive.add(batch["pixel_values"])
+        return batch
+
+    trainer.make_batch = make_batch
+    trainer.update()
+    gc.collect()
+    assert len(most) == 4 and max(most) <= 1
+
+
 def test_the_loss_falls():
     trainer = make_trainer(steps=30)
     losses = [trainer.update().loss for _ in range(30)]
@@ -279,6 +310,8 @@ def test_old_checkpoints_go_and_half_ones_do_not_count(tmp_path):
     (tmp_path / "step_00000009.tmp").mkdir()
     (tmp_path / "step_00000008").mkdir()  # no state: it was never whole
     assert [path.name for path in training.checkpoints(tmp_path)] == ["step_00000003", "step_00000004"]
+    trainer.save(tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))  # it may be as large as the others
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
