@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from errors import DeviceError, UsageError
-from machine import control_groups
+from machine import SMALLER, control_groups
 
 GIB = 2**30
 
@@ -98,11 +98,10 @@ def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
     return min(free, default=None)
 
 
-def require_memory(need: int, device: torch.device) -> None:
-    """Raises DeviceError when that many bytes of weights cannot fit, before one of them is taken."""
+def require_memory(need: int, device: torch.device, what: str = "the weights take", advice: str = SMALLER) -> None:
+    """Raises DeviceError, which ends with advice, when that many bytes cannot fit, before one of them is taken."""
     have = free_memory(device)
     if have is not None and need > have:
         raise DeviceError(
-            f"the weights take {need / GIB:.2f} GiB on {device}, which has {max(have, 0) / GIB:.2f} GiB free. "
-            "Take --dtype bf16, --quantize int8 or int4, a smaller model, or another device."
+            f"{what} {need / GIB:.2f} GiB on {device}, which has {max(have, 0) / GIB:.2f} GiB free. {advice}"
         )

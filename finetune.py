@@ -51,7 +51,8 @@ if TYPE_CHECKING:
 
 METHODS = {"full": 1e-5, "lora": 2e-4}  # and the learning rate where none is given
 SCORES = ("exact", "vqa", "anls", "relaxed", "cider", "map", "miou")
-FAULTS_SHOWN = 20
+DOUBTS_SHOWN = 20
+ADVICE = "Take --method lora, --gradient_checkpointing, fewer --rows, --dtype bf16, or another device."
 FREE_TO_CHANGE = (  # when a run goes on: what has no influence on the weights
     "config", "output", "resume", "device", "evaluate_every", "save_every", "num_scored", "scores", "tensorboard", "debug",
     "verbose", "preview", "valid", "skip_bad", "mask_codec", "train", "model_path", "revision",  # known by what is in them
@@ -260,10 +261,11 @@ def read_data(flags: Flags, processor: object, room: int) -> list["dataset.Split
         splits[1].doubts += dataset.compare(*splits)
     for split in splits:
         for kind, found in (("fault", split.faults), ("doubt", split.doubts)):
-            for fault in found[:FAULTS_SHOWN]:
+            shown = len(found) if kind == "fault" else DOUBTS_SHOWN  # whoever mends a file wants to know all faults at once
+            for fault in found[:shown]:
                 note(f"{kind}: {fault}")
-            if len(found) > FAULTS_SHOWN:
-                note(f"{kind}: ... and {len(found) - FAULTS_SHOWN} more in {split.file}")
+            if len(found) > shown:
+                note(f"{kind}: ... and {len(found) - shown} more in {split.file}")
     dataset.require_usable(splits, flags.skip_bad)
     return splits
 
@@ -275,8 +277,9 @@ def memory_needed(model: "nn.Module", flags: Flags, world: int) -> int:
     """Bytes that a run will take in each process, estimated from the model on the meta device.
 
     Trained weights are float32 and have a gradient and two moments (16 bytes together); for each evaluation all of them are
-    there once more as the plain model. Several processes share the 16 bytes, but each loads all weights before they do. On models
-    of 3.5 and 111 million parameters, float32, 2 to 16 rows, with and without recomputation, one process came within 13 percent.
+    there once more as the plain model. Several processes share the 16 bytes, but each loads all weights before they do. Layers
+    that are recomputed keep their input, and one of them at a time the rest. Attention with a soft cap (Gemma 2) is written out,
+    and keeps about 10.5 bytes for each head and pair of tokens.
     """
     size = 2 if flags.dtype.startswith("b") else 4
     count = {is_it: sum(p.numel() for p in model.parameters() if p.requires_grad == is_it) for is_it in (True, False)}
@@ -285,8 +288,11 @@ def memory_needed(model: "nn.Module", flags: Flags, world: int) -> int:
     patches, tokens = model.config.num_image_tokens, model.config.num_image_tokens + flags.max_text_tokens
     layers = 0
     for part, length, mlp in ((text, tokens, 4), (vision, patches, 2)):
-        kept = part.hidden_size if is_thrifty else 12 * part.hidden_size + mlp * part.intermediate_size
-        layers += flags.rows * length * part.num_hidden_layers * kept * 4
+        whole = length * (12 * part.hidden_size + mlp * part.intermediate_size) * 4
+        if part is text and text.attn_logit_softcapping is not None:
+            whole += round(10.5 * text.num_attention_heads * length**2)
+        count_whole, count_thrifty = (1, part.num_hidden_layers) if is_thrifty else (part.num_hidden_layers, 0)
+        layers += flags.rows * (count_whole * whole + count_thrifty * length * part.hidden_size * 4)
     answers = flags.rows * min(flags.max_text_tokens, 64) * text.vocab_size * 4 * 3
     return count[True] * max(16 // world, 4) + count[False] * size + (count[True] + count[False]) * size + layers + answers
 
@@ -319,13 +325,16 @@ def plain_model(model: "nn.Module", weights: object, dtype: "torch.dtype") -> "n
     """The model as it would be saved now: whole, in one process, adapters merged, every weight in `dtype`."""
     import lora
 
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    tensors = {name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in tensors.items()}
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        tensors[name] = tensor if ".lora_" in name else tensor.to(dtype)  # one by one: a float32 copy of all is not needed
     for name, layer in lora.adapted(model):
         a, b = (tensors.pop(f"{name}.{matrix}.weight") for matrix in ("lora_A", "lora_B"))
         tensors[f"{name}.weight"] = lora.merged_weight(tensors[f"{name}.weight"], a, b, layer.scaling)
     plain = weights.empty_model(model.config)
-    plain.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    plain.load_state_dict(tensors, assign=True)
     return plain.eval()
 
 
@@ -347,9 +356,7 @@ class Log:
                 with suppress(json.JSONDecodeError):  # a line that was cut off
                     lines.append(json.loads(text))
         self.lines = [line for line in lines if line["step"] < step]
-        beside = self.file.with_suffix(".part")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
-        os.replace(beside, self.file)
+        replace_text(self.file, "".join(json.dumps(line) + "\n" for line in self.lines))
         self.tensorboard = None
         if with_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -357,7 +364,8 @@ class Log:
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, line: dict) -> None:
-        """Raises: OutputError."""
+        """Numbers that are none become null, as JSON has it. Raises: OutputError."""
+        line = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in line.items()}
         self.lines.append(line)
         try:
             with open(self.file, "a", encoding="utf-8") as stream:
@@ -372,7 +380,28 @@ class Log:
     def draw(self) -> None:
         from curves import draw_curves
 
-        draw_curves(self.lines, self.folder / "progress.svg")
+        try:
+            draw_curves(self.lines, self.folder / "progress.svg")
+        except OSError as error:
+            note(f"progress.svg cannot be drawn: {error.strerror}.")
+
+
+def make_folder(folder: Path) -> None:
+    """Raises: OutputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made: {error.strerror}. Name another --output.") from error
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Writes a file whole or not at all. Raises: OutputError."""
+    beside = file.with_suffix(".part")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, file)
+    except OSError as error:
+        raise OutputError(f"{file} cannot be written: {error.strerror}. Make room, or name another --output.") from error
 
 
 def settings_of(flags: Flags, data: str, model: str) -> dict:
@@ -381,40 +410,33 @@ def settings_of(flags: Flags, data: str, model: str) -> dict:
     return settings | {"data": data, "model": model}
 
 
-def open_output(flags: Flags, data: str, model: str) -> None:
-    """Makes the folder of the run, with its settings in it.
+def check_output(flags: Flags, now: dict) -> None:
+    """Sees to it that no run is lost to this one.
 
     Args:
-        data: the fingerprint of the examples to learn from.
-        model: that of the model to begin with.
-    Raises: UsageError for a folder that holds a run already, or one that ran with other settings or other data.
+        now: from settings_of.
+    Raises: UsageError for a folder that holds a run already, or one that ran with other settings, other data or another model.
     """
     from training import checkpoints
 
-    folder, now = Path(flags.output), settings_of(flags, data, model)
-    file = folder / "settings.json"
-    if file.exists() and checkpoints(folder / "checkpoints"):
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if not flags.resume:
-            raise UsageError(f"{folder} holds a run already. Name another --output, or go on with --resume.")
-        common = [name for name in now if name in before]  # an older version of this program may have had fewer
-        changed = {name: f"{name} was {before[name]!r} and is {now[name]!r}" for name in common if before[name] != now[name]}
-        adjusted = [changed.pop(name) for name in (*ADJUSTABLE, *RATES) if name in changed]
-        if changed:
-            raise UsageError(
-                f"{folder} ran with other settings: {'; '.join(changed.values())}. Take the same, or another --output."
-            )
-        if adjusted:
-            note(f"goes on with other settings: {'; '.join(adjusted)}.")
-    elif flags.resume:
-        note(f"{folder} holds no checkpoint yet; the run begins.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = file.with_suffix(".part")
-        beside.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, file)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error.strerror}. Name another --output.") from error
+    folder = Path(flags.output)
+    file, is_begun = folder / "settings.json", bool(checkpoints(folder / "checkpoints"))
+    if (is_begun or (folder / "model").exists()) and not flags.resume:
+        raise UsageError(f"{folder} holds a run already. Name another --output, or go on with --resume.")
+    if not is_begun and (folder / "model").exists():
+        raise UsageError(f"{folder} holds the result of a run whose checkpoints are gone. Name another --output.")
+    if not (is_begun and file.exists()):
+        if flags.resume:
+            note(f"{folder} holds no checkpoint yet; the run begins.")
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    common = [name for name in now if name in before]  # an older version of this program may have had fewer
+    changed = {name: f"{name} was {before[name]!r} and is {now[name]!r}" for name in common if before[name] != now[name]}
+    adjusted = [changed.pop(name) for name in (*ADJUSTABLE, *RATES) if name in changed]
+    if changed:
+        raise UsageError(f"{folder} ran with other settings: {'; '.join(changed.values())}. Take the same, or another --output.")
+    if adjusted:
+        note(f"goes on with other settings: {'; '.join(adjusted)}.")
 
 
 # The run
@@ -460,7 +482,7 @@ class Run:
         self.stopped: int | None = None  # the signal that came
 
     def evaluate(self) -> None:
-        """Scores of the model as it would be saved now."""
+        """Scores of the model as it would be saved now, and the curves."""
         if self.judge is not None:
             plain = plain_model(self.trainer.model, self.weights, self.dtype)  # whole in each process, which asks its share
             try:
@@ -475,29 +497,42 @@ class Run:
         if is_first():
             self.log.draw()
 
+    def is_due(self) -> bool:
+        """Whether there is an evaluation behind this update."""
+        return self.trainer.step % self.every == 0 or self.trainer.step == self.trainer.plan.steps
+
+    def misses_scores(self) -> bool:
+        """Whether there should have been an evaluation behind the last update that was saved, and its line is not there."""
+        at = self.trainer.step - 1
+        is_there = any(line["step"] == at and "valid_loss" in line for line in self.log.lines)
+        return self.judge is not None and at >= 0 and self.is_due() and not is_there
+
     def save(self) -> None:
         self.trainer.save(self.checkpoints)
 
     def loop(self) -> None:
         """Updates until the end, or until a signal: then the state is saved first. Raises: Interrupted."""
         steps, start, is_stopped = self.trainer.plan.steps, time.perf_counter(), False
+        unscored = is_first() and self.misses_scores()
 
         def stop(signum: int, _frame: object) -> None:
             self.stopped = signum
 
         with commandline.handlers(stop), progress(self.trainer.step, steps) as bar:
+            if any(self.trainer.sums(unscored)):  # the run was stopped between saving and scoring
+                self.evaluate()
             while self.trainer.step < steps and not is_stopped:
-                with machine.memory_errors("training"):
+                with machine.memory_errors("training", ADVICE):
                     update = self.trainer.update()
                 is_stopped = any(self.trainer.sums(self.stopped is not None))  # all processes stop behind the same update
                 if is_first():
                     self.log.write(asdict(update) | {"seconds": round(time.perf_counter() - start, 2)})
                     bar(update)
                 is_last = self.trainer.step == steps
-                if self.trainer.step % self.every == 0 or is_last:
-                    self.evaluate()
                 if self.trainer.step % self.flags.save_every == 0 or is_last or is_stopped:
-                    self.save()
+                    self.save()  # before anything that takes long
+                if self.is_due() and (is_last or not is_stopped):
+                    self.evaluate()
         if is_stopped and self.trainer.step < steps:
             if is_first():
                 note(f"interrupted at step {self.trainer.step} of {steps}; it is saved. The same command with --resume goes on.")
@@ -521,15 +556,24 @@ class Run:
         result = self.folder / "model"
         self.weights.save_model(plain, result)
         for file in source.iterdir():  # tokenizer, processor, mask codec
-            is_wanted = file.suffix in (".json", ".model", ".npz") and "index" not in file.name
-            if is_wanted and not (result / file.name).exists():
-                shutil.copy(file, result / file.name)
+            if file.suffix in (".json", ".model", ".npz") and "index" not in file.name and file.name != "config.json":
+                copy_file(file, result / file.name)
         if adapter is not None:
             name = self.flags.model_path
             if name is None or Path(name).expanduser().is_dir():  # from wherever the adapter will be used
                 name = str(source.resolve())
             self.weights.save_adapter(parts, adapter, self.folder / "adapter", name, self.flags.revision)
         note(f"the result is in {result}. Try it: inference.py --model_path {result} --image_file_path PICTURE --prompt PREFIX")
+
+
+def copy_file(source: Path, file: Path) -> None:
+    """Copies a file whole or not at all. Raises: OutputError."""
+    beside = file.with_name(f".{file.name}.part")
+    try:
+        shutil.copyfile(source, beside)
+        os.replace(beside, file)
+    except OSError as error:
+        raise OutputError(f"{file} cannot be written: {error.strerror}. Make room and go on with --resume.") from error
 
 
 @contextmanager
@@ -576,6 +620,9 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
         torch.cuda.set_device(device)
     source = weights.resolve(os.path.expanduser(name), flags.revision)
     folder = weights.base_folder(source)
+    kind, _, is_quantised = weights.choose_quantization(weights.read_json(folder / "config.json"), folder, None, False)
+    if is_quantised:
+        raise UsageError(f"{name} is stored as {kind}, which cannot be trained. Name the plain checkpoint.")
     if flags.method == "lora" and source != folder:
         raise UsageError(
             f"{name} is an adapter, and a second one cannot stand on it. Name a merged model: finetune.py leaves one "
@@ -590,6 +637,7 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
     examples = Examples(splits[0], processor, flags.augment, flags.seed)
     if flags.preview:
         file = Path(flags.output) / "preview.png"
+        make_folder(file.parent)
         draw_preview(examples, codec, file)
         note(f"what will be learned is drawn in {file}.")
         return
@@ -602,13 +650,16 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
     blueprint = weights.empty_model(config)
     prepare(blueprint, flags)
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1  # processes that share the memory
-    weights.require_memory(memory_needed(blueprint, flags, world) * beside, device)
-    run_folder = Path(flags.output)
+    weights.require_memory(memory_needed(blueprint, flags, world) * beside, device, "fine-tuning takes", ADVICE)
+    run_folder, settings = Path(flags.output), settings_of(flags, splits[0].fingerprint(), fingerprint(folder, source))
+    with nullcontext() if is_first() else silence():
+        check_output(flags, settings)  # in each process, so that none waits for one that has given up
+    training.barrier()
     if is_first():
-        open_output(flags, splits[0].fingerprint(), fingerprint(folder, source))
-    if world > 1:
-        torch.distributed.barrier()
-    with machine.memory_errors("loading the weights"):
+        make_folder(run_folder)
+        replace_text(run_folder / "settings.json", json.dumps(settings, indent=1) + "\n")
+    training.barrier()
+    with machine.memory_errors("loading the weights", ADVICE):
         model = weights.load_model(source, device=device, dtype=dtype)
     adapter = prepare(model, flags)
     if flags.gradient_checkpointing:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 OLDEST_TORCH = "2.6"  # what is called here came a little earlier; tested is only the version in requirements.txt
 MEMORY_SIGNS = ("can't allocate memory", "Cannot allocate memory", "unable to mmap", "not enough memory")  # in RuntimeErrors
-SMALLER = "Take --dtype bf16, --quantize int8 or int4, or a smaller model"
+SMALLER = "Take --dtype bf16, --quantize int8 or int4, a smaller model, or another device."
 
 
 def control_groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
@@ -83,8 +83,8 @@ def check_torch() -> None:
 
 
 @contextmanager
-def memory_errors(doing: str) -> Iterator[None]:
-    """Inside, running out of memory, which torch says in several ways, becomes one DeviceError."""
+def memory_errors(doing: str, advice: str = SMALLER) -> Iterator[None]:
+    """Inside, running out of memory, which torch says in several ways, becomes one DeviceError that ends with advice."""
     import torch
 
     try:
@@ -94,7 +94,7 @@ def memory_errors(doing: str) -> Iterator[None]:
         if not (is_memory or any(sign in str(error) for sign in MEMORY_SIGNS)):
             raise
         first = str(error).splitlines()[0] if str(error) else "The system gave none."
-        raise DeviceError(f"memory ran out while {doing}. {first} {SMALLER}.") from error
+        raise DeviceError(f"memory ran out while {doing}. {first} {advice}") from error
 
 
 def peak_memory(device: "torch.device") -> int:

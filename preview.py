@@ -38,5 +38,4 @@ def draw_preview(examples: Examples, codec: MaskCodec | None, file: Path) -> Non
         for row, text in enumerate((prefix, answer)):
             place = x + 6, y + SIDE + row * LINE
             pen.text(place, drawing.clean(text)[:LETTERS], "black" if row else "#555555", drawing.font(13))
-    file.parent.mkdir(parents=True, exist_ok=True)
     drawing.save(page, file)

@@ -1,9 +1,10 @@
-"""Draws the figures of these notes as SVG: text files that stay small, sharp at any size, and equal on every machine.
+"""Draws figures as SVG: text files that stay small, sharp at any size, and equal on every machine.
 
 Coordinates are pixels from the upper left corner. `Axes` turns numbers into pixels and draws the frame of a plot.
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -49,10 +50,13 @@ class Drawing:
             free += gap
 
     def save(self, path: Path) -> None:
+        """Raises: OSError."""
         head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" width="{self.width}"'
         sheet = f'<rect width="{self.width}" height="{self.height}" fill="white"/>'
         body = "\n".join([f'{head} font-family="Helvetica, Arial, sans-serif">', sheet, *self.parts, "</svg>", ""])
-        path.write_text(body, encoding="utf-8")
+        beside = path.with_name(f".{path.name}.part")
+        beside.write_text(body, encoding="utf-8")
+        os.replace(beside, path)  # whoever looks meanwhile sees the old one or the new one
 
 
 @dataclass

@@ -1,6 +1,8 @@
 """The whole program: what is refused before it begins, what a run leaves behind, and runs that are killed and go on."""
 
+import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +26,7 @@ import lora
 import training
 import weights
 from errors import DatasetError, UsageError
+from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from tiny_checkpoint import make_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -234,8 +238,66 @@ def test_a_start_that_failed_or_was_killed_leaves_the_folder_free(model, data, t
     code, said = run(capsys, *given, "--resume")
     assert code == 0 and "holds no checkpoint yet; the run begins" in said
     assert len(losses(tmp_path / "run")) == 6
-    shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if it had been killed before the first of them
+    for name in ("checkpoints", "model", "adapter"):  # as if it had been killed before the first of them
+        shutil.rmtree(tmp_path / "run" / name)
     assert run(capsys, *given, "--seed=2")[0] == 0
+
+
+def test_a_result_whose_checkpoints_are_gone_is_not_overwritten(model, data, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    given = arguments(model, data, tmp_path / "run")
+    code, said = run(capsys, *given)
+    assert code == 2 and "holds a run already. Name another --output, or go on with --resume." in said
+    code, said = run(capsys, *given, "--resume")
+    assert code == 2 and "whose checkpoints are gone. Name another --output" in said
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_a_result_that_was_cut_off_is_made_whole(model, data, whole, tmp_path, capsys, monkeypatch):
+    shutil.copytree(whole, tmp_path / "run")
+    files = {path.name: path.read_bytes() for path in (whole / "model").iterdir()}
+    for name in files:  # killed while it was written
+        (tmp_path / "run" / "model" / name).write_bytes(files[name][:100])
+    given = [*arguments(model, data, tmp_path / "run"), "--resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.shutil, "copyfile", full_disk)
+        code, said = run(capsys, *given)
+    assert code == 7 and "cannot be written: No space left on device. Make room and go on with --resume." in said
+    assert run(capsys, *given)[0] == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "model").iterdir()} == files
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_curves_that_cannot_be_drawn_end_nothing(model, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("curves.draw_curves", full_disk)
+    code, said = run(capsys, *arguments(model, data, tmp_path / "run", f"--valid={data / 'valid.jsonl'}"))
+    assert code == 0 and "progress.svg cannot be drawn: No space left on device." in said
+
+
+def test_a_run_that_is_stopped_where_scores_are_due_saves_at_once_and_scores_when_it_goes_on(
+    model, data, tmp_path, capsys, monkeypatch
+):
+    flags = [f"--valid={data / 'valid.jsonl'}", "--evaluate_every=2", "--save_every=1000"]
+    assert run(capsys, *arguments(model, data, tmp_path / "whole", *flags))[0] == 0
+    with monkeypatch.context() as patch:
+        send_after(patch, 1, signal.SIGTERM)
+        assert run(capsys, *arguments(model, data, tmp_path / "run", *flags))[0] == 143
+    assert len(losses(tmp_path / "run")) == 2 and "valid_loss" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert run(capsys, *arguments(model, data, tmp_path / "run", *flags, "--resume"))[0] == 0
+    lines = [
+        [json.loads(line) | {"seconds": 0} for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "run")
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) == 9  # six updates, three evaluations
+
+
+def test_a_number_that_is_none_is_null_in_the_log(tmp_path):
+    finetune.Log(tmp_path, 0, with_tensorboard=False).write({"step": 0, "loss": math.nan, "grad_norm": math.inf, "tokens": 3})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "loss": null, "grad_norm": null, "tokens": 3}\n'
 
 
 def test_a_run_whose_evaluation_fails_is_saved_first(model, data, tmp_path, capsys, monkeypatch):
@@ -341,6 +403,12 @@ def test_two_processes_stop_behind_the_same_update_and_go_on(model, data, tmp_pa
     assert len(losses(tmp_path / "run")) == int(saved.name[5:])
 
 
+def test_two_processes_refuse_a_taken_folder_with_one_voice(model, data, whole, start):
+    both = start(TWO, *arguments(model, data, whole))
+    _, said = both.communicate(timeout=240)
+    assert both.returncode != 0 and "holds a run already" in said and "internal error" not in said
+
+
 def test_a_batch_that_two_processes_cannot_share_is_refused(model, data, tmp_path, start):
     both = start(TWO, *arguments(model, data, tmp_path / "run"), "--batch_size=5")
     _, said = both.communicate(timeout=120)
@@ -362,6 +430,16 @@ def test_scores_of_masks_without_a_codec_are_refused_before_the_weights_are_load
 
 
 # What is refused before anything begins
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_quantised_model_is_refused(model, data, tmp_path, capsys, method):
+    weights.save_model(weights.load_model(model, quantize="int8"), tmp_path / "int8")
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        shutil.copy(model / name, tmp_path / "int8" / name)
+    code, said = run(capsys, *arguments(tmp_path / "int8", data, tmp_path / "run", f"--method={method}"))
+    assert code == 2 and "is stored as int8, which cannot be trained. Name the plain checkpoint." in said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -388,13 +466,14 @@ def test_flags_that_make_no_sense(model, data, tmp_path, capsys, flag, says):
 
 def test_faulty_lines_are_all_named_and_can_be_skipped(model, data, tmp_path, capsys):
     lines = (data / "train.jsonl").read_text().splitlines()
-    bad = [*lines, "{", json.dumps({"image": "none.png", "prefix": "x", "suffix": "y"})]
+    bad = [*lines, "{", json.dumps({"image": "none.png", "prefix": "x", "suffix": "y"}), *["["] * 30]
     (data / "bad.jsonl").write_text("\n".join(bad))
     given = [*arguments(model, data, tmp_path / "run"), f"--train={data / 'bad.jsonl'}", "--steps=1"]
     code, said = run(capsys, *given)
     assert code == 3 and not (tmp_path / "run").exists()
     assert re.search(r"fault: .*bad.jsonl:8: not JSON", said)
     assert re.search(r"fault: .*bad.jsonl:9: .*none.png does not exist", said)
+    assert re.findall(r"bad.jsonl:(\d+): not JSON", said)[:31] == [str(line) for line in (8, *range(10, 40))]
     assert run(capsys, *given, "--skip_bad")[0] == 0
 
 
@@ -408,7 +487,34 @@ def test_a_missing_file_is_said_before_torch():
 def test_memory_is_estimated_before_it_is_taken(model, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("devices.free_memory", lambda _: 10_000)
     code, said = run(capsys, *arguments(model, data, tmp_path / "run"))
-    assert code == 6 and "0.00 GiB free" in said
+    assert code == 6 and "fine-tuning takes 0.0" in said and "0.00 GiB free. Take --method lora, --gradient_checkpointing" in said
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2"])
+def test_the_estimate_of_memory_is_what_layers_keep_for_the_gradient(family):
+    """Counted by autograd's own hooks: what a row more costs. Attention with a soft cap keeps several matrices of scores."""
+    tokens, patches = 200, 64
+    text = {"model_type": family, "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 512, "vocab_size": 320}
+    vision = {"hidden_size": 144, "intermediate_size": 432, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 112}
+    vision |= {"patch_size": 14, "projection_dim": 192}
+    raw = {"model_type": "paligemma", "vision_config": vision, "text_config": text, "image_token_index": 300}
+    model = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_hf(raw))
+    training.trainable(model, training.ALL)
+    kept, estimated, weighing = {}, {}, {parameter.data_ptr() for parameter in model.parameters()}
+    for rows in (1, 3):
+        found = {}
+        ids = torch.full((rows, patches + tokens), 5)
+        ids[:, :patches] = 300
+        is_token, is_answer = torch.ones_like(ids), (torch.arange(patches + tokens) >= patches + tokens - 3).expand_as(ids).long()
+        keep = partial(lambda found, x: found.setdefault(x.untyped_storage().data_ptr(), x), found)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            model.hidden(ids, torch.randn(rows, 3, 112, 112), is_token, is_answer, None)
+        kept[rows] = sum(x.untyped_storage().nbytes() for place, x in found.items() if place not in weighing)
+        flags = finetune.Flags(train="t", output="o", dtype="fp32", max_text_tokens=tokens, rows=rows)
+        logits = rows * 64 * 320 * 4 * 3
+        estimated[rows] = finetune.memory_needed(model, flags, 1) - logits
+    assert estimated[3] - estimated[1] == pytest.approx(kept[3] - kept[1], rel=0.15)
 
 
 # Settings
