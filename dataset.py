@@ -25,7 +25,7 @@ from PIL import Image
 
 from augmentation import zoom
 from errors import DatasetError, ImageError
-from images import MAX_PIXELS, check_size, decode, load_image, open_picture, read_file
+from images import load_image, read_file
 from outputs import CUT_BOX, CUT_MASK, LONG_MASK, NO_AREA, SWAPPED, read_text
 
 FIELDS = ("image", "prefix", "suffix")
@@ -42,6 +42,8 @@ WRONG_PLACES = {
 OTHER_ORDER = 0.2  # share of boxes with exchanged corners from which the whole file is likely in another order
 FEW_PREFIXES = 50  # a file with so few different prompts has a fixed form, from which the other split should not differ
 READERS = 8
+ADVICE = re.compile(r"(?<=[^.])\. [^.]*\.$")  # the last sentence of an error about a picture: it names flags of other programs
+CONTROL = re.compile(r"<(?:image|bos|eos|pad)>")
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,12 @@ def inside(folder: Path, name: str) -> Path:
     """The picture of that name in the dataset's folder. Raises: ValueError for one that lies elsewhere."""
     if not name or "\0" in name:
         raise ValueError(f"image is {name!r}; the name of a file is needed")
+    if "://" in name:
+        raise ValueError(f"image {name!r} is an address; download it into the dataset's folder")
+    if os.path.isabs(name):
+        raise ValueError(f"image {name!r} is an absolute name; one relative to the dataset's folder is needed")
     path = Path(os.path.normpath(folder / name))
-    if os.path.isabs(name) or not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
         raise ValueError(f"image {name!r} lies outside the dataset's folder")
     return path
 
@@ -161,15 +167,12 @@ def read_split(file: str | Path) -> Split:
 
 
 def look_at(path: Path) -> tuple[bytes, str | None]:
-    """The hash of a picture file, and what is wrong with it. It is decoded, since the end of many files is what is missing."""
+    """The hash of a picture file, and what is wrong with it. It is read as it will be, to the last pixel and with its colours."""
     try:
-        data = read_file(path)
-        picture = open_picture(data, path.name, MAX_PIXELS)
-        check_size(picture.size, path.name, MAX_PIXELS)
-        decode(picture, path.name, 0, MAX_PIXELS, allow_truncated=False, notes=[])
-        return hashlib.sha256(data).digest(), None
+        load_image(path, notes=[])
+        return hashlib.sha256(read_file(path)).digest(), None
     except ImageError as error:
-        return b"", error.message
+        return b"", ADVICE.sub("", error.message)
 
 
 def check_pictures(split: Split) -> None:
@@ -201,7 +204,7 @@ def check_texts(split: Split, processor: object, max_text_tokens: int) -> None:
             text = f"prefix ({len(prefix)}) and suffix ({len(suffix)}) take {count} tokens, over the {max_text_tokens} allowed"
             faults.append(Fault(split.file, example.line, text))
             continue
-        said = doubts_of(example.suffix)
+        said = doubts_of(example.prefix, example.suffix)
         split.doubts += [Fault(split.file, example.line, text) for text in said]
         reading = read_text(example.suffix)
         num_boxes += len(reading.objects)
@@ -209,6 +212,12 @@ def check_texts(split: Split, processor: object, max_text_tokens: int) -> None:
     if num_boxes and num_swapped / num_boxes > OTHER_ORDER:
         text = f"{num_swapped} of {num_boxes} boxes have their corners exchanged: are they x, y, width, height (YOLO, COCO)?"
         split.doubts.insert(0, Fault(split.file, 0, f"{text} <loc> tokens are y_min, x_min, y_max, x_max"))
+    answers = {(example.image, example.prefix, example.suffix) for example in split.examples if A_PLACE.search(example.suffix)}
+    asked = Counter((image, prefix) for image, prefix, _ in answers)
+    several = sum(count > 1 for count in asked.values())
+    if several:
+        text = f"{several} questions have boxes in several lines; put them into one answer, ' ; ' between, in the order to say"
+        split.doubts.append(Fault(split.file, 0, text))
     empty = sum(not example.suffix.strip() for example in split.examples)
     if empty:
         text = f"{empty} of {len(split.examples)} answers are empty; they teach the model to find nothing"
@@ -216,10 +225,13 @@ def check_texts(split: Split, processor: object, max_text_tokens: int) -> None:
     split.drop(faults)
 
 
-def doubts_of(suffix: str) -> list[str]:
-    """What is odd about the places in an answer."""
+def doubts_of(prefix: str, suffix: str) -> list[str]:
+    """What is odd about a prompt and its answer, above all about the places in it."""
     unknown = [token for token in dict.fromkeys(LIKE_A_PLACE.findall(suffix)) if not A_PLACE.fullmatch(token)]
     said = [f"{token} is no token; <loc0000> to <loc1023> and <seg000> to <seg127> are" for token in unknown]
+    letters = dict.fromkeys(CONTROL.findall(f"{prefix} {suffix}"))
+    said += [f"{token} is read as letters; where it is needed the processor adds it, so leave it out" for token in letters]
+    said += ["the suffix begins or ends with white space, which would be learned"] * (suffix.strip() not in ("", suffix))
     if A_PLACE.search(suffix):
         said += [WRONG_PLACES[problem] for problem in dict.fromkeys(read_text(suffix).problems) if problem in WRONG_PLACES]
     return said

@@ -14,7 +14,7 @@ from dataset import Examples
 from errors import UsageError
 from images import load_image
 from outputs import read_text
-from scores import require_pycocotools
+from scores import TEXT_SCORES, require_pycocotools
 from segmentation import MaskCodec, with_masks
 from tasks import Annotator, Request, Result
 from training import answer_losses, rank_and_world, weights_of
@@ -29,12 +29,12 @@ class Judge:
     and a box there is one too many. Several processes ask a share of the questions each; all of them get all scores.
 
     Args:
-        examples: lines with the same picture and prompt are right answers to one question.
+        examples: lines with the same picture and prompt are right answers to one question, or hold the objects of one.
         codec: decodes masks, if there is one.
         rows: questions in flight.
         count: the most questions to ask.
         scores: names of scores.TEXT_SCORES and OBJECT_SCORES; chosen by what the right answers hold if empty.
-    Raises: UsageError for a score of masks without a codec, DeviceError for one that needs a package which is not there.
+    Raises: UsageError for a score that these examples do not have, DeviceError for one that needs a package which is not there.
     """
 
     def __init__(self, examples: Examples, codec: MaskCodec | None, *, rows: int, count: int, scores: Sequence[str] = ()):
@@ -44,20 +44,20 @@ class Judge:
             answers.setdefault((line.image, line.prefix), []).append(line.suffix)
         self.answers = dict(list(answers.items())[:count])
         said = [suffix for suffixes in self.answers.values() for suffix in suffixes]
-        self.scores = list(scores) or self.fitting(said)
+        has_boxes, has_masks = (any(token in suffix for suffix in said) for token in ("<loc", "<seg"))
+        has_texts = any("<loc" not in suffix for suffix in said)  # an empty one is a text
+        chosen = ["exact", "anls"] * (any(suffix and "<loc" not in suffix for suffix in said) or not has_boxes)
+        self.scores = list(scores) or [*chosen, *["map"] * has_boxes, *["miou"] * (has_masks and codec is not None)]
         if "miou" in self.scores and codec is None:
             raise UsageError("--scores miou needs a mask codec. Name vae-oid.npz with --mask_codec, or leave miou out.")
+        measured = [*TEXT_SCORES] * has_texts + ["map"] * has_boxes + ["miou"] * has_masks
+        strange = [name for name in self.scores if name not in measured]
+        if strange:
+            raise UsageError(f"--scores {','.join(strange)} has nothing to score. These answers have {', '.join(measured)}.")
         if "map" in self.scores:
             require_pycocotools()
         self.longest = max(len(examples.processor.encode(suffix)) for suffix in said) + 1 + ANSWER_ROOM
         self.rank, self.world = rank_and_world()
-
-    def fitting(self, said: Sequence[str]) -> list[str]:
-        """The scores that make sense for such answers."""
-        has_masks = self.codec is not None and any("<seg" in suffix for suffix in said)
-        has_boxes = any("<loc" in suffix for suffix in said)
-        has_words = any(suffix and "<loc" not in suffix for suffix in said)
-        return ["exact", "anls"] * has_words + ["map"] * has_boxes + ["miou"] * has_masks
 
     def loss(self, model: nn.Module) -> float:
         """Mean over answers, in nats a token."""
@@ -100,14 +100,14 @@ class Judge:
         of_objects = [(result, right) for result, right in pairs if any("<loc" in text for text in right) or not any(right)]
         of_words = [(result, right) for result, right in pairs if not any("<loc" in text for text in right)]
         for name in self.scores:
-            if name in scores.TEXT_SCORES and of_words:
+            if name in TEXT_SCORES and of_words:
                 said, right = zip(*((result.text, answers) for result, answers in of_words), strict=True)
-                numbers[name] = scores.TEXT_SCORES[name](said, right)
+                numbers[name] = TEXT_SCORES[name](said, right)
         return numbers | (self.score_objects(of_objects) if of_objects else {})
 
     def score_objects(self, pairs: list[tuple[Result, list[str]]]) -> dict[str, float]:
         said = [result.reading.objects if result.reading else [] for result, _ in pairs]
-        right = [read_text(answers[0]).objects for _, answers in pairs]
+        right = [[found for suffix in dict.fromkeys(answers) for found in read_text(suffix).objects] for _, answers in pairs]
         numbers = scores.detection_map(said, right) if "map" in self.scores else {}
         if "miou" in self.scores:
             overlaps = []

@@ -23,13 +23,15 @@ if sys.version_info < (3, 10):
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -37,7 +39,7 @@ from typing import TYPE_CHECKING
 import commandline
 import machine
 from commandline import note
-from errors import DatasetError, DeviceError, OutputError, UsageError
+from errors import DatasetError, DeviceError, ImageError, OutputError, UsageError
 from options import bundled, require
 
 if TYPE_CHECKING:
@@ -172,7 +174,7 @@ class Flags:
             ("dtype", self.dtype in ("bf16", "bfloat16", "fp32", "float32"), "bf16 or fp32"),
             ("method", self.method in METHODS, "full or lora"),
             ("lora_r", self.lora_r >= 1, "a whole number from 1 up"),
-            ("lora_alpha", math.isfinite(self.lora_alpha), "a number"),
+            ("lora_alpha", 0 < self.lora_alpha < math.inf, "a number above 0"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "a number from 0 to below 1"),
             ("epochs", 0 < self.epochs < math.inf, "a number above 0"),
             ("steps", self.steps is None or self.steps >= 1, "a whole number from 1 up"),
@@ -193,7 +195,7 @@ class Flags:
     @staticmethod
     def expand(argv: list[str]) -> list[str]:
         """The arguments, those that a --config file stands for before them, so that what is typed counts."""
-        given = [argument.partition("=")[2] or following for argument, following in zip(argv, [*argv[1:], ""], strict=True)
+        given = [argument.partition("=")[2] or following for argument, following in pairwise([*argv, ""])
                  if argument.partition("=")[0] == "--config"]  # fmt: skip
         return [*(read_config(given[-1]) if given else []), *argv]
 
@@ -225,7 +227,7 @@ def read_config(file: str) -> list[str]:
         settings = {} if settings is None else settings  # every line is a comment
     except OSError as error:
         raise UsageError(f"--config {file} cannot be read: {error.strerror}. Name a YAML file.") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # dates that are none, brackets without end
         where = getattr(error, "problem_mark", None)
         place = f":{where.line + 1}:{where.column + 1}" if where else ""
         raise UsageError(f"{file}{place} is not YAML. Write a line `name: value` for each setting.") from error
@@ -352,10 +354,10 @@ class Log:
         self.folder, self.file = folder, folder / "metrics.jsonl"
         lines = []
         with suppress(OSError):
-            for text in self.file.read_text(encoding="utf-8").splitlines():
-                with suppress(json.JSONDecodeError):  # a line that was cut off
+            for text in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError):  # a line that was cut off
                     lines.append(json.loads(text))
-        self.lines = [line for line in lines if line["step"] < step]
+        self.lines = [line for line in lines if isinstance(line, dict) and line.get("step", step) < step]
         replace_text(self.file, "".join(json.dumps(line) + "\n" for line in self.lines))
         self.tensorboard = None
         if with_tensorboard:
@@ -410,26 +412,33 @@ def settings_of(flags: Flags, data: str, model: str) -> dict:
     return settings | {"data": data, "model": model}
 
 
-def check_output(flags: Flags, now: dict) -> None:
-    """Sees to it that no run is lost to this one.
-
-    Args:
-        now: from settings_of.
-    Raises: UsageError for a folder that holds a run already, or one that ran with other settings, other data or another model.
-    """
+def check_taken(flags: Flags) -> None:
+    """Sees to it that no run is lost to this one. Raises: UsageError for a folder that holds one already."""
     from training import checkpoints
 
     folder = Path(flags.output)
-    file, is_begun = folder / "settings.json", bool(checkpoints(folder / "checkpoints"))
-    if (is_begun or (folder / "model").exists()) and not flags.resume:
+    is_begun, is_ended = bool(checkpoints(folder / "checkpoints")), (folder / "model").exists()
+    if (is_begun or is_ended) and not flags.resume:
         raise UsageError(f"{folder} holds a run already. Name another --output, or go on with --resume.")
-    if not is_begun and (folder / "model").exists():
+    if is_ended and not is_begun:
         raise UsageError(f"{folder} holds the result of a run whose checkpoints are gone. Name another --output.")
-    if not (is_begun and file.exists()):
-        if flags.resume:
-            note(f"{folder} holds no checkpoint yet; the run begins.")
+    if flags.resume and not is_begun and is_first():
+        note(f"{folder} holds no checkpoint yet; the run begins.")
+
+
+def check_settings(flags: Flags, now: dict) -> None:
+    """Sees to it that a run goes on as it began. Raises: UsageError for other settings, other data or another model.
+
+    Args:
+        now: from settings_of.
+    """
+    from checkpoint import read_json
+    from training import checkpoints
+
+    folder = Path(flags.output)
+    if not (checkpoints(folder / "checkpoints") and (folder / "settings.json").exists()):
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = read_json(folder / "settings.json")
     common = [name for name in now if name in before]  # an older version of this program may have had fewer
     changed = {name: f"{name} was {before[name]!r} and is {now[name]!r}" for name in common if before[name] != now[name]}
     adjusted = [changed.pop(name) for name in (*ADJUSTABLE, *RATES) if name in changed]
@@ -439,13 +448,30 @@ def check_output(flags: Flags, now: dict) -> None:
         note(f"goes on with other settings: {'; '.join(adjusted)}.")
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Makes the folder, and holds it against other runs. Raises: OutputError where one of them holds it."""
+    make_folder(folder)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(ImportError):  # not there on Windows
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise OutputError(f"{folder} is being written by another run. Wait for it, or name another --output.") from error
+    finally:
+        os.close(descriptor)
+
+
 # The run
 
 
 @contextmanager
 def process_group(device: "torch.device") -> Iterator[int]:
     """Joins the other processes, if torchrun started several; yields how many there are."""
-    if "RANK" not in os.environ:
+    if not is_one_of_several():
         yield 1
         return
     from torch import distributed
@@ -453,13 +479,20 @@ def process_group(device: "torch.device") -> Iterator[int]:
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield distributed.get_world_size()
-    finally:
-        distributed.destroy_process_group()
+    except RuntimeError as error:
+        if not re.search("Connection (closed|reset) by peer|Timed out waiting|NCCL", str(error)):
+            raise
+        raise DeviceError("another process has ended; what it said stands above. Go on with --resume.") from error
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun, or something like it, started this process."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def is_first() -> bool:
     """Whether this process speaks and writes for all."""
-    return os.environ.get("RANK", "0") == "0"
+    return not is_one_of_several() or os.environ["RANK"] == "0"
 
 
 class Run:
@@ -516,14 +549,24 @@ class Run:
         unscored = is_first() and self.misses_scores()
 
         def stop(signum: int, _frame: object) -> None:
+            if self.stopped is not None:
+                raise commandline.Interrupted(signum)
             self.stopped = signum
+            if is_first():
+                with suppress(OSError, ValueError):  # not print: the signal may have come in the middle of one
+                    os.write(sys.stderr.fileno(), b"\nstops after this update and saves; a second signal stops at once.\n")
 
         with commandline.handlers(stop), progress(self.trainer.step, steps) as bar:
             if any(self.trainer.sums(unscored)):  # the run was stopped between saving and scoring
                 self.evaluate()
             while self.trainer.step < steps and not is_stopped:
-                with machine.memory_errors("training", ADVICE):
-                    update = self.trainer.update()
+                try:
+                    with machine.memory_errors("training", ADVICE):
+                        update = self.trainer.update()
+                except ImageError:  # a picture has gone or changed meanwhile
+                    if self.trainer.world == 1 and self.trainer.step:
+                        self.save()
+                    raise
                 is_stopped = any(self.trainer.sums(self.stopped is not None))  # all processes stop behind the same update
                 if is_first():
                     self.log.write(asdict(update) | {"seconds": round(time.perf_counter() - start, 2)})
@@ -554,6 +597,8 @@ class Run:
         if not is_first():
             return
         result = self.folder / "model"
+        for unfinished in result.glob(".saving-*"):  # of a run that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
         self.weights.save_model(plain, result)
         for file in source.iterdir():  # tokenizer, processor, mask codec
             if file.suffix in (".json", ".model", ".npz") and "index" not in file.name and file.name != "config.json":
@@ -602,9 +647,7 @@ def progress(step: int, steps: int) -> Iterator:
 
 
 def train(flags: Flags, device: "torch.device", world: int) -> None:
-    """Data, memory, model, updates, result: in this order, so that what is wrong is said before the slow part."""
-    import torch
-
+    """Flags, data, memory, model, updates, result: in this order, so that what is wrong is said before the slow part."""
     import training
     import weights
     from checkpoint import fingerprint
@@ -614,51 +657,66 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
     from processing_paligemma import PaliGemmaProcessor
     from segmentation import find_codec, load_codec
 
-    name = flags.model_path or bundled("demo/checkpoint")
-    if world > 1 and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    folder, name = Path(flags.output), flags.model_path or bundled("demo/checkpoint")
+    if not flags.preview:
+        check_taken(flags)
     source = weights.resolve(os.path.expanduser(name), flags.revision)
-    folder = weights.base_folder(source)
-    kind, _, is_quantised = weights.choose_quantization(weights.read_json(folder / "config.json"), folder, None, False)
+    base = weights.base_folder(source)
+    kind, _, is_quantised = weights.choose_quantization(weights.read_json(base / "config.json"), base, None, False)
     if is_quantised:
         raise UsageError(f"{name} is stored as {kind}, which cannot be trained. Name the plain checkpoint.")
-    if flags.method == "lora" and source != folder:
+    if flags.method == "lora" and source != base:
         raise UsageError(
             f"{name} is an adapter, and a second one cannot stand on it. Name a merged model: finetune.py leaves one "
             "beside each adapter, in model/."
         )
-    config, processor = weights.read_config(folder), PaliGemmaProcessor.from_pretrained(folder)
+    config, processor = weights.read_config(base), PaliGemmaProcessor.from_pretrained(base)
+    blueprint = weights.empty_model(config)
+    prepare(blueprint, flags)
     room = config.text_config.max_position_embeddings - config.num_image_tokens
     with nullcontext() if is_first() else silence():
         splits = read_data(flags, processor, room)
-    codec_file = find_codec(folder, flags.mask_codec)
+    codec_file = find_codec(base, flags.mask_codec)
     codec = load_codec(codec_file) if codec_file else None
     examples = Examples(splits[0], processor, flags.augment, flags.seed)
     if flags.preview:
-        file = Path(flags.output) / "preview.png"
-        make_folder(file.parent)
-        draw_preview(examples, codec, file)
-        note(f"what will be learned is drawn in {file}.")
+        make_folder(folder)
+        draw_preview(examples, codec, folder / "preview.png")
+        note(f"what will be learned is drawn in {folder / 'preview.png'}.")
         return
     judge = None
     if len(splits) == 2:
         scored = Examples(splits[1], processor)
         judge = Judge(scored, codec, rows=flags.rows, count=flags.num_scored, scores=names(flags.scores))
 
-    dtype = torch.float32 if flags.dtype in ("fp32", "float32") else torch.bfloat16
-    blueprint = weights.empty_model(config)
-    prepare(blueprint, flags)
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1  # processes that share the memory
     weights.require_memory(memory_needed(blueprint, flags, world) * beside, device, "fine-tuning takes", ADVICE)
-    run_folder, settings = Path(flags.output), settings_of(flags, splits[0].fingerprint(), fingerprint(folder, source))
+    settings = settings_of(flags, splits[0].fingerprint(), fingerprint(base, source))
     with nullcontext() if is_first() else silence():
-        check_output(flags, settings)  # in each process, so that none waits for one that has given up
+        check_settings(flags, settings)  # in each process, so that none waits for one that has given up
     training.barrier()
-    if is_first():
-        make_folder(run_folder)
-        replace_text(run_folder / "settings.json", json.dumps(settings, indent=1) + "\n")
-    training.barrier()
+    with alone(folder) if is_first() else nullcontext():
+        if is_first():
+            replace_text(folder / "settings.json", json.dumps(settings, indent=1) + "\n")
+        training.barrier()
+        learn(flags, device, world, source, examples, judge)
+
+
+def learn(
+    flags: Flags, device: "torch.device", world: int, source: Path, examples: "dataset.Examples", judge: "Judge | None"
+) -> None:
+    """The second half of `train`: all is checked, and memory is taken.
+
+    Args:
+        source: the folder of the model, or of the adapter, to begin with.
+        judge: None where there is no --valid.
+    """
+    import torch
+
+    import training
+    import weights
+
+    dtype = torch.float32 if flags.dtype in ("fp32", "float32") else torch.bfloat16
     with machine.memory_errors("loading the weights", ADVICE):
         model = weights.load_model(source, device=device, dtype=dtype)
     adapter = prepare(model, flags)
@@ -666,7 +724,7 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
         training.checkpoint_activations(model)
     if world > 1:
         training.shard(model, device)
-    count = len(splits[0].examples)
+    count = len(examples.lines)
     rates = {part: getattr(flags, f"learning_rate_{part}") for part in training.ALL}
     plan = training.Plan(
         steps=flags.steps or max(1, round(flags.epochs * count / flags.batch_size)),
@@ -683,7 +741,7 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
         dtype=dtype,
     )
     trainer = training.Trainer(model, plan, examples.batch, count)
-    found = training.checkpoints(run_folder / "checkpoints")
+    found = training.checkpoints(Path(flags.output) / "checkpoints")
     if flags.resume and found:
         trainer.restore(found[-1])
     if is_first():
@@ -691,7 +749,8 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
         note(f"{count} examples, {plan.steps} updates from {trainer.step} on; {trained / 1e6:.4g} M weights learn, on {device}.")
     run = Run(flags, trainer, judge, weights, dtype)
     run.loop()
-    run.finish(folder, adapter)
+    run.finish(weights.base_folder(source), adapter)
+    training.barrier()  # whoever leaves earlier has torchrun end the first, which writes
 
 
 @contextmanager
@@ -706,6 +765,8 @@ def silence() -> Iterator[None]:
 
 def program(flags: Flags) -> None:
     commandline.relay_logs(flags.verbose)
+    places = {name: getattr(flags, name) for name in ("train", "valid", "output", "mask_codec")}
+    flags = replace(flags, **{name: os.path.expanduser(place) for name, place in places.items() if place})
     if not Path(flags.train).exists():
         raise DatasetError(f"{flags.train} does not exist. Name a JSONL of examples with --train.", path=flags.train)
     if flags.tensorboard and find_spec("tensorboard") is None:
@@ -721,7 +782,11 @@ def program(flags: Flags) -> None:
 
 def main() -> int:
     sys.excepthook = commandline.report_bug
-    return commandline.run(Flags, program)
+    code = commandline.run(Flags, program)
+    if is_one_of_several():  # without the interpreter's end, in which threads of torch.distributed now and then call abort()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

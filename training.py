@@ -98,7 +98,7 @@ def trainable(model: nn.Module, parts: Sequence[str]) -> None:
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
-        raise UsageError(f"train is {unknown[0] if unknown else ''!r}. Of {', '.join(PARTS)}, one or several are needed.")
+        raise UsageError(f"parts is {unknown[0] if unknown else ''!r}. Of {', '.join(PARTS)}, one or several are needed.")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(PARTS[part].fullmatch(name) for part in parts))
     master_weights(model)
@@ -203,7 +203,7 @@ class Update:
     step: int
     loss: float
     grad_norm: float
-    learning_rate: float
+    learning_rate: float  # the highest, where parts have their own
     tokens: int
     is_skipped: bool  # loss or gradient was no number, and the weights stayed
     skipped: int  # updates so far of which that is true
@@ -280,11 +280,11 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         self.step, self.updates = self.step + 1, self.updates + (not is_skipped)
         skipped = self.step - self.updates
-        done = Update(self.step - 1, loss, norm, self.plan.learning_rate * rate, int(tokens), is_skipped, skipped)
+        done = Update(self.step - 1, loss, norm, max(self.peaks) * rate, int(tokens), is_skipped, skipped)
         self.bad_steps = self.bad_steps + 1 if is_skipped else 0
         if self.bad_steps >= MOST_BAD_STEPS:
             raise CheckpointError(
-                f"{self.bad_steps} updates in a row had a loss or gradient that is no number. The last checkpoint is intact. "
+                f"{self.bad_steps} updates in a row had a loss or gradient that is no number. Checkpoints are intact. "
                 "Go on with --resume and a smaller --learning_rate, or with --dtype fp32."
             )
         return done
@@ -328,7 +328,8 @@ class Trainer:
             barrier()
         except (OSError, CheckpointException) as error:
             shutil.rmtree(beside, ignore_errors=True)
-            text = f"{folder} cannot be written: {reason(error)} The one before it is intact. Make room and go on with --resume."
+            before = f"{found[-1].name} is intact." if (found := checkpoints(runs)) else "There is none before it."
+            text = f"{folder} cannot be written: {reason(error)} {before} Make room and go on with --resume."
             raise OutputError(text, path=folder) from error
         return folder
 
@@ -341,7 +342,7 @@ class Trainer:
             self.step, self.updates, self.bad_steps = (int(state[name]) for name in ("step", "updates", "bad_steps"))
             with quiet():
                 load(self.tensors(), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=self.world == 1)
-        except (OSError, ValueError, KeyError, RuntimeError, CheckpointException) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, CheckpointException) as error:
             text = f"{folder} does not continue this run: {reason(error)} Name another output, or delete that folder."
             raise CheckpointError(text, path=folder) from error
         for parameter in self.named.values():

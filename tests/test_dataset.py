@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,7 +80,8 @@ def test_fields_beside_the_three_are_allowed(folder):
         (GOOD | {"suffix": None}, "suffix is a NoneType"),
         (GOOD | {"prefix": "\ud800"}, "surrogate"),
         (GOOD | {"image": "../a.png"}, "outside the dataset"),
-        (GOOD | {"image": "/etc/passwd"}, "outside the dataset"),
+        (GOOD | {"image": "/etc/passwd"}, "is an absolute name; one relative to the dataset's folder is needed"),
+        (GOOD | {"image": "https://x.org/a.png"}, "is an address; download it"),
         (GOOD | {"image": "x/../../a.png"}, "outside the dataset"),
         (GOOD | {"image": ""}, "name of a file"),
         (GOOD | {"image": "a\0.png"}, "name of a file"),
@@ -182,13 +184,33 @@ def test_odd_places_are_doubted_but_kept(folder, processor, suffix, says):
 
 @pytest.mark.parametrize("suffix", [f"{BOX} cat", f"{BOX}{'<seg127>' * 16} cat ; {BOX} dog", "<b>no box</b>", "a cat", ""])
 def test_good_answers_are_not_doubted(suffix):
-    assert dataset.doubts_of(suffix) == []
+    assert dataset.doubts_of("what?", suffix) == []
 
 
 def test_a_file_with_boxes_in_another_order_is_doubted_as_a_whole(folder, processor):
     wrong = GOOD | {"suffix": "<loc0600><loc0500><loc0100><loc0200> cat"}  # centre, then width and height
     split = checked(write(folder, GOOD, GOOD, wrong), processor)
     assert texts(split.doubts)[0].startswith("0: 1 of 3 boxes have their corners exchanged: are they x, y, width, height")
+
+
+def test_what_is_learned_otherwise_than_meant_is_doubted(folder, processor):
+    lines = [GOOD | {"prefix": "<image>detect cat"}, GOOD | {"suffix": f"{BOX} cat<eos>"}, GOOD | {"suffix": f" {BOX} cat"}]
+    said = texts(checked(write(folder, *lines), processor).doubts)
+    assert said[0].startswith("1: <image> is read as letters") and said[1].startswith("2: <eos> is read as letters")
+    assert said[2] == "3: the suffix begins or ends with white space, which would be learned"
+
+
+def test_boxes_of_one_question_in_several_lines_are_doubted(folder, processor):
+    other = GOOD | {"suffix": "<loc0500><loc0200><loc0600><loc0400> cat"}
+    (doubt,) = checked(write(folder, GOOD, GOOD, other), processor).doubts
+    assert doubt.text.startswith("1 questions have boxes in several lines; put them into one answer")
+    assert checked(write(folder, GOOD, GOOD, other | {"prefix": "detect dog"}), processor).doubts == []
+
+
+def test_colours_that_cannot_be_shown_are_a_fault_of_the_line(folder, processor):
+    Image.fromarray(np.full((8, 8), 1e8, dtype=np.float32)).save(folder / "float.tif")
+    split = checked(write(folder, GOOD, GOOD | {"image": "float.tif"}), processor)
+    assert [fault.line for fault in split.faults] == [2] and "floats" in split.faults[0].text and "--" not in split.faults[0].text
 
 
 def test_empty_answers_are_counted(folder, processor):

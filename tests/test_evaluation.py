@@ -1,5 +1,7 @@
 """What a Judge counts as the answer to what, and which scores see it."""
 
+from pathlib import Path
+
 import pytest
 
 import dataset
@@ -9,10 +11,13 @@ from errors import DeviceError, UsageError
 from evaluation import Judge
 from outputs import read_text
 from processing_paligemma import PaliGemmaProcessor
+from segmentation import load_codec
 from tasks import Result
 from tiny_checkpoint import make_checkpoint
 
 BOX = "<loc0100><loc0100><loc0500><loc0500>"
+CODES = "".join(f"<seg{code:03}>" for code in range(0, 128, 8))
+CODEC = load_codec(Path(__file__).resolve().parent.parent / "demo" / "checkpoint" / "vae-oid.npz")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +32,8 @@ def judge(processor, tmp_path):
     def make(lines, said=None, **options):
         examples = [dataset.Example(tmp_path / "a.png", prefix, suffix, i + 1) for i, (prefix, suffix) in enumerate(lines)]
         split = dataset.Split(tmp_path / "x.jsonl", examples, [], [], [])
-        made = Judge(dataset.Examples(split, processor), None, rows=2, count=100, **options)
+        options = {"codec": None} | options
+        made = Judge(dataset.Examples(split, processor), rows=2, count=100, **options)
         if said is None:
             return made
         common = {"image": "a.png", "task": "ask", "asked": "", "prompt": "", "width": 64, "height": 64}
@@ -54,6 +60,33 @@ def test_a_box_where_nothing_is_is_a_wrong_text_and_a_box_too_many(judge):
     right, wrong = (judge(lines, [first, f"{BOX} cat"], scores=["exact", "map"])(None) for first in ("", f"{BOX} cat"))
     assert right["map"] == pytest.approx(1) and right["exact"] == 1
     assert wrong["map"] == pytest.approx(0.5) and wrong["exact"] == 0
+
+
+def test_boxes_of_one_question_in_several_lines_are_all_right(judge):
+    other = "<loc0600><loc0600><loc0900><loc0900> cat"
+    numbers = judge([("detect cat", f"{BOX} cat"), ("detect cat", f"{other}")], [f"{BOX} cat ; {other}"])(None)
+    assert numbers["map"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("right", "asked", "measured"),
+    [(f"{BOX} cat", ["exact"], "map"), ("cat", ["map"], "exact, vqa"), ("", ["exact", "miou"], "exact, vqa")],
+)
+def test_scores_that_have_nothing_to_measure_are_refused(judge, right, asked, measured):
+    with pytest.raises(UsageError, match="nothing to score. These answers have " + measured):
+        judge([("what", right)], scores=asked, codec=CODEC)
+
+
+def test_answers_that_are_all_empty_are_texts(judge):
+    assert judge([("detect cat", "")], [""])(None) == {"valid_loss": 0.5, "exact": 1, "anls": 1}
+
+
+def test_masks_are_held_against_those_of_the_right_codes(judge):
+    """Through the codec that ships: the same codes in the same box, in half of it, and none."""
+    right = f"{BOX}{CODES} cat"
+    half = f"<loc0100><loc0100><loc0500><loc0300>{CODES} cat"
+    scored = [judge([("segment cat", right)], [said], codec=CODEC)(None)["miou"] for said in (right, half, "", f"{BOX} cat")]
+    assert scored[0] == 1 and 0.2 < scored[1] < 0.8 and scored[2:] == [0, 0]
 
 
 def test_what_scores_need_is_asked_for_before_anything_is_learned(judge, monkeypatch):

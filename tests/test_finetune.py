@@ -295,6 +295,72 @@ def test_a_run_that_is_stopped_where_scores_are_due_saves_at_once_and_scores_whe
     assert lines[0] == lines[1] and len(lines[0]) == 9  # six updates, three evaluations
 
 
+def test_a_second_signal_stops_at_once(model, data, tmp_path, capsys, monkeypatch):
+    send_after(monkeypatch, 1, signal.SIGINT)
+    plain = training.Trainer.update
+
+    def again(trainer):  # still in the same update
+        done = plain(trainer)
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    monkeypatch.setattr(training.Trainer, "update", again)
+    code, _ = run(capsys, *arguments(model, data, tmp_path / "run"))
+    assert code == 143 and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_picture_that_goes_away_meanwhile_costs_no_update(model, data, tmp_path, capsys, monkeypatch):
+    shutil.copytree(data, tmp_path / "data")
+    given = arguments(model, tmp_path / "data", tmp_path / "run", "--save_every=1000")
+    plain = training.Trainer.update
+
+    def update(trainer):
+        if trainer.step == 2:
+            for file in (tmp_path / "data").glob("*.png"):
+                file.unlink()
+        return plain(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "update", update)
+        code, said = run(capsys, *given)
+    assert code == 3 and "does not exist" in said
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
+    shutil.copytree(data, tmp_path / "data", dirs_exist_ok=True)
+    assert run(capsys, *given, "--resume")[0] == 0
+
+
+def test_a_second_run_in_the_same_folder_is_refused(model, data, tmp_path, capsys):
+    given = arguments(model, data, tmp_path / "run")
+    with finetune.alone(tmp_path / "run"):
+        code, said = run(capsys, *given)
+    assert code == 7 and "is being written by another run. Wait for it, or name another --output." in said
+    assert run(capsys, *given)[0] == 0
+
+
+def test_damaged_files_of_a_run_are_one_line_or_mended(model, data, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    given = [*arguments(model, data, tmp_path / "run"), "--resume"]
+    with open(tmp_path / "run" / "metrics.jsonl", "ab") as file:
+        file.write(b'[1]\n"x"\n\xff\n{"step"')
+    (tmp_path / "run" / "model" / ".saving-x").mkdir()
+    assert run(capsys, *given)[0] == 0
+    assert losses(tmp_path / "run") == losses(whole) and not (tmp_path / "run" / "model" / ".saving-x").exists()
+    (tmp_path / "run" / "checkpoints" / "step_00000006" / "state.json").write_text("[]")
+    code, said = run(capsys, *given)
+    assert code == 4 and "does not continue this run" in said
+    (tmp_path / "run" / "settings.json").write_text("{")
+    code, said = run(capsys, *given)
+    assert code == 4 and "settings.json:1:2 is not JSON" in said
+
+
+def test_the_rate_that_is_logged_is_one_that_was_used(model, data, tmp_path, capsys):
+    given = arguments(model, data, tmp_path / "run", "--parts=projector", "--learning_rate_projector=2e-4", "--warmup=0")
+    assert run(capsys, *given, "--steps=1")[0] == 0
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["learning_rate"] == pytest.approx(2e-4)
+
+
 def test_a_number_that_is_none_is_null_in_the_log(tmp_path):
     finetune.Log(tmp_path, 0, with_tensorboard=False).write({"step": 0, "loss": math.nan, "grad_norm": math.inf, "tokens": 3})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "loss": null, "grad_norm": null, "tokens": 3}\n'
@@ -477,6 +543,20 @@ def test_faulty_lines_are_all_named_and_can_be_skipped(model, data, tmp_path, ca
     assert run(capsys, *given, "--skip_bad")[0] == 0
 
 
+def test_no_flags_at_all_are_told_what_is_needed():
+    done = subprocess.run([sys.executable, *ONE], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, "error: --train is None, but a JSONL of examples is needed.\n")
+
+
+def test_a_home_folder_and_a_rank_without_others_are_understood(model, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RANK", "1")
+    shutil.copytree(data, tmp_path / "data")
+    given = [*arguments(model, data, "~/run"), "--train=~/data/train.jsonl", "--valid=~/data/valid.jsonl", "--steps=1"]
+    assert run(capsys, *given)[0] == 0
+    assert (tmp_path / "run" / "model").exists()
+
+
 def test_a_missing_file_is_said_before_torch():
     code = "import sys, finetune; sys.argv[1:] = ['--train', 'none.jsonl', '--output', 'x']; code = finetune.main(); "
     code += "sys.exit(code if 'torch' not in sys.modules else 99)"
@@ -544,6 +624,8 @@ def test_flags_beat_the_file_and_lists_become_commas(tmp_path):
         ("config: x", "unknown setting config"),
         ("- a", "holds a list"),
         ("a: [", r"c.yaml:\d+:\d+ is not YAML"),
+        ("output: 2024-13-45", "c.yaml is not YAML"),
+        ("[" * 3000, "c.yaml is not YAML"),
         ("clip: {a: 1}", "clip is {'a': 1}"),
         ("!!python/object/apply:os.system ['true']", "is not YAML"),
     ],
