@@ -39,8 +39,9 @@ from typing import TYPE_CHECKING
 import commandline
 import machine
 from commandline import note
-from errors import DatasetError, DeviceError, ImageError, OutputError, UsageError
+from errors import DatasetError, DeviceError, ImageError, UsageError
 from options import bundled, require
+from run_folder import Log, alone, check_settings, check_taken, copy_file, make_folder, replace_text, settings_of
 
 if TYPE_CHECKING:
     import torch
@@ -55,11 +56,6 @@ METHODS = {"full": 1e-5, "lora": 2e-4}  # and the learning rate where none is gi
 SCORES = ("exact", "vqa", "anls", "relaxed", "cider", "map", "miou")
 DOUBTS_SHOWN = 20
 ADVICE = "Take --method lora, --gradient_checkpointing, fewer --rows, --dtype bf16, or another device."
-FREE_TO_CHANGE = (  # when a run goes on: what has no influence on the weights
-    "config", "output", "resume", "device", "evaluate_every", "save_every", "num_scored", "scores", "tensorboard", "debug",
-    "verbose", "preview", "valid", "skip_bad", "mask_codec", "train", "model_path", "revision",  # known by what is in them
-)  # fmt: skip
-ADJUSTABLE = ("dtype", "clip")  # and the learning rates: the way out of updates that are no numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,131 +336,6 @@ def plain_model(model: "nn.Module", weights: object, dtype: "torch.dtype") -> "n
     return plain.eval()
 
 
-# What is kept of a run
-
-
-class Log:
-    """metrics.jsonl and progress.svg, and TensorBoard's log if it is wanted.
-
-    Args:
-        step: updates that count; lines of later ones, from a run that was killed behind its last checkpoint, are dropped.
-    """
-
-    def __init__(self, folder: Path, step: int, with_tensorboard: bool):
-        self.folder, self.file = folder, folder / "metrics.jsonl"
-        lines = []
-        with suppress(OSError):
-            for text in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(ValueError):  # a line that was cut off
-                    lines.append(json.loads(text))
-        self.lines = [line for line in lines if isinstance(line, dict) and line.get("step", step) < step]
-        replace_text(self.file, "".join(json.dumps(line) + "\n" for line in self.lines))
-        self.tensorboard = None
-        if with_tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
-
-    def write(self, line: dict) -> None:
-        """Numbers that are none become null, as JSON has it. Raises: OutputError."""
-        line = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in line.items()}
-        self.lines.append(line)
-        try:
-            with open(self.file, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise OutputError(f"{self.file} cannot be written: {error.strerror}. Make room and go on with --resume.") from error
-        if self.tensorboard is not None:
-            for name, value in line.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self.tensorboard.add_scalar(name, value, line["step"])
-
-    def draw(self) -> None:
-        from curves import draw_curves
-
-        try:
-            draw_curves(self.lines, self.folder / "progress.svg")
-        except OSError as error:
-            note(f"progress.svg cannot be drawn: {error.strerror}.")
-
-
-def make_folder(folder: Path) -> None:
-    """Raises: OutputError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be made: {error.strerror}. Name another --output.") from error
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Writes a file whole or not at all. Raises: OutputError."""
-    beside = file.with_suffix(".part")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, file)
-    except OSError as error:
-        raise OutputError(f"{file} cannot be written: {error.strerror}. Make room, or name another --output.") from error
-
-
-def settings_of(flags: Flags, data: str, model: str) -> dict:
-    """What must be the same for a run to go on."""
-    settings = {name: value for name, value in asdict(flags).items() if name not in FREE_TO_CHANGE}
-    return settings | {"data": data, "model": model}
-
-
-def check_taken(flags: Flags) -> None:
-    """Sees to it that no run is lost to this one. Raises: UsageError for a folder that holds one already."""
-    from training import checkpoints
-
-    folder = Path(flags.output)
-    is_begun, is_ended = bool(checkpoints(folder / "checkpoints")), (folder / "model").exists()
-    if (is_begun or is_ended) and not flags.resume:
-        raise UsageError(f"{folder} holds a run already. Name another --output, or go on with --resume.")
-    if is_ended and not is_begun:
-        raise UsageError(f"{folder} holds the result of a run whose checkpoints are gone. Name another --output.")
-    if flags.resume and not is_begun and is_first():
-        note(f"{folder} holds no checkpoint yet; the run begins.")
-
-
-def check_settings(flags: Flags, now: dict) -> None:
-    """Sees to it that a run goes on as it began. Raises: UsageError for other settings, other data or another model.
-
-    Args:
-        now: from settings_of.
-    """
-    from checkpoint import read_json
-    from training import checkpoints
-
-    folder = Path(flags.output)
-    if not (checkpoints(folder / "checkpoints") and (folder / "settings.json").exists()):
-        return
-    before = read_json(folder / "settings.json")
-    common = [name for name in now if name in before]  # an older version of this program may have had fewer
-    changed = {name: f"{name} was {before[name]!r} and is {now[name]!r}" for name in common if before[name] != now[name]}
-    adjusted = [changed.pop(name) for name in (*ADJUSTABLE, *RATES) if name in changed]
-    if changed:
-        raise UsageError(f"{folder} ran with other settings: {'; '.join(changed.values())}. Take the same, or another --output.")
-    if adjusted:
-        note(f"goes on with other settings: {'; '.join(adjusted)}.")
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Makes the folder, and holds it against other runs. Raises: OutputError where one of them holds it."""
-    make_folder(folder)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(ImportError):  # not there on Windows
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise OutputError(f"{folder} is being written by another run. Wait for it, or name another --output.") from error
-    finally:
-        os.close(descriptor)
-
-
 # The run
 
 
@@ -611,16 +482,6 @@ class Run:
         note(f"the result is in {result}. Try it: inference.py --model_path {result} --image_file_path PICTURE --prompt PREFIX")
 
 
-def copy_file(source: Path, file: Path) -> None:
-    """Copies a file whole or not at all. Raises: OutputError."""
-    beside = file.with_name(f".{file.name}.part")
-    try:
-        shutil.copyfile(source, beside)
-        os.replace(beside, file)
-    except OSError as error:
-        raise OutputError(f"{file} cannot be written: {error.strerror}. Make room and go on with --resume.") from error
-
-
 @contextmanager
 def progress(step: int, steps: int) -> Iterator:
     """Something to look at: a bar on a terminal, else a line now and then. Yields a function that takes an Update."""
@@ -659,7 +520,8 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
 
     folder, name = Path(flags.output), flags.model_path or bundled("demo/checkpoint")
     if not flags.preview:
-        check_taken(flags)
+        with nullcontext() if is_first() else silence():
+            check_taken(folder, flags.resume)
     source = weights.resolve(os.path.expanduser(name), flags.revision)
     base = weights.base_folder(source)
     kind, _, is_quantised = weights.choose_quantization(weights.read_json(base / "config.json"), base, None, False)
@@ -693,7 +555,7 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
     weights.require_memory(memory_needed(blueprint, flags, world) * beside, device, "fine-tuning takes", ADVICE)
     settings = settings_of(flags, splits[0].fingerprint(), fingerprint(base, source))
     with nullcontext() if is_first() else silence():
-        check_settings(flags, settings)  # in each process, so that none waits for one that has given up
+        check_settings(folder, settings)  # in each process, so that none waits for one that has given up
     training.barrier()
     with alone(folder) if is_first() else nullcontext():
         if is_first():

@@ -325,9 +325,7 @@ class PaliGemmaProcessor:
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in frame])
         tokenizer.encode_special_tokens = True
         self.place_ids = {token: tokenizer.token_to_id(token) for token in LOCATIONS + SEGMENTS}
-        first_location, first_segment = self.place_ids[LOCATIONS[0]], self.place_ids[SEGMENTS[0]]
-        self.locations = range(first_location, first_location + len(LOCATIONS))  # ids, bin by bin; check_tokenizer saw to it
-        self.segments = range(first_segment, first_segment + len(SEGMENTS))
+        # Ids, bin by bin; check_tokenizer saw to it that they follow one another.
         self.locations, self.segments = (range(self.place_ids[t[0]], self.place_ids[t[-1]] + 1) for t in (LOCATIONS, SEGMENTS))
         special = {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self.control_tokens = {number: token for number, token in special.items() if token not in self.place_ids}

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 import finetune
 import lora
+import run_folder
 import training
 import weights
 from errors import DatasetError, UsageError
@@ -224,7 +225,7 @@ def test_a_smaller_rate_is_the_way_on_from_updates_that_are_no_numbers(model, da
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
     code, said = run(capsys, *arguments(model, data, tmp_path / "run"), "--resume", "--learning_rate=1e-4", "--clip=2")
-    assert code == 0 and "goes on with other settings: clip was 1.0 and is 2.0; learning_rate was 0.003 and is 0.0001" in said
+    assert code == 0 and "goes on with other settings: learning_rate was 0.003 and is 0.0001; clip was 1.0 and is 2.0" in said
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["learning_rate"] < 1e-4 for line in lines if "loss" in line] == [False] * 4 + [True] * 2
 
@@ -261,7 +262,7 @@ def test_a_result_that_was_cut_off_is_made_whole(model, data, whole, tmp_path, c
         (tmp_path / "run" / "model" / name).write_bytes(files[name][:100])
     given = [*arguments(model, data, tmp_path / "run"), "--resume"]
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.shutil, "copyfile", full_disk)
+        patch.setattr(run_folder.shutil, "copyfile", full_disk)
         code, said = run(capsys, *given)
     assert code == 7 and "cannot be written: No space left on device. Make room and go on with --resume." in said
     assert run(capsys, *given)[0] == 0
@@ -332,7 +333,7 @@ def test_a_picture_that_goes_away_meanwhile_costs_no_update(model, data, tmp_pat
 
 def test_a_second_run_in_the_same_folder_is_refused(model, data, tmp_path, capsys):
     given = arguments(model, data, tmp_path / "run")
-    with finetune.alone(tmp_path / "run"):
+    with run_folder.alone(tmp_path / "run"):
         code, said = run(capsys, *given)
     assert code == 7 and "is being written by another run. Wait for it, or name another --output." in said
     assert run(capsys, *given)[0] == 0
@@ -362,7 +363,7 @@ def test_the_rate_that_is_logged_is_one_that_was_used(model, data, tmp_path, cap
 
 
 def test_a_number_that_is_none_is_null_in_the_log(tmp_path):
-    finetune.Log(tmp_path, 0, with_tensorboard=False).write({"step": 0, "loss": math.nan, "grad_norm": math.inf, "tokens": 3})
+    run_folder.Log(tmp_path, 0, with_tensorboard=False).write({"step": 0, "loss": math.nan, "grad_norm": math.inf, "tokens": 3})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "loss": null, "grad_norm": null, "tokens": 3}\n'
 
 
