@@ -531,7 +531,8 @@ def test_sampling_goes_with_verbs_too(verb):
     sample = ("caption", CAT, "--json", "--do_sample", "--temperature=2", "--top_p=1")
     first = answer_of(verb(*sample))
     assert answer_of(verb(*sample, f"--seed={first['seed']}"))["text"] == first["text"]
-    assert answer_of(verb(*sample, f"--seed={first['seed'] + 1}"))["text"] != first["text"]
+    others = {answer_of(verb(*sample, f"--seed={seed}"))["text"] for seed in range(8)}
+    assert len(others) > 1  # the bundled model is sure of much, so that two of them may well be equal
 
 
 def test_segment_without_a_codec_gives_boxes_and_says_how_to_get_masks(verb, monkeypatch):
