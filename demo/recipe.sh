@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The whole recipe of PaliGemma in miniature, from nothing to a checkpoint and two transfers:
 #
-#     bash demo/recipe.sh [FOLDER] [HOURS]      FOLDER is runs/recipe and HOURS 1.45 unless given
+#     bash demo/recipe.sh [FOLDER] [HOURS]      FOLDER is runs/recipe and HOURS 2.4 unless given
 #
-# HOURS are those of two cores; the stages share them. A stage whose state is there is not done again, so a recipe that was
-# stopped goes on with the stage that it was in. The checkpoint is FOLDER/checkpoint, the log FOLDER/log.jsonl.
+# HOURS are those of two cores; the stages share them. A stage whose .done is there is not done again, so a recipe that was
+# stopped begins anew with the stage that it was in. The checkpoint is FOLDER/checkpoint, the log FOLDER/log.jsonl.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-runs=${1:-runs/recipe} hours=${2:-1.45}
+runs=${1:-runs/recipe} hours=${2:-2.4}
 python=${PYTHON:-.venv/bin/python}
 
 stage() {  # NAME, its share of the time in percent, and what train.py is told
@@ -20,18 +20,20 @@ stage() {  # NAME, its share of the time in percent, and what train.py is told
 
 mkdir -p "$runs"
 # 0. The vision tower, on captions, at 84 x 84 pixels.
-stage tower 11 contrastive --pixels 84 --batch 48 --head_weight 1
-stage letters 10 contrastive --pixels 84 --batch 48 --head_weight 1 --start tower.pt --seed 5
+stage tower 7 contrastive --pixels 84 --batch 48 --head_weight 1
+stage letters 6 contrastive --pixels 84 --batch 48 --head_weight 1 --start tower.pt --seed 5
 # 1. Tower and decoder on the mixture of tasks.
-stage joint 33 shared --pixels 84 --start letters.pt --seed 2 --final 0.1 --tower_rate 0.5 --head_weight 0.5
+stage joint 20 shared --pixels 84 --start letters.pt --seed 2 --final 0.1 --tower_rate 0.5 --head_weight 0.5
 # 2. Higher resolution: 64 patches instead of 36; then the pass as it is used, where the picture sees the question.
-stage higher 14 shared --pixels 112 --start joint.pt --seed 3 --muon_lr 0.014 --adam_lr 1.5e-3 --bins 10 \
+stage higher 8 shared --pixels 112 --start joint.pt --seed 3 --muon_lr 0.014 --adam_lr 1.5e-3 --bins 10 \
   --tower_rate 1 --head_weight 1 --final 0.1
-stage last 26 prefix --pixels 112 --start higher.pt --seed 4 --batch 16 --muon_lr 0.007 --adam_lr 8e-4 --bins 5 \
+stage last 16 prefix --pixels 112 --start higher.pt --seed 4 --batch 16 --muon_lr 0.007 --adam_lr 8e-4 --bins 5 \
   --tower_rate 0.5 --head_weight 0.5
-stage polish 6 prefix --pixels 112 --start last.pt --seed 6 --batch 16 --questions 5 --muon_lr 0.003 --adam_lr 4e-4 --bins 2 \
+stage polish 4 prefix --pixels 112 --start last.pt --seed 6 --batch 16 --questions 5 --muon_lr 0.003 --adam_lr 4e-4 --bins 2 \
   --tower_rate 0.5 --head_weight 0.5
-"$python" demo/train.py export --start polish.pt --runs "$runs" --out "$runs/checkpoint"
+stage words 39 prefix --pixels 112 --start polish.pt --seed 7 --batch 16 --questions 5 --muon_lr 0.006 --adam_lr 7e-4 --bins 3 \
+  --tower_rate 0.5 --head_weight 0
+"$python" demo/train.py export --start words.pt --runs "$runs" --out "$runs/checkpoint"
 cp demo/checkpoint/vae-oid.npz "$runs/checkpoint/"  # of demo/codec.py
 "$python" demo/evaluate.py --model "$runs/checkpoint" | tee "$runs/scores.txt"
 # 3. A transfer to what the model cannot do, of all weights and as an adapter.

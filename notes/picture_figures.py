@@ -111,7 +111,7 @@ def draw_scale(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaPro
         place = axes.at(factor, right)
         drawing.dot(*place, BLUE if factor == 1 else ORANGE)
         if factor in (1 / root, root):
-            drawing.text(place[0], place[1] - 12, name, anchor="middle", size=12)
+            drawing.text(place[0], place[1] + 20, name, anchor="middle", size=12)
     drawing.save(HERE / "scale.svg")
 
 

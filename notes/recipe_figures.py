@@ -19,7 +19,7 @@ ANSWERS = ("color", "shape", "count", "exists", "where")
 BEFORE = ("tower", "letters")  # the stages without a decoder
 STAGES = {
     "tower": "0: captions", "letters": "0, on", "joint": "1: all tasks", "higher": "2: 112 px", "last": "2: as used",
-    "polish": "",
+    "polish": "", "words": "2: with every word",
 }  # fmt: skip
 WIDTH, TOP, BOTTOM = 860, 74, 354
 
@@ -44,8 +44,8 @@ def curves(lines: list[dict]) -> dict[str, tuple[list[tuple[float, float]], str]
         return [(at, sum(values) / len(values)) for at, values in found if values]
 
     return {
-        "shape of a patch": (points(first, ("kind",)), SOFT),
-        "its letters": (points(first, ("letters",)), FAINT),
+        "shapes": (points(first, ("kind",)), SOFT),
+        "letters": (points(first, ("letters",)), FAINT),
         "answers": (points(then, ANSWERS), BLUE),
         "captions": (points(then, ("caption",)), GREEN),
         "words": (points(then, ("ocr",)), ORANGE),
@@ -53,7 +53,7 @@ def curves(lines: list[dict]) -> dict[str, tuple[list[tuple[float, float]], str]
     }
 
 
-def smooth(points: list[tuple[float, float]], width: float = 0.6) -> list[tuple[float, float]]:
+def smooth(points: list[tuple[float, float]], width: float = 1.0) -> list[tuple[float, float]]:
     """Means over `width` minutes, since a line of the log holds few captions and words."""
     result = []
     for at, _ in points:
@@ -69,12 +69,13 @@ def draw_recipe() -> None:
     axes = Axes(drawing, (50, TOP, WIDTH - 150, BOTTOM), (0, end), (0, 1))
     axes.frame([tick for tick in range(0, int(end) + 1, 10)], [0, 0.2, 0.4, 0.6, 0.8, 1], "minutes of each of two cores",
                "share that is right, of scenes that are new")  # fmt: skip
-    for stage, title in STAGES.items():
+    for number, (stage, title) in enumerate(STAGES.items()):
         mine = [line["at"] for line in lines if line["stage"] == stage]
         if mine:
             x = axes.at(mine[0], 0)[0]
-            drawing.line([(x, 22), (x, BOTTOM)], SOFT, 1, "2 4")
-            drawing.text(x + 4, 30, title, size=11, fill=SOFT)
+            y = 18 + number % 2 * 16  # the first ones are short, so that names beside each other would meet
+            drawing.line([(x, y - 8), (x, BOTTOM)], SOFT, 1, "2 4")
+            drawing.text(x + 4, y, title, size=11, fill=SOFT)
     ends = []
     for name, (points, color) in curves(lines).items():
         if points:
@@ -84,7 +85,7 @@ def draw_recipe() -> None:
                 ends.append((axes.at(*points[-1])[1], f"{name} {points[-1][1]:.1%}", color))
             else:
                 x, y = axes.at(*points[-1])
-                drawing.text(x - 4, y + 18, f"{name} {points[-1][1]:.0%}", anchor="end", size=11, fill=SOFT)
+                drawing.text(x - 4, y + 18, f"{name} {points[-1][1]:.0%}", anchor="end", size=11, fill=SOFT)  # of patches
     drawing.labels(WIDTH - 142, ends)
     drawing.save(HERE / "recipe.svg")
 
