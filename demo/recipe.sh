@@ -39,7 +39,7 @@ cp demo/checkpoint/vae-oid.npz "$runs/checkpoint/"  # of demo/codec.py
 # 3. A transfer to what the model cannot do, of all weights and as an adapter.
 "$python" demo/transfer.py --out "$runs/largest"
 for method in full lora; do
-  rate=5e-4
+  rate=3e-4
   [ "$method" = full ] || rate=5e-3
   "$python" finetune.py --model_path "$runs/checkpoint" --config "$runs/largest/finetune.yaml" --output "$runs/$method" \
     --method "$method" --learning_rate "$rate" --resume

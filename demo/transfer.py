@@ -26,7 +26,7 @@ SETTINGS = """\
 train: {folder}/train.jsonl
 valid: {folder}/valid.jsonl
 epochs: 4
-learning_rate: 5.0e-4
+learning_rate: 3.0e-4
 max_text_tokens: 64
 """
 
