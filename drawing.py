@@ -7,16 +7,14 @@ of it. Checked in tests/test_drawing.py.
 """
 
 import math
-import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from errors import OutputError
+from files import whole
 from outputs import Box, Found
 
 Color = tuple[int, int, int]
@@ -236,17 +234,8 @@ def draw(picture: Image.Image, objects: Sequence[Found]) -> Image.Image:
 def save(picture: Image.Image, path: str | Path) -> None:
     """Writes the picture in the format of the name's ending, beside its place first. Raises: OutputError."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            picture.save(file, format=Image.registered_extensions()[path.suffix.lower()], quality=95)
-        os.replace(partial, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise OutputError(f"{path} cannot be written. {reason}. Make room, or write elsewhere.", path=path) from error
-    finally:
-        with suppress(OSError):
-            os.unlink(partial)
+    with whole(path) as beside, open(beside, "wb") as file:
+        picture.save(file, format=Image.registered_extensions()[path.suffix.lower()], quality=95)
 
 
 # Letters

@@ -12,13 +12,13 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from errors import DatasetError, DeviceError, OutputError
+from errors import DatasetError, DeviceError
+from files import whole
 from outputs import Found
 
 if TYPE_CHECKING:
@@ -60,16 +60,9 @@ def class_names(pictures: list[Picture]) -> list[str]:
 
 def put(path: Path, text: str) -> None:
     """Writes a file whole. Raises: OutputError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole(path) as beside:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(text.encode("utf-8", "backslashreplace"))  # a file's name may hold bytes that are no letters
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written. {error.strerror}. Make room, or write elsewhere.", path=path) from error
-    finally:
-        with suppress(OSError):
-            os.unlink(partial)
+        beside.write_bytes(text.encode("utf-8", "backslashreplace"))  # a file's name may hold bytes that are no letters
 
 
 # COCO; its fields are described at cocodataset.org/#format-data

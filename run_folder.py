@@ -14,6 +14,7 @@ from pathlib import Path
 
 from commandline import note
 from errors import OutputError, UsageError
+from files import whole
 
 FREE_TO_CHANGE = (  # when a run goes on: what has no influence on the weights
     "config", "output", "resume", "device", "evaluate_every", "save_every", "num_scored", "scores", "tensorboard", "debug",
@@ -35,22 +36,14 @@ def make_folder(folder: Path) -> None:
 
 def replace_text(file: Path, text: str) -> None:
     """Writes a file whole or not at all. Raises: OutputError."""
-    beside = file.with_suffix(".part")
-    try:
+    with whole(file, "Make room, or name another --output.") as beside:
         beside.write_text(text, encoding="utf-8")
-        os.replace(beside, file)
-    except OSError as error:
-        raise OutputError(f"{file} cannot be written: {error.strerror}. Make room, or name another --output.") from error
 
 
 def copy_file(source: Path, file: Path) -> None:
     """Copies a file whole or not at all. Raises: OutputError."""
-    beside = file.with_name(f".{file.name}.part")
-    try:
+    with whole(file, "Make room and go on with --resume.") as beside:
         shutil.copyfile(source, beside)
-        os.replace(beside, file)
-    except OSError as error:
-        raise OutputError(f"{file} cannot be written: {error.strerror}. Make room and go on with --resume.") from error
 
 
 # Whose folder it is
@@ -162,5 +155,5 @@ class Log:
 
         try:
             draw_curves(self.lines, self.folder / "progress.svg")
-        except OSError as error:
-            note(f"progress.svg cannot be drawn: {error.strerror}.")
+        except OutputError as error:  # the numbers are in metrics.jsonl
+            note(error.message)

@@ -4,10 +4,11 @@ Coordinates are pixels from the upper left corner. `Axes` turns numbers into pix
 """
 
 import math
-import os
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+
+from files import whole
 
 INK, SOFT, FAINT = "#222222", "#777777", "#e3e3e3"
 BLUE, ORANGE, GREEN, PURPLE = "#2f6db3", "#d9781f", "#3c8d53", "#8456a8"  # told apart by people who see no red or green, too
@@ -50,13 +51,12 @@ class Drawing:
             free += gap
 
     def save(self, path: Path) -> None:
-        """Raises: OSError."""
+        """Raises: OutputError."""
         head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" width="{self.width}"'
         sheet = f'<rect width="{self.width}" height="{self.height}" fill="white"/>'
         body = "\n".join([f'{head} font-family="Helvetica, Arial, sans-serif">', sheet, *self.parts, "</svg>", ""])
-        beside = path.with_name(f".{path.name}.part")
-        beside.write_text(body, encoding="utf-8")
-        os.replace(beside, path)  # whoever looks meanwhile sees the old one or the new one
+        with whole(path) as beside:
+            beside.write_text(body, encoding="utf-8")
 
 
 @dataclass
