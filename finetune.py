@@ -106,7 +106,7 @@ class Flags:
         num_scored: how many examples of valid are answered for the scores
         scores: of exact, vqa, anls, relaxed, cider, map, miou, with commas; chosen by what the answers hold if not given
         mask_codec: vae-oid.npz, which decodes masks for miou and --preview; looked for in the model's folder if not given
-        save_every: updates between two checkpoints
+        save_every: updates between two checkpoints; there is one before each evaluation, too
         seed: of order, augmentation and dropout
         skip_bad: go on without lines that cannot be used
         preview: only draw a page of examples as they will be learned, boxes and masks from their tokens
@@ -389,12 +389,7 @@ class Run:
         """Scores of the model as it would be saved now, and the curves."""
         if self.judge is not None:
             plain = plain_model(self.trainer.model, self.weights, self.dtype)  # whole in each process, which asks its share
-            try:
-                numbers = {name: round(value, 5) for name, value in self.judge(plain).items()}
-            except Exception:
-                if self.trainer.world == 1:  # others would wait for this one
-                    self.save()
-                raise
+            numbers = {name: round(value, 5) for name, value in self.judge(plain).items()}
             if is_first():
                 self.log.write({"step": self.trainer.step - 1} | numbers)
                 note(f"step {self.trainer.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
@@ -442,10 +437,10 @@ class Run:
                 if is_first():
                     self.log.write(asdict(update) | {"seconds": round(time.perf_counter() - start, 2)})
                     bar(update)
-                is_last = self.trainer.step == steps
-                if self.trainer.step % self.flags.save_every == 0 or is_last or is_stopped:
+                is_last, is_due = self.trainer.step == steps, self.is_due()
+                if self.trainer.step % self.flags.save_every == 0 or is_last or is_stopped or (is_due and self.judge):
                     self.save()  # before anything that takes long
-                if self.is_due() and (is_last or not is_stopped):
+                if is_due and (is_last or not is_stopped):
                     self.evaluate()
         if is_stopped and self.trainer.step < steps:
             if is_first():
@@ -468,7 +463,7 @@ class Run:
         if not is_first():
             return
         result = self.folder / "model"
-        for unfinished in result.glob(".saving-*"):  # of a run that was killed
+        for unfinished in self.folder.glob("*/.saving-*"):  # of a run that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
         self.weights.save_model(plain, result)
         for file in source.iterdir():  # tokenizer, processor, mask codec
