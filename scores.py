@@ -251,7 +251,9 @@ def segmentation_miou(said: Sequence[Sequence[Found]], right: Sequence[Sequence[
     values = []
     for ours, theirs in zip(said, right, strict=True):
         wanted = [found for found in theirs if found.mask is not None]
-        left = [found for found in ours if found.mask is not None][: 1 if len(wanted) == 1 else None]
+        left = [found for found in ours if found.mask is not None]
+        if len(wanted) == 1:
+            ours = left = left[:1]
         total = 0.0
         for goal in wanted:
             fitting = [found for found in left if found.label == goal.label]
@@ -259,7 +261,7 @@ def segmentation_miou(said: Sequence[Sequence[Found]], right: Sequence[Sequence[
                 best = max(fitting, key=lambda found: mask_iou(found.mask, goal.mask))
                 left = [found for found in left if found is not best]
                 total += mask_iou(best.mask, goal.mask)
-        count = max(len(wanted), len(ours)) if len(wanted) != 1 else 1
+        count = max(len(wanted), len(ours))
         values.append(total / count if count else 1.0)
     return mean(values)
 
