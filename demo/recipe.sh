@@ -38,9 +38,8 @@ cp demo/checkpoint/vae-oid.npz "$runs/checkpoint/"  # of demo/codec.py
 "$python" demo/evaluate.py --model "$runs/checkpoint" | tee "$runs/scores.txt"
 # 3. A transfer to what the model cannot do, of all weights and as an adapter.
 "$python" demo/transfer.py --out "$runs/largest"
-for method in full lora; do
-  rate=3e-4
-  [ "$method" = full ] || rate=5e-3
-  "$python" finetune.py --model_path "$runs/checkpoint" --config "$runs/largest/finetune.yaml" --output "$runs/$method" \
-    --method "$method" --learning_rate "$rate" --resume
-done
+transfer() {  # METHOD and more flags; the rate of finetune.yaml is that of all weights
+  "$python" finetune.py --model_path "$runs/checkpoint" --config "$runs/largest/finetune.yaml" --output "$runs/$1" --method "$@" --resume
+}
+transfer full
+transfer lora --learning_rate 5e-3

@@ -577,7 +577,7 @@ def test_the_script_of_the_recipe_skips_what_is_done(tmp_path):
     subprocess.run(["bash", str(DEMO / "recipe.sh"), str(tmp_path)], check=True, env=environment, capture_output=True)
     lines = said.read_text().splitlines()
     assert [line.split()[0] for line in lines] == ["demo/train.py", "demo/evaluate.py", "demo/transfer.py", *["finetune.py"] * 2]
-    assert all(line.endswith("--resume") for line in lines[3:])  # begun or not, they go on
+    assert lines[3].endswith("--method full --resume") and lines[4].endswith("--method lora --learning_rate 5e-3 --resume")
 
 
 def test_orthogonalised_matrices_move_all_directions_alike():
