@@ -33,7 +33,8 @@ def panel(drawing: Drawing, top: float, title: str, curves: dict[str, list], las
     axes = Axes(drawing, (60, top, WIDTH - 130, top + HEIGHT), (0, max(1, last)), ends)
     axes.frame(ticks(0, max(1, last)), ticks(*ends), "updates", title)
     named = []
-    for (name, points), color in zip(curves.items(), COLORS * 3, strict=False):
+    for number, (name, points) in enumerate(curves.items()):
+        color = COLORS[number % len(COLORS)]
         if name == "loss":
             axes.curve(points, FAINT)
             points, color = smoothed(points), BLUE

@@ -23,7 +23,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 
 # isort: off
@@ -112,7 +111,7 @@ def theirs(options: argparse.Namespace, asked: list[tuple[Path, str]]) -> Callab
 def compare(options: argparse.Namespace, folder: Path) -> dict:
     """Both ways in turn; pictures a second of each."""
     paths = draw_pictures(folder, options.pictures, options.size)
-    asked = list(zip(paths, cycle(PROMPTS), strict=False))  # prompts go round without end
+    asked = [(path, PROMPTS[number % len(PROMPTS)]) for number, path in enumerate(paths)]
     mine, plain = NAMES[options.dtype]
     seconds = turns.in_turn({mine: ours(options, asked, folder), plain: theirs(options, asked)}, options)
     print(f"{len(paths)} pictures of {options.size} x {options.size}, {options.rows} in flight; a picture:")

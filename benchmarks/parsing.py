@@ -14,6 +14,7 @@ import json
 import sys
 import warnings
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -115,9 +116,7 @@ def short(text: str) -> str:
 def main() -> None:
     sides = {"ours": ours, "supervision": theirs}
     warnings.filterwarnings("ignore", message="OpenCV")
-    try:
-        import supervision  # noqa: F401  only to know whether it is there
-    except ModuleNotFoundError:
+    if find_spec("supervision") is None:
         del sides["supervision"]
         print("note: only ours, as supervision is not installed. Install it: pip install supervision.", file=sys.stderr)
     result: dict = {"cases": sum(map(len, CASES.values()))}

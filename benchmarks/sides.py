@@ -22,11 +22,11 @@ import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import machine
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import machine  # noqa: E402  (the project's folder comes first)
-
 machine.use_cores()  # both sides get the same threads
 
 import torch  # noqa: E402  (after the number of threads is set)

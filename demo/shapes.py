@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,7 @@ class Word:
         """The middle of each letter, x and y."""
         long = face(self.font, 200)
         ends = [long.getlength(self.text[:count]) / long.getlength(self.text) for count in range(len(self.text) + 1)]
-        middles = [(a + b) / 2 for a, b in zip(ends, ends[1:], strict=False)]
+        middles = [(a + b) / 2 for a, b in pairwise(ends)]
         return [(self.x + middle * self.width, self.y + self.height / 2) for middle in middles]
 
 
@@ -279,7 +280,7 @@ def only_one(shapes: tuple[Shape, ...], rng: np.random.Generator, *, by: tuple[s
     return found[rng.integers(len(found))] if found else None
 
 
-def ask_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:  # noqa: ARG001 (every question has one form)
+def ask_caption(scene: Scene, _rng: np.random.Generator) -> tuple[str, str] | None:
     names = [article(shape.name) for shape in scene.shapes]
     return "caption en", ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
 
@@ -423,16 +424,16 @@ def ask_several(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | Non
     return f"{task} " + " ; ".join(words), answer(scene, words)
 
 
-def ask_ocr(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:  # noqa: ARG001 (it has one form)
+def ask_ocr(scene: Scene, _rng: np.random.Generator) -> tuple[str, str] | None:
     return ("ocr", scene.word.text) if scene.word and scene.word.text in WORDS else None
 
 
-def ask_letters(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:  # noqa: ARG001 (it has one form)
+def ask_letters(scene: Scene, _rng: np.random.Generator) -> tuple[str, str] | None:
     """`ocr` of what is no word, so that it must be read letter by letter."""
     return ("ocr", scene.word.text) if scene.word and scene.word.text not in WORDS else None
 
 
-def ask_blank(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:  # noqa: ARG001 (it has one form)
+def ask_blank(scene: Scene, _rng: np.random.Generator) -> tuple[str, str] | None:
     """`ocr` where nothing is written."""
     return None if scene.word else ("ocr", "")
 

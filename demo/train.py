@@ -156,7 +156,7 @@ class SharedPicture:
         self.layers: list[tuple[Tensor, Tensor]] = []
         self.picture: Tensor | None = None
 
-    def write(self, layer: int, position_ids: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def write(self, layer: int, _position_ids: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.picture is None:
             self.layers.append((k, v))
             return k, v
