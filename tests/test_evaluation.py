@@ -64,7 +64,7 @@ def test_a_box_where_nothing_is_is_a_wrong_text_and_a_box_too_many(judge):
 
 def test_boxes_of_one_question_in_several_lines_are_all_right(judge):
     other = "<loc0600><loc0600><loc0900><loc0900> cat"
-    numbers = judge([("detect cat", f"{BOX} cat"), ("detect cat", f"{other}")], [f"{BOX} cat ; {other}"])(None)
+    numbers = judge([("detect cat", f"{BOX} cat"), ("detect cat", f"{other}")], [f"{other} ; {BOX} cat"])(None)
     assert numbers["map"] == pytest.approx(1)
 
 

@@ -211,6 +211,17 @@ def test_long_gradients_are_shortened_and_others_are_not(clip, monkeypatch):
     assert before > 0.1 and lengths == [pytest.approx(min(clip, before), rel=1e-3)]
 
 
+@pytest.mark.parametrize("reduction", ["example", "token"])
+def test_the_gradient_is_that_of_the_mean_over_the_whole_batch(reduction):
+    trainer = make_trainer(batch_size=6, rows=2, reduction=reduction)
+    batch = toy_batch(training.examples_of(0, COUNT, 6, 0))
+    labels = batch.pop("labels")
+    loss = suffix_loss(trainer.model(**batch), labels, reduction)
+    expected = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(trainer.named.values()))]).norm()
+    done = trainer.update()
+    assert done.loss == pytest.approx(float(loss), abs=1e-5) and done.grad_norm == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_pictures_of_one_pass_are_in_memory_at_a_time():
     trainer, alive, most = make_trainer(batch_size=8, rows=2), weakref.WeakSet(), []
 
