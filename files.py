@@ -1,11 +1,107 @@
-"""Files that are there whole or not at all. Checked in tests/test_exports.py and tests/test_finetune.py."""
+"""Paths that users type, and files that are complete or absent. Checked in tests/test_files.py.
 
+Path.exists() and its relatives raise OSError for a name of 300 letters or a folder that may not be searched, and expanduser()
+raises RuntimeError for the ~ of a user that does not exist. Use the functions here for every path that came from outside.
+"""
+
+import errno
 import os
+import stat
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from heapq import nlargest
+from itertools import islice
 from pathlib import Path
 
-from errors import OutputError
+from errors import AccessError, CheckpointError, OutputError, PaliGemmaError
+
+MOST_NAMES = 100_000  # of a folder, looked through for a similar name
+MOST_COMPARED = 100  # of them, compared letter by letter
+
+
+def expand(name: str | os.PathLike) -> Path:
+    """The path with ~ and ~user replaced; a ~user that does not exist stays as it is, like any other name."""
+    return Path(os.path.expanduser(name))
+
+
+def look(path: str | os.PathLike, error_class: type[PaliGemmaError] = CheckpointError) -> os.stat_result | None:
+    """What lies at a path (links followed), None if there is nothing.
+
+    Raises: error_class where the system cannot say: a name too long or with a NUL, a loop of links, a folder that may not be
+        searched. The last is an AccessError where error_class is CheckpointError.
+    """
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except PermissionError as error:
+        denied = AccessError if error_class is CheckpointError else error_class
+        raise denied(f"{path} may not be read by this user. Change its permissions.", path=path) from error
+    except (OSError, ValueError) as error:
+        reason = {errno.ELOOP: "its links lead in a circle", errno.ENAMETOOLONG: "the name is too long"}.get(
+            getattr(error, "errno", None), getattr(error, "strerror", None) or error
+        )
+        name = ascii(os.fspath(path))[1:-1] if isinstance(error, ValueError) else os.fspath(path)  # a NUL, a lone surrogate
+        raise error_class(f"{name} cannot be opened: {reason}. Check the path.", path=path) from error
+
+
+def is_file(path: str | os.PathLike, error_class: type[PaliGemmaError] = CheckpointError) -> bool:
+    """Whether a regular file, or a link to one, lies there. Raises: as `look`."""
+    status = look(path, error_class)
+    return status is not None and stat.S_ISREG(status.st_mode)
+
+
+def is_folder(path: str | os.PathLike, error_class: type[PaliGemmaError] = CheckpointError) -> bool:
+    """Whether a folder, or a link to one, lies there. Raises: as `look`."""
+    status = look(path, error_class)
+    return status is not None and stat.S_ISDIR(status.st_mode)
+
+
+def names_in(folder: str | os.PathLike) -> list[str]:
+    """The names in a folder, in order; the first MOST_NAMES of them. None of a folder that is absent or cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in islice(entries, MOST_NAMES))
+    except (OSError, ValueError):
+        return []
+
+
+def similar_names(name: str, names: list[str]) -> list[str]:
+    """Up to three of the names that differ from this one by little, whatever their case.
+
+    Names are first compared by their letters without order, which is fast, and only the nearest by difflib, which is slow.
+    """
+    import difflib  # only a mistyped name pays for it
+
+    letters, lower = Counter(name.lower()), {other.lower(): other for other in names}
+    nearest = nlargest(MOST_COMPARED, lower, key=lambda other: (letters & Counter(other)).total() * 2 - len(other))
+    return [lower[other] for other in difflib.get_close_matches(name.lower(), nearest, n=3, cutoff=0.7)]
+
+
+def read_regular(path: Path, most_bytes: int, error_class: type[PaliGemmaError] = CheckpointError) -> bytes:
+    """The content of a regular file or of a link to one; never waits for a pipe, never takes more memory than most_bytes.
+
+    Raises: error_class if it is missing, of another kind, too large or unreadable; AccessError as `look`.
+    """
+    status = look(path, error_class)
+    if status is None:
+        what = "is a link to nothing" if os.path.islink(path) else "is missing"
+        raise error_class(f"{path} {what}. Download it again, or name another folder.", path=path)
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+        raise error_class(f"{path} is {kind}, not a file. Replace it by a regular file.", path=path)
+    try:
+        with open(path, "rb") as stream:
+            content = stream.read(most_bytes + 1)
+    except PermissionError as error:
+        denied = AccessError if error_class is CheckpointError else error_class
+        raise denied(f"{path} may not be read by this user. Change its permissions.", path=path) from error
+    except OSError as error:
+        raise error_class(f"{path} cannot be read: {error.strerror}. Check the disk, or download it again.", path=path) from error
+    if len(content) > most_bytes:
+        raise error_class(f"{path} has {status.st_size} bytes, and {most_bytes} is the limit. Download it again.", path=path)
+    return content
 
 
 @contextmanager

@@ -1,0 +1,83 @@
+"""Paths that users type: whatever lies there, or cannot, the answer is a value or an error of this project."""
+
+import os
+
+import pytest
+
+import files
+from errors import AccessError, CheckpointError, ImageError, OutputError
+
+LOOKERS = [files.look, files.is_file, files.is_folder]
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "~nosuchuser"])
+def test_the_home_of_a_user_who_does_not_exist_is_a_name_like_any_other(name):
+    assert str(files.expand(name)) == name
+
+
+def test_one_s_own_home_is_found(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert str(files.expand("~/x")) == "/somewhere/x"
+
+
+@pytest.mark.parametrize("look", LOOKERS)
+@pytest.mark.parametrize("error_class", [CheckpointError, ImageError, OutputError])
+@pytest.mark.parametrize(("name", "says"), [("x" * 300, "too long"), ("a\0b", r"a\\x00b cannot be opened"), ("\ud800", "ud800")])
+def test_names_that_no_system_can_hold_are_errors_of_the_kind_asked_for(look, error_class, name, says, tmp_path):
+    with pytest.raises(error_class, match=says) as caught:
+        look(tmp_path / name, error_class)
+    assert caught.value.message.isprintable()
+
+
+@pytest.mark.parametrize("look", LOOKERS)
+def test_a_loop_of_links_is_an_error(look, tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(CheckpointError, match="a circle"):
+        look(tmp_path / "a")
+
+
+@pytest.mark.parametrize(("error_class", "expected"), [(CheckpointError, AccessError), (OutputError, OutputError)])
+def test_what_this_user_may_not_see_is_an_error_not_an_absence(error_class, expected, monkeypatch, tmp_path):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "stat", refuse)  # permissions do not bind the user that tests often run as
+    for look in LOOKERS:
+        with pytest.raises(expected, match="Change its permissions"):
+            look(tmp_path / "closed" / "model", error_class)
+
+
+def test_what_is_there_and_what_is_not(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "nowhere").symlink_to("nothing")
+    assert files.is_folder(tmp_path) and not files.is_file(tmp_path)
+    assert files.is_file(tmp_path / "link") and not files.is_folder(tmp_path / "link")
+    for absent in ("nothing", "nowhere", "file/below"):
+        assert files.look(tmp_path / absent) is None
+
+
+def test_only_regular_files_up_to_a_size_are_read(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * 10)
+    assert files.read_regular(file, 10) == b"x" * 10
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "nowhere").symlink_to("nothing")
+    for name, most, says in (
+        ("file", 9, "10 bytes, and 9 is the limit"),
+        ("pipe", 9, "pipe"),
+        ("", 9, "is a folder"),
+        ("none", 9, "is missing"),
+        ("nowhere", 9, "a link to nothing"),
+    ):
+        with pytest.raises(CheckpointError, match=says):
+            files.read_regular(tmp_path / name, most)
+
+
+def test_similar_names_among_many(tmp_path):
+    names = [f"img_{i:06d}.jpg" for i in range(20_000)] + ["Holiday.JPG"]
+    assert files.similar_names("holidy.jpg", names) == ["Holiday.JPG"]
+    assert "img_019999.jpg" in files.similar_names("img_01999.jpg", names)
+    assert files.similar_names("nothing like it", names) == []
+    assert files.names_in(tmp_path / "nothing") == files.names_in("a\0b") == []
