@@ -62,5 +62,6 @@ def draw_curves(lines: Sequence[dict], file: Path) -> None:
     panel(drawing, 40, "loss, nats a token", losses, last, (0.0, highest * 1.05 or 1.0))
     if curves:
         top = max(1.0, *(y for points in curves.values() for _, y in points))
-        panel(drawing, 40 + HEIGHT + GAP, "scores on examples that are not learned from", curves, last, (0.0, top))
+        scored = next((line["scored"] for line in reversed(lines) if isinstance(line.get("scored"), str)), "examples")
+        panel(drawing, 40 + HEIGHT + GAP, f"scores on {scored}, not learned from", curves, last, (0.0, top))
     drawing.save(file)

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import compress
+from itertools import compress, pairwise
 from pathlib import Path
 
 from PIL import Image
@@ -42,6 +42,7 @@ WRONG_PLACES = {
 OTHER_ORDER = 0.2  # share of boxes with exchanged corners from which the whole file is likely in another order
 FEW_PREFIXES = 50  # a file with so few different prompts has a fixed form, from which the other split should not differ
 READERS = 8
+GOLDEN_RATIO = 0.5 + 5**0.5 / 2
 ADVICE = re.compile(r"(?<=[^.])\. [^.]*\.$")  # the last sentence of an error about a picture: it names flags of other programs
 CONTROL = re.compile(r"<(?:image|bos|eos|pad)>")
 
@@ -235,6 +236,22 @@ def doubts_of(prefix: str, suffix: str) -> list[str]:
     if A_PLACE.search(suffix):
         said += [WRONG_PLACES[problem] for problem in dict.fromkeys(read_text(suffix).problems) if problem in WRONG_PLACES]
     return said
+
+
+# Some of many
+
+
+def spread(total: int, count: int) -> list[int]:
+    """At most `count` of the numbers below `total`, evenly spread, the first and the last among them; always the same ones.
+
+    The first `count` of a sorted file would stand for its beginning only, and every n-th one of a file that repeats itself
+    (picture 1: detect, caption, count; picture 2: ...) for one kind only. So the numbers are cut into `count` runs of equal
+    length, and one is taken from each, at the fractions of the golden ratio's multiples.
+    """
+    count = min(count, total)
+    starts = [total * i // count for i in range(count)] if count else []
+    taken = [start + int((end - start) * (i * GOLDEN_RATIO % 1)) for i, (start, end) in enumerate(pairwise([*starts, total]))]
+    return [*taken[:-1], total - 1] if count > 1 else taken
 
 
 # Splits beside each other

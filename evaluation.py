@@ -10,7 +10,7 @@ import torch
 from torch import distributed, nn
 
 import scores
-from dataset import Examples
+from dataset import Examples, spread
 from errors import UsageError
 from images import load_image
 from outputs import read_text
@@ -20,6 +20,11 @@ from tasks import Annotator, Request, Result
 from training import answer_losses, rank_and_world, weights_of
 
 ANSWER_ROOM = 8  # tokens that an answer may be longer than the longest right one
+
+
+def part_of(count: int, total: int, noun: str) -> str:
+    """How many of how many, and which: "200 of 5000 lines, spread evenly"."""
+    return f"{count} of {total} {noun}{'s' * (total != 1)}" + ", spread evenly" * (count < total)
 
 
 class Judge:
@@ -32,17 +37,22 @@ class Judge:
         examples: lines with the same picture and prompt are right answers to one question, or hold the objects of one.
         codec: decodes masks, if there is one.
         rows: questions in flight.
-        count: the most questions to ask.
+        count: the most questions to ask, and the most lines whose loss is taken; both spread evenly over all (dataset.spread).
         scores: names of scores.TEXT_SCORES and OBJECT_SCORES; chosen by what the right answers hold if empty.
     Raises: UsageError for a score that these examples do not have, DeviceError for one that needs a package which is not there.
     """
 
     def __init__(self, examples: Examples, codec: MaskCodec | None, *, rows: int, count: int, scores: Sequence[str] = ()):
-        self.examples, self.codec, self.rows, self.count = examples, codec, rows, count
+        self.examples, self.codec, self.rows = examples, codec, rows
+        self.lines = spread(len(examples.lines), count)
         answers: dict[tuple[Path, str], list[str]] = {}
         for line in examples.lines:
             answers.setdefault((line.image, line.prefix), []).append(line.suffix)
-        self.answers = dict(list(answers.items())[:count])
+        questions = [*answers]
+        self.answers = {questions[i]: answers[questions[i]] for i in spread(len(questions), count)}
+        self.scored = part_of(len(self.lines), len(examples.lines), "line")  # in words, for the screen and the log
+        if len(questions) != len(examples.lines):
+            self.scored = f"{part_of(len(self.answers), len(questions), 'question')}; loss of {self.scored}"
         said = [suffix for suffixes in self.answers.values() for suffix in suffixes]
         has_boxes, has_masks = (any(token in suffix for suffix in said) for token in ("<loc", "<seg"))
         has_texts = any("<loc" not in suffix for suffix in said)  # an empty one is a text
@@ -61,15 +71,14 @@ class Judge:
 
     def loss(self, model: nn.Module) -> float:
         """Mean over answers, in nats a token."""
-        total, count = 0.0, min(len(self.examples.lines), self.count)
-        mine = range(self.rank, count, self.world)
+        total, mine = 0.0, self.lines[self.rank :: self.world]
         with torch.no_grad():
             for first in range(0, len(mine), self.rows):
                 batch = self.examples.batch([(0, i) for i in mine[first : first + self.rows]])
                 losses, row = answer_losses(model, batch)
                 of_token, _ = weights_of(batch["labels"], "example")
                 total += float((losses * of_token.to(losses.device)[row]).sum())
-        return sum(self.of_all(total)) / count
+        return sum(self.of_all(total)) / len(self.lines)
 
     def of_all(self, mine: object) -> list:
         """What each of the processes has come to, by their rank."""

@@ -103,7 +103,7 @@ class Flags:
         augment: none or zoom: pictures are cut or moved a little, and boxes move with them
         gradient_checkpointing: less memory, and one more forward pass in each update
         evaluate_every: updates between two evaluations; once an epoch if not given
-        num_scored: how many examples of valid are answered for the scores
+        num_scored: how many questions of valid are answered for the scores, spread evenly over the file
         scores: of exact, vqa, anls, relaxed, cider, map, miou, with commas; chosen by what the answers hold if not given
         mask_codec: vae-oid.npz, which decodes masks for miou and --preview; looked for in the model's folder if not given
         save_every: updates between two checkpoints; there is one before each evaluation, too
@@ -391,8 +391,9 @@ class Run:
             plain = plain_model(self.trainer.model, self.weights, self.dtype)  # whole in each process, which asks its share
             numbers = {name: round(value, 5) for name, value in self.judge(plain).items()}
             if is_first():
-                self.log.write({"step": self.trainer.step - 1} | numbers)
-                note(f"step {self.trainer.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+                self.log.write({"step": self.trainer.step - 1} | numbers | {"scored": self.judge.scored})
+                said = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+                note(f"step {self.trainer.step}: {said} ({self.judge.scored})")
         if is_first():
             self.log.draw()
 

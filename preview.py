@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageOps
 
 import drawing
-from dataset import Examples
+from dataset import Examples, spread
 from outputs import read_text
 from segmentation import MaskCodec, with_masks
 
@@ -21,13 +21,13 @@ def draw_preview(examples: Examples, codec: MaskCodec | None, file: Path) -> Non
     Args:
         codec: decodes masks, if there is one.
     """
-    total = len(examples.lines)
-    count = min(MOST, total)
+    shown_lines = spread(len(examples.lines), MOST)
+    count = len(shown_lines)
     columns = min(COLUMNS, count)
     page = Image.new("RGB", (columns * SIDE, math.ceil(count / columns) * (SIDE + 2 * LINE + 8)), "white")
     pen = ImageDraw.Draw(page)
-    for number in range(count):
-        picture, prefix, suffix = examples[0, number * total // count]
+    for number, line in enumerate(shown_lines):
+        picture, prefix, suffix = examples[0, line]
         objects = read_text(suffix).objects
         if codec is not None:
             objects = with_masks(objects, codec, *picture.size)

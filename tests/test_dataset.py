@@ -1,6 +1,8 @@
 """What a JSONL of examples may hold, which line is at fault when it does not, and what is doubtful about the rest."""
 
 import json
+from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -234,6 +236,22 @@ def test_a_prompt_that_only_the_other_split_has_is_doubted(folder, processor):
     assert "1 prompts are not in train.jsonl, such as 'detect cats'" in doubt.text
     free = [GOOD | {"prefix": f"answer en question {i}?"} for i in range(dataset.FEW_PREFIXES + 1)]
     assert dataset.compare(checked(write(folder, *free), processor), valid) == []
+
+
+@pytest.mark.parametrize(("total", "count"), [(0, 5), (1, 5), (5, 5), (7, 5), (1000, 200), (996, 200), (1000, 1), (10**6, 12)])
+def test_lines_of_a_sample_are_spread_over_the_whole_file(total, count):
+    taken = dataset.spread(total, count)
+    assert len(taken) == min(total, count) and taken == sorted(set(taken)) and set(taken) <= set(range(total))
+    if len(taken) > 1:
+        assert (taken[0], taken[-1]) == (0, total - 1)
+        assert max(after - before for before, after in pairwise(taken)) <= 2 * total / count
+
+
+@pytest.mark.parametrize("period", [2, 3, 5, 7, 10])
+def test_a_sample_has_each_kind_of_line_as_often_as_the_file_does(period):
+    """A file that goes round in `period` kinds of questions: every 5th of 1,000 lines would be one kind only."""
+    kinds = Counter(line % period for line in dataset.spread(1000, 200))
+    assert len(kinds) == period and max(kinds.values()) < 1.5 * 200 / period
 
 
 def test_files_that_are_missing_or_empty_are_refused(folder):

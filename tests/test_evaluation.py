@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import dataset
 import evaluation
@@ -33,7 +34,7 @@ def judge(processor, tmp_path):
         examples = [dataset.Example(tmp_path / "a.png", prefix, suffix, i + 1) for i, (prefix, suffix) in enumerate(lines)]
         split = dataset.Split(tmp_path / "x.jsonl", examples, [], [], [])
         options = {"codec": None} | options
-        made = Judge(dataset.Examples(split, processor), rows=2, count=100, **options)
+        made = Judge(dataset.Examples(split, processor), rows=2, **{"count": 100} | options)
         if said is None:
             return made
         common = {"image": "a.png", "task": "ask", "asked": "", "prompt": "", "width": 64, "height": 64}
@@ -95,6 +96,30 @@ def test_what_scores_need_is_asked_for_before_anything_is_learned(judge, monkeyp
     monkeypatch.setattr(scores, "find_spec", lambda _: None)
     with pytest.raises(DeviceError, match="pip install pycocotools"):
         judge([("detect cat", f"{BOX} cat")])
+
+
+def test_a_sorted_file_is_scored_all_over_and_not_at_its_beginning(judge):
+    """The second half is another kind of question, as in files that were put together from several."""
+    lines = [(f"color {i}", "red") for i in range(500)] + [(f"detect {i}", f"{BOX} cat") for i in range(500)]
+    made = judge(lines, count=100)
+    kinds = [prefix.split()[0] for _, prefix in made.answers]
+    assert (kinds.count("color"), kinds.count("detect")) == (50, 50) and made.scores == ["exact", "anls", "map"]
+    assert made.lines == dataset.spread(1000, 100) and made.scored == "100 of 1000 lines, spread evenly"
+
+
+def test_what_was_scored_is_told_in_questions_too_where_several_lines_are_one(judge):
+    lines = [(f"what {i // 2}", f"answer {i}") for i in range(20)]
+    assert judge(lines).scored == "10 of 10 questions; loss of 20 of 20 lines"
+    assert judge(lines, count=4).scored == "4 of 10 questions, spread evenly; loss of 4 of 20 lines, spread evenly"
+    assert judge(lines[:1]).scored == "1 of 1 line"
+
+
+def test_the_loss_is_taken_on_the_spread_lines(judge, monkeypatch):
+    made, seen = judge([(f"color {i}", "red") for i in range(50)], count=5), []
+    monkeypatch.setattr(made.examples, "batch", lambda places: seen.extend(place[1] for place in places) or {"labels": None})
+    monkeypatch.setattr(evaluation, "answer_losses", lambda *_: (torch.ones(1), torch.zeros(1, dtype=torch.long)))
+    monkeypatch.setattr(evaluation, "weights_of", lambda *_: (torch.full((1,), 5 / 3), 1.0))  # three batches, a mean over five
+    assert made.loss(None) == pytest.approx(1) and seen == dataset.spread(50, 5)
 
 
 def test_each_process_asks_its_share_and_all_answers_come_in_their_order(judge, monkeypatch):

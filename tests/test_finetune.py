@@ -123,8 +123,9 @@ def test_a_run_leaves_everything_that_its_header_names(whole):
     assert [step for step, _ in losses(whole)] == list(range(6))
     scored = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines() if "valid_loss" in line]
     assert [line["step"] for line in scored] == [2, 5] and {"exact", "anls", "map"} <= scored[0].keys()
+    assert {line["scored"] for line in scored} == {"5 of 5 lines"}
     drawn = (whole / "progress.svg").read_text()
-    assert drawn.startswith("<svg") and "valid_loss" in drawn and "exact" in drawn
+    assert drawn.startswith("<svg") and "valid_loss" in drawn and "exact" in drawn and "scores on 5 of 5 lines" in drawn
 
 
 def test_the_result_answers_and_loads_in_transformers_with_equal_logits(whole):
@@ -362,6 +363,14 @@ def test_the_rate_that_is_logged_is_one_that_was_used(model, data, tmp_path, cap
     assert json.loads(line)["learning_rate"] == pytest.approx(2e-4)
 
 
+def test_scores_of_a_part_say_which_part(model, data, tmp_path, capsys):
+    flags = [f"--valid={data / 'valid.jsonl'}", "--num_scored=2", "--evaluate_every=6"]
+    code, said = run(capsys, *arguments(model, data, tmp_path / "run", *flags))
+    assert code == 0 and re.search(r"step 6: valid_loss .* \(2 of 5 lines, spread evenly\)", said)
+    (line,) = (line for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if "exact" in line)
+    assert line["scored"] == "2 of 5 lines, spread evenly"
+
+
 def test_a_number_that_is_none_is_null_in_the_log(tmp_path):
     run_folder.Log(tmp_path, 0, with_tensorboard=False).write({"step": 0, "loss": math.nan, "grad_norm": math.inf, "tokens": 3})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "loss": null, "grad_norm": null, "tokens": 3}\n'
@@ -400,7 +409,8 @@ def test_tensorboard_gets_every_number_and_is_missed_before_anything_begins(mode
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
     assert run(capsys, *given)[0] == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert scalars == [(line["step"], name, value) for line in lines for name, value in line.items() if name != "step"]
+    numbers = [(line["step"], name, value) for line in lines for name, value in line.items()]
+    assert scalars == [found for found in numbers if found[1] not in ("step", "scored")]
 
 
 # Adapters
