@@ -16,7 +16,7 @@ from images import load_image
 from outputs import read_text
 from scores import TEXT_SCORES, require_pycocotools
 from segmentation import MaskCodec, with_masks
-from tasks import Annotator, Request, Result
+from tasks import Annotator, Request, Result, in_order
 from training import answer_losses, rank_and_world, weights_of
 
 ANSWER_ROOM = 8  # tokens that an answer may be longer than the longest right one
@@ -95,7 +95,7 @@ class Judge:
         requests = (
             Request(picture=load_image(image, notes=[]), task="ask", text=prefix, prompt=prefix) for image, prefix in mine
         )
-        shares = self.of_all([result for _, result in sorted(run.run(requests), key=lambda pair: pair[0])])
+        shares = self.of_all(list(in_order(run.run(requests), len(mine))))
         results = [shares[i % self.world][i // self.world] for i in range(len(self.answers))]
         for result in results:  # only now, where all processes know of it
             if result.error is not None:

@@ -22,7 +22,7 @@ import secrets
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ import verbs
 from commandline import note, write
 from errors import AccessError, ImageError, PaliGemmaError, PromptError, UsageError
 from options import Checkpoint, ModelFlags, PictureFlags, ResultFlags, bundled, read_picture, require, split_pictures
-from tasks import ANSWER_TOKENS, Annotator, Request, Result, checkpoint_kind, doubt, prompt
+from tasks import ANSWER_TOKENS, Annotator, Request, checkpoint_kind, doubt, in_order, prompt
 
 if TYPE_CHECKING:
     import torch
@@ -437,16 +437,6 @@ def answer_prompt(flags: Flags) -> None:
 # A verb
 
 
-def in_order(results: Iterable[tuple[int, Result]]) -> Iterator[Result]:
-    """Results in the order of their requests, each as soon as those before it have come."""
-    waiting, following = {}, 0
-    for index, result in results:
-        waiting[index] = result
-        while following in waiting:
-            yield waiting.pop(following)
-            following += 1
-
-
 def try_picture(name: str, flags: Flags) -> "Image.Image | PaliGemmaError":
     """The picture, or the reason why there is none."""
     try:
@@ -510,8 +500,9 @@ def answer_verb(flags: Flags) -> None:
                 pictures.append(picture)
                 yield Request(picture=picture, task=job.task, text=text, image=name)
 
-    names = verbs.save_names(flags.explain, len(job.pictures) * len(job.texts)) if flags.explain else []
-    for number, result in enumerate(in_order(annotator.run(requests()))):
+    count = len(job.pictures) * len(job.texts)
+    names = verbs.save_names(flags.explain, count) if flags.explain else []
+    for number, result in enumerate(in_order(annotator.run(requests()), count)):
         picture, more = pictures.popleft(), {}
         if names and result.error is None:
             asked = annotator.processor(picture, result.prompt, notes=[])

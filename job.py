@@ -267,6 +267,8 @@ def answer(
     for number, result in annotator.run(requests()):
         loaded = in_flight.pop(number)
         yield result.to_json() | ({"notes": loaded.notes} if loaded.notes else {}), loaded, result
+    if in_flight:
+        raise RuntimeError(f"{len(in_flight)} questions have no row")  # a bug: better a stop than rows that are missing unseen
 
 
 # Beginning and end

@@ -11,10 +11,11 @@ configs/proj/paligemma/transfers. Checked in tests/test_tasks.py.
 import logging
 import math
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING
 
 import machine
@@ -200,6 +201,56 @@ class Result:
 # The run
 
 
+class Arrivals:
+    """Requests as they are read, each with the one that follows it: ((index, request), (index, request) | None).
+
+    Args:
+        requests: read one ahead.
+    """
+
+    def __init__(self, requests: Iterable[Request]):
+        self.source = pairwise(chain(enumerate(requests), [None]))
+        self.waiting: deque[tuple] = deque()  # read before, and to come first
+        self.is_broken = False  # whether `requests` raised: it has no more then, and what follows would be lost unseen
+
+    def __iter__(self) -> "Arrivals":
+        return self
+
+    def __next__(self) -> tuple:
+        if self.waiting:
+            return self.waiting.popleft()
+        try:
+            return next(self.source)
+        except StopIteration:
+            raise
+        except BaseException:
+            self.is_broken = True
+            raise
+
+    def is_empty(self) -> bool:
+        self.put_back(islice(self, not self.waiting))
+        return not self.waiting
+
+    def put_back(self, arrivals: Iterable[tuple]) -> None:
+        """These come next, in their order."""
+        self.waiting.extendleft(reversed(list(arrivals)))
+
+
+def in_order(results: Iterable[tuple[int, Result]], count: int) -> Iterator[Result]:
+    """The results of `count` requests in the order of the requests, each as soon as those before it have come.
+
+    Raises: RuntimeError if one is missing at the end, which would be a bug here: no program may go silent about it.
+    """
+    waiting, following = {}, 0
+    for index, result in results:
+        waiting[index] = result
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
+    if following != count or waiting:
+        raise RuntimeError(f"request {following} of {count} has no result")
+
+
 class Annotator:
     """A model that takes requests.
 
@@ -247,33 +298,63 @@ class Annotator:
         self.encoded: tuple[Image.Image | None, torch.Tensor | None] = (None, None)  # the last picture asked about twice
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Result]]:
-        """Answers requests, in the order in which they end.
+        """Answers requests, in the order in which they end. Each request that is read has one result, an answer or an error.
+
+        A request that runs out of memory with no other in flight has that error; two such in a row raise it, for then it is
+        the machine that has too little.
 
         Args:
             requests: read one by one, one ahead of the row that is free; two in a row about the same picture object share
                 what the vision tower made of it.
         Returns: an iterator of the request's place in the sequence and its result.
-        Raises: DeviceError when memory runs out with a single row, GenerationError for logits that are not numbers.
+        Raises: DeviceError when memory runs out with a single row, GenerationError for logits that are not numbers, and what
+            `requests` raises. Errors of requests known by then come out first; what is in flight then has no result.
         """
-        arrivals = pairwise(chain(enumerate(requests), [None]))  # each with the one that follows
-        while True:
+        arrivals = Arrivals(requests)
+        failed: deque[tuple[int, Result]] = deque()  # results of requests that could not be asked
+        num_alone = 0  # requests in a row that ran out of memory alone
+        while not arrivals.is_empty():
             in_flight: dict[int, tuple] = {}
+            shortage = None
             try:
                 with machine.memory_errors("answering"):
-                    yield from self.answers(arrivals, in_flight)
-                return
-            except DeviceError:
-                if self.rows == 1:
-                    raise
-                self.rows //= 2
-                log.warning("memory ran out; going on with %d at a time.", self.rows)
-                arrivals = chain(in_flight.values(), arrivals)
+                    for index, result in self.answers(arrivals, in_flight, failed):
+                        num_alone = 0
+                        while failed:
+                            yield failed.popleft()
+                        yield index, result
+            except DeviceError as error:
+                shortage = DeviceError(error.message)  # without its traceback, which holds the cache
+            except GeneratorExit:
+                raise
+            except BaseException:
+                while failed:
+                    yield failed.popleft()
+                raise
+            while failed:
+                yield failed.popleft()
+            if shortage is None:
+                continue
+            num_alone += self.rows == 1
+            if arrivals.is_broken or num_alone > 1:
+                raise shortage
+            if self.rows == 1:
+                for (index, request), _ in in_flight.values():
+                    yield index, self.failure(request, shortage)
+                continue
+            self.rows //= 2
+            log.warning("memory ran out; going on with %d at a time.", self.rows)
+            arrivals.put_back(in_flight.values())
 
-    def answers(self, arrivals: Iterator[tuple], in_flight: dict[int, tuple]) -> Iterator[tuple[int, Result]]:
+    def answers(
+        self, arrivals: "Arrivals", in_flight: dict[int, tuple], failed: deque[tuple[int, Result]]
+    ) -> Iterator[tuple[int, Result]]:
         """One pass of generate_many; `in_flight` holds what has been read and not yet answered."""
         from generation import generate_many
 
-        failed: list[tuple[int, Result]] = []
+        sampling = dict(self.sampling)
+        if sampling.get("seed") is not None:  # so that no two requests draw the same numbers
+            sampling["seed"] += arrivals.waiting[0][0][0]
         for answer in generate_many(
             self.model,
             self.inputs(arrivals, in_flight, failed),
@@ -281,13 +362,12 @@ class Annotator:
             max_new_tokens=self.max_new_tokens,
             eos_token_id=self.model.config.eos_token_id,
             locations=self.processor.locations,
-            **self.sampling,
+            **sampling,
         ):
-            yield from failed
-            failed.clear()
-            (index, request), _ = in_flight.pop(answer.index)
-            yield index, self.result(request, answer)
-        yield from failed
+            (index, request), _ = in_flight[answer.index]
+            result = self.read(request, answer)
+            del in_flight[answer.index]
+            yield index, result
 
     def grammar(self, request: Request) -> "Grammar | None":
         """What holds the answer to valid output, if that is wanted; requests with the same labels share it."""
@@ -302,30 +382,44 @@ class Annotator:
             self.grammars = {key: Grammar.for_objects(self.processor, labels, with_masks=with_masks)}
         return self.grammars[key]
 
-    def inputs(self, arrivals: Iterator[tuple], in_flight: dict[int, tuple], failed: list[tuple[int, Result]]) -> Iterator[dict]:
-        """The model's input for each request, made when a row is free; what is wrong with a request goes to `failed`."""
-        from generation import only_row
+    def inputs(
+        self, arrivals: "Arrivals", in_flight: dict[int, tuple], failed: deque[tuple[int, Result]]
+    ) -> Iterator[dict]:
+        """The model's input for each request, made when a row is free; what is wrong with a request goes to `failed`.
 
+        It ends early when as many have failed as there are rows, so that their results need not wait for the next answer.
+        """
         started = 0
         for arrival in arrivals:
             (index, request), following = arrival
             in_flight[started] = arrival
             try:
-                if isinstance(request.picture, PaliGemmaError):
-                    raise request.picture
-                inputs = self.processor.tokens([1], self.wording(request))
-                is_shared = following is not None and following[1].picture is request.picture
-                inputs |= self.look(request.picture, is_shared)
-                inputs["grammar"] = self.grammar(request)
-                only_row(inputs, self.model.config)  # refuses what generate_many would, while it is one request's fault
+                inputs = self.input(request, following)
             except DeviceError:
                 raise
             except PaliGemmaError as error:
-                del in_flight[started]
-                failed.append((index, self.failure(request, error)))
+                inputs = error
+            if isinstance(inputs, dict):
+                started += 1
+                yield inputs
                 continue
-            started += 1
-            yield inputs
+            del in_flight[started]
+            failed.append((index, self.failure(request, inputs)))
+            if len(failed) >= self.rows:
+                return
+
+    def input(self, request: Request, following: tuple[int, Request] | None) -> "dict | PaliGemmaError":
+        """What the model gets for a request, or the error that its picture is. Raises: PaliGemmaError."""
+        from generation import only_row
+
+        if isinstance(request.picture, PaliGemmaError):
+            return request.picture
+        inputs = self.processor.tokens([1], self.wording(request))
+        is_shared = following is not None and following[1].picture is request.picture
+        inputs |= self.look(request.picture, is_shared)
+        inputs["grammar"] = self.grammar(request)
+        only_row(inputs, self.model.config)  # refuses what generate_many would, while it is one request's fault
+        return inputs
 
     def look(self, picture: "Image.Image", is_shared: bool) -> dict:
         """The picture as pixels, or, if it is asked about several times, as what the vision tower makes of it."""
@@ -354,6 +448,14 @@ class Annotator:
         with suppress(UsageError):
             said = self.wording(request)
         return Result(image=request.image, task=request.task, asked=request.text, prompt=said, error=error)
+
+    def read(self, request: Request, answer: "Answer") -> Result:
+        """The answer, read; or the error of it, as memory may run out over the masks of one large picture."""
+        try:
+            with machine.memory_errors("reading the answer"):
+                return self.result(request, answer)
+        except DeviceError as error:
+            return self.failure(request, error)
 
     def result(self, request: Request, answer: "Answer") -> Result:
         """The answer, read."""

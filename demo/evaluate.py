@@ -33,7 +33,7 @@ import shapes
 from exports import coco, coco_results, collect
 from outputs import Box, Found, as_json
 from scores import mask_iou
-from tasks import OBJECT_TASKS, Annotator, Request, Result
+from tasks import OBJECT_TASKS, Annotator, Request, Result, in_order
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWERS = ("color", "shape", "count", "exists", "where")
@@ -99,8 +99,7 @@ def answers(annotator: Annotator, asked: list[tuple[shapes.Scene, list[Question]
             for question in scene_questions:
                 yield Request(picture=picture, task=question.task, text=question.words, prompt=question.prefix)
 
-    said = dict(annotator.run(requests()))
-    return [said[index] for index in sorted(said)]
+    return list(in_order(annotator.run(requests()), sum(len(scene_questions) for _, scene_questions in asked)))
 
 
 # Scores

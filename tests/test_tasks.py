@@ -6,15 +6,18 @@ import json
 import random
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import generation
 import tasks
 import weights
-from errors import DeviceError, ImageError, UsageError
+from errors import DeviceError, GenerationError, ImageError, PromptError, UsageError
 from generation import Answer
 from processing_paligemma import PaliGemmaProcessor
 from tasks import Annotator, Request
@@ -275,6 +278,125 @@ def test_running_out_of_memory_with_one_row_is_an_error(run, monkeypatch):
     short_of_memory(monkeypatch, 0)
     with pytest.raises(DeviceError, match="memory ran out while answering"):
         run(many(3), rows=2)
+
+
+BAD = Request(picture=ImageError("bad.png is broken."), task="caption")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_errors_of_requests_survive_a_shortage_of_memory_before_the_next_answer(run, monkeypatch, rows):
+    short_of_memory(monkeypatch, 1)
+    requests = [BAD, *many(2), BAD, BAD, *many(3), BAD]
+    results = run(requests, rows=rows)
+    assert [result.error is not None for result in results] == [request is BAD for request in requests]
+
+
+class Scripted:
+    """Stands in for generate_many: texts of requests say what happens to them, and rows end in the order of a seeded draw."""
+
+    def __init__(self, draw):
+        self.draw = draw
+
+    def __call__(self, _model, inputs, *, rows, **_):
+        arrivals, in_flight = enumerate(inputs), []
+        while True:
+            in_flight += itertools.islice(arrivals, rows - len(in_flight))
+            for _, row in in_flight:
+                if row["text"] == "dead" or (row["text"] == "heavy" and len(in_flight) > 1):
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+                if row["text"] == "nan":
+                    raise GenerationError("the model's logits are not numbers.")
+            if not in_flight:
+                return
+            index, _ = in_flight.pop(self.draw.randrange(len(in_flight)))
+            yield Answer(index=index, token_ids=[], logprobs=[], places=[], finish_reason="stop")
+
+
+def scripted(texts, rows, seed, monkeypatch, source_fails=False):
+    """What a run of such requests hands out, the indices in their order and by index the errors, and what it raises."""
+    annotator = Annotator(None, None, rows=rows)
+
+    def make(request, _):
+        if request.text == "bad":
+            raise PromptError("too long.")
+        return {"text": request.text}
+
+    def read(request, _):
+        error = DeviceError("memory ran out while reading the answer.") if request.text == "large" else None
+        return tasks.Result(image="", task="ask", asked=request.text, prompt="", error=error)
+
+    def requests():
+        yield from (BAD if text == "broken" else Request(picture=SHAPES, task="ask", text=text) for text in texts)
+        if source_fails:
+            raise MemoryError
+
+    monkeypatch.setattr(generation, "generate_many", Scripted(random.Random(seed)))
+    monkeypatch.setattr(annotator, "input", lambda r, f: r.picture if r is BAD else make(r, f))
+    monkeypatch.setattr(annotator, "read", read)
+    monkeypatch.setattr(annotator, "model", SimpleNamespace(config=SimpleNamespace(eos_token_id=1)))
+    monkeypatch.setattr(annotator, "processor", SimpleNamespace(locations=None))
+    results, raised = [], None
+    try:
+        results.extend(annotator.run(requests()))
+    except (DeviceError, GenerationError, MemoryError) as error:
+        raised = error
+    return [index for index, _ in results], {index: result.error for index, result in results}, raised
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sampled_from("good good bad broken heavy large dead nan".split()), max_size=14),
+    st.integers(1, 5), st.integers(0, 3), st.booleans(),
+)  # fmt: skip
+def test_each_request_has_just_one_result_whatever_happens_to_others(texts, rows, seed, source_fails):
+    with pytest.MonkeyPatch.context() as patch:
+        indices, errors, raised = scripted(texts, rows, seed, patch, source_fails)
+    assert len(indices) == len(set(indices))
+    failing = ("bad", "broken", "large", "dead")
+    assert all((errors[index] is not None) == (texts[index] in failing) for index in indices)
+    if raised is None:
+        assert sorted(indices) == list(range(len(texts))) and not source_fails
+    else:
+        assert source_fails or "nan" in texts or texts.count("dead") > 1
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_what_could_not_be_asked_comes_out_before_a_run_ends_with_an_error(rows, monkeypatch):
+    indices, errors, raised = scripted(["broken", "bad", "nan", "good"], rows, 0, monkeypatch)
+    assert indices == [0, 1] and all(errors.values()) and isinstance(raised, GenerationError)
+
+
+def test_errors_of_many_requests_do_not_wait_for_an_answer(monkeypatch):
+    read = []
+
+    def requests():
+        for number in range(1000):
+            read.append(number)
+            yield BAD
+
+    annotator = Annotator(SimpleNamespace(config=SimpleNamespace(eos_token_id=1)), SimpleNamespace(locations=None), rows=4)
+    monkeypatch.setattr(generation, "generate_many", Scripted(random.Random(0)))
+    results = annotator.run(requests())
+    assert next(results)[0] == 0 and len(read) <= 6
+
+
+def test_a_run_that_is_dropped_says_nothing_more(monkeypatch):
+    monkeypatch.setattr(generation, "generate_many", Scripted(random.Random(0)))
+    annotator = Annotator(SimpleNamespace(config=SimpleNamespace(eos_token_id=1)), SimpleNamespace(locations=None), rows=3)
+    results = annotator.run([BAD] * 3)
+    next(results)
+    results.close()  # would be a RuntimeError if it went on
+
+
+@pytest.mark.parametrize("indices", [[], [0, 2], [1], [0, 1]])
+def test_a_result_that_is_missing_is_noticed(indices):
+    with pytest.raises(RuntimeError, match="has no result"):
+        list(tasks.in_order([(index, None) for index in indices], 3))
+
+
+def test_results_come_in_the_order_of_their_requests():
+    pairs = [(2, "c"), (0, "a"), (1, "b")]
+    assert list(tasks.in_order(pairs, 3)) == ["a", "b", "c"]
 
 
 def test_other_faults_of_the_machine_end_the_run(run, monkeypatch):
