@@ -12,7 +12,7 @@ letters. Every question has exactly one right answer, and the picture decides it
 it has the same sixteen codes wherever it is: those that the encoder of checkpoint/vae-oid.npz gives to its outline.
 
 The same seed draws the same scenes. Coordinates are fractions of the picture's side, x to the right, y down. numpy and PIL,
-torch only once codes are needed; the fonts are those that come with matplotlib, which is not imported.
+torch only once codes are needed; the fonts lie in fonts/ beside this file.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -119,11 +118,8 @@ class Scene:
 
 @lru_cache(256)
 def face(font: str, size: int) -> ImageFont.FreeTypeFont:
-    """A font at a size in pixels. Raises: SystemExit without matplotlib."""
-    found = find_spec("matplotlib")
-    if found is None:
-        raise SystemExit("The demo's words are drawn in the fonts of matplotlib. Install it: pip install matplotlib.")
-    return ImageFont.truetype(Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / f"{font}.ttf", size)
+    """A font at a size in pixels."""
+    return ImageFont.truetype(Path(__file__).with_name("fonts") / f"{font}.ttf", size)
 
 
 @cache

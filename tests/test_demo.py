@@ -269,6 +269,12 @@ def test_the_letters_of_a_word_fill_its_box_and_their_middles_lie_in_them(font):
         assert left - 4 <= x * size <= right + 4  # advances are a little wider than the ink
 
 
+def test_every_font_is_in_the_project_and_has_all_letters():
+    for font in shapes.FONTS:
+        pictures = {bytes(shapes.face(font, 40).getmask(letter)) for letter in shapes.LETTERS}
+        assert len(pictures) == len(shapes.LETTERS)
+
+
 def test_words_are_of_the_list_or_random_letters_or_not_there():
     kinds = [kind for index in range(400) for kind in ("ocr", "letters", "blank") if shapes.QUESTIONS[kind](*scene(index))]
     assert len(kinds) == 400  # exactly one fits

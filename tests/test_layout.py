@@ -72,6 +72,19 @@ def test_running_never_imports_transformers():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
+def test_every_package_that_is_imported_is_one_that_can_be_installed():
+    names = {"PIL": "pillow", "yaml": "pyyaml", "pillow_heif": "pillow-heif"}  # imported by another name
+    lists = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("requirements.txt", "pyproject.toml"))
+    files = [path for folder in ("", "demo", "notes", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+    own = {path.stem for path in files} | set(sys.stdlib_module_names)
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            imported += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in {each.split(".")[0] for each in imported} - own:
+                assert re.search(rf"(?<![\w-]){re.escape(names.get(name, name))}\b", lists), f"{path.name} imports {name}"
+
+
 def test_there_are_no_packages_and_no_file_without_a_topic():
     names = {path.name for folder in (ROOT, ROOT / "tests", ROOT / "demo", ROOT / "benchmarks") for path in folder.glob("*.py")}
     assert not names & {"__init__.py", "utils.py", "helpers.py", "common.py", "misc.py"}
