@@ -52,11 +52,11 @@ def draw_curves(lines: Sequence[dict], file: Path) -> None:
         for name, value in line.items():
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if is_number and (name == "loss" or "valid_loss" in line) and name != "step":
-                curves.setdefault(name, []).append((line["step"] + 1, value))
+                curves.setdefault(name, []).append((line["step"], value))
     losses = {name: curves.pop(name) for name in ("loss", "valid_loss") if name in curves}
     if not losses:
         return
-    last = max(line["step"] + 1 for line in lines)
+    last = max(line["step"] for line in lines)
     drawing = Drawing(WIDTH, 50 + HEIGHT + GAP + (HEIGHT + GAP if curves else 0))
     highest = max(y for points in losses.values() for _, y in points)
     panel(drawing, 40, "loss, nats a token", losses, last, (0.0, highest * 1.05 or 1.0))

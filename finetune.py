@@ -391,7 +391,7 @@ class Run:
             plain = plain_model(self.trainer.model, self.weights, self.dtype)  # whole in each process, which asks its share
             numbers = {name: round(value, 5) for name, value in self.judge(plain).items()}
             if is_first():
-                self.log.write({"step": self.trainer.step - 1} | numbers | {"scored": self.judge.scored})
+                self.log.write({"step": self.trainer.step} | numbers | {"scored": self.judge.scored})
                 said = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
                 note(f"step {self.trainer.step}: {said} ({self.judge.scored})")
         if is_first():
@@ -403,9 +403,9 @@ class Run:
 
     def misses_scores(self) -> bool:
         """Whether there should have been an evaluation behind the last update that was saved, and its line is not there."""
-        at = self.trainer.step - 1
+        at = self.trainer.step
         is_there = any(line["step"] == at and "valid_loss" in line for line in self.log.lines)
-        return self.judge is not None and at >= 0 and self.is_due() and not is_there
+        return self.judge is not None and at > 0 and self.is_due() and not is_there
 
     def save(self) -> None:
         self.trainer.save(self.checkpoints)
@@ -498,7 +498,7 @@ def progress(step: int, steps: int) -> Iterator:
     def say(update: "training.Update") -> None:
         if update.step % often == 0 or update.step == steps - 1:
             skipped = f", {update.skipped} skipped" if update.skipped else ""
-            note(f"step {update.step + 1} of {steps}: loss {update.loss:.4f}, gradient {update.grad_norm:.3g}{skipped}")
+            note(f"step {update.step} of {steps}: loss {update.loss:.4f}, gradient {update.grad_norm:.3g}{skipped}")
 
     yield say
 

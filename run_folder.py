@@ -20,6 +20,7 @@ FREE_TO_CHANGE = (  # when a run goes on: what has no influence on the weights
     "config", "output", "resume", "device", "evaluate_every", "save_every", "num_scored", "scores", "tensorboard", "debug",
     "verbose", "preview", "valid", "skip_bad", "mask_codec", "train", "model_path", "revision",  # known by what is in them
 )  # fmt: skip
+MOST_LOG_BYTES = 1 << 16  # of a line of metrics.jsonl
 ADJUSTABLE = ("dtype", "clip")  # and the learning rates: the way out of updates that are no numbers
 
 
@@ -114,21 +115,42 @@ def alone(folder: Path) -> Iterator[None]:
 # The log
 
 
+def read_log(file: Path, step: int) -> list[dict]:
+    """The lines of a metrics.jsonl up to this step. A line that was cut off, or that this program did not write, is left out."""
+    lines = []
+    with suppress(OSError):
+        if file.is_file():
+            with open(file, "rb") as stream:
+                while text := stream.readline(MOST_LOG_BYTES):  # of a longer one, parts that are no JSON
+                    with suppress(ValueError, RecursionError):
+                        lines.append(json.loads(text))
+    is_old = any(isinstance(line, dict) and line.get("step") == 0 for line in lines)  # before, the first update was step 0
+    lines = [line | {"step": line["step"] + is_old} for line in lines if is_log_line(line)]
+    return [line for line in lines if 0 < line["step"] <= step]
+
+
+def is_log_line(line: object) -> bool:
+    """Whether it holds what `Log.write` writes: the step, and numbers, null, true, false, or what was scored."""
+
+    def is_written(name: str, value: object) -> bool:
+        if isinstance(value, float):
+            return math.isfinite(value)
+        is_short = isinstance(value, str) and name == "scored" and len(value) <= 200
+        return value is None or is_short or (isinstance(value, int) and abs(value) < 2**53)
+
+    return isinstance(line, dict) and type(line.get("step")) is int and all(map(is_written, line.keys(), line.values()))
+
+
 class Log:
     """metrics.jsonl and progress.svg, and TensorBoard's log if it is wanted.
 
     Args:
-        step: updates that count; lines of later ones, from a run that was killed behind its last checkpoint, are dropped.
+        step: number of updates done; lines of later ones, from a run that was killed after its last checkpoint, are dropped.
     """
 
     def __init__(self, folder: Path, step: int, with_tensorboard: bool):
         self.folder, self.file = folder, folder / "metrics.jsonl"
-        lines = []
-        with suppress(OSError):
-            for text in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(ValueError):  # a line that was cut off
-                    lines.append(json.loads(text))
-        self.lines = [line for line in lines if isinstance(line, dict) and line.get("step", step) < step]
+        self.lines = read_log(self.file, step)
         replace_text(self.file, "".join(json.dumps(line) + "\n" for line in self.lines))
         self.tensorboard = None
         if with_tensorboard:

@@ -200,7 +200,7 @@ def examples_of(step: int, count: int, batch_size: int, seed: int) -> list[tuple
 class Update:
     """What one update did: metrics.jsonl has a line of it."""
 
-    step: int
+    step: int  # number of updates done, this one included: 1 after the first, everywhere (screen, log, checkpoints, curves)
     loss: float
     grad_norm: float
     learning_rate: float  # the highest, where parts have their own
@@ -280,7 +280,7 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         self.step, self.updates = self.step + 1, self.updates + (not is_skipped)
         skipped = self.step - self.updates
-        done = Update(self.step - 1, loss, norm, max(self.peaks) * rate, int(tokens), is_skipped, skipped)
+        done = Update(self.step, loss, norm, max(self.peaks) * rate, int(tokens), is_skipped, skipped)
         self.bad_steps = self.bad_steps + 1 if is_skipped else 0
         if self.bad_steps >= MOST_BAD_STEPS:
             raise CheckpointError(

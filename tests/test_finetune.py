@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+import curves
 import finetune
 import lora
 import run_folder
@@ -120,12 +121,58 @@ def test_a_run_leaves_everything_that_its_header_names(whole):
     found = {path.name for path in whole.iterdir()}
     assert found == {"settings.json", "metrics.jsonl", "progress.svg", "checkpoints", "model"}
     assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["step_00000004", "step_00000006"]
-    assert [step for step, _ in losses(whole)] == list(range(6))
+    assert [step for step, _ in losses(whole)] == [1, 2, 3, 4, 5, 6]
     scored = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines() if "valid_loss" in line]
-    assert [line["step"] for line in scored] == [2, 5] and {"exact", "anls", "map"} <= scored[0].keys()
+    assert [line["step"] for line in scored] == [3, 6] and {"exact", "anls", "map"} <= scored[0].keys()
     assert {line["scored"] for line in scored} == {"5 of 5 lines"}
     drawn = (whole / "progress.svg").read_text()
     assert drawn.startswith("<svg") and "valid_loss" in drawn and "exact" in drawn and "scores on 5 of 5 lines" in drawn
+
+
+def test_a_step_has_the_same_number_everywhere(model, data, tmp_path, capsys, monkeypatch):
+    """On the screen, in the log, TensorBoard's and the curves, in the names of checkpoints and their state."""
+    output, tensorboard = tmp_path / "run", []
+    writer = SimpleNamespace(add_scalar=lambda name, _, step: tensorboard.append((step, name)))
+    monkeypatch.setattr(finetune, "find_spec", bool)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda _: writer))
+    flags = [f"--valid={data / 'valid.jsonl'}", "--evaluate_every=3", "--save_every=3", "--tensorboard"]
+    code, said = run(capsys, *arguments(model, data, output, *flags))
+    assert code == 0
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    shown = [(int(step), float(loss)) for step, loss in re.findall(r"^step (\d+) of 6: loss ([\d.]+)", said, re.MULTILINE)]
+    assert shown == [(line["step"], round(line["loss"], 4)) for line in lines if "loss" in line]
+    assert [step for step, _ in shown] == [1, 2, 3, 4, 5, 6]
+    scored = [line["step"] for line in lines if "valid_loss" in line]
+    assert scored == [int(step) for step in re.findall(r"^step (\d+): valid_loss", said, re.MULTILINE)] == [3, 6]
+    assert [step for step, name in tensorboard if name == "valid_loss"] == scored
+    assert [step for step, name in tensorboard if name == "loss"] == [1, 2, 3, 4, 5, 6]
+    for step, folder in zip(scored, training.checkpoints(output / "checkpoints"), strict=True):
+        assert folder.name == f"step_{step:08}" and json.loads((folder / "state.json").read_text())["step"] == step
+    drawn = []
+    monkeypatch.setattr(curves, "panel", lambda *given: drawn.append(given[3]))
+    curves.draw_curves(lines, tmp_path / "progress.svg")
+    assert [step for step, _ in drawn[0]["loss"]] == [1, 2, 3, 4, 5, 6] and [step for step, _ in drawn[1]["exact"]] == scored
+
+
+def test_a_log_that_counted_from_zero_goes_on_from_one(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(5)))
+    assert [line["step"] for line in run_folder.Log(tmp_path, 4, with_tensorboard=False).lines] == [1, 2, 3, 4]
+
+
+HOSTILE_LINES = [
+    *('{"step": %s, "loss": 1}' % step for step in ("1e999", '"1"', "-1", "true", "null", "1" + "0" * 5000)),
+    *('{"step": 1, "loss": %s}' % loss for loss in ("1e999", "NaN", "[1]", '"x"', "1" + "0" * 400, '"\\ud800"')),
+    *('{"loss": 1}', "[" * 50_000, "7", "null", '{"step": 1, "note": "x"}', '{"step": 1, "scored": "' + "x" * 300 + '"}'),
+]
+
+
+def test_lines_of_a_log_that_this_program_did_not_write_are_left_out(tmp_path):
+    good = '{"step": 2, "loss": 0.5, "is_skipped": false, "grad_norm": null}'
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*HOSTILE_LINES, good, "x" * 100_000, good[:-5]]))
+    log = run_folder.Log(tmp_path, 9, with_tensorboard=False)
+    assert log.lines == [json.loads(good)] and (tmp_path / "metrics.jsonl").read_text() == good + "\n"
+    log.draw()
+    assert (tmp_path / "progress.svg").exists()
 
 
 def test_the_result_answers_and_loads_in_transformers_with_equal_logits(whole):
@@ -372,8 +419,8 @@ def test_scores_of_a_part_say_which_part(model, data, tmp_path, capsys):
 
 
 def test_a_number_that_is_none_is_null_in_the_log(tmp_path):
-    run_folder.Log(tmp_path, 0, with_tensorboard=False).write({"step": 0, "loss": math.nan, "grad_norm": math.inf, "tokens": 3})
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "loss": null, "grad_norm": null, "tokens": 3}\n'
+    run_folder.Log(tmp_path, 0, with_tensorboard=False).write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "tokens": 3})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "grad_norm": null, "tokens": 3}\n'
 
 
 def test_a_run_whose_evaluation_fails_is_saved_first(model, data, tmp_path, capsys, monkeypatch):
