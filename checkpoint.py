@@ -44,6 +44,19 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
+# The spellings of the same parameter: left as files have it, right as we have it, which is the hub's. The first prefix that
+# fits is taken, so the longer ones stand first.
+SPELLINGS = (
+    ("model.vision_tower.vision_model.", "vision_tower.vision_model."),  # files of transformers 4.52 and later 4.x
+    ("model.vision_tower.", "vision_tower.vision_model."),  # state dicts of transformers 5
+    ("model.language_model.", "language_model.model."),  # both
+    ("model.multi_modal_projector.", "multi_modal_projector."),  # both
+    ("vision_tower.vision_model.", "vision_tower.vision_model."),  # the hub
+    ("vision_tower.", "vision_tower.vision_model."),  # files of transformers 5
+    ("language_model.lm_head.", "lm_head."),  # the output matrix is the embedding: some files hold it twice, some only here
+)
+WRAPPERS = re.compile(r"^(?:base_model\.model\.|module\.)+")  # what PEFT and DistributedDataParallel put in front
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -55,6 +68,16 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int  # byte in the file
     num_bytes: int
+
+
+def canonical_name(name: str) -> str:
+    """Our name of a parameter, whatever program wrote the file."""
+    name = name.replace("_orig_mod.", "")  # torch.compile puts it in front of whatever part was compiled
+    name = WRAPPERS.sub("", name, count=1)
+    for theirs, ours in SPELLINGS:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
 
 
 def read_json(path: Path) -> dict:

@@ -11,8 +11,8 @@ import json
 import re
 from pathlib import Path
 
-from checkpoint import INDEX_NAME, SINGLE_NAME
-from errors import AccessError, OutputError, PaliGemmaError
+from checkpoint import ADAPTER_CONFIG_NAME, INDEX_NAME, SINGLE_NAME, listed, read_json
+from errors import AccessError, CheckpointError, OutputError, PaliGemmaError, UsageError
 
 FILES = (
     "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer.model",
@@ -122,3 +122,51 @@ def first_line(error: Exception) -> str:
     """What an exception says, without the lines of advice that follow."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint; a hub id ("google/paligemma-3b-mix-224") is downloaded, or found in the cache.
+
+    Args:
+        revision: branch, tag or commit of a hub id, such as "bfloat16"; a folder has none.
+    Raises: CheckpointError when it is neither, AccessError when the hub does not give it.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise UsageError(f"revision {revision} is for ids of the hub, and {path} is a folder. Leave it out.")
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is a file. Name the folder with config.json and the weights.", path=path)
+    if is_id(str(path_or_hub_id)):
+        return download(str(path_or_hub_id), revision)
+    near = similar_folders(path)
+    hint = f"Did you mean {listed(near)}?" if near else "Name a folder, or an id of the hub (google/paligemma-3b-mix-224)."
+    raise CheckpointError(f"there is no folder {path}. {hint}", path=path)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a LoRA adapter and no weights of its own."""
+    has_weights = any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME))
+    return (folder / ADAPTER_CONFIG_NAME).exists() and not has_weights
+
+
+def base_folder(folder: str | Path) -> Path:
+    """The folder with config.json, tokenizer and weights: this one or, of an adapter, that of its base model.
+
+    Raises: CheckpointError for an adapter that names no base; as `resolve` where the base is not found.
+    """
+    folder = Path(folder)
+    if not is_adapter(folder):
+        return folder
+    file = folder / ADAPTER_CONFIG_NAME
+    raw = read_json(file)
+    name = raw.get("base_model_name_or_path")
+    if not (isinstance(name, str) and name):
+        text = f"{file} names no base model. Write a folder or a hub id as its base_model_name_or_path."
+        raise CheckpointError(text, path=file)
+    revision = raw.get("revision")
+    base = resolve(name, revision if isinstance(revision, str) and is_id(name) else None)
+    if is_adapter(base):
+        raise CheckpointError(f"{file} names {name} as its base, which is an adapter itself. Merge that one first.", path=file)
+    return base

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import graphs
-import hub
 import lora
 import quantization
 from checkpoint import (
@@ -37,9 +36,8 @@ from checkpoint import (
     ADAPTER_NAME,
     CONFIG_NAME,
     DTYPES,
-    INDEX_NAME,
-    SINGLE_NAME,
     StoredTensor,
+    canonical_name,
     check_equal,
     find_files,
     listed,
@@ -53,6 +51,7 @@ from checkpoint import (
 )
 from devices import find_device, require_memory
 from errors import CheckpointError, OutputError, UsageError
+from hub import base_folder, is_adapter, resolve
 from machine import memory_errors
 from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
@@ -65,33 +64,10 @@ DTYPE_NAMES = {
     "fp32": torch.float32, "float32": torch.float32,
 }  # fmt: skip
 
-# The spellings of the same parameter: left as files have it, right as we have it, which is the hub's. The first prefix that
-# fits is taken, so the longer ones stand first.
-SPELLINGS = (
-    ("model.vision_tower.vision_model.", "vision_tower.vision_model."),  # files of transformers 4.52 and later 4.x
-    ("model.vision_tower.", "vision_tower.vision_model."),  # state dicts of transformers 5
-    ("model.language_model.", "language_model.model."),  # both
-    ("model.multi_modal_projector.", "multi_modal_projector."),  # both
-    ("vision_tower.vision_model.", "vision_tower.vision_model."),  # the hub
-    ("vision_tower.", "vision_tower.vision_model."),  # files of transformers 5
-    ("language_model.lm_head.", "lm_head."),  # the output matrix is the embedding: some files hold it twice, some only here
-)
-WRAPPERS = ("base_model.model.", "module.")  # what PEFT and DistributedDataParallel put in front
 OUTPUT_MATRIX = "lm_head.weight"
 EMBEDDING = "language_model.model.embed_tokens.weight"
 POSITIONS = "vision_tower.vision_model.embeddings.position_embedding.weight"
 HARMLESS = re.compile(r"vision_tower\.vision_model\.head\..*|.*\.position_ids")  # the unused pooling head; an old buffer
-
-
-def canonical_name(name: str) -> str:
-    """Our name of a parameter, whatever program wrote the file."""
-    name = name.replace("_orig_mod.", "")  # torch.compile puts it in front of whatever part was compiled
-    while name.startswith(WRAPPERS):
-        name = name.removeprefix(next(prefix for prefix in WRAPPERS if name.startswith(prefix)))
-    for theirs, ours in SPELLINGS:
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -115,54 +91,6 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
         else:
             found[EMBEDDING] = output
     return found
-
-
-def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint; a hub id ("google/paligemma-3b-mix-224") is downloaded, or found in the cache.
-
-    Args:
-        revision: branch, tag or commit of a hub id, such as "bfloat16"; a folder has none.
-    Raises: CheckpointError when it is neither, AccessError when the hub does not give it.
-    """
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        if revision is not None:
-            raise UsageError(f"revision {revision} is for ids of the hub, and {path} is a folder. Leave it out.")
-        return path
-    if path.exists():
-        raise CheckpointError(f"{path} is a file. Name the folder with config.json and the weights.", path=path)
-    if hub.is_id(str(path_or_hub_id)):
-        return hub.download(str(path_or_hub_id), revision)
-    near = hub.similar_folders(path)
-    hint = f"Did you mean {listed(near)}?" if near else "Name a folder, or an id of the hub (google/paligemma-3b-mix-224)."
-    raise CheckpointError(f"there is no folder {path}. {hint}", path=path)
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a LoRA adapter and no weights of its own."""
-    has_weights = any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME))
-    return (folder / ADAPTER_CONFIG_NAME).exists() and not has_weights
-
-
-def base_folder(folder: str | Path) -> Path:
-    """The folder with config.json, tokenizer and weights: this one or, of an adapter, that of its base model.
-
-    Raises: CheckpointError for an adapter that names no base; as `resolve` where the base is not found.
-    """
-    folder = Path(folder)
-    if not is_adapter(folder):
-        return folder
-    file = folder / ADAPTER_CONFIG_NAME
-    raw = read_json(file)
-    name = raw.get("base_model_name_or_path")
-    if not (isinstance(name, str) and name):
-        text = f"{file} names no base model. Write a folder or a hub id as its base_model_name_or_path."
-        raise CheckpointError(text, path=file)
-    revision = raw.get("revision")
-    base = resolve(name, revision if isinstance(revision, str) and hub.is_id(name) else None)
-    if is_adapter(base):
-        raise CheckpointError(f"{file} names {name} as its base, which is an adapter itself. Merge that one first.", path=file)
-    return base
 
 
 @dataclass(frozen=True)
