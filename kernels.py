@@ -1,24 +1,33 @@
 """Products, norm, gate and attention of kernels.cpp: compiled once for this machine, kept, called with tensors. CPU only.
 
-The first use compiles (a few seconds) into ~/.cache/paligemma (or $XDG_CACHE_HOME/paligemma), under a name made of the source,
-the compiler's command and the processor, so that another version or another machine never meets a foreign file. Where there is
-no compiler or no place to keep the result, `library()` is None and the callers use torch's own operators.
+The first use compiles (a few seconds) into $XDG_CACHE_HOME/paligemma, ~/.cache/paligemma or, where these cannot be used, a folder
+of this user in the system's temporary folder. The file's name is made of the source, the compiler and the processor, so a home
+that several machines share never gives one of them the code of another. A compiled file is code that runs without a question, so
+a folder or file that another user could have written is not used, nor one that is damaged (`is_private`, `is_whole`).
+Without a compiler, or where compiling fails, `library()` is None and the callers use torch's own operators.
 PALIGEMMA_KERNELS=off asks for that; $CXX names the compiler.
 
 The threads are those of torch: the kernels are linked against the OpenMP library that torch has loaded before them, so both
-share one pool. Checked in tests/test_quantization.py.
+share one pool. Checked in tests/test_kernels.py (compiling, loading) and tests/test_quantization.py (what they compute).
 """
 
 import ctypes
+import errno
 import functools
 import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -30,7 +39,10 @@ log = logging.getLogger(__name__)
 HERE = Path(__file__).resolve()
 SOURCES = (HERE.with_name("kernels.cpp"), *(prefix / "share/paligemma/kernels.cpp" for prefix in HERE.parents[3:4]))
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-Wno-psabi")
-COMPILE_TIMEOUT_S = 300
+COMPILE_TIMEOUT_S = 120
+RETRY_AFTER_S = 3600  # a source that does not compile, or a compiler that hangs, costs a start its time once an hour at most
+ROOM = 2**23  # bytes that compiling needs on the disk, several times over
+DIGEST = hashlib.sha256
 
 
 @functools.cache
@@ -43,39 +55,135 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next((line.split(":")[1] for line in lines if line.startswith(("flags", "Features"))), "").split())
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paligemma"
+def is_private(path: Path, is_folder: bool) -> bool:
+    """Whether a folder or file is there, is no link, belongs to this user, and can be written by no other."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    if not (stat.S_ISDIR if is_folder else stat.S_ISREG)(found.st_mode):
+        return False
+    if not hasattr(os, "geteuid"):  # Windows: the home folder is protected by other means
+        return True
+    return found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
+def could_be_exchanged(folder: Path) -> bool:
+    """Whether another user may rename a folder above this one and put one of their own in its place."""
+    if not hasattr(os, "geteuid"):
+        return False
+    for above in (above.stat() for above in folder.parents[:-1]):
+        by_others = above.st_mode & 0o002 or (above.st_mode & 0o020 and above.st_gid != os.getegid())
+        if above.st_uid not in (0, os.geteuid()) or (by_others and not above.st_mode & stat.S_ISVTX):
+            return True
+    return False
+
+
+def cache_folders() -> Iterator[Path]:
+    """Private folders that can be written, the best first; made if they are not there."""
+    with suppress(RuntimeError):  # no home folder
+        named = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one is to be ignored, as its specification says
+        yield from private_folder((named if named.is_absolute() else Path.home() / ".cache") / "paligemma")
+    with suppress(OSError):  # no folder for temporary files
+        user = f"-{os.geteuid()}" if hasattr(os, "geteuid") else ""
+        yield from private_folder(Path(tempfile.gettempdir()) / f"paligemma{user}")
+        with tempfile.TemporaryDirectory(prefix="paligemma-", ignore_cleanup_errors=True) as folder:  # for this process alone
+            yield Path(folder)
+
+
+def private_folder(folder: Path) -> Iterator[Path]:
+    """The folder, made if it is not there; nothing if it cannot be, or if another user could put a file into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if is_private(folder, is_folder=True) and not could_be_exchanged(folder.resolve()):
+            yield folder
+        else:
+            log.info("%s is not used: another user could write there.", folder)
+    except OSError as error:
+        log.info("%s is not used: %s.", folder, error.strerror or error)
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a file is ours, and ends with the digest of all that is before it: one cut short would end the process."""
+    if not is_private(file, is_folder=False):
+        return False
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return False
+    size = DIGEST().digest_size
+    return content[-size:] == DIGEST(content[:-size]).digest()
+
+
+def run_compiler(command: list[str], messages: Path) -> int:
+    """The exit status of a compiler. Its messages, in English, go to a file, and its temporary files beside that.
+
+    Raises: subprocess.TimeoutExpired, after ending the compiler and all that it has started; OSError.
+    """
+    is_group, environment = os.name == "posix", os.environ | {"LC_ALL": "C", "TMPDIR": str(messages.parent)}
+    with messages.open("wb") as to:
+        running = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=to, stderr=to, env=environment, start_new_session=is_group
+        )  # fmt: skip
+        try:
+            return running.wait(COMPILE_TIMEOUT_S)
+        finally:
+            if running.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(running.pid, signal.SIGKILL) if is_group else running.kill()
+                running.wait()
+
+
+def compiled_name(source: Path, compiler: str) -> str:
+    """The name, without ending, of what this compiler makes of this source for this processor."""
+    found = os.stat(compiler)
+    machine = (platform.machine(), *sorted(cpu_flags()))
+    made_of = (source.read_bytes(), compiler, found.st_size, found.st_mtime_ns, FLAGS, machine)
+    return f"kernels-{DIGEST(repr(made_of).encode()).hexdigest()[:20]}"
 
 
 def compile_once(source: Path, folder: Path) -> Path | None:
-    """The compiled source in `folder`, made if it is not there yet; None where it cannot be made.
+    """The compiled source in `folder`, made if it is not there yet or not whole; None where it cannot be made.
 
     The file appears under its name only when it is whole: it is written beside and renamed, so that programs that start
-    together, or are interrupted, leave nothing half. A source that does not compile is not tried again at every start.
+    together, or are interrupted, leave nothing half. What says that the source itself does not compile, or that the compiler
+    hangs, is not tried again for RETRY_AFTER_S. What may be over at the next start (a full disk, no memory) is tried again.
+    Raises: OSError where the folder cannot be written.
     """
     compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
     if compiler is None or not source.exists():
+        log.info("there is no C++ compiler; torch's own products are used.")
         return None
-    machine = (platform.machine(), *sorted(cpu_flags()))
-    key = hashlib.sha256(repr((source.read_bytes(), compiler, FLAGS, machine)).encode()).hexdigest()[:20]
-    target, failed = folder / f"kernels-{key}.so", folder / f"kernels-{key}.failed"
-    if target.exists() or failed.exists():
-        return target if target.exists() else None
+    name = compiled_name(source, compiler)
+    target, failed = folder / f"{name}.so", folder / f"{name}.failed"
+    if is_whole(target):
+        return target
+    if is_private(failed, is_folder=False) and abs(time.time() - failed.stat().st_mtime) < RETRY_AFTER_S:
+        log.warning("slower products are used: %s did not compile lately (%s says why).", source.name, failed)
+        return None
+    if shutil.disk_usage(folder).free < ROOM:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     log.info("compiling %s into %s, once", source.name, folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=folder) as beside:
-            made = Path(beside) / "kernels.so"
-            command = [compiler, *FLAGS, str(source), "-o", str(made)]
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
-            if answer.returncode == 0:
-                os.replace(made, target)
-            else:
-                failed.write_text(answer.stderr)
-                log.info("%s does not compile (%s); torch's own products are used.", source.name, failed)
-    except (OSError, subprocess.SubprocessError) as error:
-        log.info("%s was not compiled (%s); torch's own products are used.", source.name, error)
-    return target if target.exists() else None
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".compiling-", ignore_cleanup_errors=True) as beside:
+        made, messages = Path(beside) / "kernels.so", Path(beside) / "messages"
+        try:
+            status, reason = run_compiler([compiler, *FLAGS, str(source), "-o", str(made)], messages), ""
+        except subprocess.TimeoutExpired:
+            status, reason = -1, f"{compiler} took longer than {COMPILE_TIMEOUT_S} s."
+        if status == 0:
+            content = made.read_bytes()
+            made.write_bytes(content + DIGEST(content).digest())
+            made.chmod(0o700)
+            os.replace(made, target)
+            failed.unlink(missing_ok=True)
+            return target
+        said = messages.read_text(errors="replace")
+        if reason or re.search(rf"^.*{re.escape(source.name)}:\d+:\d+: error: ", said, re.MULTILINE):
+            messages.write_text(reason or said)
+            os.replace(messages, failed)
+        last = reason or next((line for line in said.splitlines() if "error" in line), f"{compiler} ended with status {status}")
+        log.warning("slower products are used: %s does not compile: %s", source.name, last)
+        return None
 
 
 def open_library(file: Path) -> ctypes.CDLL:
@@ -102,12 +210,15 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("PALIGEMMA_KERNELS") == "off" or sys.byteorder != "little":
         return None
     source = next((source for source in SOURCES if source.exists()), SOURCES[0])
-    try:
-        file = compile_once(source, cache_folder())
-        return None if file is None else open_library(file)
-    except (OSError, RuntimeError) as error:  # a cache that cannot be executed from; no home folder
-        log.info("the kernels cannot be loaded (%s); torch's own products are used.", error)
-        return None
+    reason: OSError | None = None
+    for folder in cache_folders():
+        try:
+            file = compile_once(source, folder)
+            return None if file is None else open_library(file)
+        except OSError as error:  # a full disk; a folder from which nothing may be executed
+            reason = error
+    log.warning("slower products are used: the kernels cannot be kept or loaded (%s).", reason)
+    return None
 
 
 NO_MATRIX = (0, 0, 0)

@@ -1,10 +1,7 @@
-"""quantization.py, kernels.py and kernels.cpp: rounding, layouts, products, fallbacks, and what is saved."""
+"""quantization.py and kernels.cpp: rounding, layouts, products, fallbacks, and what is saved."""
 
 import copy
 import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -542,46 +539,3 @@ def test_every_choice_of_product_gives_the_product(rows, instructions, has_kerne
     torch.testing.assert_close(quantization.product(x, linear.weight).double(), exact, rtol=2**-7, atol=1e-5)
     # Where the bias is added to what was rounded before, a sum near zero keeps the rounding of a larger number.
     torch.testing.assert_close(quantization.product(x, linear.weight, bias).double(), exact + 1, rtol=2**-7, atol=2**-8)
-
-
-# ---------------------------------------------------------------- compiling
-
-
-def test_no_compiler_means_no_library(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    assert kernels.compile_once(ROOT / "kernels.cpp", tmp_path / "cache") is None
-
-
-def test_a_source_that_does_not_compile_is_tried_once(tmp_path, monkeypatch, compiled):
-    if compiled is None:
-        return
-    source = tmp_path / "broken.cpp"
-    source.write_text("this is no C++")
-    assert kernels.compile_once(source, tmp_path / "cache") is None
-    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".failed"]
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
-    assert kernels.compile_once(source, tmp_path / "cache") is None
-
-
-def test_a_folder_that_cannot_be_written_means_no_library(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert kernels.compile_once(ROOT / "kernels.cpp", tmp_path / "file" / "cache") is None
-
-
-def test_programs_that_start_together_all_get_the_whole_file(tmp_path, compiled):
-    if compiled is None:
-        return
-    source = tmp_path / "small.cpp"
-    source.write_text('extern "C" int answer() { return 42; }')
-    with ThreadPoolExecutor(4) as pool:
-        files = set(pool.map(lambda _: kernels.compile_once(source, tmp_path / "cache"), range(4)))
-    assert [file.name for file in files] == [file.name for file in (tmp_path / "cache").iterdir()]  # and nothing half is left
-
-
-def test_a_program_told_to_do_without_kernels_does():
-    code = "import kernels; print(kernels.library())"
-    answer = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PALIGEMMA_KERNELS": "off"}, capture_output=True, text=True
-    )
-    assert answer.stdout.strip() == "None"
