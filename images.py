@@ -3,13 +3,15 @@
 A file may be cut off, mislabelled, huge once unpacked, or no picture at all. So the format is told from the first bytes and
 never from the name, only formats of photographs and drawings are decoded, and the number of pixels is checked in the header.
 What is converted: transparency is laid on a colour, 16 bits become 8 by dividing by 257, floats count from 0 to 1 or from 0
-to 255, one frame is taken from an animation, and the EXIF orientation is applied. Each of these is said in `notes`.
+to 255, one frame is taken from an animation (each of these is reported in `notes`), and the EXIF orientation is applied. What
+comes out carries its pixels and nothing else, so that no later step can turn it again.
 
-Checked in tests/test_images.py.
+Checked in tests/test_images.py and tests/test_orientation.py.
 """
 
 import base64
 import io
+import math
 import os
 import re
 import stat
@@ -212,7 +214,7 @@ def too_many_pixels(name: str, size: str, max_pixels: int) -> ImageError:
     return ImageError(f"{name} has {size}, over the limit of {max_pixels}. Make it smaller or raise --max_pixels.", path=name)
 
 
-def check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
+def check_size(size: tuple[int, int], name: str, max_pixels: float) -> None:
     """Raises: ImageError for a picture without pixels, or with too many."""
     width, height = size
     if not width or not height:
@@ -269,6 +271,20 @@ def truncated_allowed(is_allowed: bool) -> Iterator[None]:
             ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
+def is_turned_by_pillow(picture: Image.Image) -> bool:
+    """Whether Pillow turns it upright as it decodes it, and then takes the tag away. It does so for TIFF alone."""
+    return picture.format == "TIFF"
+
+
+def orientation(picture: Image.Image) -> int:
+    """1 to 8 as EXIF counts; 1, upright, where nothing readable is said. Pillow looks into EXIF, then PNG's text, then XMP."""
+    try:
+        with silence():
+            return picture.getexif().get(ORIENTATION, 1)
+    except DECODER_ERRORS:
+        return 1
+
+
 def seek(picture: Image.Image, name: str, frame: int, notes: list[str]) -> None:
     """Goes to a frame of an animation or a page of a TIFF. A phone's second picture (MPO) is not worth a note."""
     num_frames = getattr(picture, "n_frames", 1)
@@ -280,8 +296,8 @@ def seek(picture: Image.Image, name: str, frame: int, notes: list[str]) -> None:
             notes.append(f"{name}: frame {frame + 1} of {num_frames} is shown to the model.")
 
 
-def decode(picture: Image.Image, name: str, frame: int | None, max_pixels: int, allow_truncated: bool, notes: list[str]) -> None:
-    """Reads the pixels, of the frame where it stands if it is None.
+def decode(picture: Image.Image, name: str, frame: int | None, max_pixels: float, allow_truncated: bool, notes: list[str]) -> int:
+    """Reads the pixels, of the frame where it stands if it is None, and returns the orientation that this frame had.
 
     Raises: ImageError when the file is damaged or ends early, or the frame is too large.
     """
@@ -290,7 +306,9 @@ def decode(picture: Image.Image, name: str, frame: int | None, max_pixels: int, 
             if frame is not None:
                 seek(picture, name, frame, notes)
             check_size(picture.size, name, max_pixels)  # pages of a TIFF have sizes of their own
+            number = orientation(picture) if is_turned_by_pillow(picture) else 1
             picture.load()
+            return number if is_turned_by_pillow(picture) else orientation(picture)  # a PNG may say it after its pixels
     except Image.DecompressionBombError as error:
         raise too_many_pixels(name, "an enormous frame", max_pixels) from error
     except DECODER_ERRORS as error:
@@ -300,17 +318,13 @@ def decode(picture: Image.Image, name: str, frame: int | None, max_pixels: int, 
         raise ImageError(f"{name} cannot be decoded: {error}. Copy it again or save it as PNG.", path=name) from error
 
 
-def orientation(picture: Image.Image) -> int:
-    """1 to 8 as EXIF counts; 1, upright, where nothing readable is said."""
-    try:
-        with silence():
-            return picture.getexif().get(ORIENTATION, 1)
-    except DECODER_ERRORS:
-        return 1
-
-
 def turn(picture: Image.Image, number: int, is_turned: bool, ignore_exif: bool) -> Image.Image:
-    """Upright, or as stored with `ignore_exif`. Pillow turns TIFF by itself (`is_turned`), all others are left to us."""
+    """Upright, or as stored with `ignore_exif`.
+
+    Args:
+        number: the orientation that the file has.
+        is_turned: whether Pillow has turned the picture upright already.
+    """
     if number not in UPRIGHT or is_turned != ignore_exif:
         return picture
     return picture.transpose((TURNED if is_turned else UPRIGHT)[number])
@@ -399,6 +413,18 @@ def to_rgb(picture: Image.Image, name: str, background: str, notes: list[str]) -
         raise ImageError(f"{name} has the colours {picture.mode}: {error}. Save it as RGB.", path=name) from error
 
 
+def is_finished(picture: Image.Image) -> bool:
+    """Whether it is 8-bit RGB in memory that carries nothing else, as load_image returns it."""
+    return type(picture) is Image.Image and picture.mode == "RGB" and not picture.info and orientation(picture) == 1
+
+
+def bare(picture: Image.Image) -> Image.Image:
+    """A picture with these pixels and nothing else: no metadata, no file. The one given is left as it is."""
+    picture = picture.copy()
+    picture.info = {}
+    return picture
+
+
 def check_background(background: str) -> None:
     """Raises: UsageError unless it is a colour or "drop"."""
     try:
@@ -413,19 +439,22 @@ def load_image(
     *,
     background: str = "white",
     ignore_exif: bool = False,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
     frame: int = 0,
     allow_truncated: bool = False,
     notes: list[str] | None = None,
 ) -> Image.Image:
-    """A picture as 8-bit RGB, upright.
+    """A picture as 8-bit RGB, upright, and nothing but its pixels: no EXIF or other metadata that could turn it once more.
+
+    What this returned is finished: given again, it comes back as it is, whatever the options.
 
     Args:
         source: a path, an http(s) address, a data: URI, the bytes of a file, a PIL image (taken at the frame where it
             stands), or an array (shapes: see from_array).
         background: the colour behind transparent pixels; "drop" ignores transparency, as transformers' load_image does.
         ignore_exif: leave the picture as the camera stored it.
-        max_pixels: a larger picture is refused before its pixels are decoded.
+        max_pixels: a larger picture is refused before its pixels are decoded. None stands for 50 million, and for no limit
+            where the pixels are in memory already.
         frame: which frame of an animation, which page of a TIFF, from 0.
         allow_truncated: take a file that ends early, grey where it is missing.
         notes: gets a sentence for everything that was converted or chosen.
@@ -434,26 +463,25 @@ def load_image(
     """
     notes = [] if notes is None else notes
     check_background(background)
-    if frame < 0 or max_pixels < 1:
+    if frame < 0 or (max_pixels is not None and max_pixels < 1):
         raise UsageError(f"frame is {frame} and max_pixels {max_pixels}; they start at 0 and 1.")
-    name, number, is_turned = "the picture", 1, False
+    name = "the picture"
     if isinstance(source, np.ndarray):
-        picture = from_array(source, name, notes)
-        check_size(picture.size, name, max_pixels)
-    elif isinstance(source, Image.Image | str | os.PathLike | bytes | bytearray | memoryview):
-        if isinstance(source, Image.Image):
-            picture, frame = source, None
-        else:
-            data, name = read_bytes(source)
-            picture = open_picture(data, name, max_pixels)
-        check_size(picture.size, name, max_pixels)
-        is_turned = picture.format == "TIFF"
-        number = orientation(picture) if is_turned else 1
-        decode(picture, name, frame, max_pixels, allow_truncated, notes)
-        number = number if is_turned else orientation(picture)
+        picture, frame = from_array(source, name, notes), None
+    elif isinstance(source, Image.Image):
+        picture, frame = source, None
+    elif isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
+        data, name = read_bytes(source)
+        picture = open_picture(data, name, max_pixels or MAX_PIXELS)
     else:
         raise ImageError(f"{type(source).__name__} is no picture. Give a path, an address, bytes, a PIL image or a numpy array.")
+    most = max_pixels or (MAX_PIXELS if isinstance(picture, ImageFile.ImageFile) else math.inf)
+    check_size(picture.size, name, most)
+    if picture is source and is_finished(picture):
+        return picture
+    is_turned = is_turned_by_pillow(picture)
+    number = decode(picture, name, frame, most, allow_truncated, notes)
     if max(picture.size) > WIDEST * min(picture.size):
         width, height = picture.size
         notes.append(f"{name} is {width} x {height}; the model sees every picture squeezed into a square.")
-    return turn(to_rgb(picture, name, background, notes), number, is_turned, ignore_exif)
+    return bare(turn(to_rgb(picture, name, background, notes), number, is_turned, ignore_exif))
