@@ -14,10 +14,13 @@ C candidates for the next token, Q bins of a coordinate.
 """
 
 import math
+import reprlib
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,8 +34,17 @@ if TYPE_CHECKING:
 PREFILL_TOKENS = 4096  # tokens read in one pass; more would only take memory, since matrix products are at their best long before
 NUCLEUS = 256  # the most likely tokens that top_p looks at first; a vocabulary of 257216 is sorted only if they do not suffice
 PICTURES = ("pixel_values", "image_features")  # the two forms in which pictures come; a batch has one of them or none
+LARGEST = sys.float_info.max  # a whole number above it cannot be compared with logits
 NEIGHBOURHOOD = 64  # bins to either side of a coordinate that count for its mean; 24 to 128 give the same within 1 %
 UNTRAINED_ROWS = 64  # the public conversion appended that many rows to the vocabulary, <image> first; no training touched them
+
+
+def shown(value: object) -> str:
+    """A value for an error message, cut where it is long: 10^400 has too many digits, and Python refuses to print 10^5000."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return "a whole number of thousands of digits"
 
 
 @dataclass(frozen=True)
@@ -54,19 +66,19 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self):
-        def is_number(value: object) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        def is_number(value: object, kind: type = Real) -> bool:  # also one of numpy's
+            return isinstance(value, kind) and not isinstance(value, bool)
 
         if not isinstance(self.do_sample, bool):
             raise GenerationError(f"do_sample is {self.do_sample!r}; True or False is needed.", code=2)
-        if not (is_number(self.temperature) and self.temperature >= 0):
-            raise GenerationError(f"temperature is {self.temperature!r}; a number from 0 up is needed.", code=2)
+        if not (is_number(self.temperature) and 0 <= self.temperature <= LARGEST):
+            raise GenerationError(f"temperature is {shown(self.temperature)}; a number from 0 up is needed.", code=2)
         if not (is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise GenerationError(f"top_p is {self.top_p!r}; a number above 0 and up to 1 is needed.", code=2)
-        if self.top_k is not None and not (type(self.top_k) is int and self.top_k > 0):
-            raise GenerationError(f"top_k is {self.top_k!r}; a whole number from 1 up is needed.", code=2)
-        if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed < 2**63):
-            raise GenerationError(f"seed is {self.seed!r}; a whole number from 0 to 2^63 - 1 is needed.", code=2)
+            raise GenerationError(f"top_p is {shown(self.top_p)}; a number above 0 and up to 1 is needed.", code=2)
+        if self.top_k is not None and not (is_number(self.top_k, Integral) and self.top_k > 0):
+            raise GenerationError(f"top_k is {shown(self.top_k)}; a whole number from 1 up is needed.", code=2)
+        if self.seed is not None and not (is_number(self.seed, Integral) and 0 <= self.seed < 2**63):
+            raise GenerationError(f"seed is {shown(self.seed)}; a whole number from 0 to 2^63 - 1 is needed.", code=2)
 
     @property
     def is_greedy(self) -> bool:
@@ -136,20 +148,40 @@ class Saying:
         return [pair for pair in zip(self.rows, self.numbers.tolist(), strict=True) if not pair[0].is_retired]
 
 
-def nucleus(probs: Tensor, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor]:
-    """The tokens that may be drawn, most likely first: probabilities float32[B, C], 0 for those cut, and ids int64[B, C]."""
-    vocabulary = probs.shape[-1]
+def nucleus(logits: Tensor, probs: Tensor, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor]:
+    """The tokens that may be drawn, most likely first: probabilities [B, C], 0 for those cut, and ids int64[B, C].
+
+    Args:
+        logits, probs: [B, V]; the order is that of the logits, since a high temperature rounds probabilities to equal ones.
+        top_p, top_k: as Sampling.
+    """
+    vocabulary = logits.shape[-1]
     count = min(top_k or NUCLEUS, vocabulary)
-    best, ids = probs.topk(count)  # [B, C], [B, C]
+    ids = logits.topk(count).indices  # [B, C]
+    best = probs.gather(1, ids)  # [B, C]
     while top_k is None and count < vocabulary and bool((best.sum(-1) < top_p).any()):
         count = min(4 * count, vocabulary)
-        best, ids = probs.topk(count)  # [B, C], [B, C]
+        ids = logits.topk(count).indices  # [B, C]
+        best = probs.gather(1, ids)  # [B, C]
     if top_k is not None:
         best = best / best.sum(-1, keepdim=True)
-    if top_p == 1:
-        return best, ids
-    before = best.cumsum(-1) - best  # the most likely token has none before it, so that one always stays
-    return best.masked_fill(before >= top_p, 0), ids
+    if top_p < 1:  # the first always stays: a top_p that rounds to 0 must not cut everything
+        best[:, 1:] = best[:, 1:].masked_fill(best.cumsum(-1)[:, :-1] >= top_p, 0)
+    return best, ids
+
+
+def probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """float64[B, V] (float32 on Apple's GPUs, which have no float64): what temperature makes of the logits, float32[B, V].
+
+    In float64, so that no temperature or top_p that Python can write is rounded to 0 or 1, and the tokens that top_p keeps are
+    those of exact arithmetic. Where no token has a probability (all are ruled out, or NaN) all have the same.
+    """
+    smallest, exact = (1e-30, torch.float32) if logits.device.type == "mps" else (1e-300, torch.float64)
+    # Any two different logits are so far apart at the smallest temperature that the lower one gets 0. The best one becomes 0
+    # before the division, so that no quotient overflows.
+    logits = logits.to(exact)
+    gaps = (logits - logits.amax(-1, keepdim=True)).nan_to_num(nan=0)  # [B, V]
+    return (gaps / min(max(float(temperature), smallest), 1 / smallest)).softmax(-1)  # [B, V]
 
 
 def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
@@ -157,21 +189,19 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
 
     Args:
         logits: float32[B, V].
-        uniforms: float64[B] in [0, 1) in main memory, the draw of each row; the token is the one in whose share it falls.
+        uniforms: float64[B] in [0, 1) on the CPU, the draw of each row; the token is the one whose share of 0 to 1 holds it.
     Returns: int64[B].
     """
     if sampling.is_greedy:
         return logits.argmax(-1)  # [B]
-    # Float32 must hold the temperature, and the best logit becomes 0, so that no quotient overflows.
-    temperature = min(max(sampling.temperature, 1e-30), 1e30)
-    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # [B, V]
-    ids = None
+    probs, ids = probabilities(logits, sampling.temperature), None  # [B, V]
     if sampling.top_p < 1 or sampling.top_k is not None:
-        probs, ids = nucleus(probs, sampling.top_p, sampling.top_k)  # [B, C], [B, C]
-    exact = torch.float32 if probs.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    ends = probs.to(exact).cumsum(-1)
-    marks = uniforms.to(exact).to(ends.device, non_blocking=ends.is_cuda)[:, None] * ends[:, -1:]  # [B, 1]
-    place = torch.searchsorted(ends, marks, right=True).clamp(max=ends.shape[-1] - 1)  # [B, 1]
+        probs, ids = nucleus(logits, probs, float(sampling.top_p), sampling.top_k)  # [B, C], [B, C]
+    ends = probs.cumsum(-1)
+    # Rounded to 1, a draw would reach past the last share, to a token that was cut.
+    uniforms = uniforms.to(ends.dtype).clamp(max=1 - torch.finfo(ends.dtype).eps)
+    marks = uniforms.to(ends.device, non_blocking=ends.is_cuda)[:, None] * ends[:, -1:]  # [B, 1]
+    place = torch.searchsorted(ends, marks, right=True)  # [B, 1]
     return (place if ids is None else ids.gather(1, place))[:, 0]  # [B]
 
 
@@ -186,8 +216,9 @@ def choose_held(logits: Tensor, sampling: Sampling, uniforms: Tensor, allowed: l
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
-    """float32[B], of the tokens chosen, as the model holds them: no temperature, nothing cut, no grammar."""
-    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)  # [B]
+    """float32[B], of the tokens chosen, before temperature, top-k, top-p and grammar; NaN if the logits are not finite."""
+    total = logits.logsumexp(-1)  # [B]; infinite if one logit is
+    return logits.gather(1, tokens[:, None])[:, 0] - total.masked_fill(total.isinf(), torch.nan)  # [B]
 
 
 def coordinate_moments(logits: Tensor, tokens: Tensor, locations: range) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,24 @@
 
 import itertools
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
 import generation
 from errors import GenerationError, PromptError
-from generation import Sampling, choose, coordinate_moments, generate, generate_many, generate_steps, log_probabilities
+from generation import (
+    Sampling,
+    choose,
+    choose_held,
+    coordinate_moments,
+    generate,
+    generate_many,
+    generate_steps,
+    log_probabilities,
+)
 from modeling_gemma import GemmaConfig, KVCache
 from modeling_paligemma import PaliGemmaConfig
 from tiny import BOS, FAMILIES, IMAGE, PAD, PATCHES, VOCAB, make_batch, make_model, make_pair, make_pixels, raw_config
@@ -545,6 +556,16 @@ def shares(sampling, draws=2000):
         ({"top_p": 0.5}, [0, 0.4, 0, 0.25, 0, 0, 0]),
         ({"top_p": 0.3}, [0, 0.4, 0, 0, 0, 0, 0]),
         ({"top_p": 1e-9}, [0, 1, 0, 0, 0, 0, 0]),
+        ({"top_p": 1e-46}, [0, 1, 0, 0, 0, 0, 0]),  # below what float32 can hold
+        ({"top_p": 5e-324}, [0, 1, 0, 0, 0, 0, 0]),
+        ({"top_p": np.float32(0.3)}, [0, 0.4, 0, 0, 0, 0, 0]),
+        ({"top_p": 1 - 2**-53}, PROBABILITIES),
+        ({"top_p": 1e-46, "top_k": 5}, [0, 1, 0, 0, 0, 0, 0]),
+        ({"top_k": 10**30}, PROBABILITIES),
+        ({"temperature": 5e-324}, [0, 1, 0, 0, 0, 0, 0]),
+        ({"temperature": 5e-324, "top_p": 1e-46, "top_k": 3}, [0, 1, 0, 0, 0, 0, 0]),
+        ({"temperature": 1.7e308}, [1, 1, 1, 1, 0, 1, 1]),
+        ({"temperature": 10**308, "top_k": 2}, [0, 1, 0, 1, 0, 0, 0]),
         ({"top_k": 3, "top_p": 0.6}, [0, 0.4, 0, 0.25, 0, 0, 0]),  # of the three, 0.4 / 0.8 is a half
         ({"temperature": 0.5, "top_k": 3, "top_p": 0.7}, [0, 0.16, 0, 0.0625, 0, 0, 0]),
     ],
@@ -581,11 +602,59 @@ def test_what_may_be_drawn_equals_transformers(top_k, top_p, vocabulary):
         scores = TemperatureLogitsWarper(0.8)(None, logits)
         scores = TopKLogitsWarper(top_k)(None, scores) if top_k else scores
         scores = TopPLogitsWarper(top_p)(None, scores) if top_p < 1 else scores
-        probs, ids = generation.nucleus((logits / 0.8).softmax(-1), top_p, top_k)
+        probs, ids = generation.nucleus(logits, (logits / 0.8).softmax(-1), top_p, top_k)
         ours = torch.zeros(2, vocabulary).scatter(1, ids, probs)
         assert torch.equal(ours > 0, scores.softmax(-1) > 0)
         # The sums that divide them differ by rounding: 1.2e-7 is the largest gap.
         torch.testing.assert_close(ours / ours.sum(-1, keepdim=True), scores.softmax(-1), rtol=0, atol=1e-6)
+
+
+def kept_exactly(logits, top_p):
+    """How many tokens stay, by sums of fractions."""
+    weights = sorted((Fraction(math.exp(value - max(logits))) for value in logits), reverse=True)
+    total, count, mass = sum(weights), 0, 0
+    while mass < Fraction(top_p) * total:
+        mass += weights[count]
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("scale", [0.01, 3.0, 40.0])
+def test_top_p_keeps_what_exact_arithmetic_keeps(scale):
+    draw = torch.Generator().manual_seed(0)
+    for top_p in (1e-46, 0.1, 0.5, 0.9, 0.999, 1 - 1e-7, 1 - 1e-9, 1 - 1e-12):
+        logits = torch.randn(1, 600, generator=draw) * scale
+        probs, ids = generation.nucleus(logits, generation.probabilities(logits, 1.0), top_p, None)
+        kept = ids[probs > 0]
+        assert len(kept) == kept_exactly(logits[0].tolist(), top_p)
+        assert kept.tolist() == logits[0].argsort(descending=True)[: len(kept)].tolist()
+
+
+def test_equal_logits_and_ruled_out_ones_are_drawn_evenly_and_never():
+    draws = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
+    equal = torch.full((64, 8), 3.0)
+    assert choose(equal, Sampling(do_sample=True, top_p=0.5), draws).unique().numel() == 4
+    some = torch.tensor([-torch.inf, 1.0, -torch.inf, 1.0, -torch.inf, -torch.inf, -torch.inf, -torch.inf]).expand(64, -1)
+    for options in ({}, {"top_p": 0.99}, {"top_k": 8}, {"temperature": 1.7e308}, {"temperature": 5e-324}):
+        assert choose(some, Sampling(do_sample=True, **options), draws).unique().tolist() == [1, 3]
+    # A grammar may allow only what the model rules out: one of those it must be.
+    held = choose_held(some, Sampling(do_sample=True), draws, [torch.tensor([4, 6])] * 64)
+    assert held.unique().tolist() == [4, 6]
+
+
+@pytest.mark.parametrize("draw", [0.0, 2**-53, 0.5, 1 - 2**-53])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 3}, {"top_p": 1e-46}])
+def test_the_first_and_the_last_draw_give_a_token_that_may_be_drawn(draw, options):
+    logits = torch.tensor([[-torch.inf, 0.1, 0.2, 0.3, -torch.inf]])
+    token = choose(logits, Sampling(do_sample=True, **options), torch.tensor([draw], dtype=torch.float64))
+    assert token.item() in ((3,) if options == {"top_p": 1e-46} else (1, 2, 3))
+
+
+@pytest.mark.parametrize("bad", [[math.nan, 1.0, 0.0], [math.inf, 1.0, 0.0], [-math.inf] * 3])
+def test_logits_that_are_not_finite_have_no_probability_whichever_token_is_taken(bad):
+    logits = torch.tensor([bad] * 3)
+    assert log_probabilities(logits, torch.arange(3)).isnan().all()
+    assert choose(logits, Sampling(do_sample=True, top_p=0.5), torch.full((3,), 0.999, dtype=torch.float64)).max() < 3
 
 
 def test_logprobs_are_those_of_the_model_whatever_was_cut():
@@ -771,6 +840,11 @@ class Untouchable:
         {"temperature": True},
         {"temperature": None},
         {"top_p": 0},
+        {"top_p": 10**400},
+        {"temperature": 10**400},
+        {"temperature": 10**5000},
+        {"top_k": -(10**5000)},
+        {"seed": 10**5000},
         {"top_p": -0.1},
         {"top_p": 1.5},
         {"top_p": math.nan},
