@@ -3,6 +3,7 @@
 Checked in tests/test_evaluation.py, with a whole run in tests/test_finetune.py.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,14 +12,15 @@ from torch import distributed, nn
 
 import scores
 from dataset import Examples, spread
-from errors import UsageError
+from errors import DeviceError, UsageError
 from images import load_image
 from outputs import read_text
-from scores import TEXT_SCORES, require_pycocotools
+from scores import TEXT_SCORES, lacks_pycocotools
 from segmentation import MaskCodec, with_masks
 from tasks import Annotator, Request, Result, in_order
 from training import answer_losses, rank_and_world, weights_of
 
+log = logging.getLogger(__name__)
 ANSWER_ROOM = 8  # tokens that an answer may be longer than the longest right one
 
 
@@ -38,8 +40,9 @@ class Judge:
         codec: decodes masks, if there is one.
         rows: questions in flight.
         count: the most questions to ask, and the most lines whose loss is taken; both spread evenly over all (dataset.spread).
-        scores: names of scores.TEXT_SCORES and OBJECT_SCORES; chosen by what the right answers hold if empty.
-    Raises: UsageError for a score that these examples do not have, DeviceError for one that needs a package which is not there.
+        scores: names of scores.TEXT_SCORES and OBJECT_SCORES; chosen by what the right answers hold, and by what is installed,
+            if empty. What cannot be scored is logged as a warning.
+    Raises: UsageError for a score that these examples do not have, DeviceError for a named one whose package is not there.
     """
 
     def __init__(self, examples: Examples, codec: MaskCodec | None, *, rows: int, count: int, scores: Sequence[str] = ()):
@@ -57,15 +60,22 @@ class Judge:
         has_boxes, has_masks = (any(token in suffix for suffix in said) for token in ("<loc", "<seg"))
         has_texts = any("<loc" not in suffix for suffix in said)  # an empty one is a text
         chosen = ["exact", "anls"] * (any(suffix and "<loc" not in suffix for suffix in said) or not has_boxes)
-        self.scores = list(scores) or [*chosen, *["map"] * has_boxes, *["miou"] * (has_masks and codec is not None)]
+        no_map = lacks_pycocotools() if has_boxes else None
+        self.scores = list(scores) or [
+            *chosen, *["map"] * (has_boxes and no_map is None), *["miou"] * (has_masks and codec is not None)
+        ]  # fmt: skip
+        if no_map and not scores:
+            log.warning("boxes are not scored: %s", no_map)
+        if has_masks and codec is None and not scores:
+            log.warning("masks are not scored: miou needs a mask codec. Name vae-oid.npz with --mask_codec.")
         if "miou" in self.scores and codec is None:
             raise UsageError("--scores miou needs a mask codec. Name vae-oid.npz with --mask_codec, or leave miou out.")
         measured = [*TEXT_SCORES] * has_texts + ["map"] * has_boxes + ["miou"] * has_masks
         strange = [name for name in self.scores if name not in measured]
         if strange:
             raise UsageError(f"--scores {','.join(strange)} has nothing to score. These answers have {', '.join(measured)}.")
-        if "map" in self.scores:
-            require_pycocotools()
+        if "map" in self.scores and no_map:
+            raise DeviceError(f"--scores {','.join(self.scores)}: {no_map}")
         self.longest = max(len(examples.processor.encode(suffix)) for suffix in said) + 1 + ANSWER_ROOM
         self.rank, self.world = rank_and_world()
 
@@ -105,6 +115,8 @@ class Judge:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """The loss and every score."""
         numbers = {"valid_loss": self.loss(model)}
+        if not self.scores:
+            return numbers
         pairs = list(zip(self.ask(model), self.answers.values(), strict=True))
         of_objects = [(result, right) for result, right in pairs if any("<loc" in text for text in right) or not any(right)]
         of_words = [(result, right) for result, right in pairs if not any("<loc" in text for text in right)]

@@ -104,7 +104,8 @@ class Flags:
         gradient_checkpointing: less memory, and one more forward pass in each update
         evaluate_every: updates between two evaluations; once an epoch if not given
         num_scored: how many questions of valid are answered for the scores, spread evenly over the file
-        scores: of exact, vqa, anls, relaxed, cider, map, miou, with commas; chosen by what the answers hold if not given
+        scores: of exact, vqa, anls, relaxed, cider, map, miou, with commas; chosen by what the answers hold if not given, map
+            only if pycocotools is installed
         mask_codec: vae-oid.npz, which decodes masks for miou and --preview; looked for in the model's folder if not given
         save_every: updates between two checkpoints; there is one before each evaluation, too
         seed: of order, augmentation and dropout
@@ -545,7 +546,8 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
     judge = None
     if len(splits) == 2:
         scored = Examples(splits[1], processor)
-        judge = Judge(scored, codec, rows=flags.rows, count=flags.num_scored, scores=names(flags.scores))
+        with nullcontext() if is_first() else silence():
+            judge = Judge(scored, codec, rows=flags.rows, count=flags.num_scored, scores=names(flags.scores))
 
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1  # processes that share the memory
     weights.require_memory(memory_needed(blueprint, flags, world) * beside, device, "fine-tuning takes", ADVICE)

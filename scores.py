@@ -12,7 +12,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from itertools import chain
 
 from errors import DeviceError
@@ -189,10 +188,13 @@ def clipped_cosine(ours: dict[tuple, float], theirs: dict[tuple, float]) -> floa
 # Boxes and masks
 
 
-def require_pycocotools() -> None:
-    """Raises: DeviceError without it."""
-    if find_spec("pycocotools") is None:
-        raise DeviceError("average precision needs pycocotools. Install it: pip install pycocotools.")
+def lacks_pycocotools() -> str | None:
+    """Why there is no average precision, and what to install; None where pycocotools is there and can be imported."""
+    try:
+        import pycocotools.coco  # noqa: F401 - also one that was built for another numpy is of no use
+    except (ImportError, ValueError):
+        return "average precision (map) needs pycocotools. Install it: pip install pycocotools."
+    return None
 
 
 def detection_map(said: Sequence[Sequence[Found]], right: Sequence[Sequence[Found]]) -> dict[str, float]:
@@ -201,7 +203,8 @@ def detection_map(said: Sequence[Sequence[Found]], right: Sequence[Sequence[Foun
     Returns: "map", the mean over overlaps of 0.50, 0.55, ..., 0.95, and "map50", at 0.50 alone.
     Raises: DeviceError if pycocotools is missing.
     """
-    require_pycocotools()
+    if why := lacks_pycocotools():
+        raise DeviceError(why)
     import contextlib
     import io
 

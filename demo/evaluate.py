@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import shapes
 from exports import coco, coco_results, collect
 from outputs import Box, Found, as_json
-from scores import mask_iou
+from scores import lacks_pycocotools, mask_iou
 from tasks import OBJECT_TASKS, Annotator, Request, Result, in_order
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,6 +235,9 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=0, help="print that many wrong answers")
     options = parser.parse_args()
 
+    no_map = lacks_pycocotools()
+    if no_map:
+        print(f"note: {no_map} The other scores are printed without it.", file=sys.stderr)
     start = time.perf_counter()
     ready = annotator(options)
     asked = questions(options.count, options.seed)
@@ -257,13 +260,11 @@ def main() -> None:
     summary = {name: float(value) for name, value in numbers.items()}
     summary |= {"pictures": options.count, "questions": sum(map(len, scores.values())), "seed": options.seed}
     summary |= {"quantize": options.quantize, "grammar": options.grammar}
-    try:
+    if not no_map:
         boxed = [(question, result) for question, result in zip(flat, results, strict=True) if question.task == "detect"]
         said = [result.reading.objects if result.reading else [] for _, result in boxed]
         summary["detection"] = detection(said, [question.true for question, _ in boxed])
         report_detection(summary["detection"])
-    except ModuleNotFoundError as error:
-        print(f"note: no average precision without {error.name}. Install it: pip install pycocotools.", file=sys.stderr)
     print(json.dumps(rounded(summary | {"seconds": time.perf_counter() - start})))
 
 

@@ -414,7 +414,8 @@ def test_evaluate_prints_a_line_a_measure_and_ends_with_json(monkeypatch, capsys
 def test_evaluate_does_without_pycocotools(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     lines, result, err = evaluated(monkeypatch, capsys)
-    assert "pip install pycocotools" in err and "detection" not in result and not any("mAP" in line for line in lines)
+    assert err.count("pip install pycocotools") == 1 and len(lines) > 5
+    assert "detection" not in result and not any("mAP" in line for line in lines)
 
 
 def test_the_figure_of_scores_is_what_its_script_draws(tmp_path, monkeypatch):

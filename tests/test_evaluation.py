@@ -1,5 +1,6 @@
 """What a Judge counts as the answer to what, and which scores see it."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,6 @@ import torch
 
 import dataset
 import evaluation
-import scores
 from errors import DeviceError, UsageError
 from evaluation import Judge
 from outputs import read_text
@@ -93,9 +93,25 @@ def test_masks_are_held_against_those_of_the_right_codes(judge):
 def test_what_scores_need_is_asked_for_before_anything_is_learned(judge, monkeypatch):
     with pytest.raises(UsageError, match="--mask_codec"):
         judge([("segment cat", "cat")], scores=["miou"])
-    monkeypatch.setattr(scores, "find_spec", lambda _: None)
-    with pytest.raises(DeviceError, match="pip install pycocotools"):
-        judge([("detect cat", f"{BOX} cat")])
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    with pytest.raises(DeviceError, match="--scores map: .*pip install pycocotools"):
+        judge([("detect cat", f"{BOX} cat")], scores=["map"])
+
+
+@pytest.mark.parametrize("word", [[], [("color", "red")]])
+def test_without_pycocotools_all_else_is_scored_and_the_package_named_once(judge, monkeypatch, caplog, word):
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    lines = [("detect cat", f"{BOX} cat"), *word]
+    numbers = judge(lines, [answer for _, answer in lines])(None)
+    assert numbers == {"valid_loss": 0.5} | ({"exact": 1, "anls": 1} if word else {})
+    assert [record.getMessage() for record in caplog.records] == [
+        "boxes are not scored: average precision (map) needs pycocotools. Install it: pip install pycocotools."
+    ]
+
+
+def test_masks_without_a_codec_are_said_not_to_be_scored(judge, caplog):
+    assert judge([("segment cat", f"{BOX}{CODES} cat")]).scores == ["map"]
+    assert "masks are not scored: miou needs a mask codec" in caplog.text
 
 
 def test_a_sorted_file_is_scored_all_over_and_not_at_its_beginning(judge):

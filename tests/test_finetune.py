@@ -410,6 +410,15 @@ def test_the_rate_that_is_logged_is_one_that_was_used(model, data, tmp_path, cap
     assert json.loads(line)["learning_rate"] == pytest.approx(2e-4)
 
 
+def test_detection_is_learned_and_scored_without_pycocotools(model, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    (data / "boxes.jsonl").write_text((data / "train.jsonl").read_text().splitlines()[-1] + "\n")
+    given = [*arguments(model, data, tmp_path / "run", f"--valid={data / 'boxes.jsonl'}"), f"--train={data / 'boxes.jsonl'}"]
+    code, said = run(capsys, *given, "--steps=1", "--batch_size=1")
+    assert code == 0 and said.count("pip install pycocotools") == 1 and "valid_loss" in said
+    assert said.index("pip install pycocotools") < said.index("step 1")
+
+
 def test_scores_of_a_part_say_which_part(model, data, tmp_path, capsys):
     flags = [f"--valid={data / 'valid.jsonl'}", "--num_scored=2", "--evaluate_every=6"]
     code, said = run(capsys, *arguments(model, data, tmp_path / "run", *flags))
