@@ -1,20 +1,22 @@
-"""What was found, drawn into its picture, or set as a table for a terminal. Pillow and numpy, no font file, no torch.
+"""What was found, drawn into its picture, or set as a table for a terminal. Pillow and numpy, no torch.
 
-`draw` scales lines and letters with the picture, gives every label a colour that people with any colour vision can tell from
-the next, shades each edge as far as the model was unsure of it, and moves labels until they neither leave the picture nor, if it
-can be helped, cover each other. `table` shows the same objects in letters. `save` writes a picture so that nobody ever sees half
-of it. Checked in tests/test_drawing.py.
+`draw` scales lines and letters with the picture, gives every label a colour that people with any colour vision can tell from the
+next, dashes each edge that the model is unsure of and marks how far off it may be, and places labels inside the picture so that
+they cover each other as little as possible. `table` shows the same objects in letters. `save` writes a picture that is complete
+or absent. Checked in tests/test_drawing.py.
 """
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import category
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
 
 from files import whole
+from lettering import UNKNOWN, Lettering, lettering
 from outputs import Box, Found
 
 Color = tuple[int, int, int]
@@ -27,9 +29,14 @@ PALETTE: tuple[Color, ...] = (
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 LINES, LETTERS = 1 / 190, 1 / 34  # width of a line, size of a letter, of the side of a square as large as the picture
 USUAL_LETTER, SMALLEST_LETTER = 12, 7  # pixels: the least where there is room; what a label is shrunk to before it is cut
+MOST_LETTERS = 200  # of a label; the rest is cut
+LABEL_SHARE = 0.25  # of the picture, which labels may cover together; then they shrink, then the last ones are left out
 FILL = 90  # how opaque a mask is, of 255
-VEIL = 100  # how opaque the shading of an unsure edge is where it is likeliest, of 255
+SEAM = 110  # how opaque the dark line around a frame is, of 255
+UNSURE = 2  # standard deviation of an edge from which it is marked as unsure, in widths of the line
+DASH, GAP, CAP = 4, 3, 3  # lengths of a dash, of the gap after it and of half a whisker's cap, in widths of the line
 SUPERSAMPLING = 4
+JOINER = "\u200d"  # invisible, but what makes one emoji of several
 BLOCKS = " ▏▎▍▌▋▊▉█"
 BAR = 10  # letters of a full bar
 
@@ -78,41 +85,70 @@ def rectangle(box: Box, width: int, height: int) -> Rectangle:
     return left, top, right, bottom
 
 
-def likelihood(length: int, first: int, ends: tuple[float, float], spreads: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """How likely two opposite edges lie at each pixel from `first` on, and how likely that pixel lies between them.
+def strokes(rectangle: Rectangle, line: int, is_dashed: Sequence[bool]) -> list[Rectangle]:
+    """What a frame is drawn of: its upper, left, lower and right side, each whole or in dashes."""
+    left, top, right, bottom = rectangle
+    sides = [
+        (left, top, right, min(top + line, bottom)), (left, top, min(left + line, right), bottom),
+        (left, max(bottom - line, top), right, bottom), (max(right - line, left), top, right, bottom),
+    ]  # fmt: skip
+    found = []
+    for (x, y, x_end, y_end), dashed in zip(sides, is_dashed, strict=True):
+        if not dashed:
+            found.append((x, y, x_end, y_end))
+        elif x_end - x > y_end - y:
+            found += [(at, y, min(at + DASH * line, x_end), y_end) for at in range(x, x_end, (DASH + GAP) * line)]
+        else:
+            found += [(x, at, x_end, min(at + DASH * line, y_end)) for at in range(y, y_end, (DASH + GAP) * line)]
+    return found
 
-    Returns: float32[length], the densities with their peaks at 1, and float32[length], 1 between the edges.
+
+def whiskers(box: Box, spread: Sequence[float], line: int, size: tuple[int, int]) -> list[Rectangle]:
+    """An error bar across the middle of each edge with a spread: from one standard deviation before it to one after it.
+
+    Args:
+        spread: standard deviations of the upper, left, lower and right edge, in fractions of the picture's sides; 0 = no bar.
+        size: width and height of the picture.
     """
-    pixel = np.arange(first, first + length, dtype=np.float32) + 0.5
-    low, high = (np.exp(-0.5 * ((pixel - end) / max(spread, 0.25)) ** 2) for end, spread in zip(ends, spreads, strict=True))
-    return np.maximum(low, high), np.where(pixel < ends[0], low, np.where(pixel > ends[1], high, 1))
+    width, height, cap = *size, CAP * line
+    x, y = round((box.x_min + box.x_max) / 2 * width), round((box.y_min + box.y_max) / 2 * height)
+    edges = (box.y_min, x, height), (box.x_min, y, width), (box.y_max, x, height), (box.x_max, y, width)
+    found = []
+    for number, ((edge, middle, length), deviation) in enumerate(zip(edges, spread, strict=True)):
+        if deviation:
+            low, high, at = round((edge - deviation) * length), round((edge + deviation) * length), middle - line // 2
+            bar = (at, low, at + line, high)
+            caps = [(at - cap, end, at + line + cap, end + line) for end in (low, high - line)]
+            found += [(y, x, y_end, x_end) if number % 2 else (x, y, x_end, y_end) for x, y, x_end, y_end in (bar, *caps)]
+    return found
 
 
-def shade_edges(picture: Image.Image, found: Found, color: Color) -> None:
-    """Lays a veil over where each edge may be, as dense as it is likely to be there."""
+def draw_box(
+    picture: Image.Image, box: Box, color: Color, line: int, spread: Sequence[float] = (0, 0, 0, 0), has_seam: bool = True
+) -> None:  # fmt: skip
+    """A frame whose outer side is the box's, with a faint dark seam that sets it off from a ground of its own colour.
+
+    Args:
+        spread: see `whiskers`; an edge that may be off by more than UNSURE lines is dashed and gets an error bar.
+    """
     width, height = picture.size
-    box, (top, left, bottom, right) = found.box, found.spread
-    area = Box(box.y_min - 3 * top, box.x_min - 3 * left, box.y_max + 3 * bottom, box.x_max + 3 * right)
-    x, y, x_end, y_end = rectangle(area, width, height)
-    on_x, in_x = likelihood(x_end - x, x, (box.x_min * width, box.x_max * width), (left * width, right * width))
-    on_y, in_y = likelihood(y_end - y, y, (box.y_min * height, box.y_max * height), (top * height, bottom * height))
-    veil = np.maximum(in_y[:, None] * on_x, on_y[:, None] * in_x) * VEIL
-    picture.paste(color, (x, y), Image.fromarray(veil.astype(np.uint8)))
+    marked = [value if value * side > UNSURE * line else 0 for value, side in zip(spread, (height, width) * 2, strict=True)]
+    parts = strokes(rectangle(box, width, height), line, [value > 0 for value in marked])
+    parts += whiskers(box, marked, line, picture.size)
+    if has_seam:
+        seam = max(1, line // 3)
+        x, y = (min(part[axis] for part in parts) - seam for axis in (0, 1))
+        x_end, y_end = (max(part[axis] for part in parts) + seam for axis in (2, 3))
+        veil = Image.new("L", (x_end - x, y_end - y), 0)
+        for left, top, right, bottom in parts:
+            veil.paste(SEAM, (left - seam - x, top - seam - y, right + seam - x, bottom + seam - y))
+        picture.paste(BLACK, (x, y), veil)
+    for part in parts:
+        picture.paste(color, part)
 
 
-def draw_box(picture: Image.Image, box: Box, color: Color, line: int) -> None:
-    """A frame whose outer side is the box's, with a faint dark seam that sets it off from a ground of its own colour."""
-    left, top, right, bottom = rectangle(box, *picture.size)
-    veil = Image.new("L", (right - left + 2, bottom - top + 2), 0)
-    pen = ImageDraw.Draw(veil)
-    seam = max(1, line // 3)
-    pen.rectangle((0, 0, veil.width - 1, veil.height - 1), outline=110, width=1 + line + seam)
-    picture.paste(BLACK, (left - 1, top - 1), veil)
-    ImageDraw.Draw(picture).rectangle((left, top, right - 1, bottom - 1), outline=color, width=line)
-
-
-def draw_mask(picture: Image.Image, mask: np.ndarray, color: Color, line: int) -> None:
-    """Colours what a mask, bool[H, W] of the picture, covers, and draws its outline."""
+def draw_mask(picture: Image.Image, mask: np.ndarray, color: Color, line: int, fill: int = FILL) -> None:
+    """Colours what a mask, bool[H, W] of the picture, covers, as opaque as fill says (of 255), and draws its outline."""
     if mask.shape != (picture.height, picture.width) or not mask.any():
         return
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -124,7 +160,7 @@ def draw_mask(picture: Image.Image, mask: np.ndarray, color: Color, line: int) -
     for y, x in ((0, line), (2 * line, line), (line, 0), (line, 2 * line)):
         inside &= padded[y : y + height, x : x + width]
     corner = (int(left), int(top))
-    picture.paste(color, corner, Image.fromarray(part.astype(np.uint8) * FILL))
+    picture.paste(color, corner, Image.fromarray(part.astype(np.uint8) * fill))
     outline = Image.fromarray((part & ~inside).astype(np.uint8) * 255).filter(ImageFilter.GaussianBlur(0.6))
     picture.paste(color, corner, outline)
 
@@ -132,34 +168,30 @@ def draw_mask(picture: Image.Image, mask: np.ndarray, color: Color, line: int) -
 # Labels
 
 
-@lru_cache(maxsize=64)
-def font(size: float) -> ImageFont.FreeTypeFont:
-    """Pillow's own, at this many pixels."""
-    return ImageFont.load_default(size)
-
-
 def clean(text: str) -> str:
-    """Text on one line that can be drawn and printed: no control characters, no halves of letters."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    """Text on one line that can be drawn and printed: no control characters, no halves of letters, nothing invisible."""
+    kept = (letter if letter.isprintable() or letter == JOINER else "" if category(letter) == "Cf" else " " for letter in text)
+    return " ".join("".join(kept).split())
 
 
 def caption(found: Found) -> str:
     """What stands beside a box: the label in full and the score."""
-    return clean(f"{found.label} {found.score:.2f}" if found.score is not None else found.label)
+    label = found.label[:MOST_LETTERS]
+    return clean(f"{label} {found.score:.2f}" if found.score is not None else label)
 
 
-def measure(text: str, size: float) -> tuple[int, int, int]:
+def measure(text: str, size: float, letters: Lettering) -> tuple[int, int, int]:
     """Width and height of a label of this text and letter size, and the space around the text."""
     space = max(1, round(size / 3))
-    letters = font(size * SUPERSAMPLING)
-    width, height = letters.getlength(text) / SUPERSAMPLING, sum(letters.getmetrics()) / SUPERSAMPLING
+    size *= SUPERSAMPLING
+    width, height = letters.width(text, size) / SUPERSAMPLING, sum(letters.height(text, size)) / SUPERSAMPLING
     return math.ceil(width) + 2 * space, math.ceil(height) + 2 * (space // 3), space
 
 
-def fit(text: str, size: float, width: int, height: int) -> tuple[str, float] | None:
+def fit(text: str, size: float, width: int, height: int, letters: Lettering) -> tuple[str, float] | None:
     """The text and the letter size with which a label fits: smaller first, then cut; None if nothing does."""
     while True:
-        label = measure(text, size)
+        label = measure(text, size, letters)
         if label[0] <= width and label[1] <= height:
             return text, size
         if size > SMALLEST_LETTER:
@@ -192,42 +224,91 @@ def place(box: Rectangle, label: tuple[int, int], taken: list[Rectangle], width:
     return min((within(spot) for spot in spots), key=lambda spot: sum(overlap(spot, other) for other in taken))
 
 
-def draw_label(picture: Image.Image, text: str, size: float, spot: Rectangle, color: Color) -> None:
+def draw_label(picture: Image.Image, text: str, size: float, spot: Rectangle, color: Color, letters: Lettering) -> None:
     """A plate in the colour of the box with the text on it, drawn larger and shrunk, for even letters and round corners."""
-    width, height, space = spot[2] - spot[0], spot[3] - spot[1], measure(text, size)[2] * SUPERSAMPLING
+    width, height, space = spot[2] - spot[0], spot[3] - spot[1], measure(text, size, letters)[2] * SUPERSAMPLING
     plate = Image.new("RGB", (width * SUPERSAMPLING, height * SUPERSAMPLING), color)
-    ImageDraw.Draw(plate).text((space, space // 3), text, font=font(size * SUPERSAMPLING), fill=ink(color))
+    letters.write(plate, (space, space // 3), text, size * SUPERSAMPLING, ink(color))
     shape = Image.new("L", plate.size, 0)
     ImageDraw.Draw(shape).rounded_rectangle((0, 0, plate.width - 1, plate.height - 1), radius=space * 2 // 3, fill=245)
     plate, shape = (image.resize((width, height), Image.Resampling.BOX) for image in (plate, shape))
     picture.paste(plate, spot[:2], shape)
 
 
-def draw(picture: Image.Image, objects: Sequence[Found]) -> Image.Image:
+def draw_labels(picture: Image.Image, boxed: Sequence[Found], colors: dict[str, Color], letters: Lettering) -> int:
+    """Draws labels beside boxes until they cover LABEL_SHARE of the picture. Returns: how many are left out."""
+    named = [found for found in boxed if caption(found)]
+    num_pixels = picture.width * picture.height
+    size, room = max(USUAL_LETTER, math.sqrt(num_pixels) * LETTERS), num_pixels * LABEL_SHARE
+
+    def area(found: Found) -> int:
+        width, height, _ = measure(caption(found), size, letters)
+        return width * height
+
+    while size > SMALLEST_LETTER and sum(map(area, named)) > room:
+        size = max(SMALLEST_LETTER, size * 0.85)
+    taken: list[Rectangle] = []
+    for found in named:
+        fitting = fit(caption(found), size, *picture.size, letters)
+        label = measure(*fitting, letters)[:2] if fitting else picture.size
+        if label[0] * label[1] + sum(overlap(spot, spot) for spot in taken) > room:
+            return len(named) - len(taken)
+        spot = place(rectangle(found.box, *picture.size), label, taken, *picture.size)
+        taken.append(spot)
+        draw_label(picture, *fitting, spot, colors[found.label], letters)
+    return 0
+
+
+@dataclass(frozen=True)
+class Style:
+    """How objects are drawn.
+
+    Args:
+        line_width: of boxes, in pixels; None = by the size of the picture.
+        has_labels: whether names and scores stand beside the boxes.
+        is_plain: frames and outlines only: masks are not filled, and unsure edges look like sure ones.
+        font: a font file for labels, asked before those that lettering.py finds.
+    """
+
+    line_width: int | None = None
+    has_labels: bool = True
+    is_plain: bool = False
+    font: str | None = None
+
+
+def draw(
+    picture: Image.Image, objects: Sequence[Found], style: Style = Style(), notes: list[str] | None = None
+) -> Image.Image:  # fmt: skip
     """A copy of the picture, RGB and of the same size, with what was found: masks, boxes, labels and scores.
 
-    Objects without a box are left out. The smaller a box, the later it is drawn, so that none is lost behind another.
+    Objects without a box are left out. The smaller a box, the later it is drawn, so that larger ones do not cover it.
+
+    Args:
+        notes: gets a sentence for each thing that could not be drawn.
+    Raises: UsageError for a font that cannot be read.
     """
     out = picture.convert("RGB").copy()
     boxed = sorted((found for found in objects if found.box is not None), key=lambda found: -found.box.area)
     colors = palette(found.label for found in objects)
-    side = math.sqrt(out.width * out.height)
-    line, letter = max(1, round(side * LINES)), max(USUAL_LETTER, side * LETTERS)
+    line = style.line_width or max(1, round(math.sqrt(out.width * out.height) * LINES))
     for found in boxed:
         if found.mask is not None:
-            draw_mask(out, found.mask, colors[found.label], line)
+            draw_mask(out, found.mask, colors[found.label], line, 0 if style.is_plain else FILL)
     for found in boxed:
-        if found.spread is not None:
-            shade_edges(out, found, colors[found.label])
-        draw_box(out, found.box, colors[found.label], line)
-    taken: list[Rectangle] = []
-    for found in boxed:
-        fitting = fit(caption(found), letter, *out.size) if caption(found) else None
-        if fitting is not None:
-            label = measure(*fitting)[:2]
-            spot = place(rectangle(found.box, *out.size), label, taken, *out.size)
-            taken.append(spot)
-            draw_label(out, *fitting, spot, colors[found.label])
+        spread = (0, 0, 0, 0) if style.is_plain or found.spread is None else found.spread
+        draw_box(out, found.box, colors[found.label], line, spread, not style.is_plain)
+    if style.has_labels:
+        letters = lettering(style.font)
+        num_missing = draw_labels(out, boxed, colors, letters)
+        unknown = letters.missing("".join(caption(found) for found in boxed))
+        if notes is not None and num_missing:
+            size = f"{out.width} x {out.height} pixels have"
+            notes.append(f"{size} no room for {num_missing} of the labels: they are left out of the drawing.")
+        if notes is not None and unknown:
+            notes.append(
+                f"no font here has {unknown[:20]}: drawn as {UNKNOWN}. Install one (Debian and Ubuntu: apt install "
+                "fonts-noto-cjk fonts-noto-color-emoji), or name its file with --font."
+            )
     return out
 
 

@@ -25,9 +25,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from drawing import PALETTE, clean, draw_box, font
+from drawing import PALETTE, clean, draw_box
 from errors import PromptError
 from generation import only_row
+from lettering import lettering
 from modeling_gemma import rotate
 from outputs import BOX_LENGTH, PLACE, Box, items, pieces_of_ids
 from processing_paligemma import SPACE, PaliGemmaProcessor
@@ -399,9 +400,9 @@ def explain(model: nn.Module, processor: PaliGemmaProcessor, inputs: dict, token
 def fitted(text: str, size: int, width: float) -> str:
     """As much of the text as is not wider than that many pixels."""
     text = clean(text)
-    if font(size).getlength(text) <= width:
+    if lettering().width(text, size) <= width:
         return text
-    while text and font(size).getlength(text + "…") > width:
+    while text and lettering().width(text + "…", size) > width:
         text = text[:-1]
     return text + "…"
 
@@ -410,7 +411,7 @@ def wrapped(text: str, size: int, width: float, most: int) -> list[str]:
     """The text in at most that many lines of at most that width; the last one is cut."""
     lines: list[str] = []
     for word in text.split():
-        if lines and font(size).getlength(f"{lines[-1]} {word}") <= width:
+        if lines and lettering().width(f"{lines[-1]} {word}", size) <= width:
             lines[-1] += f" {word}"
         else:
             lines.append(word)
@@ -445,15 +446,16 @@ def heat_map(picture: Image.Image, values: Tensor) -> Image.Image:
     return Image.composite(glow(share), pale, cover)
 
 
-def draw_bars(draw: ImageDraw.ImageDraw, x: int, y: int, width: int, bars: Sequence[tuple[str, float]]) -> None:
+def draw_bars(sheet: Image.Image, x: int, y: int, width: int, bars: Sequence[tuple[str, float]]) -> None:
     """Alternatives and their probabilities, a line each; the longest bar is the probability 1."""
-    label, number = int(0.42 * width), 46
+    draw, label, number = ImageDraw.Draw(sheet), int(0.42 * width), 46
     for line, (text, probability) in enumerate(bars):
         top, room = y + 21 * line, width - label - number
-        draw.text((x, top), fitted(text.strip() or repr(text)[1:-1], 13, label - 8), INK if line == 0 else SOFT, font(13))
+        shown = fitted(text.strip() or repr(text)[1:-1], 13, label - 8)
+        lettering().write(sheet, (x, top), shown, 13, INK if line == 0 else SOFT)
         draw.rectangle((x + label, top + 3, x + label + room, top + 13), FAINT)
         draw.rectangle((x + label, top + 3, x + label + max(1, round(room * probability)), top + 13), BLUE)
-        draw.text((x + width, top), f"{probability:.0%}", SOFT, font(13), anchor="ra")
+        lettering().write(sheet, (x + width, top), f"{probability:.0%}", 13, SOFT, "ra")
 
 
 def boxed(picture: Image.Image, words: Sequence[Word]) -> Image.Image:
@@ -467,17 +469,17 @@ def boxed(picture: Image.Image, words: Sequence[Word]) -> Image.Image:
 
 def draw_card(sheet: Image.Image, x: int, y: int, picture: Image.Image, word: Word, tokens: Sequence[Token]) -> None:
     """One word: its map, how likely it was and how much likelier through the picture, and what else was considered."""
-    draw, width = ImageDraw.Draw(sheet), picture.width
+    width = picture.width
     heat = heat_map(picture, word.roll_out if word.gradient is None else word.gradient)
     sheet.paste(boxed(heat, [word]), (x, y))
     below = y + picture.height + 8
     chance = f"{math.exp(word.logprob / len(tokens)):.0%}"  # of a token, in the geometric mean
-    draw.text((x, below), fitted(word.text, 19, width - 56), INK, font(19))
-    draw.text((x + width, below + 4), chance, SOFT, font(14), anchor="ra")
+    lettering().write(sheet, (x, below), fitted(word.text, 19, width - 56), 19, INK)
+    lettering().write(sheet, (x + width, below + 4), chance, 14, SOFT, "ra")
     says, color = f"picture {signed(word.dependence, 1)} nats", GREEN if word.dependence >= LEAST_DEPENDENCE else ORANGE
-    draw.text((x, below + 27), says, color, font(13))
+    lettering().write(sheet, (x, below + 27), says, 13, color)
     doubtful = max(tokens, key=lambda token: token.entropy)  # of several tokens, the one of most doubt
-    draw_bars(draw, x, below + 50, width, doubtful.alternatives[:BARS])
+    draw_bars(sheet, x, below + 50, width, doubtful.alternatives[:BARS])
 
 
 def draw_head(sheet: Image.Image, picture: Image.Image, explanation: Explanation) -> None:
@@ -485,17 +487,17 @@ def draw_head(sheet: Image.Image, picture: Image.Image, explanation: Explanation
     draw, x, y = ImageDraw.Draw(sheet), MARGIN + picture.width + 28, MARGIN
     sheet.paste(boxed(picture, explanation.words), (MARGIN, MARGIN))
     width = sheet.width - x - MARGIN
-    draw.text((x, y), fitted(explanation.prompt, 17, width), SOFT, font(17))
+    lettering().write(sheet, (x, y), fitted(explanation.prompt, 17, width), 17, SOFT)
     y += 32
     answer = PLACE.sub("", explanation.text)  # boxes are drawn
     for line in wrapped(answer, 27, width, 3) or ["(no words)"]:
-        draw.text((x, y), line, INK, font(27))
+        lettering().write(sheet, (x, y), line, 27, INK)
         y += 36
     y += 12
     says = "It comes from the picture" if explanation.warning is None else "It hardly depends on the picture"
     color = GREEN if explanation.warning is None else ORANGE
-    draw.rounded_rectangle((x, y, x + font(17).getlength(says) + 28, y + 34), 6, color)
-    draw.text((x + 14, y + 17), says, "white", font(17), anchor="lm")
+    draw.rounded_rectangle((x, y, x + lettering().width(says, 17) + 28, y + 34), 6, color)
+    lettering().write(sheet, (x + 14, y + 17), says, 17, "white", "lm")
     y += 48
     count = len(explanation.tokens)
     kind = "hangs on (gradient)" if any(word.gradient is not None for word in explanation.words) else "looked at (attention)"
@@ -505,7 +507,7 @@ def draw_head(sheet: Image.Image, picture: Image.Image, explanation: Explanation
         f"Maps: what each word {kind}, darkest red most. Bars: what else was considered.",
         *explanation.notes,
     ):
-        draw.text((x, y), fitted(line, 15, width), SOFT, font(15))
+        lettering().write(sheet, (x, y), fitted(line, 15, width), 15, SOFT)
         y += 22
 
 

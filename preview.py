@@ -3,10 +3,11 @@
 import math
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 
 import drawing
 from dataset import Examples, spread
+from lettering import lettering
 from outputs import read_text
 from segmentation import MaskCodec, with_masks
 
@@ -25,7 +26,6 @@ def draw_preview(examples: Examples, codec: MaskCodec | None, file: Path) -> Non
     count = len(shown_lines)
     columns = min(COLUMNS, count)
     page = Image.new("RGB", (columns * SIDE, math.ceil(count / columns) * (SIDE + 2 * LINE + 8)), "white")
-    pen = ImageDraw.Draw(page)
     for number, line in enumerate(shown_lines):
         picture, prefix, suffix = examples[0, line]
         objects = read_text(suffix).objects
@@ -37,5 +37,5 @@ def draw_preview(examples: Examples, codec: MaskCodec | None, file: Path) -> Non
         answer = " ; ".join(found.label for found in objects) if objects else suffix or "(nothing)"
         for row, text in enumerate((prefix, answer)):
             place = x + 6, y + SIDE + row * LINE
-            pen.text(place, drawing.clean(text)[:LETTERS], "black" if row else "#555555", drawing.font(13))
+            lettering().write(page, place, drawing.clean(text)[:LETTERS], 13, "black" if row else "#555555")
     drawing.save(page, file)

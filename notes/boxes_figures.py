@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import drawing
 import shapes
 from masks import crop, paste
 from outputs import Box, Found, read_text, to_suffix
@@ -85,7 +84,7 @@ def draw_codec() -> None:
         for place, code in enumerate(found.codes):
             x, y = left + place % 4 * side // 4, top + place // 4 * side // 4
             pen.rectangle([x, y, x + side // 4 - 2, y + side // 4 - 2], fill="#e8eef6")
-            pen.text((x + side // 8, y + side // 8), str(code), "#222222", drawing.font(15), anchor="mm")
+            pen.text((x + side // 8, y + side // 8), str(code), "#222222", ImageFont.load_default(15), anchor="mm")
     page.save(HERE / "codec.png", optimize=True)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import drawing
+import lettering
 from errors import OutputError
 from outputs import Box, Found
 
@@ -77,9 +78,10 @@ def test_lines_and_letters_grow_with_the_picture():
 @settings(max_examples=60)
 @given(st.tuples(fractions, fractions), st.integers(20, 400), st.integers(20, 400))
 def test_labels_never_leave_the_picture(corner, width, height):
-    label = drawing.fit("a label 0.50", 12, width, height)
+    letters = lettering.lettering()
+    label = drawing.fit("a label 0.50", 12, width, height, letters)
     box = drawing.rectangle(Box(corner[0], corner[1], corner[0], corner[1]), width, height)
-    spot = drawing.place(box, drawing.measure(*label)[:2], [], width, height)
+    spot = drawing.place(box, drawing.measure(*label, letters)[:2], [], width, height)
     assert 0 <= spot[0] < spot[2] <= width and 0 <= spot[1] < spot[3] <= height
 
 
@@ -92,22 +94,78 @@ def test_labels_of_equal_boxes_do_not_cover_each_other():
 
 
 def test_a_label_shrinks_then_is_cut_then_left_out():
-    assert drawing.fit("cat", 12, 300, 200) == ("cat", 12)
-    text, size = drawing.fit("a cat on a mat", 12, 70, 200)
+    letters = lettering.lettering()
+    assert drawing.fit("cat", 12, 300, 200, letters) == ("cat", 12)
+    text, size = drawing.fit("a cat on a mat", 12, 70, 200, letters)
     assert text == "a cat on a mat" and size < 12
-    text, size = drawing.fit("a cat on a mat", 12, 40, 200)
+    text, size = drawing.fit("a cat on a mat", 12, 40, 200, letters)
     assert text.endswith("…") and size == drawing.SMALLEST_LETTER
-    assert drawing.fit("a cat on a mat", 12, 300, 4) is None and drawing.fit("a cat", 12, 3, 100) is None
+    assert drawing.fit("a cat on a mat", 12, 300, 4, letters) is None and drawing.fit("a cat", 12, 3, 100, letters) is None
 
 
-def test_unsure_edges_are_shaded_and_sure_ones_are_not():
+def test_an_unsure_edge_is_dashed_with_an_error_bar_and_sure_ones_are_not():
     box = Box(0.3, 0.3, 0.7, 0.7)
     sure = drawing.draw(blank(), [Found("", box, spread=(0, 0, 0, 0))])
-    unsure = np.asarray(drawing.draw(blank(), [Found("", box, spread=(0.05, 0, 0, 0))])).astype(int)
-    assert changed(sure, drawing.draw(blank(), [Found("", box)])).sum() < 100
-    shade = np.abs(unsure - GREY).sum(-1)
-    assert shade[50, 150] > 10 and shade[50, 150] > shade[40, 150] > 0  # fades away from the upper edge, at y = 60
-    assert shade[150, 150] == 0 and shade[100, 220] == 0
+    unsure = np.asarray(drawing.draw(blank(), [Found("", box, spread=(0.05, 0, 0, 0))]))
+    assert not changed(sure, drawing.draw(blank(), [Found("", box)])).any()
+    colored = (unsure == drawing.PALETTE[0]).all(-1)
+    assert 0.4 < colored[60, 90:210].mean() < 0.8 and colored[139, 90:210].all()  # the upper edge, the lower one
+    bar = np.flatnonzero(colored[:60, 150])
+    assert bar[0] == 50 and len(bar) >= 10  # from one standard deviation above the edge: 60 - 0.05 * 200
+    assert colored[50, 147:154].all() and not colored[49].any()
+
+
+def test_plain_drawings_have_frames_and_outlines_only():
+    mask = np.zeros((200, 300), bool)
+    mask[70:130, 100:200] = True
+    found = [Found("", Box(0.3, 0.3, 0.7, 0.7), spread=(0.05, 0.05, 0.05, 0.05), mask=mask)]
+    plain = drawing.draw(blank(), found, drawing.Style(is_plain=True))
+    assert plain.getpixel((150, 100)) == GREY  # not filled
+    assert not changed(plain, blank())[:60].any()  # nothing outside of the frame
+    assert plain.getpixel((150, 60)) == drawing.PALETTE[0]
+
+
+def test_lines_are_as_wide_as_asked_for_and_labels_can_be_left_out():
+    found = [Found("cat", Box(0.25, 0.25, 0.75, 0.75))]
+    out = drawing.draw(blank(400, 400), found, drawing.Style(line_width=7, has_labels=False))
+    column = (np.asarray(out)[:, 200] == drawing.PALETTE[0]).all(-1)
+    assert np.flatnonzero(column).tolist() == [*range(100, 107), *range(293, 300)]
+    labelled = drawing.draw(blank(400, 400), found, drawing.Style(line_width=7))
+    assert changed(out, labelled).any()
+
+
+def test_labels_leave_most_of_a_small_picture_free_and_say_so():
+    objects = [Found(f"thing {number}", Box(0.1 * number, 0.1, 0.9, 0.9), score=0.5) for number in range(3)]
+    notes = []
+    style = drawing.Style(has_labels=False)
+    covered = changed(drawing.draw(blank(40, 40), objects, notes=notes), drawing.draw(blank(40, 40), objects, style))
+    assert covered.mean() <= drawing.LABEL_SHARE
+    assert notes == ["40 x 40 pixels have no room for 2 of the labels: they are left out of the drawing."]
+    notes = []
+    drawing.draw(blank(800, 800), objects, notes=notes)
+    assert notes == []
+
+
+def test_many_labels_shrink_before_any_is_left_out():
+    objects = [Found(f"thing {number}", Box(0.01 * number, 0.1, 0.9, 0.9)) for number in range(40)]
+    notes = []
+    drawing.draw(blank(500, 500), objects, notes=notes)
+    assert notes == []
+
+
+def test_a_letter_that_no_font_has_is_said(monkeypatch):
+    monkeypatch.setattr(lettering, "system_font", lambda _: "")
+    lettering.lettering.cache_clear()
+    notes = []
+    drawing.draw(blank(), [Found("\U00013000", Box(0.2, 0.2, 0.8, 0.8))], notes=notes)
+    lettering.lettering.cache_clear()
+    assert len(notes) == 1 and "\U00013000" in notes[0] and "--font" in notes[0]
+
+
+def test_a_very_long_label_takes_no_longer_than_a_long_one():
+    found = Found("a" * 1_000_000, Box(0.2, 0.2, 0.8, 0.8), score=0.5)
+    assert len(drawing.caption(found)) <= drawing.MOST_LETTERS + len(" 0.50")
+    drawing.draw(blank(), [found])
 
 
 def test_masks_are_coloured_and_outlined_where_they_are():

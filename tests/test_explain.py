@@ -394,7 +394,7 @@ def test_an_answer_without_words_and_one_with_very_long_ones_are_drawn(processor
 def test_text_is_cut_to_its_room():
     lines = explain.wrapped("one two three four five six seven", 20, 90, 3)
     assert len(lines) == 3 and lines[0] == "one two" and lines[-1].endswith("…")
-    assert all(explain.font(20).getlength(line) <= 90 for line in lines)
+    assert all(explain.lettering().width(line, 20) <= 90 for line in lines)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
