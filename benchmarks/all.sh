@@ -6,6 +6,7 @@
 # DIR is a checkpoint such as make_checkpoint.py writes; without one there it is made. Nothing else should run meanwhile.
 # Its quantised copies, DIR-int8 and DIR-int4, are made anew. With --save the JSON goes to results/ and the plot is drawn.
 set -euo pipefail
+case " $* " in *" --help "* | *" -h "*) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;; esac
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-$here/../.venv/bin/python}
 
@@ -15,6 +16,8 @@ for ((i = 1; i <= $#; i++)); do
         --model) next=$((i + 1)) && model=${!next} ;;
         --model=*) model=${!i#*=} ;;
         --save) save=(--save) ;;
+        --quick) ;;
+        *) [ "${next:-}" = "$i" ] || { echo "all.sh: unknown argument ${!i}. --help says what there is." >&2; exit 2; } ;;
     esac
 done
 if [ -z "$model" ]; then

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything worth knowing on a CUDA machine, within eight minutes: correctness first, then the numbers.
 #
-#   bash benchmarks/gpu.sh [--model DIR] [further flags of the scripts, such as --save or --quick]
+#   bash benchmarks/gpu.sh [--model DIR] [--save] [--quick] [--rounds N] [--sides NAMES]
 #
 # DIR (default: paligemma-3b in the temporary folder) is made if it is not there. Every step has a limit of its own and none goes
 # on after eight minutes, so that one that hangs does not cost the rest; what failed or found no time is said at the end. Compiled
@@ -16,6 +16,7 @@
 #   memory    bf16, int8, int4: 1.0, 0.62, 0.45 of transformers
 #   start     0.6 of transformers
 set -uo pipefail
+case " $* " in *" --help "* | *" -h "*) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;; esac
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 root=$(dirname -- "$here")
 python=${PYTHON:-$root/.venv/bin/python}
@@ -25,6 +26,13 @@ if [ "${1:-}" = --model ]; then
     model=$2
     shift 2
 fi
+
+for word in "$@"; do
+    case $word in
+        --save | --quick | --rounds* | --sides* | [!-]*) ;;
+        *) echo "gpu.sh: unknown flag $word. --help says what there is." >&2; exit 2 ;;
+    esac
+done
 
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "gpu.sh: torch finds no CUDA device here, so there is nothing to measure. bash benchmarks/all.sh measures the CPU." >&2

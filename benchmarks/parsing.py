@@ -10,6 +10,7 @@ a label is kept.
 The last line is JSON.
 """
 
+import argparse
 import json
 import sys
 import warnings
@@ -114,6 +115,7 @@ def short(text: str) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sides = {"ours": ours, "supervision": theirs}
     warnings.filterwarnings("ignore", message="OpenCV")
     if find_spec("supervision") is None:

@@ -6,6 +6,8 @@
 # HOURS are those of two cores; the stages share them. A stage whose .done is there is not done again, so a recipe that was
 # stopped begins anew with the stage that it was in. The checkpoint is FOLDER/checkpoint, the log FOLDER/log.jsonl.
 set -euo pipefail
+case " $* " in *" --help "* | *" -h "*) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;; esac
+case "${1:-} ${2:-}" in -* | *" -"*) echo "recipe.sh: unknown flag. It takes [FOLDER] [HOURS]; --help says more." >&2; exit 2 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs=${1:-runs/recipe} hours=${2:-2.4}
 python=${PYTHON:-.venv/bin/python}

@@ -5,6 +5,7 @@ scores.svg  precision against recall of the demo checkpoint's boxes, with and wi
 codec.png   masks of three shapes, what the codec makes of them, and what comes back
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 import shapes
 from masks import crop, paste

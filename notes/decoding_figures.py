@@ -3,12 +3,16 @@
 roofline.svg  one matrix product of the decoder for more and more rows, from benchmarks/results/products.json
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 import torch
 

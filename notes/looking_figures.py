@@ -7,6 +7,7 @@ dependence.svg   what the picture adds to answers that were read off it, and to 
 Scenes are of a seed that neither training nor the choice of the maps has seen.
 """
 
+import argparse
 import math
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 import numpy as np
 import torch

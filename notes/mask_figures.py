@@ -5,12 +5,16 @@ influence.svg  measured: one token of a small random model is changed, and every
 leak.svg       measured: a small model is trained on answers that nobody can foretell, once with and once without the border
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 import torch
 from torch import Tensor

@@ -5,6 +5,7 @@ scale.svg    captions that are right when the picture's vectors are multiplied b
 matters.png  which patches an answer depends on: each and its neighbours in turn are replaced by the mean of all
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
@@ -12,6 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 import numpy as np
 import torch

@@ -4,11 +4,15 @@ Every scene of training is new, so the share of right answers in a step is that 
 single tokens behind a right beginning; demo/evaluate.py lets the model speak, and its numbers are lower.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 from svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing
 

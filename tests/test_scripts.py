@@ -1,4 +1,5 @@
-"""launch_inference.sh and run_tests.sh: from any folder, twice, with spaces in the path, after an interruption.
+"""launch_inference.sh and run_tests.sh: from any folder, twice, with spaces in the path, after an interruption; and that every
+script beside the programs answers --help and a wrong flag before it does anything.
 
 Nothing is installed here. A copy of the scripts gets a stand-in for python, which writes down how it was called, makes a
 .venv that holds itself, and plays pip.
@@ -7,6 +8,7 @@ Nothing is installed here. A copy of the scripts gets a stand-in for python, whi
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -225,3 +227,57 @@ def test_scripts_can_be_executed():
 def test_every_root_module_is_installed_by_pip():
     listed = re.search(r"py-modules = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL).group(1)
     assert re.findall(r'"(\w+)"', listed) == sorted(path.stem for path in ROOT.glob("*.py"))
+
+
+PYTHON_SCRIPTS = [
+    path.relative_to(ROOT).as_posix()
+    for folder in ("notes", "demo", "benchmarks")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if "__main__" in path.read_text(encoding="utf-8")
+]
+DEEDS = []  # what Python reports of its own doing, while a script is asked for help
+
+
+@pytest.fixture(scope="module")
+def watched():
+    """Python cannot be told to stop reporting, so there is one listener, which hears only while `DEEDS` holds its first word."""
+
+    def listen(event, arguments):
+        if DEEDS and event in ("subprocess.Popen", "os.remove", "os.rename", "os.mkdir", "os.fork"):
+            DEEDS.append((event, arguments))
+        elif DEEDS and event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+            DEEDS.append((event, arguments))
+
+    sys.addaudithook(listen)
+
+
+@pytest.mark.usefixtures("watched")
+@pytest.mark.parametrize("flag", ["--help", "--nonsense"])
+@pytest.mark.parametrize("script", PYTHON_SCRIPTS)
+def test_a_script_answers_help_and_a_wrong_flag_before_it_does_anything(script, flag, monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(sys, "argv", [script, flag])
+    monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_, **__: DEEDS.append("a model ran"))
+    DEEDS.append("started")
+    try:
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        deeds = DEEDS[1:]
+        DEEDS.clear()
+    out, err = capsys.readouterr()
+    assert end.value.code == (0 if flag == "--help" else 2) and deeds == []
+    assert (out if flag == "--help" else err).startswith("usage: ")
+
+
+@pytest.mark.parametrize("flag", ["--help", "--nonsense"])
+@pytest.mark.parametrize("script", ["benchmarks/all.sh", "benchmarks/gpu.sh", "demo/recipe.sh"])
+def test_a_shell_script_answers_help_and_a_wrong_flag_before_it_does_anything(script, flag, tmp_path):
+    environment = {"PATH": os.environ["PATH"], "PYTHON": "/nowhere/python", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(["bash", str(ROOT / script), flag], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == (0 if flag == "--help" else 2)
+    assert f"bash {script}" in done.stdout if flag == "--help" else done.stderr.count("\n") == 1
+    assert not (ROOT / flag).exists()
