@@ -281,3 +281,17 @@ def test_a_shell_script_answers_help_and_a_wrong_flag_before_it_does_anything(sc
     assert done.returncode == (0 if flag == "--help" else 2)
     assert f"bash {script}" in done.stdout if flag == "--help" else done.stderr.count("\n") == 1
     assert not (ROOT / flag).exists()
+
+
+def test_an_installation_keeps_the_versions_that_are_there_and_brings_nothing_that_is_never_imported():
+    from importlib.metadata import version
+
+    from packaging.requirements import Requirement
+
+    block = re.search(r"dependencies = \[\n(.*?)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.DOTALL)[1]
+    ranges = {each.name: each for each in map(Requirement, re.findall(r'"(.*)",\n', block))}
+    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()]
+    tested = {each.name: each for each in map(Requirement, filter(None, lines))}
+    assert set(tested) - set(ranges) == {"transformers"} and set(ranges) <= set(tested)
+    assert not any(part.operator in ("==", "===", "~=") for each in ranges.values() for part in each.specifier)
+    assert all(each.specifier.contains(version(name)) for name, each in ranges.items())
