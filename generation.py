@@ -17,7 +17,7 @@ import math
 import reprlib
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Integral, Real
@@ -36,7 +36,6 @@ NUCLEUS = 256  # the most likely tokens that top_p looks at first; a vocabulary 
 PICTURES = ("pixel_values", "image_features")  # the two forms in which pictures come; a batch has one of them or none
 LARGEST = sys.float_info.max  # a whole number above it cannot be compared with logits
 NEIGHBOURHOOD = 64  # bins to either side of a coordinate that count for its mean; 24 to 128 give the same within 1 %
-UNTRAINED_ROWS = 64  # the public conversion appended that many rows to the vocabulary, <image> first; no training touched them
 
 
 def shown(value: object) -> str:
@@ -194,7 +193,8 @@ def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     """
     if sampling.is_greedy:
         return logits.argmax(-1)  # [B]
-    probs, ids = probabilities(logits, sampling.temperature), None  # [B, V]
+    probs = probabilities(logits, sampling.temperature)  # [B, V]
+    ids = None
     if sampling.top_p < 1 or sampling.top_k is not None:
         probs, ids = nucleus(logits, probs, float(sampling.top_p), sampling.top_k)  # [B, C], [B, C]
     ends = probs.cumsum(-1)
@@ -217,7 +217,7 @@ def choose_held(logits: Tensor, sampling: Sampling, uniforms: Tensor, allowed: l
 
 def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
     """float32[B], of the tokens chosen, before temperature, top-k, top-p and grammar; NaN if the logits are not finite."""
-    total = logits.logsumexp(-1)  # [B]; infinite if one logit is
+    total = logits.logsumexp(-1)  # [B]
     return logits.gather(1, tokens[:, None])[:, 0] - total.masked_fill(total.isinf(), torch.nan)  # [B]
 
 
@@ -321,8 +321,9 @@ class Decoder:
         rows: the most requests in flight.
         max_new_tokens: the longest answer; an answer is shorter where the model's context ends first.
         sampling: how tokens are chosen.
-        eos_token_id: the token or tokens that end an answer; None = none does.
+        eos_token_id: the token or tokens that end an answer; "config" = those of the model's config, None = none does.
         locations: the ids that name coordinates, for Answer.places; None = all places are None.
+        suppress_tokens: ids that are never generated, as <image> never is; those outside the vocabulary mean nothing.
     Raises: GenerationError with exit code 2 for arguments that make no sense.
     """
 
@@ -334,19 +335,29 @@ class Decoder:
         sampling: Sampling,
         eos_token_id: object,
         locations: range | None = None,
+        suppress_tokens: Iterable[int] = (),
     ):
         for name, value in (("max_new_tokens", max_new_tokens), ("rows", rows)):
             if not (type(value) is int and value > 0):
                 raise GenerationError(f"{name} is {value!r}; a whole number from 1 up is needed.", code=2)
-        ids = [] if eos_token_id is None else eos_token_id if isinstance(eos_token_id, (list, tuple, set)) else [eos_token_id]
-        if not all(type(token) is int for token in ids):
-            raise GenerationError(f"eos_token_id is {eos_token_id!r}; a token id, a list of them or None is needed.", code=2)
+        if isinstance(eos_token_id, str) and eos_token_id == "config":
+            eos_token_id = model.config.eos_token_id
+        ids = [] if eos_token_id is None else eos_token_id if isinstance(eos_token_id, Collection) else [eos_token_id]
+        if isinstance(ids, str) or not all(type(token) is int for token in ids):
+            message = f"eos_token_id is {eos_token_id!r}; a token id, a list of them, None or 'config' is needed."
+            raise GenerationError(message, code=2)
+        never = list(suppress_tokens) if isinstance(suppress_tokens, Iterable) else [None]
+        if not all(type(token) is int for token in never):
+            raise GenerationError(f"suppress_tokens is {suppress_tokens!r}; a list of token ids is needed.", code=2)
         self.model = model
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
         self.max_rows = rows
         self.eos = frozenset(ids)
         self.locations = locations
+        vocabulary = model.config.text_config.vocab_size
+        never = {model.config.image_token_index, *never}  # <image> may lie outside the vocabulary
+        self.suppressed = torch.tensor([token for token in sorted(never) if 0 <= token < vocabulary], dtype=torch.int64)
         self.seed = torch.Generator().seed() % 2**62 if sampling.seed is None else sampling.seed
         self.cache = None
         self.rows: list[Row] = []
@@ -421,9 +432,8 @@ class Decoder:
 
     def say(self, logits: Tensor, first: int) -> Saying:
         """Chooses the next token of the rows from `first` on."""
-        image = self.model.config.image_token_index  # may lie outside the vocabulary
-        is_last = logits.shape[1] - image <= UNTRAINED_ROWS
-        logits[:, image : None if is_last else image + 1] = -torch.inf
+        self.suppressed = self.suppressed.to(logits.device)
+        logits.index_fill_(1, self.suppressed, -torch.inf)
         rows = self.rows[first:]
         tokens = self.choose(logits, rows)  # [B]
         self.tokens = torch.cat((self.tokens[:first].to(tokens.device), tokens))
@@ -498,7 +508,8 @@ def generate_steps(
     top_p: float = 1.0,
     top_k: int | None = None,
     seed: int | None = None,
-    eos_token_id: int | list[int] | None = None,
+    eos_token_id: int | Collection[int] | str | None = "config",
+    suppress_tokens: Iterable[int] = (),
     grammar: "Grammar | None" = None,
     locations: range | None = None,
 ) -> Iterator[Step]:
@@ -506,7 +517,7 @@ def generate_steps(
     the bins in their order (processor.locations), what coordinate_moments says of every token among them."""
     sampling = Sampling(do_sample, temperature, top_p, top_k, seed)
     rows = split_rows(inputs, model.config)
-    decoder = Decoder(model, len(rows), max_new_tokens, sampling, eos_token_id, locations)
+    decoder = Decoder(model, len(rows), max_new_tokens, sampling, eos_token_id, locations, suppress_tokens)
     return lockstep(decoder, [(i, row | {"grammar": grammar}) for i, row in enumerate(rows)])
 
 
@@ -520,7 +531,8 @@ def generate(
     top_p: float = 1.0,
     top_k: int | None = None,
     seed: int | None = None,
-    eos_token_id: int | list[int] | None = None,
+    eos_token_id: int | Collection[int] | str | None = "config",
+    suppress_tokens: Iterable[int] = (),
     grammar: "Grammar | None" = None,
 ) -> Iterator[Tensor]:
     """The answers, one token of every row at a time.
@@ -530,7 +542,10 @@ def generate(
             `pixel_values`.
         max_new_tokens: the longest answer.
         do_sample, temperature, top_p, top_k, seed: see Sampling; without do_sample the most likely token is taken.
-        eos_token_id: the token or tokens that end an answer (model.config.eos_token_id); None = never stop.
+        eos_token_id: the token or tokens that end an answer; "config" = those that model.config names, as in transformers;
+            None = never stop.
+        suppress_tokens: ids that are never generated. <image> never is, and of the rest the model does not know which ids have
+            a token: processor.unused_ids(vocab_size) does.
         grammar: what the answer of every row is held to; None = nothing.
     Returns: an iterator of a new int64[B] in main memory a step; ended rows say pad. It ends when every row has.
     Raises: GenerationError (exit code 2) for arguments out of range, PromptError for a batch that does not fit together, both
@@ -546,6 +561,7 @@ def generate(
         top_k=top_k,
         seed=seed,
         eos_token_id=eos_token_id,
+        suppress_tokens=suppress_tokens,
         grammar=grammar,
     )
     return (step.tokens for step in steps)
@@ -575,7 +591,8 @@ def generate_many(
     top_p: float = 1.0,
     top_k: int | None = None,
     seed: int | None = None,
-    eos_token_id: int | list[int] | None = None,
+    eos_token_id: int | Collection[int] | str | None = "config",
+    suppress_tokens: Iterable[int] = (),
     grammar: "Grammar | None" = None,
     locations: range | None = None,
 ) -> Iterator[Answer]:
@@ -590,6 +607,6 @@ def generate_many(
     Raises: as generate; PromptError for a request when it is read.
     """
     sampling = Sampling(do_sample, temperature, top_p, top_k, seed)
-    decoder = Decoder(model, rows, max_new_tokens, sampling, eos_token_id, locations)
+    decoder = Decoder(model, rows, max_new_tokens, sampling, eos_token_id, locations, suppress_tokens)
     arrivals = (only_row(inputs, model.config) | {"grammar": inputs.get("grammar", grammar)} for inputs in requests)
     return refill(decoder, enumerate(arrivals))

@@ -316,7 +316,7 @@ class Session:
             top_p=flags.top_p,
             top_k=flags.top_k,
             seed=self.seed,
-            eos_token_id=self.config.eos_token_id,
+            suppress_tokens=self.processor.unused_ids(self.config.text_config.vocab_size),
         ):
             yield step.tokens.item(), step.logprobs.item()
 

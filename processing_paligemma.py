@@ -209,6 +209,15 @@ def token_ids(tokenizer: Tokenizer, config: dict, folder: Path) -> dict[str, int
     return ids | {"newline_token_id": newline[0]}
 
 
+def unused_ids(tokenizer: Tokenizer, num_rows: int) -> list[int]:
+    """The ids below `num_rows` that no token has."""
+    size = tokenizer.get_vocab_size()
+    behind = [number for number in range(size, num_rows) if tokenizer.id_to_token(number) is None]
+    if len(behind) == num_rows - size:  # so the tokens have the ids before, all of them
+        return behind
+    return [number for number in range(num_rows) if tokenizer.id_to_token(number) is None]
+
+
 def check_tokenizer(tokenizer: Tokenizer, num_rows: int, folder: Path) -> None:
     """Raises: TokenizerError unless it has the structure of PaliGemma's and fits the embedding of `num_rows`."""
     path = folder / "tokenizer.json"
@@ -219,6 +228,12 @@ def check_tokenizer(tokenizer: Tokenizer, num_rows: int, folder: Path) -> None:
     if tokenizer.get_vocab_size() > num_rows:
         raise TokenizerError(
             f"{path} has {tokenizer.get_vocab_size()} tokens, but the model's embedding only {num_rows} rows. "
+            "They belong to different models: download them again.",
+            path=path,
+        )
+    if num_rows - len(unused_ids(tokenizer, num_rows)) < tokenizer.get_vocab_size():
+        raise TokenizerError(
+            f"{path} gives one id to two tokens, or an id above the {num_rows} rows of the model's embedding. "
             "They belong to different models: download them again.",
             path=path,
         )
@@ -242,12 +257,11 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, silent: frozenset[int] = frozenset()):
         self.tokenizer = tokenizer
         self.silent = silent
-        self.num_tokens = tokenizer.get_vocab_size()
         self.letters = codecs.getincrementaldecoder("utf-8")("replace")
 
     def put(self, token_id: int) -> str:
         """The text that became certain with this token. Ids that the tokenizer does not know leave none."""
-        is_known = 0 <= token_id < self.num_tokens and token_id not in self.silent
+        is_known = 0 <= token_id < 2**32 and token_id not in self.silent  # as far as the tokenizer counts
         token = self.tokenizer.id_to_token(token_id) if is_known else None
         if token is None:
             return ""
@@ -462,6 +476,10 @@ class PaliGemmaProcessor:
         # The merges themselves can put a control token together; then they do not get to see its "<" and the rest at once.
         pieces = re.split("(?<=<)", text)
         return [number for piece in pieces for number in self.tokenizer.encode(piece, add_special_tokens=False).ids]
+
+    def unused_ids(self, num_rows: int) -> list[int]:
+        """The ids below `num_rows` (vocab_size of text_config) that no token has, and that a model must not generate."""
+        return unused_ids(self.tokenizer, num_rows)
 
     def decode(self, ids: "Iterable[int] | torch.Tensor | np.ndarray") -> str:
         """The text of token ids, <loc> and <seg> kept, control tokens dropped, nothing added."""

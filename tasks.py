@@ -360,7 +360,7 @@ class Annotator:
             self.inputs(arrivals, in_flight, failed),
             rows=self.rows,
             max_new_tokens=self.max_new_tokens,
-            eos_token_id=self.model.config.eos_token_id,
+            suppress_tokens=self.processor.unused_ids(self.model.config.text_config.vocab_size),
             locations=self.processor.locations,
             **sampling,
         ):

@@ -45,7 +45,7 @@ def distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
 @torch.no_grad()
 def answers(model: torch.nn.Module, inputs: dict) -> tuple[torch.Tensor, list[int]]:
     """Logits float32[L, V], and the greedy tokens."""
-    tokens = [int(token) for token in generate(model, inputs, max_new_tokens=TOKENS)]
+    tokens = [int(token) for token in generate(model, inputs, max_new_tokens=TOKENS, eos_token_id=None)]
     return model(**inputs)[0].float().cpu(), tokens
 
 

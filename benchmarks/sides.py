@@ -164,7 +164,7 @@ class Ours(Side):
     def answer(self, inputs: dict, most: int) -> Generator[int]:
         from generation import generate
 
-        return (int(tokens) for tokens in generate(self.model, inputs, max_new_tokens=most))
+        return (int(tokens) for tokens in generate(self.model, inputs, max_new_tokens=most, eos_token_id=None))
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.model.encode_images(pixels)

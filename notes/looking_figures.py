@@ -53,9 +53,7 @@ class Demo:
     processor: PaliGemmaProcessor
 
     def ask(self, picture: Image.Image, question: str) -> list[int]:
-        steps = generate(
-            self.model, self.processor(picture, question), max_new_tokens=100, eos_token_id=self.model.config.eos_token_id
-        )
+        steps = generate(self.model, self.processor(picture, question), max_new_tokens=100)
         return [int(tokens) for tokens in steps]
 
     def explain(self, picture: Image.Image, question: str, answer: list[int] | None = None) -> Explanation:

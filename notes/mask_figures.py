@@ -168,7 +168,7 @@ def said_right(model: PaliGemmaForConditionalGeneration) -> float:
     ids, _, features = unforeseeable(torch.Generator().manual_seed(3))
     prompt = {"input_ids": ids[:, : 4 + PROMPT], "image_features": features}
     prompt["token_type_ids"] = torch.zeros_like(prompt["input_ids"])
-    said = torch.stack(list(generate(model, prompt, max_new_tokens=ANSWER)), dim=1)  # [B, L]
+    said = torch.stack(list(generate(model, prompt, max_new_tokens=ANSWER, eos_token_id=None)), dim=1)  # [B, L]
     return (said == ids[:, 4 + PROMPT :]).float().mean().item()
 
 

@@ -88,9 +88,9 @@ def right_captions(model: PaliGemmaForConditionalGeneration, processor: PaliGemm
     truths = [shapes.ask_caption(scene, np.random.default_rng())[1] for scene in scenes]
     inputs = processor([shapes.draw(scene) for scene in scenes], ["caption en"] * SCENES)
     features = model.encode_images(inputs.pop("pixel_values"))  # [I, P, D]
-    eos, shares = model.config.eos_token_id, []
+    shares = []
     for factor in factors:
-        steps = generate(model, inputs | {"image_features": features * factor}, max_new_tokens=40, eos_token_id=eos)
+        steps = generate(model, inputs | {"image_features": features * factor}, max_new_tokens=40)
         said = torch.stack(list(steps), dim=1)  # [B, L]
         shares.append(sum(processor.decode(ids) == truth for ids, truth in zip(said, truths, strict=True)) / SCENES)
     return shares

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -26,7 +27,7 @@ from tiny import BOS, FAMILIES, IMAGE, PAD, PATCHES, VOCAB, make_batch, make_mod
 
 # (pictures, tokens of prompt, tokens of an answer already begun) of each row
 ROWS = [(1, 5, 0), (2, 3, 0), (0, 4, 0), (1, 2, 4), (1, 9, 0)]
-NEVER_SAID = list(range(IMAGE, VOCAB))
+NEVER_SAID = [IMAGE]
 CASES = [("gemma", None), ("gemma2", None), ("gemma2", 8)]  # family and window
 
 
@@ -36,8 +37,8 @@ def make_windowed(family, window, **options):
 
 
 def collect(model, batch, **options):
-    """int64[B, steps]"""
-    return torch.stack(list(generate(model, batch, **options)), dim=1)
+    """int64[B, steps]; no token ends an answer unless one is named."""
+    return torch.stack(list(generate(model, batch, **{"eos_token_id": None} | options)), dim=1)
 
 
 def one_row(batch, i):
@@ -308,23 +309,47 @@ def test_each_step_is_a_new_tensor():
     assert torch.stack(kept).tolist() == seen
 
 
-@pytest.mark.parametrize(
-    "image, vocabulary, expected",
-    [
-        (128, 160, 127),  # <image> and the 31 rows behind it
-        (96, 160, 95),  # exactly 64 rows, as on the hub
-        (95, 160, 159),  # 65 rows: words come behind <image>; it alone is never said
-        (159, 160, 158),  # <image> is the last row
-        (160, 160, 159),  # <image> lies outside the vocabulary
-        (300, 160, 159),
-    ],
-)
-def test_image_tokens_and_the_rows_nobody_trained_are_never_said(image, vocabulary, expected):
+def saying_the_last_it_may(image, vocabulary):
     model = Scripted({3: [5]}, image=image, vocabulary=vocabulary)
     model.logits = lambda cache: torch.arange(vocabulary).float().repeat(len(cache.lengths), 1)
-    assert collect(model, ask(3), max_new_tokens=1).tolist() == [[expected]]
-    model.logits = lambda cache: (torch.arange(vocabulary) == image).float().repeat(len(cache.lengths), 1)
-    assert collect(model, ask(3), max_new_tokens=1).tolist() == [[0]]
+    return model
+
+
+@pytest.mark.parametrize(
+    "image, vocabulary, suppressed, expected",
+    [
+        (128, 160, [], 159),  # the rows after <image> may be tokens that a fine-tune added: the model cannot know
+        (128, 160, range(129, 160), 127),
+        (128, 160, [159, 157], 158),
+        (128, 160, {159, 1000, -1}, 158),  # ids that the model does not have
+        (159, 160, (), 158),  # <image> is the last row
+        (160, 160, (), 159),  # <image> lies outside the vocabulary
+    ],
+)
+def test_image_tokens_and_what_is_suppressed_are_never_generated(image, vocabulary, suppressed, expected):
+    model, options = saying_the_last_it_may(image, vocabulary), {"max_new_tokens": 1, "suppress_tokens": suppressed}
+    assert collect(model, ask(3), **options).tolist() == [[expected]]
+    assert [answer.token_ids for answer in generate_many(model, [ask(3)] * 2, rows=2, **options)] == [[expected]] * 2
+    assert next(generate_steps(model, ask(3), **options)).logprobs.exp() > 0.6  # of what may be generated: 1 / (1 + 1/e + ...)
+    drawn = collect(model, ask(*[3] * 300), do_sample=True, temperature=1e9, **options).unique().tolist()
+    assert not {image, *suppressed} & set(drawn) and len(drawn) > 50
+
+
+def test_an_answer_ends_at_the_eos_of_the_config_unless_told_otherwise():
+    scripts = {3: [10, 1, 12, 13], 4: [20, 21, 7, 1]}
+    model = Scripted(scripts)
+    for eos, lengths in ((1, [2, 4]), ((1, 7), [2, 3]), ((7, 21), [4, 2])):
+        model.config = replace(model.config, eos_token_id=eos)
+        expected = [scripts[3][: lengths[0]], scripts[4][: lengths[1]]]
+        for options in ({}, {"eos_token_id": "config"}, {"eos_token_id": list(eos) if isinstance(eos, tuple) else eos}):
+            steps = list(generate_steps(model, ask(3, 4), max_new_tokens=4, **options))
+            assert len(steps) == max(lengths)
+            assert len(list(generate(model, ask(3, 4), max_new_tokens=4, **options))) == max(lengths)
+            answers = generate_many(model, [ask(3), ask(4)], rows=1, max_new_tokens=4, **options)
+            assert [answer.token_ids for answer in answers] == expected
+    assert len(list(generate(model, ask(3, 4), max_new_tokens=4, eos_token_id=None))) == 4
+    (answer,) = generate_many(model, [ask(3)], rows=1, max_new_tokens=4, eos_token_id=None)
+    assert answer.token_ids == scripts[3] and answer.finish_reason == "length"
 
 
 def test_answers_end_with_the_context():
@@ -434,7 +459,7 @@ def test_rows_in_flight_go_on_in_the_larger_cache():
 def test_draws_of_a_request_do_not_depend_on_what_runs_beside_it():
     model = make_model("gemma")
     requests = [make_batch([(i % 2, 3 + i, 0)], seed=i) for i in range(5)]
-    options = {"max_new_tokens": 6, "do_sample": True, "temperature": 1.3, "top_p": 0.95}
+    options = {"max_new_tokens": 6, "do_sample": True, "temperature": 1.3, "top_p": 0.95, "eos_token_id": None}
     for rows in (1, 2, 5):
         for answer in generate_many(model, requests, rows=rows, seed=40, **options):
             alone = collect(model, requests[answer.index], seed=40 + answer.index, **options)
@@ -708,7 +733,7 @@ def test_temperature_zero_is_greedy_and_next_to_it_as_good(temperature):
 def test_a_huge_temperature_draws_evenly_but_never_an_image_token(temperature):
     model = Scripted({3: [5]})
     said = collect(model, ask(*[3] * 400), max_new_tokens=1, do_sample=True, temperature=temperature, seed=0)
-    assert said.max() < IMAGE
+    assert IMAGE not in said
     assert len(said.unique()) > 100  # 400 draws of 128 leave out 128 * (127/128)^400 = 6 on average
 
 
@@ -858,6 +883,8 @@ class Untouchable:
         {"seed": 1.0},
         {"seed": "0"},
         {"eos_token_id": "1"},
+        {"suppress_tokens": 7},
+        {"suppress_tokens": ["<image>"]},
         {"eos_token_id": [1, None]},
         {"eos_token_id": 1.0},
         {"eos_token_id": True},

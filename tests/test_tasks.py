@@ -291,6 +291,10 @@ def test_errors_of_requests_survive_a_shortage_of_memory_before_the_next_answer(
     assert [result.error is not None for result in results] == [request is BAD for request in requests]
 
 
+NO_MODEL = SimpleNamespace(config=SimpleNamespace(text_config=SimpleNamespace(vocab_size=9)))
+NO_PROCESSOR = SimpleNamespace(locations=None, unused_ids=lambda _: [])
+
+
 class Scripted:
     """Stands in for generate_many: texts of requests say what happens to them, and rows end in the order of a seeded draw."""
 
@@ -333,8 +337,8 @@ def scripted(texts, rows, seed, monkeypatch, source_fails=False):
     monkeypatch.setattr(generation, "generate_many", Scripted(random.Random(seed)))
     monkeypatch.setattr(annotator, "input", lambda r, f: r.picture if r is BAD else make(r, f))
     monkeypatch.setattr(annotator, "read", read)
-    monkeypatch.setattr(annotator, "model", SimpleNamespace(config=SimpleNamespace(eos_token_id=1)))
-    monkeypatch.setattr(annotator, "processor", SimpleNamespace(locations=None))
+    monkeypatch.setattr(annotator, "model", NO_MODEL)
+    monkeypatch.setattr(annotator, "processor", NO_PROCESSOR)
     results, raised = [], None
     try:
         results.extend(annotator.run(requests()))
@@ -374,7 +378,7 @@ def test_errors_of_many_requests_do_not_wait_for_an_answer(monkeypatch):
             read.append(number)
             yield BAD
 
-    annotator = Annotator(SimpleNamespace(config=SimpleNamespace(eos_token_id=1)), SimpleNamespace(locations=None), rows=4)
+    annotator = Annotator(NO_MODEL, NO_PROCESSOR, rows=4)
     monkeypatch.setattr(generation, "generate_many", Scripted(random.Random(0)))
     results = annotator.run(requests())
     assert next(results)[0] == 0 and len(read) <= 6
@@ -382,7 +386,7 @@ def test_errors_of_many_requests_do_not_wait_for_an_answer(monkeypatch):
 
 def test_a_run_that_is_dropped_says_nothing_more(monkeypatch):
     monkeypatch.setattr(generation, "generate_many", Scripted(random.Random(0)))
-    annotator = Annotator(SimpleNamespace(config=SimpleNamespace(eos_token_id=1)), SimpleNamespace(locations=None), rows=3)
+    annotator = Annotator(NO_MODEL, NO_PROCESSOR, rows=3)
     results = annotator.run([BAD] * 3)
     next(results)
     results.close()  # would be a RuntimeError if it went on
