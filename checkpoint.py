@@ -27,6 +27,7 @@ from errors import AccessError, CheckpointError
 log = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -172,6 +173,11 @@ def read_entry(name: str, entry: object, file: Path, offset: int) -> StoredTenso
     if len(place) != 2 or place[1] - place[0] != num_bytes:
         raise ValueError(f"{name} is {dtype} {shape}, {num_bytes} bytes, but lies at {place}")
     return StoredTensor(name, file, dtype, tuple(shape), offset + place[0], num_bytes)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there are weights of a whole model, or a link or an index that should lead to them."""
+    return any((folder / name).exists() or (folder / name).is_symlink() for name in (SINGLE_NAME, INDEX_NAME))
 
 
 def find_files(folder: Path) -> list[Path]:

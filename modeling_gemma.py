@@ -17,10 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LARGEST_SIZE = 2**20  # no width, depth or vocabulary of a real model comes near; a damaged config.json does
+LARGEST_NUMBER = 1e12  # of rope_theta, eps, caps and scales; they and their inverses stay finite in float32
 QUERY_BLOCK = 256  # queries that the written-out attention takes at a time: bounds its [block, S] scores at 4096 picture tokens
-GEMMA2_DEFAULTS = {
-    "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096,
+# transformers leaves out of a file what equals the default of the class that wrote it, which `model_type` names.
+DEFAULTS = {
+    "gemma": {
+        "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 16,
+    },
+    "gemma2": {
+        "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0, "sliding_window": 4096,
+    },
 }  # fmt: skip
+OFF_BY_NULL = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "sliding_window")  # unlike absent
 
 
 @dataclass(frozen=True)
@@ -49,9 +60,11 @@ class GemmaConfig:
             if field.type is int and not (type(value) is int and 0 < value <= LARGEST_SIZE):
                 raise ValueError(f"text_config.{field.name} is {value!r}; a whole number from 1 to {LARGEST_SIZE} is needed.")
             is_optional = field.type == float | None and value is None
-            is_positive = type(value) in (int, float) and 0 < value < float("inf")
-            if field.type in (float, float | None) and not (is_optional or is_positive):
-                raise ValueError(f"text_config.{field.name} is {value!r}; a positive number is needed.")
+            is_in_range = type(value) in (int, float) and 1 / LARGEST_NUMBER <= value <= LARGEST_NUMBER
+            if field.type in (float, float | None) and not (is_optional or is_in_range):
+                raise ValueError(
+                    f"text_config.{field.name} is {value!r}; a positive number is needed, at most {LARGEST_NUMBER:g}."
+                )
         if self.model_type not in ("gemma", "gemma2"):
             raise ValueError(f"text_config.model_type is {self.model_type!r}; 'gemma' or 'gemma2' is needed.")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -61,7 +74,7 @@ class GemmaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"text_config.head_dim is {self.head_dim}; RoPE turns pairs, so an even number is needed.")
-        if self.sliding_window is not None and not (type(self.sliding_window) is int and self.sliding_window > 0):
+        if self.sliding_window is not None and not (type(self.sliding_window) is int and 0 < self.sliding_window < 2**31):
             raise ValueError(f"text_config.sliding_window is {self.sliding_window!r}; a whole number above 0 is needed.")
 
     @property
@@ -74,7 +87,10 @@ class GemmaConfig:
 
     @classmethod
     def from_hf(cls, raw: dict) -> "GemmaConfig":
-        """Reads `text_config` of config.json. Raises ValueError for anything that this file does not implement."""
+        """Reads `text_config` of config.json; what it leaves out is the default of the class that wrote it.
+
+        Raises: ValueError for anything that this file does not implement.
+        """
         given = {key: value for key, value in raw.items() if value is not None}
         rope = given.get("rope_parameters", {})  # transformers 5 writes rope_theta in here
         if not isinstance(rope, dict):
@@ -95,14 +111,10 @@ class GemmaConfig:
             unsupported["layer_types"] = layers
         if unsupported:
             raise ValueError(f"text_config asks for {unsupported}, which modeling_gemma.py does not implement.")
-        if given.get("model_type") == "gemma2":
-            given = {key: value for key, value in GEMMA2_DEFAULTS.items() if key not in raw} | given
+        defaults = DEFAULTS["gemma2" if given.get("model_type") == "gemma2" else "gemma"]
+        given = {key: value for key, value in defaults.items() if not (key in raw and key in OFF_BY_NULL)} | given
         if "rope_theta" in rope:
             given["rope_theta"] = rope["rope_theta"]
-        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        missing = [key for key in (*required, "num_key_value_heads") if key not in given]
-        if missing:
-            raise ValueError(f"text_config lacks {', '.join(missing)}.")
         return cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
 
 

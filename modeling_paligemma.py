@@ -39,7 +39,7 @@ class PaliGemmaConfig:
         for name in ("image_token_index", "pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
             ids = value if name == "eos_token_id" and isinstance(value, tuple) else (value,)
-            if not all(type(token) is int and token >= 0 for token in ids):
+            if not (ids and all(type(token) is int and 0 <= token < 2**31 for token in ids)):
                 raise ValueError(f"{name} is {value!r}; a token id is needed.")
 
     @property
@@ -51,7 +51,8 @@ class PaliGemmaConfig:
     def from_hf(cls, raw: dict) -> "PaliGemmaConfig":
         """Reads a whole config.json, as the hub's files and transformers 4 and 5 spell it.
 
-        The top-level `hidden_size` is not read: files of PaliGemma 2 carry a 2048 there that is not the decoder's width.
+        The top-level `hidden_size` is not read: files of PaliGemma 2 carry a 2048 there that is not the decoder's width. Nor is
+        vision_config's `projection_dim`, which transformers overwrites by the one at the top.
         Raises: ValueError, one sentence, for another model, a missing or absurd number, or something not implemented.
         """
         if raw.get("model_type") != "paligemma":
@@ -64,8 +65,8 @@ class PaliGemmaConfig:
         text = parts["text_config"]
         ids = {}
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):  # transformers 5 writes them into text_config only
-            value = raw.get(key) if raw.get(key) is not None else text.get(key)
-            if value is not None:
+            value = raw.get(key) if raw.get(key) not in (None, []) else text.get(key)
+            if value not in (None, []):
                 ids[key] = tuple(value) if isinstance(value, list) else value
         image_token = raw.get("image_token_index") if raw.get("image_token_index") is not None else raw.get("image_token_id")
         if image_token is None:
@@ -73,10 +74,9 @@ class PaliGemmaConfig:
         if raw.get("tie_word_embeddings") is False:
             raise ValueError("tie_word_embeddings is False, but the output matrix is the embedding's.")
         config = cls(SiglipVisionConfig.from_hf(parts["vision_config"]), GemmaConfig.from_hf(text), image_token, **ids)
-        for where, width in (("projection_dim", raw), ("vision_config.projection_dim", parts["vision_config"])):
-            if width.get("projection_dim") not in (None, config.text_config.hidden_size):
-                found, needed = width["projection_dim"], config.text_config.hidden_size
-                raise ValueError(f"{where} is {found}, but the decoder is {needed} wide.")
+        if raw.get("projection_dim") not in (None, config.text_config.hidden_size):
+            found, needed = raw["projection_dim"], config.text_config.hidden_size
+            raise ValueError(f"projection_dim is {found!r}, but the decoder is {needed} wide.")
         return config
 
     def to_hf(self) -> dict:

@@ -14,28 +14,33 @@ from dataclasses import dataclass, fields
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LARGEST_SIZE = 2**20  # no width, depth or picture side of a real model comes near; a damaged config.json does
+LARGEST_SIZE = 2**20  # no width or depth of a real model comes near; a damaged config.json does
+LARGEST_SIDE = 2**12  # pixels; published models have at most 896
+MOST_PATCHES = 2**16  # published models have at most 4096
 
 
 @dataclass(frozen=True)
 class SiglipVisionConfig:
-    """The numbers that define a tower, under the names of `vision_config` in config.json; defaults are So400m/14 at 224."""
+    """The numbers that define a tower, under the names of `vision_config` in config.json.
 
-    hidden_size: int = 1152
-    intermediate_size: int = 4304
-    num_hidden_layers: int = 27
-    num_attention_heads: int = 16
+    The defaults are those of transformers' class, which leaves out of a file what equals them.
+    """
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
     num_channels: int = 3
     image_size: int = 224
-    patch_size: int = 14
+    patch_size: int = 16
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and not (type(value) is int and 0 < value <= LARGEST_SIZE):
-                raise ValueError(f"vision_config.{field.name} is {value!r}; a whole number from 1 to {LARGEST_SIZE} is needed.")
-        if not (isinstance(self.layer_norm_eps, float) and 0 < self.layer_norm_eps < 1):
+            value, largest = getattr(self, field.name), LARGEST_SIDE if field.name == "image_size" else LARGEST_SIZE
+            if field.type is int and not (type(value) is int and 0 < value <= largest):
+                raise ValueError(f"vision_config.{field.name} is {value!r}; a whole number from 1 to {largest} is needed.")
+        if not (type(self.layer_norm_eps) is float and 1e-20 <= self.layer_norm_eps < 1):
             raise ValueError(f"vision_config.layer_norm_eps is {self.layer_norm_eps!r}; a small positive number is needed.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -43,6 +48,8 @@ class SiglipVisionConfig:
             )
         if self.image_size % self.patch_size:
             raise ValueError(f"vision_config.patch_size {self.patch_size} does not divide image_size {self.image_size}.")
+        if self.num_patches > MOST_PATCHES:
+            raise ValueError(f"vision_config asks for {self.num_patches} patches per picture; at most {MOST_PATCHES} make sense.")
 
     @property
     def num_patches(self) -> int:
@@ -50,11 +57,15 @@ class SiglipVisionConfig:
 
     @classmethod
     def from_hf(cls, raw: dict) -> "SiglipVisionConfig":
-        """Reads `vision_config` of config.json. Raises ValueError for anything that this file does not implement."""
-        wanted = {"hidden_act": "gelu_pytorch_tanh", "vision_use_head": False}
-        unsupported = {key: raw[key] for key, value in wanted.items() if raw.get(key) not in (None, value)}
-        if unsupported:
-            raise ValueError(f"vision_config asks for {unsupported}, which modeling_siglip.py does not implement.")
+        """Reads `vision_config` of config.json. Raises ValueError for anything that this file does not implement.
+
+        What PaliGemma does not use is not looked at: `vision_use_head` is written as true where it was never set, and
+        `num_positions` and `num_image_tokens` are not always those of the weights.
+        """
+        if raw.get("model_type") not in (None, "siglip_vision_model"):
+            raise ValueError(f"vision_config.model_type is {raw['model_type']!r}; 'siglip_vision_model' is needed.")
+        if raw.get("hidden_act") not in (None, "gelu_pytorch_tanh"):
+            raise ValueError(f"vision_config.hidden_act is {raw['hidden_act']!r}; 'gelu_pytorch_tanh' is needed.")
         return cls(**{field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None})
 
 

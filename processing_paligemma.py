@@ -28,6 +28,8 @@ from images import load_image
 if TYPE_CHECKING:
     import torch
 
+    from modeling_paligemma import PaliGemmaConfig
+
 log = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<image>"
@@ -106,37 +108,23 @@ def read_pixel_settings(folder: Path) -> dict:
     return settings
 
 
-def positive(part: dict, name: str, default: int | None, path: Path) -> int:
-    """The number in a part of config.json, `default` if it says none. Raises: CheckpointError unless it is from 1 up."""
-    value = default if part.get(name) is None else part[name]
-    if type(value) is not int or not 0 < value < 1 << 20:
-        raise CheckpointError(f"{path}: {name} is {value!r}. A whole number from 1 up is needed.", path=path)
-    return value
-
-
-def read_image_size(config: dict, settings: dict, folder: Path) -> tuple[int, int]:
-    """Pixels of a side and tokens of a picture, by config.json; preprocessor_config.json must agree. Raises: CheckpointError."""
-    path = folder / "config.json"
-    image_size = positive(config["vision_config"], "image_size", 224, path)  # the hub's files of 224 pixels leave it out
-    patch_size = positive(config["vision_config"], "patch_size", 14, path)
-    if image_size % patch_size:
-        raise CheckpointError(f"{path}: image_size {image_size} is no multiple of patch_size {patch_size}.", path=path)
-    num_tokens = (image_size // patch_size) ** 2
+def check_pixel_settings(settings: dict, config: "PaliGemmaConfig", folder: Path) -> None:
+    """Raises CheckpointError where the picture's settings contradict the model's. What is not said contradicts nothing."""
+    image_size, num_tokens = config.vision_config.image_size, config.num_image_tokens
     size = settings.get("size", image_size)
     sides = [size.get("height"), size.get("width")] if isinstance(size, dict) else [size, size]
     if sides != [image_size, image_size]:
         raise CheckpointError(
-            f"{folder}: preprocessor_config.json asks for pictures of {size} and config.json for {image_size} pixels a side. "
+            f"{folder}: preprocessor_config.json asks for pictures of {size} and the model for {image_size} pixels a side. "
             "The files belong to different checkpoints: download them again.",
-            path=path,
+            path=folder,
         )
     if settings.get("image_seq_length") not in (None, num_tokens):
         raise CheckpointError(
-            f"{folder}: preprocessor_config.json counts {settings['image_seq_length']} tokens a picture and config.json "
+            f"{folder}: preprocessor_config.json counts {settings['image_seq_length']} tokens per picture and the model "
             f"{num_tokens}. The files belong to different checkpoints: download them again.",
-            path=path,
+            path=folder,
         )
-    return image_size, num_tokens
 
 
 def pixel_table(settings: dict, path: Path) -> np.ndarray:
@@ -166,22 +154,26 @@ def add_missing_tokens(tokenizer: Tokenizer) -> None:
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])  # marks it, if it exists
 
 
-def configured_ids(config: dict, folder: Path) -> dict[str, object]:
-    """What the folder says of image, bos, eos and pad ids; None for what it does not say.
+def configured_ids(config: dict, folder: Path) -> dict[str, set[int]]:
+    """The bos and eos ids that any file of the folder names; none where no file does.
 
-    transformers 4 writes bos, eos and pad at the top of config.json, transformers 5 into text_config; the hub's files have
-    them in generation_config.json as well.
+    transformers 4 writes them at the top of config.json, transformers 5 into text_config; the hub's files have them in
+    generation_config.json as well. Several ids may end an answer.
     """
     generation = read_settings(folder, "generation_config.json", CheckpointError)
-    sources = (config, config["text_config"], generation)
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {name: next((source[name] for source in sources if source.get(name) is not None), None) for name in names}
-    image = config.get("image_token_index")
-    return ids | {"image_token_id": config.get("image_token_id") if image is None else image}
+    ids = {}
+    for name in ("bos_token_id", "eos_token_id"):
+        values = [source.get(name) for source in (config, config["text_config"], generation)]
+        flat = [number for value in values for number in (value if isinstance(value, list) else [value])]
+        ids[name] = {number for number in flat if type(number) is int}
+    return ids
 
 
-def token_ids(tokenizer: Tokenizer, config: dict, folder: Path) -> dict[str, int]:
-    """The ids of <image>, bos, eos and pad, and of the newline. Raises: TokenizerError where config.json has others."""
+def token_ids(tokenizer: Tokenizer, config: "PaliGemmaConfig", folder: Path) -> dict[str, int]:
+    """The ids of <image>, bos, eos and pad, and of the newline.
+
+    Raises: TokenizerError where the files name others. Padding is never looked at, so that any token may serve for it.
+    """
     settings = read_settings(folder, "tokenizer_config.json", TokenizerError)
     tokens = {"image_token_id": IMAGE_TOKEN}
     for kind in ("bos", "eos", "pad"):
@@ -190,16 +182,16 @@ def token_ids(tokenizer: Tokenizer, config: dict, folder: Path) -> dict[str, int
         if not isinstance(token, str):
             raise TokenizerError(f"{folder / 'tokenizer_config.json'}: {kind}_token is no text. Download it again.", path=folder)
         tokens[f"{kind}_token_id"] = token
-    configured = configured_ids(config, folder)
-    if configured["image_token_id"] is None:
-        raise CheckpointError(f"{folder / 'config.json'} has no image_token_index. Is it a PaliGemma?", path=folder)
-    ids = {}
-    for name, token in tokens.items():
-        ids[name] = tokenizer.token_to_id(token)
-        needed = configured[name] if configured[name] is not None else ids[name]
-        if ids[name] is None or ids[name] not in (needed if isinstance(needed, list) else [needed]):
+    ids = {name: tokenizer.token_to_id(token) for name, token in tokens.items()}
+    if ids["pad_token_id"] is None:
+        ids["pad_token_id"] = ids["eos_token_id"]
+    configured = configured_ids(read_settings(folder, "config.json", CheckpointError), folder)
+    configured["image_token_id"] = {config.image_token_index}
+    for name, needed in configured.items():
+        if ids[name] is None or needed and ids[name] not in needed:
             raise TokenizerError(
-                f"{folder}: the tokenizer gives {token} the id {ids[name]} and config.json {needed}. "
+                f"{folder}: the tokenizer gives {tokens[name]} the id {ids[name]}, and {name} is "
+                f"{' or '.join(map(str, sorted(needed))) or 'needed'} in config.json or generation_config.json. "
                 "They belong to different models: download them again.",
                 path=folder / "tokenizer.json",
             )
@@ -351,22 +343,18 @@ class PaliGemmaProcessor:
 
         Raises: TokenizerError or CheckpointError when files are missing, broken, or contradict each other.
         """
+        from weights import read_config  # brings torch, which importing this file does not
+
         folder = Path(folder)
-        config = read_settings(folder, "config.json", CheckpointError)
-        if not config:
-            raise CheckpointError(f"{folder} has no config.json. Name the folder of a checkpoint.", path=folder)
-        for part in ("vision_config", "text_config"):
-            if not isinstance(config.get(part), dict):
-                raise CheckpointError(f"{folder / 'config.json'} has no {part}. Is it a PaliGemma?", path=folder)
+        config = read_config(folder)
         settings = read_pixel_settings(folder)
-        image_size, num_image_tokens = read_image_size(config, settings, folder)
+        check_pixel_settings(settings, config, folder)
         table = pixel_table(settings, folder / "preprocessor_config.json")
         tokenizer = read_tokenizer(folder)
         add_missing_tokens(tokenizer)
         ids = token_ids(tokenizer, config, folder)
-        num_rows = positive(config["text_config"], "vocab_size", None, folder / "config.json")
-        check_tokenizer(tokenizer, num_rows, folder)
-        return cls(tokenizer, ids, image_size, num_image_tokens, table)
+        check_tokenizer(tokenizer, config.text_config.vocab_size, folder)
+        return cls(tokenizer, ids, config.vision_config.image_size, config.num_image_tokens, table)
 
     def __call__(
         self,

@@ -20,7 +20,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,10 +36,12 @@ from checkpoint import (
     ADAPTER_NAME,
     CONFIG_NAME,
     DTYPES,
+    GENERATION_CONFIG_NAME,
     StoredTensor,
     canonical_name,
     check_equal,
     find_files,
+    has_weights,
     listed,
     read_header,
     read_json,
@@ -51,9 +53,11 @@ from checkpoint import (
 )
 from devices import find_device, require_memory
 from errors import CheckpointError, OutputError, UsageError
+from files import is_file
 from hub import base_folder, is_adapter, resolve
 from machine import memory_errors
 from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from modeling_siglip import SiglipVisionConfig
 
 log = logging.getLogger(__name__)  # notes (info) and warnings: a program decides whether they are seen
 
@@ -67,6 +71,24 @@ DTYPE_NAMES = {
 OUTPUT_MATRIX = "lm_head.weight"
 EMBEDDING = "language_model.model.embed_tokens.weight"
 POSITIONS = "vision_tower.vision_model.embeddings.position_embedding.weight"
+PATCHES = "vision_tower.vision_model.embeddings.patch_embedding.weight"
+DECODER_LAYER, TOWER_LAYER = "language_model.model.layers.", "vision_tower.vision_model.encoder.layers."
+LAYERS = {  # how many there are shows in the names
+    "text_config": re.compile(re.escape(DECODER_LAYER) + "([0-9]{1,4})[.]"),
+    "vision_config": re.compile(re.escape(TOWER_LAYER) + "([0-9]{1,4})[.]"),
+}
+SHAPE_FIELDS = (  # the fields of config.json that shapes prove: which axis of which tensor
+    ("text_config.vocab_size", EMBEDDING, 0),
+    ("text_config.hidden_size", EMBEDDING, 1),
+    ("text_config.intermediate_size", f"{DECODER_LAYER}0.mlp.gate_proj.weight", 0),
+    ("text_config.num_attention_heads", f"{DECODER_LAYER}0.self_attn.q_proj.weight", 0),
+    ("text_config.num_key_value_heads", f"{DECODER_LAYER}0.self_attn.k_proj.weight", 0),
+    ("vision_config.hidden_size", PATCHES, 0),
+    ("vision_config.num_channels", PATCHES, 1),
+    ("vision_config.patch_size", PATCHES, 2),
+    ("vision_config.intermediate_size", f"{TOWER_LAYER}0.mlp.fc1.weight", 0),
+    ("vision_config.image_size", POSITIONS, 0),
+)
 HARMLESS = re.compile(r"vision_tower\.vision_model\.head\..*|.*\.position_ids")  # the unused pooling head; an old buffer
 
 
@@ -130,51 +152,58 @@ def read_adapter(folder: Path) -> Adapter | None:
 
 
 def read_config(folder: str | Path) -> PaliGemmaConfig:
-    """The configuration of the checkpoint in a folder. Raises: CheckpointError, with the file and the field."""
+    """The configuration of the checkpoint in a folder; what config.json leaves out is filled in, see build_config.
+
+    Raises: CheckpointError, with the file and the field.
+    """
     folder = base_folder(folder)
     raw = read_json(folder / CONFIG_NAME)
     tower = raw.get("vision_config")
-    is_complete = not isinstance(tower, dict) or tower.get("image_size") is not None
-    return build_config(raw, {} if is_complete else find_tensors(folder), folder)
+    needs_weights = isinstance(tower, dict) and tower.get("image_size") is None and has_weights(folder)
+    return build_config(raw, find_tensors(folder) if needs_weights else {}, folder)
 
 
 def build_config(raw: dict, stored: dict[str, StoredTensor], folder: Path) -> PaliGemmaConfig:
-    """Reads config.json's content. The picture's side, absent in some files of the hub, is taken from the weights.
+    """Reads config.json's content.
 
-    Raises: CheckpointError for what from_hf refuses, and for weights and settings that disagree on the picture's side.
+    What it leaves out has the default of the class that wrote it (see from_hf), but for two things: the side of the picture,
+    which the weights show, and the tokens that end an answer, where generation_config.json is asked first (as in transformers).
+
+    Raises: CheckpointError for what from_hf refuses.
     """
     file = folder / CONFIG_NAME
     try:
         tower = raw.get("vision_config")
         if isinstance(tower, dict) and tower.get("image_size") is None and POSITIONS in stored:
-            rows = stored[POSITIONS].shape[0]
-            check_patches(rows, tower, folder)
-            patch = tower.get("patch_size")
-            raw = raw | {"vision_config": tower | {"image_size": math.isqrt(rows) * (patch if type(patch) is int else 14)}}
+            raw = raw | {"vision_config": tower | {"image_size": picture_side(stored[POSITIONS].shape[0], tower)}}
+        config = PaliGemmaConfig.from_hf(raw)
         for part in ("vision_config", "text_config"):
-            layers = raw[part].get("num_hidden_layers") if isinstance(raw.get(part), dict) else None
-            if type(layers) is int and layers > MOST_LAYERS:
+            layers = getattr(config, part).num_hidden_layers
+            if layers > MOST_LAYERS:
                 raise ValueError(f"{part}.num_hidden_layers is {layers}; at most {MOST_LAYERS} make sense.")
-        return PaliGemmaConfig.from_hf(raw)
+        file = folder / GENERATION_CONFIG_NAME
+        ends = read_json(file).get("eos_token_id") if is_file(file) else None
+        if ends in (None, []):
+            return config
+        return replace(config, eos_token_id=tuple(ends) if isinstance(ends, list) else ends)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}", path=file) from error
 
 
-def check_patches(rows: int, tower: dict, folder: Path) -> None:
-    """Raises ValueError unless every file that says how many patches a picture has says the same as the weights."""
+def picture_side(rows: int, tower: dict) -> int:
+    """Pixels of a side of the pictures that a tower with so many position embeddings takes."""
     if math.isqrt(rows) ** 2 != rows:
-        raise ValueError(f"the weights have {rows} position embeddings, which is no square of patches.")
-    said = {f"vision_config.{key}": tower[key] for key in ("num_image_tokens", "num_positions") if tower.get(key) is not None}
-    if (folder / "preprocessor_config.json").exists():
-        length = read_json(folder / "preprocessor_config.json").get("image_seq_length")
-        said |= {} if length is None else {"image_seq_length in preprocessor_config.json": length}
-    wrong = [f"{key} is {value}" for key, value in said.items() if value != rows]
-    if wrong:
-        raise ValueError(f"{listed(wrong)}, but the weights have {rows} position embeddings. The files do not belong together.")
+        raise ValueError(f"the weights have {rows} position embeddings, which is not a square number of patches.")
+    patch = tower.get("patch_size")
+    return math.isqrt(rows) * (patch if type(patch) is int else SiglipVisionConfig.patch_size)
 
 
-def check_names(model: nn.Module, stored: dict[str, StoredTensor], folder: Path) -> None:
-    """Raises one CheckpointError that names what is missing, unexpected or misshapen, with a hint at the usual cause."""
+def check_names(model: nn.Module, raw: dict, stored: dict[str, StoredTensor], folder: Path) -> None:
+    """Raises one CheckpointError that names what is missing, unexpected or misshapen, with a hint at the usual cause.
+
+    Args:
+        raw: config.json, to tell what it says from what it leaves out.
+    """
     expected = model.state_dict()
     missing = [name for name in expected if name not in stored]
     unexpected = [tensor.name for name, tensor in stored.items() if name not in expected]
@@ -186,7 +215,7 @@ def check_names(model: nn.Module, stored: dict[str, StoredTensor], folder: Path)
         if names
     ]
     if parts:
-        hint = explain_misfit(model.config, misshapen, unexpected)
+        hint = explain_misfit(model.config, raw, stored, unexpected)
         raise CheckpointError(f"{folder}: the weights do not fit config.json. {' '.join(parts)} {hint}", path=folder)
     wrong = [
         f"{stored[name].name} is {stored[name].dtype}"
@@ -201,18 +230,38 @@ def check_names(model: nn.Module, stored: dict[str, StoredTensor], folder: Path)
         )
 
 
-def explain_misfit(config: PaliGemmaConfig, misshapen: dict[str, tuple[int, ...]], unexpected: list[str]) -> str:
+def numbers_of_weights(stored: dict[str, StoredTensor], config: PaliGemmaConfig) -> dict[str, int]:
+    """What the names and shapes of the weights say of the fields of config.json, by field."""
+    found = {
+        field: stored[name].shape[axis]
+        for field, name, axis in SHAPE_FIELDS
+        if name in stored and axis < len(stored[name].shape)
+    }
+    for part, layer in LAYERS.items():
+        layers = {int(match[1]) for name in stored if (match := layer.match(name))}
+        found |= {f"{part}.num_hidden_layers": max(layers) + 1} if layers else {}
+    for field in ("num_attention_heads", "num_key_value_heads"):  # here still heads times the width of one
+        heads, rest = divmod(found.pop(f"text_config.{field}", 0), config.text_config.head_dim)
+        found |= {f"text_config.{field}": heads} if heads and not rest else {}
+    rows = found.pop("vision_config.image_size", 0)  # here still patches
+    side = math.isqrt(rows) * config.vision_config.patch_size
+    return found | ({"vision_config.image_size": side} if side and math.isqrt(rows) ** 2 == rows else {})
+
+
+def explain_misfit(config: PaliGemmaConfig, raw: dict, stored: dict[str, StoredTensor], unexpected: list[str]) -> str:
     """The usual cause of weights that do not fit, and what to do."""
-    if POSITIONS in misshapen:
-        side = math.isqrt(misshapen[POSITIONS][0]) * config.vision_config.patch_size
-        said = config.vision_config.image_size
-        return f"The weights are for pictures of {side} px, config.json is for {said} px: take both from the same model."
-    if EMBEDDING in misshapen:
-        words, said = misshapen[EMBEDDING][0], config.text_config.vocab_size
-        return f"The weights have a vocabulary of {words}, config.json one of {said}: take both from the same model."
     if any("lora_" in name or "base_layer" in name for name in unexpected):
         return "There is an adapter in them that was not merged: merge it with PEFT (merge_and_unload) and save again."
-    return "Take config.json and weights from the same model."
+    differences = []
+    for field, found in numbers_of_weights(stored, config).items():
+        part, name = field.split(".")
+        ours = getattr(getattr(config, part), name)
+        if found != ours:
+            is_absent = raw[part].get(name) is None
+            origin = f"absent, so its class's default {ours} was taken" if is_absent else f"{ours} in config.json"
+            differences.append(f"{field} is {origin}, and the weights have {found}")
+    what = "; ".join(differences)
+    return f"{what}{': t' if what else 'T'}ake config.json and weights from the same model."
 
 
 def stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
@@ -453,7 +502,7 @@ def load_model(
     if is_stored:
         for name in list(quantised):
             model.set_submodule(name, quantised.pop(name))
-    check_names(model, stored, folder)
+    check_names(model, raw, stored, folder)
     require_memory(num_bytes(model, quantised, dtype), device)
     with memory_errors(f"loading {folder}"):
         fill(model, stored, TensorReader(device, allow_nonfinite), dtype, quantised, kind, adapter)

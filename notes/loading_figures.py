@@ -39,7 +39,9 @@ def write_model(folder: Path) -> None:
     from modeling_siglip import SiglipVisionConfig
     from weights import save_model
 
-    vision = SiglipVisionConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
+    vision = SiglipVisionConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, patch_size=14
+    )
     text = GemmaConfig(
         vocab_size=64_000, hidden_size=1024, intermediate_size=8192, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=1,

@@ -380,7 +380,13 @@ def test_layer_types_as_transformers_5_writes_them_are_read():
         ({"sliding_window": 0}, "sliding_window is 0"),
         ({"sliding_window": 4096.5}, "sliding_window is 4096.5"),
         ({"model_type": "gemma3"}, "model_type is 'gemma3'"),
-        ({"vocab_size": None}, "lacks vocab_size"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, "rope_theta is 1000"),
+        ({"rope_theta": 1e-300}, "rope_theta is 1e-300"),
+        ({"query_pre_attn_scalar": 10**400}, "query_pre_attn_scalar is 1000"),
+        ({"attn_logit_softcapping": 1e300}, r"attn_logit_softcapping is 1e\+300"),
+        ({"sliding_window": 10**400}, "sliding_window is 1000"),
+        ({"model_type": ["gemma"]}, r"model_type is \['gemma'\]"),
     ],
 )
 def test_absurd_config_is_refused_in_one_sentence(family, change, message):

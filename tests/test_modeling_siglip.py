@@ -1,5 +1,7 @@
 """The vision tower, part by part, against transformers' SigLIP with the same weights."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
@@ -111,12 +113,12 @@ def test_parameter_names_are_those_of_the_hub():
     assert len(names) == 3 + 2 * 16 + 2
 
 
-def test_config_defaults_are_so400m_at_224():
-    config = SiglipVisionConfig.from_hf({"model_type": "siglip_vision_model"})
-    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads) == (
-        1152, 4304, 27, 16,
-    )  # fmt: skip
-    assert (config.image_size, config.patch_size, config.num_patches, config.layer_norm_eps) == (224, 14, 256, 1e-6)
+def test_what_a_file_leaves_out_is_the_default_of_transformers_class():
+    from transformers import SiglipVisionConfig as ReferenceConfig
+
+    theirs = ReferenceConfig()
+    ours = SiglipVisionConfig.from_hf({"model_type": "siglip_vision_model"})
+    assert asdict(ours) == {name: getattr(theirs, name) for name in asdict(ours)}
 
 
 @pytest.mark.parametrize(
@@ -131,8 +133,12 @@ def test_config_defaults_are_so400m_at_224():
         ({"image_size": 225}, "patch_size 14 does not divide image_size 225"),
         ({"layer_norm_eps": 0}, "layer_norm_eps is 0"),
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan"),
-        ({"hidden_act": "gelu"}, "'hidden_act': 'gelu'"),
-        ({"vision_use_head": True}, "'vision_use_head': True"),
+        ({"layer_norm_eps": 1e-300}, "layer_norm_eps is 1e-300"),
+        ({"image_size": 14 * 2**12}, "image_size is 57344"),
+        ({"image_size": 1024, "patch_size": 1}, "asks for 1048576 patches"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"hidden_act": [1]}, "hidden_act is [1]"),
+        ({"model_type": "clip_vision_model"}, "model_type is 'clip_vision_model'"),
     ],
 )
 def test_absurd_config_is_refused_in_one_sentence(change, message):

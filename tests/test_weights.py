@@ -162,14 +162,14 @@ def test_many_missing_tensors_are_counted(tmp_path):
 def test_weights_of_another_resolution_are_told_so(tmp_path):
     tensors = tensors_of()
     tensors[POSITIONS] = torch.rand(16, 48)
-    with pytest.raises(CheckpointError, match=f"{POSITIONS} is .16, 48., not .4, 48.*pictures of 56 px.* for 28 px"):
+    with pytest.raises(CheckpointError, match=f"{POSITIONS} is .16, 48.*image_size is 28 in config.json, and .* have 56"):
         weights.load_model(write_checkpoint(tmp_path, tensors))
 
 
 def test_weights_of_another_vocabulary_are_told_so(tmp_path):
     tensors = tensors_of()
     tensors[EMBEDDING] = torch.rand(130, 40)
-    with pytest.raises(CheckpointError, match="vocabulary of 130, config.json one of 160"):
+    with pytest.raises(CheckpointError, match="vocab_size is 160 in config.json, and the weights have 130"):
         weights.load_model(write_checkpoint(tmp_path, tensors))
 
 
@@ -353,7 +353,6 @@ def altered(part: str | None, **changes: object) -> dict:
         ("text_config", {"hidden_size": "40"}, "text_config.hidden_size is '40'"),
         ("text_config", {"hidden_size": 40.0}, "text_config.hidden_size is 40.0"),
         ("text_config", {"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide"),
-        ("text_config", {"vocab_size": None}, "text_config lacks vocab_size"),
         ("text_config", {"model_type": "llama"}, "'llama'"),
         ("text_config", {"rope_parameters": [1]}, "rope_parameters"),
         ("vision_config", {"image_size": 30}, "patch_size 14 does not divide image_size 30"),
@@ -421,18 +420,42 @@ def test_the_side_of_the_picture_is_taken_from_the_weights_where_config_is_silen
     assert weights.read_config(folder).vision_config.image_size == 28
 
 
-def test_files_that_disagree_on_the_picture_are_refused(tmp_path):
-    tensors = tensors_of() | {POSITIONS: torch.rand(16, 48)}
-    write_checkpoint(tmp_path, tensors, raw=altered("vision_config", image_size=None, num_image_tokens=4))
-    with pytest.raises(CheckpointError, match="vision_config.num_image_tokens is 4, but the weights have 16"):
-        weights.load_model(tmp_path)
+def test_position_embeddings_that_are_no_square_are_refused(tmp_path):
+    tensors = tensors_of() | {POSITIONS: torch.rand(15, 48)}
     write_checkpoint(tmp_path, tensors, raw=altered("vision_config", image_size=None))
-    (tmp_path / "preprocessor_config.json").write_text('{"image_seq_length": 9}')
-    with pytest.raises(CheckpointError, match="image_seq_length in preprocessor_config.json is 9"):
+    with pytest.raises(CheckpointError, match="15 position embeddings, which is not a square"):
         weights.load_model(tmp_path)
-    write_checkpoint(tmp_path, tensors | {POSITIONS: torch.rand(15, 48)}, raw=altered("vision_config", image_size=None))
-    with pytest.raises(CheckpointError, match="15 position embeddings, which is no square"):
-        weights.load_model(tmp_path)
+
+
+def test_what_nobody_reads_is_no_evidence_against_the_weights(tmp_path):
+    unread = {"num_positions": 1024, "num_image_tokens": 9, "projection_dim": 7, "vision_use_head": True}
+    raw = altered("vision_config", image_size=None, **unread) | {"vocab_size": 3, "hidden_size": 5}
+    folder = write_checkpoint(tmp_path, tensors_of(), raw=raw)
+    assert weights.load_model(folder).config == weights.read_config(folder) == PaliGemmaConfig.from_hf(raw_config("gemma"))
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": [1, 107]}, 1, (1, 107)),
+        ({"eos_token_id": 107}, [1, 107], 107),
+        ({"eos_token_id": None}, 7, 7),
+        ({"eos_token_id": []}, [1, 7], (1, 7)),
+        ({}, 7, 7),
+    ],
+)
+def test_generation_config_says_what_ends_an_answer_as_in_transformers(tmp_path, generation, config, expected):
+    (tmp_path / "config.json").write_text(json.dumps(raw_config("gemma") | {"eos_token_id": config}))
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert weights.read_config(tmp_path).eos_token_id == expected
+
+
+@pytest.mark.parametrize("value", ["1", True, 1.0, -1, 10**400, [1, None], [[1]], {"a": 1}])
+def test_an_end_that_is_no_token_is_refused_by_file(tmp_path, value):
+    (tmp_path / "config.json").write_text(json.dumps(raw_config("gemma")))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(CheckpointError, match="generation_config.json: eos_token_id is"):
+        weights.read_config(tmp_path)
 
 
 TOWER = {
