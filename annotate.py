@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import commandline
+import files
 import folders
 import job
 import machine
 from commandline import note
 from errors import OutputError, UsageError
+from exports import digest, export, steps
 from job import JobFlags, Question
 from journal import Journal, key, rows
 from options import Checkpoint, require
@@ -80,7 +82,7 @@ class Flags(JobFlags):
     @property
     def file(self) -> Path:
         """Where the rows go."""
-        path = Path(self.output).expanduser()
+        path = files.expand(self.output)
         return path.with_stem(f"{path.stem}-{self.part[0]}-of-{self.part[1]}") if self.part else path
 
     @property
@@ -94,7 +96,7 @@ class Flags(JobFlags):
 
 def without(flags: Flags) -> list[str]:
     """The folders that are not listed: drawings are no pictures to be asked about."""
-    return [] if flags.save_dir is None else [os.path.expanduser(flags.save_dir)]
+    return [] if flags.save_dir is None else [str(files.expand(flags.save_dir))]
 
 
 def questions(flags: Flags, kind: str) -> Iterator[Question]:
@@ -108,14 +110,13 @@ def questions(flags: Flags, kind: str) -> Iterator[Question]:
 
 
 def drawing_name(flags: Flags, row: dict) -> Path:
-    """Where the drawing of a row goes: the picture's own path below --save_dir, never above it, with .png behind.
+    """Where the drawing of a row goes: the picture's own path below --save_dir, never above it, with .png after it.
 
     Several questions about one picture have a drawing each.
     """
-    parts = ["__" if part == ".." else part for part in Path(re.sub("^https?://", "", row["image"])).parts]
+    path = files.expand(flags.save_dir).joinpath(*steps(row["image"]))
     question = f".{key('', row['prompt']).hex()[:8]}" if flags.questions is not None else ""
-    folder = Path(flags.save_dir).expanduser()
-    return folder.joinpath(*(part for part in parts if part != Path(part).anchor)).with_name(f"{parts[-1]}{question}.png")
+    return path.with_name(f"{path.name}{question}.png")
 
 
 def make_folder(folder: Path) -> None:
@@ -127,23 +128,40 @@ def make_folder(folder: Path) -> None:
 
 
 def make_save_dir(flags: Flags) -> None:
-    """Raises: OutputError if it cannot be made, UsageError if drawings would come to lie among the pictures."""
-    folder = Path(flags.save_dir).expanduser()
+    """Raises: OutputError if it cannot be made or written to, UsageError if drawings would come to lie among the pictures."""
+    folder = files.expand(flags.save_dir)
     make_folder(folder)
-    for word in map(os.path.expanduser, flags.words):
-        places = [place for place in (folder, folder / word) if place.is_dir()]
-        if os.path.isdir(word) and any(place.samefile(word) for place in places):
+    files.check_writable(folder / "1.png")
+    homes = flags.pictures or [os.path.dirname(flags.questions or "") or "."] * (flags.questions is not None)
+    for word in map(files.expand, homes):
+        places = [files.place_of(place) for place in (folder, folder.joinpath(*steps(str(word))))]
+        if os.path.isdir(word) and files.place_of(word) in places:
             raise UsageError(f"--save_dir {flags.save_dir} would put drawings among the pictures. Choose another folder.")
 
 
 def save_drawing(flags: Flags, row: dict, loaded: folders.Loaded, result: "Result") -> None:
-    """Draws the objects of a row into its picture, if it has a reading. Raises: OutputError."""
+    """Draws the objects of a row into its picture, if it has a reading. Raises: OutputError.
+
+    Where another picture's drawing, or any other file, has its name (./1.png and 1.png; A.png and a.png on some disks), it gets
+    one with a few more letters.
+    """
     if result.reading is not None:
         import drawing
 
-        path = drawing_name(flags, row)
+        path, source = drawing_name(flags, row), f"{row['image']}\0{row['prompt']}"
         make_folder(path.parent)
-        drawing.save(drawing.draw(loaded.original, result.reading.objects), path)
+        if os.path.lexists(path) and drawing.mark_of(path) != drawing.mark(source):
+            path = path.with_name(f"{path.stem}.{digest(source)}.png")
+        drawing.save(drawing.draw(loaded.original, result.reading.objects), path, source)
+
+
+def check_folder(flags: Flags) -> None:
+    """Raises: UsageError for a file that is read from the folder of --export; OutputError if that cannot be written."""
+    folder = flags.exported
+    files.check_writable(folder / "1.txt", makes_folders=True)
+    for name, file in (("list", flags.list), ("questions", flags.questions)):
+        if file is not None and Path(os.path.realpath(files.expand(file))).is_relative_to(os.path.realpath(folder)):
+            raise UsageError(f"--{name} {file} lies in {folder}, which --export writes. Name another --output.")
 
 
 # The run
@@ -169,7 +187,10 @@ def work(flags: Flags, checkpoint: Checkpoint, journal: Journal) -> None:
 def program(flags: Flags) -> None:
     """Pictures, model, file, rows: in this order, so that what is wrong is said before the slow part."""
     commandline.relay_logs(flags.verbose)
-    job.check_output(flags.output)
+    tables = [("--export", flags.exported)] if flags.export in ("coco", "csv") else []
+    job.check_outputs(flags, flags.file, tables)
+    if flags.export is not None and not tables:
+        check_folder(flags)
     if flags.save_dir is not None:
         make_save_dir(flags)
     job.check_pictures(flags, without(flags))
@@ -177,14 +198,13 @@ def program(flags: Flags) -> None:
     import weights
 
     checkpoint = Checkpoint(flags, weights)
+    job.check_outputs(flags, flags.file, tables, checkpoint.files)
     about = None if flags.questions is not None else doubt(flags.chosen_task, checkpoint.kind)
     for text in filter(None, (about, flags.part and f"part {flags.shard} goes to {flags.file}.")):
         note(f"note: {text}")
     with job.open_rows(flags, checkpoint, flags.file) as journal:
         work(flags, checkpoint, journal)
     if flags.export is not None:
-        from exports import export
-
         export(rows(flags.file), flags.export, flags.exported)
         note(f"{flags.export} in {flags.exported}.")
     job.conclude(journal)

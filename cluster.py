@@ -23,9 +23,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
 
 import commandline
+import files
 import job
 import machine
 from errors import AccessError, DeviceError, PaliGemmaError
@@ -204,13 +204,15 @@ def program(flags: Flags) -> None:
     commandline.relay_logs(flags.verbose)
     if not all(importlib.util.find_spec(name) for name in ("ray", "pyarrow")):
         raise DeviceError('Ray is not installed. Install it with pip install "ray[data]", or use annotate.py, which needs none.')
-    job.check_output(flags.output)
+    output = files.expand(flags.output)
+    job.check_outputs(flags, output)
     job.check_pictures(flags)
     machine.use_cores()
     import weights
 
     checkpoint = Checkpoint(flags, weights)
-    with job.open_rows(flags, checkpoint, Path(flags.output).expanduser()) as journal:
+    job.check_outputs(flags, output, model=checkpoint.files)
+    with job.open_rows(flags, checkpoint, output) as journal:
         work(flags, checkpoint, journal)
     job.conclude(journal)
 

@@ -7,8 +7,10 @@ or absent. Checked in tests/test_drawing.py.
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from unicodedata import category
 
@@ -38,6 +40,7 @@ DASH, GAP, CAP = 4, 3, 3  # lengths of a dash, of the gap after it and of half a
 SUPERSAMPLING = 4
 JOINER = "\u200d"  # invisible, but what makes one emoji of several
 BLOCKS = " ▏▎▍▌▋▊▉█"
+SOFTWARE = 305  # the EXIF tag of what wrote a picture
 BAR = 10  # letters of a full bar
 
 
@@ -312,11 +315,32 @@ def draw(
     return out
 
 
-def save(picture: Image.Image, path: str | Path) -> None:
-    """Writes the picture in the format of the name's ending, beside its place first. Raises: OutputError."""
+def save(picture: Image.Image, path: str | Path, source: str = "") -> None:
+    """Writes the picture in the format of the name's ending, beside its place first. Raises: OutputError.
+
+    Args:
+        source: of what it is a drawing; kept in the file, where its format has room for that, in a form that names nothing.
+    """
     path = Path(path)
+    exif = Image.Exif()
+    exif[SOFTWARE] = mark(source)
     with whole(path) as beside, open(beside, "wb") as file:
-        picture.save(file, format=Image.registered_extensions()[path.suffix.lower()], quality=95)
+        picture.save(file, format=Image.registered_extensions()[path.suffix.lower()], quality=95, exif=exif)
+
+
+def mark(source: str) -> str:
+    """What a drawing of that source carries."""
+    return f"paligemma {blake2b(source.encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()}"
+
+
+def mark_of(path: str | Path) -> str | None:
+    """The mark of a drawing that `save` wrote; None of any other file."""
+    try:
+        with Image.open(path) as picture:
+            found = str(picture.getexif().get(SOFTWARE, ""))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # no picture, or one that is damaged
+        return None
+    return found if re.fullmatch("paligemma [0-9a-f]{16}", found) else None
 
 
 # Letters

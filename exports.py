@@ -11,8 +11,11 @@ import io
 import json
 import os
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 UNNAMED = "object"  # the class of what has no label, such as a refcoco checkpoint's answers
 NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+NOT_IN_NAMES = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # what no file's name can hold; \udc80 to \udcff are its raw bytes
+LONGEST_NAME = 200  # bytes of a step of a path; 255 are the limit, and endings are added
 COLUMNS = ("image", "label", "score", "x_min", "y_min", "x_max", "y_max", "width", "height")
 
 
@@ -167,22 +172,62 @@ def table(pictures: list[Picture]) -> str:
 # Files
 
 
-def places(pictures: list[Picture], folder: Path, ending: str) -> list[Path]:
-    """A file for each picture, below the folder as the picture lies below the folder that all of them have in common."""
-    parts = []
-    for picture in pictures:
-        steps = re.sub("^https?://", "", picture.name).replace("\\", "/").split("/")
-        parts.append([re.sub(r"^\.\.$", "__", step) for step in steps if step not in ("", ".")] or ["picture"])
-    common = len(os.path.commonprefix([steps[:-1] for steps in parts]))
-    taken: dict[Path, None] = {}
-    for steps in parts:
-        path = folder.joinpath(*steps[common:])
-        same_stem = path.with_suffix(ending) in taken  # 1.jpg and 1.png
-        taken[path.with_name(path.name + ending) if same_stem else path.with_suffix(ending)] = None
-    return list(taken)
+def steps(name: str) -> list[str]:
+    """A picture's name as the folders and the file of a path that lies below any folder, and that any disk takes."""
+    if name.startswith("data:"):
+        return [f"data-{digest(name)}"]
+    name = re.sub("^(https?|file)://", "", name).replace("\\", "/")
+    kept = [re.sub(r"^\.\.$", "__", NOT_IN_NAMES.sub("_", step)) for step in name.split("/") if step not in ("", ".")]
+    return [step if len(os.fsencode(step)) <= LONGEST_NAME else f"{step[:40]}-{digest(step)}" for step in kept] or ["picture"]
 
 
-def export(rows: Iterable[dict], kind: str, path: str | Path) -> list[Path]:
+def digest(name: str) -> str:
+    """Tells a name from others, in eight letters."""
+    return blake2b(name.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+
+
+def places(names: Iterable[str], folder: Path, ending: str, taken: Iterable[Path] = ()) -> list[Path]:
+    """A file for each picture, below the folder as the picture lies below the folder that all of them have in common.
+
+    Args:
+        names: of the pictures; different ones.
+        taken: files that others have.
+    Returns: paths that differ in more than case, none of them a folder of another; 1.jpg and 1.png become 1.txt and 1.png.txt.
+    """
+
+    def known(path: Path) -> str:
+        return unicodedata.normalize("NFC", str(path)).casefold()
+
+    parts = [steps(name) for name in names]
+    common = len(os.path.commonprefix([part[:-1] for part in parts]))
+    paths = [folder.joinpath(*part[common:]) for part in parts]
+    used = {*map(known, taken), *(known(above) for path in paths for above in path.parents)}
+    counts: Counter[str] = Counter()
+    files = []
+    for path in paths:
+        free = [path.with_suffix(ending), path.with_name(path.name + ending)]
+        while free and known(free[0]) in used:
+            free.pop(0)
+        while not free or known(free[0]) in used:  # counting goes on where it stopped, so that many equal names take no time
+            counts[known(path)] += 1
+            free = [path.with_name(f"{path.name}-{counts[known(path)] + 1}{ending}")]
+        used.add(known(free[0]))
+        files.append(free[0])
+    return files
+
+
+def files_of(kind: str, path: str | Path, names: Iterable[str]) -> list[Path]:
+    """The files that `export` writes for pictures of these names: one each, or one for all; of "yolo" the classes last."""
+    path, names = Path(path), list(names)
+    if kind in ("coco", "csv"):
+        return [path]
+    is_single = bool(path.suffix) and len(names) == 1
+    folder = path.parent if is_single else path.with_suffix("")
+    classes = [folder / "classes.txt"] if kind == "yolo" else []
+    return [*([path] if is_single else places(names, folder, {"voc": ".xml", "yolo": ".txt"}[kind], classes)), *classes]
+
+
+def export(rows: Iterable[dict], kind: str, path: str | Path, names: Iterable[str] = ()) -> list[Path]:
     """Writes the rows as files of another tool.
 
     Args:
@@ -190,24 +235,23 @@ def export(rows: Iterable[dict], kind: str, path: str | Path) -> list[Path]:
         path: the file of coco and csv. Of voc and yolo the folder, which gets a file for each picture; but with an ending the
             file itself if there is one picture, and else the folder of that name without the ending. YOLO's classes.txt lies
             in the folder.
+        names: the pictures that were asked about, if files are to be named as if all had rows.
     Returns: the files. Raises: OutputError.
     """
-    path, pictures = Path(path), collect(rows)
+    pictures = collect(rows)
+    names = list(dict.fromkeys(names)) or [picture.name for picture in pictures]
+    files = files_of(kind, path, names)
     if kind in ("coco", "csv"):
-        put(path, json.dumps(coco(pictures)) + "\n" if kind == "coco" else table(pictures))
-        return [path]
-    if path.suffix and len(pictures) == 1:
-        folder, files = path.parent, [path]
-    else:
-        folder = path.with_suffix("")
-        files = places(pictures, folder, {"voc": ".xml", "yolo": ".txt"}[kind])
-    classes = class_names(pictures)
-    for picture, file in zip(pictures, files, strict=True):
-        put(file, voc(picture) if kind == "voc" else yolo(picture, classes))
+        put(files[0], json.dumps(coco(pictures)) + "\n" if kind == "coco" else table(pictures))
+        return files
+    classes, file_of, written = class_names(pictures), dict(zip(names, files[: len(names)], strict=True)), []
+    for picture in pictures:
+        written.append(file_of[picture.name])
+        put(written[-1], voc(picture) if kind == "voc" else yolo(picture, classes))
     if kind == "yolo":
-        files.append(folder / "classes.txt")
+        written.append(files[-1])
         put(files[-1], "".join(f"{name}\n" for name in classes))
-    return files
+    return written
 
 
 def to_supervision(objects: Iterable[Found], width: int, height: int) -> "supervision.Detections":

@@ -7,14 +7,15 @@ raises RuntimeError for the ~ of a user that does not exist. Use the functions h
 import errno
 import os
 import stat
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from heapq import nlargest
 from itertools import islice
 from pathlib import Path
 
-from errors import AccessError, CheckpointError, OutputError, PaliGemmaError
+from errors import AccessError, CheckpointError, OutputError, PaliGemmaError, UsageError
 
 MOST_NAMES = 100_000  # of a folder, looked through for a similar name
 MOST_COMPARED = 100  # of them, compared letter by letter
@@ -104,13 +105,80 @@ def read_regular(path: Path, most_bytes: int, error_class: type[PaliGemmaError] 
     return content
 
 
+# Files to be written
+
+
+def place_of(path: str | os.PathLike) -> tuple:
+    """What a path names: equal for all its spellings and for links, hard ones too, whether or not anything is there yet.
+
+    Names that differ in case alone are equal where nothing is there: on some disks they are one file.
+
+    Raises: OutputError, as `look`.
+    """
+    status = look(path, OutputError)
+    if status is not None:
+        return status.st_dev, status.st_ino
+    folder, name = os.path.split(os.path.realpath(path))  # of a link to nothing, what it names
+    status = look(folder, OutputError)
+    return folder if status is None else (status.st_dev, status.st_ino), unicodedata.normalize("NFC", name).casefold()
+
+
+def check_writable(path: str | os.PathLike, makes_folders: bool = False) -> None:
+    """Raises: OutputError for a file that could not be written later, as far as that can be seen now.
+
+    Args:
+        makes_folders: whether the folders above it will be made if they are not there.
+    """
+    status, folder = look(path, OutputError), os.path.dirname(path) or "."
+    while (above := look(folder, OutputError)) is None and makes_folders:
+        folder = os.path.dirname(folder) or "."
+    if above is None:
+        raise OutputError(f"{path} cannot be written: there is no folder {folder}. Make it first.", path=path)
+    if not stat.S_ISDIR(above.st_mode):
+        raise OutputError(f"{path} cannot be written: {folder} is a file. Name a folder.", path=path)
+    if status is not None and stat.S_ISDIR(status.st_mode):
+        raise OutputError(f"{path} is a folder. Name a file in it.", path=path)
+    if status is not None and not stat.S_ISREG(status.st_mode):
+        raise OutputError(f"{path} is not a regular file but a pipe or a device. Name another file.", path=path)
+    if not os.access(folder, os.W_OK | os.X_OK) or (status is not None and not os.access(path, os.W_OK)):
+        raise OutputError(f"{path} cannot be written: permission denied. Change it, or write elsewhere.", path=path)
+
+
+def check_outputs(
+    outputs: Iterable[tuple[str, Path]],
+    inputs: Iterable[tuple[str, str | os.PathLike]] = (),
+    nested: Iterable[tuple[str, Path]] = (),
+) -> None:
+    """Makes sure that files to be written can be, and that none of them is another one, or a file that is read.
+
+    Args:
+        outputs: what a file is ("--save"), and its path.
+        inputs: the same of files that are read ("the picture"); they need not be there.
+        nested: as outputs, with folders that are made if they are not there.
+    Raises: UsageError for two that are one file, OutputError as check_writable.
+    """
+    taken: dict[tuple, tuple[str, Path]] = {}
+    for name, path, makes_folders in (*((*output, False) for output in outputs), *((*output, True) for output in nested)):
+        check_writable(path, makes_folders)
+        place = place_of(path)
+        if place in taken:
+            other, _ = taken[place]
+            both = f"{name} would write {path} twice" if name == other else f"{other} and {name} would both write {path}"
+            raise UsageError(f"{both}. Give another name.")
+        taken[place] = name, path
+    for what, path in inputs if taken else ():
+        with suppress(OutputError):  # a name that no file can have
+            if place := taken.get(place_of(path)):
+                raise UsageError(f"{place[0]} {place[1]} would overwrite {what} {path}. Give another name.")
+
+
 @contextmanager
 def whole(path: Path, advice: str = "Make room, or write elsewhere.") -> Iterator[Path]:
     """A name beside a file's place to write to, which takes that place at the end; whoever looks sees the old one or the new one.
 
     Raises: OutputError, which ends with advice, for every OSError within; nothing is left then, and what was there stays.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name[:50]}.{os.getpid()}")  # so short that a name of any length has room for more
     try:
         yield beside
         os.replace(beside, path)

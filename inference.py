@@ -25,9 +25,11 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import commandline
+import files
 import machine
 import verbs
 from commandline import note, write
@@ -113,17 +115,28 @@ class Flags(ModelFlags, PictureFlags, ResultFlags):
         )
         given = {each.name for each in fields(self) if getattr(self, each.name) != each.default}
         if self.words:
-            verbs.check_flags(verbs.read_words(self.words), given, self.save, self.export, self.explain)
+            verbs.check_flags(verbs.read_words(self.words), given)
         elif early := [name for name in verbs.FITS if name in given]:
             name, verb = early[0], verbs.FITS[early[0]][0]
             raise UsageError(f"--{name} goes with a verb. Write inference.py {verb} PICTURE ... --{name} ...")
-        elif self.explain is not None:
-            names = split_pictures(self.image_file_path or bundled(BUNDLED_PICTURE))
-            verbs.check_file("explain", self.explain, verbs.DRAWABLE, names, 1)
-            if len(names) > 1:
-                raise UsageError("--explain looks at one picture, but several came. Give one, or use a verb.")
+        elif self.explain is not None and len(self.job.pictures) > 1:
+            raise UsageError("--explain looks at one picture, but several came. Give one, or use a verb.")
         if self.json and self.stream:
             raise UsageError("--json prints one object at the end. Drop --stream.")
+        self.check_outputs([] if self.mask_codec is None else [("the mask codec", self.mask_codec)])
+
+    @property
+    def job(self) -> verbs.Job:
+        """What the words ask for; without a verb, the pictures of the prompt."""
+        if self.words:
+            return verbs.read_words(self.words)
+        return verbs.Job("ask", tuple(split_pictures(self.image_file_path or bundled(BUNDLED_PICTURE))), ("",))
+
+    def check_outputs(self, read: list[tuple[str, str | Path]]) -> None:
+        """Raises: UsageError, OutputError as verbs.check_outputs; `read` is what is read besides the pictures."""
+        if not self.save and not self.export and not self.explain:
+            return
+        verbs.check_outputs(self.job, verbs.outputs(self.job, self.save, self.export, self.explain), read)
 
 
 # What was asked for
@@ -205,7 +218,9 @@ def open_checkpoint(flags: Flags) -> Checkpoint:
     machine.use_cores()
     import weights
 
-    return Checkpoint(flags, weights)
+    checkpoint = Checkpoint(flags, weights)
+    flags.check_outputs(checkpoint.files)
+    return checkpoint
 
 
 def load(checkpoint: Checkpoint, is_verbose: bool) -> "PaliGemmaForConditionalGeneration":
@@ -364,8 +379,8 @@ class Session:
             write(rest + "\n")
         more = {"model": self.checkpoint.name, "seed": self.seed}
         if self.flags.explain and answer.finish_reason != "interrupted":
-            asked = inputs | {"pixel_values": self.pixels}
-            more |= explain_answer(self.model, self.processor, asked, self.pictures[0], answer.token_ids, self.flags.explain)
+            asked, file = inputs | {"pixel_values": self.pixels}, str(files.expand(self.flags.explain))
+            more |= explain_answer(self.model, self.processor, asked, self.pictures[0], answer.token_ids, file)
         if self.flags.json:
             write(json.dumps(asdict(answer) | more) + "\n")
 

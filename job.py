@@ -14,11 +14,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import files
 import folders
 import machine
 from commandline import Interrupted, Words, note
-from errors import ImageError, OutputError, PaliGemmaError, UsageError
-from journal import Journal
+from errors import ImageError, PaliGemmaError, UsageError
+from journal import PART, Journal
 from options import (
     PICTURE_SUFFIXES,
     Checkpoint,
@@ -298,11 +299,22 @@ def progress(known: int, total: int | None) -> "tqdm":
     return tqdm(total=total, initial=known, unit="row", smoothing=0, dynamic_ncols=True, disable=not is_watched())
 
 
-def check_output(path: str) -> None:
-    """Raises: OutputError for a file in a folder that is not there."""
-    folder = os.path.dirname(os.path.expanduser(path)) or "."
-    if not os.path.isdir(folder):
-        raise OutputError(f"{path} cannot be written: there is no folder {folder}. Make it first.", path=path)
+def check_outputs(
+    flags: JobFlags, rows: Path, others: Iterable[tuple[str, Path]] = (), model: Iterable[tuple[str, Path]] = ()
+) -> None:
+    """Makes sure that the files of a job can be written, and are neither each other nor any that is read.
+
+    Args:
+        rows: the file of rows.
+        others: what else is written, and
+        model: the files of the model, as files.check_outputs takes them.
+    Raises: UsageError, OutputError.
+    """
+    part = ("the file that --retry_failed makes", rows.with_name(rows.name + PART))
+    named = [("--list", flags.list), ("--questions", flags.questions), ("the mask codec", flags.mask_codec)]
+    read = [(what, files.expand(file)) for what, file in named if file is not None]
+    read += [("the picture", files.expand(word)) for word in flags.pictures if not is_address(word)]
+    files.check_outputs([("--output", rows), part, *others], [*read, *model])
 
 
 @contextmanager

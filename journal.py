@@ -22,6 +22,7 @@ from errors import OutputError, UsageError
 
 FORMAT = 1
 BEGINNING = b'{"journal": '  # of every header, and so of every file
+PART = ".part"  # ends the name of the file that drop_failed writes
 SYNC_S = 5.0  # rows of at most so many seconds are lost with the power
 
 
@@ -162,7 +163,7 @@ class Journal:
 
     def drop_failed(self) -> None:
         """Replaces the file by one without the rows that hold an error. Killed meanwhile, the old one is still there."""
-        part = self.path.with_name(self.path.name + ".part")
+        part = self.path.with_name(self.path.name + PART)
         self.known.clear()
         self.num_answered = self.num_failed = self.size = 0
         try:

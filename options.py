@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import files
 import machine
 from commandline import note
 from errors import CheckpointError, ImageError, UsageError
@@ -240,6 +241,12 @@ class Checkpoint:
         self.processor = PaliGemmaProcessor.from_pretrained(self.base)
         if sum(file.stat().st_size for file in self.base.glob("*.safetensors") if file.is_file()) < SMALL_MODEL:
             torch.set_num_threads(1)
+
+    @property
+    def files(self) -> list[tuple[str, Path]]:
+        """The model's files, which no output may overwrite, as files.check_outputs takes them."""
+        folders = dict.fromkeys((self.folder, self.base))
+        return [("a file of the model,", folder / name) for folder in folders for name in files.names_in(folder)]
 
     def load(self) -> "PaliGemmaForConditionalGeneration":
         """The model. Raises: CheckpointError, DeviceError."""

@@ -8,14 +8,16 @@ the results). Checked in tests/test_inference.py.
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import commandline
+import files
 from commandline import note, suggestion
-from errors import OutputError, PaliGemmaError, UsageError
-from options import looks_like_picture, split_pictures
+from errors import PaliGemmaError, UsageError
+from options import is_address, looks_like_picture, split_pictures
 from tasks import NEEDED, OBJECT_TASKS, TASKS, Result, check_task, split_objects
 
 if TYPE_CHECKING:
@@ -123,47 +125,85 @@ def read_words(words: tuple[str, ...]) -> Job:
     return Job(task, tuple(pictures), tuple(split_objects(text)) if task == "count" else (text,))
 
 
-def save_names(file: str, count: int) -> list[str]:
-    """Where the drawings go: the file itself, or, of several pictures, out-1.png, out-2.png and so on."""
-    if count == 1:
-        return [file]
-    stem, suffix = os.path.splitext(file)
-    return [f"{stem}-{i + 1}{suffix}" for i in range(count)]
+@dataclass(frozen=True)
+class Outputs:
+    """The files that a job writes.
 
-
-def check_file(name: str, file: str, endings: Sequence[str], pictures: Sequence[str], count: int) -> None:
-    """A flag's file, or files if there are several, that are to be written.
-
-    Raises: UsageError for another ending, or the name of a picture; OutputError where there is no such folder.
+    Args:
+        save: a drawing of each picture.
+        explain: a drawing of each answer.
+        export: one file, or one for each picture and what goes with them.
     """
-    if not file.lower().endswith(tuple(endings)):
-        raise UsageError(f"--{name} is {file!r}, but a name that ends in {', '.join(endings)} is needed.")
-    folder = os.path.dirname(file) or "."
-    if not os.path.isdir(folder):
-        raise OutputError(f"{file} cannot be written: there is no folder {folder}. Make it first.", path=file)
-    for out in save_names(file, count):
-        for picture in pictures:
-            source = os.path.expanduser(picture)
-            if os.path.exists(source) and os.path.exists(out) and os.path.samefile(source, out):
-                raise UsageError(f"--{name} {file} would overwrite the picture {picture}. Give another name.")
+
+    save: tuple[str, ...] = ()
+    explain: tuple[str, ...] = ()
+    export: tuple[str, ...] = ()
 
 
-def check_flags(job: Job, given: set[str], save: str | None, export: str | None, explain: str | None) -> None:
-    """Raises: UsageError for a flag that means nothing to the verb, OutputError for a file that could not be written later."""
+def save_names(file: str, count: int) -> tuple[str, ...]:
+    """Where the drawings go: the file itself, or, of several pictures, out-1.png, out-2.png and so on."""
+    file = str(files.expand(file))
+    if count == 1:
+        return (file,)
+    stem, suffix = os.path.splitext(file)
+    return tuple(f"{stem}-{i + 1}{suffix}" for i in range(count))
+
+
+def outputs(job: Job, save: str | None, export: str | None, explain: str | None) -> Outputs:
+    """What the flags of those names mean to a job. Raises: UsageError for a name with another ending."""
+    for name, file, endings in (("save", save, DRAWABLE), ("export", export, EXPORTABLE), ("explain", explain, DRAWABLE)):
+        if file is not None and not file.lower().endswith(tuple(endings)):
+            raise UsageError(f"--{name} is {file!r}, but a name that ends in {', '.join(endings)} is needed.")
+    exported: list[Path] = []
+    if export is not None:
+        from exports import files_of
+
+        kind = EXPORTABLE[os.path.splitext(export)[1].lower()]
+        exported = files_of(kind, files.expand(export), dict.fromkeys(job.pictures))
+    return Outputs(
+        save_names(save, len(job.pictures)) if save is not None else (),
+        save_names(explain, len(job.pictures) * len(job.texts)) if explain is not None else (),
+        tuple(map(str, exported)),
+    )
+
+
+def check_outputs(job: Job, written: Outputs, others: Iterable[tuple[str, str | Path]] = ()) -> None:
+    """Makes sure that no file that a job writes is another one, or one that it reads.
+
+    Args:
+        others: what else it reads: what it is ("the mask codec"), and its path.
+    Raises: UsageError; OutputError for a file that could not be written later.
+    """
+    single = [("--save", file) for file in written.save] + [("--explain", file) for file in written.explain]
+    exported = [("--export", Path(file)) for file in written.export]
+    read = [("the picture", files.expand(name)) for name in job.pictures if name != "-" and not is_address(name)]
+    read += [(what, files.expand(file)) for what, file in others]
+    if len(exported) == 1:
+        single += exported
+        exported = []
+    files.check_outputs([(flag, Path(file)) for flag, file in single], read, exported)
+    for flag, names in (("save", written.save), ("explain", written.explain)):
+        for file in names if len(names) > 1 else ():
+            check_derived(flag, file)
+
+
+def check_derived(flag: str, file: str) -> None:
+    """Raises: UsageError for a name that was made of another and is there already, unless a drawing of this program has it."""
+    if os.path.lexists(file) and not file.lower().endswith(".bmp"):  # which has no room for a mark
+        from drawing import mark_of
+
+        if mark_of(file) is None:
+            raise UsageError(f"--{flag} would overwrite {file}, which is no drawing of this program. Give another name.")
+
+
+def check_flags(job: Job, given: set[str]) -> None:
+    """Raises: UsageError for a flag that means nothing to the verb."""
     for name in CLASSIC:
         if name in given:
             raise UsageError(f"--{name} and the verb {job.task} exclude each other. Drop one.")
     for name, verbs in FITS.items():
         if name in given and job.task not in verbs:
             raise UsageError(f"--{name} means nothing to {job.task}. It goes with {' and '.join(verbs)}.")
-    num_pictures = len(job.pictures)
-    for name, file, endings, count in (
-        ("save", save, DRAWABLE, num_pictures),
-        ("export", export, tuple(EXPORTABLE), 1),
-        ("explain", explain, DRAWABLE, num_pictures * len(job.texts)),
-    ):
-        if file is not None:
-            check_file(name, file, endings, job.pictures, count)
 
 
 # Results
@@ -214,7 +254,7 @@ class Desk:
         self.flags = flags
         self.extra = extra
         self.rows: list[dict] = []
-        self.drawings = iter(save_names(flags.save, len(job.pictures)) if flags.save else [])
+        self.drawings = iter(save_names(flags.save, len(job.pictures)) if flags.save else ())
         self.num_failed = 0
 
     def take(self, result: Result, picture: "Image.Image | PaliGemmaError", more: dict | None = None) -> None:
@@ -266,8 +306,8 @@ class Desk:
             from exports import export
 
             kind = EXPORTABLE[os.path.splitext(self.flags.export)[1].lower()]
-            files = export(self.rows, kind, self.flags.export)
-            note(f"note: {kind} is in {', '.join(map(str, files[:3]))}{' and so on' if len(files) > 3 else ''}.")
+            written = export(self.rows, kind, files.expand(self.flags.export), self.job.pictures)
+            note(f"note: {kind} is in {', '.join(map(str, written[:3]))}{' and so on' if len(written) > 3 else ''}.")
         if self.num_failed:
             count = len(self.job.pictures) * len(self.job.texts)
             raise PaliGemmaError(f"{self.num_failed} of {count} answers failed; the others are there.", code=8)

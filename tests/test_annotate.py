@@ -206,6 +206,66 @@ def test_drawings_lie_under_the_names_of_their_sources(run):
     assert Image.open("out/photos/b/c/3.jpg.png").size == Image.open("photos/b/c/3.jpg").size
 
 
+def drawings(folder="out"):
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+
+
+def test_pictures_of_a_folder_elsewhere_are_drawn(run):
+    shutil.move("photos", "elsewhere")
+    assert run(str(Path("elsewhere").resolve()), "--task=detect", "cat", "--save_dir=out")[0] == 0
+    assert len(drawings()) == len(GOOD)
+
+
+def test_no_drawing_takes_the_place_of_another_or_of_a_picture(run):
+    shutil.copy("photos/a/1.png", "a.png")
+    shutil.copy("photos/a/2.png", "a.png.png")
+    Path("names").write_text("a.png\n./a.png\n")
+    before = Path("a.png.png").read_bytes()
+    for _ in range(2):  # again, drawings are found under the names that they have
+        Path("rows.jsonl").unlink(missing_ok=True)
+        assert run("a.png.png", "--list=names", "--task=detect", "cat", "--save_dir=.")[0] == 0
+        drawn = [name for name in os.listdir() if name.startswith("a.png.") and name != "a.png.png"]
+        assert len(drawn) == 3 and Path("a.png.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "says"),
+    [
+        (["--output=r.csv", "--export=csv"], 2, "--output and --export would both write r.csv"),
+        (["--output=s.jsonl", "--export=csv"], 2, "--output and --export would both write s.csv"),
+        (["--output=q.jsonl", "--questions=./q.jsonl"], 2, "would overwrite --questions"),
+        (["--output=q", "--export=csv", "--list=q.csv"], 2, "--export q.csv would overwrite --list q.csv"),
+        (["--output=q", "--list=q.part"], 2, "would overwrite --list q.part"),
+        (["--output=q", "--export=yolo", "--list=q_yolo/names.txt"], 2, "q_yolo, which --export writes"),
+        (["--output=hard.jsonl", "--questions=q.jsonl"], 2, "would overwrite --questions"),
+        (["photos", "--output=model/tokenizer.json"], 2, "would overwrite a file of the model"),
+        (["photos", "--output=photos"], 7, "is a folder"),
+        (["photos", "--output=/dev/null"], 7, "a device"),
+        (["photos", "--output=pipe"], 7, "a pipe"),
+        (["photos", "--output=" + "x" * 300], 7, "too long"),
+        (["photos", "--output=" + "x" * 251], 7, "too long"),  # with .part it is
+        (["photos", "--output=~nosuchuser/r"], 7, "no folder ~nosuchuser"),
+        (["--output=q", "--task=detect", "photos", "cat", "--save_dir=q.csv"], 7, "q.csv cannot be made"),
+    ],
+)
+def test_no_file_of_a_job_is_another_one_or_one_that_is_read(run, model, monkeypatch, argv, code, says):
+    Path("s.csv").symlink_to("s.jsonl")
+    Path("q.jsonl").write_text('{"image": "1.png", "prefix": "detect cat"}\n')
+    os.link("q.jsonl", "hard.jsonl")
+    os.mkdir("q_yolo")
+    os.mkfifo("pipe")
+    for name in ("q.csv", "q.part", "q_yolo/names.txt"):
+        Path(name).write_text("photos/a/1.png\n")
+    Path("model").symlink_to(model)
+    monkeypatch.setattr(weights, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    before = {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
+    more = [] if any("questions" in word or word == "photos" for word in argv) else ["--task=detect", "--text=cat"]
+    more += ["photos"] if "--output=r.csv" in argv or "--output=s.jsonl" in argv else []
+    result = run(*argv, *more)
+    assert result[0] == code and says in result[1] and result[1].count("\n") == 1
+    assert all(file.read_bytes() == content for file, content in before.items())
+
+
 def test_every_question_has_a_drawing_of_its_own(run):
     asked = [{"image": "1.png", "prefix": prefix} for prefix in ("detect cat", "detect dog")]
     Path("photos/a/q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))

@@ -4,21 +4,25 @@ import contextlib
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import exports
 from errors import DatasetError, DeviceError, OutputError
-from exports import coco, coco_results, collect, export, to_supervision
+from exports import coco, coco_results, collect, export, files_of, to_supervision
 from outputs import Box, Found, as_json
 
 ROOT = Path(__file__).parent.parent
@@ -163,6 +167,50 @@ def test_no_two_pictures_share_a_file_and_none_leaves_the_folder(tmp_path):
     files = export([row(name) for name in names], "voc", tmp_path / "out")
     assert len(set(files)) == len(names)
     assert all(file.is_file() and file.resolve().is_relative_to(tmp_path / "out") for file in files)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["1.png", "./1.png", "././1.png"], ["1.txt", "1.png.txt", "1.png-2.txt"]),
+        (["1.jpg", "1.png.gif", "1.png"], ["1.txt", "1.png.txt", "1.png-2.txt"]),
+        (["A.png", "a.jpg", "a.png"], ["A.txt", "a.jpg.txt", "a.png.txt"]),  # one file on disks that know no case
+        (["classes.png", "x.png"], ["classes.png.txt", "x.txt"]),  # classes.txt holds the classes
+        (["x", "x.txt/1.png"], ["x-2.txt", "x.txt/1.txt"]),  # a file cannot have the name of a folder
+    ],
+)  # fmt: skip
+def test_names_that_meet_are_told_apart(names, expected, tmp_path):
+    planned = files_of("yolo", tmp_path / "o.txt", names)
+    assert [str(file.relative_to(tmp_path / "o")) for file in planned] == [*expected, "classes.txt"]
+    assert export([row(name) for name in names], "yolo", tmp_path / "o.txt") == planned and all(map(Path.is_file, planned))
+
+
+def test_files_are_named_as_if_every_picture_had_a_row(tmp_path):
+    names = ["a/1.jpg", "a/1.png", "b/2.png"]
+    planned = files_of("voc", tmp_path / "o.xml", names)
+    assert export([row("a/1.png")], "voc", tmp_path / "o.xml", names) == [planned[1]] == [tmp_path / "o" / "a" / "1.png.xml"]
+
+
+NAMES = st.one_of(
+    st.lists(st.sampled_from(["1.png", "1.jpg", "A", "a", ".", "..", "", "1.png.txt", "x" * 300, "\ud800", "\0", "é", "e\u0301"]))
+    .map("/".join), st.text(), st.sampled_from(["-", "data:image/png;base64,//AA", "https://a/1.png", "http://a/1.png"]),
+)  # fmt: skip
+
+
+@settings(max_examples=200)
+@given(st.lists(NAMES, unique=True, max_size=12), st.sampled_from(["voc", "yolo"]))
+def test_pictures_of_any_names_have_a_file_each(names, kind):
+    planned = files_of(kind, "out/o", names)
+    plain = [unicodedata.normalize("NFC", str(file)).casefold() for file in planned]
+    above = {unicodedata.normalize("NFC", str(folder)).casefold() for file in planned for folder in file.parents}
+    assert len(set(plain)) == len(planned) == len(names) + (kind == "yolo") and not above & set(plain)
+    assert all(len(os.fsencode(step)) <= 255 and "\0" not in step for file in planned for step in file.parts)
+    assert all(file.is_relative_to("out/o") and ".." not in file.parts for file in planned)
+
+
+def test_many_pictures_of_one_name_take_no_time(tmp_path):
+    names = ["./" * i + "1.png" for i in range(3000)]
+    assert len(set(files_of("voc", tmp_path / "o", names))) == 3000
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):

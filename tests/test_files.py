@@ -5,7 +5,7 @@ import os
 import pytest
 
 import files
-from errors import AccessError, CheckpointError, ImageError, OutputError
+from errors import AccessError, CheckpointError, ImageError, OutputError, UsageError
 
 LOOKERS = [files.look, files.is_file, files.is_folder]
 
@@ -81,3 +81,65 @@ def test_similar_names_among_many(tmp_path):
     assert "img_019999.jpg" in files.similar_names("img_01999.jpg", names)
     assert files.similar_names("nothing like it", names) == []
     assert files.names_in(tmp_path / "nothing") == files.names_in("a\0b") == []
+
+
+# Files to be written
+
+
+def spellings(file):
+    """Other names of one file."""
+    (file.parent / "link").symlink_to(file.name)
+    (file.parent / "folder").symlink_to(file.parent)
+    folder, name = file.parent, file.name
+    return [f"{folder}/./{name}", f"{folder}//{name}", folder / "link", folder / "folder" / name]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_file_is_one_under_every_spelling(tmp_path, is_there):
+    file = tmp_path / "r.csv"
+    if is_there:
+        file.write_text("")
+        os.link(file, tmp_path / "hard")
+        assert files.place_of(tmp_path / "hard") == files.place_of(file)
+    for other in spellings(file):
+        assert files.place_of(other) == files.place_of(file) != files.place_of(tmp_path / "other")
+
+
+def test_names_that_differ_in_case_are_one_file_where_none_is_there(tmp_path):
+    assert files.place_of(tmp_path / "Caf\u00e9.csv") == files.place_of(tmp_path / "cafe\u0301.CSV")
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_no_output_is_another_or_an_input(tmp_path, is_there):
+    file = tmp_path / "r.csv"
+    if is_there:
+        file.write_text("")
+    for other in [file, *spellings(file)]:
+        with pytest.raises(UsageError, match=r"--output and --export would both write .*Give another name"):
+            files.check_outputs([("--output", file), ("--export", other)])
+        with pytest.raises(UsageError, match="--export .* would overwrite the list "):
+            files.check_outputs([("--output", tmp_path / "x")], [("the list", file)], [("--export", other)])
+    with pytest.raises(UsageError, match="--save would write .*r.csv twice"):
+        files.check_outputs([("--save", file), ("--save", file)])
+    files.check_outputs([("--output", file), ("--export", tmp_path / "s.csv")], [("the list", "x" * 300), ("the list", "a\0b")])
+
+
+def test_what_could_not_be_written_is_known_before(tmp_path):
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    for name, says in (
+        ("missing/r.csv", "no folder"), ("file/r.csv", "is a file|cannot be opened|no folder"), (".", "is a folder"),
+        ("pipe", "a pipe or a device"), ("/dev/null", "a device"), ("x" * 300, "too long"), ("a\0b", "cannot be opened"),
+    ):  # fmt: skip
+        with pytest.raises(OutputError, match=says):
+            files.check_writable(tmp_path / name)
+    files.check_writable(tmp_path / "new/folders/r.csv", makes_folders=True)
+    with pytest.raises(OutputError, match="is a file|no folder"):
+        files.check_writable(tmp_path / "file/new/r.csv", makes_folders=True)
+    assert sorted(os.listdir(tmp_path)) == ["file", "pipe"]
+
+
+def test_a_name_as_long_as_the_disk_takes_is_written(tmp_path):
+    with files.whole(tmp_path / ("x" * 255)) as beside:
+        beside.write_text("content")
+    assert os.listdir(tmp_path) == ["x" * 255]

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -471,6 +472,56 @@ def test_what_cannot_be_written_is_7_before_the_model_is_touched(verb, tmp_path)
     assert code == 7 and "no folder no" in err
     (tmp_path / "out.png").mkdir()
     assert verb("detect", SHAPES, "circle", "--save=out.png")[0] == 7
+    os.mkfifo("pipe.json")
+    (tmp_path / "file").write_text("")
+    for name in ("pipe.json", "x" * 300 + ".json", "file/o.json", "file/o/p.txt", "~nosuchuser/o.json"):
+        code, _, err = verb("detect", SHAPES, CAT, "circle", "--export", name, "--model_path=no such model")
+        assert code == 7 and err.count("\n") == 1, (name, err)
+
+
+def test_pictures_whose_files_would_have_one_name_are_told_apart(verb, tmp_path):
+    for name in ("1.png", "1.jpg", "1.png.gif"):
+        Image.open(SHAPES).convert("RGB").save(tmp_path / name)
+    assert verb("detect", "1.png", "./1.png", "././1.png", "circle", "--export", "o.txt")[0] == 0
+    assert sorted(os.listdir("o")) == ["1.png-2.txt", "1.png.txt", "1.txt", "classes.txt"]
+    assert verb("detect", "1.jpg", "1.png.gif", "1.png", "circle", "--export", "p.xml")[0] == 0
+    assert sorted(os.listdir("p")) == ["1.png-2.xml", "1.png.xml", "1.xml"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["1.png", "circle", "--save=o.png", "--explain=./o.png"], "--save and --explain would both write"),
+        ([SHAPES, CAT, "circle", "--save=o.png", "--explain=O-1.PNG"], ""),  # O-1-1.PNG and O-1-2.PNG: others
+        (["1.png", "circle", "--save=O-1.png", "--explain=o-1.PNG"], "--save and --explain would both write"),
+        (["1.png", "circle", "--save=link.png"], "--save link.png would overwrite the picture 1.png"),
+        (["1.png", "circle", "--export=classes.txt"], "--export would write classes.txt twice"),
+        ([SHAPES, "1.png", "circle", "--save=photo.png"], "photo-1.png, which is no drawing of this program"),
+        (["1.png", "circle", "--explain=hard.png"], "--explain hard.png would overwrite the picture 1.png"),
+        (["1.png", "circle", "--model_path=m", "--export=m/config.json"], "would overwrite a file of the model"),
+    ],
+)
+def test_no_file_of_a_command_is_another_one_or_one_that_is_read(verb, tmp_path, monkeypatch, argv, says):
+    data = Path(SHAPES).read_bytes()
+    for name in ("1.png", "photo-1.png"):
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "link.png").symlink_to("1.png")
+    os.link(tmp_path / "1.png", tmp_path / "hard.png")
+    shutil.copytree(ROOT / "demo" / "checkpoint", tmp_path / "m")
+    monkeypatch.setattr(weights, "load_model", lambda *_, **__: pytest.fail("it was loaded") if says else real(*_, **__))
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    code, _, err = verb("detect", *argv)
+    assert code == (2 if says else 0) and says in err
+    assert all(file.read_bytes() == content for file, content in before.items())
+
+
+real = weights.load_model
+
+
+def test_a_drawing_of_this_program_is_drawn_again(verb):
+    for ending in ("png", "jpg", "webp", "tiff", "bmp"):
+        for _ in range(2):
+            assert verb("detect", SHAPES, CAT, "circle", f"--save=out.{ending}")[0] == 0
 
 
 def test_the_picture_itself_is_never_overwritten(verb, tmp_path):
