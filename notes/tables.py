@@ -17,7 +17,9 @@ from weights import empty_model
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 OURS, THEIRS = ("ours bf16", "ours int8", "ours int4"), "transformers bf16"  # what benchmarks/ calls them
-SIGLIP = {"image_size": 224}
+SIGLIP = {  # So400m/14, the tower of all of them
+    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "patch_size": 14,
+}  # fmt: skip
 DECODERS = {  # the numbers of the four published sizes: config.json of the hub, and Google's big_vision for 10B and 28B
     "PaliGemma 3B": {
         "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,

@@ -163,7 +163,8 @@ def make_model(family: str, window: bool = False) -> PaliGemmaForConditionalGene
     text = {"model_type": family, "hidden_size": 41, "intermediate_size": 53, "num_hidden_layers": 2, "num_attention_heads": 6,
             "num_key_value_heads": 2, "head_dim": 22, "vocab_size": 211}  # fmt: skip
     text |= {"sliding_window": WINDOW if window else None}
-    vision = {"hidden_size": 143, "intermediate_size": 71, "num_hidden_layers": 1, "num_attention_heads": 11, "image_size": 70}
+    vision = {"hidden_size": 143, "intermediate_size": 71, "num_hidden_layers": 1, "num_attention_heads": 11,
+              "image_size": 70, "patch_size": 14}  # fmt: skip
     raw = {"model_type": "paligemma", "image_token_index": IMAGE, "text_config": text, "vision_config": vision}
     model = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_hf(raw), sliding_window="config" if window else None)
     return fill(model, 0).eval()
