@@ -220,10 +220,13 @@ class KVCache:
         return mask[:, None, None]  # [B, 1, 1, S]
 
     def write(self, layer: int, position_ids: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts the keys and values of new tokens, [B, K, L, E] at int64[B, L], into their slots; returns all up to `reach`."""
+        """Puts the keys and values of new tokens, [B, K, L, E] at int64[B, L], into their slots; returns all up to `reach`.
+
+        Under autocast they come in its dtype, and are kept in the cache's.
+        """
         row = torch.arange(k.shape[0], device=k.device)[:, None]  # [B, 1]
-        self.keys[layer][row, :, position_ids - 1] = k.transpose(1, 2)
-        self.values[layer][row, :, position_ids - 1] = v.transpose(1, 2)
+        self.keys[layer][row, :, position_ids - 1] = k.transpose(1, 2).to(self.keys[layer].dtype)
+        self.values[layer][row, :, position_ids - 1] = v.transpose(1, 2).to(self.values[layer].dtype)
         return self.keys[layer][:, :, : self.reach], self.values[layer][:, :, : self.reach]
 
 

@@ -273,8 +273,9 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         token_type_ids: Tensor | None = None,
         *,
         image_features: Tensor | None = None,
-    ) -> Tensor:
-        """Logits at every position.
+        labels: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits at every position; with labels, the loss as well.
 
         Args:
             input_ids: int64[B, L], padded on either side.
@@ -282,11 +283,14 @@ class PaliGemmaForConditionalGeneration(nn.Module):
             attention_mask: [B, L], 1 = token, 0 = padding; None = no padding.
             token_type_ids: [B, L], 0 = picture and prompt, 1 = answer; needed with pictures, else every token looks back only.
             image_features: from encode_images, in place of pixel_values.
-        Returns: float32[B, L, V]; at padding they mean nothing.
+            labels: int64[B, L], the answer's tokens, -100 elsewhere, as the processor makes them of suffixes.
+        Returns: float32[B, L, V]; at padding they mean nothing. With labels (loss, logits), where the loss is that of
+            transformers: suffix_loss(logits, labels, "token").
         Raises: ValueError for missing token_type_ids, and for <image> tokens and pictures that do not match.
         """
         x = self.hidden(input_ids, pixel_values, attention_mask, token_type_ids, image_features)  # [B, L, D]
-        return self.language_model.logits(x)
+        logits = self.language_model.logits(x)  # [B, L, V]
+        return logits if labels is None else (suffix_loss(logits, labels.to(logits.device), "token"), logits)
 
     def prefill(
         self,

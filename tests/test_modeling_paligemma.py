@@ -452,6 +452,30 @@ def test_cached_decode_equals_a_full_forward_at_every_step(family, window):
     assert cache.lengths.tolist() == (lengths + 12).tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_decode_under_autocast_is_as_near_to_float64_as_a_full_forward(family, dtype):
+    model, exact, batch = make_model(family), make_model(family).double(), make_batch([(1, 5, 3), (1, 2, 3)], "right")
+    prompt = [9, 6]  # tokens of each row before the answer
+    errors = {"cached": [], "full": []}
+    with torch.no_grad():
+        full = logits_of(exact, batch)
+        with torch.autocast("cpu", dtype):
+            whole = logits_of(model, batch)
+            cache = model.new_cache(2, 16)
+            rows = {key: value[:, :9] if value.dim() == 2 else value for key, value in batch.items()}
+            rows["attention_mask"] = (torch.arange(9) < torch.tensor(prompt)[:, None]).long()
+            rows["token_type_ids"] = torch.zeros_like(rows["token_type_ids"])
+            logits = model.prefill(cache, **rows)
+            for step in range(3):
+                place = [0, 1], [length - 1 + step for length in prompt]
+                errors["cached"].append((logits - full[place]).abs().max())
+                errors["full"].append((whole[place] - full[place]).abs().max())
+                logits = model.decode(cache, batch["input_ids"][[0, 1], [length + step for length in prompt]])
+    assert cache.keys.dtype == torch.float32 and logits.dtype == torch.float32
+    assert max(errors["cached"]) <= 3 * max(errors["full"])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_prefill_cuts_columns_that_are_padding_in_every_row(family):
@@ -549,6 +573,24 @@ def test_loss_by_token_equals_transformers_loss(family):
     # A mean of 13 terms of 10 or so: 2.9e-6 is the largest gap over 20 seeds.
     torch.testing.assert_close(suffix_loss(logits, labels, "token"), theirs, rtol=0, atol=2e-5)
     assert (suffix_loss(logits, labels, "example") - theirs).abs() > 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_with_labels_gives_the_loss_of_transformers_and_the_logits(family):
+    model, reference = make_pair(family)
+    batch = make_batch(ROWS)
+    labels = batch["input_ids"].masked_fill(batch["token_type_ids"] == 0, -100)
+    with torch.no_grad():
+        loss, logits = model(**batch, labels=labels)
+        theirs = reference(**batch, labels=labels, position_ids=positions(batch), use_cache=False).loss
+    assert torch.equal(logits, logits_of(model, batch))
+    assert loss.item() == pytest.approx(theirs.item(), abs=1e-4)  # logits differ by up to 2e-5 between the kernels
+    assert loss == suffix_loss(logits, labels, "token")
+
+
+def test_an_argument_that_there_is_not_is_refused():
+    with pytest.raises(TypeError, match="position_ids"):
+        make_model("gemma")(**make_batch(ROWS), position_ids=None)
 
 
 def test_rows_without_an_answer_do_not_count():
