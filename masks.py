@@ -10,6 +10,7 @@ Checked in tests/test_masks.py.
 """
 
 import heapq
+from operator import index
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from errors import DatasetError
 
 MASK_SIDE = 64  # of what the codec reads and writes
+MOST_PIXELS = 1 << 28  # of a mask that others wrote; the largest picture that is read by default has 50 million
 SIMPLIFICATION = 0.01  # the share of a mask's area by which its polygons may differ from its outline
 STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # x, y: right, down, left, up; each is a turn to the right of the one before
 
@@ -99,7 +101,7 @@ def to_rle(mask: np.ndarray) -> dict:
 def read_counts(text: str) -> list[int]:
     """The run lengths in a COCO string.
 
-    Raises: ValueError for other characters, and if it ends within a number.
+    Raises: ValueError for other characters, for a number beyond MOST_PIXELS, and if it ends within a number.
     """
     runs: list[int] = []
     value = shift = 0
@@ -109,6 +111,8 @@ def read_counts(text: str) -> list[int]:
             raise ValueError(f"{character!r} is no character of it")
         value |= (five & 31) << shift
         shift += 5
+        if shift > MOST_PIXELS.bit_length() + 5:  # the numbers of Python grow, and with them the time
+            raise ValueError("it holds a number that is larger than any mask")
         if five & 32:
             continue
         if five & 16:
@@ -123,18 +127,20 @@ def read_counts(text: str) -> list[int]:
 def from_rle(rle: dict) -> np.ndarray:
     """bool[H, W] of {"size": [height, width], "counts": text, bytes, or a list of run lengths}.
 
-    Raises: DatasetError if the runs do not make up the mask.
+    Raises: DatasetError if it has another form, if the runs do not make up the mask, and for more than MOST_PIXELS.
     """
-    height, width = rle["size"]
-    counts = rle["counts"]
     try:
+        height, width = map(index, rle["size"])
+        counts = rle["counts"]
         counts = counts.decode("ascii") if isinstance(counts, bytes) else counts
-        runs = np.array(read_counts(counts) if isinstance(counts, str) else counts, dtype=np.int64)
-    except (ValueError, OverflowError) as error:
+        runs = read_counts(counts) if isinstance(counts, str) else [*map(index, counts)]
+        if not all(0 <= number <= MOST_PIXELS for number in (height, width, height * width, *runs)):
+            raise ValueError(f"a number or the product of the sides is not from 0 to {MOST_PIXELS}")
+    except (ValueError, TypeError, KeyError) as error:
         raise DatasetError(f"Run lengths cannot be read ({error}). COCO's RLE is needed. Write this mask anew.") from error
-    if (runs < 0).any() or runs.sum() != height * width:
+    if sum(runs) != height * width:
         raise DatasetError(
-            f"A mask's run lengths sum to {runs.sum()}, but {height} x {width} has {height * width} pixels. "
+            f"A mask's run lengths sum to {sum(runs)}, but {height} x {width} has {height * width} pixels. "
             "Both must be of the same mask. Correct its size or write it anew."
         )
     flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)

@@ -125,12 +125,27 @@ def test_run_lengths_go_down_the_columns_and_start_outside():
 
 @pytest.mark.parametrize(
     ("counts", "message"),
-    [([1, 2], "sum to 3, but 2 x 3 has 6"), ([8, -2], "sum to 6"), ("6o", "ends within a number"), ("6é", "'é' is no character")],
+    [([1, 2], "sum to 3, but 2 x 3 has 6"), ([8, -2], "not from"), ("6o", "ends within a number"), ("6é", "'é' is no character")],
 )
 def test_run_lengths_of_another_mask_are_refused_on_one_line(counts, message):
     with pytest.raises(DatasetError, match=message) as raised:
         masks.from_rle({"size": [2, 3], "counts": counts})
     assert "\n" not in str(raised.value)
+
+
+NO_RUN_LENGTHS = [
+    {}, [], {"size": 30, "counts": "6"}, {"size": [6], "counts": "6"}, {"size": [2, 3]}, {"size": ["2", 3], "counts": "6"},
+    {"size": [1.5, 4], "counts": "6"}, {"size": [2, 3], "counts": None}, {"size": [2, 3], "counts": 6},
+    {"size": [2, 3], "counts": [[6]]}, {"size": [2, 3], "counts": [6.0]}, {"size": [2, 3], "counts": [10**400]},
+    {"size": [10**5, 10**5], "counts": [10**10]}, {"size": [2, 3], "counts": "o" * 10**6},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rle", NO_RUN_LENGTHS)
+def test_run_lengths_of_another_form_are_refused_before_memory_is_taken(rle):
+    with pytest.raises(DatasetError, match="Run lengths cannot be read") as raised:
+        masks.from_rle(rle)
+    assert len(str(raised.value)) < 300
 
 
 # Polygons
