@@ -80,7 +80,12 @@ def similar_names(name: str, names: list[str]) -> list[str]:
     return [lower[other] for other in difflib.get_close_matches(name.lower(), nearest, n=3, cutoff=0.7)]
 
 
-def read_regular(path: Path, most_bytes: int, error_class: type[PaliGemmaError] = CheckpointError) -> bytes:
+def read_regular(
+    path: Path,
+    most_bytes: int,
+    error_class: type[PaliGemmaError] = CheckpointError,
+    advice: str = "Download it again, or name another folder.",
+) -> bytes:
     """The content of a regular file or of a link to one; never waits for a pipe, never takes more memory than most_bytes.
 
     Raises: error_class if it is missing, of another kind, too large or unreadable; AccessError as `look`.
@@ -88,7 +93,7 @@ def read_regular(path: Path, most_bytes: int, error_class: type[PaliGemmaError] 
     status = look(path, error_class)
     if status is None:
         what = "is a link to nothing" if os.path.islink(path) else "is missing"
-        raise error_class(f"{path} {what}. Download it again, or name another folder.", path=path)
+        raise error_class(f"{path} {what}. {advice}", path=path)
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
         raise error_class(f"{path} is {kind}, not a file. Replace it by a regular file.", path=path)
@@ -101,7 +106,7 @@ def read_regular(path: Path, most_bytes: int, error_class: type[PaliGemmaError] 
     except OSError as error:
         raise error_class(f"{path} cannot be read: {error.strerror}. Check the disk, or download it again.", path=path) from error
     if len(content) > most_bytes:
-        raise error_class(f"{path} has {status.st_size} bytes, and {most_bytes} is the limit. Download it again.", path=path)
+        raise error_class(f"{path} has {status.st_size} bytes, and {most_bytes} is the limit. {advice}", path=path)
     return content
 
 

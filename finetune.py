@@ -21,7 +21,6 @@ if sys.version_info < (3, 10):
     sys.exit("error: Python %d.%d is too old. This program needs 3.10 or newer." % sys.version_info[:2])
 
 import json
-import math
 import os
 import re
 import shutil
@@ -40,11 +39,13 @@ import commandline
 import machine
 from commandline import note
 from errors import DatasetError, DeviceError, ImageError, UsageError
+from files import expand, read_regular
 from options import bundled, require
 from run_folder import Log, alone, check_settings, check_taken, copy_file, make_folder, replace_text, settings_of
 
 if TYPE_CHECKING:
     import torch
+    import yaml
     from torch import nn
 
     import dataset
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
 METHODS = {"full": 1e-5, "lora": 2e-4}  # and the learning rate where none is given
 SCORES = ("exact", "vqa", "anls", "relaxed", "cider", "map", "miou")
 DOUBTS_SHOWN = 20
+MOST_CONFIG_BYTES = 1 << 16
+MOST = 10**9  # of anything that flags count
 ADVICE = "Take --method lora, --gradient_checkpointing, fewer --rows, --dtype bf16, or another device."
 
 
@@ -164,27 +167,28 @@ class Flags:
         def is_rate(value: float | None) -> bool:
             return value is None or 0 < value < 1
 
+        def is_count(value: int | None, least: int = 1) -> bool:
+            return value is None or least <= value <= MOST
+
         require(
             self,
             ("train", self.train, "a JSONL of examples"),
             ("output", self.output, "a folder to write to"),
             ("dtype", self.dtype in ("bf16", "bfloat16", "fp32", "float32"), "bf16 or fp32"),
             ("method", self.method in METHODS, "full or lora"),
-            ("lora_r", self.lora_r >= 1, "a whole number from 1 up"),
-            ("lora_alpha", 0 < self.lora_alpha < math.inf, "a number above 0"),
+            ("lora_alpha", 0 < self.lora_alpha <= MOST, f"a number above 0 and up to {MOST}"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "a number from 0 to below 1"),
-            ("epochs", 0 < self.epochs < math.inf, "a number above 0"),
-            ("steps", self.steps is None or self.steps >= 1, "a whole number from 1 up"),
-            *((name, getattr(self, name) >= 1, "a whole number from 1 up") for name in COUNTS),
+            ("epochs", 0 < self.epochs <= 1_000_000, "a number above 0 and up to 1000000"),
+            *((name, is_count(getattr(self, name)), f"a whole number from 1 to {MOST}") for name in COUNTS),
+            ("batch_size", self.batch_size <= 1_000_000, "a whole number from 1 to 1000000"),
             *((name, is_rate(getattr(self, name)), "a number above 0 and below 1") for name in RATES),
             ("warmup", 0 <= self.warmup < 1, "a share from 0 to below 1"),
             ("weight_decay", 0 <= self.weight_decay < 1, "a number from 0 to below 1"),
             ("clip", self.clip > 0, "a number above 0"),
             ("loss", self.loss in ("example", "token"), "example or token"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "a number from 0 to below 1"),
-            ("max_text_tokens", self.max_text_tokens >= 4, "a whole number from 4 up"),
+            ("max_text_tokens", is_count(self.max_text_tokens, 4), f"a whole number from 4 to {MOST}"),
             ("augment", self.augment in ("none", "zoom"), "none or zoom"),
-            ("evaluate_every", self.evaluate_every is None or self.evaluate_every >= 1, "a whole number from 1 up"),
             ("scores", set(names(self.scores)) <= set(SCORES), f"of {', '.join(SCORES)}, one or several"),
             ("seed", 0 <= self.seed < 2**31, "a whole number from 0 to 2^31 - 1"),
         )
@@ -206,7 +210,7 @@ class Flags:
         return self.learning_rate or METHODS[self.method]
 
 
-COUNTS = ("batch_size", "rows", "save_every", "num_scored")
+COUNTS = ("batch_size", "rows", "save_every", "num_scored", "steps", "evaluate_every", "lora_r")
 RATES = [field.name for field in fields(Flags) if field.name.startswith("learning_rate")]
 
 
@@ -216,28 +220,51 @@ def names(text: str | None) -> list[str]:
 
 
 def read_config(file: str) -> list[str]:
-    """The settings of a YAML file as arguments. Raises: UsageError for a file that is none and for a name that is no setting."""
+    """The settings of a YAML file as arguments.
+
+    Only what settings need is taken: one mapping of names to values or lists of values, which stay text until the flags convert
+    them. Aliases, tags and further nesting are refused before anything is built, so the work is linear in a bounded file.
+    Raises: UsageError for a file that is none, and for a name that is no setting or stands there twice.
+    """
+    root, settings = read_yaml(file), {}
+    known = [field.name for field in fields(Flags) if field.name != "config"]
+    for key, value in root.value if root else ():
+        where, name = f"{file}:{key.start_mark.line + 1}", str(key.value)[:80]
+        if name not in known:
+            raise UsageError(f"{where}: unknown setting {name}.{commandline.suggestion(name, known, '')} --help lists all.")
+        if name in settings:
+            raise UsageError(f"{where}: {name} is given twice. Leave one.")
+        if isinstance(value.value, list) and value.id == "mapping":
+            raise UsageError(f"{where}: {name} holds further names. One value, or several with commas, is needed.")
+        is_null = value.tag.endswith(":null")
+        settings[name] = None if is_null else value.value if value.id == "scalar" else ",".join(one.value for one in value.value)
+    return [f"--{name}={text}" for name, text in settings.items() if text is not None]
+
+
+def read_yaml(file: str) -> "yaml.MappingNode | None":
+    """The mapping of a YAML file, whose values are texts or lists of texts; None for a file of comments. Raises: UsageError."""
     import yaml
 
+    advice, depth = "Write a line `name: value` for each setting.", 0
     try:
-        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        settings = {} if settings is None else settings  # every line is a comment
-    except OSError as error:
-        raise UsageError(f"--config {file} cannot be read: {error.strerror}. Name a YAML file.") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:  # dates that are none, brackets without end
-        where = getattr(error, "problem_mark", None)
-        place = f":{where.line + 1}:{where.column + 1}" if where else ""
-        raise UsageError(f"{file}{place} is not YAML. Write a line `name: value` for each setting.") from error
-    if not isinstance(settings, dict):
-        raise UsageError(f"{file} holds a {type(settings).__name__}. Write a line `name: value` for each setting.")
-    known = [field.name for field in fields(Flags) if field.name != "config"]
-    for name, value in settings.items():
-        if name not in known:
-            raise UsageError(f"{file}: unknown setting {name}.{commandline.suggestion(str(name), known, '')} --help lists all.")
-        if isinstance(value, (dict, set)):
-            raise UsageError(f"{file}: {name} is {value!r}. One value, or several with commas, is needed.")
-    as_text = {name: ",".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in settings.items()}
-    return [f"--{name}={text}" for name, text in as_text.items() if settings[name] is not None]
+        text = read_regular(expand(file), MOST_CONFIG_BYTES, UsageError, "Name a YAML file of settings.").decode("utf-8-sig")
+        for event in yaml.parse(text, yaml.SafeLoader):
+            where = f"{file}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
+            if getattr(event, "anchor", None) is not None or getattr(event, "tag", None) is not None:
+                raise UsageError(f"{where}: aliases (& and *) and tags (!) are not taken. {advice}")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 2:
+                raise UsageError(f"{where}: lists and names within lists and names are not taken. {advice}")
+        root = yaml.compose(text, yaml.SafeLoader)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # also what is no UTF-8
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise UsageError(f"{file}{place} is not YAML. {advice}") from error
+    if isinstance(root, yaml.ScalarNode) and root.tag.endswith(":null"):  # nothing but dashes
+        return None
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise UsageError(f"{file} holds a {'list' if root.id == 'sequence' else 'text'}. {advice}")
+    return root
 
 
 # Data

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -684,25 +687,82 @@ def test_flags_beat_the_file_and_lists_become_commas(tmp_path):
     assert (flags.epochs, flags.clip, flags.parts, flags.skip_bad, flags.valid) == (3, 2, "attention,projector", True, None)
 
 
+ALIASES = "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10))])  # 9^9 texts
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("learning_rat: 1", "unknown setting learning_rat. Did you mean learning_rate?"),
+        ("learning_rat: 1", "c.yaml:1: unknown setting learning_rat. Did you mean learning_rate?"),
         ("config: x", "unknown setting config"),
+        ("x" * 1000 + ": 1", "unknown setting x{80}[.]"),
         ("- a", "holds a list"),
+        ("a", "holds a text"),
         ("a: [", r"c.yaml:\d+:\d+ is not YAML"),
-        ("output: 2024-13-45", "c.yaml is not YAML"),
-        ("[" * 3000, "c.yaml is not YAML"),
-        ("clip: {a: 1}", "clip is {'a': 1}"),
-        ("!!python/object/apply:os.system ['true']", "is not YAML"),
+        ("a: 1\n--- \nb: 2", "is not YAML"),
+        ("clip: 1\nclip: 2", "c.yaml:2: clip is given twice"),
+        ("clip: {a: 1}", "c.yaml:1: clip holds further names"),
+        ("? [a]\n: 1", "unknown setting"),
+        ("parts: [[a]]", "c.yaml:1:9: lists and names within lists"),
+        ("[" * 3000, "lists and names within lists"),
+        ("{a: " * 3000, "lists and names within lists"),
+        (ALIASES, "c.yaml:1:5: aliases"),
+        ("<<: *a", "aliases"),
+        ("output: &a x", "aliases"),
+        ("!!python/object/apply:os.system ['true']", "tags"),
+        *((f"seed: {value}", "tags") for value in ("!!int ''", "!!bool maybe", "!!timestamp x", "! x", "!!binary x")),
+        ("!!map {}", "tags"),
+        ("%TAG ! tag:x,2000:\n---\nseed: !a 1", "tags"),
+        ("a: \"\\ud800\"", "unknown setting a"),
+        ("\0", "is not YAML"),
+        (b"\xff\xfes\0e\0", "is not YAML"),
+        ("#" * 70_000, "has 70000 bytes, and 65536 is the limit"),
     ],
 )
 def test_settings_that_are_none(tmp_path, text, says):
-    (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(UsageError, match=says):
+    (tmp_path / "c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UsageError, match=says) as caught:
         finetune.read_config(str(tmp_path / "c.yaml"))
-    with pytest.raises(UsageError, match="cannot be read"):
-        finetune.read_config(str(tmp_path / "none.yaml"))
+    assert "\n" not in caught.value.message and len(caught.value.message) < 500
+
+
+def test_files_of_settings_that_are_none(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "dangling.yaml").symlink_to("nowhere")
+    for name in ("none.yaml", "pipe.yaml", "dangling.yaml", ".", "x" * 300, "a\0b"):
+        with pytest.raises(UsageError):
+            finetune.read_config(str(tmp_path / name))
+
+
+NO_NUMBERS = ["f" * 5000, "9" * 5000, "1" + "0" * 400, "1e999", ".inf", ".nan", "2024-13-45", "1:30", "0x1f"]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+@pytest.mark.parametrize("name", [*finetune.COUNTS, "epochs", "seed", "lora_alpha", "warmup", "skip_bad", "max_text_tokens"])
+def test_a_value_that_is_no_number_for_its_flag_is_a_usage_error(tmp_path, name, value):
+    (tmp_path / "c.yaml").write_text(f"{name}: {value}")
+    with pytest.raises(UsageError, match=f"--{name} is"):
+        finetune.commandline.read_flags(finetune.Flags, [f"--config={tmp_path / 'c.yaml'}", "--train=t", "--output=o"])
+
+
+@given(st.binary(max_size=300) | st.text(alphabet="ab:-[]{},&*!?|>'\"%#@ \n\t0.~<", max_size=300))
+def test_no_settings_raise_anything_else(tmp_path_factory, text):
+    file = tmp_path_factory.mktemp("settings") / "c.yaml"
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
+    with suppress(UsageError):
+        finetune.read_config(str(file))
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "\ufeff", "valid: ~\nseed: null\nclip:\n", "{}"])
+def test_settings_that_set_nothing(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+    assert finetune.read_config(str(tmp_path / "c.yaml")) == []
+
+
+def test_texts_of_settings_stay_as_they_are(tmp_path):
+    (tmp_path / "c.yaml").write_text("output: 2024-01-02\nvalid: 'null'\nseed: 010\nskip_bad: yes\ntrain: no\n")
+    expected = ["--output=2024-01-02", "--valid=null", "--seed=010", "--skip_bad=yes", "--train=no"]
+    assert finetune.read_config(str(tmp_path / "c.yaml")) == expected
 
 
 # Looking first
