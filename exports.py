@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 UNNAMED = "object"  # the class of what has no label, such as a refcoco checkpoint's answers
 NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 NOT_IN_NAMES = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # what no file's name can hold; \udc80 to \udcff are its raw bytes
+RUN_LENGTHS = re.compile("(?:[P-o]{0,6}[0-O])*")  # of a COCO string, each below 2^34
 LONGEST_NAME = 200  # bytes of a step of a path; 255 are the limit, and endings are added
 COLUMNS = ("image", "label", "score", "x_min", "y_min", "x_max", "y_max", "width", "height")
 
@@ -44,13 +45,41 @@ class Picture:
     objects: list[dict] = field(default_factory=list)
 
 
+def are_numbers(value: object, count: int) -> bool:
+    """Whether it is a list of so many finite numbers."""
+    return isinstance(value, list) and len(value) == count and all(type(x) in (int, float) and abs(x) < 1e12 for x in value)
+
+
+def is_object(found: object) -> bool:
+    """Whether it is what outputs.as_json writes of an object, as far as an export reads it."""
+    if not (isinstance(found, dict) and isinstance(found.get("label"), str)):
+        return False
+    if found.get("score") is not None and not are_numbers([found["score"]], 1):
+        return False
+    if "box" not in found:
+        return True
+    mask = found.get("mask", {"size": [1, 1], "counts": ""})
+    if not (isinstance(mask, dict) and are_numbers(mask.get("size"), 2) and isinstance(mask.get("counts"), str)):
+        return False
+    has_box = are_numbers(found["box"], 4) and are_numbers(found.get("box_normalized"), 4)
+    return has_box and RUN_LENGTHS.fullmatch(mask["counts"]) is not None
+
+
 def collect(rows: Iterable[dict]) -> list[Picture]:
-    """The pictures in the order in which they first appear, also those without any object."""
+    """The pictures in the order in which they first appear, also those without any object.
+
+    Raises: DatasetError for a row with objects that is not as as_json writes it: others may have edited the file.
+    """
     pictures: dict[str, Picture] = {}
     for row in rows:
         if "error" not in row and "objects" in row:
+            size, objects = [row.get("width"), row.get("height")], row["objects"]
+            is_fine = isinstance(row.get("image"), str) and are_numbers(size, 2) and isinstance(objects, list)
+            if not (is_fine and all(map(is_object, objects))):
+                name = ascii(row.get("image"))[:100]
+                raise DatasetError(f"the row about {name} is damaged. Delete its line, and ask about that picture again.")
             picture = pictures.setdefault(row["image"], Picture(row["image"], row["width"], row["height"]))
-            picture.objects += [found for found in row["objects"] if "box" in found]
+            picture.objects += [found for found in objects if "box" in found]
     return list(pictures.values())
 
 

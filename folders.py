@@ -14,9 +14,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import files
 from errors import DatasetError, ImageError, PaliGemmaError
 from options import PICTURE_SUFFIXES, is_address
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 T = TypeVar("T")
+LONGEST_LINE = 64 << 20  # characters; a picture as a data: URI may be as long
+UTF16 = ("\udcff\udcfe", "\udcfe\udcff")  # how such a file begins, read as UTF-8
 
 
 # Which
@@ -80,7 +84,7 @@ def expand(word: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[str]:
     if is_address(word):
         yield word
         return
-    word = os.fspath(Path(word).expanduser())  # "photos/" and "./photos" are photos
+    word = os.fspath(files.expand(word))  # "photos/" and "./photos" are photos
     if os.path.isdir(word):
         yield from in_folder(word, seen)
     elif os.path.lexists(word) or not glob.has_magic(word):
@@ -93,21 +97,37 @@ def expand(word: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[str]:
 def check_words(words: Iterable[str]) -> None:
     """Raises: ImageError for a word that means no file at all. What is in the files is seen later, one by one."""
     for word in words:
-        if is_address(word) or os.path.lexists(os.path.expanduser(word)):
+        place = str(files.expand(word))
+        if is_address(word) or os.path.lexists(place):
             continue
         if not glob.has_magic(word):
             from images import explain_missing
 
-            raise ImageError(explain_missing(Path(word).expanduser()), path=word)
-        if next(glob.iglob(os.path.expanduser(word), recursive=True), None) is None:
+            raise ImageError(explain_missing(Path(place)), path=word)
+        if next(glob.iglob(place, recursive=True), None) is None:
             raise ImageError(f"no file matches {word}. Check the pattern, and put it in quotes.", path=word)
 
 
 def read_text_lines(path: str) -> Iterator[str]:
-    """The lines of a list, without their ends and the empty ones. Raises: DatasetError."""
+    """The lines of a list, without their ends and the empty ones. Raises: DatasetError.
+
+    It is read several times, which a pipe cannot be.
+    """
+    place = files.expand(path)
+    if not files.is_file(place, DatasetError):
+        what = "does not exist" if files.look(place, DatasetError) is None else "is a folder or a pipe"
+        raise DatasetError(f"{path} cannot be read: it {what}. Name a text file.", path=path)
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-            for line in file:
+        with open(place, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+            for number in count(1):
+                line = file.readline(LONGEST_LINE)
+                if number == 1 and line.startswith(UTF16):
+                    raise DatasetError(f"{path} is in UTF-16, and UTF-8 is needed. Save it as UTF-8.", path=path)
+                if len(line) == LONGEST_LINE:
+                    too_long = f"line {number} of {path} is longer than {LONGEST_LINE >> 20} million characters"
+                    raise DatasetError(f"{too_long}. It is no list: name another file.", path=path)
+                if not line:
+                    return
                 if text := line.rstrip("\r\n"):
                     yield text
     except OSError as error:

@@ -84,7 +84,7 @@ class JobFlags(ModelFlags, PictureFlags, ResultFlags):
             for name in ("task", "text", "list"):
                 if getattr(self, name) is not None:
                     raise UsageError(f"--questions brings its own pictures and prompts. Drop --{name}.")
-            if len(self.words) > 1 or not all(map(os.path.isdir, self.words)):
+            if len(self.words) > 1 or not all(os.path.isdir(files.expand(word)) for word in self.words):
                 raise UsageError("beside --questions one word may stand, the folder that its pictures are in. Drop the others.")
         else:
             check_task(self.chosen_task, self.asked)
@@ -163,7 +163,7 @@ def questions(flags: JobFlags, kind: str, without: Iterable[str] = ()) -> Iterat
         without: see images.
     """
     if flags.questions is not None:
-        home = flags.words[0] if flags.words else os.path.dirname(flags.questions)
+        home = files.expand(flags.words[0]) if flags.words else files.expand(flags.questions).parent
         for image, prefix in folders.questions(flags.questions):
             place = image if is_address(image) else os.path.join(home, image)
             yield Question(image, place, prefix, *read_prompt(prefix))

@@ -14,6 +14,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +23,7 @@ from errors import OutputError, UsageError
 
 FORMAT = 1
 BEGINNING = b'{"journal": '  # of every header, and so of every file
+LONGEST_LINE = 256 << 20  # bytes; a row of ours has far less
 PART = ".part"  # ends the name of the file that drop_failed writes
 SYNC_S = 5.0  # rows of at most so many seconds are lost with the power
 
@@ -48,16 +50,17 @@ def read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, dict]]:
     file.seek(0)
     if not BEGINNING.startswith(beginning):
         raise OutputError(f"{path} is there and holds something else. Choose another --output.", path=path)
-    for number, line in enumerate(file, 1):
-        if not line.endswith(b"\n"):
+    for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE), b""), 1):
+        if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
             return
         try:
             record = json.loads(line)
             if is_header(record):
-                is_whole = record["journal"] == FORMAT and isinstance(record["settings"], dict)
+                values = record["settings"].values()
+                is_whole = record["journal"] == FORMAT and not any(isinstance(value, (dict, list)) for value in values)
             else:
                 is_whole = isinstance(record["image"], str) and isinstance(record["prompt"], str)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             is_whole = False
         if not is_whole:
             advice = "Delete that line; what it answered is then asked again."

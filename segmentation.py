@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import files
 from checkpoint import listed
 from errors import CheckpointError
 from masks import paste
@@ -138,11 +139,11 @@ def find_codec(folder: Path, given: str | Path | None = None) -> Path | None:
     Raises: CheckpointError if the given one does not exist.
     """
     if given is not None:
-        if not Path(given).is_file():
+        if not files.is_file(files.expand(given)):
             raise CheckpointError(f"{given} is not a file. A mask codec ({CODEC_NAME}) is needed. Correct the path.", path=given)
-        return Path(given)
+        return files.expand(given)
     path = Path(folder) / CODEC_NAME
-    return path if path.is_file() else None
+    return path if files.is_file(path) else None
 
 
 @torch.no_grad()

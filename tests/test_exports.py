@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
@@ -211,6 +212,35 @@ def test_pictures_of_any_names_have_a_file_each(names, kind):
 def test_many_pictures_of_one_name_take_no_time(tmp_path):
     names = ["./" * i + "1.png" for i in range(3000)]
     assert len(set(files_of("voc", tmp_path / "o", names))) == 3000
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from("label box mask size counts x".split()), inner),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_rows_that_others_changed_are_exported_or_refused(data):
+    changed = json.loads(json.dumps(row("a.png", HAT, CAT)))
+    for _ in range(data.draw(st.integers(1, 2))):
+        inner = data.draw(st.sampled_from([changed, changed["objects"][0], changed["objects"][1]])) if (
+            isinstance(changed.get("objects"), list) and all(isinstance(x, dict) for x in changed["objects"]) and
+            len(changed["objects"]) == 2) else changed  # fmt: skip
+        inner[data.draw(st.sampled_from(sorted(inner)))] = data.draw(JSON)
+    for kind in ("coco", "voc", "yolo", "csv"):
+        with contextlib.suppress(DatasetError), tempfile.TemporaryDirectory() as folder:
+            export([changed], kind, Path(folder) / "out")
+
+
+@pytest.mark.parametrize("counts", ["o" * 1_000_000, "\x00", "0o", "é"])
+def test_run_lengths_that_are_none_are_refused(counts, tmp_path):
+    changed = json.loads(json.dumps(row("a.png", CAT)))
+    changed["objects"][0]["mask"]["counts"] = counts
+    with pytest.raises(DatasetError, match="the row about 'a.png' is damaged"):
+        export([changed], "coco", tmp_path / "o.json")
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):

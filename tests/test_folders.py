@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -96,6 +97,35 @@ def test_a_list_is_taken_line_by_line():
     assert list(folders.in_list("list.txt")) == ["photos/a.jpg", "missing [x].jpg ", "caf\udce9.jpg", "photos/b/c/x.PNG"]
     with pytest.raises(DatasetError, match="lost.txt cannot be read"):
         list(folders.in_list("lost.txt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("x" * 300, "too long"), (".", "a folder or a pipe"), ("pipe", "a folder or a pipe"), ("~nosuchuser/x", "not exist")],
+)
+def test_a_list_that_is_no_file_is_refused(name, says):
+    os.mkfifo("pipe")
+    with pytest.raises(DatasetError, match=says):
+        list(folders.in_list(name))
+
+
+def test_a_list_in_another_encoding_or_without_lines_is_refused(monkeypatch):
+    for order in ("utf-16-le", "utf-16-be"):
+        Path("list.txt").write_bytes("\ufeffphotos/a.jpg\n".encode(order))
+        with pytest.raises(DatasetError, match="is in UTF-16"):
+            list(folders.in_list("list.txt"))
+    monkeypatch.setattr(folders, "LONGEST_LINE", 1 << 20)
+    Path("list.txt").write_bytes(b"a.jpg\n" + b"x" * (1 << 21))
+    with pytest.raises(DatasetError, match="line 2 of list.txt is longer than 1 million"):
+        list(folders.in_list("list.txt"))
+
+
+def test_the_home_of_a_user_who_does_not_exist_is_a_name_like_any_other(monkeypatch):
+    assert list(folders.expand("~x.png")) == ["~x.png"]
+    with pytest.raises(ImageError, match="~x.png does not exist"):
+        folders.check_words(["~x.png"])
+    monkeypatch.setenv("HOME", os.getcwd())
+    assert list(folders.expand("~/photos/a.jpg")) == [f"{os.getcwd()}/photos/a.jpg"]
 
 
 def test_questions_are_lines_of_image_and_prefix():

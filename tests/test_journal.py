@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -247,6 +247,39 @@ def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path, line):
     with pytest.raises(OutputError, match="line 2 of .* is damaged"):
         Journal(path, SETTINGS)
     assert path.read_bytes() == first + line + b"".join(others)
+
+
+STRANGE = [
+    b"7", b"null", b'"journal"', b'["journal"]', b'{"journal": 1, "settings": 1}', b'{"journal": 1, "settings": null}',
+    b"[" * 100_000,
+    b'{"journal": 1, "settings": {"a": ' + b"[" * 500 + b"]" * 500 + b"}}", b'{"image": "a", "prompt": ' + b"9" * 5000 + b"}",
+    b'{"image": "\\ud800", "prompt": 1e999}', b'{"journal": 1e999, "settings": {}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", STRANGE)
+def test_lines_of_any_json_are_refused_as_damaged(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(WHOLE + line + b"\n")
+    with pytest.raises(OutputError, match="is damaged"):
+        Journal(path, SETTINGS)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.binary(max_size=40) | st.sampled_from([*STRANGE, *WHOLE.splitlines()]), max_size=4))
+def test_any_bytes_are_rows_or_an_error_of_this_project(tmp_path_factory, lines):
+    path = tmp_path_factory.mktemp("journal") / "rows.jsonl"
+    path.write_bytes(WHOLE.splitlines(keepends=True)[0] + b"\n".join(lines))
+    with suppress(OutputError, UsageError), Journal(path, SETTINGS, retry_failed=True):
+        list(rows(path))
+
+
+def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "LONGEST_LINE", 1000)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(WHOLE + b"x" * 5000)
+    with pytest.raises(OutputError, match="is damaged"):
+        Journal(path, SETTINGS)
 
 
 def test_what_is_no_file_to_resume_is_refused(tmp_path):
