@@ -1,7 +1,6 @@
 """quantization.py and kernels.cpp: rounding, layouts, products, fallbacks, and what is saved."""
 
 import copy
-import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from torch import nn
 
 import kernels
 import quantization
+from bounds import UNIT, assert_within, product_bound
 from modeling_gemma import (
     GemmaConfig,
     GemmaEmbedding,
@@ -23,15 +23,12 @@ from modeling_gemma import (
     rotary_embedding,
     rotate,
 )  # fmt: skip
-from quantization import KINDS, QuantizedLinear
+from processors import VARIANTS
+from quantization import BF16_ROWS, GROUP, KINDS, QuantizedLinear
 from tiny import FAMILIES, fill
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = [(48, 64), (37, 100), (300, 256), (64, 4304)]  # whole blocks; neither side whole; blocks by 8, 4 and 1; the tower's fc2
-# Error of the products against exact inputs, relative in norm. The kernels round inputs to 8 bits: 0.0092 is the largest of 200
-# seeds at K = 64. Without them only float32 sums are reordered (2e-7), and bfloat16 rounds the result (2.6e-3).
-TOLERANCE = {"kernel": 1.5e-2, torch.float32: 2e-6, torch.bfloat16: 5e-3}
-
 needs_kernels = pytest.mark.parametrize("has_kernels", [True, False])
 
 
@@ -39,6 +36,30 @@ needs_kernels = pytest.mark.parametrize("has_kernels", [True, False])
 def compiled():
     """The kernels as they are on this machine; a test that needs them absent takes them away itself."""
     return kernels.library()
+
+
+@pytest.fixture(scope="session")
+def variants(tmp_path_factory):
+    """The kernels as other processors run them, as far as this one can: name -> library, each made when it is first asked for."""
+    folder, made = tmp_path_factory.mktemp("variants"), {"native": kernels.library()}
+
+    def find(name: str):
+        if name not in made and made["native"] is not None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(kernels, "FLAGS", VARIANTS[name])
+                file = kernels.compile_once(ROOT / "kernels.cpp", folder)
+                made[name] = file and kernels.open_library(file)
+        return made.get(name)
+
+    return find
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request, variants, monkeypatch):
+    """Each variant of the kernels in turn, in use; None where there is no compiler."""
+    library = variants(request.param)
+    monkeypatch.setattr(kernels, "library", lambda: library)
+    return library
 
 
 @pytest.fixture
@@ -59,6 +80,20 @@ def quantized(linear: nn.Module, kind: str) -> QuantizedLinear:
 
 def gap(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+def assert_product(y: torch.Tensor, x: torch.Tensor, module: QuantizedLinear) -> None:
+    """y is x @ weight.T + bias of a quantised module, but for what its arithmetic rounds."""
+    weight = module.weight_as_floats()
+    bound = product_bound(x, weight, y.dtype, group=GROUP[module.kind]) if kernels.library() else None
+    if bound is None:  # torch's own products: of bfloat16 weights, if the inputs are few or bfloat16 (int4: always where few)
+        is_short = x.dtype is not torch.float32 or (module.kind == "int4" and x[..., 0].numel() <= quantization.FEW_ROWS)
+        bound = product_bound(x, weight, torch.bfloat16 if is_short else y.dtype, factors=torch.bfloat16 if is_short else None)
+    exact = x.double() @ weight.double().T
+    if module.bias is not None:
+        exact = exact + module.bias.double()
+        bound = bound + 2 * UNIT[y.dtype] * (exact.abs() + bound)
+    assert_within(y, exact, bound)
 
 
 # ---------------------------------------------------------------- rounding
@@ -154,6 +189,7 @@ def test_layouts_turn_back(kind):
 # ---------------------------------------------------------------- products
 
 
+@pytest.mark.processor
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 13, 64])
@@ -163,18 +199,42 @@ def test_module_multiplies_with_its_weights(kind, n, k, rows, dtype, has_kernels
     if not has_kernels:
         monkeypatch.setattr(kernels, "library", lambda: None)
     module = quantized(random_linear(n, k, bias=True, dtype=dtype), kind)
-    weight = module.weight_as_floats()
     x = torch.randn(rows, k).to(dtype)
     y = module(x)
     assert y.dtype == dtype
-    tolerance = TOLERANCE["kernel"] if has_kernels and kernels.library() else TOLERANCE[dtype]
-    if not has_kernels and kind == "int4" and rows <= quantization.FEW_ROWS:
-        tolerance = TOLERANCE[torch.bfloat16]  # torch's int4 product takes bfloat16 only
-    assert gap(y, F.linear(x.float(), weight, module.bias.float())) < tolerance
+    assert_product(y, x, module)
+
+
+ROW_COUNTS = range(67)
+PLACES = {  # how the rows of x may lie in memory: float[R, K] for a count of rows, from random numbers
+    "in order": lambda rows, k: torch.randn(rows, k),
+    "transposed": lambda rows, k: torch.randn(k, rows).T,
+    "every other": lambda rows, k: torch.randn(2 * rows, 3 * k)[::2, 1::3],
+    "one row often": lambda rows, k: torch.randn(1, k).expand(rows, k),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["bf16", *KINDS])
+def test_every_number_of_rows_is_multiplied(kind, dtype, place, variant):
+    if variant is None:
+        return
+    linear = random_linear(37, 96, dtype=torch.bfloat16)
+    module = None if kind == "bf16" else quantized(linear, kind)
+    for rows in ROW_COUNTS:
+        x = PLACES[place](rows, 96).to(torch.bfloat16 if kind == "bf16" else dtype)
+        if module is not None:
+            assert_product(module(x), x, module)
+            continue
+        y = kernels.product("bf16", x, [(linear.weight, None, 37)], dtype)
+        assert_within(y, x.double() @ linear.weight.double().T, product_bound(x, linear.weight, dtype))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_is_the_same_alone_and_among_others(kind):
+def test_a_row_is_the_same_alone_and_among_others(kind, variant):
+    if variant is None:  # torch's products of one row and of several sum in another order
+        return
     module, x = quantized(random_linear(70, 128), kind), torch.randn(9, 128)
     # Integer sums, then the same float operations for each row: exact.
     torch.testing.assert_close(torch.cat([module(row[None]) for row in x]), module(x), rtol=0, atol=0)
@@ -192,51 +252,47 @@ def test_shapes_in_front_stay_and_no_rows_are_fine(kind):
 def test_float16_goes_through(kind):
     module, x = quantized(random_linear(32, 64, dtype=torch.float16), kind), torch.randn(3, 64).half()
     assert module(x).dtype == torch.float16
-    assert gap(module(x), x.float() @ module.weight_as_floats().T) < TOLERANCE["kernel"]
+    assert_product(module(x), x, module)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_gpu_product_is_the_same_sum(kind, without_kernels):  # noqa: ARG001  (a fixture is used by being named)
+@pytest.mark.usefixtures("without_kernels")
+def test_the_gpu_product_is_the_same_sum(kind):
     module, x = quantized(random_linear(48, 128), kind), torch.randn(3, 128)
-    y = module(x)  # puts the weights into rows
-    fused = quantization.few_rows_product(x, module.packed, module.scales, kind)
-    assert gap(fused, x @ module.weight_as_floats().T) < TOLERANCE[torch.float32]
-    assert gap(fused, y) < TOLERANCE[torch.bfloat16]
+    assert_product(module(x), x, module)  # puts the weights into rows
+    fused, weight = quantization.few_rows_product(x, module.packed, module.scales, kind), module.weight_as_floats()
+    assert_within(fused, x.double() @ weight.double().T, product_bound(x, weight, torch.float32))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 6, 7, 40])
-@pytest.mark.parametrize(("n", "k"), [(37, 96), (300, 2048)])
-def test_bfloat16_kernel_equals_float32_rounded(n, k, rows, compiled):
-    if compiled is None:
+@pytest.mark.parametrize("result", [torch.float32, torch.bfloat16])
+def test_bfloat16_kernel_multiplies_many_inputs(rows, result, variant):
+    if variant is None:
         return
-    linear = random_linear(n, k, dtype=torch.bfloat16)
-    x = torch.randn(rows, k).bfloat16()
-    exact = x.double() @ linear.weight.double().T
-    # Half a unit in the last place of bfloat16 (2^-9) and a little for the float32 sums, where terms cancel.
-    y = kernels.product("bf16", x, [(linear.weight, None, n)], torch.bfloat16)
-    torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-5)
-    # Without that rounding, what is left is the order of sums and, for pairs in one instruction, their rounding.
-    y = kernels.product("bf16", x, [(linear.weight, None, n)], torch.float32)
-    torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-5)
+    linear, x = random_linear(300, 2048, dtype=torch.bfloat16), torch.randn(rows, 2048).bfloat16()
+    y = kernels.product("bf16", x, [(linear.weight, None, 300)], result)
+    assert_within(y, x.double() @ linear.weight.double().T, product_bound(x, linear.weight, result))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 40])
-def test_fast_norm_equals_the_norm(rows):
+@needs_kernels
+@pytest.mark.parametrize("rows", [0, 1, 3, 9, 40])
+def test_fast_norm_is_the_norm(rows, has_kernels, monkeypatch):
+    if not has_kernels:
+        monkeypatch.setattr(kernels, "library", lambda: None)
     torch.manual_seed(0)
     norm = GemmaRMSNorm(192, 1e-6).requires_grad_(False)
     norm.weight.normal_(std=0.1)
-    norm, x = norm.bfloat16(), (torch.randn(rows, 192) * 30).bfloat16()
-    expected = norm(x)
+    norm, x = norm.bfloat16(), (torch.randn(192, rows) * 30).bfloat16().T  # not contiguous
     norm.__class__ = quantization.FastRMSNorm
-    # Sums are reordered, so that a result may round to the neighbouring bfloat16.
-    torch.testing.assert_close(norm(x), expected, rtol=2**-7, atol=0)
-    assert (norm(x) == expected).float().mean() > 0.97
+    exact = F.rms_norm(x.double(), (192,), eps=1e-6) * (1 + norm.weight.double())
+    # A sum of 192 squares, its root, and a few products; then the result is rounded.
+    assert_within(norm(x), exact, (UNIT[torch.bfloat16] + 110 * UNIT[torch.float32]) * exact.abs() + 1e-30)
 
 
-def test_upcast_product_equals_float32_rounded():
+def test_upcast_product_is_the_product():
     linear, x = random_linear(37, 100, dtype=torch.bfloat16), torch.randn(2, 9, 100).bfloat16()
     exact = x.double() @ linear.weight.double().T
-    torch.testing.assert_close(quantization.upcast_product(x, linear.weight).double(), exact, rtol=2**-8, atol=1e-5)
+    assert_within(quantization.upcast_product(x, linear.weight), exact, product_bound(x, linear.weight, torch.bfloat16))
 
 
 def attend_with_kernel(rows: int, kv_heads: int, heads: int, reach: int, mask: torch.Tensor | None, cap: float | None):
@@ -255,29 +311,32 @@ def attend_with_kernel(rows: int, kv_heads: int, heads: int, reach: int, mask: t
 @pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize(("rows", "kv_heads", "heads"), [(1, 1, 8), (3, 2, 6), (2, 1, 5)])
-def test_attention_kernel_equals_rotate_write_and_attention(rows, kv_heads, heads, is_masked, cap, reach, compiled):
-    if compiled is None:
+def test_attention_kernel_is_rotate_write_and_attention(rows, kv_heads, heads, is_masked, cap, reach, variant):
+    if variant is None:
         return
     mask = None
     if is_masked:
         mask = torch.rand(rows, 1, 1, reach, generator=torch.Generator().manual_seed(1)) < 0.5
         mask[..., -1] = True
     y, qkv, position_ids, rotation, (keys, values), written = attend_with_kernel(rows, kv_heads, heads, reach, mask, cap)
-    q, k, v = qkv.view(rows, 1, -1, 32).transpose(1, 2).split((heads, kv_heads, kv_heads), dim=1)
-    row = torch.arange(rows)
-    keys[row, :, position_ids[:, 0] - 1] = rotate(k, *rotation)[:, :, 0]
-    values[row, :, position_ids[:, 0] - 1] = v[:, :, 0]
-    # The plain path rounds RoPE's two products and their sum to bfloat16, the kernel only the sum.
-    torch.testing.assert_close(written[0], keys, rtol=2**-6, atol=2**-6)
-    torch.testing.assert_close(written[1], values, rtol=0, atol=0)
-    exact = [x.double() for x in (rotate(q.double(), *rotation), written[0][:, :, :reach], values[:, :, :reach])]
-    expected = attention(*exact, mask, 0.2, cap).transpose(1, 2).reshape(rows, 1, -1)
-    # Queries are rounded to bfloat16 (scores of a few units move by 2^-8 of themselves), and so is the result.
-    torch.testing.assert_close(y.double(), expected, rtol=2**-6, atol=3e-2)
+    q, k, v = qkv.double().view(rows, 1, -1, 32).transpose(1, 2).split((heads, kv_heads, kv_heads), dim=1)
+    row, slot, half, more = torch.arange(rows), position_ids[:, 0] - 1, UNIT[torch.bfloat16], 1e-5
+    exact_keys, values[row, :, slot] = keys.double(), v[:, :, 0].bfloat16()
+    exact_keys[row, :, slot] = rotate(k, *rotation)[:, :, 0]
+    # Two products of which the sum is rounded; `more` is for their own rounding, where they cancel.
+    assert_within(written[0], exact_keys, half * exact_keys.abs() + more)
+    assert torch.equal(written[1], values)
+    q, k, v = rotate(q, *rotation), written[0][:, :, :reach].double(), values[:, :, :reach].double()
+    expected = attention(q, k, v, mask, 0.2, cap)
+    # Queries are rounded to bfloat16, which moves a score by `moved` at most (a cap does not move it further), and a share
+    # by e^(2 moved); the result is rounded, too. 1e-4 is for float32 sums and for the kernel's own exponential.
+    moved = half * 0.2 * (q.abs() @ k.abs().repeat_interleave(heads // kv_heads, 1).transpose(2, 3)).amax(-1, keepdim=True)
+    bound = (torch.expm1(2 * moved) + 1e-4) * attention(q, k, v.abs(), mask, 0.2, cap) + half * expected.abs() + 1e-30
+    assert_within(y, *(part.transpose(1, 2).reshape(rows, 1, -1) for part in (expected, bound)))
 
 
-def test_a_masked_slot_is_not_looked_at_and_a_bad_one_is_seen(compiled):
-    if compiled is None:
+def test_a_masked_slot_is_not_looked_at_and_a_bad_one_is_seen(variant):
+    if variant is None:
         return
     keys, values = torch.randn(2, 1, 1, 20, 32).bfloat16()
     rotation = rotary_embedding(torch.tensor([[20]]), 32, 10000.0, torch.bfloat16)
@@ -293,43 +352,62 @@ def test_a_masked_slot_is_not_looked_at_and_a_bad_one_is_seen(compiled):
     assert kernels_say().isnan().all()
 
 
-@pytest.mark.parametrize("rows", [1, 3, 7])
+INSTRUCTIONS = pytest.mark.parametrize("instructions", BF16_ROWS)  # what the processor says that it multiplies
+
+
+@INSTRUCTIONS
 @pytest.mark.parametrize("kind", ["bf16", *KINDS])
-def test_products_of_one_input_are_the_products_one_by_one(kind, rows, compiled):
-    if compiled is None:
+def test_products_of_one_input_are_the_products_one_by_one(kind, instructions, variant, monkeypatch):
+    if variant is None:
         return
+    monkeypatch.setattr(quantization, "bf16_instructions", lambda: instructions)
     linears = [random_linear(n, 128, seed, dtype=torch.bfloat16) for seed, n in enumerate((300, 37, 64))]
-    x = torch.randn(rows, 1, 128).bfloat16()
     if kind == "bf16":
         for linear in linears:
             linear.__class__ = quantization.FastLinear
-    modules = linears if kind == "bf16" else [quantized(linear, kind) for linear in linears]
-    # The same sums in the same order: exact.
-    y = quantization.joint_product(x, tuple(modules))
-    torch.testing.assert_close(y, torch.cat([module(x) for module in modules], dim=-1), rtol=0, atol=0)
+    modules = tuple(linears) if kind == "bf16" else tuple(quantized(linear, kind) for linear in linears)
+    most = BF16_ROWS[instructions]
+    for rows in (0, 1, 3, most - 1, most, most + 1, 90):
+        x = torch.randn(rows, 1, 128).bfloat16()
+        y = quantization.joint_product(x, modules)
+        if kind == "bf16" and not 0 < rows <= most:
+            assert y is None  # torch is faster
+            continue
+        # The same sums in the same order: exact.
+        torch.testing.assert_close(y, torch.cat([module(x) for module in modules], dim=-1), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("rows", [3, 90])  # of bfloat16 weights, 90 rows are multiplied by torch
+@pytest.mark.processor
+@INSTRUCTIONS
 @pytest.mark.parametrize("kind", ["bf16", *KINDS])
-def test_fast_mlp_equals_the_mlp(kind, rows, compiled):
-    if compiled is None:
-        return
+@needs_kernels
+def test_fast_mlp_is_as_exact_as_the_mlp(kind, instructions, has_kernels, monkeypatch):
+    monkeypatch.setattr(quantization, "bf16_instructions", lambda: instructions)
+    if not has_kernels:
+        monkeypatch.setattr(kernels, "library", lambda: None)
     torch.manual_seed(0)
     mlp = GemmaMLP(GemmaConfig(32, 96, 160, 1, 2, 1)).bfloat16().requires_grad_(False)
-    x = (torch.randn(rows, 1, 96) * 3).bfloat16()
+    exact_mlp = copy.deepcopy(mlp).double()
     if kind != "bf16":
         for name in ("gate_proj", "up_proj", "down_proj"):
             setattr(mlp, name, quantized(getattr(mlp, name), kind))
-    expected, whole = mlp(x), nn.ModuleDict({"mlp": mlp})
-    quantization.use_fast_products(whole, least_parameters=0)
-    assert type(mlp) is quantization.FastGemmaMLP
-    # The plain one rounds gate, its GELU and up to bfloat16 first, three times half a unit in the last place.
-    assert gap(mlp(x), expected) < 8e-3  # 3.6e-3 measured
+            getattr(exact_mlp, name).weight.copy_(getattr(mlp, name).weight_as_floats())
+    whole, most = nn.ModuleDict({"mlp": mlp}), BF16_ROWS[instructions]
+    for rows in (0, 1, 3, most, most + 1, 90):
+        x = (torch.randn(rows, 1, 96) * 3).bfloat16()
+        mlp.__class__ = GemmaMLP
+        plain, exact = mlp(x), exact_mlp(x.double())
+        quantization.use_fast_products(whole, least_parameters=0)
+        assert type(mlp) is quantization.FastGemmaMLP and mlp(x).shape == exact.shape
+        # The plain one rounds gate, its GELU and up to bfloat16 first, the fast one no more than that: the errors are draws of
+        # the same size, and the fast one's mean over thousands of numbers is no larger but for chance.
+        if rows > 1:
+            assert gap(mlp(x), exact) <= 1.5 * gap(plain, exact)
     assert mlp.double()(x.double()).dtype == torch.float64  # what the kernels do not take goes the plain way
 
 
-def test_gelu_of_every_size_is_torchs(compiled):
-    if compiled is None:
+def test_gelu_of_every_size_is_torchs(variant):
+    if variant is None:
         return
     x = torch.cat((torch.linspace(-30, 30, 4801), torch.tensor([1e30, 1e-30, 0.0]))).bfloat16()
     one = torch.zeros(len(x), 32, dtype=torch.bfloat16)
@@ -367,6 +445,7 @@ def decode(model: nn.ModuleDict, window: int | None = None) -> torch.Tensor:
     return torch.stack(logits)
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 @needs_kernels
@@ -379,7 +458,8 @@ def test_a_fast_step_is_as_exact_as_torchs(family, window, has_kernels, monkeypa
     layers = fast.language_model.model.layers
     assert {type(layer.self_attn) for layer in layers} == {quantization.FastGemmaAttention}
     ours, torchs = gap(decode(fast, window), exact), gap(decode(plain, window), exact)
-    assert ours < torchs if kernels.library() else ours == torchs
+    # Both round to bfloat16, ours less often: two draws of the same size. Without kernels the operations are the same.
+    assert ours <= 1.5 * torchs if kernels.library() else ours == torchs
     assert list(fast.state_dict()) == list(plain.state_dict())
 
 
@@ -395,31 +475,6 @@ def test_a_fast_step_of_a_quantised_decoder_is_that_of_its_weights(kind, family)
     quantization.use_fast_products(model, least_parameters=0)
     # bfloat16 alone is off by 1e-2, inputs rounded to 8 bits by as much.
     assert gap(decode(model), decode(floats)) < 5e-2
-
-
-def test_generic_and_avx2_kernels_give_the_same_bytes(tmp_path, monkeypatch, compiled):
-    """The code for other processors, run on this one: integer sums are exact, so that even floats must agree."""
-    if compiled is None:
-        return
-    x, both = torch.randn(7, 128), [(random_linear(48, 128, seed, dtype=torch.bfloat16).weight, None, 48) for seed in (0, 1)]
-    gated = kernels.product("bf16", x.bfloat16(), both, torch.bfloat16, True)
-    attended = attend_with_kernel(2, 1, 6, 40, mask=None, cap=5.0)[0]
-    for flags in (("-mavx2", "-mfma"), ()) if os.uname().machine == "x86_64" else ((),):
-        shared = tuple(flag for flag in kernels.FLAGS if flag not in ("-march=native", "-O3"))
-        monkeypatch.setattr(kernels, "FLAGS", (*shared, "-O1", *flags))  # -O3 takes twice as long
-        file = kernels.compile_once(ROOT / "kernels.cpp", tmp_path)
-        other = kernels.open_library(file)
-        for kind in KINDS:
-            module = quantized(random_linear(48, 128), kind)
-            monkeypatch.setattr(kernels, "library", lambda: compiled)
-            expected = module(x)
-            monkeypatch.setattr(kernels, "library", lambda other=other: other)
-            # One fused multiply-add more or less in the scales: a few units in the last place.
-            torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-6)
-        # What has no integers differs by a rounding to bfloat16.
-        torch.testing.assert_close(attend_with_kernel(2, 1, 6, 40, mask=None, cap=5.0)[0], attended, rtol=2**-7, atol=2**-8)
-        again = kernels.product("bf16", x.bfloat16(), both, torch.bfloat16, True)
-        torch.testing.assert_close(again, gated, rtol=2**-7, atol=1e-3)
 
 
 # ---------------------------------------------------------------- the embedding
@@ -441,7 +496,7 @@ def test_embedding_gives_scaled_rows_and_logits(kind, dtype, has_kernels, monkey
         assert module(ids).dtype == dtype
         torch.testing.assert_close(module(ids), plain(ids), rtol=0, atol=0)
         x = torch.randn(2, 96).to(dtype)
-        assert gap(module.logits(x), x.float() @ module.weight_as_floats().T) < TOLERANCE["kernel"]
+        assert_product(module.logits(x), x, module)
 
 
 @pytest.mark.parametrize("token", [-1, 37, 40])
@@ -527,15 +582,20 @@ def test_fast_products_keep_names_weights_and_gradients(compiled):
     assert q_proj.weight.grad is not None
 
 
-@pytest.mark.parametrize("rows", [1, 4, 5, 20, 200])
-@pytest.mark.parametrize("instructions", quantization.BF16_ROWS)
+@pytest.mark.processor
+@pytest.mark.parametrize("rows", [0, 1, 4, 5, 20, 33, 65, 200])
+@INSTRUCTIONS
 @needs_kernels
-def test_every_choice_of_product_gives_the_product(rows, instructions, has_kernels, monkeypatch):
+@pytest.mark.parametrize("place", PLACES)
+def test_every_choice_of_product_gives_the_product(place, rows, instructions, has_kernels, monkeypatch):
     monkeypatch.setattr(quantization, "bf16_instructions", lambda: instructions)
     if not has_kernels:
         monkeypatch.setattr(kernels, "library", lambda: None)
-    linear, x = random_linear(37, 96, dtype=torch.bfloat16), torch.randn(rows, 96).bfloat16()
+    linear, x = random_linear(37, 96, dtype=torch.bfloat16), PLACES[place](rows, 96).bfloat16()
     exact, bias = x.double() @ linear.weight.double().T, torch.ones(37).bfloat16()
-    torch.testing.assert_close(quantization.product(x, linear.weight).double(), exact, rtol=2**-7, atol=1e-5)
-    # Where the bias is added to what was rounded before, a sum near zero keeps the rounding of a larger number.
-    torch.testing.assert_close(quantization.product(x, linear.weight, bias).double(), exact + 1, rtol=2**-7, atol=2**-8)
+    bound = product_bound(x, linear.weight, torch.bfloat16)
+    assert_within(quantization.product(x, linear.weight), exact, bound)
+    with_bias = exact + bias.double()
+    # The sum is rounded with the bias, or before and after it is added.
+    bound = bound + UNIT[torch.bfloat16] * (with_bias.abs() + bound)
+    assert_within(quantization.product(x, linear.weight, bias), with_bias, bound)

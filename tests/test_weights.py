@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 
 import quantization
 import weights
+from bounds import float32_bound
 from checkpoint import read_header
 from errors import CheckpointError, DeviceError, OutputError, PaliGemmaError, UsageError
 from modeling_paligemma import PaliGemmaConfig
-from tiny import FAMILIES, make_batch, make_model, make_reference, raw_config, reference_logits
+from tiny import FAMILIES, gap, make_batch, make_model, make_reference, raw_config, reference_logits
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
 POSITIONS = "vision_tower.vision_model.embeddings.position_embedding.weight"
@@ -105,10 +106,9 @@ def test_a_file_of_transformers_loads_and_gives_its_logits(tmp_path, family):
     reference = make_reference(make_model(family), raw_config(family))
     reference.save_pretrained(tmp_path)
     batch = make_batch([(1, 3, 2), (1, 5, 1)])
-    ours = weights.load_model(tmp_path)(**batch)
-    is_token = batch["attention_mask"].bool()
-    # The attention kernels differ: 6e-6 in logits of up to 12, over 5 seeds.
-    torch.testing.assert_close(ours[is_token], reference_logits(reference, batch)[is_token], rtol=0, atol=5e-5)
+    model = weights.load_model(tmp_path)
+    # The attention kernels differ.
+    assert gap(model(**batch), reference_logits(reference, batch), batch) <= float32_bound(model, batch)
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "language_model.lm_head.weight", "base_model.model.lm_head.weight"])
@@ -722,9 +722,8 @@ def test_transformers_loads_what_is_saved_and_gives_equal_logits(tmp_path, famil
     reference, info = Reference.from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
     assert not any(info.values())
     batch = make_batch([(1, 3, 2), (1, 5, 1)])
-    is_token = batch["attention_mask"].bool()
-    # The attention kernels differ: 6e-6 in logits of up to 12, over 5 seeds.
-    torch.testing.assert_close(model(**batch)[is_token], reference_logits(reference, batch)[is_token], rtol=0, atol=5e-5)
+    # The attention kernels differ.
+    assert gap(model(**batch), reference_logits(reference, batch), batch) <= float32_bound(model, batch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
