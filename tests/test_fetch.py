@@ -189,9 +189,11 @@ def test_odd_characters_in_an_address_stay_in_one_line(server):
 PRIVATE = [
     "127.0.0.1", "127.8.8.8", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1",
     "255.255.255.255", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1",
-    "64:ff9b::7f00:1", "2002:7f00:1::",
+    "64:ff9b::7f00:1", "2002:7f00:1::", "::127.0.0.1", "::8.8.8.8", "::ffff:0:127.0.0.1", "64:ff9b:1::1", "64:ff9b:1::808:808",
+    "fec0::1", "fed0::1", "2001:0:7f00:1::", "2001:db8::1", "3fff::1", "100::1", "5f00::1", "2606:4700::5efe:7f00:1",
+    "2606:4700::200:5efe:a00:1", "2002:a00:1::5", "4000::1", "192.0.2.1", "198.18.0.1", "240.0.0.1", "0.1.2.3", "ff0e::1",
 ]  # fmt: skip
-PUBLIC = ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]
+PUBLIC = ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1"]
 
 
 def test_which_addresses_are_public_is_known_in_every_spelling():
@@ -236,6 +238,34 @@ def test_nor_over_a_detour():
 def test_an_address_in_the_own_network_may_be_typed_and_may_redirect_within():
     assert fetch.fetch("http://inside.example/redirect?http://127.0.0.1/200")[0] == BODY
     assert fetch.fetch("http://127.0.0.1/redirect?http://public.example/200")[0] == BODY
+
+
+def test_what_stands_in_data_must_be_public(server):
+    seen = len(server.seen)
+    for address in (f"{server.url}/200", f"http://localhost:{server.server_port}/200", f"http://2130706433:{server.server_port}/"):
+        assert "inside the own network. What stands in data" in refusal(address, may_be_private=False)
+    assert len(server.seen) == seen
+
+
+def test_data_may_lead_to_public_servers_only_at_every_redirect(pretended):
+    names, dialled = pretended
+    assert fetch.fetch("http://public.example/200", may_be_private=False)[0] == BODY
+    assert "inside the own network" in refusal("http://public.example/redirect?http://127.0.0.1/200", may_be_private=False)
+    names["mixed.example"] = ["10.0.0.1", "8.8.8.8"]
+    assert fetch.fetch("http://mixed.example/200", may_be_private=False)[0] == BODY
+    assert dialled == ["93.184.216.34", "93.184.216.34", "8.8.8.8"]
+
+
+def test_looking_up_the_name_is_within_the_time(monkeypatch):
+    is_over = threading.Event()
+
+    def never(*_: object, **__: object) -> list:
+        is_over.wait(60)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", never)
+    assert "took longer than 0.2 s" in refusal("http://slow.example/a.png", timeout_s=0.2)
+    is_over.set()
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(pretended):
