@@ -1,4 +1,4 @@
-"""Any picture, from anywhere, as 8-bit RGB, upright; or one sentence that says why not. Imports errors and fetch.
+"""Any picture, from anywhere, as 8-bit RGB, upright; or one sentence that says why not. Imports errors, fetch and files.
 
 A file may be cut off, mislabelled, huge once unpacked, or no picture at all. So the format is told from the first bytes and
 never from the name, only formats of photographs and drawings are decoded, and the number of pixels is checked in the header.
@@ -16,22 +16,37 @@ import os
 import re
 import stat
 import struct
+import sys
 import threading
 import urllib.parse
 import warnings
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageColor, ImageFile
 
 from errors import AccessError, ImageError, UsageError
 from fetch import MAX_DOWNLOAD_BYTES, fetch, one_line
+from files import names_in, similar_names
+
+T = TypeVar("T")
 
 MAX_FILE_BYTES = 256 << 20
 MAX_PIXELS = 50_000_000
+MEMORY_BYTES = 1 << 30  # what all threads that read pictures may take together
+BYTES_PER_PIXEL = 16  # of decoding and converting one: 4 as it is decoded, 4 as RGB, the rest for decoders that keep two frames
+LARGE_FILE = 32 << 20  # bytes; a larger one is read while no other picture is
+BAND_PIXELS = 1 << 20  # converted at a time, so that the steps in between take little memory
+MOST_STEPS = 500_000  # frames and their parts that are counted; a file can hold millions
+MOST_FRAME_PIXELS = 1_000_000_000  # of all the frames that must be decoded to get to one, and of all the scans of a JPEG
+MOST_HEADER_BYTES = 1 << 16  # of a PPM
+MOST_COMMENTS = 1000  # in a PPM; its decoder begins anew with each
+MOST_SLOW_BYTES = 4 << 20  # of a file in a form whose decoder is written in Python
+DARK = 1 << 14  # 16 bits whose brightest value is lower are nearly black
 WIDEST = 20  # sides in a relation beyond this are worth a note: the model sees every picture as a square
 UPRIGHT = {  # EXIF orientation -> what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,7 +62,7 @@ ORIENTATION = 0x0112  # the tag's number in EXIF and TIFF
 # Decoders meet files that nobody foresaw; whatever they then stumble over, the file is what is wrong.
 DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError,
-    MemoryError, EOFError, struct.error, zlib.error,
+    MemoryError, EOFError, NameError, BufferError, StopIteration, struct.error, zlib.error,
 )  # fmt: skip
 
 READ = {  # how files begin that are decoded -> Pillow's name of the format
@@ -80,7 +95,35 @@ REFUSED = {  # how other files begin -> what to say about them
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
-# Where from: a path, an address, a data: URI
+# How much at once
+
+
+class Budget:
+    """Bytes that several threads share. Whoever wants more than there are gets all of them, and is then alone."""
+
+    def __init__(self, total: int):
+        self.total = self.left = total
+        self.changed = threading.Condition()
+
+    @contextmanager
+    def take(self, amount: float) -> Iterator[None]:
+        """Waits until so many are left, and gives them back at the end."""
+        amount = min(amount, self.total)
+        with self.changed:
+            self.changed.wait_for(lambda: self.left >= amount)
+            self.left -= amount
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.left += amount
+                self.changed.notify_all()
+
+
+MEMORY = Budget(MEMORY_BYTES)
+
+
+# Where from: a path, an address, a data: URI, an open file
 
 
 def shown(path: str | os.PathLike) -> str:
@@ -113,20 +156,16 @@ def read_file(path: str | os.PathLike) -> bytes:
 
 def explain_missing(path: Path) -> str:
     """That there is no such file, and what has a name like it."""
-    import difflib  # only a mistyped name pays for it
-
-    if path.is_symlink():
-        return f"{shown(path)} is a link to a file that does not exist. Mend the link."
-    if not path.parent.is_dir():
-        return f"{shown(path)} does not exist, nor does the folder {shown(path.parent)}. Check the path."
+    name = shown(path)
     try:
-        names = os.listdir(path.parent)
-    except OSError:
-        names = []
-    lower = {name.lower(): name for name in names}
-    close = difflib.get_close_matches(path.name.lower(), list(lower), n=3, cutoff=0.7)
-    advice = f"Did you mean {' or '.join(shown(lower[name]) for name in close)}?" if close else "Check the path."
-    return f"{shown(path)} does not exist. {advice}"
+        if path.is_symlink():
+            return f"{name} is a link to a file that does not exist. Correct the link."
+        if not path.parent.is_dir():
+            return f"{name} does not exist, nor does the folder {shown(path.parent)}. Check the path."
+    except (OSError, ValueError):  # a name that is too long, a folder that may not be searched
+        return f"{name} does not exist. Check the path."
+    close = similar_names(path.name, names_in(path.parent))
+    return f"{name} does not exist. " + (f"Did you mean {' or '.join(map(shown, close))}?" if close else "Check the path.")
 
 
 def read_data_uri(uri: str) -> bytes:
@@ -146,22 +185,68 @@ def read_data_uri(uri: str) -> bytes:
         raise ImageError(f"a data: URI is not valid base64: {error}. Encode the file again.", path="data:") from error
 
 
-def read_bytes(source: str | os.PathLike | bytes) -> tuple[bytes, str]:
-    """The bytes of a picture that is not decoded yet, and a name for it."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        return bytes(source), "the picture"
-    if isinstance(source, str) and source[:5].lower() == "data:":
-        return read_data_uri(source), "data:"
-    name = shown(source)
-    scheme = None if isinstance(source, os.PathLike) else re.match("([A-Za-z][A-Za-z0-9+.-]+)://", source)
-    if not scheme:  # nor one letter, which is a drive
-        return read_file(source), name
-    if scheme[1].lower() not in ("http", "https"):
-        raise ImageError(f"{name} begins with {scheme[1]}:. Give a path, or an address with http(s).", path=name)
-    data, kind = fetch(source)
+def read_object(source: object, name: str) -> bytes:
+    """The bytes of an open file, from its beginning where it can go there. Raises: ImageError."""
+    try:
+        with suppress(OSError, AttributeError):  # a pipe, or an answer from the network
+            source.seek(0)
+        data = source.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: it is closed
+        raise ImageError(f"{name} cannot be read: {one_line(str(error))}. Open it again.", path=name) from error
+    if not isinstance(data, bytes):
+        raise ImageError(f'{name} gives {type(data).__name__}, not bytes. Open the file with mode "rb".', path=name)
+    if len(data) > MAX_FILE_BYTES:
+        raise ImageError(f"{name} has over {MAX_FILE_BYTES >> 20} MB, which is the limit. Make the picture smaller.", path=name)
+    return data
+
+
+def read_address(source: str, name: str, is_typed: bool) -> bytes:
+    """The bytes at an http(s) address. Raises: AccessError, also for an answer that is no picture."""
+    data, kind = fetch(source, may_be_private=is_typed)
     if sniff(data) is None and not kind.startswith("image/"):
         raise AccessError(f"{name} answered 200 OK with {one_line(kind) or 'no type'}: {describe(data)}.", path=name)
-    return data, name
+    return data
+
+
+def local_path(address: str, name: str) -> str:
+    """The path in a file:// address. Raises: ImageError for one that names another machine."""
+    url = urllib.parse.urlsplit(address)
+    if url.netloc.lower() not in ("", "localhost"):
+        raise ImageError(f"{name} names the machine {one_line(url.netloc)}. Write file:///, then the path.", path=name)
+    return urllib.parse.unquote(url.path)
+
+
+def as_path(source: str, is_typed: bool) -> str:
+    """A path as it is meant: ~ stands for a home folder where a user wrote it."""
+    try:
+        return os.path.expanduser(source) if is_typed and source.startswith("~") and not os.path.lexists(source) else source
+    except ValueError:  # a NUL in it
+        return source
+
+
+def read_bytes(source: object, is_typed: bool) -> tuple[bytes, str]:
+    """The bytes of a picture that is not decoded yet, and a name for it. Raises: ImageError, AccessError."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source), "the picture"
+    if not isinstance(source, str | os.PathLike):
+        name = f"the {type(source).__name__}"
+        return read_object(source, name), name
+    if not isinstance(source, str):
+        return read_file(source), shown(source)
+    if source[:5].lower() == "data:":
+        return read_data_uri(source), "data:"
+    name = shown(source)
+    scheme = re.match("([A-Za-z][A-Za-z0-9+.-]+)://", source)
+    if not scheme:  # nor one letter, which is a drive
+        return read_file(as_path(source, is_typed)), name
+    kind = scheme[1].lower()
+    if kind in ("http", "https"):
+        return read_address(source, name, is_typed), name
+    if kind != "file":
+        raise ImageError(f"{name} begins with {kind}:. Give a path, or an address with http(s).", path=name)
+    if not is_typed:
+        raise ImageError(f"{name} stands in data, where file: is not allowed. Write the path instead.", path=name)
+    return read_file(local_path(source, name)), name
 
 
 # What is it
@@ -175,7 +260,7 @@ def sniff(data: bytes) -> str | None:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
     if data[4:8] == b"ftyp":
-        brands = [data[i : i + 4] for i in (8, *range(16, min(int.from_bytes(data[:4]), 64), 4))]
+        brands = [data[i : i + 4] for i in (8, *range(16, min(int.from_bytes(data[:4], "big"), 64), 4))]
         if b"avif" in brands or b"avis" in brands:
             return "AVIF"
         if any(brand in HEIC_BRANDS for brand in brands):
@@ -239,6 +324,8 @@ def open_picture(data: bytes, name: str, max_pixels: int) -> Image.Image:
         raise ImageError(f"{name}: image data ends early (file cut off?). Copy or download it again.", path=name)
     try:
         with silence():
+            if kind == "PPM":  # Pillow reads its header byte by byte, and comments in it may be long
+                Image.open(io.BytesIO(data[:MOST_HEADER_BYTES]), formats=[kind])
             return Image.open(io.BytesIO(data), formats=[kind])
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))[0]
@@ -285,37 +372,111 @@ def orientation(picture: Image.Image) -> int:
         return 1
 
 
-def seek(picture: Image.Image, name: str, frame: int, notes: list[str]) -> None:
+def count_pages(data: bytes) -> tuple[int, bool]:
+    """How many pages a TIFF has, and whether all were counted. Pillow's own way takes the square of their number."""
+    order = "<" if data[:1] == b"I" else ">"
+    is_big = data[2:4] in (b"+\0", b"\0+")
+    size, head, tail, entry = (8, "Q", "Q", 20) if is_big else (4, "H", "I", 12)
+    seen, steps = set(), 0
+    try:
+        [place] = struct.unpack_from(order + tail, data, size)
+        while place and place not in seen:
+            [count] = struct.unpack_from(order + head, data, place)
+            seen.add(place)
+            steps += count + 16
+            if steps > MOST_STEPS:
+                return len(seen), False
+            [place] = struct.unpack_from(order + tail, data, place + struct.calcsize(head) + entry * count)
+    except struct.error:  # the file ends here
+        pass
+    return max(len(seen), 1), True
+
+
+def count_frames(data: bytes) -> tuple[int, bool]:
+    """How many frames a GIF has, and whether all were counted. No frame is decoded."""
+    place, count, steps = 13 + color_bytes(data, 10), 0, 0
+    while place < len(data) and data[place : place + 1] != b";":
+        kind = data[place : place + 1]
+        count += kind == b","
+        place += {b",": 11 + color_bytes(data, place + 9), b"!": 2}.get(kind, 1)
+        if kind in b",!":  # blocks follow, each behind its length; the last has none
+            while place < len(data) and data[place] and steps < MOST_STEPS:
+                place, steps = place + 1 + data[place], steps + 1
+            place += 1
+        steps += 1
+        if steps >= MOST_STEPS:
+            return max(count, 1), False
+    return max(count, 1), True
+
+
+def color_bytes(data: bytes, place: int) -> int:
+    """The size of the table of colours in a GIF, by the flags that stand there."""
+    flags = data[place] if place < len(data) else 0
+    return 3 << ((flags & 7) + 1) if flags & 128 else 0
+
+
+def seek(picture: Image.Image, data: bytes, name: str, frame: int, notes: list[str]) -> None:
     """Goes to a frame of an animation or a page of a TIFF. A phone's second picture (MPO) is not worth a note."""
-    num_frames = getattr(picture, "n_frames", 1)
+    count = {"TIFF": count_pages, "GIF": count_frames}.get(picture.format)
+    num_frames, is_all = count(data) if count else (getattr(picture, "n_frames", 1), True)
     if frame >= num_frames:
-        raise ImageError(f"{name} has {num_frames} frames, counted from 0; --frame {frame} is not among them.", path=name)
-    if num_frames > 1:
+        found = f"has {num_frames} frames" if is_all else f"has very many frames, of which {num_frames} are looked at"
+        raise ImageError(f"{name} {found}, counted from 0; --frame {frame} is not among them.", path=name)
+    if picture.format not in ("TIFF", "MPO") and frame * math.prod(picture.size) > MOST_FRAME_PIXELS:
+        advice = "Save that frame as a PNG with another program."
+        raise ImageError(f"{name}: {frame} large frames must be decoded to get to --frame {frame}. {advice}", path=name)
+    if frame:
         picture.seek(frame)
-        if picture.format != "MPO":
-            notes.append(f"{name}: frame {frame + 1} of {num_frames} is shown to the model.")
+    if num_frames > 1 and picture.format != "MPO":
+        notes.append(f"{name}: frame {frame + 1} of {'' if is_all else 'more than '}{num_frames} is shown to the model.")
 
 
-def decode(picture: Image.Image, name: str, frame: int | None, max_pixels: float, allow_truncated: bool, notes: list[str]) -> int:
-    """Reads the pixels, of the frame where it stands if it is None, and returns the orientation that this frame had.
+def check_effort(picture: Image.Image, data: bytes, name: str, max_pixels: int) -> None:
+    """Raises: ImageError where decoding takes far more than the pixels themselves do.
+
+    The tile of a TIFF may be larger than its picture, each scan of a JPEG may take as long as the whole picture, and two forms
+    are decoded by Python, byte by byte.
+    """
+    if picture.format == "TIFF":
+        with explained(name):
+            tile = math.prod(int(picture.tag_v2.get(tag, 1)) for tag in (322, 323))  # width and length
+        if tile > max_pixels:
+            raise too_many_pixels(name, f"tiles of {tile} pixels", max_pixels)
+    is_slow = any(tile[0] in Image.DECODERS for tile in getattr(picture, "tile", ()))
+    if is_slow and (len(data) > MOST_SLOW_BYTES or (picture.format == "PPM" and data.count(b"#") > MOST_COMMENTS)):
+        kind = f"a {picture.format} of {len(data) >> 20} MB in a form that is slow to read"
+        raise ImageError(f"{name} is {kind}. Save it as PNG or JPEG.", path=name)
+    scans = data.count(b"\xff\xda") if picture.format in ("JPEG", "MPO") else 0
+    if scans * math.prod(picture.size) > MOST_FRAME_PIXELS and scans > 20:
+        raise ImageError(f"{name} is drawn in {scans} scans, which takes too long. Save it again as JPEG or PNG.", path=name)
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Whatever a decoder stumbles over becomes an ImageError."""
+    try:
+        with silence():
+            yield
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} has an enormous frame, over the limit of Pillow. Make it smaller.", path=name) from error
+    except DECODER_ERRORS as error:
+        reason = one_line(str(error)) or type(error).__name__
+        if re.search("truncat|premature|not processed|broken|end of file|corrupt data", reason, re.IGNORECASE):
+            advice = "Copy or download it again, or add --allow_truncated to use what is there."
+            raise ImageError(f"{name}: image data ends early (file cut off?). {advice}", path=name) from error
+        raise ImageError(f"{name} cannot be decoded: {reason}. Copy it again or save it as PNG.", path=name) from error
+
+
+def decode(picture: Image.Image, name: str, max_pixels: float, allow_truncated: bool) -> int:
+    """Reads the pixels of the frame where it stands, and returns the orientation that this frame had.
 
     Raises: ImageError when the file is damaged or ends early, or the frame is too large.
     """
-    try:
-        with silence(), truncated_allowed(allow_truncated):
-            if frame is not None:
-                seek(picture, name, frame, notes)
-            check_size(picture.size, name, max_pixels)  # pages of a TIFF have sizes of their own
-            number = orientation(picture) if is_turned_by_pillow(picture) else 1
-            picture.load()
-            return number if is_turned_by_pillow(picture) else orientation(picture)  # a PNG may say it after its pixels
-    except Image.DecompressionBombError as error:
-        raise too_many_pixels(name, "an enormous frame", max_pixels) from error
-    except DECODER_ERRORS as error:
-        if re.search("truncat|premature|not processed|broken|end of file|corrupt data", str(error), re.IGNORECASE):
-            advice = "Copy or download it again, or add --allow_truncated to use what is there."
-            raise ImageError(f"{name}: image data ends early (file cut off?). {advice}", path=name) from error
-        raise ImageError(f"{name} cannot be decoded: {error}. Copy it again or save it as PNG.", path=name) from error
+    with explained(name), truncated_allowed(allow_truncated):
+        check_size(picture.size, name, max_pixels)  # pages of a TIFF have sizes of their own
+        number = orientation(picture) if is_turned_by_pillow(picture) else 1
+        picture.load()
+        return number if is_turned_by_pillow(picture) else orientation(picture)  # a PNG may say it after its pixels
 
 
 def turn(picture: Image.Image, number: int, is_turned: bool, ignore_exif: bool) -> Image.Image:
@@ -333,96 +494,122 @@ def turn(picture: Image.Image, number: int, is_turned: bool, ignore_exif: bool) 
 # Anything to 8 bits
 
 
-def to_bytes(values: np.ndarray, name: str, notes: list[str]) -> np.ndarray:
-    """Pixels of any number type as uint8: 16 bits are divided by 257, floats count from 0 to 1 or from 0 to 255.
+Levels = Callable[[np.ndarray], np.ndarray]  # pixels of any number type -> uint8
 
+
+def bands(width: int, height: int) -> list[tuple[int, int, int, int]]:
+    """The picture in boxes of whole rows, each of few pixels."""
+    rows = max(1, BAND_PIXELS // width)
+    return [(0, top, width, min(top + rows, height)) for top in range(0, height, rows)]
+
+
+def find_levels(dtype: np.dtype, low: float, high: float, name: str, stretch: bool, notes: list[str]) -> Levels:
+    """How pixels of this number type, which reach from `low` to `high`, become 0 to 255.
+
+    16 bits are divided by 257, floats count from 0 to 1 or from 0 to 255. With `stretch`, all but 8 bits from `low` to `high`.
     Raises: ImageError for numbers outside of these ranges, or none.
     """
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype == np.bool_:
-        return values.astype(np.uint8) * np.uint8(255)
-    if values.dtype.kind not in "uif":
-        raise ImageError(f"{name} holds {values.dtype}. Numbers are needed: uint8, or floats from 0 to 1.", path=name)
-    low, high = values.min().item(), values.max().item()
-    if values.dtype.kind == "f":
+    if dtype == np.uint8:
+        return lambda values: values
+    if dtype == np.bool_:
+        return lambda values: values.astype(np.uint8) * np.uint8(255)
+    is_16_bits = dtype.kind == "u" and dtype.itemsize == 2
+    if stretch and math.isfinite(float(high) - float(low)):
+        notes.append(f"{name}: values from {low:g} to {high:g}, stretched so that they reach from black to white.")
+        factor = 255 / ((float(high) - float(low)) or 1)
+        return lambda values: np.rint((values.astype(np.float64) - low) * factor).astype(np.uint8)
+    if dtype.kind == "f":
         if not (low >= 0 and high <= 255):  # false for NaN, too
-            raise ImageError(
-                f"{name} holds floats from {low:g} to {high:g}. Scale them to 0 to 1, or to 0 to 255, without NaN.", path=name
-            )
+            advice = "Scale them to 0 to 1, or to 0 to 255, without NaN, or add --stretch."
+            raise ImageError(f"{name} holds floats from {low:g} to {high:g}. {advice}", path=name)
         top = 1 if high <= 1 else 255
         notes.append(f"{name}: floats from {low:g} to {high:g}, taken as 0 (black) to {top} (white).")
-        return np.rint(values * np.float32(255 / top)).astype(np.uint8)
-    if values.dtype.itemsize == 2 and values.dtype.kind == "u":
-        notes.append(f"{name}: 16 bits, values from {low} to {high}, divided by 257.")
-        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        return lambda values: np.rint(values * np.float32(255 / top)).astype(np.uint8)
+    if is_16_bits:
+        dark = " That is nearly black; --stretch makes the brightest of them white." if 0 < high < DARK else ""
+        notes.append(f"{name}: 16 bits, values from {low} to {high}, divided by 257.{dark}")
+        return lambda values: ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if low < 0 or high > 255:
-        raise ImageError(f"{name} holds whole numbers from {low} to {high}. Scale them to 0 to 255.", path=name)
-    return values.astype(np.uint8)
+        advice = "Scale them to 0 to 255, or add --stretch."
+        raise ImageError(f"{name} holds whole numbers from {low} to {high}. {advice}", path=name)
+    return lambda values: values.astype(np.uint8)
 
 
-def from_array(values: np.ndarray, name: str, notes: list[str]) -> Image.Image:
+def from_array(values: np.ndarray, name: str, stretch: bool, notes: list[str], channels_first: bool = False) -> Image.Image:
     """A numpy array as a picture. Shapes: [H, W] or [H, W, C] or [C, H, W], with C = 1 grey, 3 RGB, 4 RGBA.
 
-    Where both readings are possible, channels are last. Numbers: see to_bytes.
+    Where both readings are possible, channels are last unless `channels_first`. Numbers: see find_levels.
     """
+    if values.dtype.kind not in "uifb":
+        raise ImageError(f"{name} holds {values.dtype}. Numbers are needed: uint8, or floats from 0 to 1.", path=name)
     if values.size == 0:
         raise ImageError(f"{name} is an array of shape {values.shape}: it has no pixels.", path=name)
-    if values.ndim == 3 and values.shape[2] not in (1, 3, 4) and values.shape[0] in (1, 3, 4):
+    channels = (1, 3, 4)
+    if values.ndim == 3 and values.shape[0] in channels and (channels_first or values.shape[2] not in channels):
         values = values.transpose(1, 2, 0)
-    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (1, 3, 4)):
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in channels):
         shape = list(values.shape)
         raise ImageError(
             f"{name} is an array of shape {shape}. [H, W], [H, W, C] or [C, H, W] is needed, with C 1, 3 or 4; "
             "give a batch as a list.",
             path=name,
         )
-    values = to_bytes(values, name, notes)
-    return Image.fromarray(np.ascontiguousarray(values[:, :, 0] if values.ndim == 3 and values.shape[2] == 1 else values))
+    values = values[:, :, 0] if values.shape[2:] == (1,) else values
+    levels = find_levels(values.dtype, values.min().item(), values.max().item(), name, stretch, notes)
+    out = np.empty(values.shape, np.uint8)
+    for _, top, _, bottom in bands(values.shape[1], values.shape[0]):
+        out[top:bottom] = levels(values[top:bottom])
+    return Image.fromarray(out)
 
 
-def to_8_bits(picture: Image.Image, name: str, notes: list[str]) -> Image.Image:
-    """Grey pictures of 16 bits or of floats as 8-bit grey, with their transparency; others as they are."""
+def wide_levels(picture: Image.Image, name: str, stretch: bool, notes: list[str]) -> Levels | None:
+    """How a grey picture of 16 bits or of floats becomes one of 8 bits; None for one that is of 8 bits."""
     if picture.mode != "F" and not picture.mode.startswith("I"):
-        return picture
+        return None
+    ends = []
+    for box in bands(*picture.size):
+        values = np.asarray(picture.crop(box))
+        ends += [values.min().item(), values.max().item()]
+    low, high = np.min(ends).item(), np.max(ends).item()  # NaN if one of them is
+    if picture.mode == "I" and 0 <= low and high < 1 << 16:  # Pillow's 32 bits are what it reads some files of 16 bits into
+        return find_levels(np.dtype(np.uint16), low, high, name, stretch, notes)
+    return find_levels(values.dtype, low, high, name, stretch, notes)
+
+
+def to_grey(picture: Image.Image, levels: Levels) -> Image.Image:
+    """8-bit grey of a picture of more bits, with its transparency."""
     values = np.asarray(picture)
-    if picture.mode == "I" and 0 <= values.min() and values.max() < 1 << 16:
-        values = values.astype(np.uint16)  # Pillow's 32-bit mode is what it reads 16-bit files of some formats into
-    grey = Image.fromarray(to_bytes(values, name, notes))
+    grey = Image.fromarray(levels(values))
     invisible = picture.info.get("transparency")
     if invisible is None:
         return grey
     return Image.merge("LA", (grey, Image.fromarray(np.where(values == invisible, 0, 255).astype(np.uint8))))
 
 
-def to_rgb(picture: Image.Image, name: str, background: str, notes: list[str]) -> Image.Image:
-    """RGB of a picture of any mode. What shines through is the background; "drop" shows the hidden colours instead."""
-    picture = to_8_bits(picture, name, notes)
+def to_rgb(picture: Image.Image, name: str, background: str, stretch: bool, notes: list[str]) -> Image.Image:
+    """RGB of a picture of any mode. Behind transparent pixels is the background; "drop" shows their hidden colours instead."""
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
-    try:
-        with silence():
-            if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-                picture = picture.convert("RGBA")
-                if background != "drop" and picture.getextrema()[3] != (255, 255):
-                    notes.append(f"{name}: transparent pixels are laid on {background}.")
-                    backdrop = Image.new("RGBA", picture.size, ImageColor.getrgb(background)[:3])
-                    picture = Image.alpha_composite(backdrop, picture)
-            return picture.convert("RGB")
-    except DECODER_ERRORS as error:
-        raise ImageError(f"{name} has the colours {picture.mode}: {error}. Save it as RGB.", path=name) from error
+    levels = wide_levels(picture, name, stretch, notes)
+    color, is_laid = (0, 0, 0) if background == "drop" else ImageColor.getrgb(background)[:3], False
+    out = Image.new("RGB", picture.size)
+    for box in bands(*picture.size):
+        part = picture.crop(box)
+        part = part if levels is None else to_grey(part, levels)
+        if "transparency" in part.info or part.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+            part = (part.convert("LA") if part.mode == "La" else part).convert("RGBA")
+            if background != "drop" and part.getextrema()[3] != (255, 255):
+                is_laid = True
+                part = Image.alpha_composite(Image.new("RGBA", part.size, color), part)
+        out.paste(part.convert("RGB"), box)
+    if is_laid:
+        notes.append(f"{name}: transparent pixels are laid on {background}.")
+    return out
 
 
 def is_finished(picture: Image.Image) -> bool:
     """Whether it is 8-bit RGB in memory that carries nothing else, as load_image returns it."""
     return type(picture) is Image.Image and picture.mode == "RGB" and not picture.info and orientation(picture) == 1
-
-
-def bare(picture: Image.Image) -> Image.Image:
-    """A picture with these pixels and nothing else: no metadata, no file. The one given is left as it is."""
-    picture = picture.copy()
-    picture.info = {}
-    return picture
 
 
 def check_background(background: str) -> None:
@@ -434,30 +621,87 @@ def check_background(background: str) -> None:
         raise UsageError(f"background is {background!r}. Give a colour such as white or #808080, or drop.") from error
 
 
+def as_array(source: object, name: str) -> tuple[np.ndarray, bool]:
+    """A tensor or another array as a numpy array, and whether its channels come first by custom. Raises: ImageError."""
+    torch = sys.modules.get("torch")  # whoever has a tensor has imported it
+    if torch is None or not isinstance(source, torch.Tensor):
+        with explained(name):
+            return np.asarray(source), False
+    with explained(name):
+        values = source.detach().cpu()
+        return (values.float() if values.is_floating_point() and values.itemsize < 4 else values).numpy(), True
+
+
+def open_source(
+    source: object, max_pixels: int | None, frame: int, is_typed: bool, stretch: bool, notes: list[str]
+) -> tuple[Image.Image, str]:
+    """The picture that a source stands for, at its frame, perhaps not decoded yet; and its name.
+
+    Raises: ImageError, AccessError.
+    """
+    if isinstance(source, Image.Image):
+        return source, "the picture"
+    if hasattr(source, "__array__") or hasattr(source, "__array_interface__"):
+        values, channels_first = as_array(source, "the picture")
+        return from_array(values, "the picture", stretch, notes, channels_first), "the picture"
+    if isinstance(source, dict) and ("bytes" in source or "path" in source):  # of a data set of Hugging Face
+        source, is_typed = (source["path"], False) if source.get("bytes") is None else (source["bytes"], is_typed)
+    if not (isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read")):
+        given = "an empty dict" if source == {} else type(source).__name__
+        known = "a path, an address, bytes, an open file, a PIL image, a numpy array or a tensor"
+        raise ImageError(f"{given} is no picture. Give {known}.")
+    data, name = read_bytes(source, is_typed)
+    picture = open_picture(data, name, max_pixels or MAX_PIXELS)
+    with explained(name):
+        seek(picture, data, name, frame, notes)
+    check_effort(picture, data, name, max_pixels or MAX_PIXELS)
+    return picture, name
+
+
+def is_large_file(source: object) -> bool:
+    try:
+        return isinstance(source, str | os.PathLike) and os.stat(source).st_size > LARGE_FILE
+    except (OSError, ValueError):
+        return False
+
+
+def itself(picture: Image.Image) -> Image.Image:
+    return picture
+
+
 def load_image(
-    source: str | os.PathLike | bytes | Image.Image | np.ndarray,
+    source: object,
     *,
     background: str = "white",
     ignore_exif: bool = False,
     max_pixels: int | None = None,
     frame: int = 0,
     allow_truncated: bool = False,
+    stretch: bool = False,
+    is_typed: bool = True,
     notes: list[str] | None = None,
-) -> Image.Image:
+    then: Callable[[Image.Image], T] = itself,
+) -> T:
     """A picture as 8-bit RGB, upright, and nothing but its pixels: no EXIF or other metadata that could turn it once more.
 
     What this returned is finished: given again, it comes back as it is, whatever the options.
 
     Args:
-        source: a path, an http(s) address, a data: URI, the bytes of a file, a PIL image (taken at the frame where it
-            stands), or an array (shapes: see from_array).
+        source: a path, an http(s) or file: address, a data: URI, the bytes of a file, an open file, a PIL image (taken at the
+            frame where it stands), an array or tensor (shapes: see from_array; of a tensor, channels are first where both
+            readings are possible), or the dict {"bytes": ..., "path": ...} that data sets of Hugging Face hold.
         background: the colour behind transparent pixels; "drop" ignores transparency, as transformers' load_image does.
         ignore_exif: leave the picture as the camera stored it.
         max_pixels: a larger picture is refused before its pixels are decoded. None stands for 50 million, and for no limit
             where the pixels are in memory already.
         frame: which frame of an animation, which page of a TIFF, from 0.
         allow_truncated: take a file that ends early, grey where it is missing.
+        stretch: for pictures of more than 8 bits: the darkest value becomes black and the brightest white.
+        is_typed: whether a user wrote the source. One that stands in data may name files and public addresses, but nothing
+            inside the own network, no file: address and no ~.
         notes: gets a sentence for everything that was converted or chosen.
+        then: what to make of the picture while its memory is counted; several threads together keep to MEMORY_BYTES until then.
+    Returns: what `then` returns; the picture without it.
     Raises: ImageError when there is no such picture or it is refused, AccessError when an address does not give one,
         UsageError for options out of range.
     """
@@ -465,23 +709,24 @@ def load_image(
     check_background(background)
     if frame < 0 or (max_pixels is not None and max_pixels < 1):
         raise UsageError(f"frame is {frame} and max_pixels {max_pixels}; they start at 0 and 1.")
-    name = "the picture"
-    if isinstance(source, np.ndarray):
-        picture, frame = from_array(source, name, notes), None
-    elif isinstance(source, Image.Image):
-        picture, frame = source, None
-    elif isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
-        data, name = read_bytes(source)
-        picture = open_picture(data, name, max_pixels or MAX_PIXELS)
-    else:
-        raise ImageError(f"{type(source).__name__} is no picture. Give a path, an address, bytes, a PIL image or a numpy array.")
-    most = max_pixels or (MAX_PIXELS if isinstance(picture, ImageFile.ImageFile) else math.inf)
-    check_size(picture.size, name, most)
-    if picture is source and is_finished(picture):
-        return picture
-    is_turned = is_turned_by_pillow(picture)
-    number = decode(picture, name, frame, most, allow_truncated, notes)
-    if max(picture.size) > WIDEST * min(picture.size):
-        width, height = picture.size
-        notes.append(f"{name} is {width} x {height}; the model sees every picture squeezed into a square.")
-    return bare(turn(to_rgb(picture, name, background, notes), number, is_turned, ignore_exif))
+    if isinstance(source, Image.Image) and is_finished(source):
+        check_size(source.size, "the picture", max_pixels or math.inf)
+        return then(source)
+    is_large = is_large_file(source)
+    with MEMORY.take(MEMORY.total if is_large else 0):
+        picture, name = open_source(source, max_pixels, frame, is_typed, stretch, notes)
+        most = max_pixels or (MAX_PIXELS if isinstance(picture, ImageFile.ImageFile) else math.inf)
+        check_size(picture.size, name, most)
+        with MEMORY.take(0 if is_large else BYTES_PER_PIXEL * math.prod(picture.size)):
+            is_turned = is_turned_by_pillow(picture)
+            number = decode(picture, name, most, allow_truncated)
+            if max(picture.size) > WIDEST * min(picture.size):
+                width, height = picture.size
+                notes.append(f"{name} is {width} x {height}; the model sees every picture squeezed into a square.")
+            with explained(name):
+                finished = turn(to_rgb(picture, name, background, stretch, notes), number, is_turned, ignore_exif)
+                if finished is picture:  # perhaps the caller's
+                    finished = picture.copy()
+                finished.info = {}
+            del picture
+            return then(finished)
