@@ -9,6 +9,10 @@ import sys
 
 if sys.version_info < (3, 10):
     sys.exit("error: Python %d.%d is too old. This program needs 3.10 or newer." % sys.version_info[:2])
+if __name__ == "__main__":
+    import commandline
+
+    commandline.leave_on_signals()  # before the rest is imported, which takes a while
 
 import os
 import re

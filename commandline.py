@@ -25,10 +25,11 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import get_args
 
-from errors import DeviceError, OutputError, PaliGemmaError, UsageError
+from errors import DeviceError, OutputError, PaliGemmaError, UsageError, shorten, unexpected
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+COLUMN = 34  # where the texts of --help begin
 Words = tuple[str, ...]  # the annotation of the field for words without a flag; without such a field they are refused
 
 
@@ -138,8 +139,11 @@ def described(flags: type, parameters: dict[str, inspect.Parameter]) -> list[str
         default = parameters[name].default
         text += "" if default is None or default is False else f" (default: {default})"
         value = {bool: "", int: " N", float: " X", str: " TEXT"}[base_type(parameters[name])]
-        wrapped = textwrap.wrap(text, 78)
-        lines += [f"  {f'--{name}{value}':<32}{wrapped[0]}", *(" " * 34 + line for line in wrapped[1:])]
+        flag, wrapped = f"  --{name}{value}", textwrap.wrap(text, 78)
+        if len(flag) >= COLUMN:  # no room for the text beside it
+            lines.append(flag)
+            flag = ""
+        lines += [f"{flag:<{COLUMN}}{wrapped[0]}", *(" " * COLUMN + line for line in wrapped[1:])]
     return lines
 
 
@@ -199,10 +203,11 @@ def write(text: str) -> None:
     put(printable(text) if sys.stdout.isatty() else text)
 
 
-def note(text: str) -> None:
-    """Says something beside the answer: one line on stderr."""
-    with contextlib.suppress(OSError):  # with stderr gone there is nobody to tell
-        print(printable(" ".join(text.splitlines())), file=sys.stderr, flush=True)
+def note(text: str, is_whole: bool = False) -> None:
+    """Says something besides the answer: one line on stderr, cut if it is long unless it `is_whole`."""
+    text = printable(" ".join(text.splitlines()))
+    with contextlib.suppress(OSError):  # with stderr gone there is no other place to say it
+        print(text if is_whole else shorten(text), file=sys.stderr, flush=True)
 
 
 def relay_logs(is_verbose: bool) -> None:
@@ -218,24 +223,24 @@ def relay_logs(is_verbose: bool) -> None:
     logging.getLogger("py.warnings").disabled = not is_verbose
 
 
-def report(error: PaliGemmaError, as_json: bool, with_traceback: bool) -> int:
-    """Says what went wrong, as a line and for --json also as an object. Returns the exit code."""
-    if with_traceback:
-        traceback.print_exception(error)
-    note(f"error: {error.message}")
+def report(error: PaliGemmaError, as_json: bool, is_whole: bool) -> int:
+    """Says what went wrong, as a line and for --json also as an object; `is_whole`, with the traceback and uncut.
+
+    Never fails: where a stream cannot be written, there is nothing left to say it on. Returns the exit code.
+    """
+    if is_whole:
+        with contextlib.suppress(OSError):
+            traceback.print_exception(error)
+    note(f"error: {error.message}", is_whole)
     if as_json:
-        write(json.dumps({"error": error.to_json()}) + "\n")
+        with contextlib.suppress(OSError, OutputError):
+            write(json.dumps({"error": error.to_json(is_whole)}) + "\n")
     return error.code
 
 
-def report_bug(kind: type[BaseException], error: BaseException, trail: object) -> None:
+def report_bug(_kind: type[BaseException], error: BaseException, _trail: object) -> None:
     """sys.excepthook: what nobody foresaw, in one line, with the traceback for those who ask. Python then exits with 1."""
-    if is_on("debug", sys.argv):
-        traceback.print_exception(kind, error, trail)
-    frames = traceback.extract_tb(trail)
-    place = f"{os.path.basename(frames[-1].filename)} line {frames[-1].lineno}" if frames else "no place"
-    message = f"internal error ({place}). {kind.__name__}: {error}. This is a bug: please report what --debug prints."
-    report(PaliGemmaError(message, path=place), is_on("json", sys.argv), False)
+    report(unexpected(error), is_on("json", sys.argv), is_on("debug", sys.argv))
 
 
 # Signals and streams
@@ -258,6 +263,13 @@ def handlers(handler: Callable) -> Iterator[None]:
 def leave(signum: int, _frame: object) -> None:
     """Ends the process at once. While libraries are imported an exception is not enough: some of them swallow it."""
     os._exit(128 + signum)
+
+
+def leave_on_signals() -> None:
+    """From now on, also while Python ends, a signal ends the process at once; for a program to call before its imports."""
+    for signum in SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, leave)
 
 
 def interruptible() -> contextlib.AbstractContextManager[None]:
@@ -317,8 +329,8 @@ def run_guarded(flags: type, program: Callable, argv: list[str], topics: dict[st
     except ModuleNotFoundError as error:
         advice = "Install what requirements.txt names (pip install -r requirements.txt), or start with launch_inference.sh."
         return report(DeviceError(f"the package {error.name!r} is not installed. {advice}", path=error.name), *style)
-    except MemoryError:
-        return report(DeviceError("memory ran out. Close other programs, or take --dtype bf16 or --quantize int8."), *style)
+    except MemoryError as error:
+        return report(unexpected(error), *style)
     except Interrupted as stop:
         return stop.code
 

@@ -5,6 +5,24 @@ exits with `code`. The modeling files raise plain ValueError, so that they can b
 """
 
 
+import os
+import traceback
+
+LONGEST_MESSAGE = 500  # characters of a message on a screen or in a row; --debug shows the whole
+LONGEST_PATH = 4096
+
+
+def shorten(text: str, longest: int = LONGEST_MESSAGE) -> str:
+    """The text, without its middle if it is longer: what is wrong stands at the beginning, what to do at the end."""
+    last = longest // 3
+    return text if len(text) <= longest else f"{text[: longest - last - 5]} ... {text[-last:]}"
+
+
+def counted(number: int, thing: str) -> str:
+    """A number and what it counts: "1 row", "2 rows", "1,000 pictures", "1 more doubt"."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 class PaliGemmaError(Exception):
     """What came, what was needed, what to do: one sentence each, on one line.
 
@@ -23,9 +41,12 @@ class PaliGemmaError(Exception):
         if code is not None:
             self.code = code
 
-    def to_json(self) -> dict:
-        """The error as an object, for --json and for rows of results."""
-        return {"code": self.code, "type": type(self).__name__, "message": self.message, "path": self.path}
+    def to_json(self, is_whole: bool = False) -> dict:
+        """The error as an object, for --json and for rows of results; a long message is cut unless it `is_whole`."""
+        message, path = self.message, self.path
+        if not is_whole:
+            message, path = shorten(message), None if path is None else shorten(path, LONGEST_PATH)
+        return {"code": self.code, "type": type(self).__name__, "message": message, "path": path}
 
 
 class UsageError(PaliGemmaError):
@@ -86,3 +107,16 @@ class OutputError(PaliGemmaError):
     """A file that cannot be written."""
 
     code = 7
+
+
+def unexpected(error: BaseException) -> PaliGemmaError:
+    """An exception that nobody foresaw, as one that says so; memory that ran out, as a DeviceError."""
+    if isinstance(error, MemoryError):
+        found: PaliGemmaError = DeviceError("memory ran out. Close other programs, or take --dtype bf16 or --quantize int8.")
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f"{os.path.basename(frames[-1].filename)} line {frames[-1].lineno}" if frames else "no place"
+        advice = "This is a bug: please report what --debug prints."
+        found = PaliGemmaError(f"internal error ({place}). {type(error).__name__}: {error}. {advice}", path=place)
+    found.__cause__ = error
+    return found

@@ -1,9 +1,11 @@
 """Fire's traps, closed; errors as one line and an exit code; output that survives every locale and terminal."""
 
+import importlib
 import io
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import commandline
-from errors import ImageError, UsageError
+from errors import ImageError, UsageError, counted, shorten
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -218,6 +220,16 @@ def test_help_groups_the_flags_of_base_classes_and_leaves_the_words_out(capsys):
     )
 
 
+@pytest.mark.parametrize("name", ["inference", "annotate", "cluster", "finetune"])
+def test_the_text_about_a_flag_never_touches_its_name(name):
+    flags = importlib.import_module(name).Flags
+    texts = commandline.help_text(flags)
+    for flag in signature(flags).parameters:
+        if flag != "words":
+            assert re.search(rf"^  --{flag}( N| X| TEXT)?(  +\S|$)", texts, re.MULTILINE), flag
+    assert max(map(len, texts.splitlines())) <= 130
+
+
 def test_help_about_a_word_begins_with_that_topic(capsys):
     topics = {"detect": "Finds things.", "ocr": "Reads."}
     assert commandline.run(Wordy, lambda _: pytest.fail("it ran"), ["detect", "--help"], topics) == 0
@@ -249,6 +261,33 @@ def test_debug_shows_the_traceback(capsys):
     assert run(fail, "--debug") == 3
     err = capsys.readouterr().err
     assert "Traceback" in err and err.endswith("error: cat.jpg is not there. Look again.\n")
+
+
+def test_a_long_message_is_cut_unless_debug_asks_for_the_whole(capsys):
+    long = f"{'x' * 50_000} is too long. Shorten it."
+
+    def program(_):
+        raise ImageError(long, path=long)
+
+    assert run(program, "--json") == 3
+    out, err = capsys.readouterr()
+    error = json.loads(out)["error"]
+    assert err.startswith("error: xxx") and err.endswith("is too long. Shorten it.\n") and len(err) <= 501
+    assert len(error["message"]) == 500 and error["message"].endswith("Shorten it.") and len(error["path"]) == 4096
+    assert run(program, "--json", "--debug") == 3
+    out, err = capsys.readouterr()
+    assert f"error: {long}\n" in err and json.loads(out)["error"]["message"] == long
+
+
+@pytest.mark.parametrize("length", range(490, 511))
+def test_a_text_is_cut_to_just_what_fits(length):
+    text = "".join(chr(97 + i % 26) for i in range(length))
+    short = shorten(text)
+    assert short == text if length <= 500 else len(short) == 500 and short[:300] == text[:300] and short[-100:] == text[-100:]
+
+
+def test_a_count_agrees_with_what_it_counts():
+    assert [counted(n, "row") for n in (0, 1, 2, 12_345)] == ["0 rows", "1 row", "2 rows", "12,345 rows"]
 
 
 def test_a_missing_package_is_named(capsys):
@@ -378,6 +417,32 @@ def test_a_full_disk_is_7(tmp_path):
     with open("/dev/full", "w") as full:
         code, _, err = finish(tmp_path, "commandline.write('answer')", stdout=full)
     assert code == 7 and err.startswith("error: stdout cannot be written. No space left on device.") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("where", [">/dev/full", "2>/dev/full", ">/dev/full 2>/dev/full", ">&-", "2>&-", ">&- 2>&-", "| true"])
+@pytest.mark.parametrize(("body", "code"), [("raise commandline.UsageError('no. Do it.')", 2), ("{}['missing']", 1)])
+@pytest.mark.parametrize("flags", ["", "--json", "--json --debug"])
+def test_saying_what_went_wrong_never_goes_wrong(tmp_path, where, body, code, flags):
+    start(tmp_path, body).communicate()
+    script = f'"{sys.executable}" "{tmp_path / "program.py"}" {flags} {where}; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code
+    if "debug" not in flags:
+        assert done.stderr.count("\n") == ("2>" not in where)
+
+
+@pytest.mark.parametrize("place", ["import", "exit"])
+def test_ctrl_c_is_quiet_before_the_program_runs_and_after(tmp_path, place):
+    slow = "import sys, time\nprint('ready', flush=True)\ntime.sleep(60)"
+    (tmp_path / "slow.py").write_text(slow)
+    script = f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]\n"
+    script += "import commandline\ncommandline.leave_on_signals()\n"
+    script += "import slow" if place == "import" else f"import atexit\natexit.register(exec, {slow!r}, {{}})\nsys.exit(0)"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
