@@ -152,6 +152,7 @@ def texts():
     places = [ROOT, *(ROOT / name for name in ("tests", "demo", "notes", "benchmarks", "examples", ".ci"))]
     kinds = {".py", ".md", ".sh", ".toml", ".txt", ".cpp", ""}
     found = {path for place in places for path in place.glob("*") if path.is_file() and path.suffix in kinds}
+    found -= {ROOT / ".git"}  # a file where several checkouts share a repository
     return sorted(found | {path for path in (ROOT / "tests").glob("*/*.md")})
 
 

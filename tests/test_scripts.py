@@ -21,6 +21,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("launch_inference.sh", "run_tests.sh", "make_venv.sh", "requirements.txt", "requirements-dev.txt")
 CLASSIC = "MODEL_PATH PROMPT IMAGE_FILE_PATH MAX_TOKENS_TO_GENERATE TEMPERATURE TOP_P DO_SAMPLE ONLY_CPU".split()
+PYTEST = ["[-m]", "[pytest]", "[-n]", "[auto]", "[--dist]", "[loadfile]"]  # what run_tests.sh calls
 
 STAND_IN = """#!/usr/bin/env bash
 # Plays python, venv and pip. FAKE_VERSION=old is Python 3.9; FAKE_PIP=hang never finishes, FAKE_PIP=fail fails,
@@ -92,7 +93,7 @@ def test_second_run_calls_nothing_but_inference(clone):
 def test_run_tests_installs_what_tests_need_and_calls_pytest_in_the_root(clone):
     done = run(clone, "run_tests.sh", "-k", "one thing")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["[-m]", "[pytest]", "[-k]", "[one thing]"]
+    assert done.stdout.splitlines() == [*PYTEST, "[-k]", "[one thing]"]
     assert installs(clone)[0].endswith(f"-r {clone[0] / 'requirements-dev.txt'}")
     run(clone, "launch_inference.sh")
     run(clone, "run_tests.sh")
@@ -180,7 +181,7 @@ def test_relative_paths_and_the_callers_folder_are_kept(clone, tmp_path):
 def test_ci_runs_the_tests_without_a_terminal(clone):
     (clone[0] / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", clone[0] / ".ci" / "run")
-    assert run(clone, ".ci/run").stdout.splitlines() == ["[-m]", "[pytest]"]
+    assert run(clone, ".ci/run").stdout.splitlines() == PYTEST
 
 
 @pytest.fixture
