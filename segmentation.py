@@ -9,11 +9,17 @@ whose decoder's numbers are in tests/oracle/segdecoder. Checked in tests/test_se
 Shapes: N masks, E = 512 width of a code, 64 x 64 pixels, 4 x 4 codes.
 """
 
+import io
+import lzma
+import math
+import struct
+import tokenize
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -29,7 +35,14 @@ from outputs import Found
 CODEC_NAME = "vae-oid.npz"
 CODES, CODE_WIDTH = 128, 512
 GRID = 4  # codes a row, and rows
-DAMAGES = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)  # what numpy raises on a file that is no sound npz
+MOST_HEADER_BYTES = 10_000  # of an array, before its numbers
+NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+# What zipfile, its decompressors and numpy's header parser raise on a file that is no sound npz. RuntimeError: it has a password,
+# or is packed in a way that zipfile does not know.
+DAMAGES = (
+    OSError, ValueError, TypeError, ArithmeticError, LookupError, EOFError, SyntaxError, MemoryError, RuntimeError, struct.error,
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError,
+)  # fmt: skip
 
 
 class Codebook(nn.Module):
@@ -97,20 +110,49 @@ class MaskCodec(nn.Module):
         return self._vq_vae.nearest(self.encoder(2 * masks[:, None] - 1))
 
 
-def read_arrays(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """These arrays of an npz file as float32, whatever else is in it. Nothing of a file is ever executed (pickle is off)."""
+def read_array(stream: IO[bytes], shape: tuple[int, ...]) -> Tensor:
+    """The array of that shape in an npy file, as float32. Raises: ValueError for another one, before memory is taken for it.
+
+    numpy's own reader believes the header: it would make room for any shape, and unpack 2 MB to 2 GB.
+    """
+    data = io.BytesIO(stream.read(MOST_HEADER_BYTES + 8 * math.prod(shape) + 1))
+    version = np.lib.format.read_magic(data)
+    if version not in NPY_HEADERS:
+        raise ValueError(f"an array is in version {version} of the npy format")
+    found, is_by_columns, dtype = NPY_HEADERS[version](data, max_header_size=MOST_HEADER_BYTES)
+    if dtype.kind not in "biuf":
+        raise ValueError(f"an array holds {dtype}, not numbers")
+    if found != shape:
+        raise ValueError(f"an array is {list(found)}, and a mask codec has {list(shape)} there")
+    values = np.frombuffer(data.read(), dtype)
+    if values.size != math.prod(shape):
+        raise ValueError(f"an array has {values.size} numbers, not {math.prod(shape)}")
+    return torch.from_numpy(values.reshape(shape, order="F" if is_by_columns else "C").astype(np.float32))
+
+
+def read_arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """These arrays of an npz file as float32, whatever else is in it. Nothing of a file is ever executed (pickle is never used).
+
+    Raises: CheckpointError.
+    """
+    found, name = {}, None
     try:
-        with np.lib.npyio.NpzFile(path, allow_pickle=False) as file:  # np.load would take other files, too
-            found = {name: torch.from_numpy(file[name].astype(np.float32)) for name in names if name in file.files}
+        with zipfile.ZipFile(path) as archive:
+            entries = set(archive.namelist())
+            for name in (name for name in shapes if f"{name}.npy" in entries):
+                with archive.open(f"{name}.npy") as stream:
+                    found[name] = read_array(stream, shapes[name])
     except DAMAGES as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = "".join(str(error).splitlines()[:1])[:200] or type(error).__name__
+        where = f"{name}: {reason}" if name else reason
         raise CheckpointError(
-            f"{path} is not a mask codec ({reason}). An npz file of arrays is needed. Fetch {CODEC_NAME} again.", path=path
+            f"{path} is not a mask codec ({where}). An npz file of arrays is needed. Fetch {CODEC_NAME} again.", path=path
         ) from error
-    missing = [name for name in names if name not in found]
+    missing = [name for name in shapes if name not in found]
     if missing:
         raise CheckpointError(
-            f"{path} lacks {listed(missing)}. All {len(names)} arrays of {CODEC_NAME} are needed. Take the whole file.", path=path
+            f"{path} lacks {listed(missing)}. All {len(shapes)} arrays of {CODEC_NAME} are needed. Take the whole file.",
+            path=path,
         )
     return found
 
@@ -121,15 +163,8 @@ def load_codec(path: str | Path) -> MaskCodec:
     Raises: CheckpointError if an array is missing or of another shape, or the file is not such a file.
     """
     codec = MaskCodec()
-    needed = codec.state_dict()
-    arrays = read_arrays(Path(path), list(needed))
-    for name, parameter in needed.items():
-        if arrays[name].shape != parameter.shape:
-            raise CheckpointError(
-                f"{path}: {name} is {list(arrays[name].shape)}, and a mask codec has {list(parameter.shape)}. "
-                f"Take the file {CODEC_NAME} of PaliGemma.", path=path
-            )  # fmt: skip
-    codec.load_state_dict(arrays)
+    shapes = {name: tuple(parameter.shape) for name, parameter in codec.state_dict().items()}
+    codec.load_state_dict(read_arrays(Path(path), shapes))
     return codec.eval().requires_grad_(False)
 
 

@@ -1,6 +1,7 @@
 """segmentation.py: the architecture, Google's numbers, a file's faults, masks in their place."""
 
 import re
+import zipfile
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,12 +17,10 @@ from segmentation import CODEC_NAME, MaskCodec, find_codec, load_codec, with_mas
 ORACLE = Path(__file__).parent / "oracle" / "segdecoder"
 # Every array of vae-oid.npz that is needed. Written out, since the code derives them from modules.
 SHAPES = {
-    "_vq_vae._embedding": (128, 512),
-    "encoder.0": (16, 1, 4, 4), "encoder.2": (32, 16, 4, 4), "encoder.4": (64, 32, 4, 4), "encoder.6": (128, 64, 4, 4),
-    "encoder.8.net.0": (128, 128, 3, 3), "encoder.8.net.2": (128, 128, 3, 3), "encoder.8.net.4": (128, 128, 1, 1),
-    "encoder.9.net.0": (128, 128, 3, 3), "encoder.9.net.2": (128, 128, 3, 3), "encoder.9.net.4": (128, 128, 1, 1),
-    "encoder.10": (512, 128, 1, 1),
-    "decoder.0": (128, 512, 1, 1),
+    "_vq_vae._embedding": (128, 512), "encoder.0": (16, 1, 4, 4), "encoder.2": (32, 16, 4, 4), "encoder.4": (64, 32, 4, 4),
+    "encoder.6": (128, 64, 4, 4), "encoder.8.net.0": (128, 128, 3, 3), "encoder.8.net.2": (128, 128, 3, 3),
+    "encoder.8.net.4": (128, 128, 1, 1), "encoder.9.net.0": (128, 128, 3, 3), "encoder.9.net.2": (128, 128, 3, 3),
+    "encoder.9.net.4": (128, 128, 1, 1), "encoder.10": (512, 128, 1, 1), "decoder.0": (128, 512, 1, 1),
     "decoder.2.net.0": (128, 128, 3, 3), "decoder.2.net.2": (128, 128, 3, 3), "decoder.2.net.4": (128, 128, 1, 1),
     "decoder.3.net.0": (128, 128, 3, 3), "decoder.3.net.2": (128, 128, 3, 3), "decoder.3.net.4": (128, 128, 1, 1),
     "decoder.4": (128, 128, 4, 4), "decoder.6": (128, 64, 4, 4), "decoder.8": (64, 32, 4, 4), "decoder.10": (32, 16, 4, 4),
@@ -123,7 +122,34 @@ def test_half_precision_and_further_arrays_are_taken(tmp_path):
     np.testing.assert_array_equal(codec.state_dict()["decoder.4.weight"].numpy(), arrays["decoder.4.weight"].astype(np.float32))
 
 
+def npy(dtype: str, shape: str, numbers: bytes = b"") -> bytes:
+    """An npy file with that text in its header."""
+    header = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + numbers
+
+
+ENTRIES = {  # of encoder.0.bias, where numpy's own reader fails in other ways or takes what the header claims
+    "no npy": b"16 numbers",
+    "object header": npy("'|O'", "(16,)"),
+    "huge shape": npy("'<f4'", f"({1 << 30},)"),
+    "long shape": npy("'<f4'", f"({10**400},)"),
+    "short": npy("'<f4'", "(16,)", bytes(12)),
+    "nested": b"\x93NUMPY\1\0\xd0\7" + b"{'descr': " * 200,
+}
+
+
 def damaged(path: Path, damage: str) -> None:
+    if damage in ("lzma", "password", *ENTRIES):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA if damage == "lzma" else zipfile.ZIP_STORED) as archive:
+            archive.writestr("encoder.0.bias.npy", ENTRIES.get(damage, npy("'<f4'", "(16,)", bytes(64))))
+        content = bytearray(path.read_bytes())
+        if damage == "lzma":
+            content[70:80] = b"\xff" * 10
+        if damage == "password":
+            content[6] |= 1
+            content[content.index(b"PK\1\2") + 8] |= 1
+        path.write_bytes(content)
+        return
     arrays = random_arrays()
     if damage == "missing":
         del arrays["decoder.3.net.2.bias"], arrays["encoder.10.weight"]
@@ -153,10 +179,15 @@ def damaged(path: Path, damage: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        ("lzma", "encoder.0.bias: Corrupt input data"), ("no npy", "encoder.0.bias: the magic string"),
+        ("object header", "encoder.0.bias: an array holds object"),
+        ("huge shape", r"encoder.0.bias: an array is \[1073741824\]"), ("long shape", "not a mask codec"),
+        ("short", "encoder.0.bias: an array has 3 numbers, not 16"), ("password", "password"), ("nested", "not a mask codec"),
         ("missing", "lacks .*encoder.10.weight.*decoder.3.net.2.bias"),
-        ("misshapen", r"decoder.6.weight is \[64, 128, 4, 4\], and a mask codec has \[128, 64, 4, 4\]"),
+        ("misshapen", r"decoder.6.weight: an array is \[64, 128, 4, 4\], and a mask codec has \[128, 64, 4, 4\] there"),
         ("pickled", "not a mask codec"), ("words", "not a mask codec"), ("array", "not a mask codec"),
-        ("cut", "not a mask codec"), ("flipped", "not a mask codec"), ("text", "not a mask codec"), ("empty", "not a mask codec"),
+        ("cut", "not a mask codec"), ("flipped", "not a mask codec"), ("text", "not a mask codec"),
+        ("empty", "not a mask codec"),
     ],
 )  # fmt: skip
 def test_a_file_with_a_fault_is_told_on_one_line(tmp_path, damage, message):
@@ -166,6 +197,16 @@ def test_a_file_with_a_fault_is_told_on_one_line(tmp_path, damage, message):
         load_codec(path)
     text = str(raised.value)
     assert "\n" not in text and str(path) in text and re.search(r"\. [A-Z].*\.$", text)
+
+
+def test_an_archive_that_unpacks_to_far_more_is_not_unpacked(tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda _, count=-1: taken.append(count) or b"")
+    with zipfile.ZipFile(tmp_path / "codec.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("encoder.0.bias.npy", npy("'<f4'", "(16,)", bytes(1 << 24)))
+    with pytest.raises(CheckpointError, match="not a mask codec"):
+        load_codec(tmp_path / "codec.npz")
+    assert len(taken) == 1 and 0 < taken[0] < 20_000
 
 
 def test_a_file_that_is_not_there(tmp_path):
