@@ -12,9 +12,10 @@ import logging
 import math
 import os
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import IO
@@ -34,15 +35,22 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_NAME = "adapter_model.safetensors"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # the names that this file writes
 ALIGNMENT = 64  # bytes: where the first tensor of a file begins, so that vector units read whole lines of the cache
-MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+MAX_HEADER_BYTES = 5_000_000  # the largest real one has 0.2 MB; what others write is read in seconds, whatever it is
+MAX_NAME = 500  # letters of a tensor's name
+MAX_DIMENSIONS = 8
 MAX_JSON_BYTES = 50_000_000
 PART_ELEMENTS = 2**22  # read, or written, at a time: fewer keep threads waiting for each other, more take memory
-NAMES_SHOWN = 5
+NAMES_SHOWN, NAME_SHOWN = 5, 150  # in a message, and letters of each
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of each file of weights, for telling one model from another
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")
+BITS = {name: dtype.itemsize * 8 for name, dtype in DTYPES.items()} | {  # of every dtype that a header may name
+    "U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6,
+    "F4": 4,
 }  # fmt: skip
 
 # The spellings of the same parameter: left as files have it, right as we have it, which is the hub's. The first prefix that
@@ -65,7 +73,7 @@ class StoredTensor:
 
     name: str  # as the file spells it
     file: Path
-    dtype: str  # as the file spells it, a key of DTYPES
+    dtype: str  # as the file spells it, a key of BITS
     shape: tuple[int, ...]
     start: int  # byte in the file
     num_bytes: int
@@ -114,17 +122,18 @@ def check_regular(path: Path) -> None:
 
 def no_duplicates(pairs: list[tuple[str, object]]) -> dict:
     """For json: an object as a dict. Raises ValueError for a name that occurs twice (json itself takes the last)."""
-    counts = Counter(name for name, _ in pairs)
-    twice = [name for name, count in counts.items() if count > 1]
-    if twice:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
         raise ValueError(f"{listed(twice)} occurs twice in the header")
-    return dict(pairs)
+    return found
 
 
 def listed(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
+    """The first few names, long ones cut, and how many more there are."""
     more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    cut = [name if len(name) <= NAME_SHOWN else f"{name[:NAME_SHOWN]}..." for name in names[:NAMES_SHOWN]]
+    return ", ".join(cut) + (f" and {more} more" if more > 0 else "")
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -161,16 +170,19 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 def read_entry(name: str, entry: object, file: Path, offset: int) -> StoredTensor:
     """One line of a header. Raises ValueError when it contradicts itself."""
+    if len(name) > MAX_NAME:
+        raise ValueError(f"the name {name[:NAME_SHOWN]}... has {len(name)} letters, and {MAX_NAME} is the limit")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError(f"{name} is not described by dtype, shape and data_offsets")
     dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
-    for numbers in (shape, place):
-        if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError(f"{name} has shape {shape} and data_offsets {place}; whole numbers from 0 are needed")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{name} has dtype {dtype}, which is none of {', '.join(DTYPES)}")
-    num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
-    if len(place) != 2 or place[1] - place[0] != num_bytes:
+    for key, numbers, most in (("shape", shape, MAX_DIMENSIONS), ("data_offsets", place, 2)):
+        is_list = isinstance(numbers, list) and len(numbers) <= most
+        if not is_list or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+            raise ValueError(f"{name} has {key} {reprlib.repr(numbers)}; at most {most} whole numbers from 0 are needed")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ValueError(f"{name} has dtype {reprlib.repr(dtype)}, which is none of {', '.join(BITS)}")
+    num_bytes, rest = divmod(math.prod(shape) * BITS[dtype], 8)
+    if len(place) != 2 or rest or place[1] - place[0] != num_bytes:
         raise ValueError(f"{name} is {dtype} {shape}, {num_bytes} bytes, but lies at {place}")
     return StoredTensor(name, file, dtype, tuple(shape), offset + place[0], num_bytes)
 
@@ -181,15 +193,18 @@ def has_weights(folder: Path) -> bool:
 
 
 def find_files(folder: Path) -> list[Path]:
-    """The safetensors files that belong to the checkpoint: those of the index, else the single one.
+    """The safetensors files that belong to the checkpoint: the single one, else those of the index, as in transformers.
+
+    An index beside a single file is left from an older save, whose shards transformers removes.
 
     Raises: CheckpointError when there are none, when the index is wrong or files that it names are missing.
     """
-    index = folder / INDEX_NAME
-    if not (index.exists() or index.is_symlink()):
-        single = folder / SINGLE_NAME
-        if not (single.exists() or single.is_symlink()):
-            raise CheckpointError(explain_no_weights(folder), path=folder)
+    single, index = folder / SINGLE_NAME, folder / INDEX_NAME
+    if not has_weights(folder):
+        raise CheckpointError(explain_no_weights(folder), path=folder)
+    if single.exists() or not (index.exists() or index.is_symlink()):
+        if index.exists():
+            log.info("%s: %s is read, and %s beside it is ignored.", folder, SINGLE_NAME, INDEX_NAME)
         return [single]
     names = read_index(index)
     missing = [name for name in names if not (folder / name).exists()]
@@ -199,7 +214,7 @@ def find_files(folder: Path) -> list[Path]:
             "The download is incomplete: run it again.",
             path=folder,
         )
-    stale = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in names)
+    stale = sorted({path.name for path in folder.glob("*.safetensors")} - set(names))
     if stale:
         log.info("%s: %s not in the index, ignored.", folder, listed(stale))
     return [folder / name for name in names]
@@ -279,12 +294,20 @@ def read_parts(tensor: StoredTensor, pin: bool = False) -> Iterator[Tensor]:
             yield part.view(dtype)
 
 
+def is_equal(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two stored tensors hold the same values, be it as floats of two dtypes."""
+    if first.shape != second.shape:
+        return False
+    if first.dtype == second.dtype:  # bytes can be compared, whatever they stand for
+        first, second = (replace(x, dtype="U8", shape=(x.num_bytes,)) for x in (first, second))
+    elif not {first.dtype, second.dtype} <= set(FLOATS):
+        return False
+    return all(bool((a == b).all()) for a, b in zip(read_parts(first), read_parts(second), strict=True))
+
+
 def check_equal(first: StoredTensor, second: StoredTensor) -> None:
     """Raises CheckpointError unless two stored tensors are one and the same."""
-    is_equal = first.shape == second.shape
-    if is_equal:
-        is_equal = all(bool((a == b).all()) for a, b in zip(read_parts(first), read_parts(second), strict=True))
-    if not is_equal:
+    if not is_equal(first, second):
         raise CheckpointError(
             f"{first.name} in {first.file.name} and {second.name} in {second.file.name} are the same parameter with "
             "different values. Delete the one that is wrong.",

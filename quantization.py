@@ -30,7 +30,9 @@ import kernels
 from modeling_gemma import GemmaAttention, GemmaEmbedding, GemmaMLP, GemmaRMSNorm, KVCache
 
 KINDS = ("int8", "int4")
-QUANT_METHOD = "paligemma_rows"  # in config.json; other programs then know that they cannot read the file
+# The "format" in config.json's quantization_config. It stands in place of a "quant_method": transformers skips a method that it
+# does not know, with random matrices in its place, but refuses an entry without one.
+FORMAT = "paligemma_rows"
 LAYOUT = 1
 BLOCK = 16  # outputs that lie together
 GROUP = {"int8": 64, "int4": 32}  # inputs: K is padded to a multiple; int4 has a scale for each

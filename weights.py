@@ -36,12 +36,14 @@ from checkpoint import (
     ADAPTER_NAME,
     CONFIG_NAME,
     DTYPES,
+    FLOATS,
     GENERATION_CONFIG_NAME,
     StoredTensor,
     canonical_name,
     check_equal,
     find_files,
     has_weights,
+    is_equal,
     listed,
     read_header,
     read_json,
@@ -62,7 +64,6 @@ from modeling_siglip import SiglipVisionConfig
 log = logging.getLogger(__name__)  # notes (info) and warnings: a program decides whether they are seen
 
 MOST_LAYERS = 512  # the deepest real model has 46; a damaged config.json must not make us build a million
-FLOATS = ("F64", "F32", "F16", "BF16")
 DTYPE_NAMES = {
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
     "fp32": torch.float32, "float32": torch.float32,
@@ -89,13 +90,19 @@ SHAPE_FIELDS = (  # the fields of config.json that shapes prove: which axis of w
     ("vision_config.intermediate_size", f"{TOWER_LAYER}0.mlp.fc1.weight", 0),
     ("vision_config.image_size", POSITIONS, 0),
 )
-HARMLESS = re.compile(r"vision_tower\.vision_model\.head\..*|.*\.position_ids")  # the unused pooling head; an old buffer
+# The unused pooling head, and buffers that follow from config.json, which some programs and older versions write.
+HARMLESS = re.compile(
+    r"vision_tower\.vision_model\.head\..*"
+    r"|.*\.(position_ids|embed_scale|causal_mask|rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached))"
+)
+QUANTIZATION_KEYS = ("quantization_config", "quantization", "compression_config")  # of transformers, MLX, compressed-tensors
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint under our name, harmless extras dropped. Reads headers only, but for what is there twice.
 
-    Raises: CheckpointError for damaged files, and for a tensor that is there twice with different values.
+    Raises: CheckpointError for damaged files, for a tensor that is there twice with different values, and for an output matrix
+        that is not the embedding.
     """
     found: dict[str, StoredTensor] = {}
     for file in find_files(folder):
@@ -108,10 +115,13 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
             found[name] = tensor
     if OUTPUT_MATRIX in found:
         output = found.pop(OUTPUT_MATRIX)
-        if EMBEDDING in found:
-            check_equal(found[EMBEDDING], output)
-        else:
-            found[EMBEDDING] = output
+        if EMBEDDING in found and not is_equal(found[EMBEDDING], output):
+            raise CheckpointError(
+                f"{output.name} in {output.file} is not the embedding: this output matrix was trained on its own (untied), and a "
+                "PaliGemma has one matrix for both. Train again without lm_head among the trained modules, or use transformers.",
+                path=output.file,
+            )
+        found.setdefault(EMBEDDING, output)
     return found
 
 
@@ -206,28 +216,38 @@ def check_names(model: nn.Module, raw: dict, stored: dict[str, StoredTensor], fo
     """
     expected = model.state_dict()
     missing = [name for name in expected if name not in stored]
-    unexpected = [tensor.name for name, tensor in stored.items() if name not in expected]
-    misshapen = {name: stored[name].shape for name in expected if name in stored and stored[name].shape != expected[name].shape}
-    shapes = [f"{name} is {list(shape)}, not {list(expected[name].shape)}" for name, shape in misshapen.items()]
+    unexpected = [name for name in stored if name not in expected]
+    of_another_kind = [
+        f"{tensor.name} is {tensor.dtype}"
+        for name, tensor in stored.items()
+        if (tensor.dtype not in FLOATS if is_float(expected.get(name)) else DTYPES.get(tensor.dtype) != expected[name].dtype)
+    ]
+    if of_another_kind:
+        raise CheckpointError(
+            f"{folder}: {len(of_another_kind)} tensors are no float numbers: {listed(of_another_kind)}. Is it a quantised "
+            "checkpoint of another program? Take the plain one and --quantize int8.",
+            path=folder,
+        )
+    shapes = [
+        f"{name} is {list(stored[name].shape)}, not {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in stored and stored[name].shape != tensor.shape
+    ]
     parts = [
         f"{len(names)} {what}: {listed(names)}."
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        for what, names in (
+            ("missing", missing), ("unexpected", [stored[name].name for name in unexpected]), ("of another shape", shapes),
+        )
         if names
-    ]
+    ]  # fmt: skip
     if parts:
         hint = explain_misfit(model.config, raw, stored, unexpected)
         raise CheckpointError(f"{folder}: the weights do not fit config.json. {' '.join(parts)} {hint}", path=folder)
-    wrong = [
-        f"{stored[name].name} is {stored[name].dtype}"
-        for name, tensor in expected.items()
-        if (stored[name].dtype not in FLOATS if tensor.is_floating_point() else DTYPES[stored[name].dtype] != tensor.dtype)
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{folder}: {len(wrong)} tensors are no float numbers: {listed(wrong)}. Is it a quantised checkpoint of another "
-            "program? Take the plain one and --quantize int8.",
-            path=folder,
-        )
+
+
+def is_float(expected: Tensor | None) -> bool:
+    """Whether floats are expected: of the model's own tensor, or of one that only the file has (None)."""
+    return expected is None or expected.is_floating_point()
 
 
 def numbers_of_weights(stored: dict[str, StoredTensor], config: PaliGemmaConfig) -> dict[str, int]:
@@ -307,6 +327,9 @@ class TensorReader:
         In main memory and in the file's own dtype it is a view of the mapped file, unless it is not kept: what is mapped counts
         as this process's memory until the whole file is let go. All else goes through a small buffer.
         """
+        if dtype.is_floating_point and tensor.dtype not in FLOATS:
+            text = f"{tensor.file}: {tensor.name} is {tensor.dtype}, and floats are needed. Take the plain one, not quantised."
+            raise CheckpointError(text, path=tensor.file)
         stored = DTYPES[tensor.dtype]
         is_mappable = self.device.type == "cpu" and stored == dtype and tensor.start % stored.itemsize == 0
         try:
@@ -372,6 +395,11 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     raise UsageError(f"dtype is {dtype!r}. bf16, fp16 or fp32 is needed; leave it out for that of the file.")
 
 
+def all_parts(raw: dict) -> list[dict]:
+    """config.json and the sub-configs in it."""
+    return [part for part in (raw, raw.get("text_config"), raw.get("vision_config")) if isinstance(part, dict)]
+
+
 def choose_quantization(raw: dict, folder: Path, quantize: str | None, with_vision: bool) -> tuple[str | None, bool, bool]:
     """What of the model is quantised: (kind or None, the tower too?, is it stored so?).
 
@@ -380,13 +408,16 @@ def choose_quantization(raw: dict, folder: Path, quantize: str | None, with_visi
     """
     if quantize is not None and quantize not in quantization.KINDS:
         raise UsageError(f"quantize is {quantize!r}. {' or '.join(quantization.KINDS)} is needed.")
-    entry = raw.get("quantization_config")
-    if not entry:
+    entries = {key: part[key] for part in all_parts(raw) for key in QUANTIZATION_KEYS if part.get(key)}
+    if not entries:
         return quantize, with_vision, False
-    method = entry.get("quant_method") if isinstance(entry, dict) else entry
-    if method != quantization.QUANT_METHOD:
-        text = f"{folder} is quantised ({method}) in a format of another program. Take the plain checkpoint and --quantize int8."
-        raise CheckpointError(text, path=folder)
+    entry = raw.get("quantization_config")
+    names = (entry.get("format"), entry.get("quant_method")) if isinstance(entry, dict) else ()  # older folders have the second
+    if len(entries) > 1 or quantization.FORMAT not in names:
+        key, entry = next(iter(entries.items()))
+        method = entry.get("quant_method", entry.get("format")) if isinstance(entry, dict) else entry
+        text = f"{folder} is quantised by another program ({key} in config.json{f': {method!r:.60}' if method else ''})."
+        raise CheckpointError(f"{text} Take the plain checkpoint and --quantize int8.", path=folder)
     kind = entry.get("kind")
     if kind not in quantization.KINDS or entry.get("layout") != quantization.LAYOUT:
         known = f"{', '.join(quantization.KINDS)} in layout {quantization.LAYOUT}"
@@ -405,7 +436,7 @@ def describe_quantization(model: nn.Module) -> dict | None:
         return None
     (kind,) = set(kinds.values())
     has_vision = any(name.startswith("vision_tower.") for name in kinds)
-    return {"quant_method": quantization.QUANT_METHOD, "kind": kind, "layout": quantization.LAYOUT, "vision": has_vision}
+    return {"format": quantization.FORMAT, "kind": kind, "layout": quantization.LAYOUT, "vision": has_vision}
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -486,9 +517,9 @@ def load_model(
     folder = resolve(path_or_hub_id, revision)
     adapter, folder = read_adapter(folder), base_folder(folder)
     raw = read_json(folder / CONFIG_NAME)
+    kind, with_vision, is_stored = choose_quantization(raw, folder, quantize, quantize_vision)
     stored = find_tensors(folder)
     config = build_config(raw, stored, folder)
-    kind, with_vision, is_stored = choose_quantization(raw, folder, quantize, quantize_vision)
     if adapter is not None and is_stored:
         text = f"{folder} is stored as {kind}, and an adapter is merged into a plain checkpoint only. Name that as its base."
         raise CheckpointError(text, path=adapter.folder)

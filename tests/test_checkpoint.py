@@ -59,9 +59,18 @@ def test_a_header_says_what_the_library_says(tmp_path):
         (with_entry(shape=[-2, -3]), b"x" * 24, None, "whole numbers"),
         (with_entry(shape=[True, 6]), b"x" * 24, None, "whole numbers"),
         (with_entry(shape="23"), b"x" * 24, None, "whole numbers"),
-        (with_entry(shape=[2**63, 2**63]), b"x" * 24, None, "lies at"),
+        (with_entry(shape=[2**63, 2**63]), b"x" * 24, None, "whole numbers"),
+        (with_entry(shape=[2**62, 2**62]), b"x" * 24, None, "lies at"),
+        (with_entry(shape=[2**62] * 200_000), b"x" * 24, None, "at most 8 whole numbers"),  # their product has 4 million digits
+        (with_entry(dtype="F4", shape=[7, 7]), b"x" * 24, None, "lies at"),
+        ({"module." * 600_000: ENTRY}, b"x" * 24, None, "has 4200000 letters"),
+        ({f"{'w' * 400}{i}": {} for i in range(10_000)}, b"", None, "not described"),
+        (b"[" + b"[]," * 200_000 + b"[]]", b"", None, "not an object"),
+        (b"{" + b'"w":{},' * 100_000 + b'"w":{}}', b"", None, "w occurs twice"),
+        (b" " * 20_000_000, b"", None, "claims 20000000"),
         (with_entry(data_offsets=[24, 0]), b"x" * 24, None, "lies at"),
-        (with_entry(data_offsets=[0, 24, 48]), b"x" * 24, None, "lies at"),
+        (with_entry(data_offsets=[0, 24, 48]), b"x" * 24, None, "at most 2 whole numbers"),
+        (with_entry(data_offsets=[0]), b"x" * 24, None, "lies at"),
         (with_entry(data_offsets=[8, 32]), b"x" * 32, None, "begins at"),
         ({"w": ENTRY, "v": ENTRY}, b"x" * 24, None, "begins at"),
         (b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "w": {}}', b"x" * 4, None, "w occurs twice"),
@@ -73,8 +82,14 @@ def test_a_damaged_header_is_refused_with_the_name_of_the_file(tmp_path, header,
     file = write_file(tmp_path / "model.safetensors", header, data, length)
     with pytest.raises(CheckpointError, match=says) as caught:
         checkpoint.read_header(file)
-    assert str(file) in caught.value.message
+    assert str(file) in caught.value.message and len(caught.value.message) < 1000
     assert caught.value.path == str(file)
+
+
+def test_every_dtype_of_the_format_is_read(tmp_path):
+    for name, bits in checkpoint.BITS.items():
+        header = {"w": {"dtype": name, "shape": [4, 2], "data_offsets": [0, bits]}}
+        assert checkpoint.read_header(write_file(tmp_path / "w.safetensors", header, b"x" * bits))["w"].dtype == name
 
 
 @pytest.mark.parametrize("size", [0, 7])
@@ -108,7 +123,8 @@ def test_random_edits_raise_nothing_but_our_errors(tmp_path, edits, cut):
     except PaliGemmaError:
         return
     for stored in header.values():  # what passes is safe to read
-        assert sum(len(part) for part in checkpoint.read_parts(stored)) == torch.Size(stored.shape).numel()
+        if stored.dtype in checkpoint.DTYPES:
+            assert sum(len(part) for part in checkpoint.read_parts(stored)) == torch.Size(stored.shape).numel()
 
 
 @pytest.mark.parametrize(
@@ -171,11 +187,20 @@ def test_missing_shards_are_listed(tmp_path):
 
 def test_the_index_rules_over_other_files(tmp_path, caplog):
     caplog.set_level("INFO")
-    for name in ("model-00001-of-00001.safetensors", "model.safetensors", "stale.safetensors"):
+    for name in ("model-00001-of-00001.safetensors", "adapter_model.safetensors", "stale.safetensors"):
         save_file({"w": torch.rand(1)}, tmp_path / name)
     write_index(tmp_path, {"w": "model-00001-of-00001.safetensors"})
     assert checkpoint.find_files(tmp_path) == [tmp_path / "model-00001-of-00001.safetensors"]
-    assert "model.safetensors, stale.safetensors not in the index" in caplog.text
+    assert "adapter_model.safetensors, stale.safetensors not in the index" in caplog.text
+
+
+@pytest.mark.parametrize("index", ['{"weight_map": {"w": "model-00001-of-00002.safetensors"}}', '{"weight_map": 3}', "damaged"])
+def test_a_single_file_is_complete_whatever_index_was_left_beside_it(tmp_path, caplog, index):
+    caplog.set_level("INFO")
+    save_file({"w": torch.rand(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    assert checkpoint.find_files(tmp_path) == [tmp_path / "model.safetensors"]
+    assert "beside it is ignored" in caplog.text
 
 
 @pytest.mark.parametrize(
