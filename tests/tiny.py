@@ -5,6 +5,9 @@ is not that of the head width, the caps are small enough to bend, norm weights a
 large enough that a missing term moves the logits by far more than rounding does.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -70,10 +73,32 @@ def fill(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     return module
 
 
-def make_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, text: dict | None = None, **options: object):
-    """Our model, in eval mode; `text` overrides fields of text_config, `options` are the model's own."""
+@contextmanager
+def in_double() -> Iterator[None]:
+    """Inside, what computes in float32 computes in float64, also where code asks for float32 by name.
+
+    So two ways to one result can be compared without the rounding of float32, which differs from processor to processor. Import
+    everything before: a module that is loaded inside would keep the wrong name.
+    """
+    names = {"float32": torch.float64, "float": torch.float64}
+    before, plain, default = {name: getattr(torch, name) for name in names}, torch.Tensor.float, torch.get_default_dtype()
+    for name, dtype in names.items():
+        setattr(torch, name, dtype)
+    torch.Tensor.float = torch.Tensor.double
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+        torch.Tensor.float = plain
+        for name, dtype in before.items():
+            setattr(torch, name, dtype)
+
+
+def make_model(family: str, *, seed: int = 0, dtype: torch.dtype | None = None, text: dict | None = None, **options: object):
+    """Our model, in eval mode, float32 if not told otherwise; `text` overrides fields of text_config, `options` are its own."""
     config = PaliGemmaConfig.from_hf(raw_config(family, **(text or {})))
-    return fill(PaliGemmaForConditionalGeneration(config, **options), seed).to(dtype).eval()
+    return fill(PaliGemmaForConditionalGeneration(config, **options), seed).to(dtype or torch.float32).eval()
 
 
 def make_reference(model: PaliGemmaForConditionalGeneration, raw: dict | None = None, attention: str = "eager"):
@@ -107,7 +132,7 @@ def make_pair(
     family: str,
     *,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     text: dict | None = None,
     attention: str = "eager",
     **options: object,
@@ -115,6 +140,17 @@ def make_pair(
     """Ours and the reference with the same weights."""
     model = make_model(family, seed=seed, dtype=dtype, text=text, **options)
     return model, make_reference(model, raw_config(family, **(text or {})), attention)
+
+
+def widen(reference: torch.nn.Module) -> torch.nn.Module:
+    """transformers' model in float64, also the constants that it makes in float32: RoPE's frequencies, the embedding's scale."""
+    reference = reference.double()
+    for module in reference.modules():
+        if hasattr(module, "embed_scale"):
+            module.embed_scale = torch.tensor(module.embedding_dim**0.5, dtype=torch.float64)
+        if hasattr(module, "inv_freq"):
+            module.inv_freq = 10_000.0 ** -(torch.arange(len(module.inv_freq), dtype=torch.float64) / len(module.inv_freq))
+    return reference
 
 
 def make_pixels(count: int, seed: int = 0) -> Tensor:
