@@ -149,7 +149,7 @@ def report_faults(error: PaliGemmaError, codes: tuple[int, ...]) -> list[str]:
         faults.append(f"{type(error).__name__} with code {error.code}, not {codes} ({where(error)}): {error.message[:200]}")
     stderr, stdout = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(stdout):
-        commandline.report(error, as_json=True, with_traceback=False)
+        commandline.report(error, True, False)
     line = stderr.getvalue()
     if line.count("\n") != 1 or len(line) > LONGEST_MESSAGE or NOT_FOR_TERMINALS.search(line[:-1]):
         faults.append(f"the message ({where(error)}) has {len(line)} letters or some that move what stands there: {line[:200]!r}")
@@ -249,6 +249,9 @@ def fork_batch(fuzzer: Fuzzer, seed: int, count: int, report: Report) -> int:
         with os.fdopen(theirs, "w") as out:
             try:
                 try_batch(fuzzer, seed, count, out)
+            except BaseException:
+                traceback.print_exc()  # of the harness itself
+                raise
             finally:
                 out.flush()
                 os._exit(0)
