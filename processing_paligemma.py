@@ -14,6 +14,7 @@ import codecs
 import json
 import logging
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +39,7 @@ SEGMENTS = [f"<seg{i:03d}>" for i in range(128)]
 PLACE = re.compile("(<loc(?:0[0-9]{3}|10[01][0-9]|102[0-3])>|<seg(?:0[0-9]{2}|1[01][0-9]|12[0-7])>)")
 BYTE = re.compile("<0x([0-9A-F]{2})>")  # how byte fallback spells the bytes of a letter that has no token
 SPACE = "▁"  # how Gemma's vocabulary spells a space
+LARGEST_NUMBER, SMALLEST_STD = 1e6, 1e-6  # of what a picture's levels are multiplied by, lessened by and divided by
 IGNORED = -100  # a label that the loss skips
 CONVERT = "Make one with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
 
@@ -95,52 +97,55 @@ def read_pixel_settings(folder: Path) -> dict:
         if not isinstance(settings, dict):
             raise CheckpointError(f"{folder / name}: image_processor is no object. Download it again.", path=folder / name)
     done = ("do_resize", "do_rescale", "do_normalize")
-    unsupported = {key: settings[key] for key in done if settings.get(key) is False}
+    unsupported = {key: settings[key] for key in done if not (settings.get(key) is None or settings[key] is True)}
     unsupported |= {
         key: value for key, value in settings.items() if key.startswith("do_") and key not in (*done, "do_convert_rgb") and value
     }
-    if settings.get("resample") not in (None, Image.Resampling.BICUBIC):
+    resample = settings.get("resample")
+    if resample is not None and not (type(resample) is int and resample == Image.Resampling.BICUBIC):
         unsupported["resample"] = settings["resample"]
     if unsupported:
-        raise CheckpointError(
-            f"{folder / name} asks for {unsupported}. Only a bicubic resize is implemented.", path=folder / name
-        )
+        text = f"{folder / name} asks for {reprlib.repr(unsupported)}. Only a bicubic resize is implemented."
+        raise CheckpointError(text, path=folder / name)
     return settings
 
 
 def check_pixel_settings(settings: dict, config: "PaliGemmaConfig", folder: Path) -> None:
     """Raises CheckpointError where the picture's settings contradict the model's. What is not said contradicts nothing."""
     image_size, num_tokens = config.vision_config.image_size, config.num_image_tokens
-    size = settings.get("size", image_size)
+    size, length = settings.get("size", image_size), settings.get("image_seq_length")
     sides = [size.get("height"), size.get("width")] if isinstance(size, dict) else [size, size]
+    said = None
     if sides != [image_size, image_size]:
-        raise CheckpointError(
-            f"{folder}: preprocessor_config.json asks for pictures of {size} and the model for {image_size} pixels a side. "
-            "The files belong to different checkpoints: download them again.",
-            path=folder,
-        )
-    if settings.get("image_seq_length") not in (None, num_tokens):
-        raise CheckpointError(
-            f"{folder}: preprocessor_config.json counts {settings['image_seq_length']} tokens per picture and the model "
-            f"{num_tokens}. The files belong to different checkpoints: download them again.",
-            path=folder,
-        )
+        said = f"asks for pictures of {reprlib.repr(size)} and the model for {image_size} pixels a side"
+    elif length not in (None, num_tokens):
+        said = f"counts {reprlib.repr(length)} tokens per picture and the model {num_tokens}"
+    if said is not None:
+        text = f"{folder}: preprocessor_config.json {said}. The files belong to different checkpoints: download them again."
+        raise CheckpointError(text, path=folder)
+
+
+def pixel_numbers(settings: dict, name: str, default: float, path: Path) -> np.ndarray:
+    """float64[3] for red, green and blue from one number or (but for rescale_factor) three. Raises: CheckpointError."""
+    value = settings.get(name, default)
+    numbers = value if isinstance(value, list) and len(value) == 3 and name != "rescale_factor" else [value]
+    if not all(type(number) in (int, float) and abs(number) <= LARGEST_NUMBER for number in numbers):
+        raise CheckpointError(f"{path}: {name} is {reprlib.repr(value)}. A number is needed.", path=path)
+    return np.broadcast_to(np.array(numbers, dtype=np.float64), 3)
 
 
 def pixel_table(settings: dict, path: Path) -> np.ndarray:
     """float32[3, 256]: what each of the 256 levels of red, green and blue becomes.
 
     The operations and their order are those of transformers, so that the bits are; a table, so that they run 768 times.
+    Raises: CheckpointError for anything but numbers, and for a division by nothing.
     """
-    scale, mean, std = settings.get("rescale_factor", 1 / 255), settings.get("image_mean", 0.5), settings.get("image_std", 0.5)
-    try:
-        levels = (np.arange(256, dtype=np.float64) * scale).astype(np.float32)
-        mean, std = (np.broadcast_to(np.array(value, dtype=np.float32), 3)[:, None] for value in (mean, std))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: mean {mean}, std {std} or rescale_factor {scale} is no number.", path=path) from error
-    if not (np.all(std > 0) and np.isfinite([levels.max(), *mean.ravel(), *std.ravel()]).all()):
-        raise CheckpointError(f"{path}: image_std is {std.ravel().tolist()}. Numbers above 0 are needed.", path=path)
-    return (levels - mean) / std
+    scale = pixel_numbers(settings, "rescale_factor", 1 / 255, path)
+    mean, std = (pixel_numbers(settings, name, 0.5, path).astype(np.float32) for name in ("image_mean", "image_std"))
+    if (std < SMALLEST_STD).any():
+        raise CheckpointError(f"{path}: image_std is {std.tolist()}. Numbers above 0 are needed.", path=path)
+    levels = (np.arange(256, dtype=np.float64) * scale[:, None]).astype(np.float32)  # [3, 256]
+    return (levels - mean[:, None]) / std[:, None]
 
 
 # The tokenizer
