@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +33,7 @@ from errors import OutputError, UsageError
 from exports import digest, export, steps
 from job import JobFlags, Question
 from journal import Journal, key, rows
-from options import Checkpoint, require
+from options import Checkpoint, DrawingFlags, require
 from tasks import doubt
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ EXPORTS = {"coco": "_coco.json", "csv": ".csv", "voc": "_voc", "yolo": "_yolo"} 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags(JobFlags):
+class Flags(JobFlags, DrawingFlags):
     """Asks a PaliGemma model about many pictures and writes a row of JSON for each.
 
       python annotate.py photos --task detect "cat ; dog" --output pets.jsonl         a folder, with all folders in it
@@ -65,7 +66,9 @@ class Flags(JobFlags):
     export: str | None = None
 
     def __post_init__(self):
-        super().__post_init__()
+        for group in (JobFlags, DrawingFlags):
+            group.__post_init__(self)
+        self.check_drawing("save_dir")
         require(
             self,
             ("shard", self.shard is None or self.part, "i/n with i from 1 to n, such as 2/4,"),
@@ -143,6 +146,12 @@ def make_save_dir(flags: Flags) -> None:
             raise UsageError(f"--save_dir {flags.save_dir} would put drawings among the pictures. Choose another folder.")
 
 
+@lru_cache(maxsize=1000)
+def note_once(text: str) -> None:
+    """A note that many pictures would repeat."""
+    note(text)
+
+
 def save_drawing(flags: Flags, row: dict, loaded: folders.Loaded, result: "Result") -> None:
     """Draws the objects of a row into its picture, if it has a reading. Raises: OutputError.
 
@@ -156,7 +165,10 @@ def save_drawing(flags: Flags, row: dict, loaded: folders.Loaded, result: "Resul
         make_folder(path.parent)
         if os.path.lexists(path) and drawing.mark_of(path) != drawing.mark(source):
             path = path.with_name(f"{path.stem}.{digest(source)}.png")
-        drawing.save(drawing.draw(loaded.original, result.reading.objects), path, source)
+        notes: list[str] = []
+        drawing.save(drawing.draw(loaded.original, result.reading.objects, flags.style, notes), path, source)
+        for text in notes:
+            note_once(f"note: {text}")
 
 
 def check_folder(flags: Flags) -> None:

@@ -38,7 +38,17 @@ import machine
 import verbs
 from commandline import note, write
 from errors import AccessError, ImageError, PaliGemmaError, PromptError, UsageError
-from options import Checkpoint, ModelFlags, PictureFlags, ResultFlags, bundled, read_picture, require, split_pictures
+from options import (
+    Checkpoint,
+    DrawingFlags,
+    ModelFlags,
+    PictureFlags,
+    ResultFlags,
+    bundled,
+    read_picture,
+    require,
+    split_pictures,
+)
 from tasks import ANSWER_TOKENS, Annotator, Request, checkpoint_kind, doubt, in_order, prompt
 
 if TYPE_CHECKING:
@@ -57,7 +67,7 @@ REPEATS = 3  # an object said that many times in a row is not an answer any more
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags(ModelFlags, PictureFlags, ResultFlags):
+class Flags(ModelFlags, PictureFlags, ResultFlags, DrawingFlags):
     """Asks a PaliGemma model about a picture and prints its answer.
 
       python inference.py detect street.jpg car person --save out.png     a verb: caption, ask, detect, segment, ocr or count;
@@ -107,7 +117,7 @@ class Flags(ModelFlags, PictureFlags, ResultFlags):
     check_words = staticmethod(verbs.read_words)
 
     def __post_init__(self):
-        for group in (ModelFlags, PictureFlags, ResultFlags):
+        for group in (ModelFlags, PictureFlags, ResultFlags, DrawingFlags):
             group.__post_init__(self)
         require(
             self,
@@ -120,6 +130,7 @@ class Flags(ModelFlags, PictureFlags, ResultFlags):
         given = {each.name for each in fields(self) if getattr(self, each.name) != each.default}
         if self.words:
             verbs.check_flags(verbs.read_words(self.words), given)
+            self.check_drawing("save")
         elif early := [name for name in verbs.FITS if name in given]:
             name, verb = early[0], verbs.FITS[early[0]][0]
             raise UsageError(f"--{name} goes with a verb. Write inference.py {verb} PICTURE ... --{name} ...")

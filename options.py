@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -23,11 +23,13 @@ from tasks import check_language, checkpoint_kind
 if TYPE_CHECKING:
     from PIL import Image
 
+    from drawing import Style
     from modeling_paligemma import PaliGemmaForConditionalGeneration
 
 BUNDLED_MODEL = "demo/checkpoint"
 STDIN_BYTES = 64 << 20  # a picture piped in is read up to here
 SMALL_MODEL = 32 << 20  # bytes that a core's cache nearly holds: handing parts to other cores takes longer than doing them
+WIDEST_LINE = 100  # pixels
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".mpo")
 
 
@@ -136,6 +138,47 @@ class ResultFlags:
             ("max_tokens_to_generate", longest is None or longest >= 1, "a whole number from 1 up"),
         )
         check_language(self.language)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingFlags:
+    """How drawings look.
+
+    Args:
+        line_width: of boxes and outlines in pixels; by the size of the picture if not given
+        no_labels: leave out names and scores
+        plain: frames and outlines only: masks are not filled, edges that the model is unsure of look like the others
+        font: a font file for labels (.ttf, .otf, .ttc), asked before the fonts of the system
+    """
+
+    line_width: int | None = None
+    no_labels: bool = False
+    plain: bool = False
+    font: str | None = None
+
+    def __post_init__(self):
+        require(
+            self,
+            ("line_width", self.line_width is None or 1 <= self.line_width <= WIDEST_LINE, f"1 to {WIDEST_LINE}"),
+            ("font", self.font != "", "a font file"),
+        )
+        if self.font is not None:
+            from lettering import lettering
+
+            lettering(self.font)
+
+    def check_drawing(self, flag: str) -> None:
+        """Raises: UsageError if one of these is given without the flag that asks for drawings."""
+        if not getattr(self, flag):
+            for each in fields(DrawingFlags):
+                if getattr(self, each.name) != each.default:
+                    raise UsageError(f"--{each.name} changes a drawing, and none is asked for. Add --{flag}.")
+
+    @property
+    def style(self) -> "Style":
+        from drawing import Style
+
+        return Style(self.line_width, not self.no_labels, self.plain, self.font)
 
 
 # Pictures

@@ -23,11 +23,17 @@ from tasks import NEEDED, OBJECT_TASKS, TASKS, Result, check_task, split_objects
 if TYPE_CHECKING:
     from PIL import Image
 
+    from drawing import Style
+
 DRAWABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 EXPORTABLE = {".json": "coco", ".xml": "voc", ".txt": "yolo", ".csv": "csv"}
 # Which verbs a flag means something to; flags that are not here go with each of them, or with none (CLASSIC).
 FITS = {
     "save": OBJECT_TASKS,
+    "line_width": OBJECT_TASKS,
+    "no_labels": OBJECT_TASKS,
+    "plain": OBJECT_TASKS,
+    "font": OBJECT_TASKS,
     "export": OBJECT_TASKS,
     "grammar": OBJECT_TASKS,
     "min_score": OBJECT_TASKS,
@@ -213,6 +219,7 @@ class ResultWishes(Protocol):
     """The flags that say where results go."""
 
     json: bool
+    style: "Style"
     save: str | None
     export: str | None
 
@@ -276,8 +283,10 @@ class Desk:
         if drawing is not None:
             from drawing import draw, save
 
-            save(draw(picture, result.reading.objects), drawing)
-            note(f"note: the drawing is in {drawing}.")
+            notes: list[str] = []
+            save(draw(picture, result.reading.objects, self.flags.style, notes), drawing)
+            for text in (*notes, f"the drawing is in {drawing}."):
+                note(f"note: {text}")
 
     def say(self, result: Result) -> None:
         """Text for people, or a line for each thing found for programs, behind what tells the results apart."""

@@ -749,3 +749,17 @@ def test_it_works_without_streams_in_a_locale_without_letters_and_without_a_home
         done = subprocess.run(["bash", "-c", f"{command} {closed}"], cwd=world, env=environment, capture_output=True, timeout=120)
         assert (done.returncode, done.stderr) == (0, b"") and done.stdout.isascii()
         assert len(done.stdout) >= 30 if closed == "<&-" else done.stdout == b""
+
+
+def test_flags_of_drawings_change_them_and_need_one(verb, tmp_path):
+    asked = ("segment", SHAPES, "circle")
+    for name, flags in {"usual": [], "plain": ["--plain"], "bare": ["--no_labels"], "wide": ["--line_width=9"]}.items():
+        assert verb(*asked, f"--save={name}.png", *flags)[0] == 0
+    pictures = {name: (tmp_path / f"{name}.png").read_bytes() for name in ("usual", "plain", "bare", "wide")}
+    assert len(set(pictures.values())) == 4
+    code, _, err = verb(*asked, "--plain")
+    assert (code, err) == (2, "error: --plain changes a drawing, and none is asked for. Add --save.\n")
+    assert verb("caption", SHAPES, "--no_labels")[0] == 2 and verb(*asked, "--save=a.png", "--line_width=0")[0] == 2
+    (tmp_path / "no.ttf").write_bytes(b"none")
+    code, _, err = verb(*asked, "--save=a.png", "--font=no.ttf")
+    assert code == 2 and "--font no.ttf" in err and not (tmp_path / "a.png").exists()
