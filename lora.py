@@ -18,18 +18,32 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import patterns
+from checkpoint import SPELLINGS
+
 PARTS = {"language": "language_model", "vision": "vision_tower"}
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
-# PEFT knows many variants of LoRA; where one of these is set, the product is another one than the equation above.
-OTHER_PRODUCTS = (
-    "use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "modules_to_save", "trainable_token_indices", "target_parameters",
-    "layer_replication", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
+# Keys of adapter_config.json that change nothing about a finished adapter: how it was trained, and which modules it changes,
+# which the tensors say, too. Every other key that asks for something is refused by its name.
+HARMLESS_KEYS = (
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "r", "lora_alpha", "lora_dropout", "use_rslora",
+    "rank_pattern", "alpha_pattern",
+    "fan_in_fan_out",  # PEFT itself sets it to false for nn.Linear, and there is nothing else here
+    "megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",  # read beside others only
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # for the initialisation, which is looked at by its own name
 )  # fmt: skip
+# The ways to begin in which the base model keeps its W. The others (pissa, olora, corda, loftq, lora_ga) take a part out of it.
+KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
+MOST_ALPHA = 1e9  # a factor beyond it is a damaged number
+MOST_PATTERNS = 2048  # the largest model has 485 matrices
+MOST_EXPRESSIONS = 32  # of them, those that are more than a name
 
 
 def their_name(name: str) -> str:
@@ -38,12 +52,57 @@ def their_name(name: str) -> str:
     return f"model.{shorter}"
 
 
+@lru_cache(maxsize=4096)
+def spelled(name: str) -> tuple[str, ...]:
+    """A module's name in every spelling."""
+    return (name, *(theirs + name.removeprefix(ours) for theirs, ours in SPELLINGS if name.startswith(ours)))
+
+
+@lru_cache(maxsize=2 * MOST_PATTERNS)
+def parsed_key(key: str) -> tuple[bool, re.Pattern | None, patterns.Pattern | None]:
+    """A key of rank_pattern or alpha_pattern: whether it means whole names, and what it is made of.
+
+    Words and points, of which `re` takes one letter after another, or an expression, which may keep `re` busy for ever.
+    Raises: ValueError, see patterns.Pattern.
+    """
+    is_whole, text = key.startswith("^"), key.removeprefix("^").removesuffix("$")
+    text = text.removeprefix("base_model.model.").removeprefix(r"base_model\.model\.")
+    if re.fullmatch(r"[\w.]*", text):
+        return is_whole, re.compile(text), None
+    return is_whole, None, patterns.Pattern(text if is_whole else rf"(.*\.)?({text})")
+
+
+def fits(key: str, name: str) -> bool:
+    """Whether a key means a module, in any spelling of its name: the key is an expression for the name's end, as in PEFT."""
+    is_whole, words, expression = parsed_key(key)
+    if expression is not None:
+        return any(expression.fullmatch(full) for full in spelled(name))
+    for full in spelled(name):
+        start = len(full) - len(words.pattern)
+        begins_well = start == 0 or (start > 0 and full[start - 1] == "." and not is_whole)
+        if begins_well and words.fullmatch(full, start):
+            return True
+    return False
+
+
 def matching(pattern: Mapping[str, float] | None, name: str, default: float) -> float:
-    """What the first expression that fits the end of a module's name gives it, as PEFT chooses."""
-    for expression, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({expression})$", their_name(name)):
-            return value
-    return default
+    """What the first key that fits a module gives it, as PEFT chooses."""
+    return next((value for key, value in (pattern or {}).items() if fits(key, name)), default)
+
+
+def checked_pattern(pattern: object, what: str) -> dict[str, float]:
+    """rank_pattern or alpha_pattern. Raises: ValueError unless it is a mapping from usable keys."""
+    if pattern is None:
+        return {}
+    if not (isinstance(pattern, Mapping) and all(isinstance(key, str) for key in pattern)):
+        raise ValueError(f"{what} is {pattern!r:.200}; an object from names to numbers is needed.")
+    expressions = [key for key in pattern if not re.fullmatch(r"[\w.]+", key)]
+    if len(pattern) > MOST_PATTERNS or len(expressions) > MOST_EXPRESSIONS:
+        text = f"{what} has {len(pattern)} keys, {len(expressions)} of them expressions"
+        raise ValueError(f"{text}; {MOST_PATTERNS} and {MOST_EXPRESSIONS} are the limits.")
+    for key in pattern:
+        parsed_key(key)  # raises where it cannot be used
+    return dict(pattern)
 
 
 @dataclass(frozen=True)
@@ -66,14 +125,17 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] | None = None
 
     def __post_init__(self):
-        for value in (self.r, *(self.rank_pattern or {}).values()):
-            if not (type(value) is int and value > 0):
-                raise ValueError(f"the rank r is {value!r}; a whole number from 1 up is needed.")
-        for value in (self.lora_alpha, *(self.alpha_pattern or {}).values()):
-            if not (type(value) in (int, float) and math.isfinite(value)):
-                raise ValueError(f"lora_alpha is {value!r}; a number is needed.")
+        ranks, alphas = checked_pattern(self.rank_pattern, "rank_pattern"), checked_pattern(self.alpha_pattern, "alpha_pattern")
+        for value in (self.r, *ranks.values()):
+            if not (type(value) is int and 0 < value < 1 << 20):
+                raise ValueError(f"the rank r is {value!r:.50}; a whole number from 1 up is needed.")
+        for value in (self.lora_alpha, *alphas.values()):
+            if not (type(value) in (int, float) and -MOST_ALPHA <= value <= MOST_ALPHA):
+                raise ValueError(f"lora_alpha is {value!r:.50}; a number is needed.")
         if not (type(self.lora_dropout) in (int, float) and 0 <= self.lora_dropout < 1):
-            raise ValueError(f"lora_dropout is {self.lora_dropout!r}; a number from 0 to below 1 is needed.")
+            raise ValueError(f"lora_dropout is {self.lora_dropout!r:.50}; a number from 0 to below 1 is needed.")
+        if type(self.use_rslora) is not bool:
+            raise ValueError(f"use_rslora is {self.use_rslora!r:.50}; true or false is needed.")
 
     def rank(self, name: str) -> int:
         """r of the module of that name."""
@@ -84,18 +146,31 @@ class LoraConfig:
         rank = self.rank(name)
         return matching(self.alpha_pattern, name, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def unused_keys(self, modules: Collection[str]) -> list[str]:
+        """The keys of its patterns that mean none of these modules."""
+        keys = [*(self.rank_pattern or ()), *(self.alpha_pattern or ())]
+        return [key for key in dict.fromkeys(keys) if not any(fits(key, name) for name in modules)]
+
     @classmethod
     def from_peft(cls, raw: dict) -> "LoraConfig":
         """Reads adapter_config.json. Raises: ValueError for another kind of adapter and for what this file does not implement."""
         if raw.get("peft_type") != "LORA":
-            raise ValueError(f"peft_type is {raw.get('peft_type')!r}; LORA is needed.")
-        unsupported = {key: raw[key] for key in OTHER_PRODUCTS if raw.get(key)}
-        if raw.get("bias", "none") != "none":
-            unsupported["bias"] = raw["bias"]
+            raise ValueError(f"peft_type is {raw.get('peft_type')!r:.50}; LORA is needed.")
+        start = raw.get("init_lora_weights", True)
+        if start not in KEEPS_BASE and start is not None:
+            raise ValueError(
+                f"init_lora_weights is {start!r:.50}: such an adapter also changes the base model's own weights, so adding it to "
+                "them gives wrong answers. Save it as a plain one with path_initial_model_for_weight_conversion of PEFT."
+            )
+        unsupported = {key: value for key, value in raw.items() if value and key not in (*HARMLESS_KEYS, "init_lora_weights")}
+        if unsupported.get("bias") == "none":
+            del unsupported["bias"]
         if unsupported:
-            raise ValueError(f"it asks for {unsupported}, which lora.py does not implement.")
+            asked = ", ".join(f"{key} {value!r:.50}" for key, value in [*unsupported.items()][:5])
+            raise ValueError(f"it asks for {asked}, which is not implemented here.")
         names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
-        return cls(**{name: raw[name] for name in names if raw.get(name) is not None})
+        defaults = {"r": 8, "lora_alpha": 8}  # of PEFT, where the file leaves them out
+        return cls(**defaults | {name: raw[name] for name in names if raw.get(name) is not None})
 
     def to_peft(self, base: str | None, targets: Collection[str], revision: str | None = None) -> dict:
         """The adapter_config.json that PEFT reads.

@@ -8,11 +8,10 @@ Checked against `re` in tests/test_patterns.py.
 """
 
 import re
-from functools import lru_cache
 
 MOST_LETTERS = 1000  # of an expression
 MOST_STATES = 2000  # of its automaton: a{1000} repeated a thousand times stays out
-MOST_VISITS = 1_000_000  # of states, while the sets of one expression are built; a long one needs about 10,000
+MOST_VISITS = 200_000  # of states, while the sets of one expression are built; a long one needs about 10,000
 MOST_DEPTH = 40  # of brackets in brackets
 PIECE = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\.|\{\d{1,4}(?:,\d{0,4})?\}|\(\?:|.", re.DOTALL)
 ESCAPES = "dDwWsS"
@@ -157,9 +156,3 @@ class Pattern:
         if self.visits > MOST_VISITS:
             raise self.refuse("it takes too long to match")
         return frozenset(found)
-
-
-@lru_cache(maxsize=1024)
-def compiled(text: str) -> Pattern:
-    """The pattern, made once."""
-    return Pattern(text)

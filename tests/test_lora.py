@@ -1,6 +1,7 @@
 """LoRA against peft: the same file, the same logits, the same gradients; and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import lora
 import weights
-from errors import CheckpointError
+from errors import CheckpointError, OutputError, UsageError
 from modeling_paligemma import suffix_loss
 from tiny import FAMILIES, gap, in_double, make_batch, make_model, make_reference, reference_logits, widen
 
@@ -37,7 +38,7 @@ def save_base(folder, family="gemma", dtype=torch.float32):
 def peft_adapter(folder, base, model, **options):
     """An adapter that peft made and wrote for transformers' copy of our model; returns the model that it adapted."""
     options = {"target_modules": r".*language_model.*\.(q_proj|k_proj|o_proj|up_proj|down_proj)"} | options
-    theirs = get_peft_model(make_reference(model), PeftConfig(r=3, lora_alpha=12, **options)).eval()
+    theirs = get_peft_model(make_reference(model), PeftConfig(**{"r": 3, "lora_alpha": 12} | options)).eval()
     give_numbers(theirs)
     theirs.save_pretrained(folder)
     raw = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
@@ -220,7 +221,7 @@ def alter(folder, **fields):
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; LORA is needed"),
         ({"use_dora": True}, "use_dora"),
-        ({"bias": "all"}, "'bias': 'all'"),
+        ({"bias": "all"}, "it asks for bias 'all'"),
         ({"r": 0}, "the rank r is 0"),
         ({"r": "8"}, "the rank r is '8'"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
@@ -294,3 +295,217 @@ def test_an_adapter_answers_on_the_command_line(tmp_path):
     weights.save_adapter(lora.adapter_state(model), CONFIG, tmp_path, str(base))
     given = [f"--model_path={tmp_path}", "--prompt=caption en", f"--image_file_path={base.parent.parent / 'examples/shapes.png'}"]
     assert inference.commandline.run(inference.Flags, inference.program, given) == 0
+
+
+# What other programs write into adapter_config.json
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "mica"])
+def test_ways_to_begin_that_keep_the_base_are_merged_as_peft_merges_them(start, tmp_path):
+    model = save_base(tmp_path / "base")
+    theirs = peft_adapter(tmp_path / "adapter", tmp_path / "base", model, init_lora_weights=start, r=4)
+    loaded = PeftModel.from_pretrained(make_reference(model), tmp_path / "adapter").merge_and_unload().state_dict()
+    ours = weights.load_model(tmp_path / "adapter").state_dict()
+    name = "layers.1.self_attn.o_proj.weight"
+    assert torch.equal(ours[f"language_model.model.{name}"], loaded[f"model.language_model.{name}"])
+    assert gap(weights.load_model(tmp_path / "adapter")(**BATCH), reference_logits(theirs, BATCH), BATCH) < 2e-4
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_adapters_that_took_a_part_out_of_the_base_are_refused(start, tmp_path):
+    model = save_base(tmp_path / "base")
+    peft_adapter(tmp_path / "adapter", tmp_path / "base", model, init_lora_weights=start)
+    with pytest.raises(CheckpointError, match=f"init_lora_weights is '{start}'.*path_initial_model_for_weight_conversion"):
+        weights.load_model(tmp_path / "adapter")
+
+
+def test_a_pissa_adapter_that_peft_converted_is_merged_as_peft_merges_it(tmp_path):
+    model = save_base(tmp_path / "base")
+    options = {"target_modules": ["q_proj"], "init_lora_weights": "pissa", "use_rslora": False}
+    theirs = get_peft_model(make_reference(model), PeftConfig(r=3, lora_alpha=12, **options)).eval()
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = "pissa"
+    give_numbers(theirs)
+    theirs.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    alter(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 6
+    # The part that was taken out and put back is rounded twice.
+    assert gap(weights.load_model(tmp_path / "adapter")(**BATCH), reference_logits(theirs, BATCH), BATCH) < 1e-3
+
+
+def test_every_field_of_peft_is_known_to_be_harmless_or_is_refused_by_its_name(folder):
+    raw = json.loads((folder / "adapter_config.json").read_text())
+    assert len(raw) > 40  # all that this version of PEFT knows
+    for key, value in raw.items():
+        asks = {"made_up": 1} if isinstance(value, dict) else True if isinstance(value, bool) or value is None else ["x"]
+        if key in lora.HARMLESS_KEYS or key == "init_lora_weights":
+            continue
+        with pytest.raises(ValueError, match=f"it asks for {key} "):
+            lora.LoraConfig.from_peft(raw | {key: asks})
+    with pytest.raises(ValueError, match="it asks for invented_next_year 0.5"):
+        lora.LoraConfig.from_peft(raw | {"invented_next_year": 0.5})
+    assert lora.LoraConfig.from_peft(raw | {"invented_next_year": None}).r == 3
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"fan_in_fan_out": True},
+        {"layers_to_transform": [0], "layers_pattern": "layers"},
+        {"exclude_modules": ["v_proj"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": "(([a-z_.0-9]+)+)+!"},
+        {"eva_config": {"rho": 2.0}, "init_lora_weights": "eva"},
+        {"auto_mapping": {"base_model_class": "PaliGemmaForConditionalGeneration"}},
+    ],
+)
+def test_fields_that_change_nothing_of_a_finished_adapter_are_passed_over(folder, fields):
+    before = weights.load_model(folder).state_dict()
+    alter(folder, **fields)
+    after = weights.load_model(folder).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_numbers_that_a_file_leaves_out_are_those_of_peft():
+    config = lora.LoraConfig.from_peft({"peft_type": "LORA"})
+    theirs = PeftConfig()
+    assert (config.r, config.lora_alpha, config.use_rslora) == (theirs.r, theirs.lora_alpha, theirs.use_rslora)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "q_proj",
+        "layers.1.self_attn.q_proj",
+        "language_model.model.layers.1.self_attn.q_proj",  # transformers up to 4.51
+        "model.language_model.layers.1.self_attn.q_proj",  # since
+        "^language_model.model.layers.1.self_attn.q_proj",
+        "base_model.model.language_model.model.layers.1.self_attn.q_proj",
+        r"base_model\.model\.model\.language_model\.layers\.1\.self_attn\.q_proj",
+        r"^model\.language_model\.layers\.\d+\.self_attn\.(q|k)_proj$",
+        r".*language_model.*\.layers\.[01]\..*q_proj",
+        "q.proj",  # a point is any letter, as in PEFT
+    ],
+)
+def test_keys_of_patterns_are_understood_in_every_spelling_of_names(key):
+    config = lora.LoraConfig(r=2, lora_alpha=4, alpha_pattern={"nothing": 6, key: 10, ".*": 4})
+    assert config.scaling("language_model.model.layers.1.self_attn.q_proj") == 5
+    assert config.scaling("language_model.model.layers.1.self_attn.v_proj") == 2
+    assert config.unused_keys(["language_model.model.layers.1.self_attn.q_proj"]) == ["nothing"]
+
+
+def test_keys_that_mean_the_whole_name_do_not_fit_its_end():
+    name = "vision_tower.vision_model.encoder.layers.1.mlp.fc1"
+    assert not lora.fits("^layers.1.mlp.fc1", name) and lora.fits("layers.1.mlp.fc1", name)
+    assert not lora.fits("ayers.1.mlp.fc1", name)
+
+
+def test_patterns_in_the_spelling_of_older_transformers_give_the_scaling_they_were_trained_with(tmp_path):
+    model = save_base(tmp_path / "base")
+    now = {"model.language_model.layers.1.mlp.up_proj": 40}
+    theirs = peft_adapter(tmp_path / "adapter", tmp_path / "base", model, alpha_pattern=now)
+    alter(tmp_path / "adapter", alpha_pattern={"language_model.model.layers.1.mlp.up_proj": 40})
+    assert gap(weights.load_model(tmp_path / "adapter")(**BATCH), reference_logits(theirs, BATCH), BATCH) < 2e-4
+
+
+def test_a_pattern_that_means_nothing_is_named(folder, caplog):
+    alter(folder, alpha_pattern={"layers.77.q_proj": 2})
+    weights.load_model(folder)
+    assert "layers.77.q_proj match no module" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+        ({"lora_alpha": True}, "lora_alpha is True"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
+        ({"r": 10**400}, "the rank r is 1000"),
+        ({"alpha_pattern": {"q_proj": 1e300}}, "lora_alpha is 1e"),
+        ({"rank_pattern": [1]}, r"rank_pattern is \[1\]"),
+        ({"rank_pattern": "q_proj"}, "rank_pattern is 'q_proj'"),
+        ({"rank_pattern": {"q_proj": [3]}}, r"the rank r is \[3\]"),
+        ({"rank_pattern": {"(": 3}}, "a bracket is not closed"),
+        ({"alpha_pattern": {"(": 3}}, "a bracket is not closed"),
+        ({"alpha_pattern": {f"x{i}": 3 for i in range(3000)}}, "3000 keys"),
+        ({"alpha_pattern": {f"x{i}*": 3 for i in range(100)}}, "100 of them expressions"),
+        ({"lora_dropout": "no"}, "lora_dropout is 'no'"),
+        ({"use_rslora": "no"}, "use_rslora is 'no'"),
+        ({"init_lora_weights": [1]}, "init_lora_weights is"),
+        ({"peft_type": ["LORA"]}, "peft_type is"),
+        ({"base_model_name_or_path": {"a": 1}}, "names no base model"),
+        ({"base_model_name_or_path": "~nosuchuser/x"}, "no folder ~nosuchuser/x"),
+        ({"base_model_name_or_path": "x" * 300}, "too long"),
+        ({"base_model_name_or_path": "a\0b"}, "cannot be opened"),
+    ],
+)
+def test_values_of_any_type_and_size_are_one_line(folder, fields, says):
+    alter(folder, **fields)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        weights.load_model(folder)
+    assert caught.value.message.isprintable()
+
+
+def test_a_pattern_that_keeps_re_busy_for_years_is_matched_at_once(folder):
+    alter(folder, alpha_pattern={"(([a-z_.0-9]+)+)+!": 2})
+    weights.load_model(folder)
+
+
+def test_a_tensor_that_is_there_in_two_spellings_or_as_integers_is_refused(folder):
+    old = FIRST.replace("model.language_model", "language_model.model") + ".lora_A.weight"
+    altered_tensors(folder, lambda t: t.update({old: t[f"{FIRST}.lora_A.weight"].clone()}))
+    weights.load_model(folder)  # twice the same
+    altered_tensors(folder, lambda t: t.update({old: t[f"{FIRST}.lora_A.weight"] + 1}))
+    with pytest.raises(CheckpointError, match="the same parameter with different values"):
+        weights.load_model(folder)
+    altered_tensors(folder, lambda t: t.update({old: t[old].to(torch.int8)}))
+    with pytest.raises(CheckpointError, match="is I8; floats are needed"):
+        weights.load_model(folder)
+
+
+# Where the base is
+
+
+def test_a_base_on_another_machine_is_named_with_the_way_out(folder, tmp_path):
+    before = weights.load_model(folder).state_dict()
+    alter(folder, base_model_name_or_path="/elsewhere/base")
+    with pytest.raises(CheckpointError, match="adapter_config.json names the base model '/elsewhere/base', but.*--base_model"):
+        weights.load_model(folder)
+    after = weights.load_model(folder, base_model=tmp_path / "base").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(UsageError, match="is for adapters"):
+        weights.load_model(tmp_path / "base", base_model=folder)
+
+
+def test_an_adapter_beside_its_base_is_merged_as_transformers_does(folder, tmp_path):
+    import transformers
+
+    expected = weights.load_model(folder).state_dict()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(folder / name, tmp_path / "base" / name)
+    alter(tmp_path / "base", base_model_name_or_path="/elsewhere/base")  # the weights beside it count
+    ours = weights.load_model(tmp_path / "base").state_dict()
+    assert all(torch.equal(expected[name], ours[name]) for name in expected)
+    theirs = transformers.PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "base", attn_implementation="eager").eval()
+    assert gap(weights.load_model(tmp_path / "base")(**BATCH), reference_logits(theirs, BATCH), BATCH) < 2e-4
+    (tmp_path / "base" / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="a whole model and an adapter_config.json, but no"):
+        weights.load_model(tmp_path / "base")
+
+
+def test_an_adapter_as_a_pickle_is_named(folder):
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="only as adapter_model.bin. Unpickling.*PeftModel"):
+        weights.load_model(folder)
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match="only as adapter_model.bin. Unpickling.*PeftModel"):
+        weights.load_model(folder)
+
+
+def test_a_model_is_not_saved_beside_an_adapter_nor_an_adapter_beside_a_model(folder, tmp_path):
+    model = weights.load_model(folder)
+    with pytest.raises(OutputError, match="holds an adapter"):
+        weights.save_model(model, folder)
+    with pytest.raises(OutputError, match="holds a whole model"):
+        weights.save_adapter({}, CONFIG, tmp_path / "base", None)
