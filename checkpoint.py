@@ -15,6 +15,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -23,7 +24,8 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from errors import AccessError, CheckpointError
+from errors import AccessError, CheckpointError, PaliGemmaError
+from files import MAX_TOKENIZER_BYTES, impostor, is_file, look, names_in, read_json, read_regular
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +35,31 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_NAME = "adapter_model.safetensors"
+ADAPTER_PICKLE = "adapter_model.bin"
+CODEC_NAME = "vae-oid.npz"
+# What is read of a folder beside its settings and weights. Downloading and copying take the same names.
+SIDE_FILES = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CODEC_NAME,
+)  # fmt: skip
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+NO_PICKLE = "Unpickling runs whatever the file says, so this is never done here."
+CONVERT_PICKLE = "Save it as safetensors, with transformers: from_pretrained(folder).save_pretrained(new_folder)."
+CONVERT_ADAPTER = "Save it as safetensors, with PEFT: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)."
+CONVERT_ARRAYS = (
+    "If it is a big_vision checkpoint, convert it with transformers' convert_paligemma_weights_to_hf.py or take the same model "
+    "from the hub."
+)
+NO_GGUF = "Only safetensors are read here: take the checkpoint that it was made from."
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # the names that this file writes
 ALIGNMENT = 64  # bytes: where the first tensor of a file begins, so that vector units read whole lines of the cache
 MAX_HEADER_BYTES = 5_000_000  # the largest real one has 0.2 MB; what others write is read in seconds, whatever it is
 MAX_NAME = 500  # letters of a tensor's name
 MAX_DIMENSIONS = 8
-MAX_JSON_BYTES = 50_000_000
+HEAD_BYTES = 64  # of a damaged file: enough to recognise what it is instead
 PART_ELEMENTS = 2**22  # read, or written, at a time: fewer keep threads waiting for each other, more take memory
 NAMES_SHOWN, NAME_SHOWN = 5, 150  # in a message, and letters of each
+MOST_FOLDERS = 1000  # in which a model is looked for
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of each file of weights, for telling one model from another
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -89,34 +108,13 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises CheckpointError with line and column when it is anything else."""
-    check_regular(path)
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes. A file of settings is far smaller.", path=path)
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not text in UTF-8 (byte {error.start}). Download it again.", path=path) from error
-    except json.JSONDecodeError as error:
-        where = f"{path}:{error.lineno}:{error.colno}"
-        raise CheckpointError(f"{where} is not JSON: {error.msg}. Download it again or mend it.", path=path) from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets nested without end
-        raise CheckpointError(f"{path} is not usable JSON: {error}. Download it again.", path=path) from error
-    except PermissionError as error:
-        raise AccessError(f"{path} may not be read by this user. Change its permissions.", path=path) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}:1:1 holds a {type(value).__name__}, not an object in braces.", path=path)
-    return value
-
-
 def check_regular(path: Path) -> None:
     """Raises CheckpointError unless there is a file, or a link to one (the hub's cache is made of links)."""
-    if path.is_symlink() and not path.exists():
+    if look(path) is None and os.path.islink(path):
         raise CheckpointError(f"{path} is a link to nothing. The cache is incomplete: download the checkpoint again.", path=path)
-    if not path.exists():
+    if look(path) is None:
         raise CheckpointError(f"{path} is missing. Download the checkpoint again, or name another folder.", path=path)
-    if not path.is_file():
+    if not is_file(path):
         raise CheckpointError(f"{path} is not a file.", path=path)
 
 
@@ -142,9 +140,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     Raises: CheckpointError, with the file and what is wrong in it.
     """
     check_regular(file)
-    size = file.stat().st_size
+    size, head = file.stat().st_size, b""
     try:
         with open(file, "rb") as stream:
+            head = stream.read(HEAD_BYTES)
+            stream.seek(0)
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError(f"it has {size} bytes, and its header claims {length}")
@@ -164,7 +164,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     except PermissionError as error:
         raise AccessError(f"{file} may not be read by this user. Change its permissions.", path=file) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}. Download it again.", path=file) from error
+        reason = impostor(head) or f"is damaged: {error}. Download it again"
+        raise CheckpointError(f"{file} {reason}.", path=file) from error
     return tensors
 
 
@@ -187,9 +188,15 @@ def read_entry(name: str, entry: object, file: Path, offset: int) -> StoredTenso
     return StoredTensor(name, file, dtype, tuple(shape), offset + place[0], num_bytes)
 
 
-def has_weights(folder: Path) -> bool:
-    """Whether there are weights of a whole model, or a link or an index that should lead to them."""
-    return any((folder / name).exists() or (folder / name).is_symlink() for name in (SINGLE_NAME, INDEX_NAME))
+def has_weights(folder: Path, error_class: type[PaliGemmaError] = CheckpointError) -> bool:
+    """Whether a folder holds weights, be they damaged or a link to nothing. Raises: as files.look."""
+    places = (folder / SINGLE_NAME, folder / INDEX_NAME)
+    return any(look(place, error_class) is not None or place.is_symlink() for place in places)
+
+
+def has_adapter(folder: Path, error_class: type[PaliGemmaError] = CheckpointError) -> bool:
+    """Whether a folder holds a LoRA adapter, by itself or beside the weights of its base. Raises: as files.look."""
+    return look(folder / ADAPTER_CONFIG_NAME, error_class) is not None
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -202,12 +209,13 @@ def find_files(folder: Path) -> list[Path]:
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     if not has_weights(folder):
         raise CheckpointError(explain_no_weights(folder), path=folder)
-    if single.exists() or not (index.exists() or index.is_symlink()):
-        if index.exists():
+    has_index = look(index) is not None
+    if look(single) is not None or not (has_index or index.is_symlink()):
+        if has_index:
             log.info("%s: %s is read, and %s beside it is ignored.", folder, SINGLE_NAME, INDEX_NAME)
         return [single]
     names = read_index(index)
-    missing = [name for name in names if not (folder / name).exists()]
+    missing = [name for name in names if look(folder / name) is None]
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of {len(names)} files that {INDEX_NAME} names: {listed(missing)}. "
@@ -231,25 +239,88 @@ def read_index(index: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
+def models_in(folder: Path) -> list[str]:
+    """The folders in a folder that are models or adapters: a Trainer's checkpoint-500, model/ of finetune.py, snapshots/...
+
+    In the order of the numbers in their names, so that the last is the newest.
+    """
+    places = [*names_in(folder), *(f"snapshots/{name}" for name in names_in(folder / "snapshots"))][:MOST_FOLDERS]
+    settings = (CONFIG_NAME, ADAPTER_CONFIG_NAME)
+    found = [place for place in places if any(os.path.isfile(folder / place / name) for name in settings)]
+    return sorted(found, key=lambda place: [(int(n or -1), word) for word, n in re.findall(r"(\D+)(\d{0,18})", place)])
+
+
 def explain_no_weights(folder: Path) -> str:
     """Why there is nothing to load, by what lies in the folder instead."""
-    names = sorted(path.name for path in folder.iterdir())
-    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    arrays = [name for name in names if name.endswith(".npz")]
+    cached = next((place.name for place in (folder, *folder.parents) if place.name.startswith("models--")), None)
+    inner = models_in(folder)
+    if cached is not None:
+        name = cached.removeprefix("models--").replace("--", "/")
+        own = f", or its folder {folder / inner[-1]}" if inner else ""
+        return f"{folder} belongs to the hub's cache of {name} and is not the model itself. Name {name}{own}."
+    if inner:
+        return f"{folder} is not a model, but holds {listed(inner)}. Name one of them, such as {folder / inner[-1]}."
+    return f"{folder} {explain_names(names_in(folder))}"
+
+
+def explain_names(names: list[str]) -> str:
+    """The same by the names of files alone, to be put after the name of a folder or of a hub model."""
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    arrays = [name for name in names if name.endswith(".npz") and name != CODEC_NAME]
     shards = [name for name in names if name.endswith(".safetensors")]
+    llama = [name for name in names if name.endswith(".gguf")]
+    cached = [name.removeprefix("models--").replace("--", "/") for name in names if name.startswith("models--")]
+    if ADAPTER_NAME in shards:
+        return f"holds an adapter, {ADAPTER_NAME}, without its {ADAPTER_CONFIG_NAME}. Copy that into it."
     if shards:
-        return f"{folder} holds {listed(shards)}, but neither {SINGLE_NAME} nor {INDEX_NAME}. Download the index as well."
+        return f"holds {listed(shards)}, but neither {SINGLE_NAME} nor {INDEX_NAME}. Download the index as well."
+    if ADAPTER_PICKLE in pickles:
+        return f"holds an adapter only as {ADAPTER_PICKLE}. {NO_PICKLE} {CONVERT_ADAPTER}"
     if pickles:
-        return (
-            f"{folder} holds only {listed(pickles)}. Unpickling runs whatever the file says, so this is never done here. "
-            "Save it as safetensors, with transformers: from_pretrained(folder).save_pretrained(new_folder)."
-        )
+        return f"holds only {listed(pickles)}. {NO_PICKLE} {CONVERT_PICKLE}"
     if arrays:
+        return f"holds {listed(arrays)}. {CONVERT_ARRAYS}"
+    if llama:
+        return f"holds {listed(llama)}. {NO_GGUF}"
+    if cached:
+        return f"is the hub's cache. Name a model in it by its id: {listed(cached)}."
+    weights = f"neither {SINGLE_NAME} nor {INDEX_NAME}"
+    if CONFIG_NAME in names:
+        return f"holds no weights: {weights}. Download the checkpoint again."
+    return f"is not a model: {CONFIG_NAME} is missing, and there are no weights, {weights}. Name another folder."
+
+
+def explain_no_adapter(folder: Path) -> str:
+    """What a folder with adapter_config.json lacks."""
+    if has_weights(folder):
         return (
-            f"{folder} holds {listed(arrays)}, a big_vision checkpoint. Convert it with transformers' "
-            "convert_paligemma_weights_to_hf.py or take the same model from the hub."
+            f"{folder} holds a whole model and an {ADAPTER_CONFIG_NAME}, but no {ADAPTER_NAME}. Delete {ADAPTER_CONFIG_NAME} if "
+            "the adapter is merged already, else copy the adapter into the folder."
         )
-    return f"{folder} holds no weights: neither {SINGLE_NAME} nor {INDEX_NAME}. Download the checkpoint again."
+    if look(folder / ADAPTER_PICKLE) is not None:
+        return f"{folder} holds an adapter only as {ADAPTER_PICKLE}. {NO_PICKLE} {CONVERT_ADAPTER}"
+    return f"{folder / ADAPTER_NAME} is missing. Download the adapter again, or name another folder."
+
+
+def explain_file(file: Path) -> str:
+    """What a file is that was given in place of a model's folder, and what to do."""
+    suffix = file.suffix.lower()
+    if is_file(file):  # opening a pipe would wait for its writer
+        with suppress(OSError), open(file, "rb") as stream:
+            suffix = ".gguf" if stream.read(4) == b"GGUF" else suffix
+    if file.name == CODEC_NAME:
+        return f"{file} is a mask codec. Give it as --mask_codec, and a model's folder as the model."
+    if any(os.path.isfile(file.parent / name) for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
+        return f"{file} is a file of a model. Name its folder, {file.parent}."
+    if suffix == ".gguf":
+        return f"{file} is a file of llama.cpp. {NO_GGUF}"
+    if suffix == ".npz":
+        return f"{file} is an archive of arrays. {CONVERT_ARRAYS}"
+    if suffix in PICKLES:
+        return f"{file} is a pickle. {NO_PICKLE} {CONVERT_PICKLE}"
+    if suffix in (".zip", ".tar", ".gz", ".tgz", ".xz", ".zst", ".7z"):
+        return f"{file} is an archive. Unpack it and name the folder with config.json and the weights."
+    return f"{file} is a file. Name the folder with config.json and the weights."
 
 
 def fingerprint(*folders: Path) -> str:
@@ -262,7 +333,7 @@ def fingerprint(*folders: Path) -> str:
     digest = blake2b(digest_size=6)
     for folder in dict.fromkeys(folders):
         for file in (folder / name for name in (CONFIG_NAME, "tokenizer.json", ADAPTER_CONFIG_NAME)):
-            digest.update(file.read_bytes() if file.exists() else b"")
+            digest.update(read_regular(file, MAX_TOKENIZER_BYTES) if look(file) is not None else b"")
         for file in sorted(folder.glob("*.safetensors")):
             check_regular(file)
             size = file.stat().st_size

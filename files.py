@@ -5,6 +5,7 @@ raises RuntimeError for the ~ of a user that does not exist. Use the functions h
 """
 
 import errno
+import json
 import os
 import stat
 import unicodedata
@@ -17,6 +18,8 @@ from pathlib import Path
 
 from errors import AccessError, CheckpointError, OutputError, PaliGemmaError, UsageError
 
+MAX_JSON_BYTES = 50_000_000
+MAX_TOKENIZER_BYTES = 200_000_000  # Gemma's has 35 MB
 MOST_NAMES = 100_000  # of a folder, looked through for a similar name
 MOST_COMPARED = 100  # of them, compared letter by letter
 
@@ -108,6 +111,48 @@ def read_regular(
     if len(content) > most_bytes:
         raise error_class(f"{path} has {status.st_size} bytes, and {most_bytes} is the limit. {advice}", path=path)
     return content
+
+
+def bundled(name: str) -> Path | None:
+    """A file that comes with this code: beside it in a clone; after `pip install` under the share/ next to lib/. Else None."""
+    here = Path(__file__).resolve().parent
+    places = (here, *(above / "share" / "paligemma" for above in here.parents[:3]))
+    return next((folder / name for folder in places if os.path.exists(folder / name)), None)
+
+
+def impostor(head: bytes) -> str | None:
+    """What a file is that only stands for the one that was wanted, by its first bytes, and what to do; None for all others."""
+    if head.startswith(b"version https://git-lfs"):
+        return "is a pointer of git-lfs, not the file itself. Fetch the files: git lfs pull, or download the model again"
+    if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+        return "is a web page: the download failed. Download it again, logged in if the model needs that"
+    return None
+
+
+def read_json(
+    path: Path, error_class: type[PaliGemmaError] = CheckpointError, most_bytes: int = MAX_JSON_BYTES
+) -> dict:
+    """The object in a JSON file. Raises: error_class, with line and column, for anything else; AccessError as `look`."""
+    content = read_regular(path, most_bytes, error_class)
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise error_class(f"{path}{explain_json(content, error)}.", path=path) from error
+    if not isinstance(value, dict):
+        raise error_class(f"{path}:1:1 holds a {type(value).__name__}, not an object in braces. Download it again.", path=path)
+    return value
+
+
+def explain_json(content: bytes, error: Exception) -> str:
+    """Why these bytes are no JSON, to be put after the file's name."""
+    what = impostor(content)
+    if what is not None:
+        return f" {what}"
+    if isinstance(error, UnicodeDecodeError):
+        return f" is not text in UTF-8 (byte {error.start}). Download it again"
+    if isinstance(error, json.JSONDecodeError):
+        return f":{error.lineno}:{error.colno} is not JSON: {error.msg}. Correct it, or download it again"
+    return f" is not usable JSON: {error}. Download it again"  # numbers of thousands of digits, brackets nested without end
 
 
 # Files to be written

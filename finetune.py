@@ -40,6 +40,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import commandline
+import files
 import machine
 from commandline import note
 from errors import DatasetError, DeviceError, ImageError, UsageError
@@ -83,6 +84,7 @@ class Flags:
         output: a new folder for everything that comes of it
         config: a YAML file of these settings; examples/finetune.yaml has them all
         model_path: what to start from, a folder or a hub id; the bundled model if not given
+        base_model: the model that an adapter belongs to, if it is not where the adapter says
         revision: branch, tag or commit of a hub id
         device: auto, cpu, cuda or cuda:N
         dtype: that is computed in, bf16 or fp32; trained weights are kept in float32 anyway
@@ -129,6 +131,7 @@ class Flags:
     output: str | None = None
     config: str | None = None
     model_path: str | None = None
+    base_model: str | None = None
     revision: str | None = None
     device: str = "auto"
     dtype: str = "bf16"
@@ -490,6 +493,7 @@ class Run:
             source: the folder of the model that was begun with.
         """
         import lora
+        from checkpoint import SIDE_FILES
 
         plain = plain_model(self.trainer.model, self.weights, self.dtype)
         parts = lora.adapter_state(self.trainer.model)
@@ -499,13 +503,13 @@ class Run:
         for unfinished in self.folder.glob("*/.saving-*"):  # of a run that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
         self.weights.save_model(plain, result)
-        for file in source.iterdir():  # tokenizer, processor, mask codec
-            if file.suffix in (".json", ".model", ".npz") and "index" not in file.name and file.name != "config.json":
+        for file in (source / name for name in SIDE_FILES):  # tokenizer, processor, mask codec
+            if files.is_file(file):
                 copy_file(file, result / file.name)
         if adapter is not None:
             name = self.flags.model_path
-            if name is None or Path(name).expanduser().is_dir():  # from wherever the adapter will be used
-                name = str(source.resolve())
+            if name is None or files.is_folder(files.expand(name)):  # from wherever the adapter will be used
+                name = os.path.realpath(source)
             self.weights.save_adapter(parts, adapter, self.folder / "adapter", name, self.flags.revision)
         note(f"the result is in {result}. Try it: inference.py --model_path {result} --image_file_path PICTURE --prompt PREFIX")
 
@@ -539,7 +543,7 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
     """Flags, data, memory, model, updates, result: in this order, so that what is wrong is said before the slow part."""
     import training
     import weights
-    from checkpoint import fingerprint
+    from checkpoint import fingerprint, has_adapter
     from dataset import Examples
     from evaluation import Judge
     from preview import draw_preview
@@ -550,14 +554,14 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
     if not flags.preview:
         with nullcontext() if is_first() else silence():
             check_taken(folder, flags.resume)
-    source = weights.resolve(os.path.expanduser(name), flags.revision)
-    base = weights.base_folder(source)
+    source = weights.resolve(name, flags.revision)
+    base = weights.base_folder(source, flags.base_model)
     kind, _, is_quantised = weights.choose_quantization(weights.read_json(base / "config.json"), base, None, False)
     if is_quantised:
         raise UsageError(f"{name} is stored as {kind}, which cannot be trained. Name the plain checkpoint.")
-    if flags.method == "lora" and source != base:
+    if flags.method == "lora" and has_adapter(source):
         raise UsageError(
-            f"{name} is an adapter, and a second one cannot stand on it. Name a merged model: finetune.py leaves one "
+            f"{name} has an adapter, and a second one cannot stand on it. Name a merged model: finetune.py leaves one "
             "beside each adapter, in model/."
         )
     config, processor = weights.read_config(base), PaliGemmaProcessor.from_pretrained(base)
@@ -609,7 +613,7 @@ def learn(
 
     dtype = torch.float32 if flags.dtype in ("fp32", "float32") else torch.bfloat16
     with machine.memory_errors("loading the weights", ADVICE):
-        model = weights.load_model(source, device=device, dtype=dtype)
+        model = weights.load_model(source, device=device, dtype=dtype, base_model=flags.base_model)
     adapter = prepare(model, flags)
     if flags.gradient_checkpointing:
         training.checkpoint_activations(model)
@@ -640,7 +644,7 @@ def learn(
         note(f"{count} examples, {plan.steps} updates from {trainer.step} on; {trained / 1e6:.4g} M weights learn, on {device}.")
     run = Run(flags, trainer, judge, weights, dtype)
     run.loop()
-    run.finish(weights.base_folder(source), adapter)
+    run.finish(weights.base_folder(source, flags.base_model), adapter)
     training.barrier()  # whoever leaves earlier has torchrun end the first, which writes
 
 

@@ -1,26 +1,39 @@
-"""A hub id in, the folder of its files out; and a sentence for each way in which the hub says no.
+"""A name in, the folder of a model's files out: a folder, or a hub id; and a sentence for everything else that people type.
 
 Downloading is huggingface_hub's: it reads HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE, locks its cache and finishes
 what was interrupted. It is imported only when an id has to be resolved. Checked in tests/test_hub.py, with a small server
 in the hub's place.
 """
 
-import difflib
 import errno
-import json
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
-from checkpoint import ADAPTER_CONFIG_NAME, INDEX_NAME, SINGLE_NAME, listed, read_json
+from checkpoint import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_NAME,
+    CONFIG_NAME,
+    INDEX_NAME,
+    SIDE_FILES,
+    SINGLE_NAME,
+    explain_file,
+    explain_names,
+    explain_no_weights,
+    has_adapter,
+    has_weights,
+    listed,
+    read_index,
+)
 from errors import AccessError, CheckpointError, OutputError, PaliGemmaError, UsageError
+from files import bundled, expand, is_file, is_folder, look, names_in, read_json, similar_names
 
-FILES = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer.model",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", INDEX_NAME, "model*.safetensors",
-)  # fmt: skip
+FILES = (CONFIG_NAME, *SIDE_FILES, INDEX_NAME, "model*.safetensors", ADAPTER_CONFIG_NAME, ADAPTER_NAME)
+PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/\s]+/[^/?#\s]+)(?:[/?#].*)?|hf://([^/\s]+/[^/\s]+).*")
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 LOGIN = "run: hf auth login"
-DEMO = "Without a network there is still demo/checkpoint, which comes with this code."
+DEMO = "demo/checkpoint"
+EXAMPLE = "google/paligemma-3b-mix-224"
 
 
 def is_id(name: str) -> bool:
@@ -30,26 +43,31 @@ def is_id(name: str) -> bool:
 
 def similar_folders(path: Path) -> list[str]:
     """Folders beside a path that is not there, whose names are nearly its own."""
-    names = [folder.name for folder in path.parent.iterdir() if folder.is_dir()] if path.parent.is_dir() else []
-    return [str(path.parent / name) for name in difflib.get_close_matches(path.name, names)]
+    near = similar_names(path.name, names_in(path.parent))
+    return [str(path.parent / name) for name in near if is_folder(path.parent / name)]
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether config, tokenizer and all weights are there, so that nobody has to be asked."""
-    names = ["config.json", "tokenizer.json", SINGLE_NAME]
+    """Whether an adapter, or config, tokenizer and all weights are there, so that the hub has not to be asked."""
     try:
-        if (folder / INDEX_NAME).exists():
-            index = json.loads((folder / INDEX_NAME).read_text())
-            names = names[:-1] + list(index["weight_map"].values())
-        return all((folder / name).is_file() for name in names)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # a damaged index: let the hub decide
+        if is_file(folder / ADAPTER_NAME) and is_file(folder / ADAPTER_CONFIG_NAME):
+            return is_file(folder / SINGLE_NAME) or not is_file(folder / INDEX_NAME) or not missing_shards(folder)
+        weights = is_file(folder / SINGLE_NAME) or (is_file(folder / INDEX_NAME) and not missing_shards(folder))
+        return weights and all(is_file(folder / name) for name in (CONFIG_NAME, "tokenizer.json"))
+    except PaliGemmaError:  # a damaged index: the hub may have a better one
         return False
 
 
-def download(repo_id: str, revision: str | None = None) -> Path:
-    """The folder in the cache with the files of a hub model, downloaded if they are not there yet.
+def missing_shards(folder: Path) -> list[str]:
+    """The files of weights that the index in a folder names and the folder lacks. Raises: CheckpointError for a damaged index."""
+    return [name for name in read_index(folder / INDEX_NAME) if not is_file(folder / name)]
 
-    Raises: AccessError when the hub cannot be reached or refuses, OutputError when the cache cannot be written.
+
+def download(repo_id: str, revision: str | None = None) -> Path:
+    """The folder in the cache with the files of a hub model, or adapter, downloaded if they are not there yet.
+
+    Raises: AccessError when the hub cannot be reached or refuses, OutputError when the cache cannot be written, CheckpointError
+        when there is nothing to load.
     """
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
@@ -63,8 +81,15 @@ def download(repo_id: str, revision: str | None = None) -> Path:
         return cached
     try:
         # One question with a time limit, so that a dead network is noticed at once and not after five tries a file.
-        HfApi().model_info(repo_id, revision=revision or "main", timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        return Path(snapshot_download(**wanted))
+        info = HfApi().model_info(repo_id, revision=revision or "main", timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        names = [file.rfilename for file in info.siblings or ()]
+        if names and not any(fnmatch(name, pattern) for name in names for pattern in FILES if pattern.endswith(".safetensors")):
+            if INDEX_NAME not in names:
+                raise CheckpointError(f"{repo_id} {explain_names(names)}", path=f"{constants.ENDPOINT}/{repo_id}")
+        folder = Path(snapshot_download(**wanted))
+        if not is_file(folder / SINGLE_NAME) and is_file(folder / INDEX_NAME) and (shards := missing_shards(folder)):  # under names of their own
+            snapshot_download(repo_id=repo_id, revision=revision, allow_patterns=shards)
+        return folder
     except (OSError, errors.HTTPError, RuntimeError) as error:  # the last is what the xet client raises
         if cached is not None and getattr(error, "response", None) is None:
             return cached  # no network, but files: if one is missing after all, loading will name it
@@ -80,12 +105,12 @@ def explain(error: Exception, repo_id: str, revision: str | None) -> PaliGemmaEr
         return AccessError(explain_refusal(error, repo_id, revision), path=page)
     if isinstance(error, errors.OfflineModeIsEnabled):
         text = f"{repo_id} is not (completely) in the cache {cache}, and HF_HUB_OFFLINE forbids asking the hub. Unset it."
-        return AccessError(f"{text} {DEMO}", path=page)
+        return AccessError(f"{text}{suggest_demo()}", path=page)
     if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
         text = f"the cache {cache} cannot be written: {error.strerror}. Make room, or set HF_HOME to another folder."
         return OutputError(text, path=cache)
     text = f"{constants.ENDPOINT} cannot be reached ({first_line(error)}), and {repo_id} is not in the cache {cache}."
-    return AccessError(f"{text} {suggest_folder(repo_id)} {DEMO}", path=page)
+    return AccessError(f"{text} {suggest_folder(repo_id)}{suggest_demo()}", path=page)
 
 
 def explain_refusal(error: Exception, repo_id: str, revision: str | None) -> str:
@@ -113,9 +138,17 @@ def explain_refusal(error: Exception, repo_id: str, revision: str | None) -> str
 
 
 def suggest_folder(name: str) -> str:
-    """For somebody who meant a folder and not the hub."""
+    """For a user who meant a folder and not the hub."""
     near = similar_folders(Path(name))
+    if name == DEMO and (folder := bundled(DEMO)) is not None:
+        near = [str(folder)]
     return f"Did you mean the folder {near[0]}?" if near else "Nor is there a folder of that name."
+
+
+def suggest_demo() -> str:
+    """The model for which no network is needed, by its place on this machine."""
+    folder = bundled(DEMO)
+    return "" if folder is None else f" Without a network there is still {folder}, which comes with this code."
 
 
 def first_line(error: Exception) -> str:
@@ -129,44 +162,57 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
 
     Args:
         revision: branch, tag or commit of a hub id, such as "bfloat16"; a folder has none.
-    Raises: CheckpointError when it is neither, AccessError when the hub does not give it.
+    Raises: CheckpointError when it is neither, with what it is instead; AccessError when the hub does not give it.
     """
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
+    name = str(path_or_hub_id)
+    path = expand(name)
+    if is_folder(path):
         if revision is not None:
             raise UsageError(f"revision {revision} is for ids of the hub, and {path} is a folder. Leave it out.")
+        if look(path / CONFIG_NAME) is None and not has_adapter(path) and not has_weights(path):
+            raise CheckpointError(explain_no_weights(path), path=path)
         return path
-    if path.exists():
-        raise CheckpointError(f"{path} is a file. Name the folder with config.json and the weights.", path=path)
-    if is_id(str(path_or_hub_id)):
-        return download(str(path_or_hub_id), revision)
+    if look(path) is not None:
+        raise CheckpointError(explain_file(path), path=path)
+    page = PAGE.fullmatch(name)
+    if page is not None and is_id(page[1] or page[2]):
+        raise CheckpointError(f"{name} is the address of a page. Name the model's id, {page[1] or page[2]}.", path=name)
+    if "://" in name:
+        raise CheckpointError(f"{name} is an address. Name a folder, or an id of the hub such as {EXAMPLE}.", path=name)
+    if is_id(name):
+        return download(name, revision)
     near = similar_folders(path)
-    hint = f"Did you mean {listed(near)}?" if near else "Name a folder, or an id of the hub (google/paligemma-3b-mix-224)."
+    near += [f"google/{name}"] if re.fullmatch(r"paligemma2?-[\w-]+", name) else []
+    hint = f"Did you mean {listed(near)}?" if near else f"Name a folder, or an id of the hub such as {EXAMPLE}."
     raise CheckpointError(f"there is no folder {path}. {hint}", path=path)
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a LoRA adapter and no weights of its own."""
-    has_weights = any((folder / name).exists() for name in (SINGLE_NAME, INDEX_NAME))
-    return (folder / ADAPTER_CONFIG_NAME).exists() and not has_weights
+def base_folder(folder: str | Path, base_model: str | Path | None = None) -> Path:
+    """The folder with config.json, tokenizer and weights: this one or, of an adapter without them, that of its base model.
 
-
-def base_folder(folder: str | Path) -> Path:
-    """The folder with config.json, tokenizer and weights: this one or, of an adapter, that of its base model.
-
-    Raises: CheckpointError for an adapter that names no base; as `resolve` where the base is not found.
+    Args:
+        base_model: folder or hub id of an adapter's base, in place of the one that its adapter_config.json names.
+    Raises: CheckpointError for an adapter that names no base; as `resolve` where the base is not found; UsageError for a
+        base_model where the folder has weights of its own.
     """
     folder = Path(folder)
-    if not is_adapter(folder):
+    if has_weights(folder) or not has_adapter(folder):
+        if base_model is not None:
+            raise UsageError(f"base_model {base_model} is for adapters, and {folder} is a whole model. Leave it out.")
         return folder
     file = folder / ADAPTER_CONFIG_NAME
     raw = read_json(file)
-    name = raw.get("base_model_name_or_path")
-    if not (isinstance(name, str) and name):
-        text = f"{file} names no base model. Write a folder or a hub id as its base_model_name_or_path."
-        raise CheckpointError(text, path=file)
-    revision = raw.get("revision")
-    base = resolve(name, revision if isinstance(revision, str) and is_id(name) else None)
-    if is_adapter(base):
-        raise CheckpointError(f"{file} names {name} as its base, which is an adapter itself. Merge that one first.", path=file)
+    name, revision = raw.get("base_model_name_or_path"), raw.get("revision")
+    if base_model is not None:
+        base = resolve(base_model)
+    elif not (isinstance(name, str) and name):
+        raise CheckpointError(f"{file} names no base model. Give a folder or a hub id as --base_model.", path=file)
+    else:
+        try:
+            base = resolve(name, revision if isinstance(revision, str) and is_id(name) else None)
+        except (CheckpointError, AccessError) as error:
+            text = f"{file} names the base model {name!r:.200}, but {error.message} To use another one, give --base_model."
+            raise type(error)(text, path=file) from error
+    if has_adapter(base):
+        raise CheckpointError(f"{base}, the base model of {folder}, has an adapter itself. Merge that one first.", path=file)
     return base

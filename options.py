@@ -49,6 +49,7 @@ class ModelFlags:
 
     Args:
         model_path: a folder in hub layout, or a hub id such as google/paligemma2-3b-mix-224
+        base_model: the model that an adapter belongs to, if it is not where the adapter says
         revision: branch, tag or commit of a hub id
         device: auto, cpu, cuda, cuda:N or mps
         only_cpu: do not use a GPU
@@ -59,6 +60,7 @@ class ModelFlags:
     """
 
     model_path: str | None = None
+    base_model: str | None = None
     revision: str | None = None
     device: str = "auto"
     only_cpu: bool = False
@@ -72,6 +74,7 @@ class ModelFlags:
         require(
             self,
             ("model_path", self.model_path != "", "a folder or a hub id"),
+            ("base_model", self.base_model != "", "a folder or a hub id"),
             ("device", re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|mps", self.device), "auto, cpu, cuda, cuda:N or mps"),
             ("dtype", self.dtype is None or self.dtype in dtypes, "bf16, fp16 or fp32"),
             ("quantize", self.quantize in (None, "int8", "int4"), "int8 or int4"),
@@ -251,12 +254,11 @@ def read_picture(name: str, flags: PictureFlags) -> "Image.Image":
 
 
 def bundled(name: str) -> str:
-    """A file that comes with this program: beside it in a clone; after `pip install` under the share/ next to lib/."""
-    here = Path(__file__).resolve().parent
-    for folder in (here, *(above / "share" / "paligemma" for above in here.parents[:3])):
-        if (folder / name).exists():
-            return str(folder / name)
-    raise CheckpointError(f"{name} did not come with this installation. Give --model_path and a picture.")
+    """A file that comes with this program. Raises: CheckpointError."""
+    place = files.bundled(name)
+    if place is None:
+        raise CheckpointError(f"{name} did not come with this installation. Give --model_path and a picture.")
+    return str(place)
 
 
 class Checkpoint:
@@ -278,8 +280,8 @@ class Checkpoint:
         self.name = flags.model_path or bundled(BUNDLED_MODEL)
         self.kind = checkpoint_kind(self.name)
         self.device = weights.find_device("cpu" if flags.only_cpu else flags.device)
-        self.folder = weights.resolve(os.path.expanduser(self.name), flags.revision)
-        self.base = weights.base_folder(self.folder)  # another one only for an adapter
+        self.folder = weights.resolve(self.name, flags.revision)
+        self.base = weights.base_folder(self.folder, flags.base_model)  # another one only for an adapter
         self.config = weights.read_config(self.base)
         self.processor = PaliGemmaProcessor.from_pretrained(self.base)
         if sum(file.stat().st_size for file in self.base.glob("*.safetensors") if file.is_file()) < SMALL_MODEL:
@@ -297,6 +299,7 @@ class Checkpoint:
         with machine.memory_errors("loading the weights"):
             return self.weights.load_model(
                 self.folder,
+                base_model=flags.base_model,
                 device=self.device,
                 dtype=flags.dtype,
                 quantize=flags.quantize,

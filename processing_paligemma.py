@@ -11,7 +11,6 @@ Letters: B rows, L tokens of the longest row, I pictures in the whole batch, R p
 """
 
 import codecs
-import json
 import logging
 import re
 import reprlib
@@ -23,6 +22,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 
+import files
 from errors import CheckpointError, ImageError, PromptError, TokenizerError
 from images import load_image
 
@@ -48,35 +48,27 @@ CONVERT = "Make one with transformers: AutoTokenizer.from_pretrained(folder).sav
 
 
 def read_settings(folder: Path, name: str, error_class: type[CheckpointError | TokenizerError]) -> dict:
-    """The object in a JSON file of the folder; {} where there is no such file."""
+    """The object in a JSON file of the folder; {} where there is no such file. Raises: error_class, AccessError."""
     path = folder / name
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if files.look(path, error_class) is None and not path.is_symlink():
         return {}
-    except json.JSONDecodeError as error:
-        where = f"{path}:{error.lineno}:{error.colno}"
-        raise error_class(f"{where} is not JSON: {error.msg}. Download it again or mend it.", path=path) from error
-    except (OSError, ValueError, RecursionError) as error:  # no permission, not UTF-8, nested without end
-        raise error_class(f"{path} cannot be read: {error}. Download it again.", path=path) from error
-    if not isinstance(value, dict):
-        raise error_class(f"{path}:1:1 holds a {type(value).__name__}, not an object in braces. Download it again.", path=path)
-    return value
+    return files.read_json(path, error_class)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer.json of a folder, so that it neither cuts nor pads. Raises: TokenizerError."""
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        if (folder / "tokenizer.model").is_file():
+    if files.look(path, TokenizerError) is None and not path.is_symlink():
+        if files.is_file(folder / "tokenizer.model", TokenizerError):
             raise TokenizerError(
                 f"{folder} has a tokenizer.model but no tokenizer.json, which is what is read. {CONVERT}", path=path
             )
         raise TokenizerError(f"{folder} has neither tokenizer.json nor tokenizer.model. Download them again.", path=path)
+    content = files.read_regular(path, files.MAX_TOKENIZER_BYTES, TokenizerError)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # tokenizers raises nothing more precise
-        read_settings(folder, "tokenizer.json", TokenizerError)  # says line and column if it is not even JSON
+        files.read_json(path, TokenizerError, files.MAX_TOKENIZER_BYTES)  # says line and column if it is not even JSON
         reason = " ".join(str(error).split())
         raise TokenizerError(f"{path} is no tokenizer: {reason}. Download it again.", path=path) from error
     tokenizer.no_truncation()  # settings that a trainer left in the file
@@ -85,17 +77,17 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def read_pixel_settings(folder: Path) -> dict:
-    """What preprocessor_config.json (or, since transformers 5, processor_config.json) says. Raises: CheckpointError.
+    """What processor_config.json (of transformers 5) says or, without one, preprocessor_config.json. Raises: CheckpointError.
 
     Anything but "resize to a square with bicubic, rescale, normalise" is refused.
     """
-    name = "preprocessor_config.json"
-    settings = read_settings(folder, name, CheckpointError)
-    if not settings:
-        name = "processor_config.json"
-        settings = read_settings(folder, name, CheckpointError).get("image_processor") or {}
-        if not isinstance(settings, dict):
-            raise CheckpointError(f"{folder / name}: image_processor is no object. Download it again.", path=folder / name)
+    name = "processor_config.json"
+    settings = read_settings(folder, name, CheckpointError).get("image_processor")
+    if settings is None:
+        name = "preprocessor_config.json"
+        settings = read_settings(folder, name, CheckpointError)
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{folder / name}: image_processor is no object. Download it again.", path=folder / name)
     done = ("do_resize", "do_rescale", "do_normalize")
     unsupported = {key: settings[key] for key in done if not (settings.get(key) is None or settings[key] is True)}
     unsupported |= {
@@ -343,14 +335,17 @@ class PaliGemmaProcessor:
         self.control_ids = frozenset(self.control_tokens)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "PaliGemmaProcessor":
-        """The processor of a folder in hub layout.
+    def from_pretrained(
+        cls, path_or_hub_id: str | Path, *, revision: str | None = None, base_model: str | Path | None = None
+    ) -> "PaliGemmaProcessor":
+        """The processor of a model; of an adapter, that of its base model.
 
-        Raises: TokenizerError or CheckpointError when files are missing, broken, or contradict each other.
+        Args: as of weights.load_model.
+        Raises: TokenizerError or CheckpointError when files are missing, broken, or contradict each other; AccessError.
         """
-        from weights import read_config  # brings torch, which importing this file does not
+        from weights import base_folder, read_config, resolve  # brings torch, which importing this file does not
 
-        folder = Path(folder)
+        folder = base_folder(resolve(path_or_hub_id, revision), base_model)
         config = read_config(folder)
         settings = read_pixel_settings(folder)
         check_pixel_settings(settings, config, folder)

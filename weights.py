@@ -41,7 +41,9 @@ from checkpoint import (
     StoredTensor,
     canonical_name,
     check_equal,
+    explain_no_adapter,
     find_files,
+    has_adapter,
     has_weights,
     is_equal,
     listed,
@@ -55,8 +57,8 @@ from checkpoint import (
 )
 from devices import find_device, require_memory
 from errors import CheckpointError, OutputError, UsageError
-from files import is_file
-from hub import base_folder, is_adapter, resolve
+from files import is_file, look
+from hub import base_folder, resolve
 from machine import memory_errors
 from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from modeling_siglip import SiglipVisionConfig
@@ -133,31 +135,48 @@ class Adapter:
     config: lora.LoraConfig
     stored: dict[str, StoredTensor]
 
-    def check(self, model: nn.Module) -> set[str]:
-        """The modules that it changes. Raises: CheckpointError unless every tensor belongs to a matrix of this model."""
+    def check(self, model: nn.Module) -> dict[str, float]:
+        """The modules that it changes, each with the factor on its product.
+
+        Raises: CheckpointError unless every tensor belongs to a matrix of this model.
+        """
         try:
             shapes = {name: tensor.shape for name, tensor in self.stored.items()}
             bases = {f"{name}.weight": tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-            return set(lora.modules_of(shapes, self.config, bases))
+            scalings = {name: self.config.scaling(name) for name in lora.modules_of(shapes, self.config, bases)}
+            unused = self.config.unused_keys(scalings)
         except ValueError as error:
             text = f"{self.folder} does not fit its base model: {error} Name the right base."
             raise CheckpointError(text, path=self.folder) from error
+        if unused:
+            log.warning("%s: its patterns %s match no module that it changes.", self.folder / ADAPTER_CONFIG_NAME, listed(unused))
+        return scalings
 
-    def merged(self, name: str, weight: Tensor, reader: "TensorReader") -> Tensor:
+    def merged(self, name: str, weight: Tensor, scaling: float, reader: "TensorReader") -> Tensor:
         """The matrix of that module with its product added."""
         a, b = (reader.read(self.stored[f"{name}.{matrix}.weight"], torch.float32) for matrix in ("lora_A", "lora_B"))
-        return lora.merged_weight(weight, a, b, self.config.scaling(name))
+        return lora.merged_weight(weight, a, b, scaling)
 
 
 def read_adapter(folder: Path) -> Adapter | None:
-    """The adapter in a folder, None if it holds a whole model. Raises: CheckpointError for one that cannot be used."""
-    if not is_adapter(folder):
+    """The adapter in a folder, None if there is none. Raises: CheckpointError for one that cannot be used."""
+    if not has_adapter(folder):
         return None
+    file = folder / ADAPTER_CONFIG_NAME
     try:
-        config = lora.LoraConfig.from_peft(read_json(folder / ADAPTER_CONFIG_NAME))
+        config = lora.LoraConfig.from_peft(read_json(file))
     except ValueError as error:
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG_NAME}: {error} Merge the adapter with PEFT.", path=folder) from error
-    stored = {canonical_name(name): tensor for name, tensor in read_header(folder / ADAPTER_NAME).items()}
+        raise CheckpointError(f"{file}: {error} Or merge the adapter with the program that made it.", path=file) from error
+    if look(folder / ADAPTER_NAME) is None and not (folder / ADAPTER_NAME).is_symlink():
+        raise CheckpointError(explain_no_adapter(folder), path=folder / ADAPTER_NAME)
+    stored: dict[str, StoredTensor] = {}
+    for tensor in read_header(folder / ADAPTER_NAME).values():
+        name = canonical_name(tensor.name)
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(f"{tensor.file}: {tensor.name} is {tensor.dtype}; floats are needed.", path=tensor.file)
+        if name in stored:
+            check_equal(stored[name], tensor)
+        stored[name] = tensor
     return Adapter(folder, config, stored)
 
 
@@ -469,7 +488,7 @@ def fill(
 
     The largest come first, so that their full-precision copy is made while there is little else in memory.
     """
-    adapted = set() if adapter is None else adapter.check(model)
+    scalings = {} if adapter is None else adapter.check(model)
     sizes = {name: sum(tensor.numel() for tensor in own_tensors(module).values()) for name, module in model.named_modules()}
     for name in sorted((name for name in sizes if sizes[name]), key=lambda name: -sizes[name]):
         module, is_replaced = model.get_submodule(name), name in quantised
@@ -477,8 +496,8 @@ def fill(
             key: reader.read(stored[f"{name}.{key}"], run_dtype(tensor, dtype), is_kept=not is_replaced)
             for key, tensor in own_tensors(module).items()
         }
-        if name in adapted:
-            tensors["weight"] = adapter.merged(name, tensors["weight"], reader)
+        if name in scalings:
+            tensors["weight"] = adapter.merged(name, tensors["weight"], scalings[name], reader)
         if is_replaced:
             model.set_submodule(name, quantization.quantize_module(module, kind, tensors))
             continue
@@ -493,6 +512,7 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
+    base_model: str | Path | None = None,
     quantize: str | None = None,
     quantize_vision: bool = False,
     final_softcap: str | None = "config",
@@ -503,10 +523,11 @@ def load_model(
 
     Args:
         path_or_hub_id: a folder, or an id of the hub, which is downloaded; of a model, or of a LoRA adapter, whose base is loaded
-            and merged with it.
+            and merged with it. Of a model with an adapter in its folder both are taken, as transformers does.
         device: see devices.find_device.
         dtype: "bf16", "fp16", "fp32" or the torch dtype; None = as stored.
         revision: branch, tag or commit of a hub id, such as "bfloat16".
+        base_model: folder or hub id of an adapter's base, in place of the one that the adapter names.
         quantize: "int8" or "int4" quantises the decoder while it is loaded; a folder that was saved quantised needs no word.
         quantize_vision: the tower as well.
         final_softcap, sliding_window: see PaliGemmaForConditionalGeneration.
@@ -515,7 +536,7 @@ def load_model(
     """
     device, dtype = find_device(device), parse_dtype(dtype)
     folder = resolve(path_or_hub_id, revision)
-    adapter, folder = read_adapter(folder), base_folder(folder)
+    adapter, folder = read_adapter(folder), base_folder(folder, base_model)
     raw = read_json(folder / CONFIG_NAME)
     kind, with_vision, is_stored = choose_quantization(raw, folder, quantize, quantize_vision)
     stored = find_tensors(folder)
@@ -553,6 +574,9 @@ def save_model(model: PaliGemmaForConditionalGeneration, folder: str | Path, *, 
     Raises: OutputError when the folder cannot be written; it is then as it was.
     """
     folder = Path(folder)
+    if has_adapter(folder, OutputError):
+        text = f"{folder} holds an adapter, which would be added to the weights again. Choose another folder."
+        raise OutputError(text, path=folder)
     config = model.config.to_hf() | {"torch_dtype": str(model.dtype).removeprefix("torch.")}
     entry = describe_quantization(model)
     if entry is not None:
@@ -580,6 +604,8 @@ def save_adapter(
     Raises: OutputError when the folder cannot be written; it is then as it was.
     """
     folder = Path(folder)
+    if has_weights(folder, OutputError):
+        raise OutputError(f"{folder} holds a whole model, to which the adapter would belong. Choose another.", path=folder)
     names = dict.fromkeys(name.rsplit(".", 2)[0] for name in state)
     tensors = {f"base_model.model.{lora.their_name(name)}": tensor for name, tensor in state.items()}
     try:

@@ -3,29 +3,57 @@
 huggingface_hub reads its settings when it is imported, so the questions are asked in one fresh process, all in a row.
 """
 
+import ast
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 from contextlib import closing
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 
 import hub
+import lora
+import weights
+from errors import CheckpointError, PaliGemmaError
+from processing_paligemma import PaliGemmaProcessor
+from tiny_checkpoint import make_checkpoint
 
 FILES = {
     "config.json": b'{"model_type": "paligemma"}',
     "tokenizer.json": b"{}",
     "model.safetensors.index.json": b'{"weight_map": {"w": "model-00001-of-00001.safetensors"}}',
     "model-00001-of-00001.safetensors": b"weights of main",
+    "generation_config.json": b"{}",
+    "processor_config.json": b"{}",
+    "vae-oid.npz": b"codec",
     "consolidated.safetensors": b"not wanted",
     "pytorch_model.bin": b"not wanted",
     "README.md": b"not wanted",
+}
+REPOS = {
+    "owner/open": FILES,
+    "owner/gated": FILES,
+    "owner/adapter": {"adapter_config.json": b"{}", "adapter_model.safetensors": b"A and B", "optimizer.pt": b"not wanted"},
+    "owner/pickle": {"config.json": b"{}", "pytorch_model.bin": b"not wanted"},
+    "owner/pickled-adapter": {"adapter_config.json": b"{}", "adapter_model.bin": b"not wanted"},
+    "owner/llama": {"paligemma-q4.gguf": b"not wanted"},
+    "owner/jax": {"paligemma.npz": b"not wanted"},
+    "owner/own-names": {
+        "config.json": b"{}",
+        "tokenizer.json": b"{}",
+        "model.safetensors.index.json": b'{"weight_map": {"w": "part-one.safetensors"}}',
+        "part-one.safetensors": b"weights",
+        "part-two.safetensors": b"not wanted",
+    },
 }
 COMMITS = {"main": "a" * 40, "bfloat16": "b" * 40}
 FINE_GRAINED = "Please enable access to public gated repositories in your fine-grained token settings to view this repository."
@@ -55,14 +83,15 @@ class Hub(BaseHTTPRequestHandler):
             self.refuse(401, "", "Invalid credentials in Authorization header")
         elif repo == "owner/down":
             self.refuse(503, "", "The hub is resting")
-        elif repo not in ("owner/open", "owner/gated"):
+        elif repo not in REPOS:
             self.refuse(404 if token else 401, "RepoNotFound", "Repository not found")
         elif commit not in COMMITS.values():
             self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         elif what == "revision":
-            self.give(json.dumps({"id": repo, "sha": commit, "siblings": []}).encode())
+            siblings = [{"rfilename": key} for key in REPOS[repo]]
+            self.give(json.dumps({"id": repo, "sha": commit, "siblings": siblings}).encode())
         elif what == "tree":
-            entries = [{"type": "file", "path": key, "size": len(value), "oid": "0" * 40} for key, value in FILES.items()]
+            entries = [{"type": "file", "path": key, "size": len(value), "oid": "0" * 40} for key, value in REPOS[repo].items()]
             self.give(json.dumps(entries).encode())
         elif repo == "owner/gated" and not token:
             self.refuse(401, "GatedRepo", "Access to model owner/gated is restricted. You must be authenticated")
@@ -71,7 +100,9 @@ class Hub(BaseHTTPRequestHandler):
         elif repo == "owner/gated" and token == "hf_stranger":
             self.refuse(403, "GatedRepo", "Access to model owner/gated is restricted and you are not in the authorized list")
         else:
-            self.give(FILES[name].replace(b"main", b"bfloat16" if commit == COMMITS["bfloat16"] else b"main"), commit)
+            content = REPOS[repo][name]
+            is_other = repo == "owner/open" and commit == COMMITS["bfloat16"]
+            self.give(content.replace(b"weights of main", b"weights of bfloat16") if is_other else content, commit)
 
     def refuse(self, status: int, code: str, message: str) -> None:
         self.send_response(status)
@@ -104,7 +135,15 @@ for line in sys.stdin:
     constants.HF_HUB_OFFLINE = question["offline"]
     start = time.perf_counter()
     try:
-        answer = {"folder": str(hub.download(question["id"], question["revision"]))}
+        if question["what"] == "download":
+            answer = {"folder": str(hub.download(question["id"], question["revision"]))}
+        elif question["what"] == "processor":
+            from processing_paligemma import PaliGemmaProcessor
+            answer = {"table": PaliGemmaProcessor.from_pretrained(question["id"]).pixel_table.tolist()}
+        else:
+            from weights import load_model
+            model = load_model(question["id"])
+            answer = {"sum": sum(float(x.double().sum()) for x in model.state_dict().values())}
     except PaliGemmaError as error:
         answer = {"error": type(error).__name__, "code": error.code, "message": error.message, "path": error.path}
     print(json.dumps(answer | {"seconds": time.perf_counter() - start}), flush=True)
@@ -128,8 +167,10 @@ class Asker:
             cwd=Path(__file__).parents[1],
         )  # fmt: skip
 
-    def __call__(self, name: str, revision: str | None = None, token: str = "", offline: bool = False) -> dict:
-        question = {"id": name, "revision": revision, "token": token, "offline": offline}
+    def __call__(
+        self, name: str, revision: str | None = None, token: str = "", offline: bool = False, what: str = "download"
+    ) -> dict:
+        question = {"id": name, "revision": revision, "token": token, "offline": offline, "what": what}
         self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -154,9 +195,9 @@ def ask(server, tmp_path_factory):
         yield asker
 
 
-def assert_refused(answer: dict, *says: str) -> None:
-    assert answer.get("error") == "AccessError", answer
-    assert answer["code"] == 5
+def assert_refused(answer: dict, *says: str, kind: str = "AccessError", code: int = 5) -> None:
+    assert answer.get("error") == kind, answer
+    assert answer["code"] == code
     assert "\n" not in answer["message"]
     for words in says:
         assert words in answer["message"]
@@ -171,6 +212,67 @@ def test_a_model_is_downloaded_once_and_only_what_is_needed(ask):
     assert Path(ask("owner/open")["folder"]) == folder
     assert Path(ask("owner/open", offline=True)["folder"]) == folder
     assert len(Hub.asked) == before  # a complete cache asks nobody
+
+
+def test_an_adapter_is_downloaded_once(ask):
+    folder = Path(ask("owner/adapter")["folder"])
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    before = len(Hub.asked)
+    assert Path(ask("owner/adapter")["folder"]) == folder
+    assert len(Hub.asked) == before
+
+
+def test_weights_under_names_of_their_own_are_downloaded_by_the_index(ask):
+    folder = Path(ask("owner/own-names")["folder"])
+    assert (folder / "part-one.safetensors").read_bytes() == b"weights"
+    assert not (folder / "part-two.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("owner/pickle", "owner/pickle holds only pytorch_model.bin. Unpickling"),
+        ("owner/pickled-adapter", "holds an adapter only as adapter_model.bin"),
+        ("owner/llama", "holds paligemma-q4.gguf"),
+        ("owner/jax", "holds paligemma.npz. If it is a big_vision checkpoint"),
+    ],
+)
+def test_a_hub_model_without_safetensors_is_named_for_what_it_is(ask, name, says):
+    assert_refused(ask(name), says, kind="CheckpointError", code=4)
+
+
+def test_model_adapter_and_processor_are_loaded_by_their_ids(ask, tmp_path):
+    base = make_checkpoint(tmp_path / "base")
+    (base / "preprocessor_config.json").unlink()  # transformers 5 writes the other one only
+    side = json.loads((base / "config.json").read_text())["vision_config"]["image_size"]
+    sizes = {"size": {"height": side, "width": side}, "resample": 3, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.25] * 3}
+    (base / "processor_config.json").write_text(json.dumps({"image_processor": sizes, "processor_class": "PaliGemmaProcessor"}))
+    model = weights.load_model(base)
+    plain = sum(float(x.double().sum()) for x in model.state_dict().values())
+    lora.inject(model, lora.LoraConfig(r=2), lora.targets(model))
+    for _, layer in lora.adapted(model):
+        torch.nn.init.ones_(layer.lora_B.weight)
+    weights.save_adapter(lora.adapter_state(model), lora.LoraConfig(r=2), tmp_path / "tuned", "owner/tiny")
+    for folder, repo in ((base, "owner/tiny"), (tmp_path / "tuned", "owner/tuned")):
+        REPOS[repo] = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert ask("owner/tiny", what="model")["sum"] == plain
+    lora.merge(model)
+    merged = sum(float(x.double().sum()) for x in model.state_dict().values())
+    assert ask("owner/tuned", what="model")["sum"] == pytest.approx(merged, abs=1e-6 * abs(merged))
+    assert abs(merged - plain) > 1e-3 * abs(merged)
+    table = PaliGemmaProcessor.from_pretrained(base).pixel_table.tolist()
+    assert ask("owner/tiny", what="processor")["table"] == ask("owner/tuned", what="processor")["table"] == table
+    assert table[0][0] == pytest.approx(-0.4) and table[2][0] == pytest.approx(-1.2)
+
+
+def test_every_file_that_is_read_is_downloaded():
+    root, pattern = Path(hub.__file__).parent, re.compile(r"[\w.\-]+\.(json|npz|model|safetensors)")
+    of_others = {"results.json", "settings.json", "model.npz"}
+    for module in ("checkpoint", "weights", "processing_paligemma", "segmentation", "generation", "options", "tasks"):
+        nodes = ast.walk(ast.parse((root / f"{module}.py").read_text(encoding="utf-8")))
+        texts = [node.value for node in nodes if isinstance(node, ast.Constant)]
+        names = {text for text in texts if isinstance(text, str) and pattern.fullmatch(text)} - of_others
+        assert [name for name in sorted(names) if not any(fnmatch(name, wanted) for wanted in hub.FILES)] == [], module
 
 
 def test_a_revision_is_another_folder(ask):
@@ -260,3 +362,130 @@ def test_a_cache_that_cannot_be_written_is_an_output_error():
     error = hub.explain(OSError(28, "No space left on device"), "owner/open", None)
     assert (type(error).__name__, error.code) == ("OutputError", 7)
     assert "No space left on device" in error.message
+
+
+# What people type in place of a folder or an id
+
+
+def refusal(name, error=CheckpointError):
+    with pytest.raises(error) as caught:
+        hub.resolve(name)
+    assert caught.value.message.isprintable()
+    return caught.value.message
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://huggingface.co/google/paligemma-3b-mix-224",
+        "https://huggingface.co/google/paligemma-3b-mix-224/tree/main",
+        "huggingface.co/google/paligemma-3b-mix-224/blob/main/config.json?raw=1",
+        "http://hf.co/google/paligemma-3b-mix-224#files",
+        "hf://google/paligemma-3b-mix-224",
+    ],
+)
+def test_the_address_of_a_page_gives_its_id(address):
+    assert "the address of a page. Name the model's id, google/paligemma-3b-mix-224." in refusal(address)
+
+
+@pytest.mark.parametrize("address", ["https://huggingface.co", "https://www.kaggle.com/models/google/paligemma", "s3://bucket/x"])
+def test_other_addresses_are_refused(address):
+    assert "is an address. Name a folder" in refusal(address)
+
+
+def test_an_id_without_its_owner_is_completed():
+    assert "Did you mean google/paligemma2-3b-mix-224?" in refusal("paligemma2-3b-mix-224")
+
+
+def test_the_bundled_model_is_recommended_by_its_place(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    place = str(Path(hub.__file__).parent / "demo" / "checkpoint")
+    assert f"Did you mean the folder {place}?" in hub.explain(OSError("no route"), "demo/checkpoint", None).message
+    assert f"there is still {place}" in hub.explain(OSError("no route"), "google/x", None).message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("model.gguf", b"GGUF", "a file of llama.cpp. Only safetensors"),
+        ("model", b"GGUF....", "a file of llama.cpp. Only safetensors"),
+        ("paligemma.npz", b"PK", "convert_paligemma_weights_to_hf.py"),
+        ("vae-oid.npz", b"PK", "Give it as --mask_codec"),
+        ("pytorch_model.bin", b"PK", "Unpickling runs whatever"),
+        ("model.tar.gz", b"", "an archive. Unpack it"),
+        ("notes.txt", b"", "is a file. Name the folder"),
+    ],
+)
+def test_a_file_in_place_of_a_folder_is_named_for_what_it_is(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    assert says in refusal(tmp_path / name)
+
+
+def test_a_pipe_in_place_of_a_folder_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.gguf")
+    assert "llama.cpp" in refusal(tmp_path / "model.gguf")
+
+
+def model_at(folder):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+
+
+def test_the_folders_of_the_cache_give_the_id_and_the_snapshot(tmp_path):
+    cache = tmp_path / "models--google--paligemma-3b"
+    model_at(cache / "snapshots" / ("a" * 40))
+    (cache / "refs").mkdir()
+    message = refusal(cache)
+    assert "the hub's cache of google/paligemma-3b" in message and str(cache / "snapshots" / ("a" * 40)) in message
+    assert "Name google/paligemma-3b" in refusal(cache / "refs")
+    assert f"or its folder {cache / 'snapshots' / ('a' * 40)}" in refusal(cache / "snapshots")
+    assert "is the hub's cache. Name a model in it by its id: google/paligemma-3b." in refusal(tmp_path)
+
+
+def test_the_output_of_a_trainer_gives_its_last_checkpoint(tmp_path):
+    for step in (1000, 500, 90):
+        model_at(tmp_path / f"checkpoint-{step}")
+    assert f"such as {tmp_path / 'checkpoint-1000'}." in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="but holds checkpoint-90, checkpoint-500, checkpoint-1000"):
+        weights.load_model(tmp_path)
+
+
+def test_the_output_of_finetune_gives_its_model(tmp_path):
+    model_at(tmp_path / "adapter")
+    model_at(tmp_path / "model")
+    assert f"such as {tmp_path / 'model'}." in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("pytorch_model.bin", "Unpickling"),
+        ("q4.gguf", "Only safetensors"),
+        ("x.npz", "big_vision"),
+        ("adapter_model.safetensors", "without its adapter_config.json"),
+        ("notes.txt", "config.json is missing, and there are no weights"),
+    ],
+)
+def test_a_folder_without_a_model_is_named_for_what_it_holds(tmp_path, name, says):
+    (tmp_path / name).touch()
+    assert says in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "x" * 300, "a\0b", "", ".../x", "a/" * 3000])
+def test_names_of_any_form_are_refused_in_one_line(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refusal(name)
+
+
+def test_a_pointer_of_git_lfs_and_a_web_page_are_recognised(tmp_path):
+    base = make_checkpoint(tmp_path / "base")
+    for name in ("tokenizer.json", "model.safetensors", "config.json"):
+        for content, says in ((b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+                              (b"<!DOCTYPE html><html>", "a web page")):  # fmt: skip
+            before = (base / name).read_bytes()
+            (base / name).write_bytes(content)
+            load = PaliGemmaProcessor.from_pretrained if name == "tokenizer.json" else weights.load_model
+            with pytest.raises(PaliGemmaError, match=f"{name} is .*{says}"):
+                load(base)
+            (base / name).write_bytes(before)

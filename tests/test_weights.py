@@ -845,7 +845,7 @@ def test_a_folder_with_a_typo_is_told_with_its_neighbours(tmp_path):
 
 
 def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="is a file. Name the folder"):
+    with pytest.raises(CheckpointError, match="is a file of a model. Name its folder"):
         weights.load_model(write_checkpoint(tmp_path) / "model.safetensors")
 
 
