@@ -48,18 +48,20 @@ def similar_folders(path: Path) -> list[str]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether an adapter, or config, tokenizer and all weights are there, so that the hub has not to be asked."""
+    """Whether an adapter, or config, tokenizer and all weights are there, so that the hub need not be asked."""
     try:
-        if is_file(folder / ADAPTER_NAME) and is_file(folder / ADAPTER_CONFIG_NAME):
-            return is_file(folder / SINGLE_NAME) or not is_file(folder / INDEX_NAME) or not missing_shards(folder)
-        weights = is_file(folder / SINGLE_NAME) or (is_file(folder / INDEX_NAME) and not missing_shards(folder))
-        return weights and all(is_file(folder / name) for name in (CONFIG_NAME, "tokenizer.json"))
+        weights = SINGLE_NAME if is_file(folder / SINGLE_NAME) else INDEX_NAME
+        kinds = ((CONFIG_NAME, "tokenizer.json", weights), (ADAPTER_CONFIG_NAME, ADAPTER_NAME))
+        is_there = any(all(is_file(folder / name) for name in names) for names in kinds)
+        return is_there and not missing_shards(folder)
     except PaliGemmaError:  # a damaged index: the hub may have a better one
         return False
 
 
 def missing_shards(folder: Path) -> list[str]:
-    """The files of weights that the index in a folder names and the folder lacks. Raises: CheckpointError for a damaged index."""
+    """The files of weights that are needed and not there. Raises: CheckpointError for a damaged index."""
+    if is_file(folder / SINGLE_NAME) or not is_file(folder / INDEX_NAME):
+        return []
     return [name for name in read_index(folder / INDEX_NAME) if not is_file(folder / name)]
 
 
@@ -87,7 +89,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
             if INDEX_NAME not in names:
                 raise CheckpointError(f"{repo_id} {explain_names(names)}", path=f"{constants.ENDPOINT}/{repo_id}")
         folder = Path(snapshot_download(**wanted))
-        if not is_file(folder / SINGLE_NAME) and is_file(folder / INDEX_NAME) and (shards := missing_shards(folder)):  # under names of their own
+        if shards := missing_shards(folder):  # under names of their own
             snapshot_download(repo_id=repo_id, revision=revision, allow_patterns=shards)
         return folder
     except (OSError, errors.HTTPError, RuntimeError) as error:  # the last is what the xet client raises
