@@ -166,7 +166,7 @@ def save_drawing(flags: Flags, row: dict, loaded: folders.Loaded, result: "Resul
         if os.path.lexists(path) and drawing.mark_of(path) != drawing.mark(source):
             path = path.with_name(f"{path.stem}.{digest(source)}.png")
         notes: list[str] = []
-        drawing.save(drawing.draw(loaded.original, result.reading.objects, flags.style, notes), path, source)
+        drawing.save(drawing.draw(loaded.original(), result.reading.objects, flags.style, notes), path, source)
         for text in notes:
             note_once(f"note: {text}")
 

@@ -25,7 +25,7 @@ from PIL import Image
 
 from augmentation import zoom
 from errors import DatasetError, ImageError
-from images import load_image, read_file
+from images import load_image, read_file, squeeze
 from outputs import CUT_BOX, CUT_MASK, LONG_MASK, NO_AREA, SWAPPED, read_text
 
 FIELDS = ("image", "prefix", "suffix")
@@ -312,5 +312,7 @@ class Examples:
 
     def batch(self, places: Sequence[tuple[int, int]]) -> dict:
         """What the processor makes of some of them, labels included."""
-        pictures, prefixes, suffixes = zip(*(self[place] for place in places), strict=True)
+        side, rows = self.processor.image_size, (self[place] for place in places)
+        # Squeezed one by one: a batch of large photos would take gigabytes.
+        pictures, prefixes, suffixes = zip(*((squeeze(picture, side), *texts) for picture, *texts in rows), strict=True)
         return self.processor(list(pictures), list(prefixes), list(suffixes), notes=[])

@@ -8,11 +8,15 @@ Checked in tests/test_folders.py.
 import glob
 import json
 import os
+import queue
 import stat
+import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 T = TypeVar("T")
+P = TypeVar("P")
 LONGEST_LINE = 64 << 20  # characters; a picture as a data: URI may be as long
 UTF16 = ("\udcff\udcfe", "\udcfe\udcff")  # how such a file begins, read as UTF-8
 
@@ -173,13 +178,13 @@ class Loaded:
     Args:
         picture: squeezed to the model's square, so that little memory waits.
         size: width and height of the picture itself; None if there is none.
-        original: the picture itself, if it is to be kept.
+        original: reads the picture itself once more, if that is wanted later; kept, it would take far more memory than its file.
         notes: what was converted or chosen.
     """
 
     picture: "Image.Image | PaliGemmaError"
     size: tuple[int, int] | None = None
-    original: "Image.Image | None" = None
+    original: "Callable[[], Image.Image] | None" = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -199,48 +204,98 @@ def version_of(place: str) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def load(place: str, side: int, keeps_original: bool = False, **options: object) -> Loaded:
+def load(place: str, side: int, keeps_original: bool = False, is_typed: bool = True, **options: object) -> Loaded:
     """Reads a picture and squeezes it as the processor does: it then has nothing left to do, and its pixels are the same.
+
+    Whatever goes wrong is this picture's error and ends nothing else.
 
     Args:
         place: a path or an address.
         side: of the model's square.
+        is_typed: whether a user typed the place, see load_image.
         options: of load_image.
     """
-    from PIL import Image
-
-    from images import load_image
+    from images import load_image, read_bytes, squeeze
 
     notes: list[str] = []
     try:
         before = version_of(place)
-        picture = load_image(place, notes=notes, **options)
+        source = place
+        if keeps_original and is_address(place):  # not to be fetched twice
+            source = {"bytes": read_bytes(place, is_typed)[0], "path": place}
+        small, size = load_image(
+            source, is_typed=is_typed, notes=notes, then=lambda picture: (squeeze(picture, side), picture.size), **options
+        )
         if version_of(place) != before:
             raise ImageError(f"{place} changed while it was read. Ask again with --retry_failed.", path=place)
-    except PaliGemmaError as error:
-        return Loaded(error)
-    small = picture.resize((side, side), Image.Resampling.BICUBIC)
-    return Loaded(small, picture.size, picture if keeps_original else None, notes)
+    except Exception as error:  # noqa: BLE001 (a fault in a decoder, or in this program, must not end a run of thousands)
+        return Loaded(as_error(place, error))
+    return Loaded(small, size, partial(load_image, source, is_typed=is_typed, **options) if keeps_original else None, notes)
+
+
+def as_error(place: str, error: Exception) -> PaliGemmaError:
+    """An error of ours as it is; any other becomes one that says where to report it."""
+    if isinstance(error, PaliGemmaError):
+        return error
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return ImageError(f"reading {place} failed ({reason}). Save it as PNG, and please report this with the file.", path=place)
+
+
+class Readers:
+    """Threads that read. They end with the program: one that waits for a slow server holds nothing up.
+
+    Args:
+        read: called with what is submitted.
+        count: of the threads.
+    """
+
+    def __init__(self, read: Callable[[P], Loaded], count: int):
+        self.read, self.count = read, count
+        self.tasks: queue.SimpleQueue[tuple[P, Future] | None] = queue.SimpleQueue()
+        for _ in range(count):
+            threading.Thread(target=self.work, name="reader", daemon=True).start()
+
+    def submit(self, place: P) -> Future:
+        """What `read` returns for a place, later."""
+        future: Future = Future()
+        self.tasks.put((place, future))
+        return future
+
+    def work(self) -> None:
+        while (task := self.tasks.get()) is not None:
+            place, future = task
+            try:
+                future.set_result(self.read(place))
+            except BaseException as error:  # noqa: BLE001 (raised where the result is asked for)
+                future.set_exception(error)
+
+    def close(self) -> None:
+        """What has not begun is not read; what has begun is not waited for."""
+        with suppress(queue.Empty):
+            while True:
+                self.tasks.get_nowait()
+        for _ in range(self.count):
+            self.tasks.put(None)
 
 
 def read_ahead(
-    items: Iterable[T], place: Callable[[T], str], read: Callable[[str], Loaded], threads: int, ahead: int
+    items: Iterable[T], place: Callable[[T], P], read: Callable[[P], Loaded], threads: int, ahead: int
 ) -> Iterator[tuple[T, Loaded]]:
     """Every item with its picture, in order. Items in a row about the same place share one picture object.
 
     Args:
         items: taken one by one, `ahead` before they are asked for.
-        place: where the picture of an item is.
+        place: where the picture of an item is, as `read` takes it.
         read: called in `threads` threads.
         ahead: how many pictures are read, or being read, before they are asked for.
     """
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
+    pool = Readers(read, threads)
     waiting: deque = deque()
     last = None
     try:
         for item in items:
             if last is None or last[0] != place(item):
-                last = place(item), pool.submit(read, place(item))
+                last = place(item), pool.submit(place(item))
             waiting.append((item, last[1]))
             if len(waiting) > ahead:
                 first, picture = waiting.popleft()
@@ -249,4 +304,4 @@ def read_ahead(
             first, picture = waiting.popleft()
             yield first, picture.result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.close()

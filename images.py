@@ -639,23 +639,32 @@ def open_source(
 
     Raises: ImageError, AccessError.
     """
+    name = None
     if isinstance(source, Image.Image):
         return source, "the picture"
     if hasattr(source, "__array__") or hasattr(source, "__array_interface__"):
         values, channels_first = as_array(source, "the picture")
         return from_array(values, "the picture", stretch, notes, channels_first), "the picture"
     if isinstance(source, dict) and ("bytes" in source or "path" in source):  # of a data set of Hugging Face
-        source, is_typed = (source["path"], False) if source.get("bytes") is None else (source["bytes"], is_typed)
+        path = source.get("path")
+        name = shown(path) if isinstance(path, str | os.PathLike) else None
+        source, is_typed = (path, False) if source.get("bytes") is None else (source["bytes"], is_typed)
     if not (isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read")):
         given = "an empty dict" if source == {} else type(source).__name__
         known = "a path, an address, bytes, an open file, a PIL image, a numpy array or a tensor"
         raise ImageError(f"{given} is no picture. Give {known}.")
-    data, name = read_bytes(source, is_typed)
+    data, own_name = read_bytes(source, is_typed)
+    name = name or own_name
     picture = open_picture(data, name, max_pixels or MAX_PIXELS)
     with explained(name):
         seek(picture, data, name, frame, notes)
     check_effort(picture, data, name, max_pixels or MAX_PIXELS)
     return picture, name
+
+
+def squeeze(picture: Image.Image, side: int) -> Image.Image:
+    """The picture as the model's square, with Pillow's bicubic filter."""
+    return picture.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def is_large_file(source: object) -> bool:

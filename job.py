@@ -28,6 +28,7 @@ from options import (
     ResultFlags,
     is_address,
     looks_like_picture,
+    picture_options,
     require,
 )
 from tasks import ANSWER_TOKENS, NEEDED, OBJECT_TASKS, Annotator, Request, Result, check_task, prompt
@@ -124,6 +125,7 @@ class Question:
     Args:
         image: the picture's name as it was given.
         place: where it is.
+        is_typed: whether a user typed that place, or it is in a folder that was typed; else it comes from a list or a JSONL.
         task, text: how the answer is to be read, see tasks.Request.
     """
 
@@ -132,6 +134,7 @@ class Question:
     prompt: str
     task: str
     text: str
+    is_typed: bool = False
 
 
 def read_prompt(prefix: str) -> tuple[str, str]:
@@ -142,17 +145,17 @@ def read_prompt(prefix: str) -> tuple[str, str]:
     return ("ocr", "") if prefix.strip() == "ocr" else ("caption", "") if word == "caption" else ("ask", prefix)
 
 
-def images(flags: JobFlags, without: Iterable[str] = ()) -> Iterator[str]:
-    """The names of the pictures, one by one; one that is meant by two words comes twice.
+def images(flags: JobFlags, without: Iterable[str] = ()) -> Iterator[tuple[str, bool]]:
+    """The names of the pictures, one by one, and whether they were typed; one that is meant by two words comes twice.
 
     Args:
         without: folders whose pictures are not meant, such as that of the drawings.
     """
     seen = [folders.identity(folder) for folder in without if os.path.isdir(folder)]
     for word in flags.pictures:
-        yield from folders.expand(word, seen)
+        yield from ((name, True) for name in folders.expand(word, seen))
     if flags.list is not None:
-        yield from folders.in_list(flags.list, seen)
+        yield from ((name, False) for name in folders.in_list(flags.list, seen))
 
 
 def questions(flags: JobFlags, kind: str, without: Iterable[str] = ()) -> Iterator[Question]:
@@ -169,8 +172,8 @@ def questions(flags: JobFlags, kind: str, without: Iterable[str] = ()) -> Iterat
             yield Question(image, place, prefix, *read_prompt(prefix))
         return
     words = prompt(flags.chosen_task, flags.asked, kind, flags.language)
-    for image in images(flags, without):
-        yield Question(image, image, words, flags.chosen_task, flags.asked)
+    for image, is_typed in images(flags, without):
+        yield Question(image, image, words, flags.chosen_task, flags.asked, is_typed)
 
 
 def check_pictures(flags: JobFlags, without: Iterable[str] = ()) -> str:
@@ -182,7 +185,7 @@ def check_pictures(flags: JobFlags, without: Iterable[str] = ()) -> str:
         names = [image for image, _ in folders.questions(flags.questions)][:1]
     else:
         folders.check_words(flags.pictures)
-        names = list(islice(images(flags, without), 1))
+        names = [name for name, _ in islice(images(flags, without), 1)]
     if not names:
         raise ImageError(f"there is no picture. In folders, names that end in {', '.join(PICTURE_SUFFIXES)} are looked for.")
     return names[0]
@@ -206,6 +209,8 @@ def settings(flags: JobFlags, checkpoint: Checkpoint) -> dict:
     decisive = [field.name for group in (PictureFlags, ResultFlags) for field in fields(group)]
     asked = {"task": "questions"} if flags.questions is not None else {"task": flags.chosen_task, "text": flags.asked}
     codec = find_codec(checkpoint.base, flags.mask_codec)
+    if not flags.stretch:  # files of rows that were begun before there was such a flag go on
+        decisive.remove("stretch")
     return (
         asked
         | {"model": f"{Path(checkpoint.name).name} {fingerprint(checkpoint.base, checkpoint.folder)}"}
@@ -248,13 +253,18 @@ def answer(
         folders.load,
         side=annotator.processor.image_size,
         keeps_original=keeps_original,
-        **{field.name: getattr(flags, field.name) for field in fields(PictureFlags)},
+        **picture_options(flags),
     )
+
+    def read(place: tuple[str, bool]) -> folders.Loaded:
+        return load(place[0], is_typed=place[1])
 
     def requests() -> Iterator[Request]:
         threads = min(READERS, machine.available_cores())
         ahead = max(threads, annotator.rows)
-        for number, (question, loaded) in enumerate(folders.read_ahead(asked, lambda q: q.place, load, threads, ahead)):
+        for number, (question, loaded) in enumerate(
+            folders.read_ahead(asked, lambda q: (q.place, q.is_typed), read, threads, ahead)
+        ):
             in_flight[number] = loaded
             yield Request(
                 picture=loaded.picture,

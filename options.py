@@ -95,6 +95,7 @@ class PictureFlags:
         ignore_exif: do not turn the picture upright
         max_pixels: refuse larger pictures
         allow_truncated: accept a picture whose file ends early
+        stretch: of pictures with more than 8 bits, show the darkest value as black and the brightest as white
     """
 
     background: str = "white"
@@ -102,6 +103,7 @@ class PictureFlags:
     ignore_exif: bool = False
     max_pixels: int = 50_000_000
     allow_truncated: bool = False
+    stretch: bool = False
 
     def __post_init__(self):
         require(
@@ -188,7 +190,12 @@ class DrawingFlags:
 
 
 def is_address(name: str) -> bool:
-    return name.startswith(("data:", "http://", "https://"))
+    return name[:8].lower().startswith(("data:", "http://", "https://", "file://"))
+
+
+def picture_options(flags: PictureFlags) -> dict:
+    """The flags as load_image takes them."""
+    return {field.name: getattr(flags, field.name) for field in fields(PictureFlags)}
 
 
 def looks_like_picture(word: str) -> bool:
@@ -236,15 +243,7 @@ def read_picture(name: str, flags: PictureFlags) -> "Image.Image":
     if os.path.isdir(file):
         raise ImageError(f"{name} is a folder. Name a picture in it, or give the folder to annotate.py.", path=name)
     notes: list[str] = []
-    picture = load_image(
-        read_stdin() if name == "-" else file,
-        background=flags.background,
-        ignore_exif=flags.ignore_exif,
-        max_pixels=flags.max_pixels,
-        frame=flags.frame,
-        allow_truncated=flags.allow_truncated,
-        notes=notes,
-    )
+    picture = load_image(read_stdin() if name == "-" else file, notes=notes, **picture_options(flags))
     for text in notes:
         note(f"note: {text}")
     return picture

@@ -14,7 +14,7 @@ import codecs
 import logging
 import re
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Tokenizer
 
 import files
 from errors import CheckpointError, ImageError, PromptError, TokenizerError
-from images import load_image
+from images import load_image, squeeze
 
 if TYPE_CHECKING:
     import torch
@@ -284,20 +284,31 @@ def as_texts(value: str | Sequence[str], what: str) -> list[str]:
     return texts
 
 
+def several(images: object) -> list | None:
+    """The pictures of a list, a tuple, a generator, or an array or tensor of shape [I, ...]; None for a single picture."""
+    if isinstance(images, str | bytes | bytearray | memoryview) or hasattr(images, "read"):  # an open file is an iterator, too
+        return None
+    if isinstance(images, Sequence | Iterator) or getattr(images, "ndim", 0) == 4:
+        return list(images)
+    return None
+
+
 def arrange(images: object, num_rows: int, is_one_row: bool) -> list[list]:
     """The pictures of each row. Raises: ImageError when there are not as many as rows."""
-    if images is None or (isinstance(images, list | tuple) and not images):
+    listed = several(images)
+    if images is None or listed == []:
         return [[] for _ in range(num_rows)]
-    if not isinstance(images, list | tuple):
+    if listed is None:
         return [[images] for _ in range(num_rows)]
-    if is_one_row and not any(isinstance(image, list | tuple) for image in images):
-        return [list(images)]
-    if len(images) != num_rows:
+    rows = [several(row) for row in listed]
+    if is_one_row and rows == [None] * len(rows):
+        return [listed]
+    if len(listed) != num_rows:
         raise ImageError(
-            f"{len(images)} pictures came for {num_rows} prompts. Give one picture for all, a list with one for each, or a "
+            f"{len(listed)} pictures came for {num_rows} prompts. Give one picture for all, a list with one for each, or a "
             "list of lists."
         )
-    return [list(row) if isinstance(row, list | tuple) else [] if row is None else [row] for row in images]
+    return [[] if image is None else [image] if row is None else row for image, row in zip(listed, rows, strict=True)]
 
 
 class PaliGemmaProcessor:
@@ -397,7 +408,7 @@ class PaliGemmaProcessor:
             if i and image is images[i - 1]:  # one picture for many prompts
                 out[i] = out[i - 1]
                 continue
-            small = load_image(image, notes=notes).resize((side, side), Image.Resampling.BICUBIC)
+            small = load_image(image, notes=notes, then=lambda picture: squeeze(picture, side))
             levels = np.asarray(small).transpose(2, 0, 1)  # [3, R, R]
             for colour in range(3):
                 self.pixel_table[colour].take(levels[colour], out=out[i, colour], mode="clip")

@@ -17,7 +17,9 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from PIL import Image
 import annotate
 import commandline
 import folders
+import images as images_module
 import job
 import lora
 import tasks
@@ -607,3 +610,69 @@ def test_flags_of_drawings_need_a_folder_for_them(run):
     code, err = run("photos", "--task=detect", "cat", "--plain")
     assert code == 2 and err.startswith("error: --plain changes a drawing, and none is asked for. Add --save_dir.")
     assert run("photos", "--task=detect", "cat", "--plain", "--line_width=3", "--no_labels", "--save_dir=drawn")[0] == 0
+
+
+# Addresses, and pictures that do something unforeseen
+
+
+@pytest.fixture
+def server():
+    """A server on this machine that has a picture; and the paths that it was asked for."""
+    content, asked = io.BytesIO(), []
+    Image.new("RGB", (8, 8), "red").save(content, "PNG")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Type", "image/png")
+            self.end_headers()
+            self.wfile.write(content.getvalue())
+
+        def log_message(self, *_):
+            """Nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_only_an_address_that_is_typed_may_be_inside_the_own_network(run, world, server):
+    address, asked = server
+    (world / "names.txt").write_text(f"{address}/list.png\nfile://{world}/photos/a/1.png\nphotos/a/1.png\n")
+    lines = [f"{address}/questions.png", f"file://{world}/photos/a/1.png", "~/x.png", "photos/a/1.png"]
+    (world / "q.jsonl").write_text("".join(json.dumps({"image": image, "prefix": "caption en"}) + "\n" for image in lines))
+    code, err = run(f"{address}/typed.png", f"file://{world}/photos/a/1.png", "--list=names.txt", "--task=caption")
+    assert code == 8, err
+    assert run("--questions=q.jsonl", "--output=q.out.jsonl")[0] == 8
+    assert asked == ["/typed.png"]
+    read = [*written().items(), *written("q.out.jsonl").items()]
+    found = {image: row.get("error", {}).get("code", 0) for (image, _), row in read}
+    assert found == {
+        f"{address}/typed.png": 0, f"{address}/list.png": 5, f"{address}/questions.png": 5, "photos/a/1.png": 0, "~/x.png": 3,
+        f"file://{world}/photos/a/1.png": 3,
+    }  # fmt: skip
+
+
+def test_an_unforeseen_error_in_one_picture_is_its_row(run, monkeypatch):
+    """int.from_bytes in the sniffing of HEIC was a TypeError on Python 3.10, and ended the whole run."""
+    sniff = images_module.sniff
+
+    def stumble(data):
+        if len(data) == Path("photos/a/2.png").stat().st_size:
+            raise TypeError("from_bytes() missing required argument")
+        return sniff(data)
+
+    monkeypatch.setattr(images_module, "sniff", stumble)
+    assert run("photos", "--task=caption")[0] == 8
+    errors = {image: row["error"]["message"] for (image, _), row in written().items() if "error" in row}
+    assert list(errors) == ["photos/a/2.png"] and "TypeError" in errors["photos/a/2.png"]
+    assert len(written()) == len(GOOD)
+
+
+def test_rows_that_were_begun_before_there_was_stretch_go_on(run):
+    assert run("photos/a", "--task=caption")[0] == 0
+    assert "stretch" not in Path("rows.jsonl").read_text()
+    code, err = run("photos/a", "--task=caption", "--stretch")
+    assert code == 2 and "stretch was null and is true" in err

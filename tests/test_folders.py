@@ -155,7 +155,7 @@ def test_a_picture_comes_squeezed_with_its_size(tmp_path):
     Image.effect_noise((40, 30), 90).convert("RGBA").save(path)
     loaded = folders.load(str(path), 14, background="red")
     assert (loaded.picture.size, loaded.size, loaded.original) == ((14, 14), (40, 30), None)
-    kept = folders.load(str(path), 14, keeps_original=True).original
+    kept = folders.load(str(path), 14, keeps_original=True).original()
     assert kept.size == (40, 30)
     expected = kept.resize((14, 14), Image.Resampling.BICUBIC)
     assert loaded.picture.tobytes() == expected.resize((14, 14), Image.Resampling.BICUBIC).tobytes()
@@ -180,6 +180,30 @@ def test_a_file_that_goes_or_changes_while_it_is_read_is_an_error(tmp_path, monk
     monkeypatch.undo()
     path.unlink()
     assert "does not exist" in folders.load(str(path), 14).picture.message
+
+
+def test_a_picture_from_an_address_is_fetched_once_and_its_size_in_memory_is_that_of_its_file(tmp_path, monkeypatch):
+    Image.effect_noise((40, 30), 90).save(tmp_path / "a.png")
+    asked = []
+
+    def answer(address, may_be_private):
+        asked.append((address, may_be_private))
+        return (tmp_path / "a.png").read_bytes(), "image/png"
+
+    monkeypatch.setattr(images, "fetch", answer)
+    loaded = folders.load("http://x.org/a.png", 14, keeps_original=True, is_typed=False)
+    assert loaded.original().size == (40, 30) and asked == [("http://x.org/a.png", False)]
+    assert "http://x.org/a.png" in str(folders.load("http://x.org/a.png", 14, keeps_original=True, max_pixels=10).picture)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("?"), KeyError(3), MemoryError(), TypeError("from_bytes()\nneeds")])
+def test_whatever_happens_while_one_picture_is_read_is_its_error(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(images, "sniff", fail)
+    found = folders.load("photos/a.jpg", 14).picture
+    assert isinstance(found, ImageError) and type(error).__name__ in found.message and "\n" not in found.message
 
 
 class Reader:
@@ -246,6 +270,7 @@ def test_an_abandoned_run_reads_nothing_more_and_leaves_no_thread_behind():
     pictures = ahead(range(50), reader, threads=1, count=30)
     next(pictures)
     own = set(threading.enumerate()) - others
+    assert all(thread.daemon for thread in own)  # one that waits for a slow server must not hold up the end of the program
     pictures.close()
     closed.set()
     for thread in own:

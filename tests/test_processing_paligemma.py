@@ -1,9 +1,11 @@
 """The processor: pixels and ids equal to transformers', control tokens that cannot be typed, text from ids."""
 
+import io
 import json
 import re
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -272,7 +274,10 @@ def test_tokens_alone_are_the_batch_without_pixels(processor):
         ([[[picture()]]], ["a"], None, ImageError),
         (3, "a", None, ImageError),
         ([None, picture()], "a", None, ImageError),
-        (np.zeros((2, 3, 4, 3), np.uint8), ["a", "b"], None, ImageError),
+        (np.zeros((2, 3, 4, 3), np.uint8), ["a", "b", "c"], None, ImageError),
+        (np.zeros((2, 2, 3, 4, 3), np.uint8), ["a", "b"], None, ImageError),
+        (iter([picture()]), ["a", "b"], None, ImageError),
+        (iter([3, picture()]), ["a", "b"], None, ImageError),
         ("nowhere.png", "a", None, ImageError),
         (None, None, None, PromptError),
         (None, [], None, PromptError),
@@ -290,6 +295,22 @@ def test_arguments_that_make_no_sense_are_refused_in_a_sentence(processor, image
     with pytest.raises(error) as caught:
         processor(images, prompts, suffixes)
     assert "\n" not in str(caught.value) and str(caught.value).endswith((".", "?"))
+
+
+def test_generators_arrays_and_open_files_stand_for_their_pictures(processor):
+    pictures = [picture(), picture(seed=1)]
+    prompts, stack = ["a", "b"], np.stack([np.asarray(image) for image in pictures])
+    expected = processor(pictures, prompts)["pixel_values"]
+    for images in (iter(pictures), (image for image in pictures), tuple(pictures), deque(pictures), stack,
+                   torch.from_numpy(stack), torch.from_numpy(stack).permute(0, 3, 1, 2) / 255, list(stack),
+                   ([image] for image in pictures)):  # fmt: skip
+        assert torch.equal(processor(images, prompts)["pixel_values"], expected)
+    assert torch.equal(processor(iter(pictures), "a")["pixel_values"], expected)
+    file = io.BytesIO()
+    pictures[0].save(file, "PNG")
+    for image in (file, {"bytes": file.getvalue(), "path": None}, [file], file.getvalue()):
+        assert torch.equal(processor(image, "a")["pixel_values"], expected[:1])
+    assert "pixel_values" not in processor(iter([]), "a")
 
 
 def test_notes_are_logged_if_nobody_collects_them(processor, caplog):
