@@ -10,12 +10,12 @@ Shapes: N masks, E = 512 width of a code, 64 x 64 pixels, 4 x 4 codes.
 """
 
 import io
-import lzma
 import math
 import struct
 import tokenize
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,21 +27,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import files
-from checkpoint import listed
+from checkpoint import CODEC_NAME, listed
 from errors import CheckpointError
 from masks import paste
 from outputs import Found
 
-CODEC_NAME = "vae-oid.npz"
 CODES, CODE_WIDTH = 128, 512
 GRID = 4  # codes a row, and rows
+MOST_FILE_BYTES = 64 << 20  # Google's has 8 MB
+BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of other methods zipfile unpacks more than was asked for, up to all
 MOST_HEADER_BYTES = 10_000  # of an array, before its numbers
 NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-# What zipfile, its decompressors and numpy's header parser raise on a file that is no sound npz. RuntimeError: it has a password,
+# What zipfile, zlib and numpy's header parser raise on a file that is no sound npz. RuntimeError: it has a password,
 # or is packed in a way that zipfile does not know.
 DAMAGES = (
     OSError, ValueError, TypeError, ArithmeticError, LookupError, EOFError, SyntaxError, MemoryError, RuntimeError, struct.error,
-    zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError,
+    zipfile.BadZipFile, zlib.error, tokenize.TokenError,
 )  # fmt: skip
 
 
@@ -125,6 +126,8 @@ def read_array(stream: IO[bytes], shape: tuple[int, ...]) -> Tensor:
     if found != shape:
         raise ValueError(f"an array is {list(found)}, and a mask codec has {list(shape)} there")
     values = np.frombuffer(data.read(), dtype)
+    if not np.isfinite(values).all():
+        raise ValueError("an array holds NaN or infinity")
     if values.size != math.prod(shape):
         raise ValueError(f"an array has {values.size} numbers, not {math.prod(shape)}")
     return torch.from_numpy(values.reshape(shape, order="F" if is_by_columns else "C").astype(np.float32))
@@ -135,19 +138,24 @@ def read_arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
 
     Raises: CheckpointError.
     """
+    content = files.read_regular(path, MOST_FILE_BYTES)
     found, name = {}, None
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = set(archive.namelist())
-            for name in (name for name in shapes if f"{name}.npy" in entries):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            counts = Counter(archive.namelist())
+            for name in (name for name in shapes if f"{name}.npy" in counts):
+                if counts[f"{name}.npy"] > 1:
+                    raise ValueError("the array is there twice")
+                if archive.getinfo(f"{name}.npy").compress_type not in BOUNDED:
+                    raise ValueError("the array is packed with LZMA or bzip2, which numpy never does")
                 with archive.open(f"{name}.npy") as stream:
                     found[name] = read_array(stream, shapes[name])
     except DAMAGES as error:
         reason = "".join(str(error).splitlines()[:1])[:200] or type(error).__name__
         where = f"{name}: {reason}" if name else reason
-        raise CheckpointError(
-            f"{path} is not a mask codec ({where}). An npz file of arrays is needed. Fetch {CODEC_NAME} again.", path=path
-        ) from error
+        what = f"is not a mask codec ({where}). An npz file of arrays is needed. Fetch {CODEC_NAME} again"
+        what = files.impostor(content) or what
+        raise CheckpointError(f"{path} {what}.", path=path) from error
     missing = [name for name in shapes if name not in found]
     if missing:
         raise CheckpointError(

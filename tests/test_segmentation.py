@@ -1,6 +1,8 @@
 """segmentation.py: the architecture, Google's numbers, a file's faults, masks in their place."""
 
+import os
 import re
+import warnings
 import zipfile
 from dataclasses import replace
 from functools import cache
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import segmentation
 from errors import CheckpointError
 from outputs import Box, Found
 from segmentation import CODEC_NAME, MaskCodec, find_codec, load_codec, with_masks
@@ -139,6 +142,12 @@ ENTRIES = {  # of encoder.0.bias, where numpy's own reader fails in other ways o
 
 
 def damaged(path: Path, damage: str) -> None:
+    if damage == "twice":
+        with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
+            warnings.simplefilter("ignore")
+            for _ in range(2):
+                archive.writestr("encoder.0.bias.npy", npy("'<f4'", "(16,)", bytes(64)))
+        return
     if damage in ("lzma", "password", *ENTRIES):
         with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA if damage == "lzma" else zipfile.ZIP_STORED) as archive:
             archive.writestr("encoder.0.bias.npy", ENTRIES.get(damage, npy("'<f4'", "(16,)", bytes(64))))
@@ -157,6 +166,8 @@ def damaged(path: Path, damage: str) -> None:
         arrays["decoder.6.weight"] = arrays["decoder.6.weight"].transpose(1, 0, 2, 3)
     if damage == "pickled":
         arrays["encoder.0.bias"] = np.array([{"a": 1}], dtype=object)
+    if damage == "NaN":
+        arrays["encoder.0.bias"][3] = np.nan
     if damage == "words":
         arrays["encoder.0.bias"] = np.array(["a"] * 16)
     if damage == "array":
@@ -179,14 +190,15 @@ def damaged(path: Path, damage: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("lzma", "encoder.0.bias: Corrupt input data"), ("no npy", "encoder.0.bias: the magic string"),
+        ("lzma", "encoder.0.bias: the array is packed with LZMA"), ("no npy", "encoder.0.bias: the magic string"),
         ("object header", "encoder.0.bias: an array holds object"),
         ("huge shape", r"encoder.0.bias: an array is \[1073741824\]"), ("long shape", "not a mask codec"),
         ("short", "encoder.0.bias: an array has 3 numbers, not 16"), ("password", "password"), ("nested", "not a mask codec"),
         ("missing", "lacks .*encoder.10.weight.*decoder.3.net.2.bias"),
         ("misshapen", r"decoder.6.weight: an array is \[64, 128, 4, 4\], and a mask codec has \[128, 64, 4, 4\] there"),
         ("pickled", "not a mask codec"), ("words", "not a mask codec"), ("array", "not a mask codec"),
-        ("cut", "not a mask codec"), ("flipped", "not a mask codec"), ("text", "not a mask codec"),
+        ("cut", "not a mask codec"), ("flipped", "not a mask codec"), ("text", "a pointer of git-lfs"),
+        ("twice", "there twice"), ("NaN", "NaN or infinity"),
         ("empty", "not a mask codec"),
     ],
 )  # fmt: skip
@@ -210,8 +222,24 @@ def test_an_archive_that_unpacks_to_far_more_is_not_unpacked(tmp_path, monkeypat
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(CheckpointError, match="not a mask codec"):
+    with pytest.raises(CheckpointError, match=f"{CODEC_NAME} is missing"):
         load_codec(tmp_path / CODEC_NAME)
+
+
+def test_a_codec_is_a_regular_file_of_some_size(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(CheckpointError, match="is a pipe"):
+        load_codec(tmp_path / "pipe.npz")
+    np.savez(tmp_path / CODEC_NAME, **random_arrays())
+    monkeypatch.setattr(segmentation, "MOST_FILE_BYTES", 1000)
+    with pytest.raises(CheckpointError, match="1000 is the limit"):
+        load_codec(tmp_path / CODEC_NAME)
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x.npz", "x" * 300, "a\0b"])
+def test_a_name_of_any_form_is_refused(tmp_path, name):
+    with pytest.raises(CheckpointError):
+        find_codec(tmp_path, given=name)
 
 
 def test_the_codec_is_the_given_one_or_lies_beside_the_weights(tmp_path):
