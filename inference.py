@@ -24,7 +24,6 @@ import math
 import os
 import secrets
 import time
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -304,14 +303,15 @@ class Session:
         taken = len(self.pictures) * self.config.num_image_tokens
         room = context - taken - 1
         notes: list[str] = []
+        most = room - 2  # of the prompt's own tokens: bos and the newline are not among them
+        if self.flags.truncate_prompt and most > ANSWER_ROOM and self.processor.shorten(prompt, most) != prompt:
+            taken_by_all = "too many" if self.processor.is_too_long(prompt) else len(self.processor.encode(prompt)) + 2
+            prompt = self.processor.shorten(prompt, most - ANSWER_ROOM)
+            fits = room - ANSWER_ROOM
+            notes.append(f"the prompt takes {taken_by_all} tokens and {fits} fit; it is cut after {len(prompt)} characters.")
         inputs = self.processor.tokens([len(self.pictures)], prompt, notes=notes)
         count = inputs["input_ids"].shape[1] - taken
-        if count > room and self.flags.truncate_prompt and room > ANSWER_ROOM:
-            fits = room - ANSWER_ROOM - (count - len(self.processor.encode(prompt)))
-            length = bisect_right(range(len(prompt)), fits, key=lambda n: len(self.processor.encode(prompt[:n]))) - 1
-            notes.append(f"the prompt takes {count} tokens and {room - ANSWER_ROOM} fit; it is cut after {length} characters.")
-            inputs = self.processor.tokens([len(self.pictures)], prompt[:length], notes=[])
-        elif count > room:
+        if count > room:
             raise PromptError(
                 f"the prompt takes {count} tokens, but {room} fit. The context is {context}, of which pictures take {taken}. "
                 "Shorten it, or add --truncate_prompt."

@@ -2,8 +2,9 @@
 
 One row is   <image> x (k pictures x N)  <bos> prompt \\n  | answer <eos>   with token type 0 before the bar and 1 behind it.
 The pictures' places come first, whatever the prompt says; the newline is a token of its own; rows are padded on the left.
-A user's text never becomes a control token: "<image>" or "<eos>" in a prompt is tokenised as the letters it is made of, only
-<loc0000> to <loc1023> and <seg000> to <seg127> keep their meaning. No id stands in this file: all come from the folder.
+A user's text never becomes <image>, bos, eos or pad: in a prompt they are tokenised as the letters they are made of. All other
+special tokens, also those that a fine-tune added, are tokens, as in transformers. No id stands in this file: all come from the
+folder.
 
 Sources: PaliGemma (arXiv:2407.07726, section 3.2), big_vision's configs/proj/paligemma/transfers/common.py (the newline),
 transformers' PaliGemmaProcessor (equal pixels and ids). Checked in tests/test_processing_paligemma.py.
@@ -11,10 +12,14 @@ Letters: B rows, L tokens of the longest row, I pictures in the whole batch, R p
 """
 
 import codecs
+import json
 import logging
+import math
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +28,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 
 import files
-from errors import CheckpointError, ImageError, PromptError, TokenizerError
+from errors import CheckpointError, ImageError, OutputError, PromptError, TokenizerError
 from images import load_image, squeeze
 
 if TYPE_CHECKING:
@@ -40,6 +45,14 @@ PLACE = re.compile("(<loc(?:0[0-9]{3}|10[01][0-9]|102[0-3])>|<seg(?:0[0-9]{2}|1[
 BYTE = re.compile("<0x([0-9A-F]{2})>")  # how byte fallback spells the bytes of a letter that has no token
 SPACE = "▁"  # how Gemma's vocabulary spells a space
 LARGEST_NUMBER, SMALLEST_STD = 1e6, 1e-6  # of what a picture's levels are multiplied by, lessened by and divided by
+# Of the types that tokenizer.json may name those that Gemma's tokenizer is made of. Others hold regular expressions of whoever
+# wrote the file, on which matching may take for ever, or panic in Rust.
+PARTS = {
+    "normalizer": {"Replace", "Sequence"},
+    "pre_tokenizer": {"Split", "Sequence"},
+    "post_processor": {"TemplateProcessing", "Sequence"},
+}
+ESCAPED = tuple(f"\\u00{digit}".encode() for digit in range(2, 8))  # ASCII, which no program escapes, so that a name is hidden
 IGNORED = -100  # a label that the loss skips
 CONVERT = "Make one with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
 
@@ -55,6 +68,67 @@ def read_settings(folder: Path, name: str, error_class: type[CheckpointError | T
     return files.read_json(path, error_class)
 
 
+NOT_GEMMA = "its BPE has a continuing_subword_prefix, or a part of it is of type Precompiled"
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says of an error, in at most 200 characters."""
+    return " ".join(str(error).split())[:200]
+
+
+def would_panic(data: bytes, path: Path) -> bool:
+    """Whether a tokenizer.json holds what the library answers with a panic, whose text Rust prints on stderr by itself.
+
+    The file is large, and parsing it takes half as long as loading it: so it is parsed only if a search for the two names, or for
+    letters that hide a name, finds something.
+    """
+    is_suspect = any(escape in data for escape in ESCAPED)
+    for name, harmless in ((b'"continuing_subword_prefix"', rb'\s*:\s*(null|"")'), (b'"Precompiled"', rb"\s*:")):
+        start = data.find(name)
+        while start >= 0 and not is_suspect:
+            is_suspect = not re.compile(harmless).match(data, start + len(name))
+            start = data.find(name, start + 1)
+    if not is_suspect:
+        return False
+    content = files.read_json(path, TokenizerError, files.MAX_TOKENIZER_BYTES)
+    model = content.pop("model", None)
+    has_prefix = isinstance(model, dict) and model.get("continuing_subword_prefix") not in (None, "")
+    content.pop("added_tokens", None)
+    return has_prefix or '"Precompiled"' in json.dumps(content)
+
+
+def types_in(part: object) -> Iterator[dict]:
+    """The parts of a normalizer, a pre-tokenizer or a post-processor, by what their own JSON says."""
+    if isinstance(part, dict):
+        yield part
+        for key in ("normalizers", "pretokenizers", "processors"):
+            for inner in part.get(key) or ():
+                yield from types_in(inner)
+
+
+def check_parts(tokenizer: Tokenizer, path: Path) -> None:
+    """Raises: TokenizerError unless the tokenizer is made of what Gemma's is made of."""
+    model, wrong = tokenizer.model, []
+    kind = type(model).__name__
+    if kind != "BPE":
+        wrong.append(kind)
+    else:
+        wrong += [name for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if getattr(model, name)]
+        wrong += [] if model.byte_fallback else ["no byte_fallback"]
+        wrong += ["a byte without a token"] if any(model.token_to_id(f"<0x{byte:02X}>") is None for byte in range(256)) else []
+    for name, allowed in PARTS.items():
+        part = getattr(tokenizer, name)
+        for inner in types_in(None if part is None else json.loads(part.__getstate__())):
+            if inner["type"] not in allowed:
+                wrong.append(inner["type"])
+            elif inner["type"] == "Replace" and (inner["pattern"], inner["content"]) != ({"String": " "}, SPACE):
+                wrong.append("Replace of other text than spaces")
+            elif inner["type"] == "Split" and "String" not in inner["pattern"]:
+                wrong.append("Split by a regular expression")
+    if wrong:
+        raise TokenizerError(f"{path} has {', '.join(wrong)}, which Gemma's has not. Is this Gemma's tokenizer?", path=path)
+
+
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer.json of a folder, so that it neither cuts nor pads. Raises: TokenizerError."""
     path = folder / "tokenizer.json"
@@ -65,12 +139,18 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             )
         raise TokenizerError(f"{folder} has neither tokenizer.json nor tokenizer.model. Download them again.", path=path)
     content = files.read_regular(path, files.MAX_TOKENIZER_BYTES, TokenizerError)
+    if would_panic(content, path):
+        raise TokenizerError(f"{path} is no tokenizer of Gemma's form: {NOT_GEMMA}. Download it again.", path=path)
     try:
         tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # tokenizers raises nothing more precise
         files.read_json(path, TokenizerError, files.MAX_TOKENIZER_BYTES)  # says line and column if it is not even JSON
-        reason = " ".join(str(error).split())
-        raise TokenizerError(f"{path} is no tokenizer: {reason}. Download it again.", path=path) from error
+        raise TokenizerError(f"{path} is no tokenizer: {one_line(error)}. Download it again.", path=path) from error
+    except BaseException as error:  # a panic in Rust, which is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"{path} is no tokenizer: {one_line(error)}. Download it again.", path=path) from error
+    check_parts(tokenizer, path)
     tokenizer.no_truncation()  # settings that a trainer left in the file
     tokenizer.no_padding()
     return tokenizer
@@ -180,7 +260,7 @@ def token_ids(tokenizer: Tokenizer, config: "PaliGemmaConfig", folder: Path) -> 
             raise TokenizerError(f"{folder / 'tokenizer_config.json'}: {kind}_token is no text. Download it again.", path=folder)
         tokens[f"{kind}_token_id"] = token
     ids = {name: tokenizer.token_to_id(token) for name, token in tokens.items()}
-    if ids["pad_token_id"] is None:
+    if ids["pad_token_id"] in (None, ids["image_token_id"]):  # padding that is an <image> would count as one
         ids["pad_token_id"] = ids["eos_token_id"]
     configured = configured_ids(read_settings(folder, "config.json", CheckpointError), folder)
     configured["image_token_id"] = {config.image_token_index}
@@ -275,13 +355,27 @@ def strip(prompt: str, notes: list[str]) -> str:
     return text
 
 
-def as_texts(value: str | Sequence[str], what: str) -> list[str]:
-    """One text or several as a list. Raises: PromptError for anything else."""
-    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else [value]
+def number_as_text(value: object) -> object:
+    """A number as its digits, as a label in a data set may be one; anything else as it came."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return value
+    try:
+        return str(value) if math.isfinite(value) else value
+    except OverflowError:  # a whole number above 10^308, which is no label
+        return value
+
+
+def as_texts(values: object, what: str) -> list[str]:
+    """One text or several (a list, an array, a generator) as a list. Raises: PromptError for anything else."""
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    is_one = isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Iterable)
+    texts = [values] if is_one else list(values)
+    texts = [number_as_text(text) for text in texts] if what == "suffix" else texts
     wrong = [type(text).__name__ for text in texts if not isinstance(text, str)]
     if wrong:
         raise PromptError(f"a {what} is {wrong[0]}. Text, or a list of texts, is needed.")
-    return texts
+    return [str(text) for text in texts]  # those of numpy too
 
 
 def several(images: object) -> list | None:
@@ -315,15 +409,25 @@ class PaliGemmaProcessor:
     """Makes the model's input from pictures and prompts, and text from its answer. Made by `from_pretrained`.
 
     Args:
-        tokenizer: of Gemma's form, with <loc>, <seg> and <image>. It is changed: special tokens in text become plain text.
+        tokenizer: of Gemma's form, with <loc>, <seg> and <image>.
         ids: image_token_id, pad_token_id, bos_token_id, eos_token_id, newline_token_id.
         image_size: R, pixels of a side.
         num_image_tokens: N, tokens of a picture.
         pixel_table: float32[3, 256], the value of each level of red, green, blue.
+        context: the most tokens that the model reads, which bounds the text that is tokenised at all.
+        settings: by name the JSON files that came with the tokenizer, for save_pretrained.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, ids: dict[str, int], image_size: int, num_image_tokens: int, pixel_table: np.ndarray
+        self,
+        tokenizer: Tokenizer,
+        ids: dict[str, int],
+        image_size: int,
+        num_image_tokens: int,
+        pixel_table: np.ndarray,
+        *,
+        context: int = 8192,
+        settings: dict[str, dict] | None = None,
     ):
         self.tokenizer = tokenizer
         self.image_size = image_size
@@ -335,15 +439,21 @@ class PaliGemmaProcessor:
         self.newline_token_id = ids["newline_token_id"]
         self.vocab_size = tokenizer.get_vocab_size()  # the model may have more rows; nobody trained those
         self.pixel_table = pixel_table
+        self.context = context
+        self.settings = settings or {}
         frame = [tokenizer.id_to_token(ids[f"{kind}_token_id"]) for kind in ("pad", "bos", "eos")]
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in frame])
-        tokenizer.encode_special_tokens = True
         self.place_ids = {token: tokenizer.token_to_id(token) for token in LOCATIONS + SEGMENTS}
         # Ids, bin by bin; check_tokenizer saw to it that they follow one another.
         self.locations, self.segments = (range(self.place_ids[t[0]], self.place_ids[t[-1]] + 1) for t in (LOCATIONS, SEGMENTS))
-        special = {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.control_tokens = {number: token for number, token in special.items() if token not in self.place_ids}
-        self.control_ids = frozenset(self.control_tokens)
+        added = {number: token for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        special = {number: token for number, token in added.items() if token.content not in self.place_ids}
+        self.control_ids = frozenset(special)  # they leave no text
+        reserved = {self.image_token_id, self.pad_token_id, self.bos_token_id, self.eos_token_id}
+        self.control_tokens = {number: token.content for number, token in special.items() if number in reserved}
+        # Between the first letter of a control token and the rest.
+        cuts = (f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in self.control_tokens.values() if len(t) > 1)
+        self.cut = re.compile("|".join(cuts))
 
     @classmethod
     def from_pretrained(
@@ -361,11 +471,40 @@ class PaliGemmaProcessor:
         settings = read_pixel_settings(folder)
         check_pixel_settings(settings, config, folder)
         table = pixel_table(settings, folder / "preprocessor_config.json")
+        names = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "special_tokens_map.json")
+        kept = {name: read_settings(folder, name, CheckpointError) for name in names}
         tokenizer = read_tokenizer(folder)
         add_missing_tokens(tokenizer)
         ids = token_ids(tokenizer, config, folder)
         check_tokenizer(tokenizer, config.text_config.vocab_size, folder)
-        return cls(tokenizer, ids, config.vision_config.image_size, config.num_image_tokens, table)
+        size, context = config.vision_config.image_size, config.text_config.max_position_embeddings
+        return cls(tokenizer, ids, size, config.num_image_tokens, table, context=context, settings=kept)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes all that from_pretrained and transformers read of a processor; weights.save_model adds the model.
+
+        Raises: OutputError.
+        """
+        folder, done = Path(folder), dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
+        classes = {"image_processor_type": "SiglipImageProcessor", "processor_class": "PaliGemmaProcessor"}
+        size = {"size": {"height": self.image_size, "width": self.image_size}, "image_seq_length": self.num_image_tokens}
+        numbers = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255, "resample": 3}  # if none is named
+        both = self.settings.get("processor_config.json", {}).get("image_processor")  # as transformers 5 saves it
+        given = both or self.settings.get("preprocessor_config.json")
+        kinds = ("pad", "bos", "eos")
+        names = {f"{kind}_token": self.tokenizer.id_to_token(getattr(self, f"{kind}_token_id")) for kind in kinds}
+        names |= {"tokenizer_class": "GemmaTokenizer", "processor_class": "PaliGemmaProcessor"}
+        contents = {name: content for name, content in self.settings.items() if content}
+        contents["preprocessor_config.json"] = done | classes | size | numbers | (given or {})
+        contents["tokenizer_config.json"] = names | self.settings.get("tokenizer_config.json", {})
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{folder} cannot be made: {error.strerror}. Name another folder.", path=folder) from error
+        texts = {name: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for name, content in contents.items()}
+        for name, text in (texts | {"tokenizer.json": self.tokenizer.to_str(pretty=True)}).items():
+            with files.whole(folder / name) as beside:
+                beside.write_text(text, encoding="utf-8")
 
     def __call__(
         self,
@@ -388,7 +527,8 @@ class PaliGemmaProcessor:
         Raises: PromptError, ImageError, AccessError.
         """
         said = [] if notes is None else notes
-        rows = arrange(images, len(as_texts(prompts, "prompt")), isinstance(prompts, str))
+        is_one_row, prompts = isinstance(prompts, str), as_texts(prompts, "prompt")
+        rows = arrange(images, len(prompts), is_one_row)
         batch = self.tokens([len(row) for row in rows], prompts, suffixes, notes=said)
         pictures = [picture for row in rows for picture in row]
         if pictures:
@@ -450,31 +590,66 @@ class PaliGemmaProcessor:
             batch["labels"] = np.where(batch["token_type_ids"] == 1, batch["input_ids"], IGNORED)  # [B, L]
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-    def encode(self, text: str, notes: list[str] | None = None) -> list[int]:
-        """The ids of a text as it stands: <loc> and <seg> as their tokens, other special tokens as the letters they are.
+    @cached_property
+    def longest_token(self) -> int:
+        """In characters."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
-        Raises: PromptError if the text is not valid UTF-8.
+    def is_too_long(self, text: str) -> bool:
+        """Whether the model could not read the text even if every token were the longest one."""
+        return len(text) > self.context and len(text) > self.context * self.longest_token
+
+    def encode(self, text: str, notes: list[str] | None = None) -> list[int]:
+        """The ids of a text as it stands; <image>, bos, eos and pad in it as the letters they are.
+
+        Raises: PromptError if the text is not valid UTF-8, or longer than any that the model can read.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise PromptError("the prompt is not valid UTF-8. Type it in a terminal that uses UTF-8.") from error
+        if self.is_too_long(text):
+            most = self.context * self.longest_token
+            raise PromptError(f"the text has {len(text)} characters, but {most} are the most that can fit. Shorten it.")
         typed = [token for token in self.control_tokens.values() if token in text]
         if typed and notes is not None:
             notes.append(f"{', '.join(typed)} in the text is taken as letters, not as a token of the model.")
-        ids = []
+        return [number for number, _ in self.ids_and_ends(text)]
+
+    def ids_and_ends(self, text: str) -> Iterator[tuple[int, int]]:
+        """The ids of a text, and how many of its characters are behind each."""
+        start = 0
         for piece in PLACE.split(text):
-            ids += [self.place_ids[piece]] if piece in self.place_ids else self.encode_letters(piece)
+            if piece in self.place_ids:
+                yield self.place_ids[piece], start + len(piece)
+            elif piece:
+                yield from ((number, start + end) for number, end in self.encode_letters(piece))
+            start += len(piece)
+
+    def encode_letters(self, text: str) -> list[tuple[int, int]]:
+        """The ids of a text without <loc> and <seg>, and where each ends; never the id of a control token."""
+        parts = self.cut.split(text) if any(token in text for token in self.control_tokens.values()) else [text]
+        ids, start = [], 0
+        for part in parts:
+            whole = self.tokenizer.encode(part, add_special_tokens=False)
+            if self.control_tokens.keys().isdisjoint(whole.ids):
+                ids += [(number, start + end) for number, (_, end) in zip(whole.ids, whole.offsets, strict=True)]
+            else:  # the merges themselves can put a control token together; bytes are never merged
+                spelled = (self.tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in part.encode())
+                ids += [(number, start + len(part)) for number in spelled]
+            start += len(part)
         return ids
 
-    def encode_letters(self, text: str) -> list[int]:
-        """The ids of a text without <loc> and <seg>; never the id of a control token."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        if self.control_ids.isdisjoint(ids):
-            return ids
-        # The merges themselves can put a control token together; then they do not get to see its "<" and the rest at once.
-        pieces = re.split("(?<=<)", text)
-        return [number for piece in pieces for number in self.tokenizer.encode(piece, add_special_tokens=False).ids]
+    def shorten(self, text: str, count: int) -> str:
+        """The text, or as much of its beginning as has at most `count` tokens."""
+        beginning = text[: count * self.longest_token] if len(text) > count else text  # more cannot fit
+        ends = [end for _, end in self.ids_and_ends(beginning)]
+        if len(ends) <= count and beginning == text:
+            return text
+        kept = min(count, len(ends))
+        while kept > 0 and len(self.encode(text[: ends[kept - 1]])) > count:
+            kept -= 1 + kept // 16  # what is before a cut may be spelled in more tokens than it was
+        return text[: ends[kept - 1]] if kept > 0 else ""
 
     def unused_ids(self, num_rows: int) -> list[int]:
         """The ids below `num_rows` (vocab_size of text_config) that no token has, and that a model must not generate."""

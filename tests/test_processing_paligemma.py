@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from errors import CheckpointError, ImageError, PromptError, TokenizerError
+from errors import CheckpointError, ImageError, OutputError, PromptError, TokenizerError
 from processing_paligemma import LOCATIONS, SEGMENTS, PaliGemmaProcessor
 from tiny_tokenizer import tokenizer_json, write_json, write_processor, write_tokenizer
 
@@ -321,7 +322,7 @@ def test_notes_are_logged_if_nobody_collects_them(processor, caplog):
 # Control tokens and places
 
 
-@pytest.mark.parametrize("token", ["<image>", "<bos>", "<eos>", "<pad>", "<unk>", "<mask>"])
+@pytest.mark.parametrize("token", ["<image>", "<bos>", "<eos>", "<pad>"])
 def test_a_typed_control_token_is_letters(processor, token):
     notes = []
     batch = processor(picture(), f"what is {token}?", f"{token} is", notes=notes)
@@ -333,17 +334,81 @@ def test_a_typed_control_token_is_letters(processor, token):
     assert processor.decode(processor.encode(f"what is {token}?")) == f"what is {token}?"
 
 
-def test_any_token_that_the_file_marks_as_special_is_letters(tmp_path):
-    config = write_processor(tmp_path)
+OWN_TOKENS = {  # what fine-tunes add after <image>
+    "<mytask>": {"special": True},
+    "[@BOS@]": {"special": True},
+    "<left>": {"special": True, "lstrip": True},
+    "<right>": {"special": True, "rstrip": True},
+    "<word>": {"special": True, "single_word": True},
+    "<norm>": {"special": True, "normalized": True},
+    "<plain>": {"special": False},
+    "<mytask>s": {"special": True},
+}
+OWN_PROMPTS = [
+    "<mytask> a cat",
+    "do <mytask><mytask>, <loc0001> [@BOS@] x",
+    "a  <left> b <right>  c<right>\n d",
+    "<word> a<word> <word>b <word>,",
+    "<norm>a <norm> <plain>b<plain>",
+    "<mytask>s and <mytask> <unk> <mask> é<mytask>\U0001f600",
+]
+
+
+def write_own_tokens(folder):
+    """A folder as a fine-tune leaves it: tokens of its own after <image>, then rows of the embedding without a token."""
+    config = write_processor(folder, image_size=SIDE)
     tokenizer = tokenizer_json()
-    own = tokenizer["added_tokens"][-1] | {"id": config["image_token_index"] + 1, "content": "[@BOS@]"}
-    tokenizer["added_tokens"].append(own)
+    image = tokenizer["added_tokens"][-1]
+    for number, (content, flags) in enumerate(OWN_TOKENS.items(), start=image["id"] + 1):
+        tokenizer["added_tokens"].append(image | {"id": number, "content": content} | flags)
+    write_json(folder, "tokenizer.json", tokenizer)
+    write_json(folder, "config.json", config | {"text_config": config["text_config"] | {"vocab_size": number + 20}})
+    return range(image["id"] + 1, number + 1)
+
+
+@pytest.mark.parametrize("prompt", OWN_PROMPTS)
+def test_special_tokens_of_a_fine_tune_are_tokens_as_in_transformers(tmp_path, prompt):
+    from transformers import PaliGemmaProcessor as Reference
+
+    own = write_own_tokens(tmp_path)
+    processor, reference = PaliGemmaProcessor.from_pretrained(tmp_path), Reference.from_pretrained(tmp_path)
+    assert [processor.tokenizer.token_to_id(token) for token in OWN_TOKENS] == list(own)
+    notes = []
+    ours = processor(picture(), prompt, prompt, notes=notes)
+    assert_equal(ours, reference(images=picture(), text=f"<image>{prompt}", suffix=prompt, return_tensors="pt"))
+    assert notes == [] and set(own) & set(ours["input_ids"][0].tolist())
+    assert processor.decode(processor.encode(prompt)) == reference.tokenizer.decode(
+        processor.encode(prompt), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+
+
+def test_a_control_token_beside_a_token_of_ones_own_is_letters(tmp_path):
+    own = write_own_tokens(tmp_path)
+    processor, notes = PaliGemmaProcessor.from_pretrained(tmp_path), []
+    ids = processor.encode("<mytask> <image><eos> x", notes)
+    assert ids.count(own[0]) == 1 and not {processor.image_token_id, processor.eos_token_id} & set(ids)
+    assert processor.decode(ids) == " <image><eos> x" and "<image>, <eos>" in notes[0].replace("<eos>, <image>", "<image>, <eos>")
+
+
+def test_ids_without_a_token_are_named_whatever_gaps_the_vocabulary_has(tmp_path):
+    own = write_own_tokens(tmp_path)
+    rows = own[-1] + 20
+    assert PaliGemmaProcessor.from_pretrained(tmp_path).unused_ids(rows) == list(range(own[-1] + 1, rows))
+    tokenizer = tokenizer_json()
+    tokenizer["model"]["vocab"] |= {"<image>": tokenizer["added_tokens"][-1]["id"], "zz": rows - 1}  # in the model, and a gap
     write_json(tmp_path, "tokenizer.json", tokenizer)
-    write_json(tmp_path, "config.json", config | {"text_config": {"vocab_size": own["id"] + 1}})
-    processor = PaliGemmaProcessor.from_pretrained(tmp_path)
-    assert own["id"] in processor.control_ids
-    ids = processor.encode("a [@BOS@] b")
-    assert own["id"] not in ids and processor.decode(ids) == "a [@BOS@] b"
+    gapped = PaliGemmaProcessor.from_pretrained(tmp_path)
+    assert gapped.unused_ids(rows) == list(range(gapped.image_token_id + 1, rows - 1))
+    assert gapped.decode([rows - 1, rows - 2, *gapped.encode("a cat")]) == "zza cat"
+
+
+@pytest.mark.parametrize("number", [10**6, 5])  # beyond the embedding, and one that another token has
+def test_a_vocabulary_with_ids_that_cannot_be_is_refused(tmp_path, number):
+    write_processor(tmp_path)
+    tokenizer = tokenizer_json()
+    tokenizer["model"]["vocab"]["zz"] = number
+    write_json(tmp_path, "tokenizer.json", tokenizer)
+    refusal(tmp_path, TokenizerError)
 
 
 def test_merges_cannot_put_a_control_token_together(tmp_path):
@@ -728,3 +793,160 @@ def test_importing_the_processor_imports_neither_torch_nor_transformers():
 def test_the_tiny_tokenizer_is_of_the_size_it_says(tmp_path):
     ids = write_tokenizer(tmp_path, num_words=20)
     assert ids["image_token_index"] == ids["vocab_size"] - 1 < tokenizer_json(200)["added_tokens"][-1]["id"]
+
+
+# Tokenizers of strangers
+
+
+def part(name, **value):
+    return lambda tokenizer: tokenizer.update({name: value})
+
+
+def model(**values):
+    return lambda tokenizer: tokenizer["model"].update(values)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        model(continuing_subword_prefix="##"),
+        model(continuing_subword_prefix="é", merges=["a b"]),
+        model(end_of_word_suffix="</w>"),
+        model(dropout=0.5),
+        model(byte_fallback=False),
+        model(type="WordLevel"),
+        model(type="Unigram", vocab=[["<unk>", 0.0], ["a", -1.0]], unk_id=0),
+        part("normalizer", type="Precompiled"),
+        part("normalizer", type="Sequence", normalizers=[{"type": "Precompiled", "precompiled_charsmap": 1}]),
+        part("normalizer", type="Replace", pattern={"Regex": "(a+)+$"}, content="x"),
+        part("normalizer", type="Replace", pattern={"String": "a"}, content="aa"),
+        part("normalizer", type="Lowercase"),
+        part("pre_tokenizer", type="Split", pattern={"Regex": "(a+)+$"}, behavior="Isolated", invert=False),
+        part("pre_tokenizer", type="Split", pattern={"String": "t"}, behavior="Removed", invert=False),
+        part("pre_tokenizer", type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True),
+        part("post_processor", type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True),
+    ],
+)
+def test_a_tokenizer_of_other_parts_is_refused_in_one_line_and_nothing_else_is_printed(tmp_path, change, capfd):
+    write_processor(tmp_path)
+    tokenizer = tokenizer_json()
+    change(tokenizer)
+    write_json(tmp_path, "tokenizer.json", tokenizer)
+    message = refusal(tmp_path, TokenizerError)
+    assert "tokenizer.json" in message and len(message) < 600
+    assert capfd.readouterr() == ("", "")  # Rust prints a panic by itself
+
+
+def test_a_name_hidden_in_escapes_does_not_panic_either(tmp_path, capfd):
+    write_processor(tmp_path)
+    tokenizer = tokenizer_json()
+    tokenizer["model"]["continuing_subword_prefix"] = "##"
+    text = json.dumps(tokenizer).replace("continuing_subword_prefix", "continuing_subword\\u005fprefix")
+    (tmp_path / "tokenizer.json").write_text(text)
+    assert "continuing_subword_prefix" in refusal(tmp_path, TokenizerError)
+    assert capfd.readouterr().err == ""
+
+
+def test_words_that_look_like_a_bad_part_are_words(tmp_path):
+    write_processor(tmp_path)
+    tokenizer = tokenizer_json()
+    for token in ("Precompiled", "continuing_subword_prefix"):
+        tokenizer["added_tokens"].append(tokenizer["added_tokens"][-1] | {"content": token, "special": False})
+    write_json(tmp_path, "tokenizer.json", tokenizer)
+    change(tmp_path, "config.json", text_config={"model_type": "gemma", "vocab_size": 1800})
+    processor = PaliGemmaProcessor.from_pretrained(tmp_path)
+    assert processor.decode(processor.encode("a Precompiled b")) == "a Precompiled b"
+
+
+# Long texts
+
+
+class Counted:
+    """A tokenizer that counts the characters that it is given."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.characters = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def encode(self, text, **options):
+        self.characters += len(text)
+        return self.tokenizer.encode(text, **options)
+
+
+LETTERS = ["\U0001f600", " ", "a", "cat ", "\n", "<loc0001>", "<image>", "<", "a<loc0001>", "<seg001>x", "é"]
+
+
+@pytest.mark.parametrize("letters", LETTERS)
+def test_work_on_a_text_is_bounded_however_long_it_is(folder, letters):
+    processor = PaliGemmaProcessor.from_pretrained(folder)
+    processor.context, text = 200, f"x{letters * (1_000_000 // len(letters))}x"
+    counted = processor.tokenizer = Counted(processor.tokenizer)
+    with pytest.raises(PromptError, match="characters, but"):
+        processor(None, text)
+    assert counted.characters == 0
+    short = processor.shorten(text, 150)
+    assert text.startswith(short) and 0 < len(processor.encode(short)) <= 150
+    assert counted.characters < 3 * 150 * processor.longest_token
+
+
+@pytest.mark.parametrize("text", [*PROMPTS, *LETTERS, "a  <seg001><seg0011> b<loc0001>", "cat " * 50])
+def test_a_text_is_shortened_to_as_many_tokens_as_fit(processor, text):
+    ids = processor.encode(text)
+    assert processor.shorten(text, len(ids)) == text and processor.shorten(text, 0) == ""
+    for count in range(1, len(ids)):
+        short = processor.shorten(text, count)
+        assert text.startswith(short) and count - 4 < len(processor.encode(short)) <= count  # 4 bytes may make a character
+
+
+# Texts of other types, and folders from Python
+
+
+def test_a_label_may_be_a_number_and_a_prompt_an_array(processor):
+    texts = [[3, 2.5, np.int64(7), np.float32(0.1), np.str_("x"), "y"], ["3", "2.5", "7", "0.1", "x", "y"]]
+    ours, expected = (processor(None, ["count"] * 6, suffixes) for suffixes in texts)
+    assert_equal(ours, expected)
+    assert_equal(processor(picture(), "count", 3), processor(picture(), "count", "3"))
+    for prompts in (np.array(["a", "cat"]), ("a", "cat"), (text for text in ("a", "cat"))):
+        assert_equal(processor(picture(), prompts), processor(picture(), ["a", "cat"]))
+    for label in (True, np.bool_(True), math.nan, math.inf, 10**5000, b"x", {"a": 1}, {"a"}, 1j, None):
+        with pytest.raises(PromptError, match="a suffix is "):
+            processor(None, ["count"], [label])
+
+
+@pytest.mark.parametrize("source", ["hub", "own tokens", "no preprocessor", "transformers 5"])
+def test_a_saved_processor_is_complete_for_us_and_for_transformers(tmp_path, source):
+    from transformers import AutoProcessor
+
+    first, second = tmp_path / "first", tmp_path / "deep" / "second"
+    first.mkdir()
+    if source == "own tokens":
+        write_own_tokens(first)
+    else:
+        write_processor(first, image_size=SIDE)
+    means = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.3, 0.2, 0.1]}
+    if source == "no preprocessor":
+        (first / "preprocessor_config.json").unlink()
+    elif source == "hub":
+        change(first, "preprocessor_config.json", **means)
+    elif source == "transformers 5":
+        change(first, "preprocessor_config.json", **means)
+        AutoProcessor.from_pretrained(first).save_pretrained(tmp_path / "five")
+        (tmp_path / "five" / "config.json").write_bytes((first / "config.json").read_bytes())
+        first = tmp_path / "five"
+        assert not (first / "preprocessor_config.json").exists()
+    ours = PaliGemmaProcessor.from_pretrained(first)
+    ours.save_pretrained(second)
+    (second / "config.json").write_bytes((first / "config.json").read_bytes())
+    again, theirs = PaliGemmaProcessor.from_pretrained(second), AutoProcessor.from_pretrained(second)
+    prompt = "detect <mytask> red car ; é\U0001f600 <loc0007>"
+    expected = ours(picture(), prompt, "x")
+    assert_equal(again(picture(), prompt, "x"), expected)
+    assert_equal(expected, theirs(images=picture(), text=f"<image>{prompt}", suffix="x", return_tensors="pt"))
+
+
+def test_a_processor_that_cannot_be_saved_says_so(processor, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be made"):
+        processor.save_pretrained(tmp_path / "file" / "folder")
