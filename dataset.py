@@ -2,10 +2,12 @@
 
     {"image": "a.jpg", "prefix": "detect cat", "suffix": "<loc0104><loc0320><loc0458><loc0674> cat"}
 
-is the form of Roboflow's PaliGemma export and of big_vision, with pictures named relative to the JSONL's folder. A run that dies
-of line 40,000 after two hours, or that learns from boxes in another order, is what this file is there to prevent: every line and
-every picture is looked at, and all that is wrong is named at once. A fault stops the run unless the user says to skip such lines;
-a doubt is said and changes nothing.
+is the form of Roboflow's PaliGemma export and of big_vision. Pictures are named relative to the JSONL's folder or to --image_dir,
+which neither names nor links may leave. A number as suffix stands for its text.
+
+A run that fails at line 40,000 after two hours, or that learns from boxes in another order, is what this file is there to
+prevent: every line and every picture is looked at, and all that is wrong is named at once. A fault stops the run unless the user
+says to skip such lines; a doubt is reported and changes nothing.
 
 `Examples` makes batches of what is left. Checked in tests/test_dataset.py.
 """
@@ -18,11 +20,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress, pairwise
 from pathlib import Path
 
 from PIL import Image
 
+import files
 from augmentation import zoom
 from errors import DatasetError, ImageError
 from images import load_image, read_file, squeeze
@@ -30,6 +34,22 @@ from outputs import CUT_BOX, CUT_MASK, LONG_MASK, NO_AREA, SWAPPED, read_text
 
 FIELDS = ("image", "prefix", "suffix")
 MOST_LINE_BYTES = 1 << 20
+HEAD_BYTES = 1 << 16  # of a file, to tell what it is
+SHOWN = 60  # characters of a text from the file in a message
+NEEDED = "A line of JSON for each example is needed: {\"image\": \"a.jpg\", \"prefix\": \"detect cat\", \"suffix\": \"...\"}."
+MAGIC = {  # how files begin that are no text in UTF-8
+    b"PAR1": "a Parquet table",
+    b"PK\x03\x04": "a ZIP archive",
+    b"\x1f\x8b": "compressed (gzip)",
+    b"BZh": "compressed (bzip2)",
+    b"\xfd7zXZ": "compressed (xz)",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd)",
+    b"ARROW1": "an Arrow table",
+    b"\xff\xfe": "text in UTF-16",
+    b"\xfe\xff": "text in UTF-16",
+    b"{\0": "text in UTF-16",
+    b"\0{": "text in UTF-16",
+}
 LIKE_A_PLACE = re.compile(r"<(?:loc|seg)[^<>\s]{0,8}>")
 A_PLACE = re.compile(r"<loc(?:0\d{3}|10[01]\d|102[0-3])>|<seg(?:0\d\d|1[01]\d|12[0-7])>")
 WRONG_PLACES = {
@@ -59,11 +79,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong in a line; line 0 stands for the whole file."""
+    """What is wrong in a line; line 0 stands for the whole file. `tokens`: how many it would need, where it is too long."""
 
     file: Path
     line: int
     text: str
+    tokens: int = 0
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.text}" if self.line else f"{self.file}: {self.text}"
@@ -74,6 +95,7 @@ class Split:
     """A JSONL that was read: what can be used of it, what cannot, what is doubtful.
 
     Args:
+        folder: which the names of pictures are relative to, and which they may not leave.
         hashes: of each picture's bytes, in the order of `examples`; filled by check_pictures.
     """
 
@@ -82,6 +104,7 @@ class Split:
     faults: list[Fault]
     doubts: list[Fault]
     hashes: list[bytes]
+    folder: Path | None = None
 
     def drop(self, faults: Iterable[Fault]) -> None:
         """Takes faulty lines out of the examples and notes why."""
@@ -103,72 +126,187 @@ class Split:
 # Lines
 
 
+class Number(str):
+    """A number of JSON as it is written in the file: 1.50 stays 1.50, and no digits are too many."""
+
+
+class Record(dict):
+    """An object of JSON; `twice` are the names that it has more than once, of which json takes the last."""
+
+    def __init__(self, pairs: list[tuple[str, object]]):
+        super().__init__(pairs)
+        counts = Counter(name for name, _ in pairs) if len(pairs) > len(self) else {}
+        self.twice = [name for name, count in counts.items() if count > 1]
+
+
+def no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=Record, parse_int=Number, parse_float=Number, parse_constant=no_constant)
+
+
+def short(text: object) -> str:
+    """A text from the file as a message shows it: quoted, and not longer than SHOWN."""
+    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
+
+
+def kind(value: object) -> str:
+    names = {bool: "true or false", type(None): "null", Number: "a number", list: "a list", Record: "an object", str: "a text"}
+    return names[type(value)]
+
+
 def parse_line(text: bytes, folder: Path, line: int) -> Example:
     """The example in a line. Raises: ValueError, with what is wrong."""
     if len(text) > MOST_LINE_BYTES:
-        raise ValueError(f"the line has {len(text)} bytes; {MOST_LINE_BYTES} is the limit")
+        raise ValueError(f"the line has more than {MOST_LINE_BYTES} bytes, which is the limit")
     try:
-        record = json.loads(text.decode("utf-8"))
+        record = DECODER.decode(text.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not usable JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"a {type(record).__name__}, not an object in braces")
+    if not isinstance(record, Record):
+        raise ValueError(f"{kind(record)}, not an object in braces")
+    if record.twice:
+        raise ValueError(f"{short(record.twice[0])} is there twice; leave one")
     for name in FIELDS:
         if name not in record:
-            raise ValueError(f"no {name!r}; it has {', '.join(map(repr, record)) or 'nothing'}")
-        if not isinstance(record[name], str):
-            raise ValueError(f"{name} is a {type(record[name]).__name__}; text is needed")
+            raise ValueError(lacking(name, record))
+        if isinstance(record[name], Number) and name == "suffix":
+            record[name] = str(record[name])
+        if type(record[name]) is not str:
+            raise ValueError(f'{name} is {kind(record[name])}; text in quotes is needed, and "" where there is none')
         if any(0xD800 <= ord(letter) < 0xE000 for letter in record[name]):
             raise ValueError(f"{name} holds half a surrogate pair; it cannot be written as UTF-8")
     return Example(inside(folder, record["image"]), record["prefix"], record["suffix"], line)
 
 
+def lacking(name: str, record: Record) -> str:
+    """That an object has no such field, and what it seems to be instead."""
+    if isinstance(record.get("images"), list) and "annotations" in record:
+        return f"a COCO file, which holds all pictures in one object. {NEEDED}"
+    chat = next((key for key in ("messages", "conversations") if key in record), None)
+    if chat is not None:
+        return f"a chat ({short(chat)}). Write its question as prefix, its answer as suffix, the name of its picture as image"
+    has = ", ".join(short(key) for key in [*record][:6]) + f" and {len(record) - 6} more" * (len(record) > 6)
+    return f"no {name!r}; it has {has or 'nothing'}"
+
+
 def inside(folder: Path, name: str) -> Path:
     """The picture of that name in the dataset's folder. Raises: ValueError for one that lies elsewhere."""
     if not name or "\0" in name:
-        raise ValueError(f"image is {name!r}; the name of a file is needed")
+        raise ValueError(f"image is {short(name)}; the name of a file is needed")
     if "://" in name:
-        raise ValueError(f"image {name!r} is an address; download it into the dataset's folder")
+        raise ValueError(f"image {short(name)} is an address; download it into the dataset's folder")
     if os.path.isabs(name):
-        raise ValueError(f"image {name!r} is an absolute name; one relative to the dataset's folder is needed")
+        raise ValueError(f"image {short(name)} is an absolute name; one relative to the dataset's folder is needed")
     path = Path(os.path.normpath(folder / name))
     if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
-        raise ValueError(f"image {name!r} lies outside the dataset's folder")
+        raise ValueError(f"image {short(name)} lies outside the dataset's folder")
     return path
 
 
-def read_split(file: str | Path) -> Split:
+def check_links(path: Path, folder: Path) -> str | None:
+    """Why a picture's name must not be followed: it is a link, or lies below one, that leads out of the folder.
+
+    In a snapshot of the hub's cache every file is a link to ../../blobs, beside the snapshots; that is not out of it.
+    """
+    root, real = (Path(os.path.realpath(place)) for place in (folder, path))
+    snapshot = next((above for above in (root, *root.parents) if above.parent.name == "snapshots"), None)
+    blobs = [snapshot.parent.parent / "blobs"] if snapshot else []
+    if any(real.is_relative_to(place) for place in (root, *blobs)):
+        return None
+    return f"{path} is a link that leads out of the dataset's folder; --image_dir names another folder for the pictures"
+
+
+def read_lines(file: Path) -> Iterable[bytes]:
+    """The lines of a file without their ends; of one that is too long the beginning, which is too long, too."""
+    with open(file, "rb") as stream:
+        while line := stream.readline(MOST_LINE_BYTES + 2):
+            rest = line
+            while rest and not rest.endswith(b"\n"):
+                rest = stream.readline(MOST_LINE_BYTES)
+            yield line.removesuffix(b"\n")
+
+
+def read_split(file: str | Path, image_dir: str | Path | None = None) -> Split:
     """The lines of a JSONL, the faulty ones named. Blank lines and a byte order mark are passed over.
 
-    Raises: DatasetError when there is no such file, or when no line can be used.
+    Args:
+        image_dir: what names of pictures are relative to; the file's own folder if not given.
+    Raises: DatasetError when there is no such file, when it is empty, and when it is recognised as something else.
     """
     file = Path(file)
-    split = Split(file, [], [], [], [])
+    folder = file.parent if image_dir is None else Path(image_dir)
+    if not files.is_file(file, DatasetError):
+        what = "is no regular file" if files.look(file, DatasetError) else "does not exist"
+        raise DatasetError(f"{file} {what}. Name a JSONL of examples.", path=file)
+    if not files.is_folder(folder, DatasetError):
+        raise DatasetError(f"{folder} is no folder. Name the one that the pictures' names are relative to.", path=folder)
+    split = Split(file, [], [], [], [], folder)
     try:
-        lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        with open(file, "rb") as stream:
+            head = stream.read(HEAD_BYTES)
+        if what := next((what for magic, what in MAGIC.items() if head.startswith(magic)), None):
+            raise DatasetError(f"{file} is {what}. {NEEDED}", path=file)
+        for line, text in enumerate(read_lines(file), start=1):
+            text = text.removeprefix(b"\xef\xbb\xbf") if line == 1 else text
+            if not text.strip():
+                continue
+            try:
+                split.examples.append(parse_line(text, folder, line))
+            except ValueError as error:
+                split.faults.append(Fault(file, line, str(error)))
     except OSError as error:
         raise DatasetError(f"{file} cannot be read: {error.strerror}. Name a JSONL of examples.", path=file) from error
-    for line, text in enumerate(lines, start=1):
-        if not text.strip():
-            continue
-        try:
-            split.examples.append(parse_line(text, file.parent, line))
-        except ValueError as error:
-            split.faults.append(Fault(file, line, str(error)))
-    if not split.examples and not split.faults:
-        raise DatasetError(f"{file} is empty. Lines with image, prefix and suffix are needed.", path=file)
+    if len(split.faults) >= len(split.examples):
+        explain_unusable(split, head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="replace").lstrip())
     return split
+
+
+def explain_unusable(split: Split, head: str) -> None:
+    """Raises: DatasetError for a file that is no JSONL of examples, if one sentence says what it is instead.
+
+    Args:
+        split: of which less than half can be used.
+        head: the beginning of the file.
+    """
+    first, _, rest = head.partition("\n")
+    is_broken = bool(split.faults) and split.faults[0].text.startswith("not JSON")  # the first line is not JSON by itself
+    name, what = split.file.name, None
+    if not head:
+        what = f"is empty. {NEEDED}"
+    elif split.examples and not is_broken:
+        return
+    elif re.match(r'\s*\{\s*"(info|licenses|categories|images|annotations)"\s*:\s*[\[{]', head):
+        what = f"is a COCO file, which holds all pictures in one object. {NEEDED}"
+    elif re.match(r"\[\s*\{", head):
+        code = f"import json; [print(json.dumps(x)) for x in json.load(open({name!r}))]"
+        what = f"is one JSON array, not a line for each example. Convert it: python -c \"{code}\" > examples.jsonl."
+    elif is_broken and head.startswith("{") and re.match(r'\s*["}]', rest):
+        what = f"has objects that are spread over several lines. Write each in one line: jq -c . {name} > examples.jsonl."
+    elif head.startswith("<"):
+        what = f"is HTML or XML. {NEEDED}"
+    elif head[0] not in "{[" and re.match(r"(- |---|\w+:(\s|$))", first):
+        what = f"is YAML. {NEEDED}"
+    elif head[0] not in "{[" and re.search(r"[,;\t]", first) and "{" not in first:
+        what = f"is a table (CSV). {NEEDED}"
+    elif not split.examples and len(split.faults) > 1 and len({fault.text for fault in split.faults}) == 1:
+        what = f"has no line that can be used. The same is wrong in all {len(split.faults)}: {split.faults[0].text.rstrip('.')}."
+    if what:
+        raise DatasetError(f"{split.file} {what}", path=split.file)
 
 
 # Pictures
 
 
-def look_at(path: Path) -> tuple[bytes, str | None]:
+def look_at(path: Path, folder: Path) -> tuple[bytes, str | None]:
     """The hash of a picture file, and what is wrong with it. It is read as it will be, to the last pixel and with its colours."""
+    if why := check_links(path, folder):
+        return b"", why
     try:
         load_image(path, notes=[])
         return hashlib.sha256(read_file(path)).digest(), None
@@ -180,7 +318,7 @@ def check_pictures(split: Split) -> None:
     """Drops the lines whose picture is missing, damaged or none."""
     paths = list(dict.fromkeys(example.image for example in split.examples))
     with ThreadPoolExecutor(READERS) as readers:
-        seen = dict(zip(paths, readers.map(look_at, paths), strict=True))
+        seen = dict(zip(paths, readers.map(partial(look_at, folder=split.folder), paths), strict=True))
     wrong = {path: why for path, (_, why) in seen.items() if why is not None}
     split.drop(Fault(split.file, example.line, wrong[example.image]) for example in split.examples if example.image in wrong)
     split.hashes = [seen[example.image][0] for example in split.examples]
@@ -203,7 +341,7 @@ def check_texts(split: Split, processor: object, max_text_tokens: int) -> None:
         count = len(prefix) + len(suffix) + 3
         if count > max_text_tokens:
             text = f"prefix ({len(prefix)}) and suffix ({len(suffix)}) take {count} tokens, over the {max_text_tokens} allowed"
-            faults.append(Fault(split.file, example.line, text))
+            faults.append(Fault(split.file, example.line, text, count))
             continue
         said = doubts_of(example.prefix, example.suffix)
         split.doubts += [Fault(split.file, example.line, text) for text in said]
@@ -229,7 +367,8 @@ def check_texts(split: Split, processor: object, max_text_tokens: int) -> None:
 def doubts_of(prefix: str, suffix: str) -> list[str]:
     """What is odd about a prompt and its answer, above all about the places in it."""
     unknown = [token for token in dict.fromkeys(LIKE_A_PLACE.findall(suffix)) if not A_PLACE.fullmatch(token)]
-    said = [f"{token} is no token; <loc0000> to <loc1023> and <seg000> to <seg127> are" for token in unknown]
+    more = f", and {len(unknown) - 3} others like it" if len(unknown) > 3 else ""
+    said = [f"{token} is no token; <loc0000> to <loc1023> and <seg000> to <seg127> are{more}" for token in unknown[:3]]
     letters = dict.fromkeys(CONTROL.findall(f"{prefix} {suffix}"))
     said += [f"{token} is read as letters; where it is needed the processor adds it, so leave it out" for token in letters]
     said += ["the suffix begins or ends with white space, which would be learned"] * (suffix.strip() not in ("", suffix))
@@ -269,17 +408,30 @@ def compare(train: Split, valid: Split) -> list[Fault]:
     if len(learned) <= FEW_PREFIXES:
         new = dict.fromkeys(example.prefix.strip() for example in valid.examples if example.prefix.strip() not in learned)
         if new:
-            doubts.append(Fault(valid.file, 0, f"{len(new)} prompts are not in {train.file.name}, such as {next(iter(new))!r}"))
+            text = f"{len(new)} prompt{'s are' if len(new) > 1 else ' is'} not in {train.file.name}"
+            doubts.append(Fault(valid.file, 0, f"{text}, such as {short(next(iter(new)))}"))
     return doubts
 
 
-def require_usable(splits: Sequence[Split], skip_bad: bool) -> None:
-    """Lets a run begin. Raises: DatasetError when lines cannot be used and are not to be skipped, or when none is left."""
+def require_usable(splits: Sequence[Split], skip_bad: bool, room: int | None = None) -> None:
+    """Lets a run begin.
+
+    Args:
+        room: tokens of text that the model has room for beside a picture.
+    Raises: DatasetError when lines cannot be used and are not to be skipped, or when none is left.
+    """
     faults = [fault for split in splits for fault in split.faults]
     if faults and not skip_bad:
-        first = str(faults[0]).rstrip(".")
-        text = f"{len(faults)} lines cannot be used; the first: {first}. Mend them, or go on without them: --skip_bad."
-        raise DatasetError(text, path=faults[0].file)
+        first, longest = str(faults[0]).rstrip("."), max(fault.tokens for fault in faults)
+        num_long, advice = sum(fault.tokens > 0 for fault in faults), []
+        if longest and (room is None or longest <= room):
+            advice.append(f"Give room to the {num_long} that are too long: --max_text_tokens {longest}.")
+        elif longest:
+            advice.append(f"The longest needs {longest} tokens, and the model has room for {room}: shorten it.")
+        if num_long < len(faults):
+            advice.append(f"Fix {'the others' if num_long else 'them'}, or go on without them: --skip_bad.")
+        number = f"{len(faults)} lines" if len(faults) > 1 else "1 line"
+        raise DatasetError(f"{number} cannot be used; the first: {first}. {' '.join(advice)}", path=faults[0].file)
     for split in splits:
         if not split.examples:
             raise DatasetError(

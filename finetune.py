@@ -30,6 +30,7 @@ import re
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -44,7 +45,7 @@ import files
 import machine
 from commandline import note
 from errors import DatasetError, DeviceError, ImageError, UsageError
-from files import expand, read_regular
+from files import expand, look, read_regular
 from options import bundled, require
 from run_folder import Log, alone, check_settings, check_taken, copy_file, make_folder, replace_text, settings_of
 
@@ -81,13 +82,14 @@ class Flags:
     Args:
         train: the examples to learn from, a JSONL
         valid: examples to be scored on and never to be learned from
+        image_dir: the folder that the names of pictures are relative to; that of the JSONL if not given
         output: a new folder for everything that comes of it
         config: a YAML file of these settings; examples/finetune.yaml has them all
         model_path: what to start from, a folder or a hub id; the bundled model if not given
         base_model: the model that an adapter belongs to, if it is not where the adapter says
         revision: branch, tag or commit of a hub id
         device: auto, cpu, cuda or cuda:N
-        dtype: that is computed in, bf16 or fp32; trained weights are kept in float32 anyway
+        dtype: precision of the computation, bf16 or fp32; trained weights are kept in float32 anyway
         method: full, or lora for a small adapter
         parts: what is trained, of attention, language_model, vision_tower, projector, with commas; everything if not given, with
             lora the language model
@@ -100,9 +102,9 @@ class Flags:
         batch_size: examples of an update
         rows: examples that are in memory at a time; a batch is made of several passes
         learning_rate: at its peak; 1e-5, and 2e-4 for an adapter, if not given
-        learning_rate_language_model: where it differs
-        learning_rate_vision_tower: where it differs
-        learning_rate_projector: where it differs
+        learning_rate_language_model: of this part, where it differs
+        learning_rate_vision_tower: of this part, where it differs
+        learning_rate_projector: of this part, where it differs
         warmup: share of the updates in which the rate rises
         weight_decay: of matrices
         clip: longest gradient
@@ -128,6 +130,7 @@ class Flags:
 
     train: str | None = None
     valid: str | None = None
+    image_dir: str | None = None
     output: str | None = None
     config: str | None = None
     model_path: str | None = None
@@ -286,20 +289,23 @@ def read_data(flags: Flags, processor: object, room: int) -> list["dataset.Split
     """
     import dataset
 
-    splits = [dataset.read_split(file) for file in (flags.train, flags.valid) if file]
+    splits = [dataset.read_split(file, flags.image_dir) for file in (flags.train, flags.valid) if file]
     for split in splits:
         dataset.check_pictures(split)
         dataset.check_texts(split, processor, min(flags.max_text_tokens, room))
     if len(splits) == 2:
         splits[1].doubts += dataset.compare(*splits)
     for split in splits:
-        for kind, found in (("fault", split.faults), ("doubt", split.doubts)):
-            shown = len(found) if kind == "fault" else DOUBTS_SHOWN  # whoever mends a file wants to know all faults at once
-            for fault in found[:shown]:
-                note(f"{kind}: {fault}")
-            if len(found) > shown:
-                note(f"{kind}: ... and {len(found) - shown} more in {split.file}")
-    dataset.require_usable(splits, flags.skip_bad)
+        for fault in split.faults:  # whoever fixes a file wants to know all of them at once
+            note(f"fault: {fault}")
+        counts = Counter(doubt.text for doubt in split.doubts)
+        alike = {doubt.text: doubt for doubt in reversed(split.doubts)}  # the first line of each kind
+        for doubt in [doubt for doubt in split.doubts if alike[doubt.text] is doubt][:DOUBTS_SHOWN]:
+            more = counts[doubt.text] - 1
+            note(f"doubt: {doubt}" + f" (and {more} more line{'s' * (more > 1)} like it)" * (more > 0))
+        if len(counts) > DOUBTS_SHOWN:
+            note(f"doubt: ... and {len(counts) - DOUBTS_SHOWN} more kinds in {split.file}")
+    dataset.require_usable(splits, flags.skip_bad, room)
     return splits
 
 
@@ -660,10 +666,11 @@ def silence() -> Iterator[None]:
 
 def program(flags: Flags) -> None:
     commandline.relay_logs(flags.verbose)
-    places = {name: getattr(flags, name) for name in ("train", "valid", "output", "mask_codec")}
+    places = {name: getattr(flags, name) for name in ("train", "valid", "image_dir", "output", "mask_codec")}
     flags = replace(flags, **{name: os.path.expanduser(place) for name, place in places.items() if place})
-    if not Path(flags.train).exists():
-        raise DatasetError(f"{flags.train} does not exist. Name a JSONL of examples with --train.", path=flags.train)
+    for name, file in (("train", flags.train), ("valid", flags.valid)):
+        if file and look(file, DatasetError) is None:
+            raise DatasetError(f"{file} does not exist. Name a JSONL of examples with --{name}.", path=file)
     if flags.tensorboard and find_spec("tensorboard") is None:
         raise DeviceError("--tensorboard needs a package. Install it: pip install tensorboard.")
     machine.use_cores()

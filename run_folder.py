@@ -18,8 +18,8 @@ from files import whole
 
 FREE_TO_CHANGE = (  # when a run goes on: what has no influence on the weights
     "config", "output", "resume", "device", "evaluate_every", "save_every", "num_scored", "scores", "tensorboard", "debug",
-    "verbose", "preview", "valid", "skip_bad", "mask_codec", "train", "model_path", "base_model",
-    "revision",  # known by what is in them
+    "verbose", "preview", "skip_bad",
+    "train", "valid", "image_dir", "mask_codec", "model_path", "base_model", "revision",  # known by what is in them
 )  # fmt: skip
 MOST_LOG_BYTES = 1 << 16  # of a line of metrics.jsonl
 ADJUSTABLE = ("dtype", "clip")  # and the learning rates: the way out of updates that are no numbers

@@ -1,11 +1,17 @@
 """What a JSONL of examples may hold, which line is at fault when it does not, and what is doubtful about the rest."""
 
+import gc
 import json
+import os
+import subprocess
+import sys
+import weakref
 from collections import Counter
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -78,8 +84,17 @@ def test_fields_beside_the_three_are_allowed(folder):
         ("[" * 100_000, "not usable JSON"),
         ({"image": "a.png", "prefix": "x"}, "no 'suffix'; it has 'image', 'prefix'"),
         ("{}", "no 'image'; it has nothing"),
-        (GOOD | {"suffix": 3}, "suffix is a int; text"),
-        (GOOD | {"suffix": None}, "suffix is a NoneType"),
+        (GOOD | {"suffix": True}, "suffix is true or false; text in quotes"),
+        (GOOD | {"suffix": None}, "suffix is null; text in quotes"),
+        (GOOD | {"suffix": ["cat"]}, "suffix is a list"),
+        (GOOD | {"prefix": 3}, "prefix is a number"),
+        (GOOD | {"image": {"bytes": "x"}}, "image is an object"),
+        (GOOD | {"suffix": float("nan")}, "NaN is not a number of JSON"),
+        (json.dumps(GOOD)[:-1] + ', "suffix": "other"}', "'suffix' is there twice"),
+        ({"x" * 1000: 1}, "no 'image'; it has 'x{60}[.]{3}'"),
+        ({f"k{i}": 1 for i in range(1000)}, "'k5' and 994 more"),
+        (GOOD | {"image": "../" + "a" * 5000}, "outside the dataset"),
+        ({"messages": []}, "a chat .'messages'.. Write its question as prefix"),
         (GOOD | {"prefix": "\ud800"}, "surrogate"),
         (GOOD | {"image": "../a.png"}, "outside the dataset"),
         (GOOD | {"image": "/etc/passwd"}, "is an absolute name; one relative to the dataset's folder is needed"),
@@ -87,15 +102,166 @@ def test_fields_beside_the_three_are_allowed(folder):
         (GOOD | {"image": "x/../../a.png"}, "outside the dataset"),
         (GOOD | {"image": ""}, "name of a file"),
         (GOOD | {"image": "a\0.png"}, "name of a file"),
-        ('{"image": "' + "a" * (1 << 20) + '"}', "bytes; 1048576 is the limit"),
+        ('{"image": "' + "a" * (1 << 20) + '"}', "more than 1048576 bytes"),
     ],
 )
 def test_every_faulty_line_is_named_and_the_others_stay(folder, line, says):
     split = dataset.read_split(write(folder, GOOD, line, GOOD, line))
     assert [fault.line for fault in split.faults] == [2, 4] and len(split.examples) == 2
-    with pytest.raises(DatasetError, match=f"2 lines cannot be used.*train.jsonl:2: .*{says}.*--skip_bad"):
+    with pytest.raises(DatasetError, match=f"2 lines cannot be used.*train.jsonl:2: .*{says}.*--skip_bad") as caught:
         dataset.require_usable([split], skip_bad=False)
+    assert len(caught.value.message) < 600
     dataset.require_usable([split], skip_bad=True)
+
+
+@pytest.mark.parametrize("number", ["3", "-1.50", "1e999", "0.1", "9" * 5000])
+def test_a_number_as_suffix_is_its_text(folder, number):
+    split = dataset.read_split(write(folder, f'{{"image": "a.png", "prefix": "how many", "suffix": {number}}}'))
+    assert [example.suffix for example in split.examples] == [number] and type(split.examples[0].suffix) is str
+
+
+LINE = json.dumps(GOOD)
+COCO = {"info": {}, "images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"id": 1, "bbox": [1, 2, 3, 4]}]}
+OTHER = "\n".join(json.dumps({"img": "a", "q": "b"}) for i in range(1002))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (f"[{LINE}, {LINE}]", "is one JSON array.*python -c"),
+        (f"[\n{LINE},\n{LINE}\n]\n", "is one JSON array"),
+        ("\ufeff" + json.dumps([GOOD] * 50, indent=2), "is one JSON array"),
+        (json.dumps([GOOD] * 20_000), "is one JSON array"),
+        (json.dumps(COCO), "is a COCO file"),
+        (json.dumps(COCO, indent=1), "is a COCO file"),
+        (json.dumps(dict(reversed(COCO.items()))), "is a COCO file"),
+        (json.dumps(COCO | {"annotations": [{"id": i} for i in range(200_000)]}), "is a COCO file"),
+        (json.dumps(GOOD, indent=2) + "\n" + json.dumps(GOOD, indent=2), "spread over several lines.*jq -c"),
+        ("image,prefix,suffix\n" + "a.png,detect cat,x\n" * 1000, "is a table .CSV."),
+        ("image: a.png\nprefix: x\n", "is YAML"),
+        ("- image: a.png\n", "is YAML"),
+        ("<annotation><folder/></annotation>", "is HTML or XML"),
+        ("\n".join(json.dumps({"messages": [i]}) for i in range(1002)), "The same is wrong in all 1002: a chat"),
+        (OTHER, "The same is wrong in all 1002: no 'image'; it has 'img', 'q'"),
+        (LINE.encode("utf-16"), "is text in UTF-16"),
+        (LINE.encode("utf-16-le"), "is text in UTF-16"),
+        (b"PAR1" + bytes(100), "is a Parquet table"),
+        (b"PK\x03\x04" + bytes(100), "is a ZIP archive"),
+        (b"\x1f\x8b" + bytes(100), "is compressed .gzip."),
+    ],
+)
+def test_a_file_that_is_no_jsonl_is_recognised_in_one_sentence(folder, content, says):
+    (folder / "train.jsonl").write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(DatasetError, match=says) as caught:
+        dataset.read_split(folder / "train.jsonl")
+    assert len(caught.value.message) < 500 and "\n" not in caught.value.message
+
+
+def test_the_advice_for_an_array_makes_a_file_that_is_read(folder):
+    (folder / "data.json").write_text(json.dumps([GOOD] * 3, indent=1))
+    with pytest.raises(DatasetError) as caught:
+        dataset.read_split(folder / "data.json")
+    command = caught.value.message.partition("Convert it: python ")[2].removesuffix(".")
+    subprocess.run(["bash", "-c", f"{sys.executable} {command}"], cwd=folder, check=True, timeout=60)
+    assert len(dataset.read_split(folder / "examples.jsonl").examples) == 3
+
+
+def test_lines_without_end_take_no_memory(folder):
+    (folder / "train.jsonl").write_bytes(b"[" * (5 << 20) + b"\n" + LINE.encode() + b"\n" + LINE.encode())
+    split = dataset.read_split(folder / "train.jsonl")
+    assert [fault.line for fault in split.faults] == [1] and [example.line for example in split.examples] == [2, 3]
+    assert max(map(len, dataset.read_lines(folder / "train.jsonl"))) <= dataset.MOST_LINE_BYTES + 2
+
+
+@pytest.mark.parametrize("name", ["pipe", "folder", "dangling", "loop", "x" * 300])
+def test_what_is_no_file_is_refused(folder, name):
+    os.mkfifo(folder / "pipe")
+    (folder / "folder").mkdir()
+    (folder / "dangling").symlink_to("nowhere")
+    (folder / "loop").symlink_to("loop")
+    with pytest.raises(DatasetError):
+        dataset.read_split(folder / name)
+    with pytest.raises(DatasetError):
+        dataset.read_split(write(folder, GOOD), image_dir=folder / name / "more")
+
+
+def test_names_are_relative_to_another_folder_if_it_is_named(folder):
+    (folder / "lists").mkdir()
+    lines = [GOOD, GOOD | {"image": "../a.png"}, GOOD | {"image": "lists/../b.png"}]
+    file = write(folder / "lists", *lines)
+    split = dataset.read_split(file, image_dir=folder)
+    dataset.check_pictures(split)
+    assert [example.image for example in split.examples] == [folder / "a.png", folder / "b.png"]
+    assert [fault.line for fault in split.faults] == [2] and "outside" in split.faults[0].text
+    assert len(dataset.read_split(file).examples) == 2  # a.png is looked for in lists, where it is not
+    with pytest.raises(DatasetError, match="is no folder"):
+        dataset.read_split(file, image_dir=folder / "none")
+
+
+def test_links_may_not_leave_the_folder(folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside")
+    Image.new("RGB", (8, 8)).save(outside / "c.png")
+    (folder / "in.png").symlink_to("a.png")
+    (folder / "out.png").symlink_to(outside / "c.png")
+    (folder / "all").symlink_to(outside)
+    names = ("a.png", "in.png", "out.png", "all/c.png")
+    split = dataset.read_split(write(folder, *(GOOD | {"image": name} for name in names)))
+    dataset.check_pictures(split)
+    assert [example.image.name for example in split.examples] == ["a.png", "in.png"]
+    assert all("leads out of the dataset's folder; --image_dir" in fault.text for fault in split.faults)
+    (tmp_path_factory.getbasetemp() / "link").unlink(missing_ok=True)
+    (tmp_path_factory.getbasetemp() / "link").symlink_to(folder)  # the folder itself may be named by a link
+    again = dataset.read_split(tmp_path_factory.getbasetemp() / "link" / "train.jsonl")
+    dataset.check_pictures(again)
+    assert [example.image.name for example in again.examples] == ["a.png", "in.png"]
+
+
+def test_links_of_the_hubs_cache_are_followed(tmp_path):
+    blobs, snapshot = tmp_path / "datasets--x--y" / "blobs", tmp_path / "datasets--x--y" / "snapshots" / "main"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(blobs / "0123", "PNG")
+    (snapshot / "a.png").symlink_to("../../blobs/0123")
+    (snapshot / "b.png").symlink_to("../../../secret.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    split = dataset.read_split(write(snapshot, GOOD, GOOD | {"image": "b.png"}))
+    dataset.check_pictures(split)
+    assert [example.image.name for example in split.examples] == ["a.png"] and [fault.line for fault in split.faults] == [2]
+
+
+def test_boxes_over_the_budget_are_given_room_and_not_left_out(folder, processor):
+    busy = GOOD | {"suffix": " ; ".join([f"{BOX} cat"] * 30)}
+    split = checked(write(folder, GOOD, busy), processor, 60)
+    needed = split.faults[0].tokens
+    assert 300 > needed > 150 and f"take {needed} tokens, over the 60 allowed" in split.faults[0].text
+    with pytest.raises(DatasetError, match=f"1 line cannot be used.* --max_text_tokens {needed}[.]") as caught:
+        dataset.require_usable([split], skip_bad=False, room=1000)
+    assert "--skip_bad" not in caught.value.message
+    assert checked(split.file, processor, needed).faults == []  # the number is the one that is needed
+    with pytest.raises(DatasetError, match=f"longest needs {needed} tokens, and the model has room for 100"):
+        dataset.require_usable([split], skip_bad=False, room=100)
+    mixed = checked(write(folder, GOOD, busy, "{"), processor, 60)
+    with pytest.raises(DatasetError, match="--max_text_tokens .*Fix the others, or go on without them: --skip_bad"):
+        dataset.require_usable([mixed], skip_bad=False, room=1000)
+
+
+def test_a_batch_is_what_the_processor_makes_of_it_with_one_picture_in_memory(folder, processor, monkeypatch):
+    Image.effect_noise((300, 200), 90).convert("RGB").save(folder / "a.png")
+    examples = dataset.Examples(dataset.read_split(write(folder, GOOD, GOOD | {"image": "b.png", "suffix": "x"})), processor)
+    expected = processor(*map(list, zip(examples[0, 0], examples[0, 1], strict=True)), notes=[])
+    alive, most, load = [], [], dataset.load_image
+
+    def watched(*given, **named):
+        picture = load(*given, **named)
+        alive.append(weakref.ref(picture))
+        gc.collect()
+        most.append(sum(one() is not None for one in alive))
+        return picture
+
+    monkeypatch.setattr(dataset, "load_image", watched)
+    batch = examples.batch([(0, 0), (0, 1)])
+    assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in batch)
+    assert max(most) <= 2  # the one before goes while the next one is read
 
 
 def test_a_picture_outside_is_seen_from_within_the_folder_too(folder, monkeypatch):
@@ -105,7 +271,10 @@ def test_a_picture_outside_is_seen_from_within_the_folder_too(folder, monkeypatc
     assert [fault.line for fault in split.faults] == [2] and "outside the dataset" in split.faults[0].text
 
 
-@given(st.binary(max_size=200))
+JSON_LIKE = st.text(alphabet='[]{}":, 1e9-.x\\\u2028\0\r\n', max_size=200).map(str.encode)
+
+
+@given(st.binary(max_size=200) | JSON_LIKE)
 def test_no_line_raises_anything_else(tmp_path_factory, text):
     file = tmp_path_factory.mktemp("lines") / "train.jsonl"
     file.write_bytes(text)
@@ -133,7 +302,7 @@ def test_a_picture_whose_end_is_missing_is_found_although_its_header_is_whole(fo
     dataset.check_pictures(split)
     assert [fault.line for fault in split.faults] == [2] and "half.jpg: image data ends early" in split.faults[0].text
     assert "--" not in split.faults[0].text  # the advice for a single picture names flags that finetune.py does not have
-    with pytest.raises(DatasetError, match="[^.]\\. Mend them"):
+    with pytest.raises(DatasetError, match="[^.]\\. Fix them"):
         dataset.require_usable([split], skip_bad=False)
 
 
@@ -233,7 +402,7 @@ def test_a_prompt_that_only_the_other_split_has_is_doubted(folder, processor):
     train = checked(write(folder, GOOD), processor)
     valid = checked(write(folder, GOOD | {"image": "b.png", "prefix": "detect cats"}, name="valid.jsonl"), processor)
     (doubt,) = dataset.compare(train, valid)
-    assert "1 prompts are not in train.jsonl, such as 'detect cats'" in doubt.text
+    assert "1 prompt is not in train.jsonl, such as 'detect cats'" in doubt.text
     free = [GOOD | {"prefix": f"answer en question {i}?"} for i in range(dataset.FEW_PREFIXES + 1)]
     assert dataset.compare(checked(write(folder, *free), processor), valid) == []
 
@@ -255,7 +424,7 @@ def test_a_sample_has_each_kind_of_line_as_often_as_the_file_does(period):
 
 
 def test_files_that_are_missing_or_empty_are_refused(folder):
-    with pytest.raises(DatasetError, match="train.jsonl cannot be read"):
+    with pytest.raises(DatasetError, match="train.jsonl does not exist"):
         dataset.read_split(folder / "train.jsonl")
     with pytest.raises(DatasetError, match="is empty"):
         dataset.read_split(write(folder, "", ""))

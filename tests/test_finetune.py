@@ -613,6 +613,27 @@ def test_faulty_lines_are_all_named_and_can_be_skipped(model, data, tmp_path, ca
     assert run(capsys, *given, "--skip_bad")[0] == 0
 
 
+def test_doubts_of_one_kind_are_one_line(model, data, tmp_path, capsys):
+    line = {"image": "0.png", "prefix": "detect x", "suffix": "<loc0100><loc0100><loc0500> x"}
+    lines = [json.dumps(line | {"prefix": f"detect {i}"}) for i in range(50)] + [json.dumps(line | {"suffix": " red"})]
+    (data / "doubts.jsonl").write_text("\n".join(lines))
+    given = [*arguments(model, data, tmp_path / "run", "--preview"), f"--train={data / 'doubts.jsonl'}"]
+    said = [line for line in run(capsys, *given)[1].splitlines() if line.startswith("doubt: ")]
+    assert len(said) == 2 and said[0].endswith("(and 49 more lines like it)")
+    assert "doubts.jsonl:1: a box of fewer than four" in said[0]
+    assert "doubts.jsonl:51: the suffix begins or ends with white space" in said[1]
+
+
+def test_pictures_are_found_in_another_folder(model, data, tmp_path, capsys):
+    for name in ("train", "valid"):
+        shutil.copy(data / f"{name}.jsonl", tmp_path)
+    given = [*arguments(model, tmp_path, tmp_path / "run", f"--valid={tmp_path / 'valid.jsonl'}"), "--steps=1"]
+    assert run(capsys, *given)[0] == 3
+    code, said = run(capsys, *given, f"--image_dir={tmp_path / 'none'}")
+    assert code == 3 and "none is no folder" in said
+    assert run(capsys, *given, f"--image_dir={data}")[0] == 0
+
+
 def test_no_flags_at_all_are_told_what_is_needed():
     done = subprocess.run([sys.executable, *ONE], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (2, "error: --train is None, but a JSONL of examples is needed.\n")
