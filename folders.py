@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import queue
+import re
 import stat
 import threading
 from collections import deque
@@ -84,6 +85,11 @@ def in_folder(folder: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[s
         left += [os.path.join(folder, name) for name in sorted(folders, reverse=True)]
 
 
+def matches(pattern: str) -> Iterator[str]:
+    """The paths that a pattern matches. Several ** in a row mean one, but glob takes exponential time for them."""
+    return glob.iglob(re.sub(r"(?<![^/])\*\*(/+\*\*)+(?![^/])", "**", pattern), recursive=True)
+
+
 def expand(word: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[str]:
     """The pictures that a word means: a folder, a file, an address, or a pattern with * ? [ ] and ** for any depth."""
     if is_address(word):
@@ -95,7 +101,7 @@ def expand(word: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[str]:
     elif os.path.lexists(word) or not glob.has_magic(word):
         yield word
     else:
-        for match in glob.iglob(word, recursive=True):
+        for match in matches(word):
             yield from expand(match, seen)
 
 
@@ -109,7 +115,7 @@ def check_words(words: Iterable[str]) -> None:
             from images import explain_missing
 
             raise ImageError(explain_missing(Path(place)), path=word)
-        if next(glob.iglob(place, recursive=True), None) is None:
+        if next(matches(place), None) is None:
             raise ImageError(f"no file matches {word}. Check the pattern, and put it in quotes.", path=word)
 
 

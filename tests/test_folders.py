@@ -47,6 +47,14 @@ def test_patterns_match_files_and_folders(photos):
     assert list(folders.expand("photos/odd[1].jpg")) == ["photos/odd[1].jpg"]  # a name before it is a pattern
 
 
+def test_many_stars_in_a_row_mean_what_two_mean(tmp_path):
+    deep = tmp_path.joinpath(*"abcdefghijklmnop")  # 16 folders: 40 steps through them can be taken in 10^13 ways
+    deep.mkdir(parents=True)
+    (deep / "x.png").touch()
+    assert list(folders.expand(f"{tmp_path}/{'**/' * 40}x.png")) == [str(deep / "x.png")]
+    assert list(folders.expand(f"{tmp_path}/**/a**/**/**//**/x.png")) == [str(deep / "x.png")]
+
+
 def test_links_are_followed_and_circles_end(photos):
     (photos / "b" / "up").symlink_to("..")
     (photos / "again").symlink_to("none")
