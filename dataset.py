@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import compress, pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -31,6 +32,9 @@ from augmentation import zoom
 from errors import DatasetError, ImageError
 from images import load_image, read_file, squeeze
 from outputs import CUT_BOX, CUT_MASK, LONG_MASK, NO_AREA, SWAPPED, read_text
+
+if TYPE_CHECKING:
+    from processing_paligemma import PaliGemmaProcessor
 
 FIELDS = ("image", "prefix", "suffix")
 MOST_LINE_BYTES = 1 << 20
@@ -327,7 +331,7 @@ def check_pictures(split: Split) -> None:
 # Texts
 
 
-def check_texts(split: Split, processor: object, max_text_tokens: int) -> None:
+def check_texts(split: Split, processor: "PaliGemmaProcessor", max_text_tokens: int) -> None:
     """Drops the lines whose prompt and answer are too long; doubts answers that a model would learn nothing good from.
 
     Args:
@@ -451,7 +455,7 @@ class Examples:
         augment: "none", or "zoom" (augmentation.py), drawn anew in each epoch and always the same for seed, epoch and line.
     """
 
-    def __init__(self, split: Split, processor: object, augment: str = "none", seed: int = 0):
+    def __init__(self, split: Split, processor: "PaliGemmaProcessor", augment: str = "none", seed: int = 0):
         self.lines, self.processor, self.augment, self.seed = split.examples, processor, augment, seed
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Image.Image, str, str]:

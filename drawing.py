@@ -258,7 +258,7 @@ def draw_labels(picture: Image.Image, boxed: Sequence[Found], colors: dict[str, 
             return len(named) - len(taken)
         spot = place(rectangle(found.box, *picture.size), label, taken, *picture.size)
         taken.append(spot)
-        draw_label(picture, *fitting, spot, colors[found.label], letters)
+        draw_label(picture, *fitting, spot=spot, color=colors[found.label], letters=letters)
     return 0
 
 

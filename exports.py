@@ -165,8 +165,8 @@ def voc(picture: Picture) -> str:
     ElementTree.SubElement(root, "segmented").text = "0"
     for found in picture.objects:
         element = ElementTree.SubElement(root, "object")
-        for name, value in (("name", name_of(found)), ("pose", "Unspecified"), ("truncated", "0"), ("difficult", "0")):
-            ElementTree.SubElement(element, name).text = NOT_IN_XML.sub("?", value)
+        for name, text in (("name", name_of(found)), ("pose", "Unspecified"), ("truncated", "0"), ("difficult", "0")):
+            ElementTree.SubElement(element, name).text = NOT_IN_XML.sub("?", text)
         x, y, x_end, y_end = (round(value) for value in found["box"])
         left, top = min(x, picture.width - 1) + 1, min(y, picture.height - 1) + 1
         right, bottom = max(x_end, left), max(y_end, top)

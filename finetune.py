@@ -37,7 +37,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
 
 import commandline
@@ -273,7 +273,7 @@ def read_yaml(file: str) -> "yaml.MappingNode | None":
     if isinstance(root, yaml.ScalarNode) and root.tag.endswith(":null"):  # nothing but dashes
         return None
     if root is not None and not isinstance(root, yaml.MappingNode):
-        raise UsageError(f"{file} holds a {'list' if root.id == 'sequence' else 'text'}. {advice}")
+        raise UsageError(f"{file} holds a {'list' if isinstance(root, yaml.SequenceNode) else 'text'}. {advice}")
     return root
 
 
@@ -360,7 +360,7 @@ def prepare(model: "nn.Module", flags: Flags) -> "lora.LoraConfig | None":
     return config
 
 
-def plain_model(model: "nn.Module", weights: object, dtype: "torch.dtype") -> "nn.Module":
+def plain_model(model: "nn.Module", weights: ModuleType, dtype: "torch.dtype") -> "nn.Module":
     """The model as it would be saved now: whole, in one process, adapters merged, every weight in `dtype`."""
     import lora
 
@@ -418,7 +418,9 @@ class Run:
         dtype: of the plain model that is scored and kept.
     """
 
-    def __init__(self, flags: Flags, trainer: "training.Trainer", judge: "Judge | None", weights: object, dtype: "torch.dtype"):
+    def __init__(
+        self, flags: Flags, trainer: "training.Trainer", judge: "Judge | None", weights: ModuleType, dtype: "torch.dtype"
+    ):
         self.flags, self.trainer, self.judge, self.weights, self.dtype = flags, trainer, judge, weights, dtype
         self.folder = Path(flags.output)
         self.checkpoints = self.folder / "checkpoints"

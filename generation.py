@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -243,7 +243,7 @@ def coordinate_moments(logits: Tensor, tokens: Tensor, locations: range) -> tupl
     return mean, variance.sqrt()
 
 
-def split_rows(inputs: dict, config: object) -> list[dict]:
+def split_rows(inputs: dict, config: Any) -> list[dict]:
     """A processor's batch as one dict a row, its padding left out: input_ids int64[L], token_type_ids, the row's pictures.
 
     Raises: PromptError when the rows' <image> tokens do not call for just the pictures that are there, and for a row that is
@@ -279,7 +279,7 @@ def split_rows(inputs: dict, config: object) -> list[dict]:
     return rows
 
 
-def only_row(inputs: dict, config: object) -> dict:
+def only_row(inputs: dict, config: Any) -> dict:
     """The row of a request. Raises PromptError as split_rows, and for more rows than one."""
     rows = split_rows(inputs, config)
     if len(rows) != 1:
@@ -359,7 +359,7 @@ class Decoder:
         never = {model.config.image_token_index, *never}  # <image> may lie outside the vocabulary
         self.suppressed = torch.tensor([token for token in sorted(never) if 0 <= token < vocabulary], dtype=torch.int64)
         self.seed = torch.Generator().seed() % 2**62 if sampling.seed is None else sampling.seed
-        self.cache = None
+        self.cache: Any = None  # the model's own kind
         self.rows: list[Row] = []
         self.tokens = torch.empty(0, dtype=torch.int64)
         self.sayings: deque[Saying] = deque()  # not read yet; never more than two

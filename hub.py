@@ -9,6 +9,7 @@ import errno
 import re
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from checkpoint import (
     ADAPTER_CONFIG_NAME,
@@ -27,6 +28,9 @@ from checkpoint import (
 )
 from errors import AccessError, CheckpointError, OutputError, PaliGemmaError, UsageError
 from files import bundled, expand, is_file, is_folder, look, names_in, read_json, similar_names
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 FILES = (CONFIG_NAME, *SIDE_FILES, INDEX_NAME, "model*.safetensors", ADAPTER_CONFIG_NAME, ADAPTER_NAME)
 PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/\s]+/[^/?#\s]+)(?:[/?#].*)?|hf://([^/\s]+/[^/\s]+).*")
@@ -73,7 +77,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
     """
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
-    wanted = {"repo_id": repo_id, "revision": revision, "allow_patterns": list(FILES)}
+    wanted: dict[str, Any] = {"repo_id": repo_id, "revision": revision, "allow_patterns": list(FILES)}
     cached = None
     try:
         cached = Path(snapshot_download(**wanted, local_files_only=True))
@@ -115,7 +119,7 @@ def explain(error: Exception, repo_id: str, revision: str | None) -> PaliGemmaEr
     return AccessError(f"{text} {suggest_folder(repo_id)}{suggest_demo()}", path=page)
 
 
-def explain_refusal(error: Exception, repo_id: str, revision: str | None) -> str:
+def explain_refusal(error: "HfHubHTTPError", repo_id: str, revision: str | None) -> str:
     """The hub's answer in a sentence: token, licence, name or revision. A status alone says too little, so its words count."""
     from huggingface_hub import constants, errors, get_token
 

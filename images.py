@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageColor, ImageFile
@@ -175,17 +175,17 @@ def read_data_uri(uri: str) -> bytes:
         raise ImageError("a data: URI has no comma. It is written data:image/png;base64,iVBOR...", path="data:")
     if len(body) > MAX_DOWNLOAD_BYTES * 4 // 3 + 4:
         raise ImageError(f"a data: URI holds more than {MAX_DOWNLOAD_BYTES >> 20} MB. Save it to a file.", path="data:")
-    body = urllib.parse.unquote_to_bytes(body)
+    data = urllib.parse.unquote_to_bytes(body)
     if not head.lower().endswith(";base64"):
-        return body
-    body = bytes(body.translate(None, b" \t\r\n"))
+        return data
+    data = bytes(data.translate(None, b" \t\r\n"))
     try:
-        return base64.b64decode(body + b"=" * (-len(body) % 4), validate=True)
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
     except ValueError as error:
         raise ImageError(f"a data: URI is not valid base64: {error}. Encode the file again.", path="data:") from error
 
 
-def read_object(source: object, name: str) -> bytes:
+def read_object(source: IO[bytes], name: str) -> bytes:
     """The bytes of an open file, from its beginning where it can go there. Raises: ImageError."""
     try:
         with suppress(OSError, AttributeError):  # a pipe, or an answer from the network
@@ -438,8 +438,9 @@ def check_effort(picture: Image.Image, data: bytes, name: str, max_pixels: int) 
     are decoded by Python, byte by byte.
     """
     if picture.format == "TIFF":
+        tags = getattr(picture, "tag_v2", {})
         with explained(name):
-            tile = math.prod(int(picture.tag_v2.get(tag, 1)) for tag in (322, 323))  # width and length
+            tile = math.prod(int(tags.get(tag, 1)) for tag in (322, 323))  # width and length
         if tile > max_pixels:
             raise too_many_pixels(name, f"tiles of {tile} pixels", max_pixels)
     is_slow = any(tile[0] in Image.DECODERS for tile in getattr(picture, "tile", ()))

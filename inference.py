@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import commandline
 import files
@@ -164,7 +164,7 @@ def as_utf8(prompt: str) -> str:
         raise PromptError("the prompt is not valid UTF-8. Type it in a terminal that uses UTF-8.") from error
 
 
-def is_terminal(stream: object) -> bool:
+def is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty()
 
 

@@ -18,6 +18,8 @@ from errors import DeviceError
 if TYPE_CHECKING:
     import torch
 
+    from modeling_paligemma import PaliGemmaConfig
+
 OLDEST_TORCH = "2.6"  # what is called here came a little earlier; tested is only the version in requirements.txt
 MEMORY_SIGNS = ("can't allocate memory", "Cannot allocate memory", "unable to mmap", "not enough memory")  # in RuntimeErrors
 SMALLER = "Take --dtype bf16, --quantize int8 or int4, a smaller model, or another device."
@@ -155,12 +157,8 @@ def matrix_rate(device: "torch.device", dtype: "torch.dtype") -> float:
     return rows * width * width / min(seconds)
 
 
-def prefill_products(config: object, pictures: int, tokens: int) -> int:
-    """Multiply-adds needed to read `pictures` pictures and a row of `tokens` tokens and to say the first new one.
-
-    Args:
-        config: a PaliGemmaConfig.
-    """
+def prefill_products(config: "PaliGemmaConfig", pictures: int, tokens: int) -> int:
+    """Multiply-adds needed to read `pictures` pictures and a row of `tokens` tokens and to say the first new one."""
     vision, text = config.vision_config, config.text_config
     width, patches = vision.hidden_size, config.num_image_tokens
     tower = vision.num_hidden_layers * (4 * width**2 + 2 * width * vision.intermediate_size + 2 * patches * width)

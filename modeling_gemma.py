@@ -20,7 +20,7 @@ LARGEST_SIZE = 2**20  # no width, depth or vocabulary of a real model comes near
 LARGEST_NUMBER = 1e12  # of rope_theta, eps, caps and scales; they and their inverses stay finite in float32
 QUERY_BLOCK = 256  # queries that the written-out attention takes at a time: bounds its [block, S] scores at 4096 picture tokens
 # transformers leaves out of a file what equals the default of the class that wrote it, which `model_type` names.
-DEFAULTS = {
+DEFAULTS: dict[str, dict] = {
     "gemma": {
         "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
         "num_attention_heads": 16, "num_key_value_heads": 16,

@@ -24,6 +24,8 @@ from errors import DatasetError
 if TYPE_CHECKING:
     import numpy as np
 
+    from processing_paligemma import PaliGemmaProcessor
+
 LOCATION_BINS = 1024
 BOX_LENGTH, MASK_LENGTH = 4, 16  # tokens
 PLACE = re.compile("<loc(0[0-9]{3}|10[01][0-9]|102[0-3])>|<seg(0[0-9]{2}|1[01][0-9]|12[0-7])>")
@@ -268,7 +270,7 @@ def read(
     return Reading([], problems, "unparsable" if text.strip() else "nothing", text)
 
 
-def pieces_of_ids(ids: list[int], processor: object) -> Iterator[Piece]:
+def pieces_of_ids(ids: list[int], processor: "PaliGemmaProcessor") -> Iterator[Piece]:
     """One piece a token; the bytes that make up a letter are one. Control tokens say nothing."""
     stream, held = processor.stream(), ()
     for token, number in enumerate([*ids, processor.eos_token_id]):
@@ -286,7 +288,7 @@ def pieces_of_ids(ids: list[int], processor: object) -> Iterator[Piece]:
 
 def read_ids(
     ids: Iterable[int],
-    processor: object,
+    processor: "PaliGemmaProcessor",
     logprobs: Sequence[float] | None = None,
     places: Sequence[tuple[float, float] | None] | None = None,
     denominator: int = LOCATION_BINS - 1,

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -378,7 +378,7 @@ def as_texts(values: object, what: str) -> list[str]:
     return [str(text) for text in texts]  # those of numpy too
 
 
-def several(images: object) -> list | None:
+def several(images: Any) -> list | None:
     """The pictures of a list, a tuple, a generator, or an array or tensor of shape [I, ...]; None for a single picture."""
     if isinstance(images, str | bytes | bytearray | memoryview) or hasattr(images, "read"):  # an open file is an iterator, too
         return None

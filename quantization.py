@@ -36,7 +36,7 @@ FORMAT = "paligemma_rows"
 LAYOUT = 1
 BLOCK = 16  # outputs that lie together
 GROUP = {"int8": 64, "int4": 32}  # inputs: K is padded to a multiple; int4 has a scale for each
-SCALE_FRACTIONS = (1.0, 1.05, 0.95, 0.9, 0.85, 0.8)  # of the scale that just reaches the largest weight
+SCALE_FRACTIONS = (1.05, 0.95, 0.9, 0.85, 0.8)  # of the scale that just reaches the largest weight, which is tried first
 WORK = 2**22  # weights that are in float32 at a time while quantising or falling back
 FEW_ROWS = 16  # up to here a product is bound by memory, and torch's integer products beat turning the weights into floats
 # Rows up to which our bfloat16 product beats torch's, by what of bfloat16 the processor multiplies itself.
@@ -52,6 +52,13 @@ def padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+def rounded(w: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups of 32 weights as int4 with about the wanted scales: integers, scales, and the squared error of each group."""
+    scale = wanted.bfloat16()
+    q = (w * torch.where(scale != 0, 1 / scale.float(), 0)).round().clamp(-8, 7)
+    return q, scale, (q * scale - w).square().sum(-1, keepdim=True)
+
+
 def round_groups(w: Tensor) -> tuple[Tensor, Tensor]:
     """int4 of each group of 32 and its scale, by least squares over a few candidates.
 
@@ -64,22 +71,17 @@ def round_groups(w: Tensor) -> tuple[Tensor, Tensor]:
     """
     high, low = w.amax(-1, keepdim=True), w.amin(-1, keepdim=True)
     extreme = torch.where(low.abs() > high, low, high)
-    best_q = best_scale = best_error = None
+    best_q, best_scale, best_error = rounded(w, extreme / -8)
     for fraction in (*SCALE_FRACTIONS, None):
         if fraction is None:
             norm = best_q.square().sum(-1, keepdim=True)
             wanted = (best_q * w).sum(-1, keepdim=True) * torch.where(norm > 0, 1 / norm, 0)
         else:
             wanted = extreme * fraction / -8
-        scale = wanted.bfloat16()
-        q = (w * torch.where(scale != 0, 1 / scale.float(), 0)).round().clamp(-8, 7)
-        error = (q * scale - w).square().sum(-1, keepdim=True)
-        if best_error is None:
-            best_q, best_scale, best_error = q, scale, error
-        else:
-            is_better = error < best_error
-            best_q, best_scale = torch.where(is_better, q, best_q), torch.where(is_better, scale, best_scale)
-            best_error = torch.where(is_better, error, best_error)
+        q, scale, error = rounded(w, wanted)
+        is_better = error < best_error
+        best_q, best_scale = torch.where(is_better, q, best_q), torch.where(is_better, scale, best_scale)
+        best_error = torch.where(is_better, error, best_error)
     return best_q, best_scale
 
 
@@ -150,7 +152,7 @@ def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
     Works in blocks of rows, so that beside source and result only a few dozen MB are needed.
     """
-    packed_shape, scales_shape = tile_shapes(*weight.shape, kind)
+    packed_shape, scales_shape = tile_shapes(len(weight), weight.shape[1], kind)
     zero = 128 if kind == "int8" else 0x88
     packed = torch.full(packed_shape, zero, dtype=torch.uint8, device=weight.device)
     scales = torch.zeros(scales_shape, dtype=torch.bfloat16, device=weight.device)
@@ -301,6 +303,9 @@ class QuantizedLinear(nn.Module):
         packed, scales: from `quantize`, or empty ones on the meta device.
         bias: as it was.
     """
+
+    packed: Tensor
+    scales: Tensor
 
     def __init__(self, kind: str, outputs: int, inputs: int, packed: Tensor, scales: Tensor, bias: Tensor | None = None):
         super().__init__()
@@ -511,7 +516,7 @@ def empty_module(module: nn.Linear | GemmaEmbedding, kind: str, dtype: torch.dty
     Args:
         dtype: that the model computes in; that of `module` if None.
     """
-    packed_shape, scales_shape = tile_shapes(*module.weight.shape, kind)
+    packed_shape, scales_shape = tile_shapes(len(module.weight), module.weight.shape[1], kind)
     packed = torch.empty(packed_shape, dtype=torch.uint8, device="meta")
     scales = torch.empty(scales_shape, dtype=torch.bfloat16, device="meta")
     dtype, bias = dtype or module.weight.dtype, getattr(module, "bias", None)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from commandline import note
 from errors import OutputError, UsageError
@@ -51,7 +52,7 @@ def copy_file(source: Path, file: Path) -> None:
 # Whose folder it is
 
 
-def settings_of(flags: object, data: str, model: str) -> dict:
+def settings_of(flags: Any, data: str, model: str) -> dict:
     """What must be the same for a run to go on.
 
     Args:

@@ -143,7 +143,7 @@ def train(steps: int, batch: int, seed: int, rate: float) -> MaskCodec:
     """Prints a line every 100 steps."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 0])
-    codec = MaskCodec().to(memory_format=torch.channels_last)
+    codec = MaskCodec().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's types
     codes = Codes(codec._vq_vae)
     learned = [*codec.encoder.parameters(), *codec.decoder.parameters()]
     optimiser = torch.optim.AdamW(learned, rate, betas=(0.9, 0.98), weight_decay=1e-3)

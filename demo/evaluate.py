@@ -86,7 +86,7 @@ def questions(count: int, seed: int) -> list[tuple[shapes.Scene, list[Question]]
         for kind in shapes.ASKED:
             for question in shapes.ask(scene, rng, [kind]):
                 asked.setdefault(question, kind)
-        scenes.append((scene, [Question(kind, *question, truth(scene, question[0])) for question, kind in asked.items()]))
+        scenes.append((scene, [Question(kind, *question, true=truth(scene, question[0])) for question, kind in asked.items()]))
     return scenes
 
 

@@ -57,6 +57,7 @@ import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ from tower import VISION, PatchHead, draw_batch, train_contrastive
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "demo" / "checkpoint"
-TEXT = {
+TEXT: dict[str, Any] = {
     "model_type": "gemma", "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 3,
     "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 512,
 }  # fmt: skip
@@ -142,7 +143,7 @@ class Packer:
             for column, fill in zip(columns, (0, 0, 0, -100, 0.0), strict=True)
         ]
         picture, kinds = zip(*((number, list(QUESTIONS).index(kind)) for number, kind, _, _ in rows), strict=True)
-        return Pack(torch.tensor(picture), *tensors, torch.tensor(kinds))
+        return Pack(torch.tensor(picture), *tensors, kinds=torch.tensor(kinds))
 
 
 class SharedPicture:

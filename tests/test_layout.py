@@ -175,3 +175,20 @@ def test_no_path_of_a_machine_is_written_down():
 def test_ruff_has_nothing_to_say():
     done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout
+
+
+def mypy(*arguments):
+    """What the type checker says, at the oldest Python of pyproject.toml: (exit status, lines)."""
+    command = [sys.executable, "-m", "mypy", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_type_checker_has_nothing_to_say_about_the_oldest_python():
+    assert mypy() == (0, f"Success: no issues found in {len(MODULES) + len(list((ROOT / 'demo').glob('*.py')))} source files\n")
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (promised,) = re.findall(r'^requires-python = ">=(.+)"$', settings, re.MULTILINE)
+    assert f'python_version = "{promised}"' in settings
+    # What Python 3.11 brought is an error: an argument, a name, a module.
+    code, said = mypy("-c", "int.from_bytes(b'1234')\nfrom datetime import UTC\nimport tomllib\nfrom typing import Self")
+    assert code == 1 and [f":{line}: error" in said for line in (1, 2, 3, 4)] == [True] * 4
