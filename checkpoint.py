@@ -444,7 +444,7 @@ def replace_files(source: Path, folder: Path) -> None:
     replaced under their old names lose their index before, so that until the new one is there nothing loads.
     """
     names = sorted(path.name for path in source.iterdir() if path.name != CONFIG_NAME)  # shards sort before their index
-    if any((folder / name).exists() for name in names if name not in (SINGLE_NAME, INDEX_NAME)):
+    if any(look(folder / name) is not None for name in names if name not in (SINGLE_NAME, INDEX_NAME)):
         (folder / INDEX_NAME).unlink(missing_ok=True)
     for name in names:
         os.replace(source / name, folder / name)

@@ -41,11 +41,10 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
 
 import commandline
-import files
 import machine
 from commandline import note
 from errors import DatasetError, DeviceError, ImageError, UsageError
-from files import expand, look, read_regular
+from files import expand, is_file, is_folder, look, read_regular
 from options import bundled, require
 from run_folder import Log, alone, check_settings, check_taken, copy_file, make_folder, replace_text, settings_of
 
@@ -512,11 +511,11 @@ class Run:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.weights.save_model(plain, result)
         for file in (source / name for name in SIDE_FILES):  # tokenizer, processor, mask codec
-            if files.is_file(file):
+            if is_file(file):
                 copy_file(file, result / file.name)
         if adapter is not None:
             name = self.flags.model_path
-            if name is None or files.is_folder(files.expand(name)):  # from wherever the adapter will be used
+            if name is None or is_folder(expand(name)):  # from wherever the adapter will be used
                 name = os.path.realpath(source)
             self.weights.save_adapter(parts, adapter, self.folder / "adapter", name, self.flags.revision)
         note(f"the result is in {result}. Try it: inference.py --model_path {result} --image_file_path PICTURE --prompt PREFIX")

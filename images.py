@@ -160,7 +160,7 @@ def explain_missing(path: Path) -> str:
     try:
         if path.is_symlink():
             return f"{name} is a link to a file that does not exist. Correct the link."
-        if not path.parent.is_dir():
+        if not os.path.isdir(path.parent):
             return f"{name} does not exist, nor does the folder {shown(path.parent)}. Check the path."
     except (OSError, ValueError):  # a name that is too long, a folder that may not be searched
         return f"{name} does not exist. Check the path."

@@ -283,7 +283,7 @@ class Checkpoint:
         self.base = weights.base_folder(self.folder, flags.base_model)  # another one only for an adapter
         self.config = weights.read_config(self.base)
         self.processor = PaliGemmaProcessor.from_pretrained(self.base)
-        if sum(file.stat().st_size for file in self.base.glob("*.safetensors") if file.is_file()) < SMALL_MODEL:
+        if sum(os.path.getsize(file) for file in self.base.glob("*.safetensors") if files.is_file(file)) < SMALL_MODEL:
             torch.set_num_threads(1)
 
     @property

@@ -15,7 +15,7 @@ from typing import Any
 
 from commandline import note
 from errors import OutputError, UsageError
-from files import whole
+from files import is_file, look, whole
 
 FREE_TO_CHANGE = (  # when a run goes on: what has no influence on the weights
     "config", "output", "resume", "device", "evaluate_every", "save_every", "num_scored", "scores", "tensorboard", "debug",
@@ -67,7 +67,7 @@ def check_taken(folder: Path, resume: bool) -> None:
     """Sees to it that no run is lost to this one. Raises: UsageError for a folder that holds one already."""
     from training import checkpoints
 
-    is_begun, is_ended = bool(checkpoints(folder / "checkpoints")), (folder / "model").exists()
+    is_ended, is_begun = look(folder / "model", OutputError) is not None, bool(checkpoints(folder / "checkpoints"))
     if (is_begun or is_ended) and not resume:
         raise UsageError(f"{folder} holds a run already. Name another --output, or go on with --resume.")
     if is_ended and not is_begun:
@@ -85,7 +85,7 @@ def check_settings(folder: Path, now: dict) -> None:
     from checkpoint import read_json
     from training import checkpoints
 
-    if not (checkpoints(folder / "checkpoints") and (folder / "settings.json").exists()):
+    if not (checkpoints(folder / "checkpoints") and look(folder / "settings.json", OutputError)):
         return
     before = read_json(folder / "settings.json")
     common = [name for name in now if name in before]  # an older version of this program may have had fewer
@@ -121,7 +121,7 @@ def read_log(file: Path, step: int) -> list[dict]:
     """The lines of a metrics.jsonl up to this step. A line that was cut off, or that this program did not write, is left out."""
     lines = []
     with suppress(OSError):
-        if file.is_file():
+        if is_file(file, OutputError):
             with open(file, "rb") as stream:
                 while text := stream.readline(MOST_LOG_BYTES):  # of a longer one, parts that are no JSON
                     with suppress(ValueError, RecursionError):

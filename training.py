@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from errors import CheckpointError, OutputError, UsageError
+from files import look, names_in
 
 IGNORE_INDEX = -100  # the label of a token that the loss skips
 PARTS = {  # what may be trained, by the names of parameters; a part that is told apart from another one stands before it
@@ -372,7 +373,8 @@ def barrier() -> None:
 
 def checkpoints(runs: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    return sorted(path for path in runs.glob("step_*") if STEP_FOLDER.fullmatch(path.name) and (path / STATE_NAME).exists())
+    names = [name for name in names_in(runs) if STEP_FOLDER.fullmatch(name)]
+    return [runs / name for name in names if look(runs / name / STATE_NAME, OutputError)]
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,6 +1,8 @@
 """Paths that users type: whatever lies there, or cannot, the answer is a value or an error of this project."""
 
+import ast
 import os
+from pathlib import Path
 
 import pytest
 
@@ -143,3 +145,13 @@ def test_a_name_as_long_as_the_disk_takes_is_written(tmp_path):
     with files.whole(tmp_path / ("x" * 255)) as beside:
         beside.write_text("content")
     assert os.listdir(tmp_path) == ["x" * 255]
+
+
+@pytest.mark.parametrize("path", sorted(Path(files.__file__).parent.glob("*.py")), ids=lambda path: path.name)
+def test_no_path_from_outside_is_asked_what_it_is_by_a_method_that_raises(path):
+    raising = ("exists", "is_file", "is_dir", "expanduser")
+    own = {"kernels.py", "folders.py"}  # of this code's own files, and of os.DirEntry
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    methods = [node.func for node in calls if isinstance(node.func, ast.Attribute) and node.func.attr in raising]
+    of_paths = [f"{path.name}:{method.lineno}" for method in methods if ast.unparse(method.value) not in ("os.path", "files")]
+    assert path.name in own or of_paths == []

@@ -494,9 +494,38 @@ def test_an_adapter_finds_its_base_from_everywhere_and_carries_no_second_one(mod
     monkeypatch.chdir(tmp_path)
     weights.load_model("run/adapter")
     code, said = run(capsys, *arguments("run/adapter", data, tmp_path / "second", "--method=lora"))
-    assert code == 2 and "run/adapter is an adapter, and a second one cannot stand on it" in said
+    assert code == 2 and "run/adapter has an adapter, and a second one cannot stand on it" in said
     assert not (tmp_path / "second").exists()
     assert run(capsys, *arguments("run/adapter", data, tmp_path / "second"))[0] == 0  # all weights, from the merged ones on
+
+
+def test_of_a_model_with_an_adapter_beside_it_only_the_files_of_the_processor_are_copied(model, data, whole, tmp_path, capsys):
+    import transformers
+
+    folder = tmp_path / "both"
+    shutil.copytree(model, folder)
+    adapted = weights.load_model(model)
+    lora.inject(adapted, lora.LoraConfig(r=2), lora.targets(adapted))
+    weights.save_adapter(lora.adapter_state(adapted), lora.LoraConfig(r=2), tmp_path / "adapter", None)
+    for file in (tmp_path / "adapter").iterdir():
+        shutil.copy(file, folder)
+    (folder / "trainer_state.json").write_text("{}")
+    assert run(capsys, *arguments(folder, data, tmp_path / "run"))[0] == 0
+    result = tmp_path / "run" / "model"
+    assert {file.name for file in result.iterdir()} == {file.name for file in (whole / "model").iterdir()}
+    assert not {"adapter_config.json", "trainer_state.json"} & {file.name for file in result.iterdir()}
+    transformers.PaliGemmaForConditionalGeneration.from_pretrained(result)
+    code, said = run(capsys, *arguments(folder, data, tmp_path / "second", "--method=lora"))
+    assert code == 2 and "both has an adapter, and a second one cannot stand on it" in said
+
+
+@pytest.mark.parametrize("flag", ["model_path", "base_model", "train", "output", "mask_codec"])
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "x" * 300])
+def test_names_that_no_folder_can_have_are_one_line(model, data, tmp_path, capsys, monkeypatch, flag, name):
+    monkeypatch.chdir(tmp_path)
+    code, said = run(capsys, *arguments(model, data, tmp_path / "run", "--preview", f"--{flag}={name}"))
+    assert code in ((0,) if flag == "output" and name.startswith("~") else (2, 3, 4, 7)), said
+    assert "Traceback" not in said and "internal" not in said
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
