@@ -365,7 +365,7 @@ def number_as_text(value: object) -> object:
         return value
 
 
-def as_texts(values: object, what: str) -> list[str]:
+def as_texts(values: Any, what: str) -> list[str]:
     """One text or several (a list, an array, a generator) as a list. Raises: PromptError for anything else."""
     if isinstance(values, np.ndarray):
         values = values.tolist()

@@ -184,11 +184,13 @@ def mypy(*arguments):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_the_type_checker_has_nothing_to_say_about_the_oldest_python():
+def test_the_type_checker_has_nothing_to_say_about_the_oldest_python(tmp_path):
     assert mypy() == (0, f"Success: no issues found in {len(MODULES) + len(list((ROOT / 'demo').glob('*.py')))} source files\n")
     settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (promised,) = re.findall(r'^requires-python = ">=(.+)"$', settings, re.MULTILINE)
     assert f'python_version = "{promised}"' in settings
     # What Python 3.11 brought is an error: an argument, a name, a module.
-    code, said = mypy("-c", "int.from_bytes(b'1234')\nfrom datetime import UTC\nimport tomllib\nfrom typing import Self")
+    newer = tmp_path / "newer.py"
+    newer.write_text("int.from_bytes(b'1234')\nfrom datetime import UTC\nimport tomllib\nfrom typing import Self\n")
+    code, said = mypy(str(newer))
     assert code == 1 and [f":{line}: error" in said for line in (1, 2, 3, 4)] == [True] * 4
