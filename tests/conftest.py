@@ -4,6 +4,7 @@ TEST_PROCESSOR=AVX2 (or another name in processors.py) runs the tests as on such
 """
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ QUICK = {
 }  # fmt: skip
 
 torch.set_num_threads(1)
+# A shell without job control starts what is in the background with Ctrl-C ignored, and programs that tests start inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if FORCED:
     processors.force(FORCED)
 settings.register_profile("slow machines", deadline=None)
