@@ -21,6 +21,7 @@ import textwrap
 import threading
 import time
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import get_args
@@ -30,6 +31,7 @@ from errors import DeviceError, OutputError, PaliGemmaError, UsageError, shorten
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 COLUMN = 34  # where the texts of --help begin
+KEPT = "\n\t\u200c\u200d\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u08e2"  # joiners, and Arabic signs, which show
 Words = tuple[str, ...]  # the annotation of the field for words without a flag; without such a field they are refused
 
 
@@ -182,9 +184,14 @@ def read_flags(flags: type, argv: list[str]) -> object:
 # Output
 
 
-def printable(text: str, keep: str = "\n\t") -> str:
-    """The text without the control characters that could move a terminal's cursor or write its clipboard."""
-    return "".join(c for c in text if c in keep or not (ord(c) < 32 or 127 <= ord(c) < 160))
+def printable(text: str) -> str:
+    """The text without what could make a terminal show another text than this one, or write its clipboard.
+
+    That is: control characters but newline and tab, characters that turn the direction of writing (U+202E) or have no width
+    (category Cf), and other line ends. What scripts and emoji need stays: KEPT.
+    """
+    hidden = ("Cc", "Cf", "Zl", "Zp")
+    return "".join(c for c in text if c in KEPT or unicodedata.category(c) not in hidden)
 
 
 def put(text: str) -> None:

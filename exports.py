@@ -32,6 +32,7 @@ NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 NOT_IN_NAMES = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # what no file's name can hold; \udc80 to \udcff are its raw bytes
 RUN_LENGTHS = re.compile("(?:[P-o]{0,6}[0-O])*")  # of a COCO string, each below 2^34
 LONGEST_NAME = 200  # bytes of a step of a path; 255 are the limit, and endings are added
+FORMULA = ("=", "+", "-", "@", "\t", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # how one begins; the last four are wide
 COLUMNS = ("image", "label", "score", "x_min", "y_min", "x_max", "y_max", "width", "height")
 
 
@@ -177,24 +178,31 @@ def voc(picture: Picture) -> str:
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-def yolo(picture: Picture, classes: list[str]) -> str:
-    """A line an object: number of its class, centre x and y, width and height, in fractions of the picture."""
+def yolo(picture: Picture, classes: dict[str, int]) -> str:
+    """A line for each object: the number of its class, centre x and y, width and height, in fractions of the picture."""
     lines = []
     for found in picture.objects:
         x, y, x_end, y_end = found["box_normalized"]
         numbers = (x + x_end) / 2, (y + y_end) / 2, x_end - x, y_end - y
-        lines.append(" ".join([str(classes.index(name_of(found))), *(f"{number:.6f}" for number in numbers)]) + "\n")
+        lines.append(" ".join([str(classes[name_of(found)]), *(f"{number:.6f}" for number in numbers)]) + "\n")
     return "".join(lines)
 
 
+def cell(text: str) -> str:
+    """A text as a cell that no spreadsheet takes for a formula: one that begins like a formula gets an apostrophe before it."""
+    text = text.replace("\r", " ")  # which csv leaves without quotes, so that the line would end there
+    return f"'{text}" if text.lstrip(" ").startswith(FORMULA) else text
+
+
 def table(pictures: list[Picture]) -> str:
-    """CSV with the columns of COLUMNS, boxes in pixels."""
+    """CSV with the columns of COLUMNS, boxes in pixels; see `cell` for what is changed in names and labels."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for picture in pictures:
         for found in picture.objects:
-            writer.writerow([picture.name, found["label"], found.get("score"), *found["box"], picture.width, picture.height])
+            texts = cell(picture.name), cell(found["label"])
+            writer.writerow([*texts, found.get("score"), *found["box"], picture.width, picture.height])
     return text.getvalue()
 
 
@@ -273,13 +281,14 @@ def export(rows: Iterable[dict], kind: str, path: str | Path, names: Iterable[st
     if kind in ("coco", "csv"):
         put(files[0], json.dumps(coco(pictures)) + "\n" if kind == "coco" else table(pictures))
         return files
-    classes, file_of, written = class_names(pictures), dict(zip(names, files[: len(names)], strict=True)), []
+    classes = {name: number for number, name in enumerate(class_names(pictures))}
+    file_of, written = dict(zip(names, files[: len(names)], strict=True)), []
     for picture in pictures:
         written.append(file_of[picture.name])
         put(written[-1], voc(picture) if kind == "voc" else yolo(picture, classes))
     if kind == "yolo":
         written.append(files[-1])
-        put(files[-1], "".join(f"{name}\n" for name in classes))
+        put(files[-1], "".join(f"{' '.join(name.split()) or UNNAMED}\n" for name in classes))  # one line each
     return written
 
 

@@ -223,7 +223,7 @@ class Answer:
 
 def is_looping(text: str) -> bool:
     """Whether the last objects of a listing, "<loc..>x4 label ; ...", are all the same."""
-    objects = [part.strip() for part in text.split(";")[:-1]][-REPEATS:]
+    objects = [part.strip() for part in text.rsplit(";", REPEATS + 1)[-REPEATS - 1 : -1]]  # not the whole text for each token
     return len(objects) == REPEATS and len(set(objects)) == 1 and "<loc" in objects[0]
 
 

@@ -150,19 +150,20 @@ class Item:
     codes: list[int] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
     word_tokens: list[int] = field(default_factory=list)
+    has_label: bool = False  # kept, since putting the label together for every piece would take quadratic time
 
     @property
     def label(self) -> str:
         return "".join(self.words).strip()
 
     def is_begun(self) -> bool:
-        return bool(self.bins or self.codes or self.label)
+        return bool(self.bins or self.codes or self.has_label)
 
     def takes(self, piece: Piece) -> bool:
         """Whether the piece can still belong to this object, or must begin another."""
         if piece.location is not None:
-            return not (self.label or self.codes or len(self.bins) == BOX_LENGTH)
-        return piece.code is None or not self.label
+            return not (self.has_label or self.codes or len(self.bins) == BOX_LENGTH)
+        return piece.code is None or not self.has_label
 
     def put(self, piece: Piece) -> None:
         if piece.location is not None:
@@ -172,6 +173,7 @@ class Item:
             self.codes.append(piece.code)
         else:
             self.words.append(piece.text)
+            self.has_label = self.has_label or bool(piece.text.strip())
             self.word_tokens += piece.tokens if piece.text.strip() else ()
 
 
@@ -228,18 +230,19 @@ def finish(item: Item, denominator: int) -> tuple[Found | None, list[str]]:
     bins = tuple(item.bins)
     if 0 < len(bins) < BOX_LENGTH:
         return None, [CUT_BOX]
+    label = item.label
     if not bins:
-        return Found(item.label, None, problems=(NO_BOX,)) if item.label else None, [NO_BOX]
+        return Found(label, None, problems=(NO_BOX,)) if label else None, [NO_BOX]
     if bins[0] > bins[2] or bins[1] > bins[3]:
         problems.append(SWAPPED)
     if bins[0] == bins[2] or bins[1] == bins[3]:
         problems.append(NO_AREA)
     if item.codes and len(item.codes) != MASK_LENGTH:
         problems.append(CUT_MASK if len(item.codes) < MASK_LENGTH else LONG_MASK)
-    if not item.label:
+    if not label:
         problems.append(NO_LABEL)
     codes = tuple(item.codes[:MASK_LENGTH]) if len(item.codes) >= MASK_LENGTH else None
-    return Found(item.label, Box.from_bins(bins, denominator), bins, codes, problems=tuple(problems)), problems
+    return Found(label, Box.from_bins(bins, denominator), bins, codes, problems=tuple(problems)), problems
 
 
 def read(

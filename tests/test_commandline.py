@@ -502,3 +502,11 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
     script = start(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\ncommandline.write('alive')").args
     done = subprocess.run(["bash", "-c", 'trap "" INT; exec "$@"', "bash", *script], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "alive")
+
+
+def test_a_terminal_shows_no_text_in_another_order_than_it_has():
+    hidden = "\x1b\x9b\x07\r\x7f"
+    hidden += "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f\u061c\u200b\u2060\ufeff\u00ad\u2028\u2029"
+    assert commandline.printable("".join(f"a{letter}" for letter in hidden)) == "a" * len(hidden)
+    kept = "a\tb\nשלום مرحبا ک\u200cها \U0001f469\u200d\U0001f467 é 漢字 \u0600 \U000f0000"
+    assert commandline.printable(kept) == kept

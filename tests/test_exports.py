@@ -295,3 +295,33 @@ def test_exporting_needs_neither_torch_nor_numpy_where_there_are_no_masks(tmp_pa
     code += f"for kind in ('coco', 'voc', 'yolo', 'csv'): exports.export(rows, kind, {str(tmp_path)!r} + '/' + kind)\n"
     code += "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# Labels that a spreadsheet, or a file with a line for each, would take for something else
+
+
+def labelled(*labels):
+    found = {"box": [1.0, 1.0, 5.0, 5.0], "box_normalized": [0.1, 0.1, 0.5, 0.5]}
+    return [{"image": "=a.png", "width": 10, "height": 10, "objects": [found | {"label": label} for label in labels]}]
+
+
+def test_no_cell_of_a_table_is_a_formula(tmp_path):
+    bad = ["=1+1", "+1", "-1", "@x", "\t=1", "\r=1", "\n=1", " =1", "\uff1d1", '=HYPERLINK("http://x","y")']
+    export(labelled(*bad, "cat", "a=b", ""), "csv", tmp_path / "t.csv")
+    rows = list(csv.reader(io.StringIO((tmp_path / "t.csv").read_bytes().decode(), newline="")))[1:]
+    assert [row[1] for row in rows] == [*(f"'{label}".replace("\r", " ") for label in bad), "cat", "a=b", ""]
+    assert {row[0] for row in rows} == {"'=a.png"} and rows[0][2:] == ["", "1.0", "1.0", "5.0", "5.0", "10", "10"]
+
+
+def test_yolo_has_a_line_for_each_class_whatever_its_name_holds(tmp_path):
+    names = ["a\nb", "c\x85d\u2028e", "\n", "f"]
+    export(labelled(*names), "yolo", tmp_path / "out")
+    assert (tmp_path / "out" / "classes.txt").read_text(encoding="utf-8").split("\n") == ["a b", "c d e", "object", "f", ""]
+    assert [line.split()[0] for line in (tmp_path / "out" / "=a.txt").read_text().splitlines()] == ["0", "1", "2", "3"]
+
+
+def test_voc_is_xml_whatever_a_label_holds(tmp_path):
+    names = ["a\x00b", "<x>&\"'", "\ufffe\ud800", "]]>", "\x1b[31m"]
+    export(labelled(*names), "voc", tmp_path / "out")
+    root = ElementTree.parse(tmp_path / "out" / "=a.xml").getroot()
+    assert [name.text for name in root.iterfind("object/name")] == ["a?b", "<x>&\"'", "??", "]]>", "?[31m"]

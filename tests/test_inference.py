@@ -763,3 +763,19 @@ def test_flags_of_drawings_change_them_and_need_one(verb, tmp_path):
     (tmp_path / "no.ttf").write_bytes(b"none")
     code, _, err = verb(*asked, "--save=a.png", "--font=no.ttf")
     assert code == 2 and "--font no.ttf" in err and not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("<loc0001> cat ; " * 3, True),
+        ("<loc0001> cat ; " * 2, False),
+        ("x ; " + "<loc0001> cat ; " * 3, True),
+        ("cat ; " * 3, False),
+        ("<loc0001> cat ; <loc0001> cat ; <loc0001> cat", False),
+        ("<loc0001> cat;<loc0001> cat ;<loc0001> cat ; y", True),
+        ("", False),
+    ],
+)
+def test_a_listing_that_repeats_itself_is_seen_from_its_end(text, expected):
+    assert inference.is_looping(text) is expected

@@ -351,3 +351,30 @@ def test_the_comparison_runs_alone_where_supervision_is_not_installed(parsing, m
     assert "pip install supervision" in err and len(err.splitlines()) == 1
     result = json.loads(out.splitlines()[-1])
     assert result["ours"]["all"] == result["cases"] and "supervision" not in result
+
+
+class Watched(list):
+    """A list that counts how much of it was joined."""
+
+    joined = 0
+
+    def __iter__(self):
+        Watched.joined += len(self)
+        return super().__iter__()
+
+
+@pytest.mark.parametrize(
+    "text", ["<seg001>", "<seg001> ", "cat <seg001>", "<loc0001>", "<loc0001>" * 4 + " a ; ", "; ", "a ", "\n"]
+)
+def test_work_on_an_answer_grows_with_its_length_and_not_faster(monkeypatch, text):
+    made = outputs.Item.__init__
+
+    def watched(self, *args, **options):
+        made(self, *args, **options)
+        self.words = Watched(self.words)
+
+    monkeypatch.setattr(outputs.Item, "__init__", watched)
+    monkeypatch.setattr(Watched, "joined", 0)
+    count = 20_000
+    reading = read_text(text * count)
+    assert Watched.joined <= 10 * count and reading.text == text * count
