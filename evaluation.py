@@ -13,7 +13,6 @@ from torch import distributed, nn
 import scores
 from dataset import Examples, spread
 from errors import DeviceError, UsageError
-from images import load_image
 from outputs import read_text
 from scores import TEXT_SCORES, lacks_pycocotools
 from segmentation import MaskCodec, with_masks
@@ -102,9 +101,7 @@ class Judge:
         """The answers, said greedily, in the order of the questions. Raises: the error of the first that could not be asked."""
         run = Annotator(model, self.examples.processor, rows=self.rows, max_new_tokens=self.longest)  # masks are for later
         mine = list(self.answers)[self.rank :: self.world]
-        requests = (
-            Request(picture=load_image(image, notes=[]), task="ask", text=prefix, prompt=prefix) for image, prefix in mine
-        )
+        requests = (Request(picture=image, task="ask", text=prefix, prompt=prefix) for image, prefix in mine)
         shares = self.of_all(list(in_order(run.run(requests), len(mine))))
         results = [shares[i % self.world][i // self.world] for i in range(len(self.answers))]
         for result in results:  # only now, where all processes know of it

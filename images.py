@@ -608,7 +608,7 @@ def to_rgb(picture: Image.Image, name: str, background: str, stretch: bool, note
     return out
 
 
-def is_finished(picture: Image.Image) -> bool:
+def is_finished(picture: object) -> bool:
     """Whether it is 8-bit RGB in memory that carries nothing else, as load_image returns it."""
     return type(picture) is Image.Image and picture.mode == "RGB" and not picture.info and orientation(picture) == 1
 
@@ -719,7 +719,7 @@ def load_image(
     check_background(background)
     if frame < 0 or (max_pixels is not None and max_pixels < 1):
         raise UsageError(f"frame is {frame} and max_pixels {max_pixels}; they start at 0 and 1.")
-    if isinstance(source, Image.Image) and is_finished(source):
+    if is_finished(source):
         check_size(source.size, "the picture", max_pixels or math.inf)
         return then(source)
     is_large = is_large_file(source)

@@ -36,7 +36,8 @@ import files
 import machine
 import verbs
 from commandline import note, write
-from errors import AccessError, ImageError, PaliGemmaError, PromptError, UsageError
+from errors import PaliGemmaError, PromptError, UsageError
+from folders import as_error
 from options import (
     Checkpoint,
     DrawingFlags,
@@ -471,8 +472,10 @@ def try_picture(name: str, flags: Flags) -> "Image.Image | PaliGemmaError":
     """The picture, or the reason why there is none."""
     try:
         return read_picture(name, flags)
-    except (ImageError, AccessError) as error:
-        return error
+    except UsageError:
+        raise
+    except Exception as error:  # noqa: BLE001 (whatever it is, it is about one picture of several)
+        return as_error(name, error)
 
 
 def find_masks(flags: Flags, checkpoint: Checkpoint) -> "MaskCodec | None":

@@ -10,6 +10,7 @@ configs/proj/paligemma/transfers. Checked in tests/test_tasks.py.
 
 import logging
 import math
+import os
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -141,15 +142,15 @@ class Request:
     """One question about one picture.
 
     Args:
-        picture: upright RGB, as load_image gives it; or the error that it gave, which becomes the result.
+        picture: whatever load_image takes; or an error, which becomes the result.
         task: one of TASKS.
         text: the question, or the objects.
         prompt: what to say instead of the prompt of the task, word for word.
-        image: the picture's name for people.
+        image: the picture's name for people; a path or an address that is the picture, if not given.
         size: width and height of the original, where `picture` is a smaller copy.
     """
 
-    picture: "Image.Image | PaliGemmaError"
+    picture: object
     task: str
     text: str = ""
     prompt: str | None = None
@@ -310,7 +311,7 @@ class Annotator:
         Raises: DeviceError when memory runs out with a single row, GenerationError for logits that are not numbers, and what
             `requests` raises. Errors of requests known by then come out first; what is in flight then has no result.
         """
-        arrivals = Arrivals(requests)
+        arrivals = Arrivals(self.opened(requests))
         failed: deque[tuple[int, Result]] = deque()  # results of requests that could not be asked
         num_alone = 0  # requests in a row that ran out of memory alone
         while not arrivals.is_empty():
@@ -345,6 +346,29 @@ class Annotator:
             self.rows //= 2
             log.warning("memory ran out; going on with %d at a time.", self.rows)
             arrivals.put_back(in_flight.values())
+
+    def opened(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """The requests with their pictures read. What is read here is squeezed, so that what waits takes little memory."""
+        from images import is_finished, load_image, squeeze
+
+        def square(whole: "Image.Image") -> "tuple[Image.Image, tuple[int, int]]":
+            return squeeze(whole, self.processor.image_size), whole.size
+
+        source, found = object(), (None, None)  # of the last request whose picture had to be read
+        for request in requests:
+            picture = request.picture
+            if isinstance(picture, PaliGemmaError) or is_finished(picture):
+                yield request
+                continue
+            is_name = isinstance(picture, str | os.PathLike)
+            if picture is not source and not (is_name and picture == source):
+                try:
+                    found = load_image(picture, then=square)
+                except PaliGemmaError as error:
+                    found = error, None
+            source = picture
+            name = request.image or (os.fspath(picture) if is_name else "")
+            yield replace(request, picture=found[0], size=request.size or found[1], image=name)
 
     def answers(
         self, arrivals: "Arrivals", in_flight: dict[int, tuple], failed: deque[tuple[int, Result]]

@@ -150,7 +150,6 @@ def test_each_process_asks_its_share_and_all_answers_come_in_their_order(judge, 
                 yield index, Result(image="a.png", task="ask", asked="", prompt="", text=request.prompt)
 
     monkeypatch.setattr(evaluation, "Annotator", Echo)
-    monkeypatch.setattr(evaluation, "load_image", lambda *_, **__: None)
     questions = [f"question {number}" for number in range(5)]
     both = [judge([(question, "x") for question in questions]) for _ in range(2)]
     shares = []

@@ -1,6 +1,7 @@
 """Prompts that fit the checkpoint, typed results, and a run that no single request can end."""
 
 import gc
+import io
 import itertools
 import json
 import random
@@ -8,6 +9,7 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import generation
+import images
 import tasks
 import weights
 from errors import DeviceError, GenerationError, ImageError, PromptError, UsageError
@@ -292,7 +295,7 @@ def test_errors_of_requests_survive_a_shortage_of_memory_before_the_next_answer(
 
 
 NO_MODEL = SimpleNamespace(config=SimpleNamespace(text_config=SimpleNamespace(vocab_size=9)))
-NO_PROCESSOR = SimpleNamespace(locations=None, unused_ids=lambda _: [])
+NO_PROCESSOR = SimpleNamespace(image_size=14, locations=None, unused_ids=lambda _: [])
 
 
 class Scripted:
@@ -410,3 +413,34 @@ def test_other_faults_of_the_machine_end_the_run(run, monkeypatch):
     monkeypatch.setattr(generation.Decoder, "step", broken)
     with pytest.raises(RuntimeError, match="a kernel failed"):
         run(many(3))
+
+
+# Whatever load_image takes
+
+
+def test_a_request_takes_whatever_load_image_takes(run, tmp_path):
+    SHAPES.save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    sources = [str(tmp_path / "a.png"), tmp_path / "a.png", content, io.BytesIO(content), np.asarray(SHAPES),
+               torch.from_numpy(np.asarray(SHAPES).copy()), {"bytes": content, "path": "a.png"}, SHAPES.convert("RGBA"),
+               Image.open(tmp_path / "a.png")]  # fmt: skip
+    right = run([Request(picture=SHAPES, task="detect", text="cross")])[0]
+    results = run([Request(picture=source, task="detect", text="cross") for source in sources])
+    assert [result.error for result in results] == [None] * len(sources)
+    assert all((result.token_ids, result.width, result.height) == (right.token_ids, 448, 448) for result in results)
+    assert [result.image for result in results[:3]] == [str(tmp_path / "a.png")] * 2 + [""]
+
+
+def test_what_is_no_picture_is_that_requests_error(run):
+    results = run([Request(picture=source, task="caption") for source in ("gone.png", 3, None, b"", SHAPES)])
+    assert [type(result.error) for result in results] == [ImageError] * 4 + [type(None)]
+    assert "gone.png does not exist" in results[0].error.message and results[0].image == "gone.png"
+
+
+def test_a_name_that_is_asked_about_twice_is_read_once(run, monkeypatch, tmp_path):
+    SHAPES.save(tmp_path / "a.png")
+    read, names = images.read_file, []
+    monkeypatch.setattr(images, "read_file", lambda path: names.append(path) or read(path))
+    place = str(tmp_path / "a.png")
+    run([Request(picture="".join(place), task="detect", text=text) for text in ("cross", "ring")])
+    assert names == [place]
