@@ -69,7 +69,8 @@ def parsed_key(key: str) -> tuple[bool, re.Pattern | None, patterns.Pattern | No
     text = text.removeprefix("base_model.model.").removeprefix(r"base_model\.model\.")
     if re.fullmatch(r"[\w.]*", text):
         return is_whole, re.compile(text), None
-    return is_whole, None, patterns.Pattern(text if is_whole else rf"(.*\.)?({text})")
+    pattern = patterns.Pattern(text)  # by itself, so that what is wrong is shown as it was written
+    return is_whole, None, pattern if is_whole else patterns.Pattern(rf"(.*\.)?({text})")
 
 
 def fits(key: str, name: str) -> bool:

@@ -67,6 +67,32 @@ def answer_of(result):
     return json.loads(out)
 
 
+@pytest.mark.parametrize("flag", ["model_path", "base_model", "mask_codec"])
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "x" * 300, "nowhere", "loop", "pipe"])
+def test_names_of_files_that_cannot_be_read_are_one_line(ask, world, flag, name):
+    if name == "loop" and not (world / name).is_symlink():
+        (world / name).symlink_to(name)
+    if name == "pipe" and not (world / name).exists():
+        os.mkfifo(world / name)
+    code, out, err = ask(f"--{flag}={name}", model=None if flag == "model_path" else "model", prompt="segment cat")
+    assert code in (2, 4) and not out, err
+    assert [line.partition(": ")[0] for line in err.splitlines() if not line.startswith("note")] == ["error"]
+
+
+def test_an_adapter_whose_base_is_elsewhere_answers_with_base_model(ask, world, tmp_path):
+    import lora
+    import weights
+
+    model = weights.load_model(world / "model")
+    lora.inject(model, lora.LoraConfig(r=2), lora.targets(model))
+    weights.save_adapter(lora.adapter_state(model), lora.LoraConfig(r=2), tmp_path, "/elsewhere/model")
+    plain = ask("--json")
+    code, _, err = ask(model=tmp_path)
+    assert code == 4 and "adapter_config.json names the base model '/elsewhere/model'" in err and "--base_model" in err
+    adapted = ask("--json", f"--base_model={world / 'model'}", model=tmp_path)  # B is zero: it says what its base says
+    assert answer_of(adapted)["text"] == answer_of(plain)["text"]
+
+
 def start(world, *flags, **options):
     """The program in a process of its own."""
     command = [sys.executable, str(ROOT / "inference.py"), *flags]
