@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
+from checkpoint import read_header, read_json
 from errors import CheckpointError, OutputError, UsageError
 from files import look, names_in
 
@@ -44,6 +45,9 @@ PARTS = {  # what may be trained, by the names of parameters; a part that is tol
 ALL = ("language_model", "vision_tower", "projector")
 STATE_NAME = "state.json"
 STEP_FOLDER = re.compile(r"step_(\d{8})")
+UNREADABLE = (  # what torch's reader of checkpoints raises for files that are damaged, of another model, or made up
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError, ArithmeticError, MemoryError,
+)  # fmt: skip
 MOST_BAD_STEPS = 10  # in a row, whose loss or gradient is no number
 
 
@@ -338,16 +342,32 @@ class Trainer:
         """Goes on where `save` stopped, bit for bit; on any number of processes. Raises: CheckpointError."""
         from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
 
+        self.step, self.updates, self.bad_steps = read_state(folder)
+        for file in folder.glob("*.safetensors"):
+            read_header(file)  # torch's reader takes every claim of a header for true
         try:
-            state = json.loads((folder / STATE_NAME).read_text())
-            self.step, self.updates, self.bad_steps = (int(state[name]) for name in ("step", "updates", "bad_steps"))
             with quiet():
                 load(self.tensors(), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=self.world == 1)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, CheckpointException) as error:
+            for name, tensor in self.tensors().items():
+                tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+                if not tensor.isfinite().all() or (name.startswith("exp_avg_sq.") and (tensor < 0).any()):
+                    raise ValueError(f"{name} holds numbers that are not finite, or below 0 where none may be.")
+        except (*UNREADABLE, CheckpointException) as error:
             text = f"{folder} does not continue this run: {reason(error)} Name another output, or delete that folder."
             raise CheckpointError(text, path=folder) from error
         for parameter in self.named.values():
             self.optimiser.state[parameter]["step"].fill_(self.updates)
+
+
+def read_state(folder: Path) -> tuple[int, int, int]:
+    """Steps, updates and skipped steps in a row of a checkpoint. Raises: CheckpointError unless they can be those of its name."""
+    state = read_json(folder / STATE_NAME)
+    numbers = tuple(state.get(name) for name in ("step", "updates", "bad_steps"))
+    is_possible = all(type(number) is int and 0 <= number <= numbers[0] for number in numbers)
+    if not is_possible or folder.name != f"step_{numbers[0]:08d}":
+        text = f"{folder / STATE_NAME} does not belong to {folder.name}. Delete that folder: the run goes on from the one before."
+        raise CheckpointError(text, path=folder / STATE_NAME)
+    return numbers
 
 
 @contextmanager

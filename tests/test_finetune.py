@@ -400,7 +400,7 @@ def test_damaged_files_of_a_run_are_one_line_or_mended(model, data, whole, tmp_p
     assert losses(tmp_path / "run") == losses(whole) and not (tmp_path / "run" / "model" / ".saving-x").exists()
     (tmp_path / "run" / "checkpoints" / "step_00000006" / "state.json").write_text("[]")
     code, said = run(capsys, *given)
-    assert code == 4 and "does not continue this run" in said
+    assert code == 4 and "state.json:1:1 holds a list" in said
     (tmp_path / "run" / "settings.json").write_text("{")
     code, said = run(capsys, *given)
     assert code == 4 and "settings.json:1:2 is not JSON" in said

@@ -3,6 +3,8 @@
 import gc
 import json
 import os
+import shutil
+import struct
 import subprocess
 import sys
 import weakref
@@ -363,9 +365,87 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="does not continue this run") as caught:
         make_trainer(parts=("attention",)).restore(folder)
     assert "\n" not in caught.value.message
-    (folder / "state.json").write_text("{")
-    with pytest.raises(CheckpointError, match="does not continue this run"):
+
+
+WRONG = [{"step": wrong} for wrong in (1.0, True, 2, 10**400)] + [{"updates": wrong} for wrong in (-1, 2, None)]
+WRONG += [{"bad_steps": wrong} for wrong in (10**400, float("nan"), [])]
+HOSTILE_STATES = [
+    *("{", "[]", "{}", "[" * 50_000, '{"step": 1e999, "updates": 1, "bad_steps": 0}', "\x00", '{"step": "1"}'),
+    *(json.dumps({"step": 1, "updates": 1, "bad_steps": 0} | wrong) for wrong in WRONG),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The checkpoint of one update of the projector."""
+    trainer = make_trainer(parts=("projector",))
+    trainer.update()
+    return trainer.save(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.mark.parametrize("text", HOSTILE_STATES)
+def test_a_state_that_is_not_of_its_checkpoint_is_refused(saved, tmp_path, text):
+    folder = shutil.copytree(saved, tmp_path / saved.name)
+    (folder / "state.json").write_text(text)
+    with pytest.raises(CheckpointError) as caught:
         make_trainer(parts=("projector",)).restore(folder)
+    assert "\n" not in caught.value.message and len(caught.value.message) < 500
+
+
+def with_header(change):
+    """A function that rewrites the header of a safetensors file."""
+
+    def rewrite(data):
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        change(header)
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+    return rewrite
+
+
+def with_values(name, value):
+    """A function that replaces the first number of a tensor."""
+
+    def rewrite(data):
+        size = int.from_bytes(data[:8], "little")
+        start = 8 + size + json.loads(data[8 : 8 + size])[name]["data_offsets"][0]
+        return data[:start] + struct.pack("<f", value) + data[start + 4 :]
+
+    return rewrite
+
+
+WEIGHT = "multi_modal_projector.linear.weight"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:4],
+        lambda _: b"",
+        lambda data: (2**62).to_bytes(8, "little") + data[8:],
+        lambda data: (2**64 - 1).to_bytes(8, "little") + data[8:],
+        with_header(lambda header: header.pop(f"exp_avg.{WEIGHT}")),
+        with_header(lambda header: header[f"exp_avg.{WEIGHT}"].update(shape=[10**400])),
+        with_header(lambda header: header[f"exp_avg.{WEIGHT}"].update(shape="x")),
+        with_header(lambda header: header[f"exp_avg.{WEIGHT}"].update(dtype="F1")),
+        with_header(lambda header: header[f"exp_avg.{WEIGHT}"].update(data_offsets=[1e308, 2])),
+        with_header(lambda header: header.update({"__metadata__": {"DCP_SHARDING_INFO": "["}})),
+        with_header(lambda header: header.update({"__metadata__": {"DCP_SHARDING_INFO": '{"x": {"saved_offsets": 1}}'}})),
+        with_values(f"exp_avg.{WEIGHT}", float("nan")),
+        with_values(f"exp_avg_sq.{WEIGHT}", -1.0),
+        with_values(f"model.{WEIGHT}", float("inf")),
+    ],
+)
+def test_a_checkpoint_that_is_damaged_or_made_up_is_refused(saved, tmp_path, damage):
+    folder = shutil.copytree(saved, tmp_path / saved.name)
+    (file,) = folder.glob("*.safetensors")
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(CheckpointError) as caught:
+        make_trainer(parts=("projector",)).restore(folder)
+    assert "\n" not in caught.value.message and len(caught.value.message) < 500
 
 
 WORKER = """
