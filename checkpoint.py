@@ -127,6 +127,13 @@ def no_duplicates(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
+def from_0_up(digits: str) -> int:
+    """For json: the number. Raises ValueError for one with a sign: -0 is none of safetensors' whole numbers."""
+    if digits.startswith("-"):
+        raise ValueError(f"it holds {digits[:20]}; whole numbers from 0 are needed")
+    return int(digits)
+
+
 def listed(names: list[str]) -> str:
     """The first few names, long ones cut, and how many more there are."""
     more = len(names) - NAMES_SHOWN
@@ -148,10 +155,13 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError(f"it has {size} bytes, and its header claims {length}")
-            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=no_duplicates)
+            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=no_duplicates, parse_int=from_0_up)
         if not isinstance(header, dict):
             raise ValueError("its header is not an object")
-        header.pop("__metadata__", None)
+        "".join(header).encode()  # raises ValueError for half a surrogate pair, which the library refuses, too
+        about = header.pop("__metadata__", None)
+        if about is not None and not (isinstance(about, dict) and all(isinstance(text, str) for text in about.values())):
+            raise ValueError("its __metadata__ is no object of texts")
         tensors = {name: read_entry(name, entry, file, 8 + length) for name, entry in header.items()}
         end = 8 + length
         for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.num_bytes)):

@@ -75,6 +75,11 @@ def test_a_header_says_what_the_library_says(tmp_path):
         ({"w": ENTRY, "v": ENTRY}, b"x" * 24, None, "begins at"),
         (b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "w": {}}', b"x" * 4, None, "w occurs twice"),
         (b'{"w": {"dtype": "F32", "shape": [1], "shape": [1], "data_offsets": [0, 4]}}', b"x" * 4, None, "shape occurs twice"),
+        (b'{"w": {"dtype": "F32", "shape": [0], "data_offsets": [-0, 0]}}', b"", None, "it holds -0"),
+        ({"\ud800": ENTRY}, b"x" * 24, None, "surrogates"),
+        ({"w": ENTRY, "__metadata__": []}, b"x" * 24, None, "__metadata__"),
+        ({"w": ENTRY, "__metadata__": [1]}, b"x" * 24, None, "__metadata__"),
+        ({"w": ENTRY, "__metadata__": {"step": 1}}, b"x" * 24, None, "__metadata__"),
         (b'{"w": {"dtype": "F32", "shape": [1' + b"0" * 5000 + b'], "data_offsets": [0, 4]}}', b"x" * 4, None, "damaged"),
     ],
 )
