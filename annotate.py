@@ -130,8 +130,9 @@ def make_folder(folder: Path) -> None:
     """Makes it and those above it, if they are not there. Raises: OutputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be made: {error.strerror}. Choose another --save_dir.", path=folder) from error
+    except (OSError, ValueError) as error:  # a ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"{folder} cannot be made: {reason}. Choose another --save_dir.", path=folder) from error
 
 
 def make_save_dir(flags: Flags) -> None:

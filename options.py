@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from modeling_paligemma import PaliGemmaForConditionalGeneration
 
 BUNDLED_MODEL = "demo/checkpoint"
+LONGEST_NAME = 255  # letters between two slashes: what Linux, macOS and Windows allow at most
 STDIN_BYTES = 64 << 20  # a picture piped in is read up to here
 SMALL_MODEL = 32 << 20  # bytes that a core's cache nearly holds: handing parts to other cores takes longer than doing them
 WIDEST_LINE = 100  # pixels
@@ -204,18 +205,29 @@ def looks_like_picture(word: str) -> bool:
     return word == "-" or is_address(word) or is_there or word.lower().endswith(PICTURE_SUFFIXES)
 
 
+def longest_name(parts: list[str]) -> int:
+    """How many of the parts, with commas between them, are the longest name of something that exists; 1 if none is."""
+    name, found = parts[0], 1
+    for count, part in enumerate(parts, 1):
+        name += f",{part}" if count > 1 else ""
+        folder, slash, last = os.path.expanduser(name).rpartition("/")
+        if len(last) > LONGEST_NAME or ("/" in part and not os.path.isdir(folder + slash)):
+            break  # what is longer begins with this, and cannot exist either
+        found = count if os.path.exists(folder + slash + last) else found
+    return found
+
+
 def split_pictures(text: str) -> list[str]:
     """The names between the commas; commas of a file that exists, of an address or of a data: URI stay in their name."""
     parts, names = text.split(","), []
     while parts:
-        longest = range(len(parts), 0, -1)
         if parts[0].startswith("data:"):
             taken = min(2, len(parts))
         elif is_address(parts[0]):
             following = (i for i in range(1, len(parts)) if ":" in parts[i] or parts[i] == "-" or os.path.exists(parts[i]))
             taken = next(following, len(parts))
         else:
-            taken = next((i for i in longest if os.path.exists(os.path.expanduser(",".join(parts[:i])))), 1)
+            taken = longest_name(parts)
         names.append(",".join(parts[:taken]))
         parts = parts[taken:]
     if "" in names:

@@ -33,8 +33,9 @@ def make_folder(folder: Path) -> None:
     """Raises: OutputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be made: {error.strerror}. Name another --output.") from error
+    except (OSError, ValueError) as error:  # a ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"{folder} cannot be made: {reason}. Name another --output.") from error
 
 
 def replace_text(file: Path, text: str) -> None:

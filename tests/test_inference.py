@@ -171,6 +171,19 @@ def test_a_comma_without_a_name_or_two_stdins_are_refused(text):
         options.split_pictures(text)
 
 
+def test_names_with_commas_are_found_in_folders_with_commas_and_thousands_of_names_take_few_looks(tmp_path, monkeypatch):
+    (tmp_path / "a,b" / "c,d").mkdir(parents=True)
+    (tmp_path / "a,b" / "c,d" / "e,f.png").touch()
+    monkeypatch.chdir(tmp_path)
+    assert options.split_pictures("x.png,a,b/c,d/e,f.png,a,b/c,d") == ["x.png", "a,b/c,d/e,f.png", "a,b/c,d"]
+    looks = []
+    monkeypatch.setattr(options.os.path, "exists", lambda name: looks.append(name) or False)
+    names = [f"n{i}.png" for i in range(1500)] + [f"sub/n{i}.png" for i in range(1500)]
+    assert options.split_pictures(",".join(names)) == names
+    assert len(looks) < 50 * len(names)  # all ends of 3,000 names would be 4.5 million
+
+
+
 def test_a_prompt_is_the_bytes_that_were_typed():
     assert inference.as_utf8("日本".encode().decode("ascii", "surrogateescape")) == "日本"
     assert inference.as_utf8("日本") == "日本"
