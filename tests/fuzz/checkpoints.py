@@ -70,6 +70,9 @@ class Headers(Fuzzer):
         length = struct.unpack("<Q", self.valid[:8])[0]
         self.header, self.body = json.loads(self.valid[8 : 8 + length]), self.valid[8 + length :]
 
+    def sound(self) -> Files:
+        return {"model.safetensors": self.valid}
+
     def known(self) -> list[Callable[[], Files]]:
         def entry(shape: str = "[0]", place: str = "[0,0]", name: str = "a", dtype: str = "F32") -> bytes:
             return f'{{"{name}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{place}}}}}'.encode()
@@ -133,6 +136,9 @@ class Indexes(Fuzzer):
             checkpoint.write_tensors(self.valid / name, {f"t{number}": torch.ones(3)})
             self.index["weight_map"][f"t{number}"] = name
 
+    def sound(self) -> Files:
+        return {checkpoint.INDEX_NAME: as_json(self.index)}
+
     def known(self) -> list[Callable[[], Files]]:
         def of(data: bytes) -> Callable[[], Files]:
             return lambda: {checkpoint.INDEX_NAME: data}
@@ -182,6 +188,9 @@ class Settings(Fuzzer):
         self.values["preprocessor_config.json"] |= {"rescale_factor": 1 / 255, "do_resize": True, "image_seq_length": 4}
         self.values["processor_config.json"] = {"image_processor": copy.deepcopy(self.values["preprocessor_config.json"])}
         self.values["tokenizer_config.json"] |= {"bos_token": "<bos>", "eos_token": {"content": "<eos>"}, "pad_token": "<pad>"}
+
+    def sound(self) -> Files:
+        return {name: as_json(value) for name, value in self.values.items()}
 
     def known(self) -> list[Callable[[], Files]]:
         def of(name: str, where: str, text: str) -> Callable[[], Files]:
@@ -251,6 +260,9 @@ class Tokenizers(Fuzzer):
         config = write_processor(self.valid)
         (self.valid / "config.json").write_text(json.dumps(config))
         self.value = json.loads((self.valid / "tokenizer.json").read_text(encoding="utf-8"))
+
+    def sound(self) -> Files:
+        return {"tokenizer.json": as_json(self.value)}
 
     def known(self) -> list[Callable[[], Files]]:
         def of(change: Callable[[dict], object]) -> Callable[[], Files]:
@@ -346,6 +358,9 @@ class Adapters(Fuzzer):
             "layers_to_transform": None, "inference_mode": True,
         }  # fmt: skip
 
+    def sound(self) -> Files:
+        return self.files(as_json(self.config))
+
     def known(self) -> list[Callable[[], Files]]:
         def of(**fields: object) -> Callable[[], Files]:
             return lambda: self.files(as_json(self.config | fields).replace(b'"@@"', HUGE.encode()))
@@ -433,6 +448,9 @@ class Codecs(Fuzzer):
         shape = self.needed[name].shape if shape is None else shape
         header = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}\n".encode("utf-8", "surrogatepass")
         return f"{name}.npy", npy(header, bytes(self.needed[name].nbytes) if body is None else body)
+
+    def sound(self) -> Files:
+        return {"codec.npz": archive([self.entry(name, "'<f4'") for name in self.names])}
 
     def known(self) -> list[Callable[[], Files]]:
         first = self.names[0]

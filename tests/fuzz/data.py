@@ -65,6 +65,9 @@ class Datasets(Fuzzer):
             {"image": name, "prefix": "detect cat", "suffix": suffix} for name in ("a.png", "b.png") for suffix in SUFFIXES[:3]
         ]
 
+    def sound(self) -> Files:
+        return {"train.jsonl": json.dumps(self.lines[0]).encode() + b"\n"}
+
     def known(self) -> list[Callable[[], Files]]:
         line = b'{"image": "a.png", "prefix": "p", "suffix": "s"}\n'
         made = [
@@ -128,6 +131,9 @@ class Journals(Fuzzer):
             {"image": "b.png", "prompt": "detect cat", "error": {"code": 3, "type": "ImageError", "message": "no", "path": None}},
         ]
 
+    def sound(self) -> Files:
+        return {"rows.jsonl": b"".join(json.dumps(line).encode() + b"\n" for line in self.lines)}
+
     def known(self) -> list[Callable[[], Files]]:
         head = json.dumps(self.lines[0]).encode() + b"\n"
         made = [
@@ -167,6 +173,9 @@ class Lists(Fuzzer):
     """The files of --list and --questions."""
 
     name, codes, inputs = "lists", (3,), 100
+
+    def sound(self) -> Files:
+        return {"list": b'{"image": "a.png", "prefix": "caption en"}\n'}
 
     def known(self) -> list[Callable[[], Files]]:
         question = b'{"image": "a.png", "prefix": "caption en"}\n'
@@ -209,6 +218,9 @@ class Yaml(Fuzzer):
     """The settings of a fine-tune in a YAML file."""
 
     name, codes, inputs = "yaml", (2, 3), 150
+
+    def sound(self) -> Files:
+        return {"a.yaml": b"rows: 2\nscores: [exact, vqa]\n# a comment\nlora_alpha: 16\n"}
 
     def known(self) -> list[Callable[[], Files]]:
         levels = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
@@ -280,6 +292,9 @@ class Runs(Fuzzer):
         self.step = next((folder / "checkpoints").iterdir())
         self.state = json.loads((self.step / training.STATE_NAME).read_text())
         self.metrics = [{"step": 0, "loss": 1.5, "grad_norm": 0.1, "learning_rate": 1e-5}, {"step": 0, "exact": 0.5}]
+
+    def sound(self) -> Files:
+        return {"state.json": json.dumps(self.state).encode(), "settings.json": json.dumps(self.settings).encode()}
 
     def known(self) -> list[Callable[[], Files]]:
         numbers = ("1e999", "NaN", HUGE, "-1", "1.5", '"1"', "null", "[]", "9223372036854775808", "true", "1e300")

@@ -146,6 +146,9 @@ class Pictures(Fuzzer):
         super().__init__(folder)
         self.valid = valid_pictures()
 
+    def sound(self) -> Files:
+        return {"picture": self.valid[0], "options.json": b"{}"}
+
     def known(self) -> list[Callable[[], Files]]:
         def of(make: Callable[[], bytes], **chosen: object) -> Callable[[], Files]:
             return lambda: {"picture": make(), "options.json": json.dumps(chosen).encode()}
@@ -230,6 +233,9 @@ class Addresses(Fuzzer):
     def __init__(self, folder: Path):
         super().__init__(folder)
         self.png = encode("RGB", "PNG")
+
+    def sound(self) -> Files:
+        return {"name": b"data:image/png;base64," + base64.b64encode(self.png)}
 
     def known(self) -> list[Callable[[], Files]]:
         names = [

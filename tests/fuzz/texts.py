@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
 from random import Random
 from unittest import mock
@@ -71,6 +71,9 @@ class Prompts(Fuzzer):
         super().__init__(folder)
         self.processor = make_processor(folder)
 
+    def sound(self) -> Files:
+        return {"prompt": b"detect cat ; dog"}
+
     def known(self) -> list[Callable[[], Files]]:
         made = [
             lambda: "\U0001f600" * 10**6, lambda: "<seg001>" * 10**5, lambda: "<image>" * 10**5, lambda: "<" * 10**6,
@@ -115,6 +118,9 @@ class Answers(Fuzzer):
         self.picture = Image.new("RGB", (40, 30))
         self.mask = np.zeros((30, 40), dtype=bool)
         self.mask[3:9, 5:20] = True
+
+    def sound(self) -> Files:
+        return {"answer": b"<loc0001><loc0002><loc0500><loc0600> cat ; <loc0001><loc0002><loc0300><loc0400> dog"}
 
     def known(self) -> list[Callable[[], Files]]:
         box = "<loc0001><loc0002><loc0500><loc0600>"
@@ -178,6 +184,9 @@ class Masks(Fuzzer):
     """COCO's run lengths, as others wrote them."""
 
     name, codes, inputs = "masks", (3,), 150
+
+    def sound(self) -> Files:
+        return {"rle.json": b'{"size": [30, 40], "counts": [0, 1200]}'}
 
     def known(self) -> list[Callable[[], Files]]:
         sizes = (
@@ -284,6 +293,9 @@ class Flags(Fuzzer):
             "a.yaml": b"rows: 2\n", "names.txt": b"a.png\n\xff.png\n",
         }  # fmt: skip
 
+    def sound(self) -> Files:
+        return {"argv.json": b'["inference", "detect", "a.png", "cat", "--json"]'}
+
     def known(self) -> list[Callable[[], Files]]:
         argvs = [
             ["inference", "--model_path", "~nosuchuser/x"], ["inference", "caption", "~nosuchuser/x.png"],
@@ -346,9 +358,10 @@ class Flags(Fuzzer):
         for name, data in self.files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(data)
-        with as_program(program, argv, self.files["a.png"], folder):
+        stderr = io.StringIO()
+        with as_program(program, argv, self.files["a.png"], folder), redirect_stderr(stderr):
             code = commandline.run(module.Flags, module.program, argv, verbs.HELP if module is inference else {})
-        errors = [line for line in sys.stderr.getvalue().splitlines() if line.startswith("error: ")]
+        errors = [line for line in stderr.getvalue().splitlines() if line.startswith("error: ")]
         assert code in self.codes, f"exit code {code}: {errors}"
         assert len(errors) <= 1 and (errors or not code), errors
         assert all(len(line) < LONGEST_MESSAGE for line in errors), f"a message of {len(errors[0])} letters: {errors[0][:200]}"
