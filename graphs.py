@@ -22,6 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import kernels
 from modeling_gemma import GemmaAttention, KVCache
 from modeling_paligemma import PaliGemmaForConditionalGeneration
 
@@ -68,6 +69,7 @@ def compiled_step() -> Callable[[PaliGemmaForConditionalGeneration, KVCache, Ten
     """The model's own step through torch.compile, once for each shape; fullgraph, so that a wait for the device is an error."""
     import torch._dynamo  # not before it is needed: it takes a second
 
+    kernels.keep_torch_private()
     torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
     # With this tuning the product of one row is a sum of inductor's own instead of cuBLAS's product.
     options = {"coordinate_descent_tuning": True}
@@ -194,6 +196,7 @@ def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
 
 @functools.cache
 def compiled_capped_attention() -> Callable[..., Tensor]:
+    kernels.keep_torch_private()
     return torch.compile(capped_attention, fullgraph=True)
 
 

@@ -103,6 +103,12 @@ def private_folder(folder: Path) -> Iterator[Path]:
         log.info("%s is not used: %s.", folder, error.strerror or error)
 
 
+def keep_torch_private() -> None:
+    """For torch.compile, which else runs what it finds in a folder for temporary files whose name anyone can take first."""
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(next(cache_folders()) / "inductor")
+
+
 def is_whole(file: Path) -> bool:
     """Whether a file is ours, and ends with the digest of all that is before it: one cut short would end the process."""
     if not is_private(file, is_folder=False):

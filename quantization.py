@@ -253,6 +253,7 @@ def few_rows_product(x: Tensor, packed: Tensor, scales: Tensor, kind: str) -> Te
 def compiled_few_rows_product() -> Callable[..., Tensor]:
     import torch._dynamo  # not before it is needed: it takes a second
 
+    kernels.keep_torch_private()
     # Each size of matrix is compiled for itself, and a decoder has more of them than the eight that torch allows.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(few_rows_product, dynamic=False)

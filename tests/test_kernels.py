@@ -13,7 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
+import graphs
 import kernels
+import quantization
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = 'extern "C" int answer() { return 42; }\n'
@@ -259,6 +261,20 @@ def test_a_sticky_folder_above_is_fine_and_a_planted_one_in_it_is_not(places):
     (alone,) = folders()
     assert alone.parent == temporary and alone != planted
     assert not alone.exists()  # it was for that process
+
+
+def test_what_torch_compiles_is_kept_where_no_other_user_can_write(places, monkeypatch):
+    cache, _ = places
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/chosen")
+    kernels.keep_torch_private()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    kernels.keep_torch_private()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache / "paligemma" / "inductor")
+    for function in (quantization.compiled_few_rows_product, graphs.compiled_step, graphs.compiled_capped_attention):
+        monkeypatch.setattr(kernels, "keep_torch_private", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            function.__wrapped__()
 
 
 def test_a_planted_library_does_not_run(places, compiler):
