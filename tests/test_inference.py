@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import AddedToken, Tokenizer
 
 import commandline
 import inference
@@ -818,3 +819,45 @@ def test_flags_of_drawings_change_them_and_need_one(verb, tmp_path):
 )
 def test_a_listing_that_repeats_itself_is_seen_from_its_end(text, expected):
     assert inference.is_looping(text) is expected
+
+
+@pytest.fixture
+def tuned(world):
+    """A model whose fine-tune added two tokens after <image>, and which would rather say ids that have no token."""
+    folder = world / "tuned"
+    shutil.copytree(world / "model", folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    own = [tokenizer.get_vocab_size(), tokenizer.get_vocab_size() + 1]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in ("<yes>", "<no>")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    model = weights.load_model(folder)
+    with torch.no_grad():  # of a vector and its negative one has a large logit, whatever the hidden vector is
+        rows = model.language_model.model.embed_tokens.weight
+        rows[own[0]] = torch.linspace(-9, 9, rows.shape[1])
+        rows[own[1]] = -rows[own[0]]
+        rows[own[1] + 1 : own[1] + 3] = 2 * rows[own]
+        rows[own[0] - 1] = 3 * rows[own[0]]  # <image>
+    weights.save_model(model, folder)
+    yield folder, own
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_p": 0.5, "temperature": 3.0, "seed": 1}])
+def test_added_tokens_are_generated_and_ids_without_a_token_never(ask, tuned, options):
+    from generation import generate, generate_many
+    from graphs import use_graphs
+
+    folder, own = tuned
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    for words in ([], ["ask", "cat.png", "what is this?"]):
+        given = {} if not words else {"picture": None, "prompt": None}
+        code, out, err = ask("--json", *flags, *words, model="tuned", **given)
+        assert code == 0, err
+        assert re.fullmatch("(<yes>|<no>){8}", json.loads(out)["text"])
+    model, processor = weights.load_model(folder), PaliGemmaProcessor.from_pretrained(folder)
+    inputs = processor(Image.open(folder.parent / "cat.png"), "caption en")
+    options = options | {"max_new_tokens": 8, "suppress_tokens": processor.unused_ids(model.config.text_config.vocab_size)}
+    (answer,) = generate_many(model, [inputs], rows=1, **options)
+    assert set(answer.token_ids) <= set(own)
+    use_graphs(model)
+    assert torch.cat(list(generate(model, inputs, **options))).tolist() == answer.token_ids

@@ -190,6 +190,19 @@ def test_folders_go_both_ways(ran):
         torch.testing.assert_close(mine, other, rtol=0, atol=0.25)
 
 
+def test_the_processors_of_saved_folders_are_read_by_both(ran):
+    from transformers import AutoProcessor
+
+    from processing_paligemma import PaliGemmaProcessor
+
+    theirs, ours = ran
+    for folder in (theirs["out"], ours["out"]):
+        mine = PaliGemmaProcessor.from_pretrained(folder)(ours["picture"], "caption en")
+        other = AutoProcessor.from_pretrained(folder)(images=ours["picture"], text="<image>caption en", return_tensors="pt")
+        for key in ("input_ids", "token_type_ids", "pixel_values"):
+            assert torch.equal(mine[key], ours["inputs"][key]) and torch.equal(other[key], mine[key])
+
+
 def test_python_example_prints_an_answer(ran, capsys, monkeypatch):
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     ast.parse(code)
