@@ -129,6 +129,19 @@ def test_every_picture_has_a_row_as_if_it_had_been_asked_alone(run, model):
         assert score == pytest.approx(alone.score, abs=2e-6)  # a product of other rows beside it sums in another order
 
 
+def test_a_bug_over_one_picture_is_its_row(run, monkeypatch):
+    load = images_module.load_image
+
+    def broken(place, **options):
+        return 1 / 0 if place == PHOTOS[1] else load(place, **options)
+
+    monkeypatch.setattr(images_module, "load_image", broken)
+    code, err = run("photos")
+    assert code == 8 and failed() == PHOTOS[1:2] and "1 of 5 rows" in err
+    (row,) = (row for row in rows("rows.jsonl") if "error" in row)
+    assert row["error"]["code"] == 3 and "ZeroDivisionError" in row["error"]["message"]
+
+
 def test_the_file_begins_with_what_decides_the_answers(run):
     run("photos", "--task", "detect", " cat;dog ", "--quantize=int8")
     with open("rows.jsonl") as file:

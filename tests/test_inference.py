@@ -470,6 +470,15 @@ def test_several_pictures_keep_their_order_and_a_bad_one_is_8(verb, tmp_path):
     assert code == 8 and (first["image"], bad["error"]["code"], last["image"]) == (SHAPES, 3, CAT)
 
 
+def test_a_bug_over_one_picture_ends_nothing(verb, monkeypatch):
+    load = inference.read_picture
+    monkeypatch.setattr(inference, "read_picture", lambda name, flags: 1 / 0 if name == CAT else load(name, flags))
+    code, out, err = verb("caption", SHAPES, CAT, SHAPES)
+    assert code == 8 and out == f"{SHAPES}\t{CAPTION}\n" * 2 and "ZeroDivisionError" in err
+    code, _, err = verb("caption", CAT, "--model_path=no such model")
+    assert code == 3 and err.startswith("error: reading ")
+
+
 def test_a_single_bad_picture_is_its_error_before_the_model_is_touched(verb, tmp_path):
     for name, code in (("gone.png", 3), (str(tmp_path), 3)):
         assert verb("detect", name, "cat", "--model_path=no such model")[0] == code
