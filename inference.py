@@ -36,7 +36,7 @@ import files
 import machine
 import verbs
 from commandline import note, write
-from errors import PaliGemmaError, PromptError, UsageError
+from errors import PaliGemmaError, PromptError, UsageError, counted
 from folders import as_error
 from options import (
     Checkpoint,
@@ -512,6 +512,10 @@ def open_annotator(flags: Flags, job: verbs.Job, extra: dict) -> Annotator:
 def answer_verb(flags: Flags) -> None:
     """Typed results for each picture; those after the first are read when their turn comes, and a bad one ends nothing."""
     job = verbs.read_words(tuple(map(as_utf8, flags.words)))
+    for text in job.notes:
+        note(f"note: {text}")
+    if flags.verbose:
+        note(f"note: {job.task} {' ; '.join(job.texts)} in the {counted(len(job.pictures), 'picture')} {', '.join(job.pictures)}")
     kind = checkpoint_kind(flags.model_path or "")
     if doubtful := doubt(job.task, kind):
         note(f"note: {doubtful}")

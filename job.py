@@ -99,7 +99,10 @@ class JobFlags(ModelFlags, PictureFlags, ResultFlags):
     @property
     def has_text_as_word(self) -> bool:
         is_needed = self.questions is None and self.chosen_task in NEEDED and self.text is None
-        return is_needed and bool(self.words) and not looks_like_picture(self.words[-1])
+        if not is_needed or not self.words:
+            return False
+        could_be_text = len(self.words) > 1 and not set("/,.") & set(self.words[-1])  # a folder named cat is no reason to fail
+        return could_be_text or not looks_like_picture(self.words[-1])
 
     @property
     def asked(self) -> str:

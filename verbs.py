@@ -95,11 +95,13 @@ class Job:
         task: the verb.
         pictures: names.
         texts: questions, or objects with " ; " between them; one empty text where the task needs none.
+        notes: which words could have been taken for something else.
     """
 
     task: str
     pictures: tuple[str, ...]
     texts: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def is_single(self) -> bool:
@@ -121,14 +123,32 @@ def read_words(words: tuple[str, ...]) -> Job:
         raise UsageError(f"{task} needs a picture: {rule}.")
     if not looks_like_picture(rest[0]):
         raise UsageError(f"{task} needs a picture first, and {rest[0]!r} is none that is there: {rule}.")
-    count = next((i for i, word in enumerate(rest) if not looks_like_picture(word)), len(rest))
+    count = next((i for i, word in enumerate(rest) if i and not is_further_picture(word)), len(rest))
+    notes = []
+    if count == len(rest) > 1 and task in NEEDED and is_bare(rest[-1]):  # a file named cat is no reason to ask about nothing
+        count -= 1
+        notes.append(f"{rest[-1]!r} is taken for {NEEDED[task]}, not for the file of that name.")
     pictures = [name for word in rest[:count] for name in split_pictures(word)]
     if pictures.count("-") > 1:
         raise UsageError("- stands twice, but stdin can be read only once. Give it once.")
     said = rest[count:]
     text = " ; ".join(split_objects(" ; ".join(said))) if task in OBJECT_TASKS else " ".join(said)
+    if task in NEEDED and not text.replace(";", "").strip():
+        listed = ", ".join(map(repr, pictures))
+        taken = f"{listed} is taken for a picture" if len(pictures) == 1 else f"{listed} are taken for pictures"
+        raise UsageError(f"{task} needs {NEEDED[task]}, and {taken}. Put it after the picture: {rule}.")
     check_task(task, text)
-    return Job(task, tuple(pictures), tuple(split_objects(text)) if task == "count" else (text,))
+    return Job(task, tuple(pictures), tuple(split_objects(text)) if task == "count" else (text,), tuple(notes))
+
+
+def is_further_picture(word: str) -> bool:
+    """Whether a word after the first picture is one, too; a folder is not: its name may be what is looked for."""
+    return looks_like_picture(word) and not os.path.isdir(files.expand(word))
+
+
+def is_bare(word: str) -> bool:
+    """Whether a word that is a file's name could as well be a text: it has no folder and no ending in it."""
+    return word != "-" and not is_address(word) and not set("/,.") & set(word)
 
 
 @dataclass(frozen=True)

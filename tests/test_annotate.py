@@ -571,6 +571,8 @@ def test_the_last_word_is_the_text_where_one_is_needed():
     assert read("photos", "cat ; dog", task="detect") == (("photos",), "cat ; dog")
     assert read("photos", "x.png", task="detect", text="cat") == (("photos", "x.png"), "cat")
     assert read("photos", "photos/a", task="caption") == (("photos", "photos/a"), "")
+    os.mkdir("cat")
+    assert read("photos", "cat", task="detect") == (("photos",), "cat")  # a folder of that name changes nothing
     with pytest.raises(UsageError, match="what to look for"):
         read("photos", "photos/a", task="detect")  # both are pictures
 

@@ -460,6 +460,17 @@ def test_words_behind_a_verb_are_objects_and_pictures_in_any_number():
     assert job("caption", SHAPES) == (["shapes.png"], [""])
 
 
+def test_a_folder_or_file_named_like_the_object_is_no_picture(verb, tmp_path):
+    (tmp_path / "circle").mkdir()
+    (tmp_path / "star").write_text("a file")
+    assert verb("detect", SHAPES, "circle", "--json")[0] == 0
+    code, out, err = verb("detect", SHAPES, "star", "--json")
+    assert code == 0 and json.loads(out)["prompt"] == "detect star"
+    assert err == "note: 'star' is taken for what to look for, not for the file of that name.\n"
+    code, _, err = verb("detect", SHAPES, "gone.png")
+    assert code == 2 and f"needs what to look for, and {SHAPES!r}, 'gone.png' are taken for pictures" in err
+
+
 def test_several_pictures_keep_their_order_and_a_bad_one_is_8(verb, tmp_path):
     (tmp_path / "bad.png").write_text("no picture")
     code, out, err = verb("caption", SHAPES, "bad.png", CAT)
