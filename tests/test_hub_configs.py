@@ -143,6 +143,22 @@ def test_the_processor_reads_the_same_numbers(tmp_path, name):
     assert (processor.image_size, processor.num_image_tokens) == (config.vision_config.image_size, config.num_image_tokens)
 
 
+def test_model_and_processor_take_an_absent_side_of_the_picture_from_the_weights(tmp_path):
+    ids = write_tokenizer(tmp_path, num_words=1)
+    raw = raw_config("gemma", vocab_size=ids["vocab_size"]) | {"image_token_index": ids["image_token_index"]}
+    raw["vision_config"]["image_size"] = 56
+    model = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_hf(raw))
+    save_file(fill(model, 0).state_dict(), tmp_path / "model.safetensors")
+    del raw["vision_config"]["image_size"]
+    write_json(tmp_path, "config.json", raw)
+    processor = PaliGemmaProcessor.from_pretrained(tmp_path)
+    assert (processor.image_size, processor.num_image_tokens) == (56, 16)
+    assert weights.load_model(tmp_path).config == model.config
+    write_preprocessor(tmp_path, 224)
+    with pytest.raises(CheckpointError, match="'height': 224.* and the model for 56 pixels a side"):
+        PaliGemmaProcessor.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("part", ["text_config", "vision_config"])
 @pytest.mark.parametrize("family", ["gemma", "gemma2"])
 def test_any_field_may_be_absent(tmp_path, family, part):

@@ -419,11 +419,15 @@ def leaves(raw: dict, path: tuple = ()) -> list[tuple]:
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from([0, 1, 14, 28, 2**20]),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from([0, 1, 28, 2**20, 10**400]),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["rope_type", "rope_theta"]), inner),
     max_leaves=3,
 )
-EXTRA_KEYS = [("quantization_config",), ("text_config", "rope_parameters"), ("text_config", "layer_types")]
+EXTRA_KEYS = [
+    ("quantization_config",), ("quantization",), ("text_config", "rope_parameters"), ("text_config", "rope_theta"),
+    ("text_config", "layer_types"), ("text_config", "rms_norm_eps"), ("vision_config", "layer_norm_eps"),
+    ("vision_config", "hidden_act"), ("text_config", "max_position_embeddings"), ("torch_dtype",), ("tie_word_embeddings",),
+]  # fmt: skip
 KEYS = leaves(raw_config("gemma2")) + EXTRA_KEYS
 
 
