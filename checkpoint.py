@@ -121,6 +121,7 @@ def check_regular(path: Path) -> None:
 def no_duplicates(pairs: list[tuple[str, object]]) -> dict:
     """For json: an object as a dict. Raises ValueError for a name that occurs twice (json itself takes the last)."""
     found = dict(pairs)
+    "".join(found).encode()  # raises ValueError for half a surrogate pair, which the library refuses, too
     if len(found) < len(pairs):
         twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
         raise ValueError(f"{listed(twice)} occurs twice in the header")
@@ -158,10 +159,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=no_duplicates, parse_int=from_0_up)
         if not isinstance(header, dict):
             raise ValueError("its header is not an object")
-        "".join(header).encode()  # raises ValueError for half a surrogate pair, which the library refuses, too
         about = header.pop("__metadata__", None)
         if about is not None and not (isinstance(about, dict) and all(isinstance(text, str) for text in about.values())):
             raise ValueError("its __metadata__ is no object of texts")
+        "".join((about or {}).values()).encode()
         tensors = {name: read_entry(name, entry, file, 8 + length) for name, entry in header.items()}
         end = 8 + length
         for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.num_bytes)):
@@ -183,6 +184,8 @@ def read_entry(name: str, entry: object, file: Path, offset: int) -> StoredTenso
     """One line of a header. Raises ValueError when it contradicts itself."""
     if len(name) > MAX_NAME:
         raise ValueError(f"the name {name[:NAME_SHOWN]}... has {len(name)} letters, and {MAX_NAME} is the limit")
+    if not name.isprintable():
+        raise ValueError(f"the name {name!r} has characters that cannot be shown")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError(f"{name} is not described by dtype, shape and data_offsets")
     dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]

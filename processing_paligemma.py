@@ -256,7 +256,7 @@ def token_ids(tokenizer: Tokenizer, config: "PaliGemmaConfig", folder: Path) -> 
     for kind in ("bos", "eos", "pad"):
         token = settings.get(f"{kind}_token") or f"<{kind}>"
         token = token.get("content") if isinstance(token, dict) else token
-        if not isinstance(token, str):
+        if not (isinstance(token, str) and token.isprintable()):  # nor half a character, which cannot be looked up
             raise TokenizerError(f"{folder / 'tokenizer_config.json'}: {kind}_token is no text. Download it again.", path=folder)
         tokens[f"{kind}_token_id"] = token
     ids = {name: tokenizer.token_to_id(token) for name, token in tokens.items()}
