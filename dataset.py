@@ -19,7 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress, pairwise
 from pathlib import Path
@@ -29,7 +29,8 @@ from PIL import Image
 
 import files
 from augmentation import zoom
-from errors import DatasetError, ImageError
+from errors import DatasetError
+from folders import as_error
 from images import load_image, read_file, squeeze
 from outputs import CUT_BOX, CUT_MASK, LONG_MASK, NO_AREA, SWAPPED, read_text
 
@@ -101,6 +102,7 @@ class Split:
     Args:
         folder: which the names of pictures are relative to, and which they may not leave.
         hashes: of each picture's bytes, in the order of `examples`; filled by check_pictures.
+        options: of load_image, for all pictures.
     """
 
     file: Path
@@ -109,6 +111,7 @@ class Split:
     doubts: list[Fault]
     hashes: list[bytes]
     folder: Path | None = None
+    options: dict = field(default_factory=dict)
 
     def drop(self, faults: Iterable[Fault]) -> None:
         """Takes faulty lines out of the examples and notes why."""
@@ -307,22 +310,22 @@ def explain_unusable(split: Split, head: str) -> None:
 # Pictures
 
 
-def look_at(path: Path, folder: Path) -> tuple[bytes, str | None]:
+def look_at(path: Path, folder: Path, options: dict) -> tuple[bytes, str | None]:
     """The hash of a picture file, and what is wrong with it. It is read as it will be, to the last pixel and with its colours."""
     if why := check_links(path, folder):
         return b"", why
     try:
-        load_image(path, notes=[])
+        load_image(path, notes=[], then=lambda picture: picture.size, **options)
         return hashlib.sha256(read_file(path)).digest(), None
-    except ImageError as error:
-        return b"", ADVICE.sub("", error.message)
+    except Exception as error:  # noqa: BLE001 (whatever it is, it is about one picture of many)
+        return b"", ADVICE.sub("", as_error(str(path), error).message)
 
 
 def check_pictures(split: Split) -> None:
     """Drops the lines whose picture is missing, damaged or none."""
     paths = list(dict.fromkeys(example.image for example in split.examples))
     with ThreadPoolExecutor(READERS) as readers:
-        seen = dict(zip(paths, readers.map(partial(look_at, folder=split.folder), paths), strict=True))
+        seen = dict(zip(paths, readers.map(partial(look_at, folder=split.folder, options=split.options), paths), strict=True))
     wrong = {path: why for path, (_, why) in seen.items() if why is not None}
     split.drop(Fault(split.file, example.line, wrong[example.image]) for example in split.examples if example.image in wrong)
     split.hashes = [seen[example.image][0] for example in split.examples]
@@ -456,12 +459,13 @@ class Examples:
     """
 
     def __init__(self, split: Split, processor: "PaliGemmaProcessor", augment: str = "none", seed: int = 0):
-        self.lines, self.processor, self.augment, self.seed = split.examples, processor, augment, seed
+        self.lines, self.options = split.examples, split.options
+        self.processor, self.augment, self.seed = processor, augment, seed
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Image.Image, str, str]:
         """Picture, prefix and suffix of the line `index` in the epoch `epoch`, given as (epoch, index)."""
         line = self.lines[place[1]]
-        picture, suffix = load_image(line.image, notes=[]), line.suffix
+        picture, suffix = load_image(line.image, notes=[], **self.options), line.suffix
         if self.augment == "zoom":
             picture, suffix = zoom(picture, suffix, seed=(self.seed, *place))
         return picture, line.prefix, suffix

@@ -13,6 +13,7 @@ from torch import distributed, nn
 import scores
 from dataset import Examples, spread
 from errors import DeviceError, UsageError
+from folders import load
 from outputs import read_text
 from scores import TEXT_SCORES, lacks_pycocotools
 from segmentation import MaskCodec, with_masks
@@ -101,7 +102,11 @@ class Judge:
         """The answers, said greedily, in the order of the questions. Raises: the error of the first that could not be asked."""
         run = Annotator(model, self.examples.processor, rows=self.rows, max_new_tokens=self.longest)  # masks are for later
         mine = list(self.answers)[self.rank :: self.world]
-        requests = (Request(picture=image, task="ask", text=prefix, prompt=prefix) for image, prefix in mine)
+        side, options = self.examples.processor.image_size, self.examples.options
+        read = ((load(str(image), side, is_typed=False, **options), prefix) for image, prefix in mine)
+        requests = (
+            Request(picture=found.picture, size=found.size, task="ask", text=prefix, prompt=prefix) for found, prefix in read
+        )
         shares = self.of_all(list(in_order(run.run(requests), len(mine))))
         results = [shares[i % self.world][i // self.world] for i in range(len(self.answers))]
         for result in results:  # only now, where all processes know of it

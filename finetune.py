@@ -45,7 +45,7 @@ import machine
 from commandline import note
 from errors import DatasetError, DeviceError, ImageError, UsageError
 from files import expand, is_file, is_folder, look, read_regular
-from options import bundled, require
+from options import PictureFlags, bundled, picture_options, require
 from run_folder import Log, alone, check_settings, check_taken, copy_file, make_folder, replace_text, settings_of
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ ADVICE = "Take --method lora, --gradient_checkpointing, fewer --rows, --dtype bf
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class Flags(PictureFlags):
     """Fine-tunes a PaliGemma model on pictures with a prompt and its answer each.
 
       python finetune.py --train train.jsonl --output runs/x --preview                 look at what will be learned
@@ -173,6 +173,8 @@ class Flags:
     debug: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
+
         def is_rate(value: float | None) -> bool:
             return value is None or 0 < value < 1
 
@@ -290,6 +292,7 @@ def read_data(flags: Flags, processor: object, room: int) -> list["dataset.Split
 
     splits = [dataset.read_split(file, flags.image_dir) for file in (flags.train, flags.valid) if file]
     for split in splits:
+        split.options = picture_options(flags)
         dataset.check_pictures(split)
         dataset.check_texts(split, processor, min(flags.max_text_tokens, room))
     if len(splits) == 2:

@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 import annotate
 import commandline
 import evaluation
+import finetune
 import folders
 import images
 import inference
@@ -278,3 +279,17 @@ def test_the_demo_model_finds_the_cross_where_it_is(tmp_path, capsys):
         [(_, result)] = annotator.run([Request(picture=opened, task="detect", text="cross")])
     box = result.reading.objects[0].box
     assert abs(box.x_min * 448 - 14) < 3 and abs(box.y_min * 448 - 243) < 3
+
+
+def test_finetune_reads_pictures_as_its_flags_say(files, tmp_path, monkeypatch):
+    folder, shown = files[0], []
+    monkeypatch.setattr(preview, "draw_preview", lambda examples, *_: shown.append(examples))
+    Image.fromarray(np.array([[0, 4095], [2048, 1024]], dtype=np.uint16)).save(tmp_path / "12 bits.png")
+    line = {"image": "12 bits.png", "prefix": "caption", "suffix": "x"}
+    (tmp_path / "deep.jsonl").write_text(json.dumps(line))
+    given = [f"--model_path={DEMO}", f"--output={tmp_path / 'run'}", "--preview"]
+    assert run(finetune.Flags, finetune.program, f"--train={folder / 'lines.jsonl'}", "--ignore_exif", *given) == 0
+    assert [shown[0][0, i][0].size for i in range(len(CASES))] == [stored().size] * len(CASES)
+    assert run(finetune.Flags, finetune.program, f"--train={tmp_path / 'deep.jsonl'}", "--stretch", *given) == 0
+    assert np.asarray(shown[1][0, 0][0])[:, :, 0].tolist() == [[0, 255], [128, 64]]
+    assert run(finetune.Flags, finetune.program, f"--train={folder / 'lines.jsonl'}", "--max_pixels=9", *given) == 3
