@@ -185,7 +185,7 @@ def items(pieces: Iterable[Piece]) -> Iterator[Item]:
             yield item
             item = Item()
         first, *others = END_OF_ITEM.split(piece.text) if piece.text else [piece.text]
-        item.put(replace(piece, text=first))
+        item.put(replace(piece, text=first) if others else piece)
         for text in others:
             if item.is_begun():
                 yield item
@@ -321,7 +321,8 @@ def pieces_of_text(text: str) -> Iterator[Piece]:
     end = 0
     for place in PLACE.finditer(text):
         location, code = (None if digits is None else int(digits) for digits in place.groups())
-        yield Piece((), text=text[end : place.start()])
+        if place.start() > end:
+            yield Piece((), text=text[end : place.start()])
         yield Piece((), location, code)
         end = place.end()
     yield Piece((), text=text[end:])
