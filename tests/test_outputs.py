@@ -346,6 +346,7 @@ def test_the_comparison_tells_right_from_wrong(parsing):
 
 def test_the_comparison_runs_alone_where_supervision_is_not_installed(parsing, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "supervision", None)
+    monkeypatch.setattr(sys, "argv", ["parsing.py"])
     parsing.main()
     out, err = capsys.readouterr()
     assert "pip install supervision" in err and len(err.splitlines()) == 1
