@@ -29,7 +29,7 @@ from PIL import Image
 
 import files
 from augmentation import zoom
-from errors import DatasetError
+from errors import DatasetError, counted
 from folders import as_error
 from images import load_image, read_file, squeeze
 from outputs import CUT_BOX, CUT_MASK, LONG_MASK, NO_AREA, SWAPPED, read_text
@@ -374,7 +374,7 @@ def check_texts(split: Split, processor: "PaliGemmaProcessor", max_text_tokens: 
 def doubts_of(prefix: str, suffix: str) -> list[str]:
     """What is odd about a prompt and its answer, above all about the places in it."""
     unknown = [token for token in dict.fromkeys(LIKE_A_PLACE.findall(suffix)) if not A_PLACE.fullmatch(token)]
-    more = f", and {len(unknown) - 3} others like it" if len(unknown) > 3 else ""
+    more = f", and {counted(len(unknown) - 3, 'other')} like it" if len(unknown) > 3 else ""
     said = [f"{token} is no token; <loc0000> to <loc1023> and <seg000> to <seg127> are{more}" for token in unknown[:3]]
     letters = dict.fromkeys(CONTROL.findall(f"{prefix} {suffix}"))
     said += [f"{token} is read as letters; where it is needed the processor adds it, so leave it out" for token in letters]
@@ -437,7 +437,7 @@ def require_usable(splits: Sequence[Split], skip_bad: bool, room: int | None = N
             advice.append(f"The longest needs {longest} tokens, and the model has room for {room}: shorten it.")
         if num_long < len(faults):
             advice.append(f"Fix {'the others' if num_long else 'them'}, or go on without them: --skip_bad.")
-        number = f"{len(faults)} lines" if len(faults) > 1 else "1 line"
+        number = counted(len(faults), "line")
         raise DatasetError(f"{number} cannot be used; the first: {first}. {' '.join(advice)}", path=faults[0].file)
     for split in splits:
         if not split.examples:

@@ -19,8 +19,8 @@ def shorten(text: str, longest: int = LONGEST_MESSAGE) -> str:
 
 
 def counted(number: int, thing: str) -> str:
-    """A number and what it counts: "1 row", "2 rows", "1,000 pictures", "1 more doubt"."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+    """A number and what it counts: "1 row", "2 rows", "1 more doubt"."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 class PaliGemmaError(Exception):

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from drawing import PALETTE, clean, draw_box
-from errors import PromptError
+from errors import PromptError, counted
 from generation import only_row
 from lettering import lettering
 from modeling_gemma import rotate
@@ -503,7 +503,8 @@ def draw_head(sheet: Image.Image, picture: Image.Image, explanation: Explanation
     kind = "hangs on (gradient)" if any(word.gradient is not None for word in explanation.words) else "looked at (attention)"
     for line in (
         f"{times(explanation.dependence)} as likely as with a flat picture of the same mean colour:",
-        f"{signed(explanation.dependence, 1)} nats, {signed(explanation.dependence / count, 2)} for each of {count} tokens.",
+        f"{signed(explanation.dependence, 1)} nats, {signed(explanation.dependence / count, 2)} for each of "
+        f"{counted(count, 'token')}.",
         f"Maps: what each word {kind}, darkest red most. Bars: what else was considered.",
         *explanation.notes,
     ):

@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING
 import commandline
 import machine
 from commandline import note
-from errors import DatasetError, DeviceError, ImageError, UsageError
+from errors import DatasetError, DeviceError, ImageError, UsageError, counted
 from files import expand, is_file, is_folder, look, read_regular
 from options import PictureFlags, bundled, picture_options, require
 from run_folder import Log, alone, check_settings, check_taken, copy_file, make_folder, replace_text, settings_of
@@ -306,7 +306,7 @@ def read_data(flags: Flags, processor: object, room: int) -> list["dataset.Split
             more = counts[doubt.text] - 1
             note(f"doubt: {doubt}" + f" (and {more} more line{'s' * (more > 1)} like it)" * (more > 0))
         if len(counts) > DOUBTS_SHOWN:
-            note(f"doubt: ... and {len(counts) - DOUBTS_SHOWN} more kinds in {split.file}")
+            note(f"doubt: ... and {counted(len(counts) - DOUBTS_SHOWN, 'more kind')} in {split.file}")
     dataset.require_usable(splits, flags.skip_bad, room)
     return splits
 
@@ -651,7 +651,8 @@ def learn(
         trainer.restore(found[-1])
     if is_first():
         trained = sum(parameter.numel() for parameter in trainer.named.values())
-        note(f"{count} examples, {plan.steps} updates from {trainer.step} on; {trained / 1e6:.4g} M weights learn, on {device}.")
+        plans = f"{counted(count, 'example')}, {counted(plan.steps, 'update')} from {trainer.step} on"
+        note(f"{plans}; {trained / 1e6:.4g} M weights learn, on {device}.")
     run = Run(flags, trainer, judge, weights, dtype)
     run.loop()
     run.finish(weights.base_folder(source, flags.base_model), adapter)

@@ -18,7 +18,7 @@ import files
 import folders
 import machine
 from commandline import Interrupted, Words, note
-from errors import ImageError, PaliGemmaError, UsageError
+from errors import ImageError, PaliGemmaError, UsageError, counted
 from journal import PART, Journal
 from options import (
     PICTURE_SUFFIXES,
@@ -337,7 +337,8 @@ def open_rows(flags: JobFlags, checkpoint: Checkpoint, path: Path) -> Iterator[J
         try:
             yield journal
         except Interrupted:
-            note(f"interrupted after {journal.num_answered + journal.num_failed} rows. The same command goes on there.")
+            rows = counted(journal.num_answered + journal.num_failed, "row")
+            note(f"interrupted after {rows}. The same command goes on there.")
             raise
 
 
@@ -346,5 +347,7 @@ def conclude(journal: Journal) -> None:
     answered, failed = journal.num_answered, journal.num_failed
     if failed:
         advice = "--retry_failed asks them again."
-        raise PaliGemmaError(f"{failed} of {answered + failed} rows in {journal.path} are errors and say why. {advice}", code=8)
-    note(f"{answered} rows in {journal.path}.")
+        are = "is an error and says why" if failed == 1 else "are errors and say why"
+        of = f"{failed} of {counted(answered + failed, 'row')}"
+        raise PaliGemmaError(f"{of} in {journal.path} {are}. {advice}", code=8)
+    note(f"{counted(answered, 'row')} in {journal.path}.")
