@@ -446,13 +446,21 @@ def heat_map(picture: Image.Image, values: Tensor) -> Image.Image:
     return Image.composite(glow(share), pale, cover)
 
 
+def by_text(alternatives: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Alternatives as a reader tells them apart: "cat" and " cat" are two tokens and one word; likeliest first."""
+    shares: dict[str, float] = {}
+    for text, probability in alternatives:
+        shown = text.strip() or repr(text)[1:-1]
+        shares[shown] = shares.get(shown, 0.0) + probability
+    return sorted(shares.items(), key=lambda pair: -pair[1])
+
+
 def draw_bars(sheet: Image.Image, x: int, y: int, width: int, bars: Sequence[tuple[str, float]]) -> None:
     """Alternatives and their probabilities, a line each; the longest bar is the probability 1."""
     draw, label, number = ImageDraw.Draw(sheet), int(0.42 * width), 46
     for line, (text, probability) in enumerate(bars):
         top, room = y + 21 * line, width - label - number
-        shown = fitted(text.strip() or repr(text)[1:-1], 13, label - 8)
-        lettering().write(sheet, (x, top), shown, 13, INK if line == 0 else SOFT)
+        lettering().write(sheet, (x, top), fitted(text, 13, label - 8), 13, INK if line == 0 else SOFT)
         draw.rectangle((x + label, top + 3, x + label + room, top + 13), FAINT)
         draw.rectangle((x + label, top + 3, x + label + max(1, round(room * probability)), top + 13), BLUE)
         lettering().write(sheet, (x + width, top), f"{probability:.0%}", 13, SOFT, "ra")
@@ -479,7 +487,7 @@ def draw_card(sheet: Image.Image, x: int, y: int, picture: Image.Image, word: Wo
     says, color = f"picture {signed(word.dependence, 1)} nats", GREEN if word.dependence >= LEAST_DEPENDENCE else ORANGE
     lettering().write(sheet, (x, below + 27), says, 13, color)
     doubtful = max(tokens, key=lambda token: token.entropy)  # of several tokens, the one of most doubt
-    draw_bars(sheet, x, below + 50, width, doubtful.alternatives[:BARS])
+    draw_bars(sheet, x, below + 50, width, by_text(doubtful.alternatives)[:BARS])
 
 
 def draw_head(sheet: Image.Image, picture: Image.Image, explanation: Explanation) -> None:

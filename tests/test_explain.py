@@ -468,3 +468,8 @@ def test_what_a_bad_picture_would_be_explained_with_is_left_out(tmp_path, capsys
 def test_what_cannot_be_explained_or_written_is_said_at_once(flags, error, message):
     with pytest.raises(error, match=message):
         inference.Flags(**flags)
+
+
+def test_one_text_stands_once_among_the_alternatives():
+    alternatives = [("cat", 0.5), ("dog", 0.2), (" cat", 0.15), ("\n", 0.05)]
+    assert explain.by_text(alternatives) == [("cat", 0.65), ("dog", 0.2), ("\\n", 0.05)]
