@@ -48,7 +48,7 @@ class Fuzzer:
 
     name = ""
     codes: tuple[int, ...] = ()
-    inputs = 60
+    inputs = 20
 
     def __init__(self, folder: Path):
         """Makes what is damaged later; `folder` is its own."""

@@ -140,7 +140,7 @@ def gif_of_frames(count: int) -> bytes:
 
 
 class Pictures(Fuzzer):
-    name, codes, inputs = "pictures", (3,), 150
+    name, codes = "pictures", (3,)
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -228,7 +228,7 @@ PARTS = (
 class Addresses(Fuzzer):
     """What stands where the name of a picture is meant: an address, a data: URI, a path, a pattern, several with commas."""
 
-    name, codes, inputs = "addresses", (2, 3, 5), 150
+    name, codes = "addresses", (2, 3, 5)
 
     def __init__(self, folder: Path):
         super().__init__(folder)

@@ -65,7 +65,7 @@ def make_processor(folder: Path) -> PaliGemmaProcessor:
 class Prompts(Fuzzer):
     """What a user, or a data set, asks."""
 
-    name, codes, inputs = "prompts", (2, 3), 100
+    name, codes = "prompts", (2, 3)
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -100,8 +100,10 @@ class Prompts(Fuzzer):
         answer = batch["labels"][0]
         ids = answer[answer != -100].tolist()
         assert ids.pop() == processor.eos_token_id
-        assert processor.control_ids.isdisjoint(ids), "a control token came from a text"
-        assert processor.decode(ids) == prompt.replace("▁", " "), "ids and back is another text"
+        control = (processor.image_token_id, processor.bos_token_id, processor.eos_token_id, processor.pad_token_id)
+        assert not set(control) & set(ids), "a control token came from a text"
+        if processor.control_ids.isdisjoint(ids):  # the tokenizer's own, such as <unk>, leave no text
+            assert processor.decode(ids) == prompt.replace("▁", " "), "ids and back is another text"
         labels = [label for label in tasks.split_objects(prompt)[:20] if label]
         if labels:
             Grammar.for_objects(processor, labels)
@@ -110,7 +112,7 @@ class Prompts(Fuzzer):
 class Answers(Fuzzer):
     """What a model says, as text and as ids; and everything that is made of it: tables, drawings, files of other tools."""
 
-    name, codes, inputs = "answers", (3,), 100
+    name, codes = "answers", (3,)
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -125,11 +127,11 @@ class Answers(Fuzzer):
     def known(self) -> list[Callable[[], Files]]:
         box = "<loc0001><loc0002><loc0500><loc0600>"
         made = [
-            lambda: "<seg001>" * 10**5, lambda: "<loc0001>" * 10**5, lambda: f"{box} cat ; " * 20_000, lambda: ";" * 10**6,
-            lambda: "\n" * 10**6, lambda: "<" * 10**6, lambda: "<loc" * 10**5, lambda: f"{box} " + "a" * 10**6,
+            lambda: "<seg001>" * 10**5, lambda: "<loc0001>" * 10**5, lambda: f"{box} cat ; " * 3_000, lambda: ";" * 10**5,
+            lambda: "\n" * 10**5, lambda: "<" * 10**6, lambda: "<loc" * 10**5, lambda: f"{box} " + "a" * 10**6,
             lambda: "a" * 10**6, lambda: "\U0001f600" * 10**5, lambda: f"{box} =HYPERLINK(1) ; {box} \u202eabc ; {box} \x1b[2J",
-            lambda: f"{box} \ud800", lambda: f"{box}" + "<seg001>" * 16 + " cat", lambda: "a ; " * 10**5,
-            lambda: "".join(f"<loc{i % 1024:04d}>" for i in range(40_000)), lambda: "",
+            lambda: f"{box} \ud800", lambda: f"{box}" + "<seg001>" * 16 + " cat", lambda: "a ; " * 10**4,
+            lambda: "".join(f"<loc{i % 1024:04d}>" for i in range(8_000)), lambda: "",
         ]  # fmt: skip
         return [lambda make=make: {"answer": as_bytes(make())} for make in made]
 
@@ -183,7 +185,7 @@ class Answers(Fuzzer):
 class Masks(Fuzzer):
     """COCO's run lengths, as others wrote them."""
 
-    name, codes, inputs = "masks", (3,), 150
+    name, codes = "masks", (3,)
 
     def sound(self) -> Files:
         return {"rle.json": b'{"size": [30, 40], "counts": [0, 1200]}'}
@@ -269,7 +271,7 @@ def as_program(program: str, argv: list[str], stdin: bytes, folder: Path) -> Ite
 class Flags(Fuzzer):
     """The arguments of each program, run up to the point where the model would be loaded."""
 
-    name, codes, inputs = "flags", (0, 2, 3, 4, 5, 6, 7, 8), 150
+    name, codes = "flags", (0, 2, 3, 4, 5, 6, 7, 8)
     programs = {"inference": inference, "annotate": annotate, "finetune": finetune, "cluster": cluster}
     values = (
         "", "0", "1", "-1", "1e999", "nan", "inf", "-inf", "1e-46", "0.5", "9" * 5000, "1_000", "²", "true", "no", "None",
