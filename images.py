@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, TypeGuard, TypeVar
 
 import numpy as np
 from PIL import Image, ImageColor, ImageFile
@@ -608,7 +608,7 @@ def to_rgb(picture: Image.Image, name: str, background: str, stretch: bool, note
     return out
 
 
-def is_finished(picture: object) -> bool:
+def is_finished(picture: object) -> TypeGuard[Image.Image]:
     """Whether it is 8-bit RGB in memory that carries nothing else, as load_image returns it."""
     return type(picture) is Image.Image and picture.mode == "RGB" and not picture.info and orientation(picture) == 1
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import machine
 from errors import DeviceError, PaliGemmaError, UsageError
@@ -150,7 +150,7 @@ class Request:
         size: width and height of the original, where `picture` is a smaller copy.
     """
 
-    picture: object
+    picture: Any
     task: str
     text: str = ""
     prompt: str | None = None

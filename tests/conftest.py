@@ -22,8 +22,8 @@ from machine import available_cores
 FORCED = os.environ.get("TEST_PROCESSOR")
 # Picture to answer in a few seconds: the files that `-m quick` is content with.
 QUICK = {
-    "test_bounds", "test_checkpoint", "test_devices", "test_exports", "test_folders", "test_grammar", "test_journal",
-    "test_machine", "test_masks", "test_modeling_gemma", "test_modeling_paligemma", "test_modeling_siglip", "test_oracle",
+    "test_bounds", "test_checkpoint", "test_devices", "test_folders", "test_grammar", "test_journal",
+    "test_masks", "test_modeling_gemma", "test_modeling_paligemma", "test_modeling_siglip", "test_oracle",
     "test_outputs", "test_scores", "test_tasks",
 }  # fmt: skip
 

@@ -345,6 +345,7 @@ def test_the_comparison_tells_right_from_wrong(parsing):
 
 
 def test_the_comparison_runs_alone_where_supervision_is_not_installed(parsing, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["parsing.py"])
     monkeypatch.setitem(sys.modules, "supervision", None)
     monkeypatch.setattr(sys, "argv", ["parsing.py"])
     parsing.main()
