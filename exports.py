@@ -283,9 +283,10 @@ def export(rows: Iterable[dict], kind: str, path: str | Path, names: Iterable[st
         return files
     classes = {name: number for number, name in enumerate(class_names(pictures))}
     file_of, written = dict(zip(names, files[: len(names)], strict=True)), []
+    numbers = {name: number for number, name in enumerate(classes)}
     for picture in pictures:
         written.append(file_of[picture.name])
-        put(written[-1], voc(picture) if kind == "voc" else yolo(picture, classes))
+        put(written[-1], voc(picture) if kind == "voc" else yolo(picture, numbers))
     if kind == "yolo":
         written.append(files[-1])
         put(files[-1], "".join(f"{' '.join(name.split()) or UNNAMED}\n" for name in classes))  # one line each

@@ -46,7 +46,7 @@ from commandline import note
 from errors import DatasetError, DeviceError, ImageError, UsageError, counted
 from files import expand, is_file, is_folder, look, read_regular
 from options import PictureFlags, bundled, picture_options, require
-from run_folder import Log, alone, check_settings, check_taken, copy_file, make_folder, replace_text, settings_of
+from run_folder import Log, alone, check_inputs, check_settings, check_taken, copy_file, make_folder, replace_text, settings_of
 
 if TYPE_CHECKING:
     import torch
@@ -676,6 +676,8 @@ def program(flags: Flags) -> None:
     for name, file in (("train", flags.train), ("valid", flags.valid)):
         if file and look(file, DatasetError) is None:
             raise DatasetError(f"{file} does not exist. Name a JSONL of examples with --{name}.", path=file)
+    read = ("train", "valid", "config", "mask_codec", "model_path")
+    check_inputs(Path(flags.output), [(f"--{name}", getattr(flags, name)) for name in read])
     if flags.tensorboard and find_spec("tensorboard") is None:
         raise DeviceError("--tensorboard needs a package. Install it: pip install tensorboard.")
     machine.use_cores()

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from commandline import note
 from errors import OutputError, UsageError
-from files import is_file, look, whole
+from files import check_outputs, expand, is_file, look, whole
 
 FREE_TO_CHANGE = (  # when a run goes on: what has no influence on the weights
     "config", "output", "resume", "device", "evaluate_every", "save_every", "num_scored", "scores", "tensorboard", "debug",
@@ -23,6 +23,8 @@ FREE_TO_CHANGE = (  # when a run goes on: what has no influence on the weights
     "train", "valid", "image_dir", "mask_codec", "model_path", "base_model", "revision",  # known by what is in them
 )  # fmt: skip
 MOST_LOG_BYTES = 1 << 16  # of a line of metrics.jsonl
+WRITTEN = ("settings.json", "metrics.jsonl", "progress.svg", "preview.png")
+WRITTEN_FOLDERS = ("checkpoints", "model", "adapter")
 ADJUSTABLE = ("dtype", "clip")  # and the learning rates: the way out of updates that are no numbers
 
 
@@ -51,6 +53,21 @@ def copy_file(source: Path, file: Path) -> None:
 
 
 # Whose folder it is
+
+
+def check_inputs(folder: Path, read: Iterable[tuple[str, str | None]]) -> None:
+    """Makes sure that no file that a run reads is one that it writes.
+
+    Args:
+        read: what a file is ("--train"), and its path or None.
+    Raises: UsageError; OutputError where the folder could not be written to.
+    """
+    given = [(what, expand(file)) for what, file in read if file]
+    check_outputs([], given, [("--output", folder / name) for name in WRITTEN])
+    for what, file in given:
+        for name in WRITTEN_FOLDERS:
+            if Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder / name)):
+                raise UsageError(f"{what} {file} lies in {folder / name}, which a run replaces. Name another --output.")
 
 
 def settings_of(flags: Any, data: str, model: str) -> dict:

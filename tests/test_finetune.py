@@ -830,3 +830,13 @@ def test_default_rates_are_those_of_the_method():
     flags = finetune.commandline.read_flags(finetune.Flags, ["--train=t", "--output=o", "--method=lora"])
     assert flags.peak == 2e-4 and flags.trained_parts == ["language_model"]
     assert lora.LoraConfig(flags.lora_r, flags.lora_alpha, flags.lora_dropout) == lora.LoraConfig()
+
+
+@pytest.mark.parametrize("place", ["metrics.jsonl", "model/train.jsonl", "link.jsonl"])
+def test_a_run_never_writes_over_what_it_reads(tmp_path, capsys, place):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "link.jsonl").symlink_to("run/metrics.jsonl")
+    file = tmp_path / place if place == "link.jsonl" else tmp_path / "run" / place
+    file.write_text('{"image": "0.png", "prefix": "", "suffix": ""}\n')
+    code, err = run(capsys, f"--train={file}", f"--output={tmp_path / 'run'}")
+    assert code == 2 and err.startswith("error: --") and err.count("\n") == 1 and file.stat().st_size == 47
