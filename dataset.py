@@ -66,7 +66,7 @@ WRONG_PLACES = {
 }
 OTHER_ORDER = 0.2  # share of boxes with exchanged corners from which the whole file is likely in another order
 FEW_PREFIXES = 50  # a file with so few different prompts has a fixed form, from which the other split should not differ
-READERS = 8
+READERS = 4  # each keeps the memory of its largest picture, up to 0.4 GB, until the end
 GOLDEN_RATIO = 0.5 + 5**0.5 / 2
 ADVICE = re.compile(r"(?<=[^.])\. [^.]*\.$")  # the last sentence of an error about a picture: it names flags of other programs
 CONTROL = re.compile(r"<(?:image|bos|eos|pad)>")
