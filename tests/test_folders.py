@@ -47,6 +47,12 @@ def test_patterns_match_files_and_folders(photos):
     assert list(folders.expand("photos/odd[1].jpg")) == ["photos/odd[1].jpg"]  # a name before it is a pattern
 
 
+def test_a_pattern_with_a_nul_matches_nothing():
+    assert list(folders.expand("a*/x\0*/*")) == []
+    with pytest.raises(ImageError, match="no file matches"):
+        folders.check_words(["a*/x\0*/*"])
+
+
 def test_many_stars_in_a_row_mean_what_two_mean(tmp_path):
     deep = tmp_path.joinpath(*"abcdefghijklmnop")  # 16 folders: 40 steps through them can be taken in 10^13 ways
     deep.mkdir(parents=True)
