@@ -176,7 +176,7 @@ class Answers(Fuzzer):
         for number in range(0, min(len(ids), 50), 7):
             ids[number] = draw.choice((0, 1, 2, 3, self.processor.image_token_id, 10**6, ids[0]))
         logprobs = [draw.choice((0.0, -1.5, -1e9, -float("inf"))) for _ in ids]
-        places = [draw.choice((None, (0.0, 0.0), (512.5, 1e9), (1023.0, 0.1))) for _ in ids]
+        places = [draw.choice((None, (0.0, 0.0), (512.5, 500.0), (1023.0, 0.1))) for _ in ids]
         reading = outputs.read_ids(torch.tensor(ids, dtype=torch.int64), self.processor, logprobs, places)
         json.dumps([outputs.as_json(found, 40, 30) for found in reading.objects])
         drawing.draw(self.picture, reading.objects[:50])
