@@ -119,7 +119,8 @@ def whiskers(box: Box, spread: Sequence[float], line: int, size: tuple[int, int]
     found = []
     for number, ((edge, middle, length), deviation) in enumerate(zip(edges, spread, strict=True)):
         if deviation:
-            low, high, at = round((edge - deviation) * length), round((edge + deviation) * length), middle - line // 2
+            ends = (min(max(end, -1), 2) * length for end in (edge - deviation, edge + deviation))  # near the picture
+            (low, high), at = map(round, ends), middle - line // 2
             bar = (at, low, at + line, high)
             caps = [(at - cap, end, at + line + cap, end + line) for end in (low, high - line)]
             found += [(y, x, y_end, x_end) if number % 2 else (x, y, x_end, y_end) for x, y, x_end, y_end in (bar, *caps)]

@@ -115,6 +115,12 @@ def test_an_unsure_edge_is_dashed_with_an_error_bar_and_sure_ones_are_not():
     assert colored[50, 147:154].all() and not colored[49].any()
 
 
+def test_an_edge_that_may_be_anywhere_costs_no_memory():
+    spread = (1e12, 1e12, 1e12, 1e12)
+    out = drawing.draw(blank(), [Found("", Box(0.3, 0.3, 0.7, 0.7), spread=spread)])
+    assert changed(out, blank())[:, 150].all()  # the error bar goes from side to side
+
+
 def test_plain_drawings_have_frames_and_outlines_only():
     mask = np.zeros((200, 300), bool)
     mask[70:130, 100:200] = True
