@@ -17,7 +17,7 @@ if __name__ == "__main__":
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -29,7 +29,7 @@ import folders
 import job
 import machine
 from commandline import note
-from errors import OutputError, UsageError
+from errors import AccessError, ImageError, OutputError, UsageError
 from exports import digest, export, steps
 from job import JobFlags, Question
 from journal import Journal, key, rows
@@ -37,7 +37,9 @@ from options import Checkpoint, DrawingFlags, require
 from tasks import doubt
 
 if TYPE_CHECKING:
-    from tasks import Result
+    from PIL import Image
+
+    from outputs import Reading
 
 EXPORTS = {"coco": "_coco.json", "csv": ".csv", "voc": "_voc", "yolo": "_yolo"}  # how files and folders are named
 
@@ -153,23 +155,22 @@ def note_once(text: str) -> None:
     note(text)
 
 
-def save_drawing(flags: Flags, row: dict, loaded: folders.Loaded, result: "Result") -> None:
-    """Draws the objects of a row into its picture, if it has a reading. Raises: OutputError.
+def save_drawing(flags: Flags, row: dict, picture: "Image.Image", reading: "Reading") -> None:
+    """Draws the objects of a row into its picture. Raises: OutputError.
 
     Where another picture's drawing, or any other file, has its name (./1.png and 1.png; A.png and a.png on some disks), it gets
     one with a few more letters.
     """
-    if result.reading is not None:
-        import drawing
+    import drawing
 
-        path, source = drawing_name(flags, row), f"{row['image']}\0{row['prompt']}"
-        make_folder(path.parent)
-        if os.path.lexists(path) and drawing.mark_of(path) != drawing.mark(source):
-            path = path.with_name(f"{path.stem}.{digest(source)}.png")
-        notes: list[str] = []
-        drawing.save(drawing.draw(loaded.original(), result.reading.objects, flags.style, notes), path, source)
-        for text in notes:
-            note_once(f"note: {text}")
+    path, source = drawing_name(flags, row), f"{row['image']}\0{row['prompt']}"
+    make_folder(path.parent)
+    if os.path.lexists(path) and drawing.mark_of(path) != drawing.mark(source):
+        path = path.with_name(f"{path.stem}.{digest(source)}.png")
+    notes: list[str] = []
+    drawing.save(drawing.draw(picture, reading.objects, flags.style, notes), path, source)
+    for text in notes:
+        note_once(f"note: {text}")
 
 
 def check_folder(flags: Flags) -> None:
@@ -195,8 +196,11 @@ def work(flags: Flags, checkpoint: Checkpoint, journal: Journal) -> None:
     annotator = job.make_annotator(flags, checkpoint, checkpoint.load())
     with commandline.interruptible(), job.progress(known, total) as bar:
         for row, loaded, result in job.answer(annotator, chain([first], left), flags, flags.save_dir is not None):
-            if flags.save_dir is not None:
-                save_drawing(flags, row, loaded, result)
+            if flags.save_dir is not None and result.reading is not None:
+                try:
+                    save_drawing(flags, row, loaded.original(), result.reading)
+                except (ImageError, AccessError) as error:  # the file has changed or gone meanwhile
+                    row = replace(result, error=error).to_json()
             journal.write(row)
             bar.update()
 

@@ -196,12 +196,12 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
 
 
-def version_of(place: str) -> tuple[int, int, int] | None:
-    """What changes when a file does; None for an address, or when there is no file.
+def version_of(place: str | bytes) -> tuple[int, int, int] | None:
+    """What changes when a file does; None for bytes and addresses, or when there is no file.
 
     Raises: ImageError for a folder, which is asked for only if it could not be listed.
     """
-    if is_address(place):
+    if isinstance(place, bytes) or is_address(place):
         return None
     try:
         status = os.stat(place)
@@ -212,13 +212,13 @@ def version_of(place: str) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def load(place: str, side: int, keeps_original: bool = False, is_typed: bool = True, **options: object) -> Loaded:
+def load(place: str | bytes, side: int, keeps_original: bool = False, is_typed: bool = True, **options: object) -> Loaded:
     """Reads a picture and squeezes it as the processor does: it then has nothing left to do, and its pixels are the same.
 
     Whatever goes wrong is this picture's error and ends nothing else.
 
     Args:
-        place: a path or an address.
+        place: a path or an address, or the bytes of a file.
         side: of the model's square.
         is_typed: whether a user typed the place, see load_image.
         options: of load_image.
@@ -229,7 +229,7 @@ def load(place: str, side: int, keeps_original: bool = False, is_typed: bool = T
     try:
         before = version_of(place)
         source = place
-        if keeps_original and is_address(place):  # not to be fetched twice
+        if keeps_original and isinstance(place, str) and is_address(place):  # not to be fetched twice
             source = {"bytes": read_bytes(place, is_typed)[0], "path": place}
         small, size = load_image(
             source, is_typed=is_typed, notes=notes, then=lambda picture: (squeeze(picture, side), picture.size), **options
@@ -238,13 +238,27 @@ def load(place: str, side: int, keeps_original: bool = False, is_typed: bool = T
             raise ImageError(f"{place} changed while it was read. Ask again with --retry_failed.", path=place)
     except Exception as error:  # noqa: BLE001 (a fault in a decoder, or in this program, must not end a run of thousands)
         return Loaded(as_error(place, error))
-    return Loaded(small, size, partial(load_image, source, is_typed=is_typed, **options) if keeps_original else None, notes)
+    return Loaded(small, size, partial(load_again, source, before, is_typed, options) if keeps_original else None, notes)
 
 
-def as_error(place: str, error: Exception) -> PaliGemmaError:
+def load_again(source: object, before: tuple[int, int, int] | None, is_typed: bool, options: dict) -> "Image.Image":
+    """The picture itself, once more. Raises: PaliGemmaError, also if the file is another one than before."""
+    from images import load_image
+
+    try:
+        picture = load_image(source, is_typed=is_typed, **options)
+    except Exception as error:
+        raise as_error(source, error) from error
+    if isinstance(source, str) and version_of(source) != before:
+        raise ImageError(f"{source} changed while it was asked about. Ask again.", path=source)
+    return picture
+
+
+def as_error(place: object, error: Exception) -> PaliGemmaError:
     """An error of ours as it is; any other becomes one that says where to report it."""
     if isinstance(error, PaliGemmaError):
         return error
+    place = place if isinstance(place, str) else "the picture"
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return ImageError(f"reading {place} failed ({reason}). Save it as PNG, and please report this with the file.", path=place)
 

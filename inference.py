@@ -27,17 +27,18 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import commandline
 import files
+import folders
 import machine
 import verbs
 from commandline import note, write
-from errors import PaliGemmaError, PromptError, UsageError, counted
-from folders import as_error
+from errors import ImageError, PaliGemmaError, PromptError, UsageError, counted
+from folders import Loaded, as_error
 from options import (
     Checkpoint,
     DrawingFlags,
@@ -45,6 +46,8 @@ from options import (
     PictureFlags,
     ResultFlags,
     bundled,
+    find_picture,
+    picture_options,
     read_picture,
     require,
     split_pictures,
@@ -478,6 +481,18 @@ def try_picture(name: str, flags: Flags) -> "Image.Image | PaliGemmaError":
         return as_error(name, error)
 
 
+def load_picture(name: str, flags: Flags, side: int) -> Loaded:
+    """The picture squeezed to the model's square, as a short answer may wait for long ones before it; or the error."""
+    try:
+        source = find_picture(name)
+    except ImageError as error:
+        return Loaded(error)
+    loaded = folders.load(source, side, keeps_original=bool(flags.save or flags.explain), **picture_options(flags))
+    for text in loaded.notes:
+        note(f"note: {text}")
+    return loaded
+
+
 def find_masks(flags: Flags, checkpoint: Checkpoint) -> "MaskCodec | None":
     """What decodes the masks of `segment`, if it is there; else a note says how to get it."""
     from segmentation import find_codec, load_codec
@@ -528,19 +543,24 @@ def answer_verb(flags: Flags) -> None:
     extra: dict = {}
     annotator = open_annotator(flags, job, extra)
     desk = verbs.Desk(job, flags, extra)
-    pictures: deque = deque()  # of requests whose results have not come yet
+    waiting: deque[Loaded] = deque()  # of requests whose results have not come yet
 
     def requests() -> Iterator[Request]:
         for i, name in enumerate(job.pictures):
-            picture = try_picture(name, flags) if i else first
+            loaded = load_picture(name, flags, annotator.processor.image_size) if i else Loaded(first, original=lambda: first)
             for text in job.texts:
-                pictures.append(picture)
-                yield Request(picture=picture, task=job.task, text=text, image=name)
+                waiting.append(loaded)
+                yield Request(picture=loaded.picture, task=job.task, text=text, image=name, size=loaded.size)
 
     count = len(job.pictures) * len(job.texts)
     names = verbs.save_names(flags.explain, count) if flags.explain else []
     for number, result in enumerate(in_order(annotator.run(requests()), count)):
-        picture, more = pictures.popleft(), {}
+        loaded, more, picture = waiting.popleft(), {}, None
+        if result.error is None and (flags.save or flags.explain):
+            try:
+                picture = loaded.original()
+            except PaliGemmaError as error:
+                result = replace(result, error=error)
         if names and result.error is None:
             asked = annotator.processor(picture, result.prompt, notes=[])
             more = explain_answer(annotator.model, annotator.processor, asked, picture, result.token_ids, names[number])

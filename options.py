@@ -247,15 +247,20 @@ def read_stdin() -> bytes:
     return data
 
 
+def find_picture(name: str) -> str | bytes:
+    """Where the picture of that name is, or, for -, its bytes. Raises: ImageError for a folder, UsageError."""
+    file = name if is_address(name) else os.path.expanduser(name)
+    if os.path.isdir(file):
+        raise ImageError(f"{name} is a folder. Name a picture in it, or give the folder to annotate.py.", path=name)
+    return read_stdin() if name == "-" else file
+
+
 def read_picture(name: str, flags: PictureFlags) -> "Image.Image":
     """The picture of that name, upright and RGB; what was converted or chosen becomes notes. Raises: ImageError, AccessError."""
     from images import load_image
 
-    file = name if is_address(name) else os.path.expanduser(name)
-    if os.path.isdir(file):
-        raise ImageError(f"{name} is a folder. Name a picture in it, or give the folder to annotate.py.", path=name)
     notes: list[str] = []
-    picture = load_image(read_stdin() if name == "-" else file, notes=notes, **picture_options(flags))
+    picture = load_image(find_picture(name), notes=notes, **picture_options(flags))
     for text in notes:
         note(f"note: {text}")
     return picture

@@ -284,8 +284,8 @@ class Desk:
         self.drawings = iter(save_names(flags.save, len(job.pictures)) if flags.save else ())
         self.num_failed = 0
 
-    def take(self, result: Result, picture: "Image.Image | PaliGemmaError", more: dict | None = None) -> None:
-        """Deals with one result; `more` goes into its JSON. Raises: the error of the only one there is."""
+    def take(self, result: Result, picture: "Image.Image | None", more: dict | None = None) -> None:
+        """Deals with one result; `picture` is what is drawn on, `more` goes into its JSON. Raises: the error of the only one."""
         drawing = next(self.drawings, None)
         if result.error is not None:
             if self.job.is_single:

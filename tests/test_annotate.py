@@ -36,7 +36,7 @@ import lora
 import tasks
 import weights
 from annotate import Flags
-from errors import UsageError
+from errors import ImageError, UsageError
 from journal import Journal, rows
 from options import Checkpoint
 from tiny_checkpoint import make_checkpoint
@@ -230,6 +230,19 @@ def test_pictures_of_a_folder_elsewhere_are_drawn(run):
     shutil.move("photos", "elsewhere")
     assert run(str(Path("elsewhere").resolve()), "--task=detect", "cat", "--save_dir=out")[0] == 0
     assert len(drawings()) == len(GOOD)
+
+
+def test_a_picture_that_is_gone_before_it_is_drawn_is_its_row(run, monkeypatch):
+    again = folders.load_again
+
+    def changed(source, *more):
+        if str(source).endswith("a/2.png"):
+            raise ImageError("a/2.png changed while it was asked about. Ask again.")
+        return again(source, *more)
+
+    monkeypatch.setattr(folders, "load_again", changed)
+    assert run("photos", "--task=detect", "cat", "--save_dir=out")[0] == 8
+    assert images("rows.jsonl") == PHOTOS and len(drawings()) == len(GOOD) - 1
 
 
 def test_no_drawing_takes_the_place_of_another_or_of_a_picture(run):

@@ -21,6 +21,8 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 
 import commandline
+import folders
+import images
 import inference
 import masks
 import options
@@ -482,12 +484,36 @@ def test_several_pictures_keep_their_order_and_a_bad_one_is_8(verb, tmp_path):
 
 
 def test_a_bug_over_one_picture_ends_nothing(verb, monkeypatch):
-    load = inference.read_picture
-    monkeypatch.setattr(inference, "read_picture", lambda name, flags: 1 / 0 if name == CAT else load(name, flags))
+    load = images.load_image
+    monkeypatch.setattr(images, "load_image", lambda source, **more: 1 / 0 if source == CAT else load(source, **more))
     code, out, err = verb("caption", SHAPES, CAT, SHAPES)
     assert code == 8 and out == f"{SHAPES}\t{CAPTION}\n" * 2 and "ZeroDivisionError" in err
     code, _, err = verb("caption", CAT, "--model_path=no such model")
     assert code == 3 and err.startswith("error: reading ")
+
+
+def test_pictures_that_wait_for_an_earlier_answer_are_small(verb, monkeypatch, tmp_path):
+    sides, run = [], inference.Annotator.run
+
+    def watched(self, requests):
+        return run(self, [sides.append(max(request.picture.size)) or request for request in requests])
+
+    monkeypatch.setattr(inference.Annotator, "run", watched)
+    Image.new("RGB", (900, 700)).save(tmp_path / "big.png")
+    code, out, _ = verb("detect", SHAPES, "big.png", CAT, "circle", "--save", "out.png", "--json")
+    assert code == 0 and max(sides[1:]) <= 224 and Image.open("out-2.png").size == (900, 700)
+    assert [json.loads(line)["width"] for line in out.splitlines()] == [Image.open(SHAPES).width, 900, Image.open(CAT).width]
+
+
+def test_a_picture_that_changes_before_it_is_drawn_is_its_error(verb, monkeypatch, tmp_path):
+    (tmp_path / "b.png").write_bytes(Path(SHAPES).read_bytes())
+
+    def gone(*_):
+        raise ImageError("b.png changed")
+
+    monkeypatch.setattr(folders, "load_again", gone)
+    code, out, err = verb("detect", SHAPES, "b.png", "circle", "--save", "out.png", "--json")
+    assert code == 8 and [("error" in json.loads(line)) for line in out.splitlines()[:2]] == [False, True]
 
 
 def test_a_single_bad_picture_is_its_error_before_the_model_is_touched(verb, tmp_path):
