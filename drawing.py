@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from files import whole
+from images import load_image
 from lettering import UNKNOWN, Lettering, lettering
 from outputs import Box, Found
 
@@ -288,10 +289,11 @@ def draw(
     Objects without a box are left out. The smaller a box, the later it is drawn, so that larger ones do not cover it.
 
     Args:
+        picture: as load_image gives it, or read by it first: upright, as the model saw it.
         notes: gets a sentence for each thing that could not be drawn.
     Raises: UsageError for a font that cannot be read.
     """
-    out = picture.convert("RGB").copy()
+    out = load_image(picture).copy()
     boxed = sorted((found for found in objects if found.box is not None), key=lambda found: -found.box.area)
     colors = palette(found.label for found in objects)
     line = style.line_width or max(1, round(math.sqrt(out.width * out.height) * LINES))

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from drawing import PALETTE, clean, draw_box
 from errors import PromptError, counted
 from generation import only_row
+from images import load_image
 from lettering import lettering
 from modeling_gemma import rotate
 from outputs import BOX_LENGTH, PLACE, Box, items, pieces_of_ids
@@ -524,8 +525,9 @@ def draw_explanation(picture: Image.Image, explanation: Explanation) -> Image.Im
     """The whole explanation on one sheet: picture, question and answer above, then a card for each word.
 
     Args:
-        picture: that the answer is about, as load_image gives it.
+        picture: that the answer is about, as load_image gives it, or read by it first.
     """
+    picture = load_image(picture)
     card_width = (WIDTH - 2 * MARGIN - 2 * PAD * CARDS - (CARDS - 1) * GAP) // CARDS
     ratio = min(max(picture.height / picture.width, 0.4), 2.0)  # a panorama or a tower of a picture is squeezed
     small = picture.resize((card_width, round(card_width * ratio)), Image.Resampling.LANCZOS)

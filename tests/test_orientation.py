@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import annotate
 import commandline
+import drawing
 import evaluation
 import finetune
 import folders
@@ -132,6 +133,15 @@ def test_a_file_an_opened_file_and_a_turned_picture_give_the_pixels_of_the_uprig
     unturned = load_image(data, ignore_exif=True)
     assert np.array_equal(np.asarray(unturned), np.asarray(upright(kind, 1)))
     assert torch.equal(processor.pixels([unturned]), processor.pixels([upright(kind, 1)]))  # and not turned later either
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_drawings_of_an_opened_file_are_upright_too(kind):
+    data = saved(stored(), kind, exif=tag(6))
+    drawn = drawing.draw(Image.open(io.BytesIO(data)), [])
+    assert np.array_equal(np.asarray(drawn), np.asarray(upright(kind, 6)))
+    finished = load_image(data)
+    assert drawing.draw(finished, []) is not finished
 
 
 def xmp(number: int) -> bytes:
