@@ -31,7 +31,7 @@ import files
 from augmentation import zoom
 from errors import DatasetError, counted
 from folders import as_error
-from images import load_image, read_file, squeeze
+from images import NEARLY_BLACK, load_image, read_file, squeeze
 from outputs import CUT_BOX, CUT_MASK, LONG_MASK, NO_AREA, SWAPPED, read_text
 
 if TYPE_CHECKING:
@@ -310,23 +310,31 @@ def explain_unusable(split: Split, head: str) -> None:
 # Pictures
 
 
-def look_at(path: Path, folder: Path, options: dict) -> tuple[bytes, str | None]:
-    """The hash of a picture file, and what is wrong with it. It is read as it will be, to the last pixel and with its colours."""
+def look_at(path: Path, folder: Path, options: dict) -> tuple[bytes, str | None, bool]:
+    """The hash of a picture file, what is wrong with it, and whether it is nearly black.
+
+    It is read as it will be, to the last pixel and with its colours.
+    """
     if why := check_links(path, folder):
-        return b"", why
+        return b"", why, False
+    notes: list[str] = []
     try:
-        load_image(path, notes=[], then=lambda picture: picture.size, **options)
-        return hashlib.sha256(read_file(path)).digest(), None
+        load_image(path, notes=notes, then=lambda picture: picture.size, **options)
+        is_dark = any(text.endswith(NEARLY_BLACK) for text in notes)
+        return hashlib.sha256(read_file(path)).digest(), None, is_dark
     except Exception as error:  # noqa: BLE001 (whatever it is, it is about one picture of many)
-        return b"", ADVICE.sub("", as_error(str(path), error).message)
+        return b"", ADVICE.sub("", as_error(str(path), error).message), False
 
 
 def check_pictures(split: Split) -> None:
-    """Drops the lines whose picture is missing, damaged or none."""
+    """Drops the lines whose picture is missing, damaged or none; doubts those that are nearly black."""
     paths = list(dict.fromkeys(example.image for example in split.examples))
     with ThreadPoolExecutor(READERS) as readers:
         seen = dict(zip(paths, readers.map(partial(look_at, folder=split.folder, options=split.options), paths), strict=True))
-    wrong = {path: why for path, (_, why) in seen.items() if why is not None}
+    wrong = {path: why for path, (_, why, _) in seen.items() if why is not None}
+    if num_dark := sum(is_dark for _, _, is_dark in seen.values()):
+        text = f"{num_dark} of {counted(len(paths), 'picture')} with 16 bits, nearly black; --stretch makes their brightest white"
+        split.doubts.append(Fault(split.file, 0, text))
     split.drop(Fault(split.file, example.line, wrong[example.image]) for example in split.examples if example.image in wrong)
     split.hashes = [seen[example.image][0] for example in split.examples]
 

@@ -47,6 +47,7 @@ MOST_HEADER_BYTES = 1 << 16  # of a PPM
 MOST_COMMENTS = 1000  # in a PPM; its decoder begins anew with each
 MOST_SLOW_BYTES = 4 << 20  # of a file in a form whose decoder is written in Python
 DARK = 1 << 14  # 16 bits whose brightest value is lower are nearly black
+NEARLY_BLACK = " That is nearly black; --stretch makes the brightest of them white."
 WIDEST = 20  # sides in a relation beyond this are worth a note: the model sees every picture as a square
 UPRIGHT = {  # EXIF orientation -> what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -527,8 +528,7 @@ def find_levels(dtype: np.dtype, low: float, high: float, name: str, stretch: bo
         notes.append(f"{name}: floats from {low:g} to {high:g}, taken as 0 (black) to {top} (white).")
         return lambda values: np.rint(values * np.float32(255 / top)).astype(np.uint8)
     if is_16_bits:
-        dark = " That is nearly black; --stretch makes the brightest of them white." if 0 < high < DARK else ""
-        notes.append(f"{name}: 16 bits, values from {low} to {high}, divided by 257.{dark}")
+        notes.append(f"{name}: 16 bits, values from {low} to {high}, divided by 257.{NEARLY_BLACK if 0 < high < DARK else ''}")
         return lambda values: ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if low < 0 or high > 255:
         advice = "Scale them to 0 to 255, or add --stretch."

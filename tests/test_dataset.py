@@ -216,6 +216,16 @@ def test_links_may_not_leave_the_folder(folder, tmp_path_factory):
     assert [example.image.name for example in again.examples] == ["a.png", "in.png"]
 
 
+def test_a_nearly_black_picture_is_a_doubt_unless_it_is_stretched(folder):
+    Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(folder / "12bit.png")
+    for stretch, count in ((False, 1), (True, 0)):
+        split = dataset.read_split(write(folder, GOOD, GOOD | {"image": "12bit.png"}))
+        split.options = {"stretch": stretch}
+        dataset.check_pictures(split)
+        assert len(split.examples) == 2 and len(split.doubts) == count
+        assert all("1 of 2 pictures" in doubt.text and "--stretch" in doubt.text for doubt in split.doubts)
+
+
 def test_links_of_the_hubs_cache_are_followed(tmp_path):
     blobs, snapshot = tmp_path / "datasets--x--y" / "blobs", tmp_path / "datasets--x--y" / "snapshots" / "main"
     blobs.mkdir(parents=True)
