@@ -22,6 +22,7 @@ import threading
 import time
 import traceback
 import unicodedata
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import get_args
@@ -87,9 +88,9 @@ def separate(argv: list[str], flags: dict[str, type], takes_words: bool) -> tupl
     """
     values: dict[str, str] = {}
     words: list[str] = []
-    rest = list(argv)
+    rest = deque(argv)
     while rest:
-        argument = rest.pop(0)
+        argument = rest.popleft()
         if argument == "--" and takes_words:
             words += rest
             break
@@ -106,11 +107,11 @@ def separate(argv: list[str], flags: dict[str, type], takes_words: bool) -> tupl
         elif equals:
             values[name] = value
         elif flags[name] is bool:
-            values[name] = rest.pop(0) if rest and rest[0].lower() in TRUE + FALSE else "true"
+            values[name] = rest.popleft() if rest and rest[0].lower() in TRUE + FALSE else "true"
         elif not rest or rest[0].startswith("--"):
             raise UsageError(f"--{name} needs a value. A value that starts with dashes is written --{name}=--so.")
         else:
-            values[name] = rest.pop(0)
+            values[name] = rest.popleft()
     if words and not takes_words:
         raise UsageError(
             f"{words[0]!r} belongs to no flag. Put text with spaces in quotes and name every flag; --help lists them."

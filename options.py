@@ -9,6 +9,9 @@ import math
 import os
 import re
 import sys
+import unicodedata
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
@@ -205,7 +208,26 @@ def looks_like_picture(word: str) -> bool:
     return word == "-" or is_address(word) or is_there or word.lower().endswith(PICTURE_SUFFIXES)
 
 
-def longest_name(parts: list[str]) -> int:
+def key_of(name: str) -> str:
+    """What is equal for names that may be one on some disk."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def may_be_longer(folder: str, start: str, listed: dict[str, list[str] | None]) -> bool:
+    """Whether a folder holds a name that goes on with a comma after this start; `listed` keeps what was listed before."""
+    if folder not in listed:
+        try:
+            listed[folder] = sorted(key_of(name) for name in os.listdir(folder or ".") if "," in name)
+        except (OSError, ValueError):
+            listed[folder] = None
+    names, start = listed[folder], key_of(f"{start},")
+    if names is None:
+        return True
+    place = bisect_left(names, start)
+    return place < len(names) and names[place].startswith(start)
+
+
+def longest_name(parts: Sequence[str], listed: dict[str, list[str] | None]) -> int:
     """How many of the parts, with commas between them, are the longest name of something that exists; 1 if none is."""
     name, found = parts[0], 1
     for count, part in enumerate(parts, 1):
@@ -214,22 +236,25 @@ def longest_name(parts: list[str]) -> int:
         if len(last) > LONGEST_NAME or ("/" in part and not os.path.isdir(folder + slash)):
             break  # what is longer begins with this, and cannot exist either
         found = count if os.path.exists(folder + slash + last) else found
+        if not may_be_longer(folder + slash, last, listed):
+            break
     return found
 
 
 def split_pictures(text: str) -> list[str]:
     """The names between the commas; commas of a file that exists, of an address or of a data: URI stay in their name."""
-    parts, names = text.split(","), []
-    while parts:
-        if parts[0].startswith("data:"):
-            taken = min(2, len(parts))
-        elif is_address(parts[0]):
-            following = (i for i in range(1, len(parts)) if ":" in parts[i] or parts[i] == "-" or os.path.exists(parts[i]))
-            taken = next(following, len(parts))
+    parts, names, listed = text.split(","), [], {}
+    start = 0
+    while start < len(parts):
+        if parts[start].startswith("data:"):
+            end = start + 2
+        elif is_address(parts[start]):
+            following = range(start + 1, len(parts))
+            end = next((i for i in following if ":" in parts[i] or parts[i] == "-" or os.path.exists(parts[i])), len(parts))
         else:
-            taken = longest_name(parts)
-        names.append(",".join(parts[:taken]))
-        parts = parts[taken:]
+            end = start + longest_name(parts[start : start + LONGEST_NAME], listed)
+        names.append(",".join(parts[start:end]))
+        start = end
     if "" in names:
         raise UsageError(f"{text!r} has no picture beside a comma. Take the comma out.")
     if names.count("-") > 1:

@@ -184,6 +184,9 @@ def test_names_with_commas_are_found_in_folders_with_commas_and_thousands_of_nam
     names = [f"n{i}.png" for i in range(1500)] + [f"sub/n{i}.png" for i in range(1500)]
     assert options.split_pictures(",".join(names)) == names
     assert len(looks) < 50 * len(names)  # all ends of 3,000 names would be 4.5 million
+    looks.clear()
+    short = ["a"] * 20_000
+    assert options.split_pictures(",".join(short)) == short and len(looks) < 4 * len(short)
 
 
 
