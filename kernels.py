@@ -42,7 +42,9 @@ FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-
 COMPILE_TIMEOUT_S = 120
 RETRY_AFTER_S = 3600  # a source that does not compile, or a compiler that hangs, costs a start its time once an hour at most
 ROOM = 2**23  # bytes that compiling needs on the disk, several times over
+MOST = 2**26  # bytes of a file that a compiler may write: its messages without end would fill the disk
 DIGEST = hashlib.sha256
+OPEN: list[Iterator[Path]] = []  # not to be closed before the end: a folder for this process alone goes with its iterator
 
 
 @functools.cache
@@ -106,7 +108,9 @@ def private_folder(folder: Path) -> Iterator[Path]:
 def keep_torch_private() -> None:
     """For torch.compile, which else runs what it finds in a folder for temporary files whose name anyone can take first."""
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(next(cache_folders()) / "inductor")
+        OPEN.append(folders := cache_folders())
+        with suppress(StopIteration):  # no folder can be written, and torch will say so
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(next(folders) / "inductor")
 
 
 def is_whole(file: Path) -> bool:
@@ -131,6 +135,10 @@ def run_compiler(command: list[str], messages: Path) -> int:
         running = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=to, stderr=to, env=environment, start_new_session=is_group
         )  # fmt: skip
+        with suppress(ImportError, AttributeError, OSError, ValueError):  # Linux has it; a limit of this process may be lower
+            import resource
+
+            resource.prlimit(running.pid, resource.RLIMIT_FSIZE, (MOST, MOST))
         try:
             return running.wait(COMPILE_TIMEOUT_S)
         finally:
@@ -140,9 +148,21 @@ def run_compiler(command: list[str], messages: Path) -> int:
                 running.wait()
 
 
-def compiled_name(source: Path, compiler: str) -> str:
+def find_compiler() -> list[str]:
+    """The words that start the compiler: those of $CXX ("ccache g++"), else g++ or clang++; none if there is no compiler."""
+    text = os.environ.get("CXX", "")
+    named = [text] if shutil.which(text) else text.split()
+    for words in [named] if named else [["g++"], ["clang++"]]:
+        if program := shutil.which(words[0]):
+            return [program, *words[1:]]
+    if named:
+        log.warning("slower products are used: there is no compiler %s, which $CXX names.", named[0])
+    return []
+
+
+def compiled_name(source: Path, compiler: list[str]) -> str:
     """The name, without ending, of what this compiler makes of this source for this processor."""
-    found = os.stat(compiler)
+    found = os.stat(compiler[0])
     machine = (platform.machine(), *sorted(cpu_flags()))
     made_of = (source.read_bytes(), compiler, found.st_size, found.st_mtime_ns, FLAGS, machine)
     return f"kernels-{DIGEST(repr(made_of).encode()).hexdigest()[:20]}"
@@ -156,8 +176,8 @@ def compile_once(source: Path, folder: Path) -> Path | None:
     hangs, is not tried again for RETRY_AFTER_S. What may be over at the next start (a full disk, no memory) is tried again.
     Raises: OSError where the folder cannot be written.
     """
-    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
-    if compiler is None or not source.exists():
+    compiler = find_compiler()
+    if not compiler or not source.exists():
         log.info("there is no C++ compiler; torch's own products are used.")
         return None
     name = compiled_name(source, compiler)
@@ -173,9 +193,9 @@ def compile_once(source: Path, folder: Path) -> Path | None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".compiling-", ignore_cleanup_errors=True) as beside:
         made, messages = Path(beside) / "kernels.so", Path(beside) / "messages"
         try:
-            status, reason = run_compiler([compiler, *FLAGS, str(source), "-o", str(made)], messages), ""
+            status, reason = run_compiler([*compiler, *FLAGS, str(source), "-o", str(made)], messages), ""
         except subprocess.TimeoutExpired:
-            status, reason = -1, f"{compiler} took longer than {COMPILE_TIMEOUT_S} s."
+            status, reason = -1, f"{compiler[0]} took longer than {COMPILE_TIMEOUT_S} s."
         if status == 0:
             content = made.read_bytes()
             made.write_bytes(content + DIGEST(content).digest())
@@ -183,11 +203,13 @@ def compile_once(source: Path, folder: Path) -> Path | None:
             os.replace(made, target)
             failed.unlink(missing_ok=True)
             return target
-        said = messages.read_text(errors="replace")
+        with messages.open(errors="replace") as stream:
+            said = stream.read(2**20)
         if reason or re.search(rf"^.*{re.escape(source.name)}:\d+:\d+: error: ", said, re.MULTILINE):
             messages.write_text(reason or said)
             os.replace(messages, failed)
-        last = reason or next((line for line in said.splitlines() if "error" in line), f"{compiler} ended with status {status}")
+        ended = f"{compiler[0]} ended with status {status}"
+        last = reason or next((line for line in said.splitlines() if "error" in line), ended)
         log.warning("slower products are used: %s does not compile: %s", source.name, last)
         return None
 
@@ -216,12 +238,12 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("PALIGEMMA_KERNELS") == "off" or sys.byteorder != "little":
         return None
     source = next((source for source in SOURCES if source.exists()), SOURCES[0])
-    reason: OSError | None = None
+    reason: Exception | None = None
     for folder in cache_folders():
         try:
             file = compile_once(source, folder)
             return None if file is None else open_library(file)
-        except OSError as error:  # a full disk; a folder from which nothing may be executed
+        except (OSError, AttributeError) as error:  # a full disk; a folder from which nothing may be executed; no such function
             reason = error
     log.warning("slower products are used: the kernels cannot be kept or loaded (%s).", reason)
     return None

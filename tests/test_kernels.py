@@ -1,5 +1,6 @@
 """kernels.py: where compiled code is kept, that none of another user's is loaded, and what happens where compiling fails."""
 
+import _ctypes
 import os
 import shutil
 import stat
@@ -130,6 +131,22 @@ def test_programs_that_start_together_all_get_the_whole_file(source, cache, comp
 def test_no_compiler_means_no_library(source, cache, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
+    assert kernels.compile_once(source, cache) is None and names(cache) == []
+
+
+def test_the_compiler_may_have_arguments_and_a_missing_one_is_named(monkeypatch, tmp_path, caplog):
+    spaced = tmp_path / "my c++"
+    spaced.write_text("")
+    spaced.chmod(0o755)
+    for named, words in (("sh -e", [shutil.which("sh"), "-e"]), (str(spaced), [str(spaced)]), (f"{tmp_path}/no -x", [])):
+        monkeypatch.setenv("CXX", named)
+        assert kernels.find_compiler() == words
+    assert f"there is no compiler {tmp_path}/no" in caplog.text
+
+
+def test_messages_without_end_do_not_fill_the_disk(source, cache, compiler, monkeypatch):
+    monkeypatch.setattr(kernels, "MOST", 2**16)
+    compiler("exec yes")
     assert kernels.compile_once(source, cache) is None and names(cache) == []
 
 
@@ -281,7 +298,7 @@ def test_a_planted_library_does_not_run(places, compiler):
     """Whoever knows source, compiler and processor can compute the name."""
     cache, temporary = places
     compiler("exit 1")
-    name = kernels.compiled_name(ROOT / "kernels.cpp", os.environ["CXX"]) + ".so"
+    name = kernels.compiled_name(ROOT / "kernels.cpp", kernels.find_compiler()) + ".so"
     (cache / "paligemma").mkdir(parents=True)
     (cache / "paligemma").chmod(0o777)
     planted = b"\x7fELF of another user"
@@ -304,6 +321,26 @@ def test_where_nothing_can_be_written_there_is_no_library_and_a_warning(monkeypa
     finally:
         kernels.library.cache_clear()
     assert "slower products are used" in caplog.text and "No space left" in caplog.text
+
+
+@pytest.mark.usefixtures("places")
+def test_a_library_without_the_functions_is_not_used(monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "compile_once", lambda *_: _ctypes.__file__)
+    assert kernels.library.__wrapped__() is None and "bf16_product" in caplog.text
+
+
+def test_torch_keeps_its_own_place_where_no_folder_can_be_written_and_one_for_this_process_stays(monkeypatch, tmp_path):
+    def for_this_process():
+        with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+            yield Path(folder)
+
+    for folders, is_there in ((lambda: iter(()), False), (for_this_process, True)):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        monkeypatch.setattr(kernels, "cache_folders", folders)
+        kernels.keep_torch_private()
+        assert ("TORCHINDUCTOR_CACHE_DIR" in os.environ) is is_there
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent.is_dir()
+    kernels.OPEN.clear()
 
 
 def test_a_program_told_to_do_without_kernels_does():
