@@ -240,7 +240,7 @@ def read_config(file: str) -> list[str]:
     root, settings = read_yaml(file), {}
     known = [field.name for field in fields(Flags) if field.name != "config"]
     for key, value in root.value if root else ():
-        where, name = f"{file}:{key.start_mark.line + 1}", str(key.value)[:80]
+        where, name = f"{file}:{key.start_mark.line + 1}", key.value[:80] if key.id == "scalar" else f"a {key.id}"
         if name not in known:
             raise UsageError(f"{where}: unknown setting {name}.{commandline.suggestion(name, known, '')} --help lists all.")
         if name in settings:
@@ -267,7 +267,7 @@ def read_yaml(file: str) -> "yaml.MappingNode | None":
             if depth > 2:
                 raise UsageError(f"{where}: lists and names within lists and names are not taken. {advice}")
         root = yaml.compose(text, yaml.SafeLoader)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:  # also what is no UTF-8
+    except (ValueError, RecursionError, OverflowError, yaml.YAMLError) as error:  # no UTF-8; an escape like \UFFFFFFFF
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise UsageError(f"{file}{place} is not YAML. {advice}") from error

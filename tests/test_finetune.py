@@ -324,9 +324,12 @@ def full_disk(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_curves_that_cannot_be_drawn_end_nothing(model, data, tmp_path, capsys):
+def test_curves_that_cannot_be_drawn_end_nothing(model, data, tmp_path, capsys, monkeypatch):
     (tmp_path / "run" / "progress.svg").mkdir(parents=True)
-    code, said = run(capsys, *arguments(model, data, tmp_path / "run", f"--valid={data / 'valid.jsonl'}"))
+    flags = arguments(model, data, tmp_path / "run", f"--valid={data / 'valid.jsonl'}")
+    assert run(capsys, *flags)[0] == 7  # seen before anything is learned
+    monkeypatch.setattr(finetune, "check_inputs", lambda *_: None)  # as if it had come after the beginning
+    code, said = run(capsys, *flags)
     assert code == 0 and "progress.svg cannot be written: Is a directory." in said
 
 
@@ -764,6 +767,8 @@ ALIASES = "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] *
         ("!!map {}", "tags"),
         ("%TAG ! tag:x,2000:\n---\nseed: !a 1", "tags"),
         ("a: \"\\ud800\"", "unknown setting a"),
+        ("output: \"\\UFFFFFFFF\"", "is not YAML"),
+        ("? {a: b}\n: 1", "c.yaml:1: unknown setting a mapping"),
         ("\0", "is not YAML"),
         (b"\xff\xfes\0e\0", "is not YAML"),
         ("#" * 70_000, "has 70000 bytes, and 65536 is the limit"),
