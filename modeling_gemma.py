@@ -92,26 +92,27 @@ class GemmaConfig:
         Raises: ValueError for anything that this file does not implement.
         """
         given = {key: value for key, value in raw.items() if value is not None}
-        rope = given.get("rope_parameters", {})  # transformers 5 writes rope_theta in here
+        rope_key = "rope_scaling" if given.get("rope_scaling") else "rope_parameters"  # that of transformers 4 is believed first
+        rope = given.get(rope_key, {})  # transformers 5 writes rope_theta in here
         if not isinstance(rope, dict):
-            raise ValueError(f"text_config.rope_parameters is {rope!r}; an object is needed.")
+            raise ValueError(f"text_config.{rope_key} is {rope!r}; an object is needed.")
+        is_gemma2 = given.get("model_type") == "gemma2"
         supported = {
             "hidden_act": ("gelu", "gelu_pytorch_tanh"),  # Gemma's first files say "gelu", but the tanh form is what was trained
-            "hidden_activation": ("gelu", "gelu_pytorch_tanh"),
+            "hidden_activation": ("gelu_pytorch_tanh",) if is_gemma2 else ("gelu", "gelu_pytorch_tanh"),
             "attention_bias": (False,),
-            "tie_word_embeddings": (True,),
             "use_bidirectional_attention": (True, False),
-            "rope_scaling": (),
         }
         unsupported = {key: given[key] for key, values in supported.items() if key in given and given[key] not in values}
-        if rope.get("rope_type", "default") != "default":
-            unsupported["rope_parameters"] = rope
+        is_nested = any(isinstance(value, dict) for value in rope.values())  # another one for each kind of layer
+        if rope.get("rope_type", rope.get("type", "default")) != "default" or is_nested:
+            unsupported[rope_key] = rope
         layers, alternating = given.get("layer_types", []), ("sliding_attention", "full_attention")
         if not isinstance(layers, list) or any(kind != alternating[i % 2] for i, kind in enumerate(layers)):
             unsupported["layer_types"] = layers
         if unsupported:
             raise ValueError(f"text_config asks for {unsupported}, which modeling_gemma.py does not implement.")
-        defaults = DEFAULTS["gemma2" if given.get("model_type") == "gemma2" else "gemma"]
+        defaults = DEFAULTS["gemma2" if is_gemma2 else "gemma"]
         given = {key: value for key, value in defaults.items() if not (key in raw and key in OFF_BY_NULL)} | given
         if "rope_theta" in rope:
             given["rope_theta"] = rope["rope_theta"]

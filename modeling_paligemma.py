@@ -71,11 +71,6 @@ class PaliGemmaConfig:
         image_token = raw.get("image_token_index") if raw.get("image_token_index") is not None else raw.get("image_token_id")
         if image_token is None:
             raise ValueError("image_token_index is missing.")
-        if False in (raw.get("tie_word_embeddings"), text.get("tie_word_embeddings")):
-            raise ValueError(
-                "tie_word_embeddings is False: the output matrix (lm_head) was trained on its own, and here it is the embedding. "
-                "Train again with tied matrices, or use transformers."
-            )
         config = cls(SiglipVisionConfig.from_hf(parts["vision_config"]), GemmaConfig.from_hf(text), image_token, **ids)
         if raw.get("projection_dim") not in (None, config.text_config.hidden_size):
             found, needed = raw["projection_dim"], config.text_config.hidden_size

@@ -100,9 +100,11 @@ HARMLESS = re.compile(
 QUANTIZATION_KEYS = ("quantization_config", "quantization", "compression_config")  # of transformers, MLX, compressed-tensors
 
 
-def find_tensors(folder: Path) -> dict[str, StoredTensor]:
+def find_tensors(folder: Path, is_tied: bool = True) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint under our name, harmless extras dropped. Reads headers only, but for what is there twice.
 
+    Args:
+        is_tied: what config.json says; where it says no, the files must hold the embedding and the output matrix, too.
     Raises: CheckpointError for damaged files, for a tensor that is there twice with different values, and for an output matrix
         that is not the embedding.
     """
@@ -115,6 +117,9 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
             if name in found:
                 check_equal(found[name], tensor)
             found[name] = tensor
+    if not is_tied and not found.keys() >= {OUTPUT_MATRIX, EMBEDDING}:
+        text = f"{folder / CONFIG_NAME}: tie_word_embeddings is false, and the weights do not hold {OUTPUT_MATRIX} beside the"
+        raise CheckpointError(f"{text} embedding. If both are one matrix, delete the entry.", path=folder / CONFIG_NAME)
     if OUTPUT_MATRIX in found:
         output = found.pop(OUTPUT_MATRIX)
         if EMBEDDING in found and not is_equal(found[EMBEDDING], output):
@@ -539,7 +544,7 @@ def load_model(
     adapter, folder = read_adapter(folder), base_folder(folder, base_model)
     raw = read_json(folder / CONFIG_NAME)
     kind, with_vision, is_stored = choose_quantization(raw, folder, quantize, quantize_vision)
-    stored = find_tensors(folder)
+    stored = find_tensors(folder, is_tied=raw.get("tie_word_embeddings") is not False)
     config = build_config(raw, stored, folder)
     if adapter is not None and is_stored:
         text = f"{folder} is stored as {kind}, and an adapter is merged into a plain checkpoint only. Name that as its base."

@@ -342,6 +342,20 @@ def test_rope_theta_is_read_in_both_spellings():
     assert config_of("gemma", rope_parameters=None).rope_theta == 10000.0
 
 
+@pytest.mark.parametrize("scaling", [{}, {"type": "default"}, {"rope_type": "default"}, {"type": "default", "rope_theta": 6e3}])
+def test_a_rope_scaling_that_scales_nothing_is_read_as_transformers_reads_it(scaling):
+    from transformers import GemmaConfig as Reference
+
+    given = {"rope_theta": 7e3, "rope_scaling": scaling}
+    assert config_of("gemma", **given).rope_theta == Reference(**given).rope_parameters["rope_theta"]
+
+
+def test_the_exact_gelu_is_refused_where_transformers_computes_it():
+    assert config_of("gemma2", hidden_act="gelu").is_gemma2  # there it reads hidden_activation only
+    with pytest.raises(ValueError, match="asks for {'hidden_activation': 'gelu'}"):
+        config_of("gemma2", hidden_activation="gelu")
+
+
 def test_layer_types_as_transformers_5_writes_them_are_read():
     assert config_of("gemma2", layer_types=["sliding_attention", "full_attention", "sliding_attention"]).num_hidden_layers == 3
 
@@ -368,12 +382,13 @@ def test_layer_types_as_transformers_5_writes_them_are_read():
         ({"rope_parameters": [10000]}, r"rope_parameters is \[10000\]"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "asks for {'rope_parameters'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "asks for {'rope_scaling'"),
+        ({"rope_parameters": {"type": "linear", "factor": 2.0}}, "asks for {'rope_parameters'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 500.0}}}, "asks for {'rope_parameters'"),
         ({"layer_types": ["full_attention"] * 3}, "asks for {'layer_types'"),
         ({"layer_types": 3}, "asks for {'layer_types': 3}"),
         ({"attention_bias": True}, "asks for {'attention_bias': True}"),
         ({"hidden_act": "silu"}, "asks for {'hidden_act': 'silu'}"),
         ({"hidden_activation": "relu"}, "asks for {'hidden_activation': 'relu'}"),
-        ({"tie_word_embeddings": False}, "asks for {'tie_word_embeddings': False}"),
         ({"attn_logit_softcapping": -50.0}, "attn_logit_softcapping is -50.0"),
         ({"final_logit_softcapping": 0.0}, "final_logit_softcapping is 0.0"),
         ({"final_logit_softcapping": True}, "final_logit_softcapping is True"),

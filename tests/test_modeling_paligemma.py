@@ -750,11 +750,6 @@ def test_image_token_is_read_in_both_spellings():
         ({"eos_token_id": 10**400}, f"eos_token_id is {10**400}; a token id is needed."),
         ({"eos_token_id": [1, "</s>"]}, "eos_token_id is (1, '</s>'); a token id is needed."),
         ({"projection_dim": 41}, "projection_dim is 41, but the decoder is 40 wide."),
-        (
-            {"tie_word_embeddings": False},
-            "tie_word_embeddings is False: the output matrix (lm_head) was trained on its own, and here it is the embedding. "
-            "Train again with tied matrices, or use transformers.",
-        ),
     ],
 )
 def test_absurd_config_is_refused_in_one_sentence(change, message):

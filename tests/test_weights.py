@@ -129,6 +129,20 @@ def test_the_output_matrix_may_be_the_only_copy_of_the_embedding(tmp_path, name)
     assert_same(weights.load_model(write_checkpoint(tmp_path, renamed)), tensors)
 
 
+@pytest.mark.parametrize("part", ["", "text_config"])
+def test_matrices_that_are_not_tied_but_equal_are_loaded(tmp_path, part):
+    raw, tensors = raw_config("gemma"), tensors_of()
+    (raw[part] if part else raw)["tie_word_embeddings"] = False
+    twice = tensors | {"lm_head.weight": tensors[EMBEDDING].clone()}
+    assert_same(weights.load_model(write_checkpoint(tmp_path, twice, raw=raw)), tensors)
+    write_checkpoint(tmp_path, tensors, raw=raw)
+    if part:  # transformers looks at the entry at the top alone
+        assert_same(weights.load_model(tmp_path), tensors)
+        return
+    with pytest.raises(CheckpointError, match="config.json: tie_word_embeddings is false, and the weights do not hold lm_head"):
+        weights.load_model(tmp_path)
+
+
 def test_known_extras_are_dropped(tmp_path):
     extras = {
         "vision_tower.vision_model.head.probe": torch.rand(1, 1, 48),
