@@ -7,8 +7,10 @@ raises RuntimeError for the ~ of a user that does not exist. Use the functions h
 import errno
 import json
 import os
+import re
 import stat
 import unicodedata
+import urllib.parse
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +29,13 @@ MOST_COMPARED = 100  # of them, compared letter by letter
 def expand(name: str | os.PathLike) -> Path:
     """The path with ~ and ~user replaced; a ~user that does not exist stays as it is, like any other name."""
     return Path(os.path.expanduser(name))
+
+
+def split_file_address(address: str) -> tuple[str, Path]:
+    """The machine ("" for this one) and the path in an address that begins with file://."""
+    host, slash, path = address[len("file://") :].partition("/")
+    path = re.split("[?#]", path, maxsplit=1)[0]
+    return "" if host.lower() == "localhost" else host, Path(urllib.parse.unquote(slash + path))
 
 
 def look(path: str | os.PathLike, error_class: type[PaliGemmaError] = CheckpointError) -> os.stat_result | None:
@@ -205,7 +214,7 @@ def check_outputs(
         outputs: what a file is ("--save"), and its path.
         inputs: the same of files that are read ("the picture"); they need not be there.
         nested: as outputs, with folders that are made if they are not there.
-    Raises: UsageError for two that are one file, OutputError as check_writable.
+    Raises: UsageError for two that are one file (stdout and stderr may go to files, too), OutputError as check_writable.
     """
     taken: dict[tuple, tuple[str, Path]] = {}
     for name, path, makes_folders in (*((*output, False) for output in outputs), *((*output, True) for output in nested)):
@@ -216,6 +225,11 @@ def check_outputs(
             both = f"{name} would write {path} twice" if name == other else f"{other} and {name} would both write {path}"
             raise UsageError(f"{both}. Give another name.")
         taken[place] = name, path
+    for number, what in (1, "stdout"), (2, "stderr"):
+        with suppress(OSError):  # it is closed
+            status = os.fstat(number)
+            if place := taken.get((status.st_dev, status.st_ino)):
+                raise UsageError(f"{what} goes to {place[1]} already, and {place[0]} would overwrite it. Give another name.")
     for what, path in inputs if taken else ():
         with suppress(OutputError):  # a name that no file can have
             if place := taken.get(place_of(path)):

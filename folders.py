@@ -196,12 +196,12 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
 
 
-def version_of(place: str | bytes) -> tuple[int, int, int] | None:
-    """What changes when a file does; None for bytes and addresses, or when there is no file.
+def version_of(place: str) -> tuple[int, int, int] | None:
+    """What changes when a file does; None for an address, or when there is no file.
 
     Raises: ImageError for a folder, which is asked for only if it could not be listed.
     """
-    if isinstance(place, bytes) or is_address(place):
+    if is_address(place):
         return None
     try:
         status = os.stat(place)
@@ -227,14 +227,14 @@ def load(place: str | bytes, side: int, keeps_original: bool = False, is_typed: 
 
     notes: list[str] = []
     try:
-        before = version_of(place)
+        before = version_of(place) if isinstance(place, str) else None
         source = place
         if keeps_original and isinstance(place, str) and is_address(place):  # not to be fetched twice
             source = {"bytes": read_bytes(place, is_typed)[0], "path": place}
         small, size = load_image(
             source, is_typed=is_typed, notes=notes, then=lambda picture: (squeeze(picture, side), picture.size), **options
         )
-        if version_of(place) != before:
+        if isinstance(place, str) and version_of(place) != before:
             raise ImageError(f"{place} changed while it was read. Ask again with --retry_failed.", path=place)
     except Exception as error:  # noqa: BLE001 (a fault in a decoder, or in this program, must not end a run of thousands)
         return Loaded(as_error(place, error))

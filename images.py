@@ -31,7 +31,7 @@ from PIL import Image, ImageColor, ImageFile
 
 from errors import AccessError, ImageError, UsageError
 from fetch import MAX_DOWNLOAD_BYTES, fetch, one_line
-from files import names_in, similar_names
+from files import names_in, similar_names, split_file_address
 
 T = TypeVar("T")
 
@@ -211,10 +211,10 @@ def read_address(source: str, name: str, is_typed: bool) -> bytes:
 
 def local_path(address: str, name: str) -> str:
     """The path in a file:// address. Raises: ImageError for one that names another machine."""
-    url = urllib.parse.urlsplit(address)
-    if url.netloc.lower() not in ("", "localhost"):
-        raise ImageError(f"{name} names the machine {one_line(url.netloc)}. Write file:///, then the path.", path=name)
-    return urllib.parse.unquote(url.path)
+    host, path = split_file_address(address)
+    if host:
+        raise ImageError(f"{name} names the machine {one_line(host)}. Write file:///, then the path.", path=name)
+    return str(path)
 
 
 def as_path(source: str, is_typed: bool) -> str:

@@ -26,6 +26,7 @@ from options import (
     ModelFlags,
     PictureFlags,
     ResultFlags,
+    file_of,
     is_address,
     looks_like_picture,
     picture_options,
@@ -326,7 +327,7 @@ def check_outputs(
     part = ("the file that --retry_failed makes", rows.with_name(rows.name + PART))
     named = [("--list", flags.list), ("--questions", flags.questions), ("the mask codec", flags.mask_codec)]
     read = [(what, files.expand(file)) for what, file in named if file is not None]
-    read += [("the picture", files.expand(word)) for word in flags.pictures if not is_address(word)]
+    read += [("the picture", file) for file in map(file_of, flags.pictures) if file is not None]
     files.check_outputs([("--output", rows), part, *others], [*read, *model])
 
 

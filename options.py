@@ -197,6 +197,15 @@ def is_address(name: str) -> bool:
     return name[:8].lower().startswith(("data:", "http://", "https://", "file://"))
 
 
+def file_of(name: str) -> Path | None:
+    """The file that a picture of that name is read from; None for one that is in no file of this machine."""
+    if name == "-":
+        return Path("/dev/stdin")
+    if name[:7].lower() == "file://":
+        return files.split_file_address(name)[1]
+    return None if is_address(name) else files.expand(name)
+
+
 def picture_options(flags: PictureFlags) -> dict:
     """The flags as load_image takes them."""
     return {field.name: getattr(flags, field.name) for field in fields(PictureFlags)}

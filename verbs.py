@@ -7,6 +7,7 @@ the results). Checked in tests/test_inference.py.
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import commandline
 import files
 from commandline import note, suggestion
 from errors import PaliGemmaError, UsageError
-from options import is_address, looks_like_picture, split_pictures
+from options import file_of, is_address, looks_like_picture, split_pictures
 from tasks import NEEDED, OBJECT_TASKS, TASKS, Result, check_task, split_objects
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from drawing import Style
 
 DRAWABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+LINE_END = re.compile("[\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # and what separates columns
 EXPORTABLE = {".json": "coco", ".xml": "voc", ".txt": "yolo", ".csv": "csv"}
 # Which verbs a flag means something to; flags that are not here go with each of them, or with none (CLASSIC).
 FITS = {
@@ -202,7 +204,7 @@ def check_outputs(job: Job, written: Outputs, others: Iterable[tuple[str, str | 
     """
     single = [("--save", file) for file in written.save] + [("--explain", file) for file in written.explain]
     exported = [("--export", Path(file)) for file in written.export]
-    read = [("the picture", files.expand(name)) for name in job.pictures if name != "-" and not is_address(name)]
+    read = [("the picture", file) for file in map(file_of, job.pictures) if file is not None]
     read += [(what, files.expand(file)) for what, file in others]
     if len(exported) == 1:
         single += exported
@@ -311,7 +313,8 @@ class Desk:
     def say(self, result: Result) -> None:
         """Text for people, or a line for each thing found for programs, behind what tells the results apart."""
         several = [self.job.pictures, self.job.texts]
-        head = [name for name, values in zip((result.image, result.asked), several, strict=True) if len(values) > 1]
+        parts = zip((result.image, result.asked), several, strict=True)
+        head = [LINE_END.sub(" ", name) for name, values in parts if len(values) > 1]
         if result.reading is None or self.job.task not in OBJECT_TASKS:
             said = result.text if result.count is None else str(result.count)
             commandline.write("\t".join([*head, " ".join(said.split()) if head else said]) + "\n")

@@ -714,6 +714,12 @@ def test_forms_that_are_slow_to_read_are_refused_when_they_are_large(monkeypatch
     assert pixels(load_image(raw)) == [(255, 0, 0), (0, 0, 255)]
 
 
+def test_an_address_of_a_file_may_name_no_machine():
+    for address in ("file://[x/a.png", "FILE://host/a.png"):
+        with pytest.raises(ImageError, match="names the machine"):
+            load_image(address)
+
+
 def test_a_missing_name_beside_very_many_files_is_compared_with_few(tmp_path, monkeypatch):
     import difflib
 

@@ -584,6 +584,7 @@ def test_pictures_whose_files_would_have_one_name_are_told_apart(verb, tmp_path)
         ([SHAPES, CAT, "circle", "--save=o.png", "--explain=O-1.PNG"], ""),  # O-1-1.PNG and O-1-2.PNG: others
         (["1.png", "circle", "--save=O-1.png", "--explain=o-1.PNG"], "--save and --explain would both write"),
         (["1.png", "circle", "--save=link.png"], "--save link.png would overwrite the picture 1.png"),
+        (["file://localhost{}/1.png", "circle", "--save=link.png"], "--save link.png would overwrite the picture"),
         (["1.png", "circle", "--export=classes.txt"], "--export would write classes.txt twice"),
         ([SHAPES, "1.png", "circle", "--save=photo.png"], "photo-1.png, which is no drawing of this program"),
         (["1.png", "circle", "--explain=hard.png"], "--explain hard.png would overwrite the picture 1.png"),
@@ -599,7 +600,7 @@ def test_no_file_of_a_command_is_another_one_or_one_that_is_read(verb, tmp_path,
     shutil.copytree(ROOT / "demo" / "checkpoint", tmp_path / "m")
     monkeypatch.setattr(weights, "load_model", lambda *_, **__: pytest.fail("it was loaded") if says else real(*_, **__))
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    code, _, err = verb("detect", *argv)
+    code, _, err = verb("detect", *(word.format(tmp_path) for word in argv))
     assert code == (2 if says else 0) and says in err
     assert all(file.read_bytes() == content for file, content in before.items())
 
@@ -611,6 +612,23 @@ def test_a_drawing_of_this_program_is_drawn_again(verb):
     for ending in ("png", "jpg", "webp", "tiff", "bmp"):
         for _ in range(2):
             assert verb("detect", SHAPES, CAT, "circle", f"--save=out.{ending}")[0] == 0
+
+
+def test_what_streams_lead_to_is_never_overwritten(tmp_path):
+    for stream, output in (("<", "--save=a.png"), (">", "--export=a.json"), ("2>", "--export=a.json")):
+        shutil.copy(SHAPES, tmp_path / "a.png")
+        shutil.copy(SHAPES, tmp_path / "a.json")
+        file = output.partition("=")[2]
+        command = f"{sys.executable} {ROOT}/inference.py detect - circle {output} --model_path=none {stream} {file}"
+        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert done.returncode == 2 and (stream == "2>" or "would overwrite" in done.stderr)
+
+
+def test_a_name_of_several_lines_takes_one(verb, tmp_path):
+    for name in ("a\tb.png", "c\nd.png"):
+        shutil.copy(SHAPES, tmp_path / name)
+    lines = verb("detect", "a\tb.png", "c\nd.png", "circle")[1].splitlines()
+    assert [line.split("\t")[:2] for line in lines] == [["a b.png", "circle"], ["c d.png", "circle"]]
 
 
 def test_the_picture_itself_is_never_overwritten(verb, tmp_path):
