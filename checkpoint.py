@@ -136,9 +136,10 @@ def from_0_up(digits: str) -> int:
 
 
 def listed(names: list[str]) -> str:
-    """The first few names, long ones cut, and how many more there are."""
+    """The first few names, long ones cut, what cannot be printed spelled out, and how many more there are."""
     more = len(names) - NAMES_SHOWN
-    cut = [name if len(name) <= NAME_SHOWN else f"{name[:NAME_SHOWN]}..." for name in names[:NAMES_SHOWN]]
+    plain = [name if name.isprintable() else repr(name)[1:-1] for name in names[:NAMES_SHOWN]]
+    cut = [name if len(name) <= NAME_SHOWN else f"{name[:NAME_SHOWN]}..." for name in plain]
     return ", ".join(cut) + (f" and {more} more" if more > 0 else "")
 
 

@@ -5,6 +5,7 @@ TEST_PROCESSOR=AVX2 (or another name in processors.py) runs the tests as on such
 
 import os
 import signal
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,16 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker("quick")
     if item.path.stem in processors.WHOLE_FILES:
         item.add_marker("processor")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Halves of characters, which some inputs have, are spelled out: a worker could not send them."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    if report.failed and not str(report.longrepr).isascii():
+        report.longrepr = str(report.longrepr).encode("utf-8", "backslashreplace").decode()
+    return report
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -310,3 +310,7 @@ def test_an_interrupted_replacement_never_leaves_a_mixture(tmp_path, monkeypatch
         assert found.keys() == old.keys()
         assert len({tensor.unique().item() for tensor in found.values()}) == 1
     assert refused == (5 if old_size == new_size else 0)  # after the index has gone, before the new one has come
+
+
+def test_names_of_others_are_listed_on_one_line():
+    assert checkpoint.listed(["a\nb", "\ud800", "\x1b[2J"]) == r"a\nb, \ud800, \x1b[2J"
