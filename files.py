@@ -20,8 +20,8 @@ from pathlib import Path
 
 from errors import AccessError, CheckpointError, OutputError, PaliGemmaError, UsageError
 
-MAX_JSON_BYTES = 50_000_000
-MAX_TOKENIZER_BYTES = 200_000_000  # Gemma's has 35 MB
+MAX_JSON_BYTES = 10_000_000  # parsed, what others write takes up to 25 times as much memory; the largest real one has 0.3 MB
+MAX_TOKENIZER_BYTES = 50_000_000  # Gemma's has 35 MB
 MOST_NAMES = 100_000  # of a folder, looked through for a similar name
 MOST_COMPARED = 100  # of them, compared letter by letter
 

@@ -29,6 +29,7 @@ from checkpoint import SPELLINGS
 
 PARTS = {"language": "language_model", "vision": "vision_tower"}
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
+OTHER_MODULES = {"lm_head", "embed_tokens", "patch_embedding", "position_embedding"}  # that PEFT can adapt or copy
 # Keys of adapter_config.json that change nothing about a finished adapter: how it was trained, and which modules it changes,
 # which the tensors say, too. Every other key that asks for something is refused by its name.
 HARMLESS_KEYS = (

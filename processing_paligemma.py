@@ -144,7 +144,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # tokenizers raises nothing more precise
-        files.read_json(path, TokenizerError, files.MAX_TOKENIZER_BYTES)  # says line and column if it is not even JSON
+        if len(content) <= files.MAX_JSON_BYTES:  # parsing more takes gigabytes; the library's own words have to do then
+            files.read_json(path, TokenizerError)  # says line and column if it is not even JSON
         raise TokenizerError(f"{path} is no tokenizer: {one_line(error)}. Download it again.", path=path) from error
     except BaseException as error:  # a panic in Rust, which is no Exception
         if type(error).__name__ != "PanicException":
@@ -156,10 +157,10 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def read_pixel_settings(folder: Path) -> dict:
-    """What processor_config.json (of transformers 5) says or, without one, preprocessor_config.json. Raises: CheckpointError.
+def read_pixel_settings(folder: Path) -> tuple[dict, Path]:
+    """What processor_config.json (of transformers 5) says or, without one, preprocessor_config.json; and which one it was.
 
-    Anything but "resize to a square with bicubic, rescale, normalise" is refused.
+    Raises: CheckpointError. Anything but "resize to a square with bicubic, rescale, normalise" is refused.
     """
     name = "processor_config.json"
     settings = read_settings(folder, name, CheckpointError).get("image_processor")
@@ -179,10 +180,10 @@ def read_pixel_settings(folder: Path) -> dict:
     if unsupported:
         text = f"{folder / name} asks for {reprlib.repr(unsupported)}. Only a bicubic resize is implemented."
         raise CheckpointError(text, path=folder / name)
-    return settings
+    return settings, folder / name
 
 
-def check_pixel_settings(settings: dict, config: "PaliGemmaConfig", folder: Path) -> None:
+def check_pixel_settings(settings: dict, config: "PaliGemmaConfig", path: Path) -> None:
     """Raises CheckpointError where the picture's settings contradict the model's. What is not said contradicts nothing."""
     image_size, num_tokens = config.vision_config.image_size, config.num_image_tokens
     size, length = settings.get("size", image_size), settings.get("image_seq_length")
@@ -193,8 +194,8 @@ def check_pixel_settings(settings: dict, config: "PaliGemmaConfig", folder: Path
     elif length not in (None, num_tokens):
         said = f"counts {reprlib.repr(length)} tokens per picture and the model {num_tokens}"
     if said is not None:
-        text = f"{folder}: preprocessor_config.json {said}. The files belong to different checkpoints: download them again."
-        raise CheckpointError(text, path=folder)
+        text = f"{path} {said}. The files belong to different checkpoints: download them again."
+        raise CheckpointError(text, path=path)
 
 
 def pixel_numbers(settings: dict, name: str, default: float, path: Path) -> np.ndarray:
@@ -468,9 +469,9 @@ class PaliGemmaProcessor:
 
         folder = base_folder(resolve(path_or_hub_id, revision), base_model)
         config = read_config(folder)
-        settings = read_pixel_settings(folder)
-        check_pixel_settings(settings, config, folder)
-        table = pixel_table(settings, folder / "preprocessor_config.json")
+        settings, path = read_pixel_settings(folder)
+        check_pixel_settings(settings, config, path)
+        table = pixel_table(settings, path)
         names = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "special_tokens_map.json")
         kept = {name: read_settings(folder, name, CheckpointError) for name in names}
         tokenizer = read_tokenizer(folder)

@@ -160,7 +160,10 @@ class Adapter:
     def merged(self, name: str, weight: Tensor, scaling: float, reader: "TensorReader") -> Tensor:
         """The matrix of that module with its product added."""
         a, b = (reader.read(self.stored[f"{name}.{matrix}.weight"], torch.float32) for matrix in ("lora_A", "lora_B"))
-        return lora.merged_weight(weight, a, b, scaling)
+        merged = lora.merged_weight(weight, a, b, scaling)
+        if not reader.allow_nonfinite:
+            check_values(merged, replace(self.stored[f"{name}.lora_B.weight"], name=f"the sum of the base's {name} and B A"))
+        return merged
 
 
 def read_adapter(folder: Path) -> Adapter | None:
@@ -182,6 +185,10 @@ def read_adapter(folder: Path) -> Adapter | None:
         if name in stored:
             check_equal(stored[name], tensor)
         stored[name] = tensor
+    if others := [tensor.name for name, tensor in stored.items() if lora.OTHER_MODULES & {*name.split(".")}]:
+        text = f"{folder / ADAPTER_NAME} holds {listed(others)}, and here an adapter changes matrices of layers only."
+        text += " Train it without them, or merge it with the program that made it."
+        raise CheckpointError(text, path=folder / ADAPTER_NAME)
     return Adapter(folder, config, stored)
 
 

@@ -250,6 +250,7 @@ def altered_tensors(folder, change):
 
 
 FIRST = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+EMBEDDING = "base_model.model.model.language_model.embed_tokens"
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,10 @@ FIRST = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
     [
         (lambda t: t.pop(f"{FIRST}.lora_B.weight"), r"q_proj are \[3, 40\] and missing"),
         (lambda t: t.update({f"{FIRST}.lora_A.weight": torch.zeros(3, 41)}), r"\[3, 41\]"),
-        (lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(2, 2)}), "neither an A nor a B"),
+        (lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(2, 2)}), "matrices of layers only. Train it without"),
+        (lambda t: t.update({f"{EMBEDDING}.weight": torch.zeros(9, 40)}), "holds .*embed_tokens.weight.*or merge it with"),
+        (lambda t: t.update({f"{EMBEDDING}.lora_embedding_A": torch.zeros(3, 9)}), "holds .*lora_embedding_A, .*layers only"),
+        (lambda t: t.update({f"{FIRST}.x": torch.zeros(2, 2)}), "neither an A nor a B"),
         (lambda t: t.update({f"{FIRST[:-7]}.x_proj.lora_A.weight": torch.zeros(3, 40)}), "does not have"),
         (lambda t: t.update({f"{FIRST}.lora_A.weight": torch.full((3, 40), torch.nan)}), "NaN"),
     ],
@@ -267,6 +271,15 @@ def test_tensors_that_do_not_fit_are_named(folder, change, says):
     with pytest.raises(CheckpointError, match=says) as caught:
         weights.load_model(folder)
     assert "\n" not in caught.value.message
+
+
+def test_a_sum_that_is_too_large_for_the_dtype_is_named(folder):
+    names = [f"{FIRST}.lora_{matrix}.weight" for matrix in "AB"]
+    altered_tensors(folder, lambda t: t.update({name: torch.full_like(t[name], 200) for name in names}))
+    assert weights.load_model(folder, dtype="fp32")
+    with pytest.raises(CheckpointError, match="the sum of .*layers.0.self_attn.q_proj and B A holds NaN or infinity as float16"):
+        weights.load_model(folder, dtype="fp16")
+    assert weights.load_model(folder, dtype="fp16", allow_nonfinite=True)
 
 
 def test_a_missing_or_damaged_file_is_named(folder):

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import files
 from errors import CheckpointError, ImageError, OutputError, PromptError, TokenizerError
-from processing_paligemma import LOCATIONS, SEGMENTS, PaliGemmaProcessor
+from processing_paligemma import LOCATIONS, SEGMENTS, PaliGemmaProcessor, read_tokenizer
 from tiny_tokenizer import tokenizer_json, write_json, write_processor, write_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside transformers
@@ -702,6 +703,23 @@ def test_a_preprocessor_that_contradicts_or_asks_for_more_is_refused(tmp_path, c
     change(tmp_path, "preprocessor_config.json", **changes)
     message = refusal(tmp_path, CheckpointError)
     assert words in message and len(message) < 500
+
+
+def test_an_error_names_the_file_that_was_read(tmp_path):
+    write_processor(tmp_path, num_words=1)
+    for content, says in (({"size": 224}, "asks for pictures of 224"), ({"rescale_factor": "1"}, "rescale_factor is '1'")):
+        write_json(tmp_path, "processor_config.json", {"image_processor": content})
+        with pytest.raises(CheckpointError, match=f"{tmp_path / 'processor_config.json'}:? {says}"):
+            PaliGemmaProcessor.from_pretrained(tmp_path)
+
+
+def test_a_large_file_that_is_no_tokenizer_is_not_parsed_by_python(tmp_path, monkeypatch):
+    write_processor(tmp_path, num_words=1)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "junk": [' + "[]," * 1000 + "1]")
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 2000)  # of lists it takes 25 times as much memory
+    monkeypatch.setattr(json, "loads", None)
+    with pytest.raises(TokenizerError, match="is no tokenizer: .* at line 1 column"):
+        read_tokenizer(tmp_path)
 
 
 def test_without_preprocessor_config_the_size_comes_from_config(tmp_path):
