@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -125,15 +126,18 @@ def read_words(words: tuple[str, ...]) -> Job:
         raise UsageError(f"{task} needs a picture: {rule}.")
     if not looks_like_picture(rest[0]):
         raise UsageError(f"{task} needs a picture first, and {rest[0]!r} is none that is there: {rule}.")
-    count = next((i for i, word in enumerate(rest) if i and not is_further_picture(word)), len(rest))
-    notes = []
+    count = next((i for i, word in enumerate(rest) if i and not is_further_picture(word, task)), len(rest))
     if count == len(rest) > 1 and task in NEEDED and is_bare(rest[-1]):  # a file named cat is no reason to ask about nothing
         count -= 1
-        notes.append(f"{rest[-1]!r} is taken for {NEEDED[task]}, not for the file of that name.")
     pictures = [name for word in rest[:count] for name in split_pictures(word)]
     if pictures.count("-") > 1:
         raise UsageError("- stands twice, but stdin can be read only once. Give it once.")
     said = rest[count:]
+    notes = [
+        f"{word!r} is taken for {NEEDED[task]}, not for the file of that name."
+        for word in said
+        if task in NEEDED and is_bare(word) and os.path.isfile(files.expand(word))
+    ]
     text = " ; ".join(split_objects(" ; ".join(said))) if task in OBJECT_TASKS else " ".join(said)
     if task in NEEDED and not text.replace(";", "").strip():
         listed = ", ".join(map(repr, pictures))
@@ -143,9 +147,23 @@ def read_words(words: tuple[str, ...]) -> Job:
     return Job(task, tuple(pictures), tuple(split_objects(text)) if task == "count" else (text,), tuple(notes))
 
 
-def is_further_picture(word: str) -> bool:
-    """Whether a word after the first picture is one, too; a folder is not: its name may be what is looked for."""
-    return looks_like_picture(word) and not os.path.isdir(files.expand(word))
+def is_further_picture(word: str, task: str) -> bool:
+    """Whether a word after the first picture is one, too. The name of a folder may be what is looked for, and so may that of
+    any file without an ending, unless a picture is in it."""
+    if not looks_like_picture(word) or os.path.isdir(files.expand(word)):
+        return False
+    return task not in NEEDED or not is_bare(word) or holds_picture(word)
+
+
+def holds_picture(file: str) -> bool:
+    """Whether a file begins like a picture."""
+    from images import sniff
+
+    with suppress(PaliGemmaError, OSError):
+        if files.is_file(files.expand(file)):
+            with open(files.expand(file), "rb") as stream:
+                return sniff(stream.read(64)) is not None
+    return False
 
 
 def is_bare(word: str) -> bool:

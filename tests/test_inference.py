@@ -472,6 +472,11 @@ def test_a_folder_or_file_named_like_the_object_is_no_picture(verb, tmp_path):
     code, out, err = verb("detect", SHAPES, "star", "--json")
     assert code == 0 and json.loads(out)["prompt"] == "detect star"
     assert err == "note: 'star' is taken for what to look for, not for the file of that name.\n"
+    code, out, err = verb("detect", SHAPES, "star", "circle", "--json")
+    assert code == 0 and json.loads(out)["prompt"] == "detect star ; circle" and "'star' is taken for what" in err
+    (tmp_path / "star").write_bytes(Path(SHAPES).read_bytes())
+    out = verb("detect", SHAPES, "star", "circle", "--json")[1]
+    assert [json.loads(line)["image"] for line in out.splitlines()] == [SHAPES, "star"]
     code, _, err = verb("detect", SHAPES, "gone.png")
     assert code == 2 and f"needs what to look for, and {SHAPES!r}, 'gone.png' are taken for pictures" in err
 
