@@ -50,12 +50,21 @@ CONVERT_ARRAYS = (
     "If it is a big_vision checkpoint, convert it with transformers' convert_paligemma_weights_to_hf.py or take the same model "
     "from the hub."
 )
-NO_GGUF = "Only safetensors are read here: take the checkpoint that it was made from."
+NOT_WEIGHTS = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler|rng_state.*)\.(bin|pth?)")  # of a Trainer
+PIECES = re.compile(r"zero_to_fp32\.py|global_step\d+|pytorch_model_fsdp_\d+|\.metadata")  # of DeepSpeed and FSDP
+JOIN_PIECES = "Join them: zero_to_fp32.py of DeepSpeed with --safe_serialization, or `accelerate merge-weights` for FSDP."
+FOREIGN = (".gguf", ".onnx", ".h5", ".msgpack", ".tflite", ".ot")  # of llama.cpp, ONNX, TensorFlow, JAX, Rust
+ONLY_SAFETENSORS = "Only safetensors are read here: take the checkpoint that it was made from."
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # the names that this file writes
 ALIGNMENT = 64  # bytes: where the first tensor of a file begins, so that vector units read whole lines of the cache
 MAX_HEADER_BYTES = 5_000_000  # the largest real one has 0.2 MB; what others write is read in seconds, whatever it is
 MAX_NAME = 500  # letters of a tensor's name
 MAX_DIMENSIONS = 8
+RENAMED = {
+    b"PK": "an archive or a pickle of PyTorch that was renamed. " + CONVERT_PICKLE.removesuffix("."),
+    b"GGUF": "a file of llama.cpp that was renamed. " + ONLY_SAFETENSORS.removesuffix("."),
+    b"\x1f\x8b": "packed by gzip. Unpack it",
+}
 HEAD_BYTES = 64  # of a damaged file: enough to recognise what it is instead
 PART_ELEMENTS = 2**22  # read, or written, at a time: fewer keep threads waiting for each other, more take memory
 NAMES_SHOWN, NAME_SHOWN = 5, 150  # in a message, and letters of each
@@ -176,7 +185,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     except PermissionError as error:
         raise AccessError(f"{file} may not be read by this user. Change its permissions.", path=file) from error
     except (ValueError, RecursionError) as error:
-        reason = impostor(head) or f"is damaged: {error}. Download it again"
+        other = next((what for start, what in RENAMED.items() if head.startswith(start)), None)
+        reason = impostor(head) or (f"is {other}" if other else f"is damaged: {error}. Download it again")
         raise CheckpointError(f"{file} {reason}.", path=file) from error
     return tensors
 
@@ -279,23 +289,26 @@ def explain_no_weights(folder: Path) -> str:
 
 def explain_names(names: list[str]) -> str:
     """The same by the names of files alone, to be put after the name of a folder or of a hub model."""
-    pickles = [name for name in names if name.endswith(PICKLES)]
+    pickles = [name for name in names if name.endswith(PICKLES) and not NOT_WEIGHTS.fullmatch(name)]
     arrays = [name for name in names if name.endswith(".npz") and name != CODEC_NAME]
     shards = [name for name in names if name.endswith(".safetensors")]
-    llama = [name for name in names if name.endswith(".gguf")]
+    foreign = [name for name in names if name.endswith(FOREIGN) or name == "onnx"]
+    pieces = [name for name in names if PIECES.fullmatch(name)]
     cached = [name.removeprefix("models--").replace("--", "/") for name in names if name.startswith("models--")]
     if ADAPTER_NAME in shards:
         return f"holds an adapter, {ADAPTER_NAME}, without its {ADAPTER_CONFIG_NAME}. Copy that into it."
     if shards:
         return f"holds {listed(shards)}, but neither {SINGLE_NAME} nor {INDEX_NAME}. Download the index as well."
+    if pieces:
+        return f"holds weights in pieces of several processes, {listed(pieces)}. {JOIN_PIECES}"
     if ADAPTER_PICKLE in pickles:
         return f"holds an adapter only as {ADAPTER_PICKLE}. {NO_PICKLE} {CONVERT_ADAPTER}"
     if pickles:
         return f"holds only {listed(pickles)}. {NO_PICKLE} {CONVERT_PICKLE}"
     if arrays:
         return f"holds {listed(arrays)}. {CONVERT_ARRAYS}"
-    if llama:
-        return f"holds {listed(llama)}. {NO_GGUF}"
+    if foreign:
+        return f"holds {listed(foreign)}. {ONLY_SAFETENSORS}"
     if cached:
         return f"is the hub's cache. Name a model in it by its id: {listed(cached)}."
     weights = f"neither {SINGLE_NAME} nor {INDEX_NAME}"
@@ -326,8 +339,8 @@ def explain_file(file: Path) -> str:
         return f"{file} is a mask codec. Give it as --mask_codec, and a model's folder as the model."
     if any(os.path.isfile(file.parent / name) for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
         return f"{file} is a file of a model. Name its folder, {file.parent}."
-    if suffix == ".gguf":
-        return f"{file} is a file of llama.cpp. {NO_GGUF}"
+    if suffix in FOREIGN:
+        return f"{file} is {'a file of llama.cpp' if suffix == '.gguf' else 'a model of another program'}. {ONLY_SAFETENSORS}"
     if suffix == ".npz":
         return f"{file} is an archive of arrays. {CONVERT_ARRAYS}"
     if suffix in PICKLES:

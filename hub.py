@@ -33,7 +33,10 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 FILES = (CONFIG_NAME, *SIDE_FILES, INDEX_NAME, "model*.safetensors", ADAPTER_CONFIG_NAME, ADAPTER_NAME)
-PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/\s]+/[^/?#\s]+)(?:[/?#].*)?|hf://([^/\s]+/[^/\s]+).*")
+PAGE = re.compile(
+    r"(?i:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)|hf:/)"
+    r"/(?!(?:collections|datasets|spaces|papers|docs|blog)/)([^/\s]+/[^/?#\s]+?)(?:\.git)?(?:[/?#].*)?"
+)
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 LOGIN = "run: hf auth login"
 DEMO = "demo/checkpoint"
@@ -181,14 +184,16 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     if look(path) is not None:
         raise CheckpointError(explain_file(path), path=path)
     page = PAGE.fullmatch(name)
-    if page is not None and is_id(page[1] or page[2]):
-        raise CheckpointError(f"{name} is the address of a page. Name the model's id, {page[1] or page[2]}.", path=name)
+    if page is not None and is_id(page[1]):
+        raise CheckpointError(f"{name} is the address of a page. Name the model's id, {page[1]}.", path=name)
     if "://" in name:
         raise CheckpointError(f"{name} is an address. Name a folder, or an id of the hub such as {EXAMPLE}.", path=name)
     if is_id(name):
         return download(name, revision)
     near = similar_folders(path)
     near += [f"google/{name}"] if re.fullmatch(r"paligemma2?-[\w-]+", name) else []
+    cached = name.removeprefix("models--").replace("--", "/")  # how the hub's cache spells an id
+    near += [cached] if cached != name and is_id(cached) else []
     hint = f"Did you mean {listed(near)}?" if near else f"Name a folder, or an id of the hub such as {EXAMPLE}."
     raise CheckpointError(f"there is no folder {path}. {hint}", path=path)
 

@@ -382,10 +382,48 @@ def refusal(name, error=CheckpointError):
         "huggingface.co/google/paligemma-3b-mix-224/blob/main/config.json?raw=1",
         "http://hf.co/google/paligemma-3b-mix-224#files",
         "hf://google/paligemma-3b-mix-224",
+        "HTTPS://HuggingFace.co/google/paligemma-3b-mix-224/",
+        "https://huggingface.co/google/paligemma-3b-mix-224.git",
     ],
 )
 def test_the_address_of_a_page_gives_its_id(address):
     assert "the address of a page. Name the model's id, google/paligemma-3b-mix-224." in refusal(address)
+
+
+@pytest.mark.parametrize("kind", ["collections", "datasets", "spaces", "papers"])
+def test_the_address_of_a_page_of_another_kind_is_no_id(kind):
+    assert "is an address. Name a folder, or an id of the hub" in refusal(f"https://huggingface.co/{kind}/google/paligemma")
+
+
+def test_a_name_of_the_cache_gives_its_id():
+    assert "Did you mean google/paligemma-3b-mix-224?" in refusal("models--google--paligemma-3b-mix-224")
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["training_args.bin", "optimizer.pt", "rng_state_0.pth"], "holds no weights: neither"),
+        (["zero_to_fp32.py", "global_step500", "training_args.bin"], "in pieces of several processes, global_step500, zero_to"),
+        (["pytorch_model_fsdp_0", "optimizer_0"], "in pieces .* merge-weights. for FSDP"),
+        (["onnx"], "holds onnx. Only safetensors are read here"),
+        (["flax_model.msgpack"], "holds flax_model.msgpack. Only safetensors"),
+    ],
+)
+def test_what_lies_in_a_folder_in_place_of_weights_is_named(tmp_path, names, says):
+    for name in ("config.json", *names):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=says):
+        weights.find_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("head", "says"), [(b"PK\x03\x04", "pickle of PyTorch"), (b"GGUF\x03", "llama.cpp"), (b"\x1f\x8b\x08", "packed by gzip")]
+)
+def test_a_file_that_was_renamed_is_not_called_damaged(tmp_path, head, says):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(head + b"x" * 100)
+    with pytest.raises(CheckpointError, match=f"model.safetensors is .*{says}"):
+        weights.find_tensors(tmp_path)
 
 
 @pytest.mark.parametrize("address", ["https://huggingface.co", "https://www.kaggle.com/models/google/paligemma", "s3://bucket/x"])
