@@ -191,14 +191,17 @@ def read_object(source: IO[bytes], name: str) -> bytes:
     try:
         with suppress(OSError, AttributeError):  # a pipe, or an answer from the network
             source.seek(0)
-        data = source.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: it is closed
-        raise ImageError(f"{name} cannot be read: {one_line(str(error))}. Open it again.", path=name) from error
-    if not isinstance(data, bytes):
-        raise ImageError(f'{name} gives {type(data).__name__}, not bytes. Open the file with mode "rb".', path=name)
-    if len(data) > MAX_FILE_BYTES:
+        parts, left = [], MAX_FILE_BYTES + 1
+        while left > 0 and (part := source.read(left)) != b"":  # a pipe gives what is there by now
+            if not isinstance(part, bytes):
+                raise ImageError(f'{name} gives {type(part).__name__}, not bytes. Open the file with mode "rb".', path=name)
+            parts.append(part)
+            left -= len(part)
+    except (OSError, ValueError, TypeError) as error:  # ValueError: it is closed; TypeError: another kind of read()
+        raise ImageError(f"{name} cannot be read: {one_line(str(error)).rstrip('.')}. Open it again.", path=name) from error
+    if left <= 0:
         raise ImageError(f"{name} has over {MAX_FILE_BYTES >> 20} MB, which is the limit. Make the picture smaller.", path=name)
-    return data
+    return b"".join(parts)
 
 
 def read_address(source: str, name: str, is_typed: bool) -> bytes:
@@ -233,7 +236,8 @@ def read_bytes(source: object, is_typed: bool) -> tuple[bytes, str]:
         name = f"the {type(source).__name__}"
         return read_object(source, name), name
     if not isinstance(source, str):
-        return read_file(source), shown(source)
+        path = os.fspath(source)
+        return read_file(as_path(path, is_typed) if isinstance(path, str) else path), shown(source)
     if source[:5].lower() == "data:":
         return read_data_uri(source), "data:"
     name = shown(source)
@@ -629,7 +633,9 @@ def as_array(source: object, name: str) -> tuple[np.ndarray, bool]:
         with explained(name):
             return np.asarray(source), False
     with explained(name):
-        values = source.detach().cpu()
+        values = source.detach().resolve_neg()
+        values = values.dequantize() if values.is_quantized else values.to_dense() if values.is_sparse else values
+        values = values.cpu()
         return (values.float() if values.is_floating_point() and values.itemsize < 4 else values).numpy(), True
 
 
@@ -643,15 +649,17 @@ def open_source(
     name = None
     if isinstance(source, Image.Image):
         return source, "the picture"
-    if hasattr(source, "__array__") or hasattr(source, "__array_interface__"):
+    is_array = hasattr(source, "__array__") or hasattr(source, "__array_interface__")
+    if is_array and not isinstance(source, str | bytes):  # numpy's own str and bytes are both
         values, channels_first = as_array(source, "the picture")
         return from_array(values, "the picture", stretch, notes, channels_first), "the picture"
     if isinstance(source, dict) and ("bytes" in source or "path" in source):  # of a data set of Hugging Face
         path = source.get("path")
         name = shown(path) if isinstance(path, str | os.PathLike) else None
-        source, is_typed = (path, False) if source.get("bytes") is None else (source["bytes"], is_typed)
+        source, is_typed = path if source.get("bytes") is None else source["bytes"], False
+        source = source.tobytes() if isinstance(source, np.ndarray) and source.dtype == np.uint8 else source
     if not (isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read")):
-        given = "an empty dict" if source == {} else type(source).__name__
+        given = "an empty dict" if isinstance(source, dict) and not source else type(source).__name__
         known = "a path, an address, bytes, an open file, a PIL image, a numpy array or a tensor"
         raise ImageError(f"{given} is no picture. Give {known}.")
     data, own_name = read_bytes(source, is_typed)

@@ -9,6 +9,8 @@ import threading
 import time
 import types
 import zlib
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -797,13 +799,18 @@ def test_open_files_are_read_from_their_beginning(tmp_path):
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
         assert corners(load_image(pipe)) == ["red", "green", "blue", "white"]
+    in_pieces = io.BytesIO(data)  # as raw pipes and sockets give what is there by now
+    source = SimpleNamespace(read=lambda size: in_pieces.read(min(size, 10)))
+    assert corners(load_image(source)) == ["red", "green", "blue", "white"]
+    assert "cannot be read" in refusal(SimpleNamespace(read=lambda: data))
 
 
 def test_the_dict_of_a_hugging_face_data_set_is_a_picture(tmp_path):
     data = saved(blocks(), "PNG")
     (tmp_path / "a.png").write_bytes(data)
     for source in ({"bytes": data, "path": "gone.png"}, {"bytes": data}, {"bytes": None, "path": str(tmp_path / "a.png")},
-                   {"path": tmp_path / "a.png"}):  # fmt: skip
+                   {"path": tmp_path / "a.png"}, {"bytes": np.frombuffer(data, np.uint8), "path": None},
+                   np.bytes_(data), np.str_(tmp_path / "a.png")):  # fmt: skip
         assert corners(load_image(source)) == ["red", "green", "blue", "white"]
     for source in ({}, {"image": 3}, {"bytes": None, "path": None}, {"bytes": 7, "path": "a"}):
         refusal(source)
@@ -813,12 +820,13 @@ def test_a_path_may_begin_at_home_and_a_file_address_is_a_path(tmp_path, monkeyp
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "my cat.png").write_bytes(saved(blocks(), "PNG"))
     place = tmp_path.as_uri() + "/my%20cat.png"
-    for source in ("~/my cat.png", place, place.replace("file://", "FILE://localhost")):
+    for source in ("~/my cat.png", Path("~/my cat.png"), place, place.replace("file://", "FILE://localhost")):
         assert corners(load_image(source)) == ["red", "green", "blue", "white"]
         refusal(source, is_typed=False)
     assert "names the machine" in refusal("file://elsewhere/a.png")
     assert "does not exist" in refusal("~nosuchuser/a.png")
     refusal("~\0/a.png")
+    assert "names the machine" in refusal("file://[a/b.png")
     refusal("file:///a%00b.png")
 
 
@@ -828,7 +836,8 @@ def test_an_address_in_data_is_fetched_as_such(monkeypatch):
     load_image("http://a/b.png")
     load_image("HTTP://a/b.png", is_typed=False)
     load_image({"path": "http://a/b.png"})
-    assert asked == [True, False, False]
+    load_image({"bytes": "http://a/b.png"})
+    assert asked == [True, False, False, False]
 
 
 def test_tensors_are_pictures():
@@ -839,7 +848,9 @@ def test_tensors_are_pictures():
     for dtype, worst in ((torch.bfloat16, 1), (torch.float16, 0)):
         loaded = np.asarray(load_image((first / 255).to(dtype))).astype(int)
         assert abs(loaded - values.numpy()).max() <= worst
-    assert np.array_equal(np.asarray(load_image(torch.nn.Parameter(first / 255))), values.numpy())
+    negated = torch.complex(first / 255, -(first / 255)).conj().imag  # its sign is a bit of the tensor
+    for other in (torch.nn.Parameter(first / 255), negated, (first / 255).to_sparse()):
+        assert np.array_equal(np.asarray(load_image(other)), values.numpy())
     square = torch.zeros(3, 4, 3)
     square[0] = 1
     assert load_image(square).size == (3, 4) and load_image(square).getpixel((0, 0)) == (255, 0, 0)
