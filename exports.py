@@ -237,8 +237,12 @@ def places(names: Iterable[str], folder: Path, ending: str, taken: Iterable[Path
 
     parts = [steps(name) for name in names]
     common = len(os.path.commonprefix([part[:-1] for part in parts]))
-    paths = [folder.joinpath(*part[common:]) for part in parts]
-    used = {*map(known, taken), *(known(above) for path in paths for above in path.parents)}
+    others = {*map(known, taken)}
+    paths = []
+    for first, *rest in (part[common:] for part in parts):
+        is_taken = rest and known(folder / first) in others  # a folder called classes.txt
+        paths.append(folder.joinpath(f"{first}_" if is_taken else first, *rest))
+    used = {*others, *(known(above) for path in paths for above in path.parents)}
     counts: Counter[str] = Counter()
     files = []
     for path in paths:

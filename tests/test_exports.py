@@ -177,6 +177,7 @@ def test_no_two_pictures_share_a_file_and_none_leaves_the_folder(tmp_path):
         (["1.jpg", "1.png.gif", "1.png"], ["1.txt", "1.png.txt", "1.png-2.txt"]),
         (["A.png", "a.jpg", "a.png"], ["A.txt", "a.jpg.txt", "a.png.txt"]),  # one file on disks that know no case
         (["classes.png", "x.png"], ["classes.png.txt", "x.txt"]),  # classes.txt holds the classes
+        (["Classes.txt/a.png", "b.png"], ["Classes.txt_/a.txt", "b.txt"]),  # also of a folder of that name
         (["x", "x.txt/1.png"], ["x-2.txt", "x.txt/1.txt"]),  # a file cannot have the name of a folder
     ],
 )  # fmt: skip
