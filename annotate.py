@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from outputs import Reading
 
 EXPORTS = {"coco": "_coco.json", "csv": ".csv", "voc": "_voc", "yolo": "_yolo"}  # how files and folders are named
+
+MOST_CHECKED = 1000  # pictures that lie in --save_dir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +149,18 @@ def make_save_dir(flags: Flags) -> None:
         places = [files.place_of(place) for place in (folder, folder.joinpath(*steps(str(word))))]
         if os.path.isdir(word) and files.place_of(word) in places:
             raise UsageError(f"--save_dir {flags.save_dir} would put drawings among the pictures. Choose another folder.")
+        if os.path.isdir(word) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(word)):
+            check_drawings(flags, folder)
+
+
+def check_drawings(flags: Flags, folder: Path) -> None:
+    """Raises: UsageError for a folder within that of the pictures, which is passed over, with other pictures than drawings."""
+    from drawing import mark_of
+
+    for picture in islice(folders.in_folder(str(folder)), MOST_CHECKED):
+        if mark_of(picture) is None:
+            advice = "it would not be asked about. Choose another folder."
+            raise UsageError(f"{picture} is no drawing of this program and lies in --save_dir {flags.save_dir}: {advice}")
 
 
 @lru_cache(maxsize=1000)

@@ -92,6 +92,14 @@ def matches(pattern: str) -> Iterator[str]:
     return glob.iglob(re.sub(r"(?<![^/])\*\*(/+\*\*)+(?![^/])", "**", pattern), recursive=True)
 
 
+def lies_in(folder: str, seen: Collection[tuple[int, int]]) -> bool:
+    """Whether a folder is one of those identities, or in one of them."""
+    place = Path(os.path.realpath(folder))
+    with suppress(OSError):
+        return bool(seen) and any(identity(str(above)) in seen for above in (place, *place.parents))
+    return False
+
+
 def expand(word: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[str]:
     """The pictures that a word means: a folder, a file, an address, or a pattern with * ? [ ] and ** for any depth."""
     if is_address(word):
@@ -103,8 +111,13 @@ def expand(word: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[str]:
     elif os.path.lexists(word) or not glob.has_magic(word):
         yield word
     else:
+        inside: dict[str, bool] = {}  # folder -> whether it is one of `seen`, or in one
         for match in matches(word):
-            yield from expand(match, seen)
+            folder = os.path.dirname(match)
+            if folder not in inside:
+                inside[folder] = lies_in(folder, seen)
+            if not inside[folder]:
+                yield from expand(match, seen)
 
 
 def check_words(words: Iterable[str]) -> None:

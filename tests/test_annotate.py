@@ -306,7 +306,13 @@ def test_every_question_has_a_drawing_of_its_own(run):
 def test_drawings_are_not_asked_about(run):
     assert run("photos", "--task=detect", "cat", "--save_dir=photos/drawn")[0] == 0
     assert run("photos", "--task=detect", "cat", "--save_dir=photos/drawn")[0] == 0
+    assert run("photos/**/*.*", "--task=detect", "cat", "--save_dir=photos/drawn")[0] == 0
     assert images() == PHOTOS
+
+
+def test_no_picture_is_passed_over_because_it_lies_where_drawings_go(run):
+    code, err = run("photos", "--task=detect", "cat", "--save_dir=photos/b")
+    assert code == 2 and "photos/b/1.png is no drawing" in err and drawings() == []
 
 
 @pytest.mark.parametrize("folder", ["photos", "."])
