@@ -56,8 +56,8 @@ class Flags(JobFlags, DrawingFlags):
       python annotate.py photos --questions questions.jsonl --output answers.jsonl    lines {"image": .., "prefix": ..}
       python annotate.py photos --task ocr --output text.jsonl --shard 2/4            the second quarter, to text-2-of-4.jsonl
 
-    Killed or interrupted, the same command goes on where the file ends; no row is lost or repeated. A picture that cannot be
-    read gets a row with its error. Exit code 8: all is asked, and some rows are errors.
+    If it is killed or interrupted, run the same command again: it resumes after the last row, and no row is lost or repeated.
+    A picture that cannot be read gets a row with its error. Exit code 8: all is asked, and some rows are errors.
 
     Args:
         shard: i/n, which of n equal parts of the pictures to take; each has a file of its own

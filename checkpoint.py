@@ -180,7 +180,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 raise ValueError(f"{tensor.name} begins at byte {tensor.start}, not at {end} where the one before it ends")
             end += tensor.num_bytes
         if end != size:
-            what = "it is cut off" if end > size else "there is something behind its tensors"
+            what = "it is cut off" if end > size else "there is something after its tensors"
             raise ValueError(f"its header describes {end} bytes and the file has {size}: {what}")
     except PermissionError as error:
         raise AccessError(f"{file} may not be read by this user. Change its permissions.", path=file) from error
@@ -236,7 +236,7 @@ def find_files(folder: Path) -> list[Path]:
     has_index = look(index) is not None
     if look(single) is not None or not (has_index or index.is_symlink()):
         if has_index:
-            log.info("%s: %s is read, and %s beside it is ignored.", folder, SINGLE_NAME, INDEX_NAME)
+            log.info("%s: %s is read, and %s next to it is ignored.", folder, SINGLE_NAME, INDEX_NAME)
         return [single]
     names = read_index(index)
     missing = [name for name in names if look(folder / name) is None]

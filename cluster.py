@@ -49,7 +49,7 @@ class Flags(JobFlags):
       python cluster.py photos --task detect "cat ; dog" --output pets.jsonl --workers 2                  on this machine
       python cluster.py photos --task caption --output captions.jsonl --workers 16 --address auto         on a Ray cluster
 
-    The rows are those of annotate.py, which may go on with the file, make drawings and export it. On a cluster every machine
+    The rows are those of annotate.py, which may continue the file, make drawings and export it. On a cluster every machine
     needs this code, the model and the pictures under the same paths. Needs Ray: pip install "ray[data]".
 
     Args:
@@ -185,7 +185,7 @@ def rows_of(flags: Flags, lists: Iterable[list[str]]) -> Iterator[dict]:
             yield from map(read_row, batch["row"].to_pylist())
     except ray.exceptions.RayError as error:
         reason = str(error).strip().splitlines()[0]
-        raise DeviceError(f"Ray gave up: {reason} The rows so far are kept; --verbose shows what workers said.") from error
+        raise DeviceError(f"Ray gave up: {reason} The rows so far are kept; --verbose shows the workers' messages.") from error
 
 
 def work(flags: Flags, checkpoint: Checkpoint, journal: Journal) -> None:

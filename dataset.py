@@ -444,7 +444,7 @@ def require_usable(splits: Sequence[Split], skip_bad: bool, room: int | None = N
         elif longest:
             advice.append(f"The longest needs {longest} tokens, and the model has room for {room}: shorten it.")
         if num_long < len(faults):
-            advice.append(f"Fix {'the others' if num_long else 'them'}, or go on without them: --skip_bad.")
+            advice.append(f"Fix {'the others' if num_long else 'them'}, or continue without them: --skip_bad.")
         number = counted(len(faults), "line")
         raise DatasetError(f"{number} cannot be used; the first: {first}. {' '.join(advice)}", path=faults[0].file)
     for split in splits:

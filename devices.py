@@ -42,7 +42,7 @@ def check_cuda(name: str) -> None:
             f"pip install --force-reinstall torch=={version}, or take --device cpu."
         )
     if not torch.cuda.is_available():
-        raise DeviceError(f"device {name} is not there. {why_no_cuda()} Mend that (see nvidia-smi), or take --device cpu.")
+        raise DeviceError(f"device {name} is not there. {why_no_cuda()} Fix that (see nvidia-smi), or take --device cpu.")
     count, index = torch.cuda.device_count(), int(name.partition(":")[2] or 0)
     if index >= count:
         there = ", ".join(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(count))

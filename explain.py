@@ -509,7 +509,7 @@ def draw_head(sheet: Image.Image, picture: Image.Image, explanation: Explanation
     lettering().write(sheet, (x + 14, y + 17), says, 17, "white", "lm")
     y += 48
     count = len(explanation.tokens)
-    kind = "hangs on (gradient)" if any(word.gradient is not None for word in explanation.words) else "looked at (attention)"
+    kind = "depends on (gradient)" if any(word.gradient is not None for word in explanation.words) else "looked at (attention)"
     for line in (
         f"{times(explanation.dependence)} as likely as with a flat picture of the same mean colour:",
         f"{signed(explanation.dependence, 1)} nats, {signed(explanation.dependence / count, 2)} for each of "

@@ -73,7 +73,7 @@ class Flags(PictureFlags):
       python finetune.py --train train.jsonl --output runs/x --preview                 look at what will be learned
       python finetune.py --train train.jsonl --valid valid.jsonl --output runs/x
       python finetune.py --config finetune.yaml --output runs/y --method lora          flags beat the file
-      python finetune.py --config finetune.yaml --output runs/y --resume               go on after an interruption
+      python finetune.py --config finetune.yaml --output runs/y --resume               continue after an interruption
       torchrun --nproc_per_node 2 finetune.py --config finetune.yaml --output runs/z
 
     Lines of a JSONL: {"image": "a.jpg", "prefix": "detect cat", "suffix": "<loc0104><loc0320><loc0458><loc0674> cat"}
@@ -119,9 +119,9 @@ class Flags(PictureFlags):
         mask_codec: vae-oid.npz, which decodes masks for miou and --preview; looked for in the model's folder if not given
         save_every: updates between two checkpoints; there is one before each evaluation, too
         seed: of order, augmentation and dropout
-        skip_bad: go on without lines that cannot be used
+        skip_bad: continue without lines that cannot be used
         preview: only draw a page of examples as they will be learned, boxes and masks from their tokens
-        resume: go on where the last checkpoint of --output ends, or begin if there is none
+        resume: continue from the last checkpoint of --output, or begin if there is none
         tensorboard: write a log for TensorBoard, too
         verbose: say more
         debug: print the traceback of an error
@@ -396,7 +396,7 @@ def process_group(device: "torch.device") -> Iterator[int]:
     except RuntimeError as error:
         if not re.search("Connection (closed|reset) by peer|Timed out waiting|NCCL", str(error)):
             raise
-        raise DeviceError("another process has ended; what it said stands above. Go on with --resume.") from error
+        raise DeviceError("another process has ended; its message is above. Continue with --resume.") from error
 
 
 def is_one_of_several() -> bool:
@@ -490,11 +490,11 @@ class Run:
                     self.evaluate()
         if is_stopped and self.trainer.step < steps:
             if is_first():
-                note(f"interrupted at step {self.trainer.step} of {steps}; it is saved. The same command with --resume goes on.")
+                note(f"interrupted at step {self.trainer.step} of {steps}; it is saved. Add --resume to continue.")
             raise commandline.Interrupted(self.stopped or signal.SIGTERM)
         skipped = self.trainer.step - self.trainer.updates
         if skipped and is_first():
-            note(f"{skipped} of {steps} updates were skipped: their loss or gradient was no number.")
+            note(f"{skipped} of {steps} updates were skipped: their loss or gradient was not finite.")
 
     def finish(self, source: Path, adapter: object | None) -> None:
         """Writes the result: model/, with the files of the processor, and adapter/ where there is one.
@@ -571,8 +571,8 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
         raise UsageError(f"{name} is stored as {kind}, which cannot be trained. Name the plain checkpoint.")
     if flags.method == "lora" and has_adapter(source):
         raise UsageError(
-            f"{name} has an adapter, and a second one cannot stand on it. Name a merged model: finetune.py leaves one "
-            "beside each adapter, in model/."
+            f"{name} has an adapter, and a second one cannot be added to it. Name a merged model: finetune.py writes one "
+            "next to each adapter, in model/."
         )
     config, processor = weights.read_config(base), PaliGemmaProcessor.from_pretrained(base)
     blueprint = weights.empty_model(config)

@@ -255,7 +255,7 @@ def split_rows(inputs: dict, config: Any) -> list[dict]:
     pictures = given[0] if given else None
     input_ids, types, mask = (inputs.get(key) for key in ("input_ids", "token_type_ids", "attention_mask"))
     if types is None and pictures is not None:
-        raise PromptError("token_type_ids are missing: without them nobody knows where the prompt ends. Pass the processor's.")
+        raise PromptError("token_type_ids are missing: without them it is not known where the prompt ends. Pass the processor's.")
     mask = torch.ones_like(input_ids) if mask is None else mask
     rows, used = [], 0
     for i, is_token in enumerate(mask.bool()):
@@ -450,7 +450,7 @@ class Decoder:
             token = int(number)
             if math.isnan(logprob):
                 raise GenerationError(
-                    f"the model's logits are not numbers ({self.model.dtype} weights, token {len(row.token_ids) + 1} of a row). "
+                    f"the model's logits are not finite ({self.model.dtype} weights, token {len(row.token_ids) + 1} of a row). "
                     "float16 overflows in Gemma; use bfloat16 or float32, or check the checkpoint for NaN."
                 )
             row.token_ids.append(token)

@@ -135,7 +135,7 @@ def explain_refusal(error: "HfHubHTTPError", repo_id: str, revision: str | None)
     if status == 401 and get_token():
         return f"the hub does not accept the token: {said}. Make a new one at {tokens}, then set HF_TOKEN or {LOGIN}"
     if status == 401 and is_gated:
-        return f"{repo_id} is behind a licence and no token was sent. Accept the licence at {page}, then set HF_TOKEN or {LOGIN}"
+        return f"{repo_id} has a licence to accept, and no token was sent. Accept it at {page}, then set HF_TOKEN or {LOGIN}"
     if status == 403 and re.search("fine-?grained", f"{said} {error}", re.IGNORECASE):
         return f"the token is fine-grained and may not read gated models. Allow it to at {tokens}, or make one of type read."
     if is_gated:

@@ -77,20 +77,20 @@ class Flags(ModelFlags, PictureFlags, ResultFlags, DrawingFlags):
       python inference.py ask cat.jpg "what is on the table?" --json      `inference.py detect --help` shows more of each
       python inference.py --image_file_path cat.jpg --prompt "caption en" any prompt, word for word
 
-    Pictures are files, http(s) addresses, or - for stdin; several with commas between them, behind a verb with spaces, too.
-    Behind a verb each is asked about on its own; with --prompt they are asked about together. Without a verb and --prompt it
+    Pictures are files, http(s) addresses, or - for stdin; several with commas between them, after a verb with spaces, too.
+    After a verb each is asked about on its own; with --prompt they are asked about together. Without a verb and --prompt it
     captions, or asks you again and again if this is a terminal. Without a picture it looks at the bundled one, without
     --model_path it takes the bundled model, which knows coloured shapes and nothing else.
 
     Args:
         prompt: what to ask: "caption en", "answer en what is this?", "detect cat", "segment cat", "ocr"
         image_file_path: a file, an http(s) address, or - for stdin; several with commas between them
-        temperature: with --do_sample: below 1 careful, above 1 daring, 0 none
+        temperature: with --do_sample: lower is more predictable, higher more varied; 0 is greedy
         top_p: with --do_sample: only the likeliest tokens that together reach this probability
         do_sample: draw each token at random instead of taking the likeliest
         top_k: with --do_sample: only that many of the likeliest tokens
         seed: of the random draws; the same seed gives the same answer
-        json: print one JSON object an answer instead of text
+        json: print one JSON object per answer instead of text
         stream: print words as they come; on a terminal that is so anyway, unless --stream=false
         truncate_prompt: cut a prompt that is too long instead of refusing it
         save: the picture with what was found drawn into it: out.png; of several pictures out-1.png, out-2.png
@@ -416,7 +416,7 @@ class Session:
         if len(seconds) > 1:
             decode = (seconds[-1] - seconds[0]) / (len(seconds) - 1)
             note(
-                f"decode: {decode * 1e3:.2f} ms a token, {1 / decode:.1f} tokens/s; floor {weights / bandwidth * 1e3:.2f} ms "
+                f"decode: {decode * 1e3:.2f} ms per token, {1 / decode:.1f} tokens/s; floor {weights / bandwidth * 1e3:.2f} ms "
                 f"({machine.size(weights)} of weights at the measured {machine.size(bandwidth)}/s)"
             )
         note(f"peak memory: {machine.size(machine.peak_memory(self.model.device))}")

@@ -52,10 +52,10 @@ class JobFlags(ModelFlags, PictureFlags, ResultFlags):
         text: the question, or the objects with semicolons between them; may also be the last word
         list: a file with the name of a picture in each line
         questions: a JSONL file of lines {"image": "a.jpg", "prefix": "detect cat"}; each prefix is asked as it stands
-        output: the JSONL file of the rows; run again to go on where it ends
+        output: the JSONL file of the rows; run again to resume after its last row
         rows: how many pictures are in flight; more are faster, above all on a GPU, and take more memory
         retry_failed: ask again where the row in the file is an error
-        force: go on in a file that was begun with other settings
+        force: continue a file that was begun with other settings
         verbose: also say what is of lesser interest
         debug: print the traceback of an error
     """
@@ -87,7 +87,7 @@ class JobFlags(ModelFlags, PictureFlags, ResultFlags):
                 if getattr(self, name) is not None:
                     raise UsageError(f"--questions brings its own pictures and prompts. Drop --{name}.")
             if len(self.words) > 1 or not all(os.path.isdir(files.expand(word)) for word in self.words):
-                raise UsageError("beside --questions one word may stand, the folder that its pictures are in. Drop the others.")
+                raise UsageError("with --questions only one word may be given, the folder of its pictures. Drop the others.")
         else:
             check_task(self.chosen_task, self.asked)
             if not self.pictures and self.list is None:
@@ -339,7 +339,7 @@ def open_rows(flags: JobFlags, checkpoint: Checkpoint, path: Path) -> Iterator[J
             yield journal
         except Interrupted:
             rows = counted(journal.num_answered + journal.num_failed, "row")
-            note(f"interrupted after {rows}. The same command goes on there.")
+            note(f"interrupted after {rows}. Run the same command again to resume.")
             raise
 
 

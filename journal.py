@@ -88,7 +88,7 @@ def open_alone(path: Path, flags: int = 0) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | flags, 0o666)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise OutputError(f"{path} is not a regular file, so nobody could resume. Choose another --output.", path=path)
+                raise OutputError(f"{path} is not a regular file, so no run could resume. Choose another --output.", path=path)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
@@ -134,7 +134,7 @@ class Journal:
             settings = json.loads(json.dumps(settings))
             changes = differences(begun_with or settings, settings)
             if changes and not is_forced:
-                advice = "Choose another --output, or go on in this one with --force."
+                advice = "Choose another --output, or continue this one with --force."
                 raise UsageError(f"{self.path} was begun with other settings: {'; '.join(changes)}. {advice}")
             os.ftruncate(self.descriptor, self.size)
             if retry_failed and self.num_failed:

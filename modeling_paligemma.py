@@ -243,7 +243,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
                 raise ValueError("pixel_values and image_features are two forms of the same pictures; one of them is needed.")
             image_features = self.encode_images(pixel_values)
         if token_type_ids is None and image_features is not None:
-            raise ValueError("token_type_ids are missing: without them nobody knows where the prompt ends and the answer begins.")
+            raise ValueError("token_type_ids are missing: they say where the prompt ends and the answer begins.")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # [B, L]
         token_type_ids = torch.ones_like(input_ids) if token_type_ids is None else token_type_ids  # [B, L]
         # Picture and prompt alone look at everything, and the fastest kernels take no mask. Asked before anything goes to the

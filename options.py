@@ -60,7 +60,7 @@ class ModelFlags:
         dtype: bf16, fp16 or fp32; as stored if not given
         quantize: int8 or int4: smaller and faster, a little less exact
         quantize_vision: quantize the vision tower too
-        allow_nonfinite: load weights even if some are not numbers
+        allow_nonfinite: load weights even if some are not finite (NaN or infinity)
     """
 
     model_path: str | None = None
@@ -94,7 +94,7 @@ class PictureFlags:
     """How pictures are read.
 
     Args:
-        background: colour behind transparent pixels; drop ignores transparency
+        background: colour shown through transparent pixels; drop ignores transparency
         frame: which frame of an animated picture
         ignore_exif: do not turn the picture upright
         max_pixels: refuse larger pictures
@@ -265,7 +265,7 @@ def split_pictures(text: str) -> list[str]:
         names.append(",".join(parts[start:end]))
         start = end
     if "" in names:
-        raise UsageError(f"{text!r} has no picture beside a comma. Take the comma out.")
+        raise UsageError(f"{text!r} has a comma with no picture before or after it. Remove the comma.")
     if names.count("-") > 1:
         raise UsageError(f"{text!r} names stdin twice, which can be read only once. Give - once.")
     return names

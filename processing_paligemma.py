@@ -294,7 +294,7 @@ def check_tokenizer(tokenizer: Tokenizer, num_rows: int, folder: Path) -> None:
     for kind, tokens in (("<loc>", LOCATIONS), ("<seg>", SEGMENTS)):
         ids = [tokenizer.token_to_id(token) for token in tokens]
         if ids != list(range(ids[0], ids[0] + len(ids))):
-            raise TokenizerError(f"{path}: the {kind} tokens do not lie one behind the other. Is it PaliGemma's?", path=path)
+            raise TokenizerError(f"{path}: the {kind} tokens do not lie one after the other. Is it PaliGemma's?", path=path)
     if tokenizer.get_vocab_size() > num_rows:
         raise TokenizerError(
             f"{path} has {tokenizer.get_vocab_size()} tokens, but the model's embedding only {num_rows} rows. "

@@ -48,7 +48,7 @@ def replace_text(file: Path, text: str) -> None:
 
 def copy_file(source: Path, file: Path) -> None:
     """Copies a file whole or not at all. Raises: OutputError."""
-    with whole(file, "Make room and go on with --resume.") as beside:
+    with whole(file, "Make room and continue with --resume.") as beside:
         shutil.copyfile(source, beside)
 
 
@@ -87,7 +87,7 @@ def check_taken(folder: Path, resume: bool) -> None:
 
     is_ended, is_begun = look(folder / "model", OutputError) is not None, bool(checkpoints(folder / "checkpoints"))
     if (is_begun or is_ended) and not resume:
-        raise UsageError(f"{folder} holds a run already. Name another --output, or go on with --resume.")
+        raise UsageError(f"{folder} holds a run already. Name another --output, or continue with --resume.")
     if is_ended and not is_begun:
         raise UsageError(f"{folder} holds the result of a run whose checkpoints are gone. Name another --output.")
     if resume and not is_begun:
@@ -112,7 +112,7 @@ def check_settings(folder: Path, now: dict) -> None:
     if changed:
         raise UsageError(f"{folder} ran with other settings: {'; '.join(changed.values())}. Take the same, or another --output.")
     if adjusted:
-        note(f"goes on with other settings: {'; '.join(adjusted)}.")
+        note(f"continues with other settings: {'; '.join(adjusted)}.")
 
 
 @contextmanager
@@ -186,7 +186,7 @@ class Log:
             with open(self.file, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise OutputError(f"{self.file} cannot be written: {error.strerror}. Make room and go on with --resume.") from error
+            raise OutputError(f"{self.file} cannot be written: {error.strerror}. Make room and add --resume.") from error
         if self.tensorboard is not None:
             for name, value in line.items():
                 if name != "step" and isinstance(value, (int, float)):

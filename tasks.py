@@ -87,7 +87,7 @@ def check_task(task: str, text: str) -> None:
     if task not in TASKS:
         raise UsageError(f"task is {task!r}. One of {', '.join(TASKS)} is needed.")
     if task in NEEDED and not text.replace(";", "").strip():
-        raise UsageError(f"{task} needs {NEEDED[task]}. Write it behind the picture.")
+        raise UsageError(f"{task} needs {NEEDED[task]}. Put it after the picture.")
     if task not in NEEDED and text.strip():
         raise UsageError(f"{task} takes no text, but {text!r} came. Drop it, or use ask.")
 
@@ -344,7 +344,7 @@ class Annotator:
                     yield index, self.failure(request, shortage)
                 continue
             self.rows //= 2
-            log.warning("memory ran out; going on with %d at a time.", self.rows)
+            log.warning("memory ran out; continuing with %d at a time.", self.rows)
             arrivals.put_back(in_flight.values())
 
     def opened(self, requests: Iterable[Request]) -> Iterator[Request]:

@@ -289,8 +289,8 @@ class Trainer:
         self.bad_steps = self.bad_steps + 1 if is_skipped else 0
         if self.bad_steps >= MOST_BAD_STEPS:
             raise CheckpointError(
-                f"{self.bad_steps} updates in a row had a loss or gradient that is no number. Checkpoints are intact. "
-                "Go on with --resume and a smaller --learning_rate, or with --dtype fp32."
+                f"{self.bad_steps} updates in a row had a loss or gradient that is not finite. Checkpoints are intact. "
+                "Continue with --resume and a smaller --learning_rate, or with --dtype fp32."
             )
         return done
 
@@ -334,7 +334,7 @@ class Trainer:
         except (OSError, CheckpointException) as error:
             shutil.rmtree(beside, ignore_errors=True)
             before = f"{found[-1].name} is intact." if (found := checkpoints(runs)) else "There is none before it."
-            text = f"{folder} cannot be written: {reason(error)} {before} Make room and go on with --resume."
+            text = f"{folder} cannot be written: {reason(error)} {before} Make room and continue with --resume."
             raise OutputError(text, path=folder) from error
         return folder
 
@@ -365,7 +365,7 @@ def read_state(folder: Path) -> tuple[int, int, int]:
     numbers = tuple(state.get(name) for name in ("step", "updates", "bad_steps"))
     is_possible = all(type(number) is int and 0 <= number <= numbers[0] for number in numbers)
     if not is_possible or folder.name != f"step_{numbers[0]:08d}":
-        text = f"{folder / STATE_NAME} does not belong to {folder.name}. Delete that folder: the run goes on from the one before."
+        text = f"{folder / STATE_NAME} does not belong to {folder.name}. Delete that folder: the run resumes from the one before."
         raise CheckpointError(text, path=folder / STATE_NAME)
     return numbers
 

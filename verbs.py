@@ -51,7 +51,7 @@ HELP = {
 
   python inference.py caption cat.jpg
   python inference.py caption cat.jpg --language fr
-  python inference.py caption photos/*.jpg --json          one JSON object a line
+  python inference.py caption photos/*.jpg --json          one JSON object per line
 """,
     "ask": """Answers a question about a picture.
 

@@ -38,7 +38,7 @@ def main() -> None:
         floors.measure()
     ours_bf16 = sides[turns.OURS].loaded["decoder_bytes"]  # transformers reads the same weights
     read = {name: sides[name].loaded.get("decoder_bytes", ours_bf16) if name in sides else ours_bf16 for name in ways}
-    print(f"one token behind {context}, {count} tokens a turn; {floors.document()}")
+    print(f"one token after {context}, {count} tokens a turn; {floors.document()}")
     rows = turns.compare(
         {name: [value / count for value in values] for name, values in seconds.items()},
         {name: floors.reading(read[name]) for name in ways},

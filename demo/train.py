@@ -378,7 +378,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=[*STAGES, "export"])
     parser.add_argument("--name", default="stage", help="of the stage in the log, and of its state, RUNS/NAME.pt")
-    parser.add_argument("--pixels", type=int, default=112, help="side of a picture; each 14 x 14 of them are a token")
+    parser.add_argument("--pixels", type=int, default=112, help="side of a picture; each 14 x 14 of them become one token")
     parser.add_argument("--minutes", type=float, default=15, help="of each processor")
     parser.add_argument("--start", help="state of an earlier stage, in RUNS; or checkpoint, the weights that ship")
     parser.add_argument("--questions", type=int, default=4, help="of each picture, in the stage prefix")

@@ -43,7 +43,7 @@ def test_a_header_says_what_the_library_says(tmp_path):
     ("header", "data", "length", "says"),
     [
         (with_entry(), b"x" * 10, None, "cut off"),
-        (with_entry(), b"x" * 30, None, "something behind"),
+        (with_entry(), b"x" * 30, None, "something after"),
         (with_entry(), b"x" * 24, 2**40, "claims 1099511627776"),
         (with_entry(), b"x" * 24, 2**64 - 1, "claims 18446744073709551615"),
         (with_entry(), b"x" * 24, 10, "damaged"),
@@ -212,7 +212,7 @@ def test_a_single_file_is_complete_whatever_index_was_left_beside_it(tmp_path, c
     save_file({"w": torch.rand(1)}, tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(index)
     assert checkpoint.find_files(tmp_path) == [tmp_path / "model.safetensors"]
-    assert "beside it is ignored" in caplog.text
+    assert "next to it is ignored" in caplog.text
 
 
 @pytest.mark.parametrize(

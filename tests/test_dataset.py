@@ -251,7 +251,7 @@ def test_boxes_over_the_budget_are_given_room_and_not_left_out(folder, processor
     with pytest.raises(DatasetError, match=f"longest needs {needed} tokens, and the model has room for 100"):
         dataset.require_usable([split], skip_bad=False, room=100)
     mixed = checked(write(folder, GOOD, busy, "{"), processor, 60)
-    with pytest.raises(DatasetError, match="--max_text_tokens .*Fix the others, or go on without them: --skip_bad"):
+    with pytest.raises(DatasetError, match="--max_text_tokens .*Fix the others, or continue without them: --skip_bad"):
         dataset.require_usable([mixed], skip_bad=False, room=1000)
 
 

@@ -276,7 +276,7 @@ def test_a_smaller_rate_is_the_way_on_from_updates_that_are_no_numbers(model, da
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
     code, said = run(capsys, *arguments(model, data, tmp_path / "run"), "--resume", "--learning_rate=1e-4", "--clip=2")
-    assert code == 0 and "goes on with other settings: learning_rate was 0.003 and is 0.0001; clip was 1.0 and is 2.0" in said
+    assert code == 0 and "continues with other settings: learning_rate was 0.003 and is 0.0001; clip was 1.0 and is 2.0" in said
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["learning_rate"] < 1e-4 for line in lines if "loss" in line] == [False] * 4 + [True] * 2
 
@@ -300,7 +300,7 @@ def test_a_result_whose_checkpoints_are_gone_is_not_overwritten(model, data, who
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     given = arguments(model, data, tmp_path / "run")
     code, said = run(capsys, *given)
-    assert code == 2 and "holds a run already. Name another --output, or go on with --resume." in said
+    assert code == 2 and "holds a run already. Name another --output, or continue with --resume." in said
     code, said = run(capsys, *given, "--resume")
     assert code == 2 and "whose checkpoints are gone. Name another --output" in said
     assert losses(tmp_path / "run") == losses(whole)
@@ -315,7 +315,7 @@ def test_a_result_that_was_cut_off_is_made_whole(model, data, whole, tmp_path, c
     with monkeypatch.context() as patch:
         patch.setattr(run_folder.shutil, "copyfile", full_disk)
         code, said = run(capsys, *given)
-    assert code == 7 and "cannot be written: No space left on device. Make room and go on with --resume." in said
+    assert code == 7 and "cannot be written: No space left on device. Make room and continue with --resume." in said
     assert run(capsys, *given)[0] == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "model").iterdir()} == files
 

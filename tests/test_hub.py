@@ -292,7 +292,7 @@ def test_an_incomplete_cache_is_completed(ask):
 
 
 def test_no_token(ask):
-    assert_refused(ask("owner/gated"), "behind a licence and no token was sent", f"{ask.endpoint}/owner/gated", "hf auth login")
+    assert_refused(ask("owner/gated"), "has a licence to accept, and no token was sent", f"{ask.endpoint}/owner/gated", "hf auth")
 
 
 def test_licence_not_accepted(ask):

@@ -395,7 +395,7 @@ def test_weights_that_are_not_numbers_are_4_and_when_allowed_6(ask, world):
     weights.save_model(model, world / "nan")
     assert ask(model="nan")[0] == 4
     code, out, err = ask("--allow_nonfinite", model="nan")
-    assert code == 6 and "not numbers" in err
+    assert code == 6 and "not finite" in err
 
 
 def test_an_error_in_the_middle_ends_the_line_of_what_was_said(ask, monkeypatch):

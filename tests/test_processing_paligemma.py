@@ -595,7 +595,7 @@ def test_another_models_tokenizer_is_refused_by_its_structure(tmp_path):
     for token in tokenizer["added_tokens"]:
         token["id"] = vocab.get(token["content"], token["id"])
     write_json(tmp_path, "tokenizer.json", tokenizer)
-    assert "<loc> tokens do not lie one behind the other" in refusal(tmp_path)
+    assert "<loc> tokens do not lie one after the other" in refusal(tmp_path)
     llama = tokenizer_json()
     llama["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, llama["normalizer"]]}
     write_json(tmp_path, "tokenizer.json", llama)
