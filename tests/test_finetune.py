@@ -497,7 +497,7 @@ def test_an_adapter_finds_its_base_from_everywhere_and_carries_no_second_one(mod
     monkeypatch.chdir(tmp_path)
     weights.load_model("run/adapter")
     code, said = run(capsys, *arguments("run/adapter", data, tmp_path / "second", "--method=lora"))
-    assert code == 2 and "run/adapter has an adapter, and a second one cannot stand on it" in said
+    assert code == 2 and "run/adapter has an adapter, and a second one cannot be added to it" in said
     assert not (tmp_path / "second").exists()
     assert run(capsys, *arguments("run/adapter", data, tmp_path / "second"))[0] == 0  # all weights, from the merged ones on
 
@@ -519,7 +519,7 @@ def test_of_a_model_with_an_adapter_beside_it_only_the_files_of_the_processor_ar
     assert not {"adapter_config.json", "trainer_state.json"} & {file.name for file in result.iterdir()}
     transformers.PaliGemmaForConditionalGeneration.from_pretrained(result)
     code, said = run(capsys, *arguments(folder, data, tmp_path / "second", "--method=lora"))
-    assert code == 2 and "both has an adapter, and a second one cannot stand on it" in said
+    assert code == 2 and "both has an adapter, and a second one cannot be added to it" in said
 
 
 @pytest.mark.parametrize("flag", ["model_path", "base_model", "train", "output", "mask_codec"])
