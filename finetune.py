@@ -496,11 +496,12 @@ class Run:
         if skipped and is_first():
             note(f"{skipped} of {steps} updates were skipped: their loss or gradient was not finite.")
 
-    def finish(self, source: Path, adapter: object | None) -> None:
+    def finish(self, base: Path, source: Path, adapter: object | None) -> None:
         """Writes the result: model/, with the files of the processor, and adapter/ where there is one.
 
         Args:
-            source: the folder of the model that was begun with.
+            base: the folder of the model that was begun with.
+            source: the same or, where that was an adapter on its base, the adapter's; its own files go before the base's.
         """
         import lora
         from checkpoint import SIDE_FILES
@@ -513,13 +514,13 @@ class Run:
         for unfinished in self.folder.glob("*/.saving-*"):  # of a run that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
         self.weights.save_model(plain, result)
-        for file in (source / name for name in SIDE_FILES):  # tokenizer, processor, mask codec
+        for file in (folder / name for folder in dict.fromkeys((base, source)) for name in SIDE_FILES):  # tokenizer, codec, ...
             if is_file(file):
                 copy_file(file, result / file.name)
         if adapter is not None:
             name = self.flags.model_path
             if name is None or is_folder(expand(name)):  # from wherever the adapter will be used
-                name = os.path.realpath(source)
+                name = os.path.realpath(base)
             self.weights.save_adapter(parts, adapter, self.folder / "adapter", name, self.flags.revision)
         note(f"the result is in {result}. Try it: inference.py --model_path {result} --image_file_path PICTURE --prompt PREFIX")
 
@@ -574,7 +575,7 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
             f"{name} has an adapter, and a second one cannot be added to it. Name a merged model: finetune.py writes one "
             "next to each adapter, in model/."
         )
-    config, processor = weights.read_config(base), PaliGemmaProcessor.from_pretrained(base)
+    config, processor = weights.read_config(base), PaliGemmaProcessor.from_pretrained(source, base_model=flags.base_model)
     blueprint = weights.empty_model(config)
     prepare(blueprint, flags)
     room = config.text_config.max_position_embeddings - config.num_image_tokens
@@ -655,7 +656,7 @@ def learn(
         note(f"{plans}; {trained / 1e6:.4g} M weights learn, on {device}.")
     run = Run(flags, trainer, judge, weights, dtype)
     run.loop()
-    run.finish(weights.base_folder(source, flags.base_model), adapter)
+    run.finish(weights.base_folder(source, flags.base_model), source, adapter)
     training.barrier()  # whoever leaves earlier has torchrun end the first, which writes
 
 

@@ -333,7 +333,7 @@ class Checkpoint:
         self.folder = weights.resolve(self.name, flags.revision)
         self.base = weights.base_folder(self.folder, flags.base_model)  # another one only for an adapter
         self.config = weights.read_config(self.base)
-        self.processor = PaliGemmaProcessor.from_pretrained(self.base)
+        self.processor = PaliGemmaProcessor.from_pretrained(self.folder, base_model=flags.base_model)
         if sum(os.path.getsize(file) for file in self.base.glob("*.safetensors") if files.is_file(file)) < SMALL_MODEL:
             torch.set_num_threads(1)
 

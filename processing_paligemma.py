@@ -247,18 +247,21 @@ def configured_ids(config: dict, folder: Path) -> dict[str, set[int]]:
     return ids
 
 
-def token_ids(tokenizer: Tokenizer, config: "PaliGemmaConfig", folder: Path) -> dict[str, int]:
+def token_ids(tokenizer: Tokenizer, config: "PaliGemmaConfig", folder: Path, words: Path) -> dict[str, int]:
     """The ids of <image>, bos, eos and pad, and of the newline.
 
+    Args:
+        folder: of the model.
+        words: of the tokenizer; that of the model, unless an adapter has its own.
     Raises: TokenizerError where the files name others. Padding is never looked at, so that any token may serve for it.
     """
-    settings = read_settings(folder, "tokenizer_config.json", TokenizerError)
+    settings = read_settings(words, "tokenizer_config.json", TokenizerError)
     tokens = {"image_token_id": IMAGE_TOKEN}
     for kind in ("bos", "eos", "pad"):
         token = settings.get(f"{kind}_token") or f"<{kind}>"
         token = token.get("content") if isinstance(token, dict) else token
         if not (isinstance(token, str) and token.isprintable()):  # nor half a character, which cannot be looked up
-            raise TokenizerError(f"{folder / 'tokenizer_config.json'}: {kind}_token is no text. Download it again.", path=folder)
+            raise TokenizerError(f"{words / 'tokenizer_config.json'}: {kind}_token is no text. Download it again.", path=words)
         tokens[f"{kind}_token_id"] = token
     ids = {name: tokenizer.token_to_id(token) for name, token in tokens.items()}
     if ids["pad_token_id"] in (None, ids["image_token_id"]):  # padding that is an <image> would count as one
@@ -268,14 +271,14 @@ def token_ids(tokenizer: Tokenizer, config: "PaliGemmaConfig", folder: Path) -> 
     for name, needed in configured.items():
         if ids[name] is None or needed and ids[name] not in needed:
             raise TokenizerError(
-                f"{folder}: the tokenizer gives {tokens[name]} the id {ids[name]}, and {name} is "
+                f"{words}: the tokenizer gives {tokens[name]} the id {ids[name]}, and {name} is "
                 f"{' or '.join(map(str, sorted(needed))) or 'needed'} in config.json or generation_config.json. "
                 "They belong to different models: download them again.",
-                path=folder / "tokenizer.json",
+                path=words / "tokenizer.json",
             )
     newline = tokenizer.encode("\n", add_special_tokens=False).ids
     if len(newline) != 1:
-        raise TokenizerError(f"{folder}: the newline has {len(newline)} tokens, not one. Is this Gemma's tokenizer?", path=folder)
+        raise TokenizerError(f"{words}: the newline has {len(newline)} tokens, not one. Is this Gemma's tokenizer?", path=words)
     return ids | {"newline_token_id": newline[0]}
 
 
@@ -460,24 +463,29 @@ class PaliGemmaProcessor:
     def from_pretrained(
         cls, path_or_hub_id: str | Path, *, revision: str | None = None, base_model: str | Path | None = None
     ) -> "PaliGemmaProcessor":
-        """The processor of a model; of an adapter, that of its base model.
+        """The processor of a model; of an adapter, that of its base model, but for the files that were saved with the adapter.
 
         Args: as of weights.load_model.
         Raises: TokenizerError or CheckpointError when files are missing, broken, or contradict each other; AccessError.
         """
         from weights import base_folder, read_config, resolve  # brings torch, which importing this file does not
 
-        folder = base_folder(resolve(path_or_hub_id, revision), base_model)
+        own = resolve(path_or_hub_id, revision)
+        folder = base_folder(own, base_model)
         config = read_config(folder)
-        settings, path = read_pixel_settings(folder)
+        of_pictures = ("processor_config.json", "preprocessor_config.json")
+        of_words = ("tokenizer_config.json", "special_tokens_map.json")
+        pictures = own if any(files.is_file(own / name) for name in of_pictures) else folder
+        words = own if files.is_file(own / "tokenizer.json") else folder
+        settings, path = read_pixel_settings(pictures)
         check_pixel_settings(settings, config, path)
         table = pixel_table(settings, path)
-        names = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "special_tokens_map.json")
-        kept = {name: read_settings(folder, name, CheckpointError) for name in names}
-        tokenizer = read_tokenizer(folder)
+        kept = {name: read_settings(pictures, name, CheckpointError) for name in of_pictures}
+        kept |= {name: read_settings(words, name, CheckpointError) for name in of_words}
+        tokenizer = read_tokenizer(words)
         add_missing_tokens(tokenizer)
-        ids = token_ids(tokenizer, config, folder)
-        check_tokenizer(tokenizer, config.text_config.vocab_size, folder)
+        ids = token_ids(tokenizer, config, folder, words)
+        check_tokenizer(tokenizer, config.text_config.vocab_size, words)
         size, context = config.vision_config.image_size, config.text_config.max_position_embeddings
         return cls(tokenizer, ids, size, config.num_image_tokens, table, context=context, settings=kept)
 

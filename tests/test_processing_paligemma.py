@@ -705,6 +705,30 @@ def test_a_preprocessor_that_contradicts_or_asks_for_more_is_refused(tmp_path, c
     assert words in message and len(message) < 500
 
 
+def test_what_was_saved_with_an_adapter_goes_before_what_its_base_has(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    config = write_processor(base, num_words=1)
+    config["text_config"]["vocab_size"] += 64
+    write_json(base, "config.json", config)
+    write_json(adapter, "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": str(base)})
+    prompt = "<mytask> x"
+    plain = PaliGemmaProcessor.from_pretrained(base)
+    table = plain.pixel_table
+    assert PaliGemmaProcessor.from_pretrained(adapter)(None, prompt)["input_ids"].equal(plain(None, prompt)["input_ids"])
+
+    content = tokenizer_json(1)
+    last = content["added_tokens"][-1]
+    content["added_tokens"].append(last | {"id": last["id"] + 1, "content": "<mytask>"})
+    write_json(adapter, "tokenizer.json", content)
+    own = PaliGemmaProcessor.from_pretrained(adapter)
+    assert content["added_tokens"][-1]["id"] in own(None, prompt)["input_ids"][0]
+    assert (own.pixel_table == table).all()
+    write_json(adapter, "processor_config.json", {"image_processor": {"image_mean": [0.1, 0.2, 0.3]}})
+    assert PaliGemmaProcessor.from_pretrained(adapter).pixel_table[0, 0] == np.float32(-0.1) / np.float32(0.5)
+
+
 def test_an_error_names_the_file_that_was_read(tmp_path):
     write_processor(tmp_path, num_words=1)
     for content, says in (({"size": 224}, "asks for pictures of 224"), ({"rescale_factor": "1"}, "rescale_factor is '1'")):
