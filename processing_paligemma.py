@@ -371,7 +371,7 @@ def number_as_text(value: object) -> object:
 
 def as_texts(values: Any, what: str) -> list[str]:
     """One text or several (a list, an array, a generator) as a list. Raises: PromptError for anything else."""
-    if isinstance(values, np.ndarray):
+    if hasattr(values, "tolist"):  # an array or a tensor
         values = values.tolist()
     is_one = isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Iterable)
     texts = [values] if is_one else list(values)
@@ -383,10 +383,11 @@ def as_texts(values: Any, what: str) -> list[str]:
 
 
 def several(images: Any) -> list | None:
-    """The pictures of a list, a tuple, a generator, or an array or tensor of shape [I, ...]; None for a single picture."""
+    """The pictures of a list, a tuple, a generator, an array or tensor of shape [I, ...], or an array of objects; None for one."""
     if isinstance(images, str | bytes | bytearray | memoryview) or hasattr(images, "read"):  # an open file is an iterator, too
         return None
-    if isinstance(images, Sequence | Iterator) or getattr(images, "ndim", 0) == 4:
+    is_array = getattr(images, "ndim", 0) == 4 or getattr(images, "dtype", None) == object
+    if isinstance(images, Sequence | Iterator) or is_array:
         return list(images)
     return None
 
@@ -494,7 +495,7 @@ class PaliGemmaProcessor:
 
         Raises: OutputError.
         """
-        folder, done = Path(folder), dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
+        folder, done = files.expand(folder), dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
         classes = {"image_processor_type": "SiglipImageProcessor", "processor_class": "PaliGemmaProcessor"}
         size = {"size": {"height": self.image_size, "width": self.image_size}, "image_seq_length": self.num_image_tokens}
         numbers = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255, "resample": 3}  # if none is named
@@ -508,9 +509,10 @@ class PaliGemmaProcessor:
         contents["tokenizer_config.json"] = names | self.settings.get("tokenizer_config.json", {})
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{folder} cannot be made: {error.strerror}. Name another folder.", path=folder) from error
-        texts = {name: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for name, content in contents.items()}
+        except (OSError, ValueError) as error:  # a ValueError: a NUL in the name
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(f"{folder} cannot be made: {reason}. Name another folder.", path=folder) from error
+        texts = {name: json.dumps(content, indent=2) + "\n" for name, content in contents.items()}
         for name, text in (texts | {"tokenizer.json": self.tokenizer.to_str(pretty=True)}).items():
             with files.whole(folder / name) as beside:
                 beside.write_text(text, encoding="utf-8")

@@ -305,7 +305,7 @@ def test_generators_arrays_and_open_files_stand_for_their_pictures(processor):
     expected = processor(pictures, prompts)["pixel_values"]
     for images in (iter(pictures), (image for image in pictures), tuple(pictures), deque(pictures), stack,
                    torch.from_numpy(stack), torch.from_numpy(stack).permute(0, 3, 1, 2) / 255, list(stack),
-                   ([image] for image in pictures)):  # fmt: skip
+                   ([image] for image in pictures), np.array([*pictures, None], dtype=object)[:2]):  # fmt: skip
         assert torch.equal(processor(images, prompts)["pixel_values"], expected)
     assert torch.equal(processor(iter(pictures), "a")["pixel_values"], expected)
     file = io.BytesIO()
@@ -949,7 +949,8 @@ def test_a_label_may_be_a_number_and_a_prompt_an_array(processor):
     texts = [[3, 2.5, np.int64(7), np.float32(0.1), np.str_("x"), "y"], ["3", "2.5", "7", "0.1", "x", "y"]]
     ours, expected = (processor(None, ["count"] * 6, suffixes) for suffixes in texts)
     assert_equal(ours, expected)
-    assert_equal(processor(picture(), "count", 3), processor(picture(), "count", "3"))
+    for label in (3, torch.tensor(3), np.array(3)):
+        assert_equal(processor(picture(), "count", label), processor(picture(), "count", "3"))
     for prompts in (np.array(["a", "cat"]), ("a", "cat"), (text for text in ("a", "cat"))):
         assert_equal(processor(picture(), prompts), processor(picture(), ["a", "cat"]))
     for label in (True, np.bool_(True), math.nan, math.inf, 10**5000, b"x", {"a": 1}, {"a"}, 1j, None):
@@ -992,3 +993,5 @@ def test_a_processor_that_cannot_be_saved_says_so(processor, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be made"):
         processor.save_pretrained(tmp_path / "file" / "folder")
+    with pytest.raises(OutputError, match="cannot be made"):
+        processor.save_pretrained("a\0b")
