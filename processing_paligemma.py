@@ -383,10 +383,10 @@ def as_texts(values: Any, what: str) -> list[str]:
 
 
 def several(images: Any) -> list | None:
-    """The pictures of a list, a tuple, a generator, an array or tensor of shape [I, ...], or an array of objects; None for one."""
+    """The pictures of a list, a tuple, a generator, an array of shape [I, ...] or of objects; None for one picture."""
     if isinstance(images, str | bytes | bytearray | memoryview) or hasattr(images, "read"):  # an open file is an iterator, too
         return None
-    is_array = getattr(images, "ndim", 0) == 4 or getattr(images, "dtype", None) == object
+    is_array = getattr(images, "ndim", 0) == 4 or getattr(getattr(images, "dtype", None), "kind", "") == "O"
     if isinstance(images, Sequence | Iterator) or is_array:
         return list(images)
     return None
