@@ -593,6 +593,10 @@ def test_several_threads_keep_to_one_budget():
     assert most[0] <= 100 and budget.left == 100
 
 
+def test_a_large_picture_is_one_piece_of_memory_which_malloc_does_not_keep():
+    assert Image.core.get_block_size() > 2**25  # M_MMAP_THRESHOLD's maximum: below it malloc may keep what is freed
+
+
 def test_a_large_picture_is_decoded_alone_and_small_ones_together(monkeypatch, tmp_path):
     taken, take = [], images.MEMORY.take
     monkeypatch.setattr(images.MEMORY, "take", lambda amount: taken.append(amount) or take(amount))
