@@ -50,10 +50,12 @@ MAGIC = {  # how files begin that are no text in UTF-8
     b"\xfd7zXZ": "compressed (xz)",
     b"\x28\xb5\x2f\xfd": "compressed (zstd)",
     b"ARROW1": "an Arrow table",
-    b"\xff\xfe": "text in UTF-16",
-    b"\xfe\xff": "text in UTF-16",
-    b"{\0": "text in UTF-16",
-    b"\0{": "text in UTF-16",
+    b"SQLite format 3": "an SQLite database",
+    b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
+    b"\xff\xfe": "text in UTF-16 (save it as UTF-8)",
+    b"\xfe\xff": "text in UTF-16 (save it as UTF-8)",
+    b"{\0": "text in UTF-16 (save it as UTF-8)",
+    b"\0{": "text in UTF-16 (save it as UTF-8)",
 }
 LIKE_A_PLACE = re.compile(r"<(?:loc|seg)[^<>\s]{0,8}>")
 A_PLACE = re.compile(r"<loc(?:0\d{3}|10[01]\d|102[0-3])>|<seg(?:0\d\d|1[01]\d|12[0-7])>")
@@ -66,7 +68,7 @@ WRONG_PLACES = {
 }
 OTHER_ORDER = 0.2  # share of boxes with exchanged corners from which the whole file is likely in another order
 FEW_PREFIXES = 50  # a file with so few different prompts has a fixed form, from which the other split should not differ
-READERS = 4  # each keeps the memory of its largest picture, up to 0.4 GB, until the end
+READERS = 4  # threads that look at pictures; images.MEMORY bounds what they hold together
 GOLDEN_RATIO = 0.5 + 5**0.5 / 2
 ADVICE = re.compile(r"(?<=[^.])\. [^.]*\.$")  # the last sentence of an error about a picture: it names flags of other programs
 CONTROL = re.compile(r"<(?:image|bos|eos|pad)>")
@@ -274,6 +276,20 @@ def read_split(file: str | Path, image_dir: str | Path | None = None) -> Split:
     return split
 
 
+def common(text: str) -> str:
+    """What a fault has in common with faults of its kind: all but what it quotes, numbers, and the names that an object has."""
+    return re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "", text.partition("; it has")[0])
+
+
+def lacking_in_array(head: str) -> str | None:
+    """What the first object of a JSON array lacks to be an example; None if nothing, or if it is not whole in `head`."""
+    try:
+        record, _ = DECODER.raw_decode(head[1:].lstrip())
+    except (ValueError, RecursionError):
+        return None
+    return next((lacking(name, record) for name in FIELDS if name not in record), None)
+
+
 def explain_unusable(split: Split, head: str) -> None:
     """Raises: DatasetError for a file that is no JSONL of examples, if one sentence says what it is instead.
 
@@ -290,9 +306,13 @@ def explain_unusable(split: Split, head: str) -> None:
         return
     elif re.match(r'\s*\{\s*"(info|licenses|categories|images|annotations)"\s*:\s*[\[{]', head):
         what = f"is a COCO file, which holds all pictures in one object. {NEEDED}"
+    elif re.match(r"\[\s*\{", head) and (lacks := lacking_in_array(head)):
+        what = f"is one JSON array, and not of examples: {lacks.rstrip('.')}. {NEEDED}"
     elif re.match(r"\[\s*\{", head):
         code = f"import json; [print(json.dumps(x)) for x in json.load(open({name!r}))]"
         what = f"is one JSON array, not a line for each example. Convert it: python -c \"{code}\" > examples.jsonl."
+    elif is_broken and head.startswith("{") and re.search(r'^\s*"(images|annotations)"\s*:\s*\[', rest, re.MULTILINE):
+        what = f"is a COCO file, which holds all pictures in one object. {NEEDED}"
     elif is_broken and head.startswith("{") and re.match(r'\s*["}]', rest):
         what = f"has objects that are spread over several lines. Write each in one line: jq -c . {name} > examples.jsonl."
     elif head.startswith("<"):
@@ -301,8 +321,12 @@ def explain_unusable(split: Split, head: str) -> None:
         what = f"is YAML. {NEEDED}"
     elif head[0] not in "{[" and re.search(r"[,;\t]", first) and "{" not in first:
         what = f"is a table (CSV). {NEEDED}"
-    elif not split.examples and len(split.faults) > 1 and len({fault.text for fault in split.faults}) == 1:
-        what = f"has no line that can be used. The same is wrong in all {len(split.faults)}: {split.faults[0].text.rstrip('.')}."
+    elif not split.examples and (split.faults[0].text.startswith("not UTF-8") or "\0" in head):
+        what = f"is no text in UTF-8. {NEEDED}"
+    elif is_broken and head.startswith("{") and re.fullmatch(r".*\}\s*,\s*", first):
+        what = "has a comma at the ends of its lines. Leave it out: a line of JSONL is an object and nothing else."
+    elif not split.examples and len(split.faults) > 1 and len({common(fault.text) for fault in split.faults}) == 1:
+        what = f"has no line that can be used. All {len(split.faults)} have the same fault: {split.faults[0].text.rstrip('.')}."
     if what:
         raise DatasetError(f"{split.file} {what}", path=split.file)
 
