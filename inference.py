@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 
 BUNDLED_PICTURE, BUNDLED_QUESTION = "examples/shapes.png", "caption en"
 LONGEST_ANSWER = 100  # tokens, if neither --max_tokens_to_generate nor a verb says more
+MOST_TOGETHER = 64  # pictures in one prompt, all read before it is known how many fit; 31 do at 224 pixels
 ROWS = 4  # answers in flight, of a verb
 ANSWER_ROOM = 64  # tokens that a prompt cut by --truncate_prompt leaves for the answer
 REPEATS = 3  # an object said that many times in a row is not an answer any more
@@ -139,6 +140,9 @@ class Flags(ModelFlags, PictureFlags, ResultFlags, DrawingFlags):
             raise UsageError(f"--{name} goes with a verb. Write inference.py {verb} PICTURE ... --{name} ...")
         elif self.explain is not None and len(self.job.pictures) > 1:
             raise UsageError("--explain looks at one picture, but several came. Give one, or use a verb.")
+        elif len(self.job.pictures) > MOST_TOGETHER:
+            came = f"--prompt asks about all pictures together, and {len(self.job.pictures)} came"
+            raise UsageError(f"{came}; at most {MOST_TOGETHER} can fit. Use a verb to ask about each on its own.")
         if self.json and self.stream:
             raise UsageError("--json prints one object at the end. Drop --stream.")
         self.check_outputs([] if self.mask_codec is None else [("the mask codec", self.mask_codec)])

@@ -619,6 +619,12 @@ def test_a_drawing_of_this_program_is_drawn_again(verb):
             assert verb("detect", SHAPES, CAT, "circle", f"--save=out.{ending}")[0] == 0
 
 
+def test_a_prompt_about_very_many_pictures_is_refused_before_they_are_read(ask, monkeypatch):
+    monkeypatch.setattr(inference, "read_picture", lambda *_: pytest.fail("it was read"))
+    code, _, err = ask(picture=",".join(["cat.png"] * 65))
+    assert code == 2 and "65 came" in err and "Use a verb" in err
+
+
 def test_what_streams_lead_to_is_never_overwritten(tmp_path):
     for stream, output in (("<", "--save=a.png"), (">", "--export=a.json"), ("2>", "--export=a.json")):
         shutil.copy(SHAPES, tmp_path / "a.png")
