@@ -295,6 +295,9 @@ def explain_names(names: list[str]) -> str:
     foreign = [name for name in names if name.endswith(FOREIGN) or name == "onnx"]
     pieces = [name for name in names if PIECES.fullmatch(name)]
     cached = [name.removeprefix("models--").replace("--", "/") for name in names if name.startswith("models--")]
+    inner = sorted({name.rpartition("/")[0] for name in shards})
+    if inner and "" not in inner:  # only of a hub model are the names in its folders known
+        return f"is not a model itself, but has some in its folders: {listed(inner)}. Download one of them and name it there."
     if ADAPTER_NAME in shards:
         return f"holds an adapter, {ADAPTER_NAME}, without its {ADAPTER_CONFIG_NAME}. Copy that into it."
     if shards:

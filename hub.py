@@ -38,6 +38,7 @@ PAGE = re.compile(
     r"/(?!(?:collections|datasets|spaces|papers|docs|blog)/)([^/\s]+/[^/?#\s]+?)(?:\.git)?(?:[/?#].*)?"
 )
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+NO_HUB = (ValueError, KeyError, TypeError)  # what the library raises where the answer is no hub's: a page to log in, say
 LOGIN = "run: hf auth login"
 DEMO = "demo/checkpoint"
 EXAMPLE = "google/paligemma-3b-mix-224"
@@ -99,7 +100,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
         if shards := missing_shards(folder):  # under names of their own
             snapshot_download(repo_id=repo_id, revision=revision, allow_patterns=shards)
         return folder
-    except (OSError, errors.HTTPError, RuntimeError) as error:  # the last is what the xet client raises
+    except (OSError, errors.HTTPError, RuntimeError, *NO_HUB) as error:  # RuntimeError is what the xet client raises
         if cached is not None and getattr(error, "response", None) is None:
             return cached  # no network, but files: if one is missing after all, loading will name it
         raise explain(error, repo_id, revision) from error
@@ -118,6 +119,9 @@ def explain(error: Exception, repo_id: str, revision: str | None) -> PaliGemmaEr
     if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
         text = f"the cache {cache} cannot be written: {error.strerror}. Make room, or set HF_HOME to another folder."
         return OutputError(text, path=cache)
+    if isinstance(error, NO_HUB):
+        text = f"{constants.ENDPOINT} does not answer as a hub does ({type(error).__name__}: {first_line(error)})."
+        return AccessError(f"{text} Does the network ask you to log in, or is HF_ENDPOINT wrong?{suggest_demo()}", path=page)
     text = f"{constants.ENDPOINT} cannot be reached ({first_line(error)}), and {repo_id} is not in the cache {cache}."
     return AccessError(f"{text} {suggest_folder(repo_id)}{suggest_demo()}", path=page)
 

@@ -47,6 +47,7 @@ REPOS = {
     "owner/pickled-adapter": {"adapter_config.json": b"{}", "adapter_model.bin": b"not wanted"},
     "owner/llama": {"paligemma-q4.gguf": b"not wanted"},
     "owner/jax": {"paligemma.npz": b"not wanted"},
+    "owner/in-folders": {"one/model.safetensors": b"not wanted", "two/model.safetensors": b"not wanted"},
     "owner/own-names": {
         "config.json": b"{}",
         "tokenizer.json": b"{}",
@@ -54,6 +55,12 @@ REPOS = {
         "part-one.safetensors": b"weights",
         "part-two.safetensors": b"not wanted",
     },
+}
+ODD_ANSWERS = {
+    "owner/login": b"<html>Welcome to the airport: log in</html>",
+    "owner/bare": b"{}",
+    "owner/list": b"[]",
+    "owner/nameless": b'{"id": "owner/nameless", "sha": null, "siblings": [{"x": 1}]}',
 }
 COMMITS = {"main": "a" * 40, "bfloat16": "b" * 40}
 FINE_GRAINED = "Please enable access to public gated repositories in your fine-grained token settings to view this repository."
@@ -81,6 +88,8 @@ class Hub(BaseHTTPRequestHandler):
         commit = COMMITS.get(revision, revision)
         if token == "hf_revoked":
             self.refuse(401, "", "Invalid credentials in Authorization header")
+        elif repo in ODD_ANSWERS:
+            self.give(ODD_ANSWERS[repo])
         elif repo == "owner/down":
             self.refuse(503, "", "The hub is resting")
         elif repo not in REPOS:
@@ -235,6 +244,7 @@ def test_weights_under_names_of_their_own_are_downloaded_by_the_index(ask):
         ("owner/pickled-adapter", "holds an adapter only as adapter_model.bin"),
         ("owner/llama", "holds paligemma-q4.gguf"),
         ("owner/jax", "holds paligemma.npz. If it is a big_vision checkpoint"),
+        ("owner/in-folders", "has some in its folders: one, two. Download one of them"),
     ],
 )
 def test_a_hub_model_without_safetensors_is_named_for_what_it_is(ask, name, says):
@@ -289,6 +299,11 @@ def test_an_incomplete_cache_is_completed(ask):
     assert_refused(ask("owner/open", offline=True), "not (completely) in the cache", "HF_HUB_OFFLINE")
     assert Path(ask("owner/open")["folder"]) == folder
     assert shard.read_bytes() == b"weights of main"
+
+
+@pytest.mark.parametrize("name", ODD_ANSWERS)
+def test_an_answer_that_is_none_of_a_hub(ask, name):
+    assert_refused(ask(name), "does not answer as a hub does", "Does the network ask you to log in")
 
 
 def test_no_token(ask):
