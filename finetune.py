@@ -543,7 +543,7 @@ def progress(step: int, steps: int) -> Iterator:
     often = max(1, steps // 20)
 
     def say(update: "training.Update") -> None:
-        if update.step % often == 0 or update.step == steps - 1:
+        if update.step % often == 0 or update.step == steps:
             skipped = f", {update.skipped} skipped" if update.skipped else ""
             note(f"step {update.step} of {steps}: loss {update.loss:.4f}, gradient {update.grad_norm:.3g}{skipped}")
 

@@ -144,8 +144,9 @@ def read_log(file: Path, step: int) -> list[dict]:
                 while text := stream.readline(MOST_LOG_BYTES):  # of a longer one, parts that are no JSON
                     with suppress(ValueError, RecursionError):
                         lines.append(json.loads(text))
-    is_old = any(isinstance(line, dict) and line.get("step") == 0 for line in lines)  # before, the first update was step 0
-    lines = [line | {"step": line["step"] + is_old} for line in lines if is_log_line(line)]
+    lines = [line for line in lines if is_log_line(line)]
+    is_old = any(line["step"] == 0 for line in lines)  # before, the first update was step 0
+    lines = [line | {"step": line["step"] + is_old} for line in lines]
     return [line for line in lines if 0 < line["step"] <= step]
 
 

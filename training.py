@@ -342,9 +342,14 @@ class Trainer:
         """Goes on where `save` stopped, bit for bit; on any number of processes. Raises: CheckpointError."""
         from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
 
-        self.step, self.updates, self.bad_steps = read_state(folder)
-        for file in folder.glob("*.safetensors"):
-            read_header(file)  # torch's reader takes every claim of a header for true
+        try:
+            self.step, self.updates, self.bad_steps = read_state(folder)
+            for file in folder.glob("*.safetensors"):
+                read_header(file)  # torch's reader takes every claim of a header for true
+        except CheckpointError as error:  # whose advice is about models, which can be downloaded
+            fault = re.sub(r"\. [^.]*\.$", "", error.message).rstrip(".")
+            text = f"{fault}. Delete {folder.name}: the run resumes from the checkpoint before it."
+            raise CheckpointError(text, path=error.path) from error
         try:
             with quiet():
                 load(self.tensors(), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=self.world == 1)
@@ -365,8 +370,7 @@ def read_state(folder: Path) -> tuple[int, int, int]:
     numbers = tuple(state.get(name) for name in ("step", "updates", "bad_steps"))
     is_possible = all(type(number) is int and 0 <= number <= numbers[0] for number in numbers)
     if not is_possible or folder.name != f"step_{numbers[0]:08d}":
-        text = f"{folder / STATE_NAME} does not belong to {folder.name}. Delete that folder: the run resumes from the one before."
-        raise CheckpointError(text, path=folder / STATE_NAME)
+        raise CheckpointError(f"{folder / STATE_NAME} does not belong to {folder.name}.", path=folder / STATE_NAME)
     return numbers
 
 

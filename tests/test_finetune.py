@@ -163,6 +163,7 @@ def test_a_log_that_counted_from_zero_goes_on_from_one(tmp_path):
 
 
 HOSTILE_LINES = [
+    *(f'{{"step": {zero}, "loss": 1}}' for zero in ("false", "0.0", "-0.0")),  # none of them is the first update of an old log
     *('{"step": %s, "loss": 1}' % step for step in ("1e999", '"1"', "-1", "true", "null", "1" + "0" * 5000)),
     *('{"step": 1, "loss": %s}' % loss for loss in ("1e999", "NaN", "[1]", '"x"', "1" + "0" * 400, '"\\ud800"')),
     *('{"loss": 1}', "[" * 50_000, "7", "null", '{"step": 1, "note": "x"}', '{"step": 1, "scored": "' + "x" * 300 + '"}'),

@@ -390,6 +390,8 @@ def test_a_state_that_is_not_of_its_checkpoint_is_refused(saved, tmp_path, text)
     with pytest.raises(CheckpointError) as caught:
         make_trainer(parts=("projector",)).restore(folder)
     assert "\n" not in caught.value.message and len(caught.value.message) < 500
+    assert caught.value.message.endswith(f". Delete {saved.name}: the run resumes from the checkpoint before it.")
+    assert "ownload" not in caught.value.message  # nobody can
 
 
 def with_header(change):
