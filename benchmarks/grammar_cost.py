@@ -64,7 +64,7 @@ class Told:
     """Stands in for a model: says one answer in every row, by logits of full size."""
 
     def __init__(self, answer: list[int], rows: int, device: torch.device):
-        text = SimpleNamespace(max_position_embeddings=8192)
+        text = SimpleNamespace(max_position_embeddings=8192, vocab_size=VOCABULARY)
         self.config = SimpleNamespace(image_token_index=IMAGE, num_image_tokens=256, pad_token_id=0, text_config=text)
         self.dtype = torch.float32
         self.answer = torch.tensor(answer, device=device)
