@@ -20,6 +20,7 @@ import machine
 import quantization
 from modeling_paligemma import PaliGemmaConfig
 from svg import BLUE, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing
+from tables import SIGLIP
 from weights import empty_model
 
 HERE = Path(__file__).resolve().parent
@@ -77,6 +78,6 @@ def draw_roofline() -> None:
 
 
 if __name__ == "__main__":
-    raw = {"model_type": "paligemma", "image_token_index": 257_152, "vision_config": {"image_size": 224}, "text_config": TEXT}
+    raw = {"model_type": "paligemma", "image_token_index": 257_152, "vision_config": SIGLIP, "text_config": TEXT}
     count_work(PaliGemmaConfig.from_hf(raw))
     draw_roofline()
