@@ -29,7 +29,7 @@ from PIL import Image
 
 import files
 from augmentation import zoom
-from errors import DatasetError, counted
+from errors import DatasetError, PromptError, counted
 from folders import as_error
 from images import NEARLY_BLACK, load_image, read_file, squeeze
 from outputs import CUT_BOX, CUT_MASK, LONG_MASK, NO_AREA, SWAPPED, read_text
@@ -376,7 +376,11 @@ def check_texts(split: Split, processor: "PaliGemmaProcessor", max_text_tokens: 
     """
     faults, num_boxes, num_swapped = [], 0, 0
     for example in split.examples:
-        prefix, suffix = processor.encode(example.prefix.strip()), processor.encode(example.suffix)
+        try:
+            prefix, suffix = processor.encode(example.prefix.strip()), processor.encode(example.suffix)
+        except PromptError as error:  # so long that it was not even tokenised
+            faults.append(Fault(split.file, example.line, ADVICE.sub("", error.message)))
+            continue
         count = len(prefix) + len(suffix) + 3
         if count > max_text_tokens:
             text = f"prefix ({len(prefix)}) and suffix ({len(suffix)}) take {count} tokens, over the {max_text_tokens} allowed"
@@ -394,7 +398,8 @@ def check_texts(split: Split, processor: "PaliGemmaProcessor", max_text_tokens: 
     asked = Counter((image, prefix) for image, prefix, _ in answers)
     several = sum(count > 1 for count in asked.values())
     if several:
-        text = f"{several} questions have boxes in several lines; put them into one answer, ' ; ' between, in the order to say"
+        have = f"{counted(several, 'question')} {'have' if several > 1 else 'has'}"
+        text = f"{have} boxes in several lines; put them into one answer, ' ; ' between, in the order to say"
         split.doubts.append(Fault(split.file, 0, text))
     empty = sum(not example.suffix.strip() for example in split.examples)
     if empty:
@@ -468,6 +473,8 @@ def require_usable(splits: Sequence[Split], skip_bad: bool, room: int | None = N
         elif longest:
             advice.append(f"The longest needs {longest} tokens, and the model has room for {room}: shorten it.")
         if num_long < len(faults):
+            if not any(split.examples for split in splits) and all("does not exist" in fault.text for fault in faults):
+                advice.append("Name the folder that the pictures' names are relative to: --image_dir.")
             advice.append(f"Fix {'the others' if num_long else 'them'}, or continue without them: --skip_bad.")
         number = counted(len(faults), "line")
         raise DatasetError(f"{number} cannot be used; the first: {first}. {' '.join(advice)}", path=faults[0].file)

@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 METHODS = {"full": 1e-5, "lora": 2e-4}  # and the learning rate where none is given
 SCORES = ("exact", "vqa", "anls", "relaxed", "cider", "map", "miou")
 DOUBTS_SHOWN = 20
+FAULTS_SHOWN = 1000
 MOST_CONFIG_BYTES = 1 << 16
 MOST = 10**9  # of anything that flags count
 ADVICE = "Take --method lora, --gradient_checkpointing, fewer --rows, --dtype bf16, or another device."
@@ -298,8 +299,10 @@ def read_data(flags: Flags, processor: object, room: int) -> list["dataset.Split
     if len(splits) == 2:
         splits[1].doubts += dataset.compare(*splits)
     for split in splits:
-        for fault in split.faults:  # whoever fixes a file wants to know all of them at once
+        for fault in split.faults[:FAULTS_SHOWN]:  # whoever fixes a file wants to know all of them at once
             note(f"fault: {fault}")
+        if len(split.faults) > FAULTS_SHOWN:
+            note(f"fault: ... and {counted(len(split.faults) - FAULTS_SHOWN, 'more fault')} in {split.file}")
         counts = Counter(doubt.text for doubt in split.doubts)
         alike = {doubt.text: doubt for doubt in reversed(split.doubts)}  # the first line of each kind
         for doubt in [doubt for doubt in split.doubts if alike[doubt.text] is doubt][:DOUBTS_SHOWN]:

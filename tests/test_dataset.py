@@ -263,6 +263,19 @@ def test_boxes_over_the_budget_are_given_room_and_not_left_out(folder, processor
         dataset.require_usable([mixed], skip_bad=False, room=1000)
 
 
+def test_a_line_that_is_too_long_to_be_tokenised_is_a_fault_like_any_other(folder, processor):
+    huge = GOOD | {"suffix": f"{BOX} cat ; " * 30_000}
+    split = checked(write(folder, GOOD, huge, huge | {"suffix": "", "prefix": "a" * 900_000}), processor, 60)
+    assert [fault.line for fault in split.faults] == [2, 3] and len(split.examples) == 1
+    assert "characters" in split.faults[0].text
+
+
+def test_where_no_picture_is_found_the_folder_of_pictures_is_asked_for(folder, processor):
+    lines = [GOOD | {"image": f"there/{i}.png"} for i in range(3)]
+    with pytest.raises(DatasetError, match="does not exist.* --image_dir[.] .*--skip_bad[.]"):
+        dataset.require_usable([checked(write(folder, *lines), processor, 60)], skip_bad=False)
+
+
 def test_a_batch_is_what_the_processor_makes_of_it_with_one_picture_in_memory(folder, processor, monkeypatch):
     Image.effect_noise((300, 200), 90).convert("RGB").save(folder / "a.png")
     examples = dataset.Examples(dataset.read_split(write(folder, GOOD, GOOD | {"image": "b.png", "suffix": "x"})), processor)
@@ -393,7 +406,7 @@ def test_what_is_learned_otherwise_than_meant_is_doubted(folder, processor):
 def test_boxes_of_one_question_in_several_lines_are_doubted(folder, processor):
     other = GOOD | {"suffix": "<loc0500><loc0200><loc0600><loc0400> cat"}
     (doubt,) = checked(write(folder, GOOD, GOOD, other), processor).doubts
-    assert doubt.text.startswith("1 questions have boxes in several lines; put them into one answer")
+    assert doubt.text.startswith("1 question has boxes in several lines; put them into one answer")
     assert checked(write(folder, GOOD, GOOD, other | {"prefix": "detect dog"}), processor).doubts == []
 
 
