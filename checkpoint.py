@@ -69,7 +69,7 @@ HEAD_BYTES = 64  # of a damaged file: enough to recognise what it is instead
 PART_ELEMENTS = 2**22  # read, or written, at a time: fewer keep threads waiting for each other, more take memory
 NAMES_SHOWN, NAME_SHOWN = 5, 150  # in a message, and letters of each
 MOST_FOLDERS = 1000  # in which a model is looked for
-SAMPLES, SAMPLE_BYTES = 64, 4096  # of each file of weights, for telling one model from another
+SAMPLE_BYTES = 4096  # of the beginning of each tensor, for telling one model from another
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -354,7 +354,9 @@ def explain_file(file: Path) -> str:
 
 
 def fingerprint(*folders: Path) -> str:
-    """Tells a model from another, or from itself before it was trained on: settings, tokenizer, and samples of the weights.
+    """Tells a model from another, or from itself before it was trained on: by all that is read of it.
+
+    Of each tensor the beginning is taken: one that was trained differs everywhere.
 
     Args:
         folders: of the model or, for an adapter, of its base model and of the adapter.
@@ -362,19 +364,17 @@ def fingerprint(*folders: Path) -> str:
     """
     digest = blake2b(digest_size=6)
     for folder in dict.fromkeys(folders):
-        for file in (folder / name for name in (CONFIG_NAME, "tokenizer.json", ADAPTER_CONFIG_NAME)):
+        for file in (folder / name for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME, *SIDE_FILES)):
             digest.update(read_regular(file, MAX_TOKENIZER_BYTES) if look(file) is not None else b"")
-        for file in sorted(folder.glob("*.safetensors")):
-            check_regular(file)
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            try:
-                with open(file, "rb") as stream:
-                    for sample in range(SAMPLES):
-                        stream.seek(size * sample // SAMPLES)
-                        digest.update(stream.read(SAMPLE_BYTES))
-            except PermissionError as error:
-                raise AccessError(f"{file} may not be read by this user. Change its permissions.", path=file) from error
+        adapter = folder / ADAPTER_NAME
+        for file in (*(find_files(folder) if has_weights(folder) else ()), *((adapter,) if look(adapter) is not None else ())):
+            tensors = read_header(file).values()
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
+            with open(file, "rb") as stream:
+                for tensor in tensors:
+                    digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}".encode())
+                    stream.seek(tensor.start)
+                    digest.update(stream.read(min(tensor.num_bytes, SAMPLE_BYTES)))
     return digest.hexdigest()
 
 

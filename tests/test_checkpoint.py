@@ -314,3 +314,20 @@ def test_an_interrupted_replacement_never_leaves_a_mixture(tmp_path, monkeypatch
 
 def test_names_of_others_are_listed_on_one_line():
     assert checkpoint.listed(["a\nb", "\ud800", "\x1b[2J"]) == r"a\nb, \ud800, \x1b[2J"
+
+
+def test_the_fingerprint_knows_each_tensor_and_what_is_read_beside_them(tmp_path):
+    big = {f"layer{i}": torch.zeros(200_000) for i in range(8)}
+    small = big | {"projector": torch.zeros(10)}
+    save_file(small, tmp_path / "model.safetensors")
+    first = checkpoint.fingerprint(tmp_path)
+    assert checkpoint.fingerprint(tmp_path) == first
+    (tmp_path / "left.safetensors").write_bytes(b"version https://git-lfs")  # is not read
+    assert checkpoint.fingerprint(tmp_path) == first
+    save_file(small | {"projector": torch.ones(10)}, tmp_path / "model.safetensors")
+    assert checkpoint.fingerprint(tmp_path) != first
+    save_file(small, tmp_path / "model.safetensors")
+    for name in ("config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}")
+        assert checkpoint.fingerprint(tmp_path) != first
+        (tmp_path / name).unlink()
