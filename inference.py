@@ -156,7 +156,7 @@ class Flags(ModelFlags, PictureFlags, ResultFlags, DrawingFlags):
 
     def check_outputs(self, read: list[tuple[str, str | Path]]) -> None:
         """Raises: UsageError, OutputError as verbs.check_outputs; `read` is what is read besides the pictures."""
-        if not self.save and not self.export and not self.explain:
+        if self.save is None and self.export is None and self.explain is None:
             return
         verbs.check_outputs(self.job, verbs.outputs(self.job, self.save, self.export, self.explain), read)
 

@@ -198,7 +198,7 @@ def save_names(file: str, count: int) -> tuple[str, ...]:
 def outputs(job: Job, save: str | None, export: str | None, explain: str | None) -> Outputs:
     """What the flags of those names mean to a job. Raises: UsageError for a name with another ending."""
     for name, file, endings in (("save", save, DRAWABLE), ("export", export, EXPORTABLE), ("explain", explain, DRAWABLE)):
-        if file is not None and not file.lower().endswith(tuple(endings)):
+        if file is not None and os.path.splitext(file)[1].lower() not in endings:  # ".png" is a name without an ending
             raise UsageError(f"--{name} is {file!r}, but a name that ends in {', '.join(endings)} is needed.")
     exported: list[Path] = []
     if export is not None:

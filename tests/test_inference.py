@@ -625,6 +625,12 @@ def test_a_prompt_about_very_many_pictures_is_refused_before_they_are_read(ask, 
     assert code == 2 and "65 came" in err and "Use a verb" in err
 
 
+@pytest.mark.parametrize("name", ["", ".png", "out/.png", "..png", "png", ".json", "a.json/"])
+@pytest.mark.parametrize("flag", ["save", "export", "explain"])
+def test_a_name_without_an_ending_is_refused(verb, flag, name):
+    assert verb("detect", SHAPES, "circle", f"--{flag}={name}", "--model_path=none")[0] == 2
+
+
 def test_what_streams_lead_to_is_never_overwritten(tmp_path):
     for stream, output in (("<", "--save=a.png"), (">", "--export=a.json"), ("2>", "--export=a.json")):
         shutil.copy(SHAPES, tmp_path / "a.png")
