@@ -186,6 +186,7 @@ class Flags(PictureFlags):
             self,
             ("train", self.train, "a JSONL of examples"),
             ("output", self.output, "a folder to write to"),
+            *((name, getattr(self, name) != "", "a file or a folder") for name in READ),
             ("dtype", self.dtype in ("bf16", "bfloat16", "fp32", "float32"), "bf16 or fp32"),
             ("method", self.method in METHODS, "full or lora"),
             ("lora_alpha", 0 < self.lora_alpha <= MOST, f"a number above 0 and up to {MOST}"),
@@ -222,6 +223,7 @@ class Flags(PictureFlags):
         return self.learning_rate or METHODS[self.method]
 
 
+READ = ("valid", "image_dir", "model_path", "base_model", "mask_codec")
 COUNTS = ("batch_size", "rows", "save_every", "num_scored", "steps", "evaluate_every", "lora_r")
 RATES = [field.name for field in fields(Flags) if field.name.startswith("learning_rate")]
 

@@ -80,7 +80,7 @@ class JobFlags(ModelFlags, PictureFlags, ResultFlags):
             ("rows", self.rows >= 1, "a whole number from 1 up"),
             ("list", self.list != "", "a file"),
             ("questions", self.questions != "", "a file"),
-            ("output", self.output, "a file for the rows, such as results.jsonl,"),
+            ("output", files.expand(self.output or "").name, "a file for the rows, such as results.jsonl,"),
         )
         if self.questions is not None:
             for name in ("task", "text", "list"):

@@ -66,7 +66,10 @@ def check_inputs(folder: Path, read: Iterable[tuple[str, str | None]]) -> None:
     check_outputs([], given, [("--output", folder / name) for name in WRITTEN])
     for what, file in given:
         for name in WRITTEN_FOLDERS:
-            if Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder / name)):
+            is_inside = False
+            with suppress(ValueError):  # a NUL in the name: there is no such file
+                is_inside = Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder / name))
+            if is_inside:
                 raise UsageError(f"{what} {file} lies in {folder / name}, which a run replaces. Name another --output.")
 
 

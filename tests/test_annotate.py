@@ -270,6 +270,7 @@ def test_no_drawing_takes_the_place_of_another_or_of_a_picture(run):
         (["photos", "--output=model/tokenizer.json"], 2, "would overwrite a file of the model"),
         (["photos", "--output=photos"], 7, "is a folder"),
         (["photos", "--output=/dev/null"], 7, "a device"),
+        (["photos", "--output=."], 2, "--output is '.'"),
         (["photos", "--output=pipe"], 7, "a pipe"),
         (["photos", "--output=" + "x" * 300], 7, "too long"),
         (["photos", "--output=" + "x" * 251], 7, "too long"),  # with .part it is

@@ -803,6 +803,13 @@ def test_a_value_that_is_no_number_for_its_flag_is_a_usage_error(tmp_path, name,
         finetune.commandline.read_flags(finetune.Flags, [f"--config={tmp_path / 'c.yaml'}", "--train=t", "--output=o"])
 
 
+@pytest.mark.parametrize("name", finetune.READ)
+def test_an_empty_name_is_no_file_and_one_with_a_nul_is_none_that_is_there(tmp_path, name):
+    with pytest.raises(UsageError, match=f"--{name} is ''"):
+        finetune.commandline.read_flags(finetune.Flags, [f"--{name}=", "--train=t", "--output=o"])
+    run_folder.check_inputs(tmp_path, [(f"--{name}", "a\0b")])
+
+
 @given(st.binary(max_size=300) | st.text(alphabet="ab:-[]{},&*!?|>'\"%#@ \n\t0.~<", max_size=300))
 def test_no_settings_raise_anything_else(tmp_path_factory, text):
     file = tmp_path_factory.mktemp("settings") / "c.yaml"
