@@ -66,7 +66,8 @@ class PaliGemmaConfig:
         ids = {}
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):  # transformers 5 writes them into text_config only
             value = raw.get(key) if raw.get(key) not in (None, []) else text.get(key)
-            if value not in (None, []):
+            is_absent = value in (None, []) or key == "pad_token_id" and value == -1  # how some programs write that none pads
+            if not is_absent:
                 ids[key] = tuple(value) if isinstance(value, list) else value
         image_token = raw.get("image_token_index") if raw.get("image_token_index") is not None else raw.get("image_token_id")
         if image_token is None:

@@ -733,6 +733,11 @@ def test_image_token_is_read_in_both_spellings():
     assert PaliGemmaConfig.from_hf(raw | {"image_token_index": None, "image_token_id": 9}).image_token_index == 9
 
 
+def test_a_model_in_which_nothing_pads_is_read():
+    for none in (None, -1):
+        assert PaliGemmaConfig.from_hf(raw_config("gemma") | {"pad_token_id": none}).pad_token_id == 0
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -744,7 +749,7 @@ def test_image_token_is_read_in_both_spellings():
         ({"image_token_index": "<image>"}, "image_token_index is '<image>'; a token id is needed."),
         ({"image_token_index": -1}, "image_token_index is -1; a token id is needed."),
         ({"pad_token_id": "0"}, "pad_token_id is '0'; a token id is needed."),
-        ({"pad_token_id": -1}, "pad_token_id is -1; a token id is needed."),
+        ({"pad_token_id": -2}, "pad_token_id is -2; a token id is needed."),
         ({"bos_token_id": 2.0}, "bos_token_id is 2.0; a token id is needed."),
         ({"eos_token_id": True}, "eos_token_id is True; a token id is needed."),
         ({"eos_token_id": 10**400}, f"eos_token_id is {10**400}; a token id is needed."),
