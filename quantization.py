@@ -361,7 +361,7 @@ class QuantizedLinear(nn.Module):
             return kernels.product(self.kind, x, matrices, dtype if dtype in KERNEL_DTYPES else torch.float32).to(dtype)
         if self.is_tiled:
             self.leave_tiles()
-        y = rows_product(x.flatten(0, -2), self.packed, self.scales, self.kind, self.int4pack)
+        y = rows_product(x.flatten(0, -2).contiguous(), self.packed, self.scales, self.kind, self.int4pack)
         return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -231,6 +231,17 @@ def test_every_number_of_rows_is_multiplied(kind, dtype, place, variant):
         assert_within(y, x.double() @ linear.weight.double().T, product_bound(x, linear.weight, dtype))
 
 
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_torchs_products_take_rows_wherever_they_lie(kind, place, monkeypatch):
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    module = quantized(random_linear(64, 64), kind)
+    for rows in (0, 1, 2, 5, 70):
+        x = PLACES[place](rows, 64)
+        y, expected = module(x), module(x.contiguous())
+        torch.testing.assert_close(y, expected, rtol=0, atol=0)  # the same operations on the same numbers
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_is_the_same_alone_and_among_others(kind, variant):
     if variant is None:  # torch's products of one row and of several sum in another order
