@@ -26,9 +26,17 @@ MOST_NAMES = 100_000  # of a folder, looked through for a similar name
 MOST_COMPARED = 100  # of them, compared letter by letter
 
 
+def expand_text(name: str) -> str:
+    """The name with ~ and ~user replaced, else letter by letter as it is; a ~user that does not exist stays."""
+    try:
+        return os.path.expanduser(name)
+    except ValueError:  # a NUL or half a character in it
+        return name
+
+
 def expand(name: str | os.PathLike) -> Path:
     """The path with ~ and ~user replaced; a ~user that does not exist stays as it is, like any other name."""
-    return Path(os.path.expanduser(name))
+    return Path(expand_text(os.fspath(name)))
 
 
 def split_file_address(address: str) -> tuple[str, Path]:

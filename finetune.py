@@ -44,7 +44,7 @@ import commandline
 import machine
 from commandline import note
 from errors import DatasetError, DeviceError, ImageError, UsageError, counted
-from files import expand, is_file, is_folder, look, read_regular
+from files import expand, expand_text, is_file, is_folder, look, read_regular
 from options import PictureFlags, bundled, picture_options, require
 from run_folder import Log, alone, check_inputs, check_settings, check_taken, copy_file, make_folder, replace_text, settings_of
 
@@ -678,7 +678,7 @@ def silence() -> Iterator[None]:
 def program(flags: Flags) -> None:
     commandline.relay_logs(flags.verbose)
     places = {name: getattr(flags, name) for name in ("train", "valid", "image_dir", "output", "mask_codec")}
-    flags = replace(flags, **{name: os.path.expanduser(place) for name, place in places.items() if place})
+    flags = replace(flags, **{name: expand_text(place) for name, place in places.items() if place})
     for name, file in (("train", flags.train), ("valid", flags.valid)):
         if file and look(file, DatasetError) is None:
             raise DatasetError(f"{file} does not exist. Name a JSONL of examples with --{name}.", path=file)

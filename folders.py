@@ -87,7 +87,11 @@ def in_folder(folder: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[s
 
 def matches(pattern: str) -> Iterator[str]:
     """The paths that a pattern matches. Several ** in a row mean one, but glob takes exponential time for them."""
-    if "\0" in pattern:  # no name holds one, and glob raises ValueError
+    try:
+        os.lstat(pattern)
+    except OSError:
+        pass
+    except ValueError:  # a NUL or half a character, which no name holds
         return iter(())
     return glob.iglob(re.sub(r"(?<![^/])\*\*(/+\*\*)+(?![^/])", "**", pattern), recursive=True)
 

@@ -31,7 +31,7 @@ from PIL import Image, ImageColor, ImageFile
 
 from errors import AccessError, ImageError, UsageError
 from fetch import MAX_DOWNLOAD_BYTES, fetch, one_line
-from files import names_in, similar_names, split_file_address
+from files import expand_text, names_in, similar_names, split_file_address
 
 T = TypeVar("T")
 
@@ -177,6 +177,8 @@ def read_data_uri(uri: str) -> bytes:
     head, comma, body = uri.partition(",")
     if not comma:
         raise ImageError("a data: URI has no comma. It is written data:image/png;base64,iVBOR...", path="data:")
+    if not body.isascii():
+        raise ImageError("a data: URI holds characters beyond ASCII. Encode the file again, in base64.", path="data:")
     if len(body) > MAX_DOWNLOAD_BYTES * 4 // 3 + 4:
         raise ImageError(f"a data: URI holds more than {MAX_DOWNLOAD_BYTES >> 20} MB. Save it to a file.", path="data:")
     data = urllib.parse.unquote_to_bytes(body)
@@ -226,7 +228,7 @@ def local_path(address: str, name: str) -> str:
 def as_path(source: str, is_typed: bool) -> str:
     """A path as it is meant: ~ stands for a home folder where a user wrote it."""
     try:
-        return os.path.expanduser(source) if is_typed and source.startswith("~") and not os.path.lexists(source) else source
+        return expand_text(source) if is_typed and source.startswith("~") and not os.path.lexists(source) else source
     except ValueError:  # a NUL in it
         return source
 

@@ -213,7 +213,7 @@ def picture_options(flags: PictureFlags) -> dict:
 
 def looks_like_picture(word: str) -> bool:
     """Whether a word on a command line is the name of a picture: an address, -, what is there, or what ends like one."""
-    is_there = os.path.exists(os.path.expanduser(word.partition(",")[0])) or os.path.exists(os.path.expanduser(word))
+    is_there = os.path.exists(files.expand_text(word.partition(",")[0])) or os.path.exists(files.expand_text(word))
     return word == "-" or is_address(word) or is_there or word.lower().endswith(PICTURE_SUFFIXES)
 
 
@@ -241,7 +241,7 @@ def longest_name(parts: Sequence[str], listed: dict[str, list[str] | None]) -> i
     name, found = parts[0], 1
     for count, part in enumerate(parts, 1):
         name += f",{part}" if count > 1 else ""
-        folder, slash, last = os.path.expanduser(name).rpartition("/")
+        folder, slash, last = files.expand_text(name).rpartition("/")
         if len(last) > LONGEST_NAME or ("/" in part and not os.path.isdir(folder + slash)):
             break  # what is longer begins with this, and cannot exist either
         found = count if os.path.exists(folder + slash + last) else found
@@ -283,7 +283,7 @@ def read_stdin() -> bytes:
 
 def find_picture(name: str) -> str | bytes:
     """Where the picture of that name is, or, for -, its bytes. Raises: ImageError for a folder, UsageError."""
-    file = name if is_address(name) else os.path.expanduser(name)
+    file = name if is_address(name) else files.expand_text(name)
     if os.path.isdir(file):
         raise ImageError(f"{name} is a folder. Name a picture in it, or give the folder to annotate.py.", path=name)
     return read_stdin() if name == "-" else file

@@ -47,10 +47,11 @@ def test_patterns_match_files_and_folders(photos):
     assert list(folders.expand("photos/odd[1].jpg")) == ["photos/odd[1].jpg"]  # a name before it is a pattern
 
 
-def test_a_pattern_with_a_nul_matches_nothing():
-    assert list(folders.expand("a*/x\0*/*")) == []
+@pytest.mark.parametrize("pattern", ["a*/x\0*/*", "a\ud800*", "*\udfff/x"])
+def test_a_pattern_with_what_no_name_holds_matches_nothing(pattern):
+    assert list(folders.expand(pattern)) == []
     with pytest.raises(ImageError, match="no file matches"):
-        folders.check_words(["a*/x\0*/*"])
+        folders.check_words([pattern])
 
 
 def test_many_stars_in_a_row_mean_what_two_mean(tmp_path):

@@ -435,6 +435,8 @@ def test_a_data_uri_is_a_picture():
 def test_a_broken_data_uri_is_refused_without_repeating_it():
     for uri in ("data:image/png;base64", "data:image/png;base64,a" + "\u00e4" * 500, "data:image/png;base64," + "!" * 500):
         assert len(refusal(uri)) < 200
+    for half in ("\udcff", "\ud800"):  # what an argument that is no UTF-8, or JSON, may hold
+        assert "beyond ASCII" in refusal("data:image/png," + half)
     assert "zero bytes" in refusal("data:image/png;base64,")
 
 

@@ -174,7 +174,7 @@ class Indexes(Fuzzer):
 class Settings(Fuzzer):
     """config.json and the other small JSON files of a model's folder."""
 
-    name, codes = "settings", (4, 6)
+    name, codes = "settings", (3, 4, 6)  # 3: a context too short for any prompt
     names = (
         "config.json",
         "generation_config.json",
