@@ -356,7 +356,7 @@ def test_verbose_sets_times_beside_their_floors(ask):
     assert code == 0
     assert re.search(r"^loaded model in .* s: torch.float32, cpu, threads: 1$", err, re.MULTILINE)
     assert re.search(r"^prefill: [\d.]+ ms for 16 tokens; floor [\d.]+ ms", err, re.MULTILINE)
-    assert re.search(r"^decode: [\d.]+ ms a token, .* floor [\d.]+ ms", err, re.MULTILINE)
+    assert re.search(r"^decode: [\d.]+ ms per token, .* floor [\d.]+ ms", err, re.MULTILINE)
 
 
 @pytest.mark.parametrize("flags", [("--dtype=bf16",), ("--quantize=int8",), ("--quantize=int4", "--quantize_vision")])
