@@ -353,7 +353,7 @@ class QuantizedLinear(nn.Module):
 
     def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x @ weight.T in dtype; x is any float [..., K]."""
-        missing, packed = -self.in_features % GROUP[self.kind], self.packed
+        missing, packed, shape = -self.in_features % GROUP[self.kind], self.packed, x.shape[:-1]
         x = F.pad(x, (0, missing)) if missing else x
         if packed.is_cpu and packed.ndim == 3 and kernels.library() is not None:
             x = x if x.dtype in KERNEL_DTYPES else x.float()
@@ -361,8 +361,11 @@ class QuantizedLinear(nn.Module):
             return kernels.product(self.kind, x, matrices, dtype if dtype in KERNEL_DTYPES else torch.float32).to(dtype)
         if self.is_tiled:
             self.leave_tiles()
-        y = rows_product(x.flatten(0, -2).contiguous(), self.packed, self.scales, self.kind, self.int4pack)
-        return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features).to(dtype)
+        x = x.flatten(0, -2)
+        if not x.is_contiguous() or x.stride(1) != 1:  # torch's products refuse it; one of no rows counts as contiguous
+            x = x.clone(memory_format=torch.contiguous_format)
+        y = rows_product(x, self.packed, self.scales, self.kind, self.int4pack)
+        return y[:, : self.out_features].reshape(*shape, self.out_features).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(x, x.dtype)

@@ -1,6 +1,7 @@
 """quantization.py and kernels.cpp: rounding, layouts, products, fallbacks, and what is saved."""
 
 import copy
+import itertools
 from pathlib import Path
 
 import pytest
@@ -236,9 +237,9 @@ def test_every_number_of_rows_is_multiplied(kind, dtype, place, variant):
 def test_torchs_products_take_rows_wherever_they_lie(kind, place, monkeypatch):
     monkeypatch.setattr(kernels, "library", lambda: None)
     module = quantized(random_linear(64, 64), kind)
-    for rows in (0, 1, 2, 5, 70):
-        x = PLACES[place](rows, 64)
-        y, expected = module(x), module(x.contiguous())
+    for rows, dtype in itertools.product((0, 1, 2, 5, 70), (torch.float32, torch.bfloat16)):
+        x = PLACES[place](rows, 2 * 64).to(dtype)[:, :64]
+        y, expected = module(x), module(x.clone(memory_format=torch.contiguous_format))
         torch.testing.assert_close(y, expected, rtol=0, atol=0)  # the same operations on the same numbers
 
 
