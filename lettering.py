@@ -6,6 +6,7 @@ on macOS the ones that come with it. A font that the user names is asked first. 
 """
 
 import math
+import os
 import re
 import subprocess
 import unicodedata
@@ -40,6 +41,8 @@ class Font:
     """
 
     def __init__(self, file: str | None):
+        if file and os.path.dirname(file) and not os.path.isfile(file):
+            raise OSError(f"{file} is not there")  # Pillow would look for the last word of it in the system's folders
         self.file = file
         self.picture_size = None  # pixels, of a font that holds pictures instead of outlines: the only size that it has
         if file is not None and not self.has_size(PROBE):

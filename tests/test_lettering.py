@@ -77,6 +77,11 @@ def test_fonts_of_the_system_are_asked_for_what_the_others_lack(tmp_path, monkey
     assert letters.missing("猫犬 cat") == "" and asked == ["猫"]  # the font that was found has the second one, too
 
 
+def test_each_font_is_taken_once():
+    files = [font.file for font in lettering.Lettering().fonts]
+    assert len([file for file in files if file and file.endswith("DejaVuSans.ttf")]) == 1
+
+
 def test_marks_stay_with_their_letters():
     assert lettering.clusters("ne\u0301") == ["n", "e\u0301"]
     assert lettering.clusters("👩\u200d💻👍🏽☂\ufe0f") == ["👩\u200d💻", "👍🏽", "☂\ufe0f"]
@@ -93,7 +98,7 @@ def test_text_can_end_at_a_place_or_lie_around_it():
 
 def test_a_file_that_is_no_font_is_a_wrong_flag(tmp_path):
     (tmp_path / "no.ttf").write_bytes(b"no font")
-    for name in (tmp_path / "no.ttf", tmp_path / "absent.ttf", tmp_path, "a\0b", "n" * 300):
+    for name in (tmp_path / "no.ttf", tmp_path / "absent.ttf", tmp_path / "DejaVuSans.ttf", tmp_path, "a\0b", "n" * 300):
         with pytest.raises(UsageError, match="--font"):
             lettering.Lettering(str(name))
 
