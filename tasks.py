@@ -361,7 +361,8 @@ class Annotator:
                 yield request
                 continue
             is_name = isinstance(picture, str | os.PathLike)
-            if picture is not source and not (is_name and picture == source):
+            is_same = picture is source or (is_name and isinstance(source, str | os.PathLike) and picture == source)
+            if not is_same:  # arrays are never compared: that would be pixel by pixel
                 try:
                     found = load_image(picture, then=square)
                 except PaliGemmaError as error:

@@ -423,7 +423,7 @@ def test_a_request_takes_whatever_load_image_takes(run, tmp_path):
     content = (tmp_path / "a.png").read_bytes()
     sources = [str(tmp_path / "a.png"), tmp_path / "a.png", content, io.BytesIO(content), np.asarray(SHAPES),
                torch.from_numpy(np.asarray(SHAPES).copy()), {"bytes": content, "path": "a.png"}, SHAPES.convert("RGBA"),
-               Image.open(tmp_path / "a.png")]  # fmt: skip
+               Image.open(tmp_path / "a.png"), np.asarray(SHAPES), str(tmp_path / "a.png")]  # fmt: skip
     right = run([Request(picture=SHAPES, task="detect", text="cross")])[0]
     results = run([Request(picture=source, task="detect", text="cross") for source in sources])
     assert [result.error for result in results] == [None] * len(sources)
