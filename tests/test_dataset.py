@@ -8,6 +8,7 @@ import sys
 import weakref
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ GOOD = {"image": "a.png", "prefix": "detect cat", "suffix": f"{BOX} cat"}
 
 @pytest.fixture(scope="module")
 def processor():
-    return PaliGemmaProcessor.from_pretrained("demo/checkpoint")
+    return PaliGemmaProcessor.from_pretrained(Path(__file__).parent.parent / "demo" / "checkpoint")
 
 
 @pytest.fixture
@@ -170,7 +171,7 @@ def test_the_advice_for_an_array_makes_a_file_that_is_read(folder):
     with pytest.raises(DatasetError) as caught:
         dataset.read_split(folder / "data.json")
     command = caught.value.message.partition("Convert it: python ")[2].removesuffix(".")
-    subprocess.run(["bash", "-c", f"{sys.executable} {command}"], cwd=folder, check=True, timeout=60)
+    subprocess.run(["bash", "-c", f"'{sys.executable}' {command}"], cwd=folder, check=True, timeout=60)
     assert len(dataset.read_split(folder / "examples.jsonl").examples) == 3
 
 

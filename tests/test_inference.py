@@ -636,7 +636,7 @@ def test_what_streams_lead_to_is_never_overwritten(tmp_path):
         shutil.copy(SHAPES, tmp_path / "a.png")
         shutil.copy(SHAPES, tmp_path / "a.json")
         file = output.partition("=")[2]
-        command = f"{sys.executable} {ROOT}/inference.py detect - circle {output} --model_path=none {stream} {file}"
+        command = f"'{sys.executable}' '{ROOT}/inference.py' detect - circle {output} --model_path=none {stream} {file}"
         done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert done.returncode == 2 and (stream == "2>" or "would overwrite" in done.stderr)
 
@@ -835,7 +835,7 @@ def test_the_picture_is_encoded_once_for_many_questions(ask, world, monkeypatch)
     lines = out.splitlines()
     assert code == 0 and lines[0] == lines[2] and len(calls) == 1
     monkeypatch.undo()
-    os.chdir(world)
+    monkeypatch.chdir(world)
     assert ask(prompt="caption en")[1].splitlines()[0] == lines[0]
 
 
