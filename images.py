@@ -10,6 +10,7 @@ Checked in tests/test_images.py and tests/test_orientation.py.
 """
 
 import base64
+import ctypes
 import io
 import math
 import os
@@ -23,11 +24,12 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, TypeGuard, TypeVar
 
 import numpy as np
-from PIL import Image, ImageColor, ImageFile
+from PIL import Image, ImageColor, ImageFile, _imaging
 
 from errors import AccessError, ImageError, UsageError
 from fetch import MAX_DOWNLOAD_BYTES, fetch, one_line
@@ -478,11 +480,20 @@ def explained(name: str) -> Iterator[None]:
         raise ImageError(f"{name} cannot be decoded: {reason}. Copy it again or save it as PNG.", path=name) from error
 
 
+@cache
+def quiet_libtiff() -> None:
+    """libtiff, which is C, writes lines of its own to stderr for a damaged file; that Pillow fails is all we need to know."""
+    with suppress(OSError, AttributeError):  # a Pillow that was built in another way
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+
+
 def decode(picture: Image.Image, name: str, max_pixels: float, allow_truncated: bool) -> int:
     """Reads the pixels of the frame where it stands, and returns the orientation that this frame had.
 
     Raises: ImageError when the file is damaged or ends early, or the frame is too large.
     """
+    if picture.format == "TIFF":
+        quiet_libtiff()
     with explained(name), truncated_allowed(allow_truncated):
         check_size(picture.size, name, max_pixels)  # pages of a TIFF have sizes of their own
         number = orientation(picture) if is_turned_by_pillow(picture) else 1

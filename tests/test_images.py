@@ -9,6 +9,7 @@ import threading
 import time
 import types
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -430,6 +431,15 @@ def test_a_data_uri_is_a_picture():
         "data:image/png," + urllib.parse.quote(data),
     ):
         assert corners(load_image(uri)) == ["red", "green", "blue", "white"]
+
+
+def test_a_damaged_tiff_is_one_error_and_nothing_of_libtiff(capfd):
+    for compression in ("tiff_lzw", "tiff_deflate", "jpeg", "group4"):
+        whole = saved(blocks().convert("1" if compression == "group4" else "RGB"), "TIFF", compression=compression)
+        for start in range(8, len(whole), max(1, len(whole) // 30)):
+            with suppress(ImageError):
+                load_image(whole[:start] + b"\xa7\x00\xff" * 3 + whole[start + 9 :])
+    assert capfd.readouterr().err == ""
 
 
 def test_a_broken_data_uri_is_refused_without_repeating_it():
