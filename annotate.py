@@ -1,7 +1,7 @@
 """Asks a PaliGemma about many pictures, a row of JSON for each: `annotate.py photos --task detect cat --output cats.jsonl`.
 
 The file of rows (journal.py) is all there is to a run: killed at any moment, the same command goes on where it ends, and the rows
-are then those of a run that nobody disturbed. Rows come in the order in which answers end. Exit code 8 means that the run is
+are then those of an uninterrupted run. Rows come in the order in which answers end. Exit code 8 means that the run is
 through and some rows are errors. Reading order: Flags, then program (what happens, in order). Checked in tests/test_annotate.py.
 """
 

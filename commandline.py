@@ -7,7 +7,7 @@ first brought into the form --name=value and checked against the fields, and val
 
 A program is `sys.exit(commandline.run(Flags, program))`. A field annotated `Words` takes the words that belong to no flag.
 Flags that programs share stand in a base class, and --help shows each class as a group under its docstring's first line.
-Exit codes: 0 fine, 1 a bug of ours, 130 Ctrl-C, 143 SIGTERM, 141 nobody reads the output; the others are in errors.py.
+Exit codes: 0 fine, 1 a bug of ours, 130 Ctrl-C, 143 SIGTERM, 141 the reader of the output is gone; the others are in errors.py.
 Checked in tests/test_commandline.py.
 """
 
@@ -247,7 +247,7 @@ def report(error: PaliGemmaError, as_json: bool, is_whole: bool) -> int:
 
 
 def report_bug(_kind: type[BaseException], error: BaseException, _trail: object) -> None:
-    """sys.excepthook: what nobody foresaw, in one line, with the traceback for those who ask. Python then exits with 1."""
+    """sys.excepthook: an unexpected exception, in one line, with the traceback for those who ask. Python then exits with 1."""
     report(unexpected(error), is_on("json", sys.argv), is_on("debug", sys.argv))
 
 

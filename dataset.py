@@ -29,8 +29,8 @@ from PIL import Image
 
 import files
 from augmentation import zoom
-from errors import DatasetError, PromptError, counted
-from folders import as_error
+from errors import DatasetError, PaliGemmaError, PromptError, counted
+from folders import one_picture
 from images import NEARLY_BLACK, load_image, read_file, squeeze
 from outputs import CUT_BOX, CUT_MASK, LONG_MASK, NO_AREA, SWAPPED, read_text
 
@@ -343,11 +343,12 @@ def look_at(path: Path, folder: Path, options: dict) -> tuple[bytes, str | None,
         return b"", why, False
     notes: list[str] = []
     try:
-        load_image(path, notes=notes, then=lambda picture: picture.size, **options)
-        is_dark = any(text.endswith(NEARLY_BLACK) for text in notes)
-        return hashlib.sha256(read_file(path)).digest(), None, is_dark
-    except Exception as error:  # noqa: BLE001 (whatever it is, it is about one picture of many)
-        return b"", ADVICE.sub("", as_error(str(path), error).message), False
+        with one_picture(str(path)):
+            load_image(path, notes=notes, then=lambda picture: picture.size, **options)
+            is_dark = any(text.endswith(NEARLY_BLACK) for text in notes)
+            return hashlib.sha256(read_file(path)).digest(), None, is_dark
+    except PaliGemmaError as error:
+        return b"", ADVICE.sub("", error.message), False
 
 
 def check_pictures(split: Split) -> None:

@@ -110,7 +110,7 @@ class OutputError(PaliGemmaError):
 
 
 def unexpected(error: BaseException) -> PaliGemmaError:
-    """An exception that nobody foresaw, as one that says so; memory that ran out, as a DeviceError."""
+    """An unexpected exception, as one that says so; memory that ran out, as a DeviceError."""
     if isinstance(error, MemoryError):
         found: PaliGemmaError = DeviceError("memory ran out. Close other programs, or take --dtype bf16 or --quantize int8.")
     else:

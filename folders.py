@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -229,6 +229,23 @@ def version_of(place: str) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+@contextmanager
+def one_picture(place: object) -> Iterator[None]:
+    """Makes every exception within an error of ours, for a fault in a decoder, or in this program, must not end a run of many.
+
+    Raises: PaliGemmaError; those of ours as they are, any other as one that says where to report it.
+    """
+    try:
+        yield
+    except PaliGemmaError:
+        raise
+    except Exception as error:
+        place = place if isinstance(place, str) else "the picture"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        message = f"reading {place} failed ({reason}). Save it as PNG, and please report this with the file."
+        raise ImageError(message, path=place) from error
+
+
 def load(place: str | bytes, side: int, keeps_original: bool = False, is_typed: bool = True, **options: object) -> Loaded:
     """Reads a picture and squeezes it as the processor does: it then has nothing left to do, and its pixels are the same.
 
@@ -244,17 +261,18 @@ def load(place: str | bytes, side: int, keeps_original: bool = False, is_typed: 
 
     notes: list[str] = []
     try:
-        before = version_of(place) if isinstance(place, str) else None
-        source = place
-        if keeps_original and isinstance(place, str) and is_address(place):  # not to be fetched twice
-            source = {"bytes": read_bytes(place, is_typed)[0], "path": place}
-        small, size = load_image(
-            source, is_typed=is_typed, notes=notes, then=lambda picture: (squeeze(picture, side), picture.size), **options
-        )
-        if isinstance(place, str) and version_of(place) != before:
-            raise ImageError(f"{place} changed while it was read. Ask again with --retry_failed.", path=place)
-    except Exception as error:  # noqa: BLE001 (a fault in a decoder, or in this program, must not end a run of thousands)
-        return Loaded(as_error(place, error))
+        with one_picture(place):
+            before = version_of(place) if isinstance(place, str) else None
+            source = place
+            if keeps_original and isinstance(place, str) and is_address(place):  # not to be fetched twice
+                source = {"bytes": read_bytes(place, is_typed)[0], "path": place}
+            small, size = load_image(
+                source, is_typed=is_typed, notes=notes, then=lambda picture: (squeeze(picture, side), picture.size), **options
+            )
+            if isinstance(place, str) and version_of(place) != before:
+                raise ImageError(f"{place} changed while it was read. Ask again with --retry_failed.", path=place)
+    except PaliGemmaError as error:
+        return Loaded(error)
     return Loaded(small, size, partial(load_again, source, before, is_typed, options) if keeps_original else None, notes)
 
 
@@ -262,22 +280,11 @@ def load_again(source: object, before: tuple[int, int, int] | None, is_typed: bo
     """The picture itself, once more. Raises: PaliGemmaError, also if the file is another one than before."""
     from images import load_image
 
-    try:
+    with one_picture(source):
         picture = load_image(source, is_typed=is_typed, **options)
-    except Exception as error:
-        raise as_error(source, error) from error
     if isinstance(source, str) and version_of(source) != before:
         raise ImageError(f"{source} changed while it was asked about. Ask again.", path=source)
     return picture
-
-
-def as_error(place: object, error: Exception) -> PaliGemmaError:
-    """An error of ours as it is; any other becomes one that says where to report it."""
-    if isinstance(error, PaliGemmaError):
-        return error
-    place = place if isinstance(place, str) else "the picture"
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return ImageError(f"reading {place} failed ({reason}). Save it as PNG, and please report this with the file.", path=place)
 
 
 class Readers:

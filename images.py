@@ -62,7 +62,7 @@ UPRIGHT = {  # EXIF orientation -> what turns the picture upright
 }
 TURNED = UPRIGHT | {6: UPRIGHT[8], 8: UPRIGHT[6]}
 ORIENTATION = 0x0112  # the tag's number in EXIF and TIFF
-# Decoders meet files that nobody foresaw; whatever they then stumble over, the file is what is wrong.
+# Decoders fail in many ways on damaged files: whatever they raise, the file is what is wrong.
 DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError,
     MemoryError, EOFError, NameError, BufferError, StopIteration, struct.error, zlib.error,

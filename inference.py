@@ -38,7 +38,7 @@ import machine
 import verbs
 from commandline import note, write
 from errors import ImageError, PaliGemmaError, PromptError, UsageError, counted
-from folders import Loaded, as_error
+from folders import Loaded, one_picture
 from options import (
     Checkpoint,
     DrawingFlags,
@@ -478,11 +478,12 @@ def answer_prompt(flags: Flags) -> None:
 def try_picture(name: str, flags: Flags) -> "Image.Image | PaliGemmaError":
     """The picture, or the reason why there is none."""
     try:
-        return read_picture(name, flags)
+        with one_picture(name):
+            return read_picture(name, flags)
     except UsageError:
         raise
-    except Exception as error:  # noqa: BLE001 (whatever it is, it is about one picture of several)
-        return as_error(name, error)
+    except PaliGemmaError as error:
+        return error
 
 
 def load_picture(name: str, flags: Flags, side: int) -> Loaded:

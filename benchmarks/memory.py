@@ -3,7 +3,7 @@
 VmHWM of the kernel, so that pages of mapped files count as soon as they are touched: what the machine must have for it. The
 floor is the bytes of the weights. Loading is where programs double: a copy in another dtype, a state dict beside the model. A
 quantised model is measured both ways, made from the bf16 files while loading and mapped in from its own.
-On CUDA the number is the most that torch had allocated there; main memory stands beside it.
+On CUDA the number is the most that torch had allocated there; the memory of the CPU is beside it.
 """
 
 import json
