@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from errors import GenerationError, PromptError
+from paligemma.errors import GenerationError, PromptError
 
 if TYPE_CHECKING:
-    from grammar import Grammar, Walk
+    from paligemma.objects.grammar import Grammar, Walk
 
 PREFILL_TOKENS = 4096  # tokens read in one pass; more would only take memory, since matrix products are at their best long before
 NUCLEUS = 256  # the most likely tokens that top_p looks at first; a vocabulary of 257216 is sorted only if they do not suffice

@@ -15,7 +15,7 @@ import sys
 if sys.version_info < (3, 10):
     sys.exit("error: Python %d.%d is too old. This program needs 3.10 or newer." % sys.version_info[:2])
 if __name__ == "__main__":
-    import commandline
+    from paligemma.programs import commandline
 
     commandline.leave_on_signals()  # before the rest is imported, which takes a while
 
@@ -31,38 +31,35 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-import commandline
-import files
-import folders
-import machine
-import verbs
-from commandline import note, write
-from errors import ImageError, PaliGemmaError, PromptError, UsageError, counted
-from folders import Loaded, one_picture
-from options import (
+from paligemma import files, machine
+from paligemma.errors import ImageError, PaliGemmaError, PromptError, UsageError, counted
+from paligemma.pictures import folders
+from paligemma.pictures.folders import Loaded, one_picture
+from paligemma.programs import commandline, verbs
+from paligemma.programs.commandline import note, write
+from paligemma.programs.options import (
     Checkpoint,
     DrawingFlags,
     ModelFlags,
     PictureFlags,
     ResultFlags,
-    bundled,
     find_picture,
     picture_options,
     read_picture,
     require,
     split_pictures,
 )
-from tasks import ANSWER_TOKENS, Annotator, Request, checkpoint_kind, doubt, in_order, prompt
+from paligemma.tasks import ANSWER_TOKENS, Annotator, Request, checkpoint_kind, doubt, in_order, prompt
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from modeling_paligemma import PaliGemmaForConditionalGeneration
-    from processing_paligemma import PaliGemmaProcessor
-    from segmentation import MaskCodec
+    from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
+    from paligemma.objects.mask_codec import MaskCodec
+    from paligemma.processing_paligemma import PaliGemmaProcessor
 
-BUNDLED_PICTURE, BUNDLED_QUESTION = "examples/shapes.png", "caption en"
+BUNDLED_PICTURE, BUNDLED_QUESTION = str(files.BUNDLED / "shapes.png"), "caption en"
 LONGEST_ANSWER = 100  # tokens, if neither --max_tokens_to_generate nor a verb says more
 MOST_TOGETHER = 64  # pictures in one prompt, all read before it is known how many fit; 31 do at 224 pixels
 ROWS = 4  # answers in flight, of a verb
@@ -152,7 +149,7 @@ class Flags(ModelFlags, PictureFlags, ResultFlags, DrawingFlags):
         """What the words ask for; without a verb, the pictures of the prompt."""
         if self.words:
             return verbs.read_words(self.words)
-        return verbs.Job("ask", tuple(split_pictures(self.image_file_path or bundled(BUNDLED_PICTURE))), ("",))
+        return verbs.Job("ask", tuple(split_pictures(self.image_file_path or BUNDLED_PICTURE)), ("",))
 
     def check_outputs(self, read: list[tuple[str, str | Path]]) -> None:
         """Raises: UsageError, OutputError as verbs.check_outputs; `read` is what is read besides the pictures."""
@@ -238,7 +235,7 @@ def is_looping(text: str) -> bool:
 def open_checkpoint(flags: Flags) -> Checkpoint:
     """The model that the flags name, without its weights."""
     machine.use_cores()
-    import weights
+    from paligemma.checkpoints import weights
 
     checkpoint = Checkpoint(flags, weights)
     flags.check_outputs(checkpoint.files)
@@ -272,8 +269,8 @@ def explain_answer(
     token_ids: list[int], file: str,
 ) -> dict:  # fmt: skip
     """Draws where an answer comes from into a file, and returns the same for its JSON; `asked` is the processor's dict."""
-    from drawing import save
-    from explain import draw_explanation, explain
+    from paligemma.explanation import draw_explanation, explain
+    from paligemma.objects.drawing import save
 
     with machine.memory_errors("explaining the answer"):
         explanation = explain(model, processor, asked, token_ids)
@@ -335,7 +332,7 @@ class Session:
 
     def steps(self, inputs: dict) -> Iterator[tuple[int, float]]:
         """The answer's tokens and their logprobs, one by one."""
-        from generation import generate_steps
+        from paligemma.generation import generate_steps
 
         flags = self.flags
         if self.image_features is None:
@@ -463,8 +460,8 @@ def answer_prompt(flags: Flags) -> None:
     """The classic way: one prompt about all pictures at once."""
     prompt = choose_prompt(flags)
     if flags.image_file_path is None:
-        note(f'note: this asks "{prompt}" about the bundled picture, {bundled(BUNDLED_PICTURE)}; --help lists the flags.')
-    names = split_pictures(flags.image_file_path or bundled(BUNDLED_PICTURE))
+        note(f'note: this asks "{prompt}" about the bundled picture, {BUNDLED_PICTURE}; --help lists the flags.')
+    names = split_pictures(flags.image_file_path or BUNDLED_PICTURE)
     pictures = [read_picture(name, flags) for name in names]
     if prompt is None:
         answer_typed(flags, pictures)
@@ -500,7 +497,7 @@ def load_picture(name: str, flags: Flags, side: int) -> Loaded:
 
 def find_masks(flags: Flags, checkpoint: Checkpoint) -> "MaskCodec | None":
     """What decodes the masks of `segment`, if it is there; else a note says how to get it."""
-    from segmentation import find_codec, load_codec
+    from paligemma.objects.mask_codec import find_codec, load_codec
 
     file = find_codec(checkpoint.base, flags.mask_codec)
     if file is None:

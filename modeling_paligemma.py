@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling_gemma import GemmaConfig, GemmaForCausalLM, KVCache
-from modeling_siglip import SiglipVisionConfig, SiglipVisionModel
+from paligemma.modeling_gemma import GemmaConfig, GemmaForCausalLM, KVCache
+from paligemma.modeling_siglip import SiglipVisionConfig, SiglipVisionModel
 
 IGNORE_INDEX = -100  # the label of a token that the loss skips, as in transformers
 

@@ -27,14 +27,14 @@ import numpy as np
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 
-import files
-from errors import CheckpointError, ImageError, OutputError, PromptError, TokenizerError
-from images import load_image, squeeze
+from paligemma import files
+from paligemma.errors import CheckpointError, ImageError, OutputError, PromptError, TokenizerError
+from paligemma.pictures.images import load_image, squeeze
 
 if TYPE_CHECKING:
     import torch
 
-    from modeling_paligemma import PaliGemmaConfig
+    from paligemma.modeling_paligemma import PaliGemmaConfig
 
 log = logging.getLogger(__name__)
 
@@ -469,7 +469,11 @@ class PaliGemmaProcessor:
         Args: as of weights.load_model.
         Raises: TokenizerError or CheckpointError when files are missing, broken, or contradict each other; AccessError.
         """
-        from weights import base_folder, read_config, resolve  # brings torch, which importing this file does not
+        from paligemma.checkpoints.weights import (  # brings torch, which importing this file does not
+            base_folder,
+            read_config,
+            resolve,
+        )
 
         own = resolve(path_or_hub_id, revision)
         folder = base_folder(own, base_model)

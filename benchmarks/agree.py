@@ -17,18 +17,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import graphs
-from generation import generate
-from make_checkpoint import write_checkpoint
-from modeling_gemma import attention
-from modeling_paligemma import PaliGemmaForConditionalGeneration
-from sides import make_rows
-from weights import load_model
+from benchmarks.make_checkpoint import write_checkpoint
+from benchmarks.sides import make_rows
+from paligemma.checkpoints.weights import load_model
+from paligemma.generation import generate
+from paligemma.layers import graphs
+from paligemma.modeling_gemma import attention
+from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
 # Relative distance of all logits. float32 sums in another order differ by some 1e-6 and bfloat16 by 4e-3, the rounding of
 # its 8 bits; the quantised forms round their activations on some devices and not on others.

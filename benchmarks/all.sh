@@ -9,6 +9,7 @@ set -euo pipefail
 case " $* " in *" --help "* | *" -h "*) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;; esac
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-$here/../.venv/bin/python}
+export PYTHONPATH=$here/..${PYTHONPATH:+:$PYTHONPATH}
 
 model='' save=()
 for ((i = 1; i <= $#; i++)); do
@@ -24,15 +25,15 @@ if [ -z "$model" ]; then
     echo "Say which checkpoint: bash benchmarks/all.sh --model DIR" >&2
     exit 2
 fi
-[ -e "$model/config.json" ] || "$python" "$here/make_checkpoint.py" --out "$model"
+[ -e "$model/config.json" ] || "$python" -m benchmarks.make_checkpoint --out "$model"
 rm -rf -- "${model%/}-int8" "${model%/}-int4"
 
 for script in decode prefill memory start batch quality growth; do
     printf '\n== %s, %s\n' "$script" "$(date -u +%H:%M:%S)"
-    "$python" "$here/$script.py" "$@"
+    "$python" -m "benchmarks.$script" "$@"
 done
 printf '\n== products, %s\n' "$(date -u +%H:%M:%S)"
-"$python" "$here/products.py" "${save[@]}"
+"$python" -m benchmarks.products "${save[@]}"
 if [ ${#save[@]} -gt 0 ]; then
-    "$python" "$here/plot.py"
+    "$python" -m benchmarks.plot
 fi

@@ -1,7 +1,7 @@
 """Pictures a second of a folder: annotate.py's own loop beside the plain loop over transformers; and what a killed run loses.
 
-    python benchmarks/annotate.py [--model CHECKPOINT] [--pictures 64] [--rows 16]
-    python benchmarks/annotate.py --kills 5         the same, and then 1,000 pictures, 10 of them bad, with 5 kills
+    python -m benchmarks.annotate [--model CHECKPOINT] [--pictures 64] [--rows 16]
+    python -m benchmarks.annotate --kills 5         the same, and then 1,000 pictures, 10 of them bad, with 5 kills
 
 The plain loop is what everybody writes first: open a picture, processor, generate, decode, the next one. annotate.py keeps `rows`
 pictures in flight and lets the next one in where an answer has ended (continuous batching), reads pictures in threads meanwhile,
@@ -26,18 +26,18 @@ from functools import partial
 from pathlib import Path
 
 # isort: off
-import turns
-import job
+from benchmarks import turns
+from paligemma.files import BUNDLED
+from paligemma.programs import job
 import numpy as np
 import torch
-import weights
-from job import JobFlags, Question
-from journal import Journal, rows
-from options import Checkpoint
+from paligemma.checkpoints import weights
+from paligemma.programs.job import JobFlags, Question
+from paligemma.programs.journal import Journal, rows
+from paligemma.programs.options import Checkpoint
 from PIL import Image
 
-sys.path.insert(0, str(turns.HERE.parent / "demo"))
-import shapes
+from demo import shapes
 # isort: on
 
 PROMPTS = ("caption en", "detect shape", "answer en how many shapes are there?")
@@ -138,7 +138,7 @@ def kill(options: argparse.Namespace, folder: Path) -> dict:
     for path in bad:
         path.write_bytes(path.read_bytes()[: draw.randrange(60)])
     file = folder / "rows.jsonl"
-    command = [sys.executable, str(turns.HERE.parent / "annotate.py"), "photos", "--task=detect", "shape", f"--output={file}"]
+    command = [sys.executable, "-m", "paligemma", "annotate", "photos", "--task=detect", "shape", f"--output={file}"]
     command += [f"--model_path={options.model}", f"--rows={options.rows}"]
     start = partial(subprocess.Popen, command, cwd=folder, stderr=subprocess.PIPE)
     kept = []
@@ -171,7 +171,7 @@ def kill(options: argparse.Namespace, folder: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=turns.HERE.parent / "demo" / "checkpoint", help="default: demo/checkpoint")
+    parser.add_argument("--model", type=Path, default=BUNDLED, help="default: the bundled one")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="fp32", choices=sorted(NAMES))
     parser.add_argument("--pictures", type=int, default=64)

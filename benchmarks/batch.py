@@ -12,7 +12,7 @@ import json
 import random
 from functools import partial
 
-import turns
+from benchmarks import turns
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ graph (graphs.py), and "compiled" the same of a compiled step; "share" is the pa
 import json
 from functools import partial
 
-import turns
+from benchmarks import turns
 
 RECORDING = 8  # tokens on CUDA, until graphs are recorded and, some minutes, steps compiled: by all sides at the same time
 

@@ -20,6 +20,7 @@ case " $* " in *" --help "* | *" -h "*) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BAS
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 root=$(dirname -- "$here")
 python=${PYTHON:-$root/.venv/bin/python}
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 [ -x "$python" ] || python=$(command -v python3)
 model=${TMPDIR:-/tmp}/paligemma-3b
 if [ "${1:-}" = --model ]; then
@@ -53,16 +54,16 @@ step() { # step NAME SECONDS COMMAND...
 measure() { # measure SCRIPT SECONDS FLAGS...
     local script=$1 limit=$2
     shift 2
-    step "$script" "$limit" "$python" "$here/$script.py" --model "$model" --device cuda "$@"
+    step "$script" "$limit" "$python" -m "benchmarks.$script" --model "$model" --device cuda "$@"
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.mem --format=csv,noheader || true
 "$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version())'
 "$python" -c 'import transformers; print("transformers", transformers.__version__)' || true
 
-step agree 150 "$python" "$here/agree.py" --device cuda
+step agree 150 "$python" -m benchmarks.agree --device cuda
 step pytest 60 "$python" -m pytest -q -x "$root"/tests/test_modeling_{siglip,gemma,paligemma}.py "$root"/tests/test_generation.py
-[ -e "$model/config.json" ] || step checkpoint 120 "$python" "$here/make_checkpoint.py" --out "$model"
+[ -e "$model/config.json" ] || step checkpoint 120 "$python" -m benchmarks.make_checkpoint --out "$model"
 measure prefill 60 "$@"
 measure decode 240 "$@"
 measure batch 60 --rounds 2 "$@"

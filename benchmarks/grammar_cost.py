@@ -1,6 +1,6 @@
 """What a grammar and the moments of coordinates cost: microseconds a step, beside the step that they are part of.
 
-    python benchmarks/grammar_cost.py [--rows 1,8,32] [--device cuda]
+    python -m benchmarks.grammar_cost [--rows 1,8,32] [--device cuda]
 
 Holding a row to a grammar means knowing, each step, which ids may come next. A mask over the vocabulary, as is often made for
 that, writes and reads 257216 numbers a row once more. grammar.py names the few ids instead (1024 at most, mostly one or two),
@@ -26,13 +26,13 @@ from types import SimpleNamespace
 import torch
 
 # isort: off
-import turns
-from generation import generate_steps
-from grammar import Ending, Grammar
-from images import load_image
-from modeling_gemma import GemmaConfig, KVCache
-from processing_paligemma import PaliGemmaProcessor
-from weights import load_model
+from benchmarks import turns
+from paligemma.generation import generate_steps
+from paligemma.objects.grammar import Ending, Grammar
+from paligemma.pictures.images import load_image
+from paligemma.modeling_gemma import GemmaConfig, KVCache
+from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.checkpoints.weights import load_model
 # isort: on
 
 VOCABULARY, IMAGE, EOS = 257216, 257152, 1  # as in every PaliGemma
@@ -123,7 +123,7 @@ def compare(model: object, inputs: dict, count: int, locations: range, grammar: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=turns.HERE.parent / "demo" / "checkpoint")
+    parser.add_argument("--model", type=Path, default=turns.HERE.parent / "paligemma" / "bundled")
     parser.add_argument("--picture", default=turns.HERE.parent / "examples" / "shapes.png")
     parser.add_argument("--rows", default="1,8,32", help="rows of logits, side by side")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

@@ -13,8 +13,8 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-import turns
-from make_checkpoint import write_checkpoint
+from benchmarks import turns
+from benchmarks.make_checkpoint import write_checkpoint
 
 CONTEXTS = ((224, 266), (224, 512), (448, 1034), (896, 4106))  # px, tokens
 

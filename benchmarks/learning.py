@@ -1,8 +1,8 @@
 """Examples a second and peak memory of fine-tuning: ours beside the same step by transformers, LoRA beside peft's.
 
-    python benchmarks/learning.py --model demo/checkpoint
-    python benchmarks/make_checkpoint.py --out /tmp/wide --layers 1
-    python benchmarks/learning.py --model /tmp/wide --rows 2 --steps 4        full width, one layer in each part
+    python -m benchmarks.learning --model paligemma/bundled
+    python -m benchmarks.make_checkpoint --out /tmp/wide --layers 1
+    python -m benchmarks.learning --model /tmp/wide --rows 2 --steps 4        full width, one layer in each part
 
 Each turn is a new process that loads the model, makes one update to warm up and then --steps of them, so that the peak is that
 of a fine-tune and nothing else, and no two models need to be in memory. Both sides learn the same rows (a picture of noise, ten
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import turns
+from benchmarks import turns
 
 ANSWER, VOCABULARY = 16, (10, 250)  # tokens of an answer; ids that mean something in every tokenizer
 LEARNING_RATE, RANK, ALPHA = 1e-4, 8, 16
@@ -60,9 +60,9 @@ def ours(options: argparse.Namespace, config: dict) -> Callable[[int], float]:
     """A function that makes update number `step` and returns its loss."""
     import torch
 
-    import lora
-    import training
-    import weights
+    from paligemma.checkpoints import weights
+    from paligemma.layers import lora
+    from paligemma.learning import training
 
     model = weights.load_model(options.model, device=torch.device(options.device), dtype=torch.bfloat16)
     if options.method == "lora":
@@ -128,7 +128,8 @@ def work(options: argparse.Namespace) -> None:
 def turn(name: str, options: argparse.Namespace) -> dict:
     side, method = SIDES[name]
     flags = {"model": options.model, "device": options.device, "rows": options.rows, "steps": options.steps}
-    command = [sys.executable, __file__, "--side", side, "--method", method, *(f"--{k}={v}" for k, v in flags.items())]
+    command = [sys.executable, "-m", "benchmarks.learning", "--side", side, "--method", method]
+    command += [*(f"--{k}={v}" for k, v in flags.items())]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if run.returncode:
         raise SystemExit(f"{name} ended with {run.returncode}; see its error above.")

@@ -6,7 +6,7 @@ will compare with. So this script writes a decoder of the checkpoint's dimension
 tokens. Q4_0 is taken for the output matrix, too, as our int4 does; llama.cpp's own quantiser would keep that one at 6 bits.
 
     pip install gguf llama-cpp-python                               # compiles for this machine, which takes a while
-    python benchmarks/llama.py --model /tmp/paligemma-3b --gguf /tmp/gguf [--python OTHER/bin/python]
+    python -m benchmarks.llama --model /tmp/paligemma-3b --gguf /tmp/gguf [--python OTHER/bin/python]
 
 Both are optional and may be installed for another interpreter, which --python names. That one then runs this same file as a
 server that does what it is told line by line, as sides.py does.
@@ -20,7 +20,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-import turns
+from benchmarks import turns
 
 PAIRS = {"BF16": turns.OURS, "Q8_0": turns.INT8, "Q4_0": turns.INT4}  # llama.cpp's name, and the side of as many bits
 
@@ -125,7 +125,7 @@ class Llama(turns.Side):
     """A process of this file, run by the interpreter that has llama.cpp."""
 
     def __init__(self, python: str, file: Path, slots: int, text: dict):
-        command = [python, __file__, "--serve"]
+        command = [python, "-m", "benchmarks.llama", "--serve"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)

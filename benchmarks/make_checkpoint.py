@@ -1,6 +1,6 @@
 """Writes a random PaliGemma of full size in hub layout, for measuring: speed and memory do not depend on what a model knows.
 
-    python benchmarks/make_checkpoint.py --out /tmp/paligemma-3b
+    python -m benchmarks.make_checkpoint --out /tmp/paligemma-3b
 
 The files, names, shapes, dtype and sharding are those of the published ones, so that every loader takes its usual way. The
 tokenizer is made up, too, in the real one's form and size: its parsing is a large part of a start.
@@ -13,15 +13,12 @@ margin that survives bfloat16 and int4. So two programs can be asked for the sam
 import argparse
 import json
 import random
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from safetensors.torch import save_file
 
-from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARD_BYTES = 4_950_000_000  # the first of the hub's two files

@@ -8,7 +8,7 @@ On CUDA the number is the most that torch had allocated there; the memory of the
 
 import json
 
-import turns
+from benchmarks import turns
 
 
 def peak(name: str, model: object, device: str, context: int) -> tuple[turns.Side, dict]:

@@ -1,6 +1,6 @@
 """Who reads the answers that models give? outputs.py beside supervision, on the same texts, judged by what was written by hand.
 
-    python benchmarks/parsing.py          (pip install supervision)
+    python -m benchmarks.parsing          (pip install supervision)
 
 Each case is a text and the objects that it names: label and box, in 1023rds, y first. A side is right if it finds these objects
 in this order and no others, each box within 2 pixels of a picture of 1000 x 1000. That forgives dividing by 1024; one case asks
@@ -18,9 +18,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from outputs import Box, read_text
+from paligemma.objects.outputs import Box, read_text
 
 ROOT = Path(__file__).resolve().parent.parent
 CAT, DOG, ALL = (100, 200, 300, 400), (500, 20, 900, 1000), (0, 0, 1023, 1023)

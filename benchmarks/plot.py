@@ -1,19 +1,16 @@
 """Draws results/speed.svg from the stored JSON: a panel for each question, a bar for each side, a mark at the floor.
 
-    python benchmarks/plot.py [--device cuda]
+    python -m benchmarks.plot [--device cuda]
 
 Shorter is better everywhere. Nothing is measured here; the scripts that did are named in results/*.json, with their machine.
 """
 
 import argparse
 import json
-import sys
 from itertools import zip_longest
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from svg import BLUE, GREEN, INK, ORANGE, PURPLE, SOFT, Axes, Drawing
+from paligemma.svg import BLUE, GREEN, INK, ORANGE, PURPLE, SOFT, Axes, Drawing
 
 HERE = Path(__file__).resolve().parent
 COLORS = {"transformers": ORANGE, "ours bf16": BLUE, "ours int8": GREEN, "ours int4": PURPLE}

@@ -11,9 +11,9 @@ float32. int8 products can undercut that floor, since processors multiply small 
 import json
 from functools import partial
 
-import turns
-from machine import prefill_products
-from modeling_paligemma import PaliGemmaConfig
+from benchmarks import turns
+from paligemma.machine import prefill_products
+from paligemma.modeling_paligemma import PaliGemmaConfig
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """One matrix product, by operator and by number of rows: where a token's time goes, and why `quantization.product` chooses.
 
-    python benchmarks/products.py --size 16384x2048
+    python -m benchmarks.products --size 16384x2048
 
 x[R, K] @ W[N, K].T with W of a Gemma-2B layer. With one row (decoding) each weight is read once and used once, so the time is
 bytes / read bandwidth, whatever the arithmetic; with 266 rows (a picture and a prompt) each is used 266 times, so the time is
@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # isort: off
-import turns
-import kernels
-import quantization
+from benchmarks import turns
+from paligemma.layers import kernels
+from paligemma.layers import quantization
 # isort: on
 
 COPIES_BYTES = 2**28  # of all copies of a weight together: beyond the last cache

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import turns
+from benchmarks import turns
 
 POSITIONS = 64  # text tokens behind the picture
 
@@ -56,7 +56,7 @@ def demo(options: object) -> dict:
     print(f"\n{'demo checkpoint':34}{'answers':>10}{'captions':>12}{'detect':>11}")
     for name in (name for name in options.sides if name in (turns.OURS, turns.INT8, turns.INT4)):
         kind = name.split()[1]
-        command = [sys.executable, str(turns.HERE.parent / "demo" / "evaluate.py"), "--model", str(options.demo)]
+        command = [sys.executable, "-m", "demo.evaluate", "--model", str(options.demo)]
         command += ["--count", str(options.count), "--device", options.device]
         command += ["--dtype", "bf16"] if name == turns.OURS else ["--quantize", kind]
         output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -67,7 +67,7 @@ def demo(options: object) -> dict:
 
 
 def main() -> None:
-    bundled = turns.HERE.parent / "demo" / "checkpoint"
+    bundled = turns.HERE.parent / "paligemma" / "bundled"
     count = {"type": int, "default": 150, "help": "pictures that the demo checkpoint is asked about; 0 = none"}
     options = turns.parse(__doc__, rounds=1, flags={"--demo": {"type": Path, "default": bundled}, "--count": count})
     options.count = min(options.count, 2) if options.quick else options.count

@@ -1,6 +1,6 @@
 """Kills fine-tunes at random moments, lets them go on, and counts those that end bit for bit as one that was left alone.
 
-    python benchmarks/resume.py [--kills 20] [--seed 0]
+    python -m benchmarks.resume [--kills 20] [--seed 0]
 
 Each run is finetune.py on pictures of demo/transfer.py, with evaluations and a checkpoint every few updates. It gets SIGKILL at a
 moment drawn from the whole length of an undisturbed run (start, updates, writing a checkpoint, writing the result), is started
@@ -26,7 +26,7 @@ FREE = ("seconds",)  # what a line of metrics.jsonl says about the clock
 def command(folder: Path, output: Path, steps: int) -> list[str]:
     settings = {"config": folder / "finetune.yaml", "output": output, "steps": steps, "save_every": 3, "evaluate_every": 5}
     settings |= {"batch_size": 4, "num_scored": 4, "lora_dropout": 0.1, "method": "lora"}
-    return [sys.executable, str(ROOT / "finetune.py"), *(f"--{name}={value}" for name, value in settings.items())]
+    return [sys.executable, "-m", "paligemma", "finetune", *(f"--{name}={value}" for name, value in settings.items())]
 
 
 def run(words: list[str], patience: float | None = None) -> bool:
@@ -58,7 +58,7 @@ def main() -> None:
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        demo = [sys.executable, str(ROOT / "demo" / "transfer.py"), "--out", str(folder), "--count", "40"]
+        demo = [sys.executable, "-m", "demo.transfer", "--out", str(folder), "--count", "40"]
         subprocess.run(demo, check=True, stdout=subprocess.DEVNULL)
         start = time.monotonic()
         run(command(folder, folder / "undisturbed", options.steps))

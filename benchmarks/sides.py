@@ -2,7 +2,7 @@
 
     echo '{"do": "load", "model": "/tmp/paligemma-3b"}
           {"do": "begin", "context": 266, "most": 16}
-          {"do": "decode", "count": 15}' | python benchmarks/sides.py transformers
+          {"do": "decode", "count": 15}' | python -m benchmarks.sides transformers
 
 Every line names a method below and its arguments; the answer is one line of JSON with seconds and tokens. Both models stay in
 memory, each in its process, and a parent (turns.py) lets them work in turn, so that whatever slows the machine slows both.
@@ -22,9 +22,7 @@ import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import machine
+from paligemma import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 machine.use_cores()  # both sides get the same threads
@@ -138,8 +136,8 @@ class Ours(Side):
     """This project. Options: dtype, quantize; compiled = the decoding step is compiled at once, and not after a while (CUDA)."""
 
     def load_model(self) -> torch.nn.Module:
-        from graphs import use_graphs
-        from weights import load_model
+        from paligemma.checkpoints.weights import load_model
+        from paligemma.layers.graphs import use_graphs
 
         model = load_model(self.folder, device=self.device, dtype=self.options["dtype"], quantize=self.options["quantize"])
         if self.options["compiled"]:
@@ -153,7 +151,7 @@ class Ours(Side):
 
     def save(self, out: str) -> dict:
         """Writes the model as it is, quantised or not, and the files of the processor beside it."""
-        from weights import save_model
+        from paligemma.checkpoints.weights import save_model
 
         save_model(self.model, Path(out))
         for file in self.folder.glob("*.json"):
@@ -162,7 +160,7 @@ class Ours(Side):
         return {}
 
     def answer(self, inputs: dict, most: int) -> Generator[int]:
-        from generation import generate
+        from paligemma.generation import generate
 
         return (int(tokens) for tokens in generate(self.model, inputs, max_new_tokens=most, eos_token_id=None))
 
@@ -174,7 +172,7 @@ class Ours(Side):
 
     def caption(self, inputs: dict, rows: int, lengths: list[int]) -> list[list[int]]:
         """generate_many, but that a row ends at a length of its own: a random model says no eos."""
-        from generation import Decoder, Sampling, refill, split_rows
+        from paligemma.generation import Decoder, Sampling, refill, split_rows
 
         class Measured(Decoder):
             def is_finished(self, row: object) -> bool:

@@ -14,7 +14,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-import turns
+from benchmarks import turns
 
 PROMPT = "caption en"
 THEIRS = """

@@ -18,9 +18,7 @@ from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import machine
+from paligemma import machine
 
 HERE = Path(__file__).resolve().parent
 THREADS = machine.use_cores()  # here, and in every side that is started: a child inherits the number of threads
@@ -68,7 +66,7 @@ class Side:
     """A process of sides.py with a model in it."""
 
     def __init__(self, name: str, model: Path, device: str):
-        command = [sys.executable, str(HERE / "sides.py"), *ARGUMENTS[name], "--device", device]
+        command = [sys.executable, "-m", "benchmarks.sides", *ARGUMENTS[name], "--device", device]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.tell("load", model=str(model))  # the answer is read when it is needed, so that sides load at the same time
 
@@ -152,7 +150,7 @@ def product_bandwidth() -> float:
     """Bytes a second that our own product of one row reads, on some processors more than anything of torch does; 0 = none."""
     import torch
 
-    import kernels
+    from paligemma.layers import kernels
 
     if kernels.library() is None:
         return 0.0
@@ -258,7 +256,7 @@ def finish(options: argparse.Namespace, results: dict) -> None:
         about["machine"] = torch.cuda.get_device_name(options.device)
     about["versions"] = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")}
     print(about)
-    command = ["python", f"benchmarks/{options.script}.py", *sys.argv[1:]]
+    command = ["python", "-m", f"benchmarks.{options.script}", *sys.argv[1:]]
     document = {"command": shlex.join(command)} | about | {"rounds": options.rounds} | results
     if options.save:
         name = options.script + ("" if options.device == "cpu" else "-" + options.device.partition(":")[0])

@@ -1,6 +1,6 @@
-"""Trains the demo's mask codec, demo/checkpoint/vae-oid.npz, in the form of PaliGemma's: two million parameters, from nothing.
+"""Trains the demo's mask codec, paligemma/bundled/vae-oid.npz, in the form of PaliGemma's: two million parameters, from nothing.
 
-    python demo/codec.py [--steps N] [--out FILE]      the last line says how much of a mask comes back
+    python -m demo.codec [--steps N] [--out FILE]      the last line says how much of a mask comes back
 
 Half of the masks are the demo's six shapes, some of them turned; the others are ellipses, blobs, polygons and rings, so that the
 codec is one for masks in general and not a list of six. Each is drawn at some size without smoothing, as a mask of a picture
@@ -21,7 +21,6 @@ again at a vector of the batch. Mean square error; the target is -1 outside, 1 i
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -31,12 +30,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import shapes
-from masks import MASK_SIDE, resize
-from segmentation import CODEC_NAME, CODES, Codebook, MaskCodec, load_codec
+from demo import shapes
+from paligemma.objects.mask_codec import CODEC_NAME, CODES, Codebook, MaskCodec, load_codec
+from paligemma.objects.masks import MASK_SIDE, resize
 
 ROOT = Path(__file__).resolve().parent.parent
 COPYING = 0.3  # the share of all steps before there are codes
@@ -195,7 +191,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=ROOT / "demo" / "checkpoint" / CODEC_NAME)
+    parser.add_argument("--out", type=Path, default=ROOT / "paligemma" / "bundled" / CODEC_NAME)
     options = parser.parse_args()
     torch.set_num_threads(1)
     codec = train(options.steps, options.batch, options.seed, options.rate)

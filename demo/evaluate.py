@@ -1,6 +1,6 @@
 """Measures a checkpoint on scenes that it has not seen: exact answers, exact captions, boxes, masks, and what their scores say.
 
-    python demo/evaluate.py [--model FOLDER] [--count PICTURES] [--seed S] [--quantize int8] [--grammar]
+    python -m demo.evaluate [--model FOLDER] [--count PICTURES] [--seed S] [--quantize int8] [--grammar]
 
 Each picture is asked the questions of shapes.ASKED. An answer or caption counts if it is right to the letter. A `detect` scores
 the sum of IoU over boxes of the same label, matched best first, divided by the larger of the numbers of true and said boxes; a
@@ -26,14 +26,11 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import shapes
-from exports import coco, coco_results, collect
-from outputs import Box, Found, as_json
-from scores import lacks_pycocotools, mask_iou
-from tasks import OBJECT_TASKS, Annotator, Request, Result, in_order
+from demo import shapes
+from paligemma.learning.scores import lacks_pycocotools, mask_iou
+from paligemma.objects.exports import coco, coco_results, collect
+from paligemma.objects.outputs import Box, Found, as_json
+from paligemma.tasks import OBJECT_TASKS, Annotator, Request, Result, in_order
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWERS = ("color", "shape", "count", "exists", "where")
@@ -206,9 +203,9 @@ def rounded(value: object) -> object:
 
 def annotator(options: argparse.Namespace) -> Annotator:
     """The checkpoint, with its codec if it has one."""
-    import weights
-    from options import Checkpoint, ModelFlags
-    from segmentation import find_codec, load_codec
+    from paligemma.checkpoints import weights
+    from paligemma.objects.mask_codec import find_codec, load_codec
+    from paligemma.programs.options import Checkpoint, ModelFlags
 
     flags = ModelFlags(model_path=options.model, device=options.device, dtype=options.dtype, quantize=options.quantize)
     checkpoint = Checkpoint(flags, weights)
@@ -225,7 +222,7 @@ def annotator(options: argparse.Namespace) -> Annotator:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measures a checkpoint on unseen scenes.")
-    parser.add_argument("--model", default=str(ROOT / "demo" / "checkpoint"), help="folder or hub id")
+    parser.add_argument("--model", default=str(ROOT / "paligemma" / "bundled"), help="folder or hub id")
     parser.add_argument("--count", type=int, default=300, help="number of pictures")
     parser.add_argument("--seed", type=int, default=1000, help="of the scenes; training used others")
     parser.add_argument("--dtype", default=None, help="bf16, fp16 or fp32; as stored if not given")

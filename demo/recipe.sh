@@ -16,7 +16,7 @@ stage() {  # NAME, its share of the time in percent, and what train.py is told
   local name=$1 share=$2
   shift 2
   [ -e "$runs/$name.done" ] && return
-  "$python" demo/train.py "$@" --name "$name" --runs "$runs" --minutes "$("$python" -c "print($hours * 0.6 * $share)")"
+  "$python" -m demo.train "$@" --name "$name" --runs "$runs" --minutes "$("$python" -c "print($hours * 0.6 * $share)")"
   touch "$runs/$name.done"
 }
 
@@ -35,13 +35,13 @@ stage polish 4 prefix --pixels 112 --start last.pt --seed 6 --batch 16 --questio
   --tower_rate 0.5 --head_weight 0.5
 stage words 39 prefix --pixels 112 --start polish.pt --seed 7 --batch 16 --questions 5 --muon_lr 0.006 --adam_lr 7e-4 --bins 3 \
   --tower_rate 0.5 --head_weight 0
-"$python" demo/train.py export --start words.pt --runs "$runs" --out "$runs/checkpoint"
-cp demo/checkpoint/vae-oid.npz "$runs/checkpoint/"  # of demo/codec.py
-"$python" demo/evaluate.py --model "$runs/checkpoint" | tee "$runs/scores.txt"
+"$python" -m demo.train export --start words.pt --runs "$runs" --out "$runs/checkpoint"
+cp paligemma/bundled/vae-oid.npz "$runs/checkpoint/"  # of demo/codec.py
+"$python" -m demo.evaluate --model "$runs/checkpoint" | tee "$runs/scores.txt"
 # 3. A transfer to what the model cannot do, of all weights and as an adapter.
-"$python" demo/transfer.py --out "$runs/largest"
+"$python" -m demo.transfer --out "$runs/largest"
 transfer() {  # METHOD and more flags; the rate of finetune.yaml is that of all weights
-  "$python" finetune.py --model_path "$runs/checkpoint" --config "$runs/largest/finetune.yaml" --output "$runs/$1" --method "$@" --resume
+  "$python" -m paligemma finetune --model_path "$runs/checkpoint" --config "$runs/largest/finetune.yaml" --output "$runs/$1" --method "$@" --resume
 }
 transfer full
 transfer lora --learning_rate 5e-3

@@ -1,6 +1,6 @@
 """Draws scenes of coloured shapes and asks questions about them: what the demo checkpoint learns from and is measured on.
 
-    python demo/shapes.py --out DIR --count N --seed S      N pictures and DIR/annotations.jsonl, one question a line
+    python -m demo.shapes --out DIR --count N --seed S      N pictures and DIR/annotations.jsonl, one question a line
 
 A scene has one to four shapes that do not touch, on a flat, graded, striped or noisy background, and often a word in capital
 letters. Every question has exactly one right answer, and the picture decides it:
@@ -9,7 +9,7 @@ letters. Every question has exactly one right answer, and the picture decides it
 - "where" is asked only of shapes that lie well inside one of the nine fields of a 3 x 3 grid.
 
 `detect` and `segment` of what is not there are answered with nothing. Every shape of a kind fills its box in the same way, so
-it has the same sixteen codes wherever it is: those that the encoder of checkpoint/vae-oid.npz gives to its outline.
+it has the same sixteen codes wherever it is: those that the encoder of paligemma/bundled/vae-oid.npz gives to its outline.
 
 The same seed draws the same scenes. Coordinates are fractions of the picture's side, x to the right, y down. numpy and PIL,
 torch only once codes are needed; the fonts lie in fonts/ beside this file.
@@ -18,7 +18,6 @@ torch only once codes are needed; the fonts lie in fonts/ beside this file.
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -28,11 +27,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from paligemma.files import BUNDLED
+from paligemma.objects.masks import MASK_SIDE, fill, resize
 
-from masks import MASK_SIDE, fill, resize
-
-CODEC = Path(__file__).resolve().parent / "checkpoint" / "vae-oid.npz"
+CODEC = BUNDLED / "vae-oid.npz"
 COLORS = {
     "red": (215, 35, 40), "orange": (245, 140, 25), "yellow": (245, 222, 45), "green": (45, 160, 65),
     "blue": (45, 85, 220), "purple": (140, 55, 185), "black": (18, 18, 20), "white": (248, 248, 246),
@@ -369,7 +367,7 @@ def mask_tokens(kind: str) -> str:
     """The sixteen codes of a kind of shape, as the shipped codec encodes its outline."""
     import torch
 
-    from segmentation import load_codec
+    from paligemma.objects.mask_codec import load_codec
 
     fine = fill([(outline(kind) * 8 * MASK_SIDE).ravel().tolist()], 8 * MASK_SIDE, 8 * MASK_SIDE)
     codes = load_codec(CODEC).encode(torch.from_numpy(resize(fine, MASK_SIDE, MASK_SIDE))[None])[0]

@@ -1,6 +1,6 @@
 """Stage 0 of the recipe: a vision tower that learns from pictures and their captions, before there is a decoder.
 
-SigLIP's two towers and its loss (modeling_siglip_contrastive.py): which of the batch's captions belongs to which of its pictures?
+SigLIP's two towers and its loss (siglip_contrastive.py): which of the batch's captions belongs to which of its pictures?
 A caption names the shapes from left to right and the word, if there is one. That asks for what is in a picture and little for
 where, and a tower that has seen a hundred thousand pictures instead of ten thousand million needs a stronger teacher. So a linear
 head, thrown away after training, says beside it of each patch which shape covers it, where the edges of that shape's box are,
@@ -16,10 +16,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, distributed, nn
 
-import shapes
-from modeling_siglip import SiglipVisionConfig, SiglipVisionTransformer
-from modeling_siglip_contrastive import SiglipModel, SiglipTextConfig, distributed_sigmoid_loss
-from optimisers import Trainer, init, save
+from demo import shapes
+from demo.optimisers import Trainer, init, save
+from demo.siglip_contrastive import SiglipModel, SiglipTextConfig, distributed_sigmoid_loss
+from paligemma.modeling_siglip import SiglipVisionConfig, SiglipVisionTransformer
 
 PATCH = 14
 VISION = {

@@ -1,10 +1,10 @@
 """Trains the demo checkpoint, 3.5 million parameters, from nothing, in the stages of PaliGemma's recipe. All of it: recipe.sh.
 
-    python demo/train.py contrastive --name tower   --pixels 84 ...      0  the vision tower alone, on captions (tower.py)
-    python demo/train.py shared      --name joint   --pixels 84 ...      1  tower and decoder, on all tasks
-    python demo/train.py shared      --name higher  --pixels 112 ...     2  the same with 64 instead of 36 patches,
-    python demo/train.py prefix      --name last    --pixels 112 ...        then as it will be used
-    python demo/train.py export      --start last.pt
+    python -m demo.train contrastive --name tower   --pixels 84 ...      0  the vision tower alone, on captions (tower.py)
+    python -m demo.train shared      --name joint   --pixels 84 ...      1  tower and decoder, on all tasks
+    python -m demo.train shared      --name higher  --pixels 112 ...     2  the same with 64 instead of 36 patches,
+    python -m demo.train prefix      --name last    --pixels 112 ...        then as it will be used
+    python -m demo.train export      --start last.pt
 
 shared  The picture is read once for all questions about it, a dozen and more; they see it, it does not see them.
 prefix  One question a row, and the picture sees it: the prefix-LM pass that generation does. Slower, so it comes last.
@@ -53,7 +53,6 @@ began with the weights of polish in bfloat16. Masks are learned in minutes: the 
 
 import argparse
 import math
-import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -67,17 +66,14 @@ from tokenizers import Tokenizer
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import shapes
-from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask
-from optimisers import Trainer, init, save
-from tokenizer import make_tokenizer, write_files
-from tower import VISION, PatchHead, draw_batch, train_contrastive
+from demo import shapes
+from demo.optimisers import Trainer, init, save
+from demo.tokenizer import make_tokenizer, write_files
+from demo.tower import VISION, PatchHead, draw_batch, train_contrastive
+from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINT = ROOT / "demo" / "checkpoint"
+CHECKPOINT = ROOT / "paligemma" / "bundled"
 TEXT: dict[str, Any] = {
     "model_type": "gemma", "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 3,
     "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 512,
@@ -352,7 +348,7 @@ def train_joint(options: argparse.Namespace, rng: np.random.Generator) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """The state of a stage as a checkpoint folder in bfloat16, as the hub has it."""
-    from weights import save_model
+    from paligemma.checkpoints.weights import save_model
 
     joint = Joint(options, np.random.default_rng(0))
     joint.load(options.start)

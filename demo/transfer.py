@@ -1,8 +1,8 @@
 """Writes data for a fine-tune to what the demo checkpoint cannot do: to tell which shape is the largest.
 
-    python demo/transfer.py --out runs/largest
-    python finetune.py --config runs/largest/finetune.yaml --output runs/largest/full
-    python finetune.py --config runs/largest/finetune.yaml --output runs/largest/lora --method lora --learning_rate 5e-3
+    python -m demo.transfer --out runs/largest
+    python -m paligemma finetune --config runs/largest/finetune.yaml --output runs/largest/full
+    python -m paligemma finetune --config runs/largest/finetune.yaml --output runs/largest/lora --method lora --learning_rate 5e-3
 
 The question was never asked in training, and nothing that was asked needs sizes to be compared. The scenes are those of shapes.py
 with two shapes or more, of seeds that nothing else uses; where the two largest differ by less than a tenth, nobody is asked.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-import shapes
+from demo import shapes
 
 QUESTION = "answer en what is the largest shape?"
 SEEDS = {"train": 3000, "valid": 4000}

@@ -1,30 +1,26 @@
-"""Draws the figures of boxes.md and prints its numbers: `python notes/boxes_figures.py`.
+"""Draws the figures of boxes.md and prints its numbers: `python -m notes.boxes_figures`.
 
 scores.svg  precision against recall of the demo checkpoint's boxes, with and without scores, from
-            benchmarks/results/detection.json: python demo/evaluate.py | tail -1 > benchmarks/results/detection.json
+            benchmarks/results/detection.json: python -m demo.evaluate | tail -1 > benchmarks/results/detection.json
 codec.png   masks of three shapes, what the codec makes of them, and what comes back
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
-import shapes
-from masks import crop, paste
-from outputs import Box, Found, read_text, to_suffix
-from scores import mask_iou
-from segmentation import load_codec
-from svg import BLUE, ORANGE, SOFT, Axes, Drawing
+from demo import shapes
+from paligemma.learning.scores import mask_iou
+from paligemma.objects.mask_codec import load_codec
+from paligemma.objects.masks import crop, paste
+from paligemma.objects.outputs import Box, Found, read_text, to_suffix
+from paligemma.svg import BLUE, ORANGE, SOFT, Axes, Drawing
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -67,7 +63,7 @@ def draw_codec() -> None:
     """A row for each shape: its mask, the 64 x 64 crop, the sixteen codes, what they decode to; and prints the overlaps."""
     import torch
 
-    codec = load_codec(ROOT / "demo" / "checkpoint" / "vae-oid.npz")
+    codec = load_codec(ROOT / "paligemma" / "bundled" / "vae-oid.npz")
     side, gap = 176, 12
     page = Image.new("RGB", (4 * side + 5 * gap, 3 * side + 4 * gap), "white")
     pen = ImageDraw.Draw(page)

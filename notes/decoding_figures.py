@@ -1,27 +1,23 @@
-"""Prints the numbers of decoding.md and draws its figure: `python notes/decoding_figures.py`. Counts, measures nothing.
+"""Prints the numbers of decoding.md and draws its figure: `python -m notes.decoding_figures`. Counts, measures nothing.
 
 roofline.svg  one matrix product of the decoder for more and more rows, from benchmarks/results/products.json
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 import torch
 
-import machine
-import quantization
-from modeling_paligemma import PaliGemmaConfig
-from svg import BLUE, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing
-from tables import SIGLIP
-from weights import empty_model
+from notes.tables import SIGLIP
+from paligemma import machine
+from paligemma.checkpoints.weights import empty_model
+from paligemma.layers import quantization
+from paligemma.modeling_paligemma import PaliGemmaConfig
+from paligemma.svg import BLUE, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

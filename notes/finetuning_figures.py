@@ -1,4 +1,4 @@
-"""Makes the mistakes of finetuning.md on purpose and prints what they cost: `python notes/finetuning_figures.py`.
+"""Makes the mistakes of finetuning.md on purpose and prints what they cost: `python -m notes.finetuning_figures`.
 
 mistakes.svg  the loss that training shows, and the share of right answers behind it, of each run
 
@@ -15,29 +15,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import torch
 from PIL import Image
 
-import curves
-import dataset
-import evaluate
-import lora
-import shapes
-import training
-import weights
-from evaluation import Judge
-from finetune import plain_model
-from processing_paligemma import PaliGemmaProcessor
-from svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing
-from tasks import Annotator
+from demo import evaluate, shapes
+from paligemma.checkpoints import weights
+from paligemma.layers import lora
+from paligemma.learning import curves, dataset, training
+from paligemma.learning.evaluation import Judge
+from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.programs.finetune import plain_model
+from paligemma.svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing
+from paligemma.tasks import Annotator
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-CHECKPOINT = ROOT / "demo" / "checkpoint"
+CHECKPOINT = ROOT / "paligemma" / "bundled"
 RESULTS = HERE / "mistakes.json"
 IMAGE_TOKEN = weights.read_config(CHECKPOINT).image_token_index
 PLAN = training.Plan(steps=200, batch_size=8, rows=8, learning_rate=5e-4)
@@ -211,7 +205,7 @@ def main() -> None:
     processor = PaliGemmaProcessor.from_pretrained(CHECKPOINT)
     with tempfile.TemporaryDirectory() as folder:
         count = 40 if options.quick else 800
-        command = [sys.executable, str(ROOT / "demo" / "transfer.py"), "--out", folder, "--count", str(count)]
+        command = [sys.executable, "-m", "demo.transfer", "--out", folder, "--count", str(count)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         train, valid = (dataset.read_split(Path(folder) / f"{name}.jsonl") for name in ("train", "valid"))
         before = json.loads(RESULTS.read_text(encoding="utf-8")) if options.only else {}

@@ -1,4 +1,4 @@
-"""Shows and measures what loading.md says, on Linux: `python notes/loading_figures.py`. It takes 0.5 GB of disk for a moment.
+"""Shows and measures what loading.md says, on Linux: `python -m notes.loading_figures`. It takes 0.5 GB of disk for a moment.
 
 First the beginning of the bundled checkpoint's file. Then a random model of 0.23 billion parameters in bfloat16 is written and
 loaded in four ways, each in a process of its own, and the kernel is asked how much memory that process has of its own
@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 WAYS = {
     "mapped": {},
@@ -34,10 +33,10 @@ def write_model(folder: Path) -> None:
     """A Gemma-like decoder with a small tower, random."""
     import torch
 
-    from modeling_gemma import GemmaConfig
-    from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
-    from modeling_siglip import SiglipVisionConfig
-    from weights import save_model
+    from paligemma.checkpoints.weights import save_model
+    from paligemma.modeling_gemma import GemmaConfig
+    from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+    from paligemma.modeling_siglip import SiglipVisionConfig
 
     vision = SiglipVisionConfig(
         hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, patch_size=14
@@ -52,7 +51,7 @@ def write_model(folder: Path) -> None:
 
 def show_file(file: Path, count: int) -> None:
     """The first tensors of a safetensors file, as its header has them."""
-    from checkpoint import read_header
+    from paligemma.checkpoints.safetensors_files import read_header
 
     tensors = sorted(read_header(file).values(), key=lambda tensor: tensor.start)
     print(f"{file.name}: 8 bytes and the header up to byte {tensors[0].start}, then {len(tensors)} tensors")
@@ -64,15 +63,15 @@ def load(folder: str, way: str) -> None:
     """Prints, as JSON, what loading in one of the ways took."""
     import torch
 
-    from weights import load_model
+    from paligemma.checkpoints.weights import load_model
 
     torch.zeros(1)
     before = memory()
     if way == NAIVE:  # what many programs do: a model in float32, a dict of all tensors, load_state_dict
         from safetensors.torch import load_file
 
-        from modeling_paligemma import PaliGemmaForConditionalGeneration
-        from weights import read_config
+        from paligemma.checkpoints.weights import read_config
+        from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
         model = PaliGemmaForConditionalGeneration(read_config(Path(folder)))
         tensors = load_file(Path(folder) / "model.safetensors")
@@ -92,12 +91,12 @@ def main() -> None:
     if options.load:
         load(*options.load)
         return
-    show_file(ROOT / "demo" / "checkpoint" / "model.safetensors", 5)
+    show_file(ROOT / "paligemma" / "bundled" / "model.safetensors", 5)
     print(f"\n{'way':16}{'weights':>9}{'own':>9}{'of file':>9}{'peak':>9}   MB")
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
         for way in (*WAYS, NAIVE):
-            command = [sys.executable, __file__, "--load", folder, way]
+            command = [sys.executable, "-m", "notes.loading_figures", "--load", folder, way]
             output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
             row = json.loads(output)
             numbers = "".join(f"{row[key]:9.0f}" for key in ("weights", "own", "file", "peak"))

@@ -1,4 +1,4 @@
-"""Draws the figures of looking.md and prints its numbers, with the demo checkpoint: `python notes/looking_figures.py`.
+"""Draws the figures of looking.md and prints its numbers, with the demo checkpoint: `python -m notes.looking_figures`.
 
 looking.png      a caption explained: what `--explain` writes
 maps.png         two answers and their two maps: roll-out of attention, and gradient
@@ -9,14 +9,9 @@ Scenes are of a seed that neither training nor the choice of the maps has seen.
 
 import argparse
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
@@ -26,13 +21,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-import shapes
-from explain import LEAST_DEPENDENCE, Explanation, answer_logits, boxed, draw_explanation, explain, heat_map
-from generation import generate
-from modeling_paligemma import PaliGemmaForConditionalGeneration
-from processing_paligemma import PaliGemmaProcessor, load_image
-from svg import BLUE, GREEN, ORANGE, SOFT, Axes, Drawing
-from weights import load_model
+from demo import shapes
+from paligemma.checkpoints.weights import load_model
+from paligemma.explanation import LEAST_DEPENDENCE, Explanation, answer_logits, boxed, draw_explanation, explain, heat_map
+from paligemma.generation import generate
+from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
+from paligemma.processing_paligemma import PaliGemmaProcessor, load_image
+from paligemma.svg import BLUE, GREEN, ORANGE, SOFT, Axes, Drawing
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -238,7 +233,7 @@ def draw_maps(demo: Demo, picture: Image.Image) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    folder = ROOT / "demo" / "checkpoint"
+    folder = ROOT / "paligemma" / "bundled"
     demo = Demo(load_model(folder, dtype="fp32"), PaliGemmaProcessor.from_pretrained(folder))
     picture = load_image(PICTURE)
     caption = demo.explain(picture, "caption en")

@@ -1,4 +1,4 @@
-"""Draws the figures of mask.md and prints its numbers: `python notes/mask_figures.py`. Half a minute on one core.
+"""Draws the figures of mask.md and prints its numbers: `python -m notes.mask_figures`. Half a minute on one core.
 
 mask.svg       prefix_lm_mask of one short row, as modeling_paligemma.py makes it
 influence.svg  measured: one token of a small random model is changed, and every logit that moves is marked
@@ -7,11 +7,7 @@ leak.svg       measured: a small model is trained on answers that nobody can for
 
 import argparse
 import math
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
@@ -19,17 +15,17 @@ if __name__ == "__main__":  # --help and wrong flags are answered before anythin
 import torch
 from torch import Tensor
 
-from generation import generate
-from modeling_gemma import GemmaConfig
-from modeling_paligemma import (
+from paligemma.generation import generate
+from paligemma.modeling_gemma import GemmaConfig
+from paligemma.modeling_paligemma import (
     IGNORE_INDEX,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     prefix_lm_mask,
     suffix_loss,
 )
-from modeling_siglip import SiglipVisionConfig
-from svg import BLUE, FAINT, ORANGE, SOFT, Axes, Drawing
+from paligemma.modeling_siglip import SiglipVisionConfig
+from paligemma.svg import BLUE, FAINT, ORANGE, SOFT, Axes, Drawing
 
 HERE = Path(__file__).resolve().parent
 ROW = ["<image>", "<image>", "<image>", "<image>", "<bos>", "caption", "en", "\\n", "a", "red", "heart"]

@@ -1,4 +1,4 @@
-"""Draws the figures of picture.md and prints its numbers, with the demo checkpoint: `python notes/picture_figures.py`.
+"""Draws the figures of picture.md and prints its numbers, with the demo checkpoint: `python -m notes.picture_figures`.
 
 patches.png  the picture as the tower sees it, cut into patches, and one patch enlarged
 scale.svg    captions that are right when the picture's vectors are multiplied by a factor, on scenes of an unseen seed
@@ -7,12 +7,7 @@ matters.png  which patches an answer depends on: each and its neighbours in turn
 
 import argparse
 import math
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
@@ -23,12 +18,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-import shapes
-from generation import generate
-from modeling_paligemma import PaliGemmaForConditionalGeneration
-from processing_paligemma import PaliGemmaProcessor, load_image
-from svg import BLUE, ORANGE, SOFT, Axes, Drawing
-from weights import load_model
+from demo import shapes
+from paligemma.checkpoints.weights import load_model
+from paligemma.generation import generate
+from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
+from paligemma.processing_paligemma import PaliGemmaProcessor, load_image
+from paligemma.svg import BLUE, ORANGE, SOFT, Axes, Drawing
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -158,7 +153,7 @@ def draw_importance(model: PaliGemmaForConditionalGeneration, processor: PaliGem
 
 def main() -> None:
     torch.set_num_threads(1)
-    folder = ROOT / "demo" / "checkpoint"
+    folder = ROOT / "paligemma" / "bundled"
     model, processor = load_model(folder, dtype="fp32"), PaliGemmaProcessor.from_pretrained(folder)
     picture = load_image(PICTURE)
     pixels = processor(picture, "caption en")["pixel_values"][0]  # [3, R, R]

@@ -1,4 +1,4 @@
-"""Draws recipe.svg from the log of the run that made the demo checkpoint, demo/recipe.jsonl: `python notes/recipe_figures.py`.
+"""Draws recipe.svg from the log of the run that made the demo checkpoint, demo/recipe.jsonl: `python -m notes.recipe_figures`.
 
 Every scene of training is new, so the share of right answers in a step is that of scenes the model has not seen. It is that of
 single tokens behind a right beginning; demo/evaluate.py lets the model speak, and its numbers are lower.
@@ -6,15 +6,12 @@ single tokens behind a right beginning; demo/evaluate.py lets the model speak, a
 
 import argparse
 import json
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
-from svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing
+from paligemma.svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -1,4 +1,4 @@
-"""Runs what README.md and the notes show, and puts the real output in its place: `python notes/refresh_readme.py`.
+"""Runs what README.md and the notes show, and puts the real output in its place: `python -m notes.refresh_readme`.
 
 Three things are refreshed, all others stay as they are:
 - in every block marked `console`, the lines behind a command ("$ ...") become what the command printed, stderr included;
@@ -17,10 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from tables import GENERATED
+from notes.tables import GENERATED
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

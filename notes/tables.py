@@ -2,17 +2,14 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
-import quantization
-from modeling_paligemma import PaliGemmaConfig
-from weights import empty_model
+from paligemma.checkpoints.weights import empty_model
+from paligemma.layers import quantization
+from paligemma.modeling_paligemma import PaliGemmaConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -8,7 +8,7 @@ import os
 import platform
 from typing import NamedTuple
 
-import kernels
+from paligemma.layers import kernels
 
 
 class Processor(NamedTuple):
@@ -33,8 +33,8 @@ CLASSES = {
 }
 
 # Numbers that torch's libraries compute otherwise on another processor: the files whose tests are run once for each class.
-WHOLE_FILES = ("test_modeling_gemma", "test_modeling_paligemma", "test_modeling_siglip", "test_oracle", "test_segmentation")
-FILES = (*WHOLE_FILES, "test_quantization")  # of the last, the tests that are marked
+WHOLE_FILES = ("test_modeling_gemma", "test_modeling_paligemma", "test_modeling_siglip", "test_oracle", "objects/test_mask_codec")
+FILES = (*WHOLE_FILES, "layers/test_quantization")  # of the last, the tests that are marked
 
 # What kernels.cpp is compiled with to take the way of other processors; -O3 takes twice as long.
 SHARED = (*(flag for flag in kernels.FLAGS if flag not in ("-march=native", "-O3")), "-O1")
@@ -60,7 +60,7 @@ VARIANTS = {"native": kernels.FLAGS} | {name: (*SHARED, *more) for name, (needs,
 
 def force(name: str) -> None:
     """Makes this process, in which torch has done nothing yet, and its children one of that class."""
-    import quantization
+    from paligemma.layers import quantization
 
     os.environ.update(CLASSES[name].environment)
     quantization.bf16_instructions = lambda: CLASSES[name].says

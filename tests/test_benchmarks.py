@@ -24,9 +24,7 @@ def tools():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.syspath_prepend(str(BENCHMARKS))
-        import make_checkpoint
-        import sides
-        import turns
+        from benchmarks import make_checkpoint, sides, turns
 
         yield {"make_checkpoint": make_checkpoint, "sides": sides, "turns": turns}
 
@@ -75,7 +73,7 @@ def test_decode_gives_each_side_its_floor_and_its_ratio(run):
             0 < row["floor"] and 0 < row["ms"]["low"] <= row["ms"]["median"] <= row["ms"]["high"] and row["ratio"]["median"] > 0
         )
     assert document["floors"]["read_GB_per_s"] > 0 and "transformers" in document["versions"]
-    assert "ours bf16" in printed and document["command"].startswith("python benchmarks/decode.py --model")
+    assert "ours bf16" in printed and document["command"].startswith("python -m benchmarks.decode --model")
 
 
 def test_llama_is_compared_with_as_many_bits(run, tmp_path):
@@ -95,7 +93,7 @@ def test_llama_is_compared_with_as_many_bits(run, tmp_path):
 
 
 def test_llama_says_what_it_lacks(folder):
-    command = [sys.executable, str(BENCHMARKS / "llama.py"), "--model", str(folder), "--python", "false"]
+    command = [sys.executable, "-m", "benchmarks.llama", "--model", str(folder), "--python", "false"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.startswith("false cannot import gguf and llama_cpp.") and result.stderr.count("\n") == 1
@@ -141,7 +139,7 @@ def test_start_asks_both_for_the_same_token(folder, tmp_path):
     from PIL import Image
 
     Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
-    command = [sys.executable, str(BENCHMARKS / "start.py"), "--model", str(folder), "--quick", "--sides", ",".join(SIDES)]
+    command = [sys.executable, "-m", "benchmarks.start", "--model", str(folder), "--quick", "--sides", ",".join(SIDES)]
     command += ["--picture", str(tmp_path / "red.png")]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert set(json.loads(output.splitlines()[-1])["ways"]) == {*SIDES, "import torch"}
@@ -152,7 +150,7 @@ def test_the_plot_is_drawn_from_what_was_stored(run, tmp_path, monkeypatch):
         (tmp_path / "results").mkdir(exist_ok=True)
         (tmp_path / "results" / f"{script}.json").write_text(json.dumps(run(script)[0]))
     monkeypatch.setattr(sys, "argv", ["plot.py"])
-    import plot
+    from benchmarks import plot
 
     monkeypatch.setattr(plot, "HERE", tmp_path)
     plot.main()
@@ -179,7 +177,7 @@ def test_rows_end_at_their_own_length_on_both_sides(pair):
 
 
 def test_cpu_agrees_with_itself():
-    command = [sys.executable, str(BENCHMARKS / "agree.py"), "--device", "cpu"]
+    command = [sys.executable, "-m", "benchmarks.agree", "--device", "cpu"]
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout
     rows = json.loads(output.splitlines()[-1])["rows"]
     assert [row["distance"] for row in rows if row["way"] == "device"] == [0] * 8
@@ -199,7 +197,7 @@ def test_sides_that_work_at_the_same_time_say_the_same(pair, tools):
 
 
 def test_a_grammar_is_measured_where_it_changes_nothing():
-    command = [sys.executable, str(BENCHMARKS / "grammar_cost.py"), "--quick", "--rows", "2"]
+    command = [sys.executable, "-m", "benchmarks.grammar_cost", "--quick", "--rows", "2"]
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout
     document = json.loads(output.splitlines()[-1])
     for rows in (document["rows"]["2"], document["demo"]):
@@ -208,8 +206,8 @@ def test_a_grammar_is_measured_where_it_changes_nothing():
 
 
 def test_a_random_checkpoint_has_the_published_size(tools):
-    from modeling_paligemma import PaliGemmaConfig
-    from weights import empty_model
+    from paligemma.checkpoints.weights import empty_model
+    from paligemma.modeling_paligemma import PaliGemmaConfig
 
     config = PaliGemmaConfig.from_hf(tools["make_checkpoint"].make_config("paligemma", "3b", 224, None))
     assert sum(parameter.numel() for parameter in empty_model(config).parameters()) == 2_923_466_480
@@ -227,7 +225,7 @@ def test_all_script_asks_for_a_model():
 
 
 def test_learning_compares_updates_that_begin_with_the_same_loss(folder):
-    command = [sys.executable, str(BENCHMARKS / "learning.py"), "--model", str(folder), "--quick", "--rows", "2"]
+    command = [sys.executable, "-m", "benchmarks.learning", "--model", str(folder), "--quick", "--rows", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     ways = json.loads(done.stdout.splitlines()[-1])["ways"]
@@ -241,7 +239,7 @@ def test_learning_compares_updates_that_begin_with_the_same_loss(folder):
     ("script", "flags"), [("parsing", []), ("annotate", ["--quick"]), ("resume", ["--kills", "1", "--steps", "4"])]
 )
 def test_scripts_that_need_no_checkpoint_end_with_a_line_of_json(script, flags):
-    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *flags]
+    command = [sys.executable, "-m", f"benchmarks.{script}", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr

@@ -6,8 +6,8 @@ import resource
 import pytest
 import torch
 
-import devices
-from errors import DeviceError, UsageError
+from paligemma import devices
+from paligemma.errors import DeviceError, UsageError
 
 GIB = 2**30
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import files
-from errors import AccessError, CheckpointError, ImageError, OutputError, UsageError
+from paligemma import files
+from paligemma.errors import AccessError, CheckpointError, ImageError, OutputError, UsageError
 
 LOOKERS = [files.look, files.is_file, files.is_folder]
 
@@ -152,7 +152,7 @@ def test_a_name_as_long_as_the_disk_takes_is_written(tmp_path):
     assert os.listdir(tmp_path) == ["x" * 255]
 
 
-@pytest.mark.parametrize("path", sorted(Path(files.__file__).parent.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(Path(files.__file__).parent.rglob("*.py")), ids=lambda path: path.name)
 def test_no_path_from_outside_is_asked_what_it_is_by_a_method_that_raises(path):
     raising = ("exists", "is_file", "is_dir", "expanduser")
     own = {"kernels.py", "folders.py"}  # of this code's own files, and of os.DirEntry

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import generation
-from errors import GenerationError, PromptError
-from generation import (
+from paligemma import generation
+from paligemma.errors import GenerationError, PromptError
+from paligemma.generation import (
     Sampling,
     choose,
     choose_held,
@@ -21,9 +21,9 @@ from generation import (
     generate_steps,
     log_probabilities,
 )
-from modeling_gemma import GemmaConfig, KVCache
-from modeling_paligemma import PaliGemmaConfig
-from tiny import BOS, FAMILIES, IMAGE, PAD, PATCHES, VOCAB, make_batch, make_model, make_pair, make_pixels, raw_config
+from paligemma.modeling_gemma import GemmaConfig, KVCache
+from paligemma.modeling_paligemma import PaliGemmaConfig
+from tests.tiny import BOS, FAMILIES, IMAGE, PAD, PATCHES, VOCAB, make_batch, make_model, make_pair, make_pixels, raw_config
 
 # (pictures, tokens of prompt, tokens of an answer already begun) of each row
 ROWS = [(1, 5, 0), (2, 3, 0), (0, 4, 0), (1, 2, 4), (1, 9, 0)]

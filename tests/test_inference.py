@@ -20,21 +20,17 @@ import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 
-import commandline
-import folders
-import images
-import inference
-import masks
-import options
-import segmentation
-import verbs
-import weights
-from errors import GenerationError, ImageError, PromptError, UsageError
-from inference import Flags
-from outputs import Box, Found, Reading
-from processing_paligemma import PaliGemmaProcessor
-from tasks import Result
-from tiny_checkpoint import CONTEXT, make_checkpoint
+from paligemma import inference
+from paligemma.checkpoints import weights
+from paligemma.errors import GenerationError, ImageError, PromptError, UsageError
+from paligemma.inference import Flags
+from paligemma.objects import mask_codec, masks
+from paligemma.objects.outputs import Box, Found, Reading
+from paligemma.pictures import folders, images
+from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.programs import commandline, options, verbs
+from paligemma.tasks import Result
+from tests.tiny_checkpoint import CONTEXT, make_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE_TOKENS = 4  # of the tiny model
@@ -83,8 +79,8 @@ def test_names_of_files_that_cannot_be_read_are_one_line(ask, world, flag, name)
 
 
 def test_an_adapter_whose_base_is_elsewhere_answers_with_base_model(ask, world, tmp_path):
-    import lora
-    import weights
+    from paligemma.checkpoints import weights
+    from paligemma.layers import lora
 
     model = weights.load_model(world / "model")
     lora.inject(model, lora.LoraConfig(r=2), lora.targets(model))
@@ -131,24 +127,24 @@ def test_the_edges_of_the_ranges_are_fine():
 
 def test_wrong_usage_is_answered_before_anything_slow_is_imported(world):
     script = (
-        "import sys; sys.path.insert(0, sys.argv.pop(1)); import inference; code = inference.main(); "
+        "import sys; from paligemma import inference; code = inference.main(); "
         "slow = {'torch', 'numpy', 'PIL', 'tokenizers', 'safetensors', 'transformers', 'huggingface_hub'} & set(sys.modules); "
         "print(code, sorted(slow))"
     )
     wrong_verbs = "detct a.png b,detect,detect nothing,ocr cat.png --save=x.png,detect cat.png a --stream,ocr cat.png --save=x.y"
     wrong = [["--promt", "x"], ["--temperature", "-1"], *(words.split() for words in wrong_verbs.split(","))]
     for argv in (*wrong, ["--help"], ["detect", "--help"]):
-        done = subprocess.run([sys.executable, "-c", script, str(ROOT), *argv], cwd=world, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", script, *argv], cwd=world, capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == ("0 []" if "--help" in argv else "2 []"), done.stderr
 
 
 def test_running_imports_neither_transformers_nor_the_hub(world):
     script = (
-        "import sys; sys.path.insert(0, sys.argv.pop(1)); import inference; code = inference.main(); "
+        "import sys; from paligemma import inference; code = inference.main(); "
         "print(code, sorted({'transformers', 'huggingface_hub', 'torchvision'} & set(sys.modules)))"
     )
     flags = ["--model_path=model", "--image_file_path=cat.png", "--prompt=ocr", "--max_tokens_to_generate=1"]
-    done = subprocess.run([sys.executable, "-c", script, str(ROOT), *flags], cwd=world, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, *flags], cwd=world, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "0 []", done.stderr
 
 
@@ -269,17 +265,11 @@ def test_nothing_given_asks_the_bundled_question_about_the_bundled_picture(ask, 
     assert answer == expected | {"model": str(world / "model"), "seconds": answer["seconds"]}
 
 
-def test_without_the_bundled_files_it_says_what_to_give(ask, monkeypatch):
-    monkeypatch.setattr(options, "BUNDLED_MODEL", "gone/checkpoint")
-    code, _, err = ask(model=None)
-    assert code == 4 and "gone/checkpoint" in err and "--model_path" in err
-
-
 # Answers
 
 
 def test_the_answer_is_what_generate_says(ask, world):
-    from generation import generate
+    from paligemma.generation import generate
 
     model = weights.load_model(world / "model")
     processor = PaliGemmaProcessor.from_pretrained(world / "model")
@@ -602,7 +592,7 @@ def test_no_file_of_a_command_is_another_one_or_one_that_is_read(verb, tmp_path,
         (tmp_path / name).write_bytes(data)
     (tmp_path / "link.png").symlink_to("1.png")
     os.link(tmp_path / "1.png", tmp_path / "hard.png")
-    shutil.copytree(ROOT / "demo" / "checkpoint", tmp_path / "m")
+    shutil.copytree(ROOT / "paligemma" / "bundled", tmp_path / "m")
     monkeypatch.setattr(weights, "load_model", lambda *_, **__: pytest.fail("it was loaded") if says else real(*_, **__))
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     code, _, err = verb("detect", *(word.format(tmp_path) for word in argv))
@@ -711,7 +701,7 @@ def test_sampling_goes_with_verbs_too(verb):
 
 
 def test_segment_without_a_codec_gives_boxes_and_says_how_to_get_masks(verb, monkeypatch):
-    monkeypatch.setattr(segmentation, "find_codec", lambda *_: None)
+    monkeypatch.setattr(mask_codec, "find_codec", lambda *_: None)
     assert "--mask_codec" in verb("segment", SHAPES, "circle")[2]
 
 
@@ -720,7 +710,7 @@ def test_a_codec_that_is_not_there_is_4(verb):
 
 
 def test_a_task_the_checkpoint_does_not_know_is_noted(verb, tmp_path):
-    (tmp_path / "paligemma-3b-ft-docvqa-224").symlink_to(ROOT / "demo" / "checkpoint")
+    (tmp_path / "paligemma-3b-ft-docvqa-224").symlink_to(ROOT / "paligemma" / "bundled")
     err = verb("detect", SHAPES, "circle", "--model_path=paligemma-3b-ft-docvqa-224")[2]
     assert "note: this checkpoint was fine-tuned on docvqa" in err
 
@@ -745,7 +735,7 @@ def test_a_terminal_gets_a_table_and_colours_only_if_it_wants_them(monkeypatch, 
 
 
 def test_a_label_moves_no_cursor():
-    from drawing import listing, table
+    from paligemma.objects.drawing import listing, table
 
     found = [Found("cat\x1b[2J\n", Box(0, 0, 1, 1), score=0.5)]
     assert "\x1b" not in table(found, 9, 9, False) + listing(found, 9, 9)
@@ -824,7 +814,7 @@ def test_ctrl_c_at_the_question_mark_is_130(world, terminal):
 
 
 def test_the_picture_is_encoded_once_for_many_questions(ask, world, monkeypatch):
-    from modeling_paligemma import PaliGemmaForConditionalGeneration
+    from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
     calls = []
     encode = PaliGemmaForConditionalGeneration.encode_images
@@ -928,8 +918,8 @@ def tuned(world):
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_p": 0.5, "temperature": 3.0, "seed": 1}])
 def test_added_tokens_are_generated_and_ids_without_a_token_never(ask, tuned, options):
-    from generation import generate, generate_many
-    from graphs import use_graphs
+    from paligemma.generation import generate, generate_many
+    from paligemma.layers.graphs import use_graphs
 
     folder, own = tuned
     flags = [f"--{name}={value}" for name, value in options.items()]

@@ -1,6 +1,7 @@
 """The form of the repository: who imports whom, what stands where, what is never written."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -8,11 +9,33 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
-MODELING = ["modeling_siglip", "modeling_gemma", "modeling_paligemma", "modeling_siglip_contrastive"]
-PROGRAMS = {"inference", "finetune", "annotate", "cluster"}
+ROOT = Path(__file__).resolve().parent.parent
+SIX = ["modeling_siglip", "modeling_gemma", "modeling_paligemma", "processing_paligemma", "generation", "inference"]
+MODULES = {  # "errors", "pictures.images": the names below `paligemma`; the six files at the root under the names of their links
+    ".".join(path.relative_to(ROOT / "paligemma").with_suffix("").parts): path
+    for path in sorted((ROOT / "paligemma").rglob("*.py"))
+    if path.name != "__init__.py"
+}
+MODELING = SIX[:3]
 TO_BE_READ = [*MODELING, "generation"]  # the files that a learner reads from top to bottom
+# From the ground up: a module imports from its own floor and those below.
+FLOORS = [
+    {*MODELING, "errors", "files"},
+    {"machine", "devices", "svg", "pictures", "layers"},
+    {"objects"},
+    {"checkpoints"},
+    {"processing_paligemma", "generation"},
+    {"tasks", "explanation"},
+    {"learning"},
+    {"programs"},
+    {"inference"},
+    {"__main__"},
+]
+UPWARD = {  # not yet as it should be
+    ("layers.lora", "checkpoints.safetensors_files"), ("objects.mask_codec", "checkpoints.safetensors_files"),
+    ("objects.grammar", "processing_paligemma"), ("objects.outputs", "processing_paligemma"),
+    ("pictures.folders", "programs.options"), ("learning.run_folder", "programs.commandline"),
+}  # fmt: skip
 
 
 def tree(name):
@@ -20,19 +43,55 @@ def tree(name):
 
 
 def imports_of(name):
-    """Everything that a file imports, first words only, wherever in the file."""
+    """Everything that a file imports, wherever in it: own modules by their names in MODULES, others by their first word."""
     found = set()
     for node in ast.walk(tree(name)):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            full = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name}.py:{node.lineno}: modules are flat"
-            found.add(node.module.split(".")[0])
+            assert node.level == 0, f"{name}:{node.lineno}: imports are written out"
+            full = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for each in full:
+            words = each.split(".")
+            if words[0] != "paligemma":
+                found.add(words[0])
+                continue
+            within = [".".join(words[1:end]) for end in range(len(words), 1, -1)]
+            found.add(next((module for module in within if module in MODULES), each))
     return found
 
 
 def own_imports_of(name):
     return imports_of(name) & set(MODULES)
+
+
+def floor(name):
+    return next(number for number, names in enumerate(FLOORS) if name.split(".")[0] in names)
+
+
+def test_the_six_files_at_the_root_are_the_package_s():
+    for name in SIX:
+        assert (ROOT / f"{name}.py").is_file() and not (ROOT / f"{name}.py").is_symlink()
+        assert os.readlink(MODULES[name]) == f"../{name}.py"
+    assert [name for name, path in MODULES.items() if path.is_symlink()] == sorted(SIX)
+
+
+def test_one_spelling_of_every_import():
+    """A second spelling (`import modeling_gemma`) would make second copies of its classes."""
+    own = {*SIX, *(name.split(".")[-1] for name in MODULES), "shapes", "tiny"}
+    folders = ("paligemma", "tests", "demo", "notes", "benchmarks")
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & own - set(sys.stdlib_module_names), f"{path}:{node.lineno}"
+
+
+def test_nothing_edits_the_path_of_imports():
+    word = "sys." + "path"
+    assert [path.name for path in texts() if path.suffix == ".py" and word in path.read_text(encoding="utf-8")] == []
 
 
 @pytest.mark.parametrize("name", MODELING)
@@ -45,18 +104,18 @@ def test_tower_and_decoder_know_nothing_of_each_other():
     assert own_imports_of("modeling_siglip") == own_imports_of("modeling_gemma") == set()
 
 
-@pytest.mark.parametrize("name", ["generation", "training", "evaluation", "outputs", "grammar"])
+@pytest.mark.parametrize("name", ["generation", "learning.training", "learning.evaluation", "objects.outputs", "objects.grammar"])
 def test_tools_take_a_model_and_import_none(name):
-    assert not own_imports_of(name) & {*MODELING, "weights"}
+    assert not own_imports_of(name) & {*MODELING, "checkpoints.weights"}
 
 
-def test_only_programs_import_weights():
-    readers = {"processing_paligemma"}  # from_pretrained reads config.json with the same code as load_model
-    assert {name for name in MODULES if "weights" in own_imports_of(name)} <= PROGRAMS | readers
+def test_imports_go_down():
+    upward = {(name, used) for name in MODULES for used in own_imports_of(name) if floor(used) > floor(name)}
+    assert upward == UPWARD
 
 
-def test_nobody_imports_a_program():
-    assert not any(own_imports_of(name) & PROGRAMS for name in MODULES)
+def test_nothing_inside_imports_from_the_face():
+    assert [(name, used) for name in MODULES for used in imports_of(name) if used.startswith("paligemma.")] == []
 
 
 def test_imports_have_no_cycle():
@@ -69,16 +128,17 @@ def test_imports_have_no_cycle():
 
 def test_running_never_imports_transformers():
     assert not any("transformers" in imports_of(name) for name in MODULES)
-    code = "import sys, finetune, generation, processing_paligemma, weights; sys.exit('transformers' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+    code = "import sys; from paligemma.programs import finetune; from paligemma.checkpoints import weights; "
+    code += "from paligemma import generation, processing_paligemma; sys.exit('transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_every_package_that_is_imported_is_one_that_can_be_installed():
     # Left: the name in the code, right: in requirements.txt or an extra.
     names = {"PIL": "pillow", "yaml": "pyyaml", "pillow_heif": "pillow-heif", "pyarrow": "ray"}
     lists = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("requirements.txt", "pyproject.toml"))
-    files = [path for folder in ("", "demo", "notes") for path in (ROOT / folder).glob("*.py")]
-    own = {path.stem for path in files} | set(sys.stdlib_module_names)
+    files = [path for folder in ("paligemma", "demo", "notes") for path in (ROOT / folder).rglob("*.py")]
+    own = {"paligemma", "demo", "notes", "benchmarks"} | set(sys.stdlib_module_names)
     for path in files:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -87,9 +147,13 @@ def test_every_package_that_is_imported_is_one_that_can_be_installed():
                 assert re.search(rf"(?<![\w-]){re.escape(names.get(name, name))}\b", lists), f"{path.name} imports {name}"
 
 
-def test_there_are_no_packages_and_no_file_without_a_topic():
-    names = {path.name for folder in (ROOT, ROOT / "tests", ROOT / "demo", ROOT / "benchmarks") for path in folder.glob("*.py")}
-    assert not names & {"__init__.py", "utils.py", "helpers.py", "common.py", "misc.py"}
+def test_folders_say_what_they_hold_and_no_file_is_without_a_topic():
+    folders = ("paligemma", "tests", "demo", "notes", "benchmarks")
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("__init__.py")):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        assert ast.get_docstring(ast.Module(body, [])) and (len(body) == 1 or path.parent.name == "paligemma")
+    names = {path.name for path in texts()}
+    assert not names & {"utils.py", "helpers.py", "common.py", "misc.py"}
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
@@ -149,11 +213,11 @@ def test_signatures_have_types(name):
 
 def texts():
     """Every text file that people read or run."""
-    places = [ROOT, *(ROOT / name for name in ("tests", "demo", "notes", "benchmarks", "examples", ".ci"))]
+    places = [ROOT / name for name in ("paligemma", "tests", "demo", "notes", "benchmarks", "examples", ".ci")]
     kinds = {".py", ".md", ".sh", ".toml", ".txt", ".cpp", ""}
-    found = {path for place in places for path in place.glob("*") if path.is_file() and path.suffix in kinds}
-    found -= {ROOT / ".git"}  # a file where several checkouts share a repository
-    return sorted(found | {path for path in (ROOT / "tests").glob("*/*.md")})
+    found = [*ROOT.glob("*"), *(path for place in places for path in place.rglob("*"))]
+    # .git is a file where several checkouts share a repository.
+    return sorted(path for path in found if path.is_file() and path.suffix in kinds and path.name != ".git")
 
 
 def test_no_load_passes_over_what_is_missing_and_no_test_is_skipped():
@@ -185,7 +249,8 @@ def mypy(*arguments):
 
 
 def test_the_type_checker_has_nothing_to_say_about_the_oldest_python(tmp_path):
-    assert mypy() == (0, f"Success: no issues found in {len(MODULES) + len(list((ROOT / 'demo').glob('*.py')))} source files\n")
+    checked = [path for folder in ("paligemma", "demo") for path in (ROOT / folder).rglob("*.py")]
+    assert mypy() == (0, f"Success: no issues found in {len(checked)} source files\n")
     settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (promised,) = re.findall(r'^requires-python = ">=(.+)"$', settings, re.MULTILINE)
     assert f'python_version = "{promised}"' in settings

@@ -7,9 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import machine
-from errors import DeviceError
-from tiny import FAMILIES, IMAGE, PATCHES, make_model, make_pixels
+from paligemma import machine
+from paligemma.errors import DeviceError
+from tests.tiny import FAMILIES, IMAGE, PATCHES, make_model, make_pixels
 
 CPU = torch.device("cpu")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import modeling_gemma
-from modeling_gemma import GemmaConfig, GemmaEmbedding, GemmaRMSNorm, KVCache, attention, rotary_embedding, rotate
-from tiny import FAMILIES, make_model, make_reference, raw_config
+from paligemma import modeling_gemma
+from paligemma.modeling_gemma import GemmaConfig, GemmaEmbedding, GemmaRMSNorm, KVCache, attention, rotary_embedding, rotate
+from tests.tiny import FAMILIES, make_model, make_reference, raw_config
 
 DTYPES = [torch.float32, torch.bfloat16]
 

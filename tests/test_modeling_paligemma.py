@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from bounds import float32_bound
-from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask, suffix_loss
-from tiny import (
+from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask, suffix_loss
+from tests.bounds import float32_bound
+from tests.tiny import (
     FAMILIES,
     IMAGE,
     PAD,

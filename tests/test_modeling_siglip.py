@@ -5,8 +5,8 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from modeling_siglip import SiglipVisionConfig, SiglipVisionModel
-from tiny import fill, make_pixels, raw_config
+from paligemma.modeling_siglip import SiglipVisionConfig, SiglipVisionModel
+from tests.tiny import fill, make_pixels, raw_config
 
 DTYPES = [torch.float32, torch.bfloat16]
 

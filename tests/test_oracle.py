@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bounds import exact_arithmetic
-from generation import generate_steps
-from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask
+from paligemma.generation import generate_steps
+from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask
+from tests.bounds import exact_arithmetic
 
 FOLDERS = ["paligemma1", "paligemma2"]
 TRAINED = 512  # words; the rows behind them were appended and are compared with nothing

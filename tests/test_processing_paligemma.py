@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import files
-from errors import CheckpointError, ImageError, OutputError, PromptError, TokenizerError
-from processing_paligemma import LOCATIONS, SEGMENTS, PaliGemmaProcessor, read_tokenizer
-from tiny_tokenizer import tokenizer_json, write_json, write_processor, write_tokenizer
+from paligemma import files
+from paligemma.errors import CheckpointError, ImageError, OutputError, PromptError, TokenizerError
+from paligemma.processing_paligemma import LOCATIONS, SEGMENTS, PaliGemmaProcessor, read_tokenizer
+from tests.tiny_tokenizer import tokenizer_json, write_json, write_processor, write_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside transformers
 ROOT = Path(__file__).parent.parent
@@ -826,7 +826,7 @@ def test_a_missing_config_is_named(tmp_path):
 
 def test_importing_the_processor_imports_neither_torch_nor_transformers():
     code = (
-        "import sys, processing_paligemma; processing_paligemma.load_image('examples/cat.png'); "
+        "import sys; from paligemma import processing_paligemma; processing_paligemma.load_image('examples/cat.png'); "
         "print([name for name in ('torch', 'transformers', 'ssl', 'http.client') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import processors
-import quantization
+from paligemma.layers import quantization
+from tests import processors
 
 ROOT = Path(__file__).resolve().parents[1]
 

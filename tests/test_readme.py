@@ -1,27 +1,19 @@
 """What README.md and the notes claim about this repository: commands, links, files, tables, snippets."""
 
 import ast
+import itertools
+import os
 import re
 import shlex
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "notes"))
-
-import annotate
-import cluster
-import decoding_figures
-import finetune
-import finetuning_figures
-import inference
-import mask_figures
-import recipe_figures
-import refresh_readme
-import tables
+from notes import decoding_figures, finetuning_figures, mask_figures, recipe_figures, refresh_readme, tables
+from paligemma import inference
+from paligemma.programs import annotate, cluster, finetune
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {"inference": inference, "annotate": annotate, "cluster": cluster, "finetune": finetune}
@@ -29,7 +21,7 @@ PROGRAMS = {"inference": inference, "annotate": annotate, "cluster": cluster, "f
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FILES = [ROOT / "README.md", *sorted(ROOT.glob("notes/*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
-CHECKPOINT = ROOT / "demo" / "checkpoint"
+CHECKPOINT = ROOT / "paligemma" / "bundled"
 LINK = re.compile(r"""(?:\]\(|(?:src|href)=")([^)"\s]+)""")
 
 
@@ -66,12 +58,14 @@ def shown_commands() -> list[tuple[str, str]]:
 def test_commands_name_scripts_and_flags_that_exist(page, command):
     words = shlex.split(command)
     scripts = [word for word in words if re.fullmatch(r"[\w/]+\.(py|sh)", word)]
-    assert scripts, f"{page}: {command} starts nothing of ours"
+    modules = [following for word, following in itertools.pairwise(words) if word == "-m"]
+    assert scripts or modules, f"{page}: {command} starts nothing of ours"
+    scripts += [f"{module.replace('.', '/')}.py" for module in modules if module != "paligemma"]
     for script in scripts:
         assert (ROOT / script).is_file()
     flags = {word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")}
-    name = scripts[0].removesuffix(".py").replace("launch_inference.sh", "inference")
-    if name in PROGRAMS:
+    name = next((word for word in words if "paligemma" in modules and word in PROGRAMS), "inference")
+    if not scripts or scripts[0] in ("inference.py", "launch_inference.sh"):
         assert flags <= {field.name for field in fields(PROGRAMS[name].Flags)} | {"help"}
     elif scripts[0].endswith(".py"):
         source = (ROOT / scripts[0]).read_text(encoding="utf-8") + (ROOT / "benchmarks" / "turns.py").read_text(encoding="utf-8")
@@ -80,7 +74,9 @@ def test_commands_name_scripts_and_flags_that_exist(page, command):
 
 def test_reading_order_names_every_file_and_counts_its_lines():
     said = {row["file"]: int(row["lines"]) for row in refresh_readme.FILE_ROW.finditer(README)}
-    assert set(said) == {path.name for path in ROOT.glob("*.py")}
+    modules = [*(ROOT / "paligemma").rglob("*.py"), ROOT / "paligemma" / "layers" / "kernels.cpp"]
+    own = {os.path.relpath(path.resolve(), ROOT) for path in modules if not path.name.startswith("__")}
+    assert set(said) == own - {"paligemma/layers/kernels.cpp"} | {"demo/siglip_contrastive.py"}
     for name, lines in said.items():
         true = (ROOT / name).read_text(encoding="utf-8").count("\n")
         assert abs(true - lines) <= 0.15 * true, f"{name} has {true} lines: run notes/refresh_readme.py"
@@ -104,7 +100,7 @@ def test_table_of_checkpoints_is_what_the_code_counts():
 
 
 def test_exit_codes_are_those_of_the_code():
-    import errors
+    from paligemma import errors
 
     classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.PaliGemmaError)]
     said = {int(code) for row in re.findall(r"^\| ([\d, ]+) \|", README, re.MULTILINE) for code in row.split(",")}
@@ -144,10 +140,10 @@ def ran(tmp_path_factory) -> tuple[dict, dict]:
     """The names that both columns of the table left behind, run from top to bottom."""
     import transformers
 
-    from generation import generate, generate_many
-    from modeling_paligemma import suffix_loss
-    from processing_paligemma import PaliGemmaProcessor, load_image
-    from weights import load_model, save_model
+    from paligemma.checkpoints.weights import load_model, save_model
+    from paligemma.generation import generate, generate_many
+    from paligemma.modeling_paligemma import suffix_loss
+    from paligemma.processing_paligemma import PaliGemmaProcessor, load_image
 
     pictures = {"picture": load_image(ROOT / "examples" / "shapes.png"), "other": load_image(ROOT / "examples" / "cat.png")}
     both = {"torch": torch, "folder": str(CHECKPOINT)} | pictures
@@ -179,7 +175,7 @@ def test_both_columns_of_the_table_say_the_same(ran):
 def test_folders_go_both_ways(ran):
     from transformers import PaliGemmaForConditionalGeneration
 
-    from weights import load_model
+    from paligemma.checkpoints.weights import load_model
 
     theirs, ours = ran
     for ours_again, theirs_again in (
@@ -193,7 +189,7 @@ def test_folders_go_both_ways(ran):
 def test_the_processors_of_saved_folders_are_read_by_both(ran):
     from transformers import AutoProcessor
 
-    from processing_paligemma import PaliGemmaProcessor
+    from paligemma.processing_paligemma import PaliGemmaProcessor
 
     theirs, ours = ran
     for folder in (theirs["out"], ours["out"]):

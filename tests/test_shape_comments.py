@@ -18,10 +18,10 @@ from types import FrameType
 import pytest
 import torch
 
-import generation
-from generation import Sampling, choose, choose_held, generate_steps, join_rows, split_rows
-from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask, suffix_loss
-from tiny import fill
+from paligemma import generation
+from paligemma.generation import Sampling, choose, choose_held, generate_steps, join_rows, split_rows
+from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask, suffix_loss
+from tests.tiny import fill
 
 ROOT = Path(__file__).parent.parent
 SIGLIP, GEMMA, PALIGEMMA, GENERATION = "modeling_siglip.py", "modeling_gemma.py", "modeling_paligemma.py", "generation.py"
@@ -247,7 +247,7 @@ FILES = [SIGLIP, GEMMA, PALIGEMMA, GENERATION]
 
 @torch.no_grad()
 def test_every_shape_comment_is_true_and_was_run(monkeypatch):
-    checker = Checker([claim for name in FILES for claim in read_claims(ROOT / name)])
+    checker = Checker([claim for name in FILES for claim in read_claims(ROOT / "paligemma" / name)])
     run_models(checker)
     run_generation(checker, monkeypatch)
     never = [f"{claim} was never run." for claim in checker.claims if claim not in checker.ran]

@@ -16,14 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import generation
-import images
-import tasks
-import weights
-from errors import DeviceError, GenerationError, ImageError, PromptError, UsageError
-from generation import Answer
-from processing_paligemma import PaliGemmaProcessor
-from tasks import Annotator, Request
+from paligemma import generation, tasks
+from paligemma.checkpoints import weights
+from paligemma.errors import DeviceError, GenerationError, ImageError, PromptError, UsageError
+from paligemma.generation import Answer
+from paligemma.pictures import images
+from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.tasks import Annotator, Request
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = Image.open(ROOT / "examples" / "shapes.png").convert("RGB")
@@ -32,12 +31,12 @@ CAT = Image.open(ROOT / "examples" / "cat.png").convert("RGB")
 
 @pytest.fixture(scope="module")
 def model():
-    return weights.load_model(ROOT / "demo" / "checkpoint")
+    return weights.load_model(ROOT / "paligemma" / "bundled")
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return PaliGemmaProcessor.from_pretrained(ROOT / "demo" / "checkpoint")
+    return PaliGemmaProcessor.from_pretrained(ROOT / "paligemma" / "bundled")
 
 
 @pytest.fixture
@@ -92,7 +91,7 @@ def test_a_task_without_its_text_is_refused(task, text, message):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("google/paligemma-3b-pt-224", "pretrained"), ("google/paligemma2-10b-mix-448", "mix"), ("demo/checkpoint", "other"),
+        ("google/paligemma-3b-pt-224", "pretrained"), ("google/paligemma2-10b-mix-448", "mix"), ("paligemma/bundled", "other"),
         ("google/paligemma2-3b-ft-docci-448", "docci"), ("google/paligemma-3b-ft-refcoco-seg-896", "refcoco-seg"),
         ("/models/paligemma2_3b_mix_224/", "mix"), ("my-mix-of-things", "other"), ("", "other"),
         ("/x/paligemma-3b-pt-224/models--google--paligemma-3b-ft-docvqa-448/snapshots/0ab1", "docvqa"),
@@ -164,7 +163,7 @@ MASKED = "<loc0000><loc0000><loc0512><loc1023>" + "".join(f"<seg{i:03d}>" for i 
 
 
 def test_masks_are_decoded_where_there_is_a_codec(model, processor):
-    from segmentation import MaskCodec
+    from paligemma.objects.mask_codec import MaskCodec
 
     torch.manual_seed(0)
     request = Request(picture=CAT, task="segment", text="cat")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 FAMILIES = ("gemma", "gemma2")
 SIDE, PATCHES = 28, 4  # a picture of 2 x 2 patches

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-import weights
-from modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
-from tiny import fill, raw_config
+from paligemma.checkpoints import weights
+from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from tests.tiny import fill, raw_config
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 CHARACTERS = ["\n", "▁", *(chr(i) for i in range(33, 127))]

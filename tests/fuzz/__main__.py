@@ -13,7 +13,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as pytest does, for the tiny checkpoints
 
 import torch
 

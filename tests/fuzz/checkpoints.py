@@ -17,16 +17,14 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-import checkpoint
-import hub
-import segmentation
-import weights
-from generation import generate
-from processing_paligemma import PaliGemmaProcessor
+from paligemma.checkpoints import hub, safetensors_files, weights
+from paligemma.generation import generate
+from paligemma.objects import mask_codec
+from paligemma.processing_paligemma import PaliGemmaProcessor
 from tests.fuzz.harness import Files, Fuzzer, write_files
 from tests.fuzz.mutations import HUGE, damaged_bytes, damaged_json, nasty_json
-from tiny_checkpoint import make_checkpoint
-from tiny_tokenizer import write_processor
+from tests.tiny_checkpoint import make_checkpoint
+from tests.tiny_tokenizer import write_processor
 
 
 def as_json(value: object) -> bytes:
@@ -43,7 +41,7 @@ def load(folder: Path) -> None:
     """What a program does with a model's folder, up to the first two tokens of an answer."""
     base = weights.base_folder(folder)
     config, processor = weights.read_config(base), PaliGemmaProcessor.from_pretrained(base)
-    checkpoint.fingerprint(base, folder)
+    safetensors_files.fingerprint(base, folder)
     model = weights.load_model(folder)
     inputs = processor(np.zeros((4, 4, 3), np.uint8), "caption en", notes=[])
     generate(model, inputs, max_new_tokens=2, eos_token_id=config.eos_token_id)
@@ -67,7 +65,7 @@ class Headers(Fuzzer):
             "a": torch.arange(6.0).view(2, 3), "b": torch.zeros(0, 4), "c": torch.ones((), dtype=torch.bfloat16),
             "d": torch.arange(4, dtype=torch.int64), "e": torch.ones(3, dtype=torch.bool),
         }  # fmt: skip
-        checkpoint.write_tensors(folder / "valid", tensors)
+        safetensors_files.write_tensors(folder / "valid", tensors)
         self.valid = (folder / "valid").read_bytes()
         length = struct.unpack("<Q", self.valid[:8])[0]
         self.header, self.body = json.loads(self.valid[8 : 8 + length]), self.valid[8 + length :]
@@ -113,7 +111,7 @@ class Headers(Fuzzer):
     def check(self, files: Files, folder: Path) -> None:
         write_files(files, folder)
         path = folder / "model.safetensors"
-        stored = checkpoint.read_header(path)
+        stored = safetensors_files.read_header(path)
         try:
             with safe_open(path, framework="pt") as theirs:
                 assert set(theirs.keys()) == set(stored), "other names than the library's"
@@ -121,8 +119,8 @@ class Headers(Fuzzer):
             raise AssertionError(f"the library refuses it: {error}") from error
         reader = weights.TensorReader(torch.device("cpu"), allow_nonfinite=True)
         for tensor in stored.values():
-            if tensor.dtype in checkpoint.DTYPES:
-                reader.read(tensor, checkpoint.DTYPES[tensor.dtype])
+            if tensor.dtype in safetensors_files.DTYPES:
+                reader.read(tensor, safetensors_files.DTYPES[tensor.dtype])
 
 
 class Indexes(Fuzzer):
@@ -136,15 +134,15 @@ class Indexes(Fuzzer):
         self.valid, names = folder / "valid", ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
         self.index: dict = {"metadata": {"total_size": 24}, "weight_map": {}}
         for number, name in enumerate(names):
-            checkpoint.write_tensors(self.valid / name, {f"t{number}": torch.ones(3)})
+            safetensors_files.write_tensors(self.valid / name, {f"t{number}": torch.ones(3)})
             self.index["weight_map"][f"t{number}"] = name
 
     def sound(self) -> Files:
-        return {checkpoint.INDEX_NAME: as_json(self.index)}
+        return {safetensors_files.INDEX_NAME: as_json(self.index)}
 
     def known(self) -> list[Callable[[], Files]]:
         def of(data: bytes) -> Callable[[], Files]:
-            return lambda: {checkpoint.INDEX_NAME: data}
+            return lambda: {safetensors_files.INDEX_NAME: data}
 
         names = (
             "../x.safetensors", "/etc/passwd", "a\\b.safetensors", "a\0.safetensors", "a" * 300 + ".safetensors",
@@ -153,13 +151,13 @@ class Indexes(Fuzzer):
         many = {f"t{i}": f"m{i}.safetensors" for i in range(20_000)}
         return [
             *(of(as_json({"weight_map": {"t0": name}})) for name in names),
-            lambda: {checkpoint.INDEX_NAME: as_json({"weight_map": many})},
+            lambda: {safetensors_files.INDEX_NAME: as_json({"weight_map": many})},
             of(as_json({"weight_map": {"t0": [1]}})), of(as_json({"weight_map": {}})), of(as_json({"weight_map": []})),
             of(b"[" * 100_000), of(b""), of(b'{"weight_map":' * 3000), of(b"\xff"),
         ]  # fmt: skip
 
     def make(self, random: Random) -> Files:
-        return {checkpoint.INDEX_NAME: damaged_json(random, self.index)}
+        return {safetensors_files.INDEX_NAME: damaged_json(random, self.index)}
 
     def check(self, files: Files, folder: Path) -> None:
         links_to(self.valid, folder)
@@ -352,7 +350,7 @@ class Adapters(Fuzzer):
                 f"{name}.lora_A.weight": torch.full((2, 40), 0.01),
                 f"{name}.lora_B.weight": torch.full((64, 2), 0.01),
             }
-        checkpoint.write_tensors(folder / "valid", self.tensors)
+        safetensors_files.write_tensors(folder / "valid", self.tensors)
         self.valid = (folder / "valid").read_bytes()
         self.config = {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(self.base), "revision": None, "r": 2,
@@ -443,7 +441,7 @@ class Codecs(Fuzzer):
 
     def __init__(self, folder: Path):
         super().__init__(folder)
-        self.needed = {name: tensor.numpy() for name, tensor in segmentation.MaskCodec().state_dict().items()}
+        self.needed = {name: tensor.numpy() for name, tensor in mask_codec.MaskCodec().state_dict().items()}
         self.names = list(self.needed)
 
     def entry(
@@ -525,7 +523,7 @@ class Codecs(Fuzzer):
 
     def check(self, files: Files, folder: Path) -> None:
         write_files(files, folder)
-        segmentation.load_codec(segmentation.find_codec(folder, folder / "codec.npz"))
+        mask_codec.load_codec(mask_codec.find_codec(folder, folder / "codec.npz"))
 
 
 FUZZERS = (Headers, Indexes, Settings, Tokenizers, Adapters, Codecs)

@@ -10,18 +10,14 @@ from random import Random
 import torch
 from PIL import Image
 
-import commandline
-import dataset
-import finetune
-import folders
-import journal
-import run_folder
-import training
-from processing_paligemma import PaliGemmaProcessor
+from paligemma.learning import dataset, run_folder, training
+from paligemma.pictures import folders
+from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.programs import commandline, finetune, journal
 from tests.fuzz.harness import Files, Fuzzer, write_files
 from tests.fuzz.mutations import HUGE, damaged_bytes, damaged_json, nasty_json, text
-from tiny import make_model
-from tiny_tokenizer import write_processor
+from tests.tiny import make_model
+from tests.tiny_tokenizer import write_processor
 
 SUFFIXES = (
     "<loc0001><loc0002><loc0500><loc0600> cat",

@@ -27,8 +27,8 @@ from pathlib import Path
 from random import Random
 from unittest import mock
 
-import commandline
-from errors import PaliGemmaError
+from paligemma.errors import PaliGemmaError
+from paligemma.programs import commandline
 
 Files = dict[str, bytes]  # an input: the names of its files and what is in them
 

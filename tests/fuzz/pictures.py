@@ -13,10 +13,9 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-import fetch
-import folders
-import options
-from images import MAX_PIXELS, load_image
+from paligemma.pictures import fetch, folders
+from paligemma.pictures.images import MAX_PIXELS, load_image
+from paligemma.programs import options
 from tests.fuzz.harness import Files, Fuzzer
 from tests.fuzz.mutations import damaged_bytes, text
 

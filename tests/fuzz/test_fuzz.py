@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from errors import CheckpointError, ImageError
+from paligemma.errors import CheckpointError, ImageError
 from tests.fuzz import harness
 from tests.fuzz.all import FUZZERS
 from tests.fuzz.harness import Fuzzer, alarm, faults_of

@@ -15,23 +15,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-import annotate
-import cluster
-import commandline
-import drawing
-import exports
-import finetune
-import inference
-import masks
-import outputs
-import tasks
-import verbs
-from errors import PaliGemmaError
-from grammar import Grammar
-from processing_paligemma import PaliGemmaProcessor
+from paligemma import inference, tasks
+from paligemma.errors import PaliGemmaError
+from paligemma.objects import drawing, exports, masks, outputs
+from paligemma.objects.grammar import Grammar
+from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.programs import annotate, cluster, commandline, finetune, verbs
 from tests.fuzz.harness import LONGEST_MESSAGE, Files, Fuzzer
 from tests.fuzz.mutations import text
-from tiny_tokenizer import write_processor
+from tests.tiny_tokenizer import write_processor
 
 PLACES = (
     "<loc0001>",

@@ -1,0 +1,1 @@
+"""Pages that each answer one question, and the scripts that make their figures."""

@@ -1,0 +1,1 @@
+"""PaliGemma: a picture and a prompt in, text out."""

@@ -1,0 +1,27 @@
+"""`python -m paligemma`, and `paligemma` once it is installed: inference.py, or the program whose name comes first.
+
+    python -m paligemma detect street.jpg car person --save out.png
+    python -m paligemma finetune --data data.jsonl --output runs/mine
+
+Checked in tests/test_main.py.
+"""
+
+import importlib
+import sys
+
+from paligemma.programs import commandline
+
+PROGRAMS = ("finetune", "annotate", "cluster")
+
+
+def main() -> int:
+    commandline.leave_on_signals()  # before the program is imported, which takes a while
+    if sys.argv[1:2] and sys.argv[1] in PROGRAMS:
+        return importlib.import_module(f"paligemma.programs.{sys.argv.pop(1)}").main()
+    from paligemma import inference
+
+    return inference.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,324 @@
+"""LoRA: a small product trained beside each frozen matrix. Reads and writes the adapter files of PEFT.
+
+    y = W x + scaling * B A x        A [r, K] random, B [N, r] zero at the start, so that training starts from the base model
+
+W stays as it is; A and B hold r (K + N) numbers instead of K N, a few MB for a whole model. After training, W + scaling * B A
+is an ordinary matrix: `merge` leaves a plain model, as fast as before. weights.load_model adds an adapter to its base in the
+same way, matrix by matrix, while it reads.
+
+What is trained by default is the language model. In PEFT, a target named by its last word alone ("q_proj") also hits the vision
+tower, whose matrices have the same names; here a part is always named.
+
+Source: LoRA (arXiv:2106.09685), equation 3; scaling alpha / sqrt(r): arXiv:2312.03732. Checked against peft in
+tests/layers/test_lora.py.
+Shapes: N outputs, K inputs of a matrix, r rank.
+"""
+
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paligemma.checkpoints.safetensors_files import SPELLINGS
+from paligemma.layers import patterns
+
+PARTS = {"language": "language_model", "vision": "vision_tower"}
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
+OTHER_MODULES = {"lm_head", "embed_tokens", "patch_embedding", "position_embedding"}  # that PEFT can adapt or copy
+# Keys of adapter_config.json that change nothing about a finished adapter: how it was trained, and which modules it changes,
+# which the tensors say, too. Every other key that asks for something is refused by its name.
+HARMLESS_KEYS = (
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "r", "lora_alpha", "lora_dropout", "use_rslora",
+    "rank_pattern", "alpha_pattern",
+    "fan_in_fan_out",  # PEFT itself sets it to false for nn.Linear, and there is nothing else here
+    "megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",  # read beside others only
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # for the initialisation, which is looked at by its own name
+)  # fmt: skip
+# The ways to begin in which the base model keeps its W. The others (pissa, olora, corda, loftq, lora_ga) take a part out of it.
+KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
+MOST_ALPHA = 1e9  # a factor beyond it is a damaged number
+MOST_PATTERNS = 2048  # the largest model has 485 matrices
+MOST_EXPRESSIONS = 32  # of them, those that are more than a name
+
+
+def their_name(name: str) -> str:
+    """The name of our module in the PaliGemma of transformers 5, by which PEFT knows it."""
+    shorter = name.replace("language_model.model.", "language_model.").replace("vision_tower.vision_model.", "vision_tower.")
+    return f"model.{shorter}"
+
+
+@lru_cache(maxsize=4096)
+def spelled(name: str) -> tuple[str, ...]:
+    """A module's name in every spelling."""
+    return (name, *(theirs + name.removeprefix(ours) for theirs, ours in SPELLINGS if name.startswith(ours)))
+
+
+@lru_cache(maxsize=2 * MOST_PATTERNS)
+def parsed_key(key: str) -> tuple[bool, re.Pattern | None, patterns.Pattern | None]:
+    """A key of rank_pattern or alpha_pattern: whether it means whole names, and what it is made of.
+
+    Words and points, of which `re` takes one letter after another, or an expression, which may keep `re` busy for ever.
+    Raises: ValueError, see patterns.Pattern.
+    """
+    is_whole, text = key.startswith("^"), key.removeprefix("^").removesuffix("$")
+    text = text.removeprefix("base_model.model.").removeprefix(r"base_model\.model\.")
+    if re.fullmatch(r"[\w.]*", text):
+        return is_whole, re.compile(text), None
+    pattern = patterns.Pattern(text)  # by itself, so that what is wrong is shown as it was written
+    return is_whole, None, pattern if is_whole else patterns.Pattern(rf"(.*\.)?({text})")
+
+
+def fits(key: str, name: str) -> bool:
+    """Whether a key means a module, in any spelling of its name: the key is an expression for the name's end, as in PEFT."""
+    is_whole, words, expression = parsed_key(key)
+    if expression is not None:
+        return any(expression.fullmatch(full) for full in spelled(name))
+    for full in spelled(name):
+        start = len(full) - len(words.pattern)
+        begins_well = start == 0 or (start > 0 and full[start - 1] == "." and not is_whole)
+        if begins_well and words.fullmatch(full, start):
+            return True
+    return False
+
+
+def matching(pattern: Mapping[str, float] | None, name: str, default: float) -> float:
+    """What the first key that fits a module gives it, as PEFT chooses."""
+    return next((value for key, value in (pattern or {}).items() if fits(key, name)), default)
+
+
+def checked_pattern(pattern: object, what: str) -> dict[str, float]:
+    """rank_pattern or alpha_pattern. Raises: ValueError unless it is a mapping from usable keys."""
+    if pattern is None:
+        return {}
+    if not (isinstance(pattern, Mapping) and all(isinstance(key, str) for key in pattern)):
+        raise ValueError(f"{what} is {pattern!r:.200}; an object from names to numbers is needed.")
+    expressions = [key for key in pattern if not re.fullmatch(r"[\w.]+", key)]
+    if len(pattern) > MOST_PATTERNS or len(expressions) > MOST_EXPRESSIONS:
+        text = f"{what} has {len(pattern)} keys, {len(expressions)} of them expressions"
+        raise ValueError(f"{text}; {MOST_PATTERNS} and {MOST_EXPRESSIONS} are the limits.")
+    for key in pattern:
+        parsed_key(key)  # raises where it cannot be used
+    return dict(pattern)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What adapter_config.json says, under its names.
+
+    Args:
+        r: the rank, and lora_alpha: a factor, of every matrix but those that a pattern (a regular expression for the end of a
+            module's name) gives others.
+        lora_dropout: share of the inputs of A that is set to 0 while training.
+        use_rslora: scaling is alpha / sqrt(r) instead of alpha / r.
+    Raises: ValueError for numbers that make no sense.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
+
+    def __post_init__(self):
+        ranks, alphas = checked_pattern(self.rank_pattern, "rank_pattern"), checked_pattern(self.alpha_pattern, "alpha_pattern")
+        for value in (self.r, *ranks.values()):
+            if not (type(value) is int and 0 < value < 1 << 20):
+                raise ValueError(f"the rank r is {value!r:.50}; a whole number from 1 up is needed.")
+        for value in (self.lora_alpha, *alphas.values()):
+            if not (type(value) in (int, float) and -MOST_ALPHA <= value <= MOST_ALPHA):
+                raise ValueError(f"lora_alpha is {value!r:.50}; a number is needed.")
+        if not (type(self.lora_dropout) in (int, float) and 0 <= self.lora_dropout < 1):
+            raise ValueError(f"lora_dropout is {self.lora_dropout!r:.50}; a number from 0 to below 1 is needed.")
+        if type(self.use_rslora) is not bool:
+            raise ValueError(f"use_rslora is {self.use_rslora!r:.50}; true or false is needed.")
+
+    def rank(self, name: str) -> int:
+        """r of the module of that name."""
+        return matching(self.rank_pattern, name, self.r)
+
+    def scaling(self, name: str) -> float:
+        """The factor on B A of the module of that name."""
+        rank = self.rank(name)
+        return matching(self.alpha_pattern, name, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def unused_keys(self, modules: Collection[str]) -> list[str]:
+        """The keys of its patterns that mean none of these modules."""
+        keys = [*(self.rank_pattern or ()), *(self.alpha_pattern or ())]
+        return [key for key in dict.fromkeys(keys) if not any(fits(key, name) for name in modules)]
+
+    @classmethod
+    def from_peft(cls, raw: dict) -> "LoraConfig":
+        """Reads adapter_config.json. Raises: ValueError for another kind of adapter and for what this file does not implement."""
+        if raw.get("peft_type") != "LORA":
+            raise ValueError(f"peft_type is {raw.get('peft_type')!r:.50}; LORA is needed.")
+        start = raw.get("init_lora_weights", True)
+        if start not in KEEPS_BASE and start is not None:
+            raise ValueError(
+                f"init_lora_weights is {start!r:.50}: such an adapter also changes the base model's own weights, so adding it to "
+                "them gives wrong answers. Save it as a plain one with path_initial_model_for_weight_conversion of PEFT."
+            )
+        unsupported = {key: value for key, value in raw.items() if value and key not in (*HARMLESS_KEYS, "init_lora_weights")}
+        if unsupported.get("bias") == "none":
+            del unsupported["bias"]
+        if unsupported:
+            asked = ", ".join(f"{key} {value!r:.50}" for key, value in [*unsupported.items()][:5])
+            raise ValueError(f"it asks for {asked}, which is not implemented here.")
+        names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
+        defaults = {"r": 8, "lora_alpha": 8}  # of PEFT, where the file leaves them out
+        return cls(**defaults | {name: raw[name] for name in names if raw.get(name) is not None})
+
+    def to_peft(self, base: str | None, targets: Collection[str], revision: str | None = None) -> dict:
+        """The adapter_config.json that PEFT reads.
+
+        Args:
+            base: folder or hub id of the model that the adapter belongs to.
+            targets: names of our modules. They are written as one expression that finds the same modules under the names of every
+                version of transformers, and none in the other part of the model.
+            revision: branch, tag or commit of the hub id.
+        """
+        patterns = []
+        for part in PARTS.values():
+            words = sorted({name.rpartition(".")[2] for name in targets if name.startswith(part)})
+            patterns += [rf"(.*\.)?{part}\..*\.({'|'.join(words)})"] if words else []
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "revision": revision,
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "use_rslora": self.use_rslora,
+            "rank_pattern": dict(self.rank_pattern or {}),
+            "alpha_pattern": dict(self.alpha_pattern or {}),
+            "target_modules": patterns[0] if len(patterns) == 1 else "|".join(f"({pattern})" for pattern in patterns),
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+        }
+
+
+def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """W + scaling * B A for weight [N, K], A [r, K], B [N, r]: in float32, rounded once to the dtype of `weight`.
+
+    A new tensor: `weight` may be a mapped file, which nobody may write to.
+    """
+    return (weight.float() + (b.float() @ a.float()) * scaling).to(weight.dtype)
+
+
+class LoRALinear(nn.Linear):
+    """nn.Linear with A and B beside its frozen weight. `weight` and `bias` keep their names, so that the base loads as ever.
+
+    Args:
+        base: the layer in whose place it stands; its tensors are shared.
+        rank, scaling, dropout: see LoraConfig.
+        dtype: of A and B. float32 where the base is bfloat16, since an update of a thousandth would be rounded away there.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float = 0.0, dtype: torch.dtype = torch.float32):
+        with torch.device("meta"):
+            super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
+        self.weight, self.bias = base.weight, base.bias
+        self.scaling, self.dropout = scaling, dropout
+        device = base.weight.device
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, dtype=dtype, device=device)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, dtype=dtype, device=device)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as PEFT
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        low = self.lora_A(F.dropout(x, self.dropout, self.training).to(self.lora_A.weight.dtype))  # [..., r]
+        return y + (self.lora_B(low) * self.scaling).to(y.dtype)
+
+    def merged(self) -> nn.Linear:
+        """The plain layer that computes the same."""
+        with torch.device("meta"):
+            plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        weight = merged_weight(self.weight.detach(), self.lora_A.weight.detach(), self.lora_B.weight.detach(), self.scaling)
+        plain.weight, plain.bias = nn.Parameter(weight, requires_grad=self.weight.requires_grad), self.bias
+        return plain
+
+
+def targets(model: nn.Module, parts: Collection[str] = ("language",), matrices: Collection[str] = MATRICES) -> list[str]:
+    """Names of the layers to adapt.
+
+    Args:
+        parts: "language", "vision" or both.
+        matrices: last words of names, such as "q_proj"; every matrix of the layers if not given.
+    Raises: ValueError for words that name nothing.
+    """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is no part to adapt; language or vision is needed.")
+    roots = tuple(f"{PARTS[part]}." for part in parts)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(roots)]
+    known = {name.rpartition(".")[2] for name in linear}
+    if matrices is not MATRICES and not known.issuperset(matrices):
+        wrong = sorted(set(matrices) - known)
+        raise ValueError(f"{', '.join(wrong)} names no matrix of {' and '.join(parts)}; there are {', '.join(sorted(known))}.")
+    return [name for name in linear if name.rpartition(".")[2] in matrices]
+
+
+def inject(model: nn.Module, config: LoraConfig, names: Collection[str]) -> None:
+    """Freezes the model and gives the layers of these names (see `targets`) an A and a B, the only weights to be trained."""
+    model.requires_grad_(False)
+    for name in names:
+        layer = LoRALinear(model.get_submodule(name), config.rank(name), config.scaling(name), config.lora_dropout)
+        model.set_submodule(name, layer)
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """The layers that `inject` put in, with their names."""
+    return ((name, module) for name, module in list(model.named_modules()) if isinstance(module, LoRALinear))
+
+
+def merge(model: nn.Module) -> None:
+    """Leaves a plain model that computes the same: W becomes W + scaling * B A. Raises: ValueError if nothing is to be merged."""
+    layers = list(adapted(model))
+    if not layers:
+        raise ValueError("the model has no adapter; it was merged already, or never had one.")
+    for name, layer in layers:
+        model.set_submodule(name, layer.merged())
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """A and B of every adapted layer by the names of their parameters, whole; where processes share them, all must ask."""
+    state = {}
+    for name, layer in adapted(model):
+        for matrix in ("lora_A", "lora_B"):
+            weight = getattr(layer, matrix).weight.detach()
+            state[f"{name}.{matrix}.weight"] = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return state
+
+
+def modules_of(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig, bases: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The modules that an adapter file changes, having made sure that it fits.
+
+    Args:
+        shapes: of the file's tensors, under our names: "<module>.lora_A.weight" and "<module>.lora_B.weight".
+        config: of the adapter.
+        bases: shape of each matrix of the base model, under our names: "<module>.weight".
+    Raises: ValueError for a tensor that is no A or B, for an A without B, and for shapes that do not belong to this base.
+    """
+    modules = dict.fromkeys(re.sub(r"\.lora_[AB]\.weight$", "", name) for name in shapes)
+    for module in modules:
+        if module in shapes:
+            raise ValueError(f"it holds {module}, which is neither an A nor a B.")
+        found = shapes.get(f"{module}.lora_A.weight"), shapes.get(f"{module}.lora_B.weight")
+        base = bases.get(f"{module}.weight")
+        if base is None or len(base) != 2:
+            raise ValueError(f"it adapts {module}, a matrix that the base model does not have.")
+        rank = config.rank(module)
+        needed = (rank, base[1]), (base[0], rank)
+        if found != needed:
+            a, b = (list(shape) if shape else "missing" for shape in found)
+            raise ValueError(f"A and B of {module} are {a} and {b}; {list(needed[0])} and {list(needed[1])} fit the base model.")
+    return list(modules)

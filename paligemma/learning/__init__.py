@@ -1,0 +1,1 @@
+"""Fine-tuning: examples, loss and updates, scores, and the folder of a run."""

@@ -1,0 +1,67 @@
+"""The curves of a run as one SVG: loss and scores against updates. Checked in tests/programs/test_finetune.py."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from paligemma.svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing
+
+WIDTH, HEIGHT, GAP = 760, 250, 74
+COLORS = (GREEN, ORANGE, PURPLE, BLUE, SOFT)
+SMOOTHING = 0.02  # share of the run over which the loss is averaged for the dark line
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers between two ends."""
+    step = 10 ** math.floor(math.log10((high - low) / count))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
+    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """A running mean, each value weighing less the longer ago it was."""
+    keep = 1 - 1 / max(1.0, SMOOTHING * len(points))
+    mean, weight, result = 0.0, 0.0, []
+    for x, y in points:
+        mean, weight = keep * mean + (1 - keep) * y if keep else y, keep * weight + (1 - keep) if keep else 1.0
+        result.append((x, mean / weight))
+    return result
+
+
+def panel(drawing: Drawing, top: float, title: str, curves: dict[str, list], last: float, ends: tuple[float, float]) -> None:
+    """One plot: named curves, lists of (update, value), with their names at their right ends."""
+    axes = Axes(drawing, (60, top, WIDTH - 130, top + HEIGHT), (0, max(1, last)), ends)
+    axes.frame(ticks(0, max(1, last)), ticks(*ends), "updates", title)
+    named = []
+    for number, (name, points) in enumerate(curves.items()):
+        color = COLORS[number % len(COLORS)]
+        if name == "loss":
+            axes.curve(points, FAINT)
+            points, color = smoothed(points), BLUE
+        axes.curve(points, color)
+        for x, y in points if len(points) < 50 else ():
+            drawing.dot(*axes.at(x, y), color, 2.5)
+        named.append((axes.at(*points[-1])[1], f"{name} {points[-1][1]:.3g}", color))
+    drawing.labels(WIDTH - 122, named)
+
+
+def draw_curves(lines: Sequence[dict], file: Path) -> None:
+    """Draws the lines of metrics.jsonl: above the losses, below the scores, if there are any."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if is_number and (name == "loss" or "valid_loss" in line) and name != "step":
+                curves.setdefault(name, []).append((line["step"], value))
+    losses = {name: curves.pop(name) for name in ("loss", "valid_loss") if name in curves}
+    if not losses:
+        return
+    last = max(line["step"] for line in lines)
+    drawing = Drawing(WIDTH, 50 + HEIGHT + GAP + (HEIGHT + GAP if curves else 0))
+    highest = max(y for points in losses.values() for _, y in points)
+    panel(drawing, 40, "loss, nats a token", losses, last, (0.0, highest * 1.05 or 1.0))
+    if curves:
+        top = max(1.0, *(y for points in curves.values() for _, y in points))
+        scored = next((line["scored"] for line in reversed(lines) if isinstance(line.get("scored"), str)), "examples")
+        panel(drawing, 40 + HEIGHT + GAP, f"scores on {scored}, not learned from", curves, last, (0.0, top))
+    drawing.save(file)

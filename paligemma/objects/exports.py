@@ -1,0 +1,322 @@
+"""Rows with objects as the files of other tools: COCO, Pascal VOC, YOLO, a table; and objects as supervision's Detections.
+
+A row is what `annotate.py` writes and --json prints: image (a name), width, height, objects (outputs.as_json). Rows about one
+picture are put together; rows with an error, or of a task that finds no objects, are passed over, as are objects without a box.
+Every file is written beside its place and renamed, so that nobody reads half of one. Imports neither torch nor numpy, unless
+there are masks. Checked in tests/objects/test_exports.py.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+from paligemma.errors import DatasetError, DeviceError
+from paligemma.files import whole
+from paligemma.objects.outputs import Found
+
+if TYPE_CHECKING:
+    import supervision
+
+UNNAMED = "object"  # the class of what has no label, such as a refcoco checkpoint's answers
+NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+NOT_IN_NAMES = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # what no file's name can hold; \udc80 to \udcff are its raw bytes
+RUN_LENGTHS = re.compile("(?:[P-o]{0,6}[0-O])*")  # of a COCO string, each below 2^34
+LONGEST_NAME = 200  # bytes of a step of a path; 255 are the limit, and endings are added
+FORMULA = ("=", "+", "-", "@", "\t", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # how one begins; the last four are wide
+COLUMNS = ("image", "label", "score", "x_min", "y_min", "x_max", "y_max", "width", "height")
+
+
+@dataclass
+class Picture:
+    """What was found in one picture; the objects are those of its rows."""
+
+    name: str
+    width: int
+    height: int
+    objects: list[dict] = field(default_factory=list)
+
+
+def are_numbers(value: object, count: int) -> bool:
+    """Whether it is a list of so many finite numbers."""
+    return isinstance(value, list) and len(value) == count and all(type(x) in (int, float) and abs(x) < 1e12 for x in value)
+
+
+def is_object(found: object) -> bool:
+    """Whether it is what outputs.as_json writes of an object, as far as an export reads it."""
+    if not (isinstance(found, dict) and isinstance(found.get("label"), str)):
+        return False
+    if found.get("score") is not None and not are_numbers([found["score"]], 1):
+        return False
+    if "box" not in found:
+        return True
+    mask = found.get("mask", {"size": [1, 1], "counts": ""})
+    if not (isinstance(mask, dict) and are_numbers(mask.get("size"), 2) and isinstance(mask.get("counts"), str)):
+        return False
+    has_box = are_numbers(found["box"], 4) and are_numbers(found.get("box_normalized"), 4)
+    return has_box and RUN_LENGTHS.fullmatch(mask["counts"]) is not None
+
+
+def collect(rows: Iterable[dict]) -> list[Picture]:
+    """The pictures in the order in which they first appear, also those without any object.
+
+    Raises: DatasetError for a row with objects that is not as as_json writes it: others may have edited the file.
+    """
+    pictures: dict[str, Picture] = {}
+    for row in rows:
+        if "error" not in row and "objects" in row:
+            size, objects = [row.get("width"), row.get("height")], row["objects"]
+            is_fine = isinstance(row.get("image"), str) and are_numbers(size, 2) and isinstance(objects, list)
+            if not (is_fine and all(map(is_object, objects))):
+                name = ascii(row.get("image"))[:100]
+                raise DatasetError(f"the row about {name} is damaged. Delete its line, and ask about that picture again.")
+            picture = pictures.setdefault(row["image"], Picture(row["image"], row["width"], row["height"]))
+            picture.objects += [found for found in objects if "box" in found]
+    return list(pictures.values())
+
+
+def name_of(found: dict) -> str:
+    return found["label"] or UNNAMED
+
+
+def class_names(pictures: list[Picture]) -> list[str]:
+    """Every label once, in the order in which they first appear."""
+    return list(dict.fromkeys(name_of(found) for picture in pictures for found in picture.objects))
+
+
+def put(path: Path, text: str) -> None:
+    """Writes a file whole. Raises: OutputError."""
+    with whole(path) as beside:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(text.encode("utf-8", "backslashreplace"))  # a file's name may hold bytes that are no letters
+
+
+# COCO; its fields are described at cocodataset.org/#format-data
+
+
+def coco_shape(found: dict) -> dict:
+    """bbox [x, y, width, height] in pixels, area, and with a mask its run lengths."""
+    x, y, x_end, y_end = found["box"]
+    shape = {"bbox": [x, y, round(x_end - x, 2), round(y_end - y, 2)]}
+    if "mask" not in found:
+        return shape | {"area": round((x_end - x) * (y_end - y), 2)}
+    from paligemma.objects.masks import read_counts
+
+    return shape | {"area": sum(read_counts(found["mask"]["counts"])[1::2]), "segmentation": found["mask"]}
+
+
+def coco(pictures: list[Picture]) -> dict:
+    """What an annotation file holds: images, categories and annotations, ids from 1 up; an annotation keeps its score."""
+    numbers = {name: number for number, name in enumerate(class_names(pictures), 1)}
+    images, annotations = [], []
+    for image_id, picture in enumerate(pictures, 1):
+        images.append({"id": image_id, "file_name": picture.name, "width": picture.width, "height": picture.height})
+        for found in picture.objects:
+            owner = {"id": len(annotations) + 1, "image_id": image_id, "category_id": numbers[name_of(found)], "iscrowd": 0}
+            score = {"score": found["score"]} if "score" in found else {}
+            annotations.append(owner | {"segmentation": []} | coco_shape(found) | score)
+    categories = [{"id": number, "name": name} for name, number in numbers.items()]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def coco_results(pictures: list[Picture], truth: dict) -> list[dict]:
+    """What a result file holds, for COCOeval: the objects under the ids of an annotation file. Without a score it is 1.
+
+    Args:
+        truth: the content of the annotation file, in which pictures are found by file name, with or without folders, and
+            categories by name. Labels that are no category there are left out, as they can match nothing.
+    Raises: DatasetError for a picture that the annotation file does not have.
+    """
+    ids = {os.path.basename(image["file_name"]): image["id"] for image in truth["images"]}
+    ids |= {image["file_name"]: image["id"] for image in truth["images"]}
+    numbers = {category["name"]: category["id"] for category in truth["categories"]}
+    results = []
+    for picture in pictures:
+        image_id = ids.get(picture.name, ids.get(os.path.basename(picture.name)))
+        if image_id is None:
+            raise DatasetError(f"{picture.name} is not among the images of the annotation file. Give the file that names it.")
+        for found in picture.objects:
+            if name_of(found) in numbers:
+                owner = {"image_id": image_id, "category_id": numbers[name_of(found)], "score": found.get("score", 1.0)}
+                shape = coco_shape(found)
+                shape.pop("area")  # COCOeval counts it itself
+                results.append(owner | shape)
+    return results
+
+
+# Pascal VOC, YOLO, a table
+
+
+def voc(picture: Picture) -> str:
+    """An XML file in the form of Pascal VOC; its pixels count from 1, and a box ends with the last pixel inside."""
+    root = ElementTree.Element("annotation")
+    ElementTree.SubElement(root, "filename").text = NOT_IN_XML.sub("?", os.path.basename(picture.name))
+    size = ElementTree.SubElement(root, "size")
+    for name, value in (("width", picture.width), ("height", picture.height), ("depth", 3)):
+        ElementTree.SubElement(size, name).text = str(value)
+    ElementTree.SubElement(root, "segmented").text = "0"
+    for found in picture.objects:
+        element = ElementTree.SubElement(root, "object")
+        for name, text in (("name", name_of(found)), ("pose", "Unspecified"), ("truncated", "0"), ("difficult", "0")):
+            ElementTree.SubElement(element, name).text = NOT_IN_XML.sub("?", text)
+        x, y, x_end, y_end = (round(value) for value in found["box"])
+        left, top = min(x, picture.width - 1) + 1, min(y, picture.height - 1) + 1
+        right, bottom = max(x_end, left), max(y_end, top)
+        corners = ElementTree.SubElement(element, "bndbox")
+        for name, value in (("xmin", left), ("ymin", top), ("xmax", right), ("ymax", bottom)):
+            ElementTree.SubElement(corners, name).text = str(value)
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def yolo(picture: Picture, classes: dict[str, int]) -> str:
+    """A line for each object: the number of its class, centre x and y, width and height, in fractions of the picture."""
+    lines = []
+    for found in picture.objects:
+        x, y, x_end, y_end = found["box_normalized"]
+        numbers = (x + x_end) / 2, (y + y_end) / 2, x_end - x, y_end - y
+        lines.append(" ".join([str(classes[name_of(found)]), *(f"{number:.6f}" for number in numbers)]) + "\n")
+    return "".join(lines)
+
+
+def cell(text: str) -> str:
+    """A text as a cell that no spreadsheet takes for a formula: one that begins like a formula gets an apostrophe before it."""
+    text = text.replace("\r", " ")  # which csv leaves without quotes, so that the line would end there
+    return f"'{text}" if text.lstrip(" ").startswith(FORMULA) else text
+
+
+def table(pictures: list[Picture]) -> str:
+    """CSV with the columns of COLUMNS, boxes in pixels; see `cell` for what is changed in names and labels."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for picture in pictures:
+        for found in picture.objects:
+            texts = cell(picture.name), cell(found["label"])
+            writer.writerow([*texts, found.get("score"), *found["box"], picture.width, picture.height])
+    return text.getvalue()
+
+
+# Files
+
+
+def steps(name: str) -> list[str]:
+    """A picture's name as the folders and the file of a path that lies below any folder, and that any disk takes."""
+    if name.startswith("data:"):
+        return [f"data-{digest(name)}"]
+    name = re.sub("^(https?|file)://", "", name).replace("\\", "/")
+    kept = [re.sub(r"^\.\.$", "__", NOT_IN_NAMES.sub("_", step)) for step in name.split("/") if step not in ("", ".")]
+    return [step if len(os.fsencode(step)) <= LONGEST_NAME else f"{step[:40]}-{digest(step)}" for step in kept] or ["picture"]
+
+
+def digest(name: str) -> str:
+    """Tells a name from others, in eight letters."""
+    return blake2b(name.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+
+
+def places(names: Iterable[str], folder: Path, ending: str, taken: Iterable[Path] = ()) -> list[Path]:
+    """A file for each picture, below the folder as the picture lies below the folder that all of them have in common.
+
+    Args:
+        names: of the pictures; different ones.
+        taken: files that others have.
+    Returns: paths that differ in more than case, none of them a folder of another; 1.jpg and 1.png become 1.txt and 1.png.txt.
+    """
+
+    def known(path: Path) -> str:
+        return unicodedata.normalize("NFC", str(path)).casefold()
+
+    parts = [steps(name) for name in names]
+    common = len(os.path.commonprefix([part[:-1] for part in parts]))
+    others = {*map(known, taken)}
+    paths = []
+    for first, *rest in (part[common:] for part in parts):
+        is_taken = rest and known(folder / first) in others  # a folder called classes.txt
+        paths.append(folder.joinpath(f"{first}_" if is_taken else first, *rest))
+    used = {*others, *(known(above) for path in paths for above in path.parents)}
+    counts: Counter[str] = Counter()
+    files = []
+    for path in paths:
+        free = [path.with_suffix(ending), path.with_name(path.name + ending)]
+        while free and known(free[0]) in used:
+            free.pop(0)
+        while not free or known(free[0]) in used:  # counting goes on where it stopped, so that many equal names take no time
+            counts[known(path)] += 1
+            free = [path.with_name(f"{path.name}-{counts[known(path)] + 1}{ending}")]
+        used.add(known(free[0]))
+        files.append(free[0])
+    return files
+
+
+def files_of(kind: str, path: str | Path, names: Iterable[str]) -> list[Path]:
+    """The files that `export` writes for pictures of these names: one each, or one for all; of "yolo" the classes last."""
+    path, names = Path(path), list(names)
+    if kind in ("coco", "csv"):
+        return [path]
+    is_single = bool(path.suffix) and len(names) == 1
+    folder = path.parent if is_single else path.with_suffix("")
+    classes = [folder / "classes.txt"] if kind == "yolo" else []
+    return [*([path] if is_single else places(names, folder, {"voc": ".xml", "yolo": ".txt"}[kind], classes)), *classes]
+
+
+def export(rows: Iterable[dict], kind: str, path: str | Path, names: Iterable[str] = ()) -> list[Path]:
+    """Writes the rows as files of another tool.
+
+    Args:
+        kind: "coco" (annotations), "csv", "voc" or "yolo".
+        path: the file of coco and csv. Of voc and yolo the folder, which gets a file for each picture; but with an ending the
+            file itself if there is one picture, and else the folder of that name without the ending. YOLO's classes.txt lies
+            in the folder.
+        names: the pictures that were asked about, if files are to be named as if all had rows.
+    Returns: the files. Raises: OutputError.
+    """
+    pictures = collect(rows)
+    names = list(dict.fromkeys(names)) or [picture.name for picture in pictures]
+    files = files_of(kind, path, names)
+    if kind in ("coco", "csv"):
+        put(files[0], json.dumps(coco(pictures)) + "\n" if kind == "coco" else table(pictures))
+        return files
+    classes = {name: number for number, name in enumerate(class_names(pictures))}
+    file_of, written = dict(zip(names, files[: len(names)], strict=True)), []
+    numbers = {name: number for number, name in enumerate(classes)}
+    for picture in pictures:
+        written.append(file_of[picture.name])
+        put(written[-1], voc(picture) if kind == "voc" else yolo(picture, numbers))
+    if kind == "yolo":
+        written.append(files[-1])
+        put(files[-1], "".join(f"{' '.join(name.split()) or UNNAMED}\n" for name in classes))  # one line each
+    return written
+
+
+def to_supervision(objects: Iterable[Found], width: int, height: int) -> "supervision.Detections":
+    """The objects with a box as Detections, for supervision's drawing, tracking and counting; labels under data["class_name"].
+
+    Confidences and masks are there if every object has one. Raises: DeviceError if supervision is not installed.
+    """
+    try:
+        import supervision
+    except ModuleNotFoundError as error:
+        raise DeviceError("the package 'supervision' is not installed. Install it: pip install supervision.") from error
+    import numpy as np
+
+    objects = [found for found in objects if found.box is not None]
+    labels = [found.label for found in objects]
+    names = list(dict.fromkeys(labels))
+    masks, scores = [found.mask for found in objects], [found.score for found in objects]
+    has_masks, has_scores = objects and all(mask is not None for mask in masks), None not in scores
+    return supervision.Detections(
+        xyxy=np.array([found.box.pixels(width, height) for found in objects], dtype=np.float32).reshape(-1, 4),
+        mask=np.stack(masks) if has_masks else None,
+        confidence=np.array(scores, dtype=np.float32) if has_scores else None,
+        class_id=np.array([names.index(label) for label in labels], dtype=int),
+        data={"class_name": np.array(labels, dtype=str)},
+    )

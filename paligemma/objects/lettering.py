@@ -1,0 +1,201 @@
+"""Text of any script, drawn with Pillow: each character in the first font that has it. Imports errors only.
+
+Pillow's own font has the letters of English and little else. What it lacks is taken from DejaVu Sans, which comes with this
+project (the other alphabets of Europe, Arabic, Hebrew), then from the fonts of the system: on Linux those that fontconfig finds,
+on macOS the ones that come with it. A font that the user names is asked first. Checked in tests/objects/test_lettering.py.
+"""
+
+import math
+import os
+import re
+import subprocess
+import unicodedata
+from functools import lru_cache
+from itertools import groupby
+
+from PIL import Image, ImageDraw, ImageFont
+
+from paligemma.errors import UsageError
+from paligemma.files import BUNDLED
+
+SYSTEM_FONTS = ("Arial Unicode.ttf", "PingFang.ttc", "Apple Color Emoji.ttc")  # of macOS; Pillow knows their folders
+PICTURE_SIZES = (109, 136, 160, 128, 96, 64)  # sizes, in pixels, in which fonts of coloured emoji hold their pictures
+PROBE = 32  # pixels: the size at which fonts are asked what they have
+NO_CHARACTER = "\U0010fffe"  # a code point that no font has
+UNKNOWN = "?"  # drawn for what no font has
+
+
+@lru_cache(maxsize=256)
+def opened(file: str | None, size: float) -> ImageFont.FreeTypeFont:
+    """Pillow's object for a font at this size; None is Pillow's own font. Raises: OSError."""
+    return ImageFont.load_default(size) if file is None else ImageFont.truetype(file, size)
+
+
+class Font:
+    """One font at any size.
+
+    Args:
+        file: a path, or a name in the system's font folders; None for Pillow's own font.
+    Raises: OSError if it is no font.
+    """
+
+    def __init__(self, file: str | None):
+        if file and os.path.dirname(file) and not os.path.isfile(file):
+            raise OSError(f"{file} is not there")  # Pillow would look for the last word of it in the system's folders
+        self.file = file
+        self.picture_size = None  # pixels, of a font that holds pictures instead of outlines: the only size that it has
+        if file is not None and not self.has_size(PROBE):
+            self.picture_size = next((size for size in PICTURE_SIZES if self.has_size(size)), None)
+            if self.picture_size is None:
+                raise OSError(f"{file} has no size that can be drawn")
+        self.nothing = self.pixels(NO_CHARACTER)
+        self.known: dict[str, bool] = {}
+
+    def has_size(self, size: int) -> bool:
+        try:
+            opened(self.file, size)
+        except OSError as error:
+            if "pixel size" not in str(error):
+                raise
+            return False
+        return True
+
+    def at(self, size: float) -> ImageFont.FreeTypeFont:
+        """Pillow's font object: of this size or, for a font of pictures, of the one it has."""
+        return opened(self.file, self.picture_size or size)
+
+    def pixels(self, character: str) -> tuple[tuple[int, int], bytes]:
+        """The size and the grey levels of a character's shape."""
+        mask = self.at(PROBE).getmask(character)
+        return mask.size, bytes(mask)
+
+    def has(self, text: str) -> bool:
+        """Whether every character has a shape of its own."""
+        for character in set(text) - self.known.keys():
+            self.known[character] = self.pixels(character) != self.nothing
+        return all(self.known[character] for character in text)
+
+    def scale(self, size: float) -> float:
+        """What lengths of `at(size)` are multiplied by."""
+        return size / self.picture_size if self.picture_size else 1
+
+
+def clusters(text: str) -> list[str]:
+    """Characters, each together with the marks, joiners and skin tones that belong to it."""
+    found: list[str] = []
+    for character in text:
+        is_mark = unicodedata.category(character)[0] == "M" or character == "\u200d" or "\U0001f3fb" <= character <= "\U0001f3ff"
+        if found and (is_mark or found[-1][-1] == "\u200d"):
+            found[-1] += character
+        else:
+            found.append(character)
+    return found
+
+
+class Lettering:
+    """Measures and draws text.
+
+    Args:
+        file: a font to take first. Raises: UsageError if it cannot be read as one.
+    """
+
+    def __init__(self, file: str | None = None):
+        self.fonts = [Font(None)]
+        if file is not None:
+            try:
+                self.fonts.insert(0, Font(file))
+            except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+                raise UsageError(f"--font {file} is not a font that can be read. Give a .ttf, .otf or .ttc file.") from error
+        for name in (str(BUNDLED / "DejaVuSans.ttf"), *SYSTEM_FONTS):
+            self.add(name)
+        self.choices: dict[str, Font | None] = {}
+
+    def add(self, file: str) -> None:
+        """Takes a font in as the last one, if it is there."""
+        try:
+            self.fonts.append(Font(file))
+        except OSError:
+            return
+
+    def choose(self, cluster: str) -> Font | None:
+        """The font for a character and its marks; None if there is none."""
+        if cluster not in self.choices:
+            wanted = cluster.replace("\u200d", "").replace("\ufe0f", "").replace("\ufe0e", "")
+            found = next((font for font in self.fonts if font.has(wanted)), None)
+            if found is None and wanted:
+                self.add(system_font(wanted[0]))
+                found = next((font for font in self.fonts if font.has(wanted)), None)
+                found = found or next((font for font in self.fonts if font.has(wanted[0])), None)
+            self.choices[cluster] = found
+        return self.choices[cluster]
+
+    def missing(self, text: str) -> str:
+        """The characters that no font has, each once."""
+        pieces = clusters(unicodedata.normalize("NFC", text))
+        return "".join(dict.fromkeys(cluster[0] for cluster in pieces if self.choose(cluster) is None))
+
+    def runs(self, text: str) -> list[tuple[Font, str]]:
+        """The text in pieces of one font each; a word is one piece if any font has all of it."""
+        pieces = []
+        for word in re.split("( )", unicodedata.normalize("NFC", text)):
+            whole = next((font for font in self.fonts if font.has(word)), None)
+            found = [(whole, word)] if whole else [(self.choose(cluster), cluster) for cluster in clusters(word)]
+            pieces += [(font or self.fonts[0], piece if font else UNKNOWN) for font, piece in found]
+        return [(font, "".join(piece for _, piece in group)) for font, group in groupby(pieces, key=lambda piece: piece[0])]
+
+    def width(self, text: str, size: float) -> float:
+        """In pixels, of text in letters of this size."""
+        return sum(font.at(size).getlength(piece) * font.scale(size) for font, piece in self.runs(text))
+
+    def height(self, text: str, size: float) -> tuple[float, float]:
+        """Pixels above and below the line that the letters stand on."""
+        metrics = [[font.scale(size) * value for value in font.at(size).getmetrics()] for font, _ in self.runs(text or " ")]
+        return max(above for above, _ in metrics), max(below for _, below in metrics)
+
+    def write(
+        self, picture: Image.Image, place: tuple[float, float], text: str, size: float, fill: object, anchor: str = "la"
+    ) -> None:  # fmt: skip
+        """Draws text into a picture, RGB.
+
+        Args:
+            place: x and y, in pixels.
+            fill: a colour, as Pillow takes it.
+            anchor: what lies at the place: l the left or r the right end, then a the upper edge or m the middle.
+        """
+        x, y = place
+        above, below = self.height(text, size)
+        if anchor[0] == "r":
+            x -= self.width(text, size)
+        line = y + above if anchor[1] == "a" else y + (above - below) / 2
+        for font, piece in self.runs(text):
+            if font.picture_size:
+                paste_pictures(picture, font, piece, size, (x, line))
+            else:
+                ImageDraw.Draw(picture).text((x, line), piece, fill, font.at(size), anchor="ls")
+            x += font.at(size).getlength(piece) * font.scale(size)
+
+
+def paste_pictures(picture: Image.Image, font: Font, text: str, size: float, place: tuple[float, float]) -> None:
+    """Draws emoji in their own colours; the place is the left end of the line that they stand on."""
+    letters, scale = font.at(size), font.scale(size)
+    above, below = letters.getmetrics()
+    drawn = Image.new("RGBA", (max(1, math.ceil(letters.getlength(text))), above + below))
+    ImageDraw.Draw(drawn).text((0, above), text, font=letters, anchor="ls", embedded_color=True)
+    small = drawn.resize((max(1, round(drawn.width * scale)), max(1, round(drawn.height * scale))), Image.Resampling.BOX)
+    picture.paste(small.convert("RGB"), (round(place[0]), round(place[1] - above * scale)), small.getchannel("A"))
+
+
+@lru_cache(maxsize=1024)
+def system_font(character: str) -> str:
+    """The file of a font that has the character, as fontconfig knows it; "" without fontconfig."""
+    command = ["fc-match", "--format=%{file}", f":charset={ord(character):x}"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+@lru_cache(maxsize=8)
+def lettering(file: str | None = None) -> Lettering:
+    """The one Lettering of a font file, or of none."""
+    return Lettering(file)

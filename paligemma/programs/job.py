@@ -1,0 +1,353 @@
+"""A job on many pictures: its flags, its questions, what decides its answers, and its rows. annotate.py does one on this machine,
+cluster.py on many, and both get their rows from `answer`, so that they are the same. Imports torch only when it runs.
+
+Checked in tests/programs/test_annotate.py.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from paligemma import files, machine
+from paligemma.errors import ImageError, PaliGemmaError, UsageError, counted
+from paligemma.pictures import folders
+from paligemma.programs.commandline import Interrupted, Words, note
+from paligemma.programs.journal import PART, Journal
+from paligemma.programs.options import (
+    PICTURE_SUFFIXES,
+    Checkpoint,
+    ModelFlags,
+    PictureFlags,
+    ResultFlags,
+    file_of,
+    is_address,
+    looks_like_picture,
+    picture_options,
+    require,
+)
+from paligemma.tasks import ANSWER_TOKENS, NEEDED, OBJECT_TASKS, Annotator, Request, Result, check_task, prompt
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
+
+READERS = 8  # threads that decode pictures, where there are as many cores; a GPU is busy with what about four read
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFlags(ModelFlags, PictureFlags, ResultFlags):
+    """What is asked, about which pictures, and where the rows go.
+
+    Args:
+        words: folders, files, patterns, addresses; then the text
+        task: caption, ask, detect, segment, ocr or count
+        text: the question, or the objects with semicolons between them; may also be the last word
+        list: a file with the name of a picture in each line
+        questions: a JSONL file of lines {"image": "a.jpg", "prefix": "detect cat"}; each prefix is asked as it stands
+        output: the JSONL file of the rows; run again to resume after its last row
+        rows: how many pictures are in flight; more are faster, above all on a GPU, and take more memory
+        retry_failed: ask again where the row in the file is an error
+        force: continue a file that was begun with other settings
+        verbose: also say what is of lesser interest
+        debug: print the traceback of an error
+    """
+
+    words: Words = ()
+    task: str | None = None
+    text: str | None = None
+    list: str | None = None
+    questions: str | None = None
+    output: str | None = None
+    rows: int = 16
+    retry_failed: bool = False
+    force: bool = False
+    verbose: bool = False
+    debug: bool = False
+
+    def __post_init__(self):
+        for group in (ModelFlags, PictureFlags, ResultFlags):
+            group.__post_init__(self)
+        require(
+            self,
+            ("rows", self.rows >= 1, "a whole number from 1 up"),
+            ("list", self.list != "", "a file"),
+            ("questions", self.questions != "", "a file"),
+            ("output", files.expand(self.output or "").name, "a file for the rows, such as results.jsonl,"),
+        )
+        if self.questions is not None:
+            for name in ("task", "text", "list"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"--questions brings its own pictures and prompts. Drop --{name}.")
+            if len(self.words) > 1 or not all(os.path.isdir(files.expand(word)) for word in self.words):
+                raise UsageError("with --questions only one word may be given, the folder of its pictures. Drop the others.")
+        else:
+            check_task(self.chosen_task, self.asked)
+            if not self.pictures and self.list is None:
+                raise UsageError("no picture is named. Name a folder, a file or a pattern, or give --list or --questions.")
+
+    @property
+    def chosen_task(self) -> str:
+        return self.task or "caption"
+
+    @property
+    def has_text_as_word(self) -> bool:
+        is_needed = self.questions is None and self.chosen_task in NEEDED and self.text is None
+        if not is_needed or not self.words:
+            return False
+        could_be_text = len(self.words) > 1 and not set("/,.") & set(self.words[-1])  # a folder named cat is no reason to fail
+        return could_be_text or not looks_like_picture(self.words[-1])
+
+    @property
+    def asked(self) -> str:
+        return self.words[-1] if self.has_text_as_word else self.text or ""
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        return self.words[:-1] if self.has_text_as_word else self.words
+
+    @property
+    def has_objects(self) -> bool:
+        """Whether answers may hold objects, to be drawn or exported."""
+        return self.questions is not None or self.chosen_task in OBJECT_TASKS
+
+
+# Questions
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about one picture. Image and prompt make a row what it is.
+
+    Args:
+        image: the picture's name as it was given.
+        place: where it is.
+        is_typed: whether a user typed that place, or it is in a folder that was typed; else it comes from a list or a JSONL.
+        task, text: how the answer is to be read, see tasks.Request.
+    """
+
+    image: str
+    place: str
+    prompt: str
+    task: str
+    text: str
+    is_typed: bool = False
+
+
+def read_prompt(prefix: str) -> tuple[str, str]:
+    """Task and text of a prompt that somebody wrote, as far as they decide how the answer is read."""
+    word, _, rest = prefix.strip().partition(" ")
+    if word in OBJECT_TASKS and rest:
+        return word, rest
+    return ("ocr", "") if prefix.strip() == "ocr" else ("caption", "") if word == "caption" else ("ask", prefix)
+
+
+def images(flags: JobFlags, without: Iterable[str] = ()) -> Iterator[tuple[str, bool]]:
+    """The names of the pictures, one by one, and whether they were typed; one that is meant by two words comes twice.
+
+    Args:
+        without: folders whose pictures are not meant, such as that of the drawings.
+    """
+    seen = [folders.identity(folder) for folder in without if os.path.isdir(folder)]
+    for word in flags.pictures:
+        yield from ((name, True) for name in folders.expand(word, seen))
+    if flags.list is not None:
+        yield from ((name, False) for name in folders.in_list(flags.list, seen))
+
+
+def questions(flags: JobFlags, kind: str, without: Iterable[str] = ()) -> Iterator[Question]:
+    """What is to be asked, in the order in which it is listed.
+
+    Args:
+        kind: of the checkpoint, see tasks.checkpoint_kind.
+        without: see images.
+    """
+    if flags.questions is not None:
+        home = files.expand(flags.words[0]) if flags.words else files.expand(flags.questions).parent
+        for image, prefix in folders.questions(flags.questions):
+            place = image if is_address(image) else os.path.join(home, image)
+            yield Question(image, place, prefix, *read_prompt(prefix))
+        return
+    words = prompt(flags.chosen_task, flags.asked, kind, flags.language)
+    for image, is_typed in images(flags, without):
+        yield Question(image, image, words, flags.chosen_task, flags.asked, is_typed)
+
+
+def check_pictures(flags: JobFlags, without: Iterable[str] = ()) -> str:
+    """The name of the first picture, after a look at everything that can be seen without reading one.
+
+    Raises: ImageError for words that mean no picture, DatasetError for a list that cannot be read or has a damaged line.
+    """
+    if flags.questions is not None:
+        names = [image for image, _ in folders.questions(flags.questions)][:1]
+    else:
+        folders.check_words(flags.pictures)
+        names = [name for name, _ in islice(images(flags, without), 1)]
+    if not names:
+        raise ImageError(f"there is no picture. In folders, names that end in {', '.join(PICTURE_SUFFIXES)} are looked for.")
+    return names[0]
+
+
+# What decides the answers
+
+
+def longest_answer(flags: JobFlags) -> int:
+    """In tokens."""
+    if flags.max_tokens_to_generate is not None:
+        return flags.max_tokens_to_generate
+    return max(ANSWER_TOKENS.values()) if flags.questions is not None else ANSWER_TOKENS[flags.chosen_task]
+
+
+def settings(flags: JobFlags, checkpoint: Checkpoint) -> dict:
+    """What decides the answers, for the header of the rows: all of it that is not in the rows themselves."""
+    from paligemma.checkpoints.safetensors_files import fingerprint
+    from paligemma.objects.mask_codec import find_codec
+
+    decisive = [field.name for group in (PictureFlags, ResultFlags) for field in fields(group)]
+    asked = {"task": "questions"} if flags.questions is not None else {"task": flags.chosen_task, "text": flags.asked}
+    codec = find_codec(checkpoint.base, flags.mask_codec)
+    if not flags.stretch:  # files of rows that were begun before there was such a flag go on
+        decisive.remove("stretch")
+    return (
+        asked
+        | {"model": f"{Path(checkpoint.name).name} {fingerprint(checkpoint.base, checkpoint.folder)}"}
+        | {name: getattr(flags, name) for name in ("dtype", "quantize", "quantize_vision", *decisive)}
+        | {"max_tokens_to_generate": longest_answer(flags), "mask_codec": None if codec is None else codec.name}
+    )
+
+
+def make_annotator(flags: JobFlags, checkpoint: Checkpoint, model: "PaliGemmaForConditionalGeneration") -> Annotator:
+    """The model, ready for requests as the flags want them."""
+    from paligemma.objects.mask_codec import find_codec, load_codec
+
+    codec = find_codec(checkpoint.base, flags.mask_codec)
+    return Annotator(
+        model,
+        checkpoint.processor,
+        codec=None if codec is None else load_codec(codec),
+        rows=flags.rows,
+        max_new_tokens=longest_answer(flags),
+        uses_grammar=flags.grammar,
+        min_score=flags.min_score,
+        kind=checkpoint.kind,
+        language=flags.language,
+        denominator=flags.denominator,
+    )
+
+
+# Rows
+
+
+def answer(
+    annotator: Annotator, asked: Iterable[Question], flags: JobFlags, keeps_original: bool = False
+) -> Iterator[tuple[dict, folders.Loaded, Result]]:
+    """A row for every question, in the order in which they end, with the picture and the result behind it.
+
+    A picture that cannot be read, or a question that cannot be asked, gets a row that says so.
+    """
+    in_flight: dict[int, folders.Loaded] = {}
+    load = partial(
+        folders.load,
+        side=annotator.processor.image_size,
+        keeps_original=keeps_original,
+        **picture_options(flags),
+    )
+
+    def read(place: tuple[str, bool]) -> folders.Loaded:
+        return load(place[0], is_typed=place[1])
+
+    def requests() -> Iterator[Request]:
+        threads = min(READERS, machine.available_cores())
+        ahead = max(threads, annotator.rows)
+        for number, (question, loaded) in enumerate(
+            folders.read_ahead(asked, lambda q: (q.place, q.is_typed), read, threads, ahead)
+        ):
+            in_flight[number] = loaded
+            yield Request(
+                picture=loaded.picture,
+                task=question.task,
+                text=question.text,
+                prompt=question.prompt,
+                image=question.image,
+                size=loaded.size,
+            )
+
+    for number, result in annotator.run(requests()):
+        loaded = in_flight.pop(number)
+        yield result.to_json() | ({"notes": loaded.notes} if loaded.notes else {}), loaded, result
+    if in_flight:
+        raise RuntimeError(f"{len(in_flight)} questions have no row")  # a bug: better a stop than rows that are missing unseen
+
+
+# Beginning and end
+
+
+def count_left(asked: Iterable[Question], journal: Journal) -> int:
+    """How many questions have no row yet. Lists them all."""
+    return sum(not journal.knows(question.image, question.prompt) for question in asked)
+
+
+def claim_left(asked: Iterable[Question], journal: Journal) -> Iterator[Question]:
+    """The questions that have no row yet, each once."""
+    return (question for question in asked if journal.claim(question.image, question.prompt))
+
+
+def is_watched() -> bool:
+    """Whether somebody sees a bar."""
+    return sys.stderr.isatty()
+
+
+def progress(known: int, total: int | None) -> "tqdm":
+    """A bar of rows, where it is watched. The time left comes from all rows of this run (smoothing 0); those of earlier runs are
+    known and cost nothing.
+    """
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=known, unit="row", smoothing=0, dynamic_ncols=True, disable=not is_watched())
+
+
+def check_outputs(
+    flags: JobFlags, rows: Path, others: Iterable[tuple[str, Path]] = (), model: Iterable[tuple[str, Path]] = ()
+) -> None:
+    """Makes sure that the files of a job can be written, and are neither each other nor any that is read.
+
+    Args:
+        rows: the file of rows.
+        others: what else is written, and
+        model: the files of the model, as files.check_outputs takes them.
+    Raises: UsageError, OutputError.
+    """
+    part = ("the file that --retry_failed makes", rows.with_name(rows.name + PART))
+    named = [("--list", flags.list), ("--questions", flags.questions), ("the mask codec", flags.mask_codec)]
+    read = [(what, files.expand(file)) for what, file in named if file is not None]
+    read += [("the picture", file) for file in map(file_of, flags.pictures) if file is not None]
+    files.check_outputs([("--output", rows), part, *others], [*read, *model])
+
+
+@contextmanager
+def open_rows(flags: JobFlags, checkpoint: Checkpoint, path: Path) -> Iterator[Journal]:
+    """The file of rows, opened as the flags want it; an interruption says how far it got. Raises: as Journal."""
+    with Journal(path, settings(flags, checkpoint), is_forced=flags.force, retry_failed=flags.retry_failed) as journal:
+        try:
+            yield journal
+        except Interrupted:
+            rows = counted(journal.num_answered + journal.num_failed, "row")
+            note(f"interrupted after {rows}. Run the same command again to resume.")
+            raise
+
+
+def conclude(journal: Journal) -> None:
+    """Says what the file holds. Raises: PaliGemmaError with exit code 8 if some of it are errors."""
+    answered, failed = journal.num_answered, journal.num_failed
+    if failed:
+        advice = "--retry_failed asks them again."
+        are = "is an error and says why" if failed == 1 else "are errors and say why"
+        of = f"{failed} of {counted(answered + failed, 'row')}"
+        raise PaliGemmaError(f"{of} in {journal.path} {are}. {advice}", code=8)
+    note(f"{counted(answered, 'row')} in {journal.path}.")

@@ -1,0 +1,240 @@
+"""A JSONL file that only grows and may be killed at any moment: what it holds, and the next row. Imports errors only.
+
+    {"journal": 1, "settings": {"task": "detect", "text": "cat"}}       a header: how the rows below it were made
+    {"image": "a/1.jpg", "prompt": "detect cat", "text": "<loc..."}     a row: one question about one picture, answered
+    {"image": "a/2.jpg", "prompt": "detect cat", "error": {...}}        or not
+
+A row is known by its image and its prompt. One process writes at a time (flock); a row is written in one piece and handed to
+the system at once, so that a killed process loses none, and to the disk every few seconds, so that a power cut loses few. The
+half line that a kill can leave at the end is cut off when the file is opened again. Checked in tests/programs/test_journal.py.
+"""
+
+import json
+import os
+import stat
+import time
+from collections.abc import Iterator
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import BinaryIO
+
+from paligemma.errors import OutputError, UsageError
+
+FORMAT = 1
+BEGINNING = b'{"journal": '  # of every header, and so of every file
+LONGEST_LINE = 256 << 20  # bytes; a row of ours has far less
+PART = ".part"  # ends the name of the file that drop_failed writes
+SYNC_S = 5.0  # rows of at most so many seconds are lost with the power
+
+
+def key(image: str, prompt: str) -> bytes:
+    """What a row is known by, in 16 bytes, so that a million of them fit in memory."""
+    return blake2b(f"{image}\0{prompt}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def is_header(record: dict) -> bool:
+    return "journal" in record
+
+
+def to_line(record: dict) -> bytes:
+    return json.dumps(record).encode() + b"\n"
+
+
+def read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, dict]]:
+    """Every whole line and what it says, headers too; a half line at the end is passed over.
+
+    Raises: OutputError for a file that is no journal, or has a damaged line.
+    """
+    beginning = file.read(len(BEGINNING))
+    file.seek(0)
+    if not BEGINNING.startswith(beginning):
+        raise OutputError(f"{path} is there and holds something else. Choose another --output.", path=path)
+    for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE), b""), 1):
+        if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
+            return
+        try:
+            record = json.loads(line)
+            if is_header(record):
+                values = record["settings"].values()
+                is_whole = record["journal"] == FORMAT and not any(isinstance(value, (dict, list)) for value in values)
+            else:
+                is_whole = isinstance(record["image"], str) and isinstance(record["prompt"], str)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            is_whole = False
+        if not is_whole:
+            advice = "Delete that line; what it answered is then asked again."
+            raise OutputError(f"line {number} of {path} is damaged, or of another version. {advice}", path=path)
+        yield line, record
+
+
+def rows(path: Path) -> Iterator[dict]:
+    """The rows of a file, one by one, answered or not. It may still be growing."""
+    with open(path, "rb") as file:
+        for _, record in read_lines(file, path):
+            if not is_header(record):
+                yield record
+
+
+def unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"{path} cannot be written: {error.strerror}. Make room, or choose another --output.", path=path)
+
+
+def open_alone(path: Path, flags: int = 0) -> int:
+    """A descriptor for reading and appending, held by this process alone. Raises: OutputError."""
+    import fcntl  # not there on Windows
+
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | flags, 0o666)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OutputError(f"{path} is not a regular file, so no run could resume. Choose another --output.", path=path)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except BlockingIOError as error:
+            os.close(descriptor)
+            advice = "Wait for it, or split the work with --shard i/n."
+            raise OutputError(f"{path} is being written by another process. {advice}", path=path) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # while we waited for the lock, the file was replaced: look again
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """A sentence part for every setting that is not as it was."""
+    names = [name for name in before | now if before.get(name) != now.get(name)]
+    return [f"{name} was {json.dumps(before.get(name))} and is {json.dumps(now.get(name))}" for name in names]
+
+
+class Journal:
+    """The file, open for more rows; a context manager.
+
+    Args:
+        path: of the file, made if it is not there.
+        settings: what decides the answers, as JSON can hold it; must be what they were when the file was begun.
+        is_forced: go on even if they were others; the rows below a new header are those of the new ones.
+        retry_failed: take out the rows that hold an error, so that they count as missing.
+    Raises: UsageError for other settings; OutputError when the file cannot be written, is being written, or is no journal.
+    """
+
+    def __init__(self, path: str | Path, settings: dict, *, is_forced: bool = False, retry_failed: bool = False):
+        self.path = Path(path)
+        self.known: set[bytes] = set()
+        self.num_answered = self.num_failed = 0
+        self.size = 0  # bytes in whole lines
+        self.synced = time.monotonic()
+        try:
+            self.descriptor = open_alone(self.path)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        try:
+            begun_with = self.read()
+            settings = json.loads(json.dumps(settings))
+            changes = differences(begun_with or settings, settings)
+            if changes and not is_forced:
+                advice = "Choose another --output, or continue this one with --force."
+                raise UsageError(f"{self.path} was begun with other settings: {'; '.join(changes)}. {advice}")
+            os.ftruncate(self.descriptor, self.size)
+            if retry_failed and self.num_failed:
+                self.drop_failed()
+            if begun_with is None or changes:
+                self.append({"journal": FORMAT, "settings": settings})
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+
+    def read(self) -> dict | None:
+        """Takes in what the file holds. Returns: the settings of its last header; None for a new file."""
+        settings = None
+        with open(self.descriptor, "rb", closefd=False) as file:
+            for line, record in read_lines(file, self.path):
+                self.size += len(line)
+                if is_header(record):
+                    settings = record["settings"]
+                else:
+                    self.count(record)
+        return settings
+
+    def count(self, row: dict) -> None:
+        self.known.add(key(row["image"], row["prompt"]))
+        if "error" in row:
+            self.num_failed += 1
+        else:
+            self.num_answered += 1
+
+    def drop_failed(self) -> None:
+        """Replaces the file by one without the rows that hold an error. Killed meanwhile, the old one is still there."""
+        part = self.path.with_name(self.path.name + PART)
+        self.known.clear()
+        self.num_answered = self.num_failed = self.size = 0
+        try:
+            descriptor = open_alone(part, os.O_TRUNC)  # locked before it gets its name, so that nobody comes between
+            try:
+                with open(self.path, "rb") as old, open(descriptor, "ab", closefd=False) as new:
+                    for line, record in read_lines(old, self.path):
+                        if "error" not in record:
+                            new.write(line)
+                            self.size += len(line)
+                            if not is_header(record):
+                                self.count(record)
+                os.fsync(descriptor)
+                os.replace(part, self.path)
+            except BaseException:
+                os.close(descriptor)
+                part.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        os.close(self.descriptor)
+        self.descriptor = descriptor
+
+    def knows(self, image: str, prompt: str) -> bool:
+        """Whether this was asked already, by an earlier run or by this one."""
+        return key(image, prompt) in self.known
+
+    def claim(self, image: str, prompt: str) -> bool:
+        """Whether nobody has asked this yet; from now on somebody has."""
+        is_new = not self.knows(image, prompt)
+        self.known.add(key(image, prompt))
+        return is_new
+
+    def write(self, row: dict) -> None:
+        """Appends a row. Raises: OutputError when there is no room; the file then ends with the row before."""
+        self.append(row)
+        self.count(row)
+        if time.monotonic() - self.synced > SYNC_S:
+            self.sync()
+
+    def append(self, record: dict) -> None:
+        rest = memoryview(to_line(record))
+        length = len(rest)
+        try:
+            while rest:
+                rest = rest[os.write(self.descriptor, rest) :]
+            self.size += length
+        except BaseException as error:  # a signal, too: no half line stays
+            os.ftruncate(self.descriptor, self.size)
+            if isinstance(error, OSError):
+                raise unwritable(self.path, error) from error
+            raise
+
+    def sync(self) -> None:
+        try:
+            os.fsync(self.descriptor)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        self.synced = time.monotonic()
+
+    def close(self) -> None:
+        try:
+            self.sync()
+        finally:
+            os.close(self.descriptor)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

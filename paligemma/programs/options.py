@@ -1,0 +1,349 @@
+"""What the programs have in common: flags for the model, the pictures and the results, and what becomes of them.
+
+Each group of flags is a dataclass that a program's own inherits from; `commandline` shows it as a group of --help. Checking a
+flag imports nothing slow. `Checkpoint` finds the model that flags name; the program hands the weights module in, for only
+programs import it. Checked in tests/test_inference.py.
+"""
+
+import math
+import os
+import re
+import sys
+import unicodedata
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from paligemma import files, machine
+from paligemma.errors import ImageError, UsageError
+from paligemma.programs.commandline import note
+from paligemma.tasks import check_language, checkpoint_kind
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
+    from paligemma.objects.drawing import Style
+
+BUNDLED_MODEL = str(files.BUNDLED)
+LONGEST_NAME = 255  # letters between two slashes: what Linux, macOS and Windows allow at most
+STDIN_BYTES = 64 << 20  # a picture piped in is read up to here
+SMALL_MODEL = 32 << 20  # bytes that a core's cache nearly holds: handing parts to other cores takes longer than doing them
+WIDEST_LINE = 100  # pixels
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".mpo")
+
+
+# Flags
+
+
+def require(flags: object, *rules: tuple[str, object, str]) -> None:
+    """Raises: UsageError for the first rule, (name of a flag, whether it is fine, what is needed), that is broken."""
+    for name, is_fine, needed in rules:
+        if not is_fine:
+            raise UsageError(f"--{name} is {getattr(flags, name)!r}, but {needed} is needed.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """Which model, and where it runs.
+
+    Args:
+        model_path: a folder in hub layout, or a hub id such as google/paligemma2-3b-mix-224
+        base_model: the model that an adapter belongs to, if it is not where the adapter says
+        revision: branch, tag or commit of a hub id
+        device: auto, cpu, cuda, cuda:N or mps
+        only_cpu: do not use a GPU
+        dtype: bf16, fp16 or fp32; as stored if not given
+        quantize: int8 or int4: smaller and faster, a little less exact
+        quantize_vision: quantize the vision tower too
+        allow_nonfinite: load weights even if some are not finite (NaN or infinity)
+    """
+
+    model_path: str | None = None
+    base_model: str | None = None
+    revision: str | None = None
+    device: str = "auto"
+    only_cpu: bool = False
+    dtype: str | None = None
+    quantize: str | None = None
+    quantize_vision: bool = False
+    allow_nonfinite: bool = False
+
+    def __post_init__(self):
+        dtypes = ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
+        require(
+            self,
+            ("model_path", self.model_path != "", "a folder or a hub id"),
+            ("base_model", self.base_model != "", "a folder or a hub id"),
+            ("device", re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|mps", self.device), "auto, cpu, cuda, cuda:N or mps"),
+            ("dtype", self.dtype is None or self.dtype in dtypes, "bf16, fp16 or fp32"),
+            ("quantize", self.quantize in (None, "int8", "int4"), "int8 or int4"),
+        )
+        if self.only_cpu and self.device not in ("auto", "cpu"):
+            raise UsageError(f"--only_cpu forbids --device {self.device}. Drop one.")
+        if self.quantize_vision and not self.quantize:
+            raise UsageError("--quantize_vision needs --quantize int8 or int4. Add it.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureFlags:
+    """How pictures are read.
+
+    Args:
+        background: colour shown through transparent pixels; drop ignores transparency
+        frame: which frame of an animated picture
+        ignore_exif: do not turn the picture upright
+        max_pixels: refuse larger pictures
+        allow_truncated: accept a picture whose file ends early
+        stretch: of pictures with more than 8 bits, show the darkest value as black and the brightest as white
+    """
+
+    background: str = "white"
+    frame: int = 0
+    ignore_exif: bool = False
+    max_pixels: int = 50_000_000
+    allow_truncated: bool = False
+    stretch: bool = False
+
+    def __post_init__(self):
+        require(
+            self,
+            ("frame", self.frame >= 0, "a whole number from 0 up"),
+            ("max_pixels", self.max_pixels >= 1, "a whole number from 1 up"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultFlags:
+    """What is asked and how answers are read.
+
+    Args:
+        language: of captions and answers: en, fr, zh
+        grammar: hold detect and segment to valid objects with the labels asked for
+        min_score: leave out objects with a lower score, 0 to 1
+        denominator: what a location is divided by: 1023 as the official code does, or 1024
+        mask_codec: vae-oid.npz, which decodes the masks of segment; looked for in the model's folder if not given
+        max_tokens_to_generate: the longest answer; if not given, what the task may need
+    """
+
+    language: str = "en"
+    grammar: bool = False
+    min_score: float | None = None
+    denominator: int = 1023
+    mask_codec: str | None = None
+    max_tokens_to_generate: int | None = None
+
+    def __post_init__(self):
+        longest, least = self.max_tokens_to_generate, self.min_score
+        require(
+            self,
+            ("min_score", least is None or (math.isfinite(least) and 0 <= least <= 1), "a number from 0 to 1"),
+            ("denominator", self.denominator in (1023, 1024), "1023 or 1024"),
+            ("mask_codec", self.mask_codec != "", "a file"),
+            ("max_tokens_to_generate", longest is None or longest >= 1, "a whole number from 1 up"),
+        )
+        check_language(self.language)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingFlags:
+    """How drawings look.
+
+    Args:
+        line_width: of boxes and outlines in pixels; by the size of the picture if not given
+        no_labels: leave out names and scores
+        plain: frames and outlines only: masks are not filled, edges that the model is unsure of look like the others
+        font: a font file for labels (.ttf, .otf, .ttc), asked before the fonts of the system
+    """
+
+    line_width: int | None = None
+    no_labels: bool = False
+    plain: bool = False
+    font: str | None = None
+
+    def __post_init__(self):
+        require(
+            self,
+            ("line_width", self.line_width is None or 1 <= self.line_width <= WIDEST_LINE, f"1 to {WIDEST_LINE}"),
+            ("font", self.font != "", "a font file"),
+        )
+        if self.font is not None:
+            from paligemma.objects.lettering import lettering
+
+            lettering(self.font)
+
+    def check_drawing(self, flag: str) -> None:
+        """Raises: UsageError if one of these is given without the flag that asks for drawings."""
+        if not getattr(self, flag):
+            for each in fields(DrawingFlags):
+                if getattr(self, each.name) != each.default:
+                    raise UsageError(f"--{each.name} changes a drawing, and none is asked for. Add --{flag}.")
+
+    @property
+    def style(self) -> "Style":
+        from paligemma.objects.drawing import Style
+
+        return Style(self.line_width, not self.no_labels, self.plain, self.font)
+
+
+# Pictures
+
+
+def is_address(name: str) -> bool:
+    return name[:8].lower().startswith(("data:", "http://", "https://", "file://"))
+
+
+def file_of(name: str) -> Path | None:
+    """The file that a picture of that name is read from; None for one that is in no file of this machine."""
+    if name == "-":
+        return Path("/dev/stdin")
+    if name[:7].lower() == "file://":
+        return files.split_file_address(name)[1]
+    return None if is_address(name) else files.expand(name)
+
+
+def picture_options(flags: PictureFlags) -> dict:
+    """The flags as load_image takes them."""
+    return {field.name: getattr(flags, field.name) for field in fields(PictureFlags)}
+
+
+def looks_like_picture(word: str) -> bool:
+    """Whether a word on a command line is the name of a picture: an address, -, what is there, or what ends like one."""
+    is_there = os.path.exists(files.expand_text(word.partition(",")[0])) or os.path.exists(files.expand_text(word))
+    return word == "-" or is_address(word) or is_there or word.lower().endswith(PICTURE_SUFFIXES)
+
+
+def key_of(name: str) -> str:
+    """What is equal for names that may be one on some disk."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def may_be_longer(folder: str, start: str, listed: dict[str, list[str] | None]) -> bool:
+    """Whether a folder holds a name that goes on with a comma after this start; `listed` keeps what was listed before."""
+    if folder not in listed:
+        try:
+            listed[folder] = sorted(key_of(name) for name in os.listdir(folder or ".") if "," in name)
+        except (OSError, ValueError):
+            listed[folder] = None
+    names, start = listed[folder], key_of(f"{start},")
+    if names is None:
+        return True
+    place = bisect_left(names, start)
+    return place < len(names) and names[place].startswith(start)
+
+
+def longest_name(parts: Sequence[str], listed: dict[str, list[str] | None]) -> int:
+    """How many of the parts, with commas between them, are the longest name of something that exists; 1 if none is."""
+    name, found = parts[0], 1
+    for count, part in enumerate(parts, 1):
+        name += f",{part}" if count > 1 else ""
+        folder, slash, last = files.expand_text(name).rpartition("/")
+        if len(last) > LONGEST_NAME or ("/" in part and not os.path.isdir(folder + slash)):
+            break  # what is longer begins with this, and cannot exist either
+        found = count if os.path.exists(folder + slash + last) else found
+        if not may_be_longer(folder + slash, last, listed):
+            break
+    return found
+
+
+def split_pictures(text: str) -> list[str]:
+    """The names between the commas; commas of a file that exists, of an address or of a data: URI stay in their name."""
+    parts, names, listed = text.split(","), [], {}
+    start = 0
+    while start < len(parts):
+        if parts[start].startswith("data:"):
+            end = start + 2
+        elif is_address(parts[start]):
+            following = range(start + 1, len(parts))
+            end = next((i for i in following if ":" in parts[i] or parts[i] == "-" or os.path.exists(parts[i])), len(parts))
+        else:
+            end = start + longest_name(parts[start : start + LONGEST_NAME], listed)
+        names.append(",".join(parts[start:end]))
+        start = end
+    if "" in names:
+        raise UsageError(f"{text!r} has a comma with no picture before or after it. Remove the comma.")
+    if names.count("-") > 1:
+        raise UsageError(f"{text!r} names stdin twice, which can be read only once. Give - once.")
+    return names
+
+
+def read_stdin() -> bytes:
+    """The picture that is piped in."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("- reads a picture from stdin, but nothing is piped in. Write: inference.py ... < cat.jpg")
+    data = sys.stdin.buffer.read(STDIN_BYTES + 1)
+    if len(data) > STDIN_BYTES:
+        raise ImageError(f"the picture on stdin is larger than {STDIN_BYTES >> 20} MB. Make it smaller.", path="-")
+    return data
+
+
+def find_picture(name: str) -> str | bytes:
+    """Where the picture of that name is, or, for -, its bytes. Raises: ImageError for a folder, UsageError."""
+    file = name if is_address(name) else files.expand_text(name)
+    if os.path.isdir(file):
+        raise ImageError(f"{name} is a folder. Name a picture in it, or give the folder to annotate.py.", path=name)
+    return read_stdin() if name == "-" else file
+
+
+def read_picture(name: str, flags: PictureFlags) -> "Image.Image":
+    """The picture of that name, upright and RGB; what was converted or chosen becomes notes. Raises: ImageError, AccessError."""
+    from paligemma.pictures.images import load_image
+
+    notes: list[str] = []
+    picture = load_image(find_picture(name), notes=notes, **picture_options(flags))
+    for text in notes:
+        note(f"note: {text}")
+    return picture
+
+
+# The model
+
+
+class Checkpoint:
+    """The model that flags name, found and read so far that a prompt can be checked; `load` brings the weights in.
+
+    Args:
+        flags: which, and where it is to run.
+        weights: the module of that name. Call machine.use_cores before it is imported.
+    """
+
+    def __init__(self, flags: ModelFlags, weights: ModuleType):
+        machine.check_torch()
+        import torch
+
+        from paligemma.processing_paligemma import PaliGemmaProcessor
+
+        self.flags = flags
+        self.weights = weights
+        self.name = flags.model_path or BUNDLED_MODEL
+        self.kind = checkpoint_kind(self.name)
+        self.device = weights.find_device("cpu" if flags.only_cpu else flags.device)
+        self.folder = weights.resolve(self.name, flags.revision)
+        self.base = weights.base_folder(self.folder, flags.base_model)  # another one only for an adapter
+        self.config = weights.read_config(self.base)
+        self.processor = PaliGemmaProcessor.from_pretrained(self.folder, base_model=flags.base_model)
+        if sum(os.path.getsize(file) for file in self.base.glob("*.safetensors") if files.is_file(file)) < SMALL_MODEL:
+            torch.set_num_threads(1)
+
+    @property
+    def files(self) -> list[tuple[str, Path]]:
+        """The model's files, which no output may overwrite, as files.check_outputs takes them."""
+        folders = dict.fromkeys((self.folder, self.base))
+        return [("a file of the model,", folder / name) for folder in folders for name in files.names_in(folder)]
+
+    def load(self) -> "PaliGemmaForConditionalGeneration":
+        """The model. Raises: CheckpointError, DeviceError."""
+        flags = self.flags
+        with machine.memory_errors("loading the weights"):
+            return self.weights.load_model(
+                self.folder,
+                base_model=flags.base_model,
+                device=self.device,
+                dtype=flags.dtype,
+                quantize=flags.quantize,
+                quantize_vision=flags.quantize_vision,
+                allow_nonfinite=flags.allow_nonfinite,
+            )

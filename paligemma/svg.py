@@ -1,0 +1,106 @@
+"""Draws figures as SVG: text files that stay small, sharp at any size, and equal on every machine.
+
+Coordinates are pixels from the upper left corner. `Axes` turns numbers into pixels and draws the frame of a plot.
+"""
+
+import math
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+from paligemma.files import whole
+
+INK, SOFT, FAINT = "#222222", "#777777", "#e3e3e3"
+BLUE, ORANGE, GREEN, PURPLE = "#2f6db3", "#d9781f", "#3c8d53", "#8456a8"  # told apart by people who see no red or green, too
+
+
+@dataclass
+class Drawing:
+    """A white sheet and what lies on it, in the order in which it was drawn."""
+
+    width: int
+    height: int
+    parts: list[str] = field(default_factory=list)
+
+    def rect(self, x: float, y: float, width: float, height: float, fill: str, stroke: str = "none") -> None:
+        place = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"'
+        self.parts.append(f'<rect {place} fill="{fill}" stroke="{stroke}"/>')
+
+    def text(
+        self, x: float, y: float, words: str, *, anchor: str = "start", size: int = 13, fill: str = INK, turn: int = 0
+    ) -> None:
+        """Words whose baseline is at y; `anchor` is start, middle or end, `turn` degrees clockwise."""
+        turned = f' transform="rotate({turn} {x:g} {y:g})"' if turn else ""
+        style = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}" fill="{fill}"'
+        self.parts.append(f"<text {style}{turned}>{escape(words)}</text>")
+
+    def line(self, points: list[tuple[float, float]], color: str = INK, width: float = 1.0, dash: str = "") -> None:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        dashed = f' stroke-dasharray="{dash}"' if dash else ""
+        self.parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width:g}"{dashed}/>')
+
+    def dot(self, x: float, y: float, color: str, radius: float = 4.5) -> None:
+        self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" fill="{color}"/>')
+
+    def labels(self, x: float, named: list[tuple[float, str, str]], gap: float = 15) -> None:
+        """Words beside the ends of curves, (y, words, colour) each, moved down where they would overlap."""
+        free = 0.0
+        for y, words, color in sorted(named):
+            free = max(y + 4, free)
+            self.text(x, free, words, fill=color)
+            free += gap
+
+    def save(self, path: Path) -> None:
+        """Raises: OutputError."""
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" width="{self.width}"'
+        sheet = f'<rect width="{self.width}" height="{self.height}" fill="white"/>'
+        body = "\n".join([f'{head} font-family="Helvetica, Arial, sans-serif">', sheet, *self.parts, "</svg>", ""])
+        with whole(path) as beside:
+            beside.write_text(body, encoding="utf-8")
+
+
+@dataclass
+class Axes:
+    """The frame of a plot on a drawing.
+
+    Args:
+        box: left, top, right, bottom in pixels.
+        x, y: the smallest and the largest number on each axis.
+        is_log: for x and for y, whether equal steps are equal factors.
+    """
+
+    drawing: Drawing
+    box: tuple[float, float, float, float]
+    x: tuple[float, float]
+    y: tuple[float, float]
+    is_log: tuple[bool, bool] = (False, False)
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """The pixel of a point."""
+        left, top, right, bottom = self.box
+        across, up = share(x, *self.x, self.is_log[0]), share(y, *self.y, self.is_log[1])
+        return left + (right - left) * across, bottom + (top - bottom) * up
+
+    def frame(self, x_ticks: list[float], y_ticks: list[float], x_title: str, y_title: str) -> None:
+        left, top, right, bottom = self.box
+        for tick in y_ticks:
+            height = self.at(self.x[0], tick)[1]
+            self.drawing.line([(left, height), (right, height)], FAINT)
+            self.drawing.text(left - 7, height + 4, f"{tick:g}", anchor="end", size=12, fill=SOFT)
+        for tick in x_ticks:
+            place = self.at(tick, self.y[0])[0]
+            self.drawing.line([(place, bottom), (place, bottom + 4)], SOFT)
+            self.drawing.text(place, bottom + 18, f"{tick:g}", anchor="middle", size=12, fill=SOFT)
+        self.drawing.line([(left, bottom), (right, bottom)], SOFT)
+        self.drawing.text((left + right) / 2, bottom + 38, x_title, anchor="middle")
+        self.drawing.text(left, top - 12, y_title)
+
+    def curve(self, points: list[tuple[float, float]], color: str, dash: str = "") -> None:
+        self.drawing.line([self.at(x, y) for x, y in points], color, 2, dash)
+
+
+def share(value: float, low: float, high: float, is_log: bool) -> float:
+    """Where a number lies between the ends of an axis: 0 at the low end, 1 at the high one."""
+    if is_log:
+        value, low, high = math.log(value), math.log(low), math.log(high)
+    return (value - low) / (high - low)

@@ -1,0 +1,1 @@
+"""Random bad input, for every reader of a file or a text."""
