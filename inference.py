@@ -49,7 +49,7 @@ from paligemma.programs.options import (
     require,
     split_pictures,
 )
-from paligemma.tasks import ANSWER_TOKENS, Annotator, Request, checkpoint_kind, doubt, in_order, prompt
+from paligemma.tasks import ANSWER_TOKENS, Annotator, Request, checkpoint_kind, in_order, prompt, task_warning
 
 if TYPE_CHECKING:
     import torch
@@ -534,8 +534,8 @@ def answer_verb(flags: Flags) -> None:
     if flags.verbose:
         note(f"note: {job.task} {' ; '.join(job.texts)} in the {counted(len(job.pictures), 'picture')} {', '.join(job.pictures)}")
     kind = checkpoint_kind(flags.model_path or "")
-    if doubtful := doubt(job.task, kind):
-        note(f"note: {doubtful}")
+    if warning := task_warning(job.task, kind):
+        note(f"note: {warning}")
     first = try_picture(job.pictures[0], flags)
     if job.is_single and isinstance(first, PaliGemmaError):
         raise first

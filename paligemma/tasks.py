@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 ANSWER_TOKENS = {"caption": 128, "ask": 64, "detect": 256, "segment": 512, "ocr": 512, "count": 16}
 TASKS = tuple(ANSWER_TOKENS)
 OBJECT_TASKS = ("detect", "segment")
-NEEDED = {"ask": "a question", "detect": "what to look for", "segment": "what to look for", "count": "what to count"}
+REQUIRED_TEXT = {"ask": "a question", "detect": "what to look for", "segment": "what to look for", "count": "what to count"}
 PROMPTS = {
     "caption": "caption {language}",
     "ask": "answer {language} {text}",
@@ -86,9 +86,9 @@ def check_task(task: str, text: str) -> None:
     """Raises: UsageError for a task that is not one of TASKS, or with a text where none is needed, or without one."""
     if task not in TASKS:
         raise UsageError(f"task is {task!r}. One of {', '.join(TASKS)} is needed.")
-    if task in NEEDED and not text.replace(";", "").strip():
-        raise UsageError(f"{task} needs {NEEDED[task]}. Put it after the picture.")
-    if task not in NEEDED and text.strip():
+    if task in REQUIRED_TEXT and not text.replace(";", "").strip():
+        raise UsageError(f"{task} needs {REQUIRED_TEXT[task]}. Put it after the picture.")
+    if task not in REQUIRED_TEXT and text.strip():
         raise UsageError(f"{task} takes no text, but {text!r} came. Drop it, or use ask.")
 
 
@@ -115,7 +115,7 @@ def prompt(task: str, text: str = "", kind: str = "other", language: str = "en")
     return template.replace("{language}", language).replace("{text}", words)
 
 
-def doubt(task: str, kind: str) -> str | None:
+def task_warning(task: str, kind: str) -> str | None:
     """A sentence where the checkpoint was fine-tuned for something else than this task; None where it may well know it."""
     if kind in ("pretrained", "mix", "other"):
         return None

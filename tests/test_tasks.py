@@ -102,9 +102,9 @@ def test_a_public_name_says_what_a_checkpoint_was_trained_for(name, kind):
 
 
 def test_a_task_the_checkpoint_was_not_trained_for_is_doubted():
-    assert "docvqa" in tasks.doubt("detect", "docvqa") and "vqav2" in tasks.doubt("caption", "vqav2")
+    assert "docvqa" in tasks.task_warning("detect", "docvqa") and "vqav2" in tasks.task_warning("caption", "vqav2")
     known = [("detect", "mix"), ("ocr", "other"), ("count", "tallyqa"), ("segment", "refcoco-seg"), ("caption", "docci")]
-    assert [tasks.doubt(*pair) for pair in known] == [None] * len(known)
+    assert [tasks.task_warning(*pair) for pair in known] == [None] * len(known)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from paligemma.programs.commandline import note
 from paligemma.programs.job import JobFlags, Question
 from paligemma.programs.journal import Journal, key, rows
 from paligemma.programs.options import Checkpoint, DrawingFlags, require
-from paligemma.tasks import doubt
+from paligemma.tasks import task_warning
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -233,7 +233,7 @@ def program(flags: Flags) -> None:
 
     checkpoint = Checkpoint(flags, weights)
     job.check_outputs(flags, flags.file, tables, checkpoint.files)
-    about = None if flags.questions is not None else doubt(flags.chosen_task, checkpoint.kind)
+    about = None if flags.questions is not None else task_warning(flags.chosen_task, checkpoint.kind)
     for text in filter(None, (about, flags.part and f"part {flags.shard} goes to {flags.file}.")):
         note(f"note: {text}")
     with job.open_rows(flags, checkpoint, flags.file) as journal:

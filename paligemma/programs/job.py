@@ -31,7 +31,7 @@ from paligemma.programs.options import (
     picture_options,
     require,
 )
-from paligemma.tasks import ANSWER_TOKENS, NEEDED, OBJECT_TASKS, Annotator, Request, Result, check_task, prompt
+from paligemma.tasks import ANSWER_TOKENS, REQUIRED_TEXT, OBJECT_TASKS, Annotator, Request, Result, check_task, prompt
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -98,7 +98,7 @@ class JobFlags(ModelFlags, PictureFlags, ResultFlags):
 
     @property
     def has_text_as_word(self) -> bool:
-        is_needed = self.questions is None and self.chosen_task in NEEDED and self.text is None
+        is_needed = self.questions is None and self.chosen_task in REQUIRED_TEXT and self.text is None
         if not is_needed or not self.words:
             return False
         could_be_text = len(self.words) > 1 and not set("/,.") & set(self.words[-1])  # a folder named cat is no reason to fail

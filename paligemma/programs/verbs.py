@@ -20,7 +20,7 @@ from paligemma.errors import PaliGemmaError, UsageError
 from paligemma.programs import commandline
 from paligemma.programs.commandline import note, suggestion
 from paligemma.programs.options import file_of, is_address, looks_like_picture, split_pictures
-from paligemma.tasks import NEEDED, OBJECT_TASKS, TASKS, Result, check_task, split_objects
+from paligemma.tasks import REQUIRED_TEXT, OBJECT_TASKS, TASKS, Result, check_task, split_objects
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -121,28 +121,28 @@ def read_words(words: tuple[str, ...]) -> Job:
         raise UsageError(
             f"{task!r} belongs to no flag and is no verb.{close} Verbs are {', '.join(TASKS)}; put text with spaces in quotes."
         )
-    rule = f"inference.py {task} PICTURE{' TEXT' if task in NEEDED else ''}"
+    rule = f"inference.py {task} PICTURE{' TEXT' if task in REQUIRED_TEXT else ''}"
     if not rest:
         raise UsageError(f"{task} needs a picture: {rule}.")
     if not looks_like_picture(rest[0]):
         raise UsageError(f"{task} needs a picture first, and {rest[0]!r} is none that is there: {rule}.")
     count = next((i for i, word in enumerate(rest) if i and not is_further_picture(word, task)), len(rest))
-    if count == len(rest) > 1 and task in NEEDED and is_bare(rest[-1]):  # a file named cat is no reason to ask about nothing
+    if count == len(rest) > 1 and task in REQUIRED_TEXT and is_bare(rest[-1]):  # a file named cat is no reason to ask about nothing
         count -= 1
     pictures = [name for word in rest[:count] for name in split_pictures(word)]
     if pictures.count("-") > 1:
         raise UsageError("- stands twice, but stdin can be read only once. Give it once.")
     said = rest[count:]
     notes = [
-        f"{word!r} is taken for {NEEDED[task]}, not for the file of that name."
+        f"{word!r} is taken for {REQUIRED_TEXT[task]}, not for the file of that name."
         for word in said
-        if task in NEEDED and is_bare(word) and os.path.isfile(files.expand(word))
+        if task in REQUIRED_TEXT and is_bare(word) and os.path.isfile(files.expand(word))
     ]
     text = " ; ".join(split_objects(" ; ".join(said))) if task in OBJECT_TASKS else " ".join(said)
-    if task in NEEDED and not text.replace(";", "").strip():
+    if task in REQUIRED_TEXT and not text.replace(";", "").strip():
         listed = ", ".join(map(repr, pictures))
         taken = f"{listed} is taken for a picture" if len(pictures) == 1 else f"{listed} are taken for pictures"
-        raise UsageError(f"{task} needs {NEEDED[task]}, and {taken}. Put it after the picture: {rule}.")
+        raise UsageError(f"{task} needs {REQUIRED_TEXT[task]}, and {taken}. Put it after the picture: {rule}.")
     check_task(task, text)
     return Job(task, tuple(pictures), tuple(split_objects(text)) if task == "count" else (text,), tuple(notes))
 
@@ -152,7 +152,7 @@ def is_further_picture(word: str, task: str) -> bool:
     any file without an ending, unless a picture is in it."""
     if not looks_like_picture(word) or os.path.isdir(files.expand(word)):
         return False
-    return task not in NEEDED or not is_bare(word) or holds_picture(word)
+    return task not in REQUIRED_TEXT or not is_bare(word) or holds_picture(word)
 
 
 def holds_picture(file: str) -> bool:

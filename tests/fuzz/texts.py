@@ -83,8 +83,8 @@ class Prompts(Fuzzer):
     def check(self, files: Files, folder: Path) -> None:  # noqa: ARG002  (no file is written)
         prompt, processor = as_text(files["prompt"]), self.processor
         for task in tasks.TASKS if len(prompt) < 1000 else ("detect",):
-            asked = prompt if task in tasks.NEEDED else ""
-            if asked.replace(";", "").strip() or task not in tasks.NEEDED:
+            asked = prompt if task in tasks.REQUIRED_TEXT else ""
+            if asked.replace(";", "").strip() or task not in tasks.REQUIRED_TEXT:
                 tasks.prompt(task, asked)
         tasks.read_count(prompt)
         tasks.split_objects(prompt)
