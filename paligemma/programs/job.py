@@ -31,7 +31,7 @@ from paligemma.programs.options import (
     picture_options,
     require,
 )
-from paligemma.tasks import ANSWER_TOKENS, REQUIRED_TEXT, OBJECT_TASKS, Annotator, Request, Result, check_task, prompt
+from paligemma.tasks import ANSWER_TOKENS, OBJECT_TASKS, REQUIRED_TEXT, Annotator, Request, Result, check_task, prompt
 
 if TYPE_CHECKING:
     from tqdm import tqdm

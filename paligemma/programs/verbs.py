@@ -20,7 +20,7 @@ from paligemma.errors import PaliGemmaError, UsageError
 from paligemma.programs import commandline
 from paligemma.programs.commandline import note, suggestion
 from paligemma.programs.options import file_of, is_address, looks_like_picture, split_pictures
-from paligemma.tasks import REQUIRED_TEXT, OBJECT_TASKS, TASKS, Result, check_task, split_objects
+from paligemma.tasks import OBJECT_TASKS, REQUIRED_TEXT, TASKS, Result, check_task, split_objects
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -127,7 +127,8 @@ def read_words(words: tuple[str, ...]) -> Job:
     if not looks_like_picture(rest[0]):
         raise UsageError(f"{task} needs a picture first, and {rest[0]!r} is none that is there: {rule}.")
     count = next((i for i, word in enumerate(rest) if i and not is_further_picture(word, task)), len(rest))
-    if count == len(rest) > 1 and task in REQUIRED_TEXT and is_bare(rest[-1]):  # a file named cat is no reason to ask about nothing
+    # A file named "cat" must not be taken for a second picture where a text is needed.
+    if count == len(rest) > 1 and task in REQUIRED_TEXT and is_bare(rest[-1]):
         count -= 1
     pictures = [name for word in rest[:count] for name in split_pictures(word)]
     if pictures.count("-") > 1:
