@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from paligemma.modeling_gemma import GemmaConfig, GemmaForCausalLM, KVCache
 from paligemma.modeling_siglip import SiglipVisionConfig, SiglipVisionModel
-
-IGNORE_INDEX = -100  # the label of a token that the loss skips, as in transformers
+from paligemma.vocabulary import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

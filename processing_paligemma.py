@@ -30,6 +30,7 @@ from tokenizers import AddedToken, Tokenizer
 from paligemma import files
 from paligemma.errors import CheckpointError, ImageError, OutputError, PromptError, TokenizerError
 from paligemma.pictures.images import load_image, squeeze
+from paligemma.vocabulary import CODE_TOKENS, IGNORE_INDEX, IMAGE_TOKEN, LOCATION_OR_CODE, LOCATION_TOKENS
 
 if TYPE_CHECKING:
     import torch
@@ -38,10 +39,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-IMAGE_TOKEN = "<image>"
-LOCATIONS = [f"<loc{i:04d}>" for i in range(1024)]
-SEGMENTS = [f"<seg{i:03d}>" for i in range(128)]
-PLACE = re.compile("(<loc(?:0[0-9]{3}|10[01][0-9]|102[0-3])>|<seg(?:0[0-9]{2}|1[01][0-9]|12[0-7])>)")
 BYTE = re.compile("<0x([0-9A-F]{2})>")  # how byte fallback spells the bytes of a letter that has no token
 SPACE = "▁"  # how Gemma's vocabulary spells a space
 LARGEST_NUMBER, SMALLEST_STD = 1e6, 1e-6  # of what a picture's levels are multiplied by, lessened by and divided by
@@ -53,7 +50,6 @@ PARTS = {
     "post_processor": {"TemplateProcessing", "Sequence"},
 }
 ESCAPED = tuple(f"\\u00{digit}".encode() for digit in range(2, 8))  # ASCII, which no program escapes, so that a name is hidden
-IGNORED = -100  # a label that the loss skips
 CONVERT = "Make one with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
 
 
@@ -226,7 +222,7 @@ def pixel_table(settings: dict, path: Path) -> np.ndarray:
 
 def add_missing_tokens(tokenizer: Tokenizer) -> None:
     """Adds what Gemma's own tokenizer lacks, in the order of big_vision: <loc>, <seg>, <image>. The ids are checked later."""
-    missing = [token for token in LOCATIONS + SEGMENTS if tokenizer.token_to_id(token) is None]
+    missing = [token for token in LOCATION_TOKENS + CODE_TOKENS if tokenizer.token_to_id(token) is None]
     if missing:
         tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in missing])
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])  # marks it, if it exists
@@ -294,7 +290,7 @@ def unused_ids(tokenizer: Tokenizer, num_rows: int) -> list[int]:
 def check_tokenizer(tokenizer: Tokenizer, num_rows: int, folder: Path) -> None:
     """Raises: TokenizerError unless it has the structure of PaliGemma's and fits the embedding of `num_rows`."""
     path = folder / "tokenizer.json"
-    for kind, tokens in (("<loc>", LOCATIONS), ("<seg>", SEGMENTS)):
+    for kind, tokens in (("<loc>", LOCATION_TOKENS), ("<seg>", CODE_TOKENS)):
         ids = [tokenizer.token_to_id(token) for token in tokens]
         if ids != list(range(ids[0], ids[0] + len(ids))):
             raise TokenizerError(f"{path}: the {kind} tokens do not lie one after the other. Is it PaliGemma's?", path=path)
@@ -448,9 +444,10 @@ class PaliGemmaProcessor:
         self.settings = settings or {}
         frame = [tokenizer.id_to_token(ids[f"{kind}_token_id"]) for kind in ("pad", "bos", "eos")]
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in frame])
-        self.place_ids = {token: tokenizer.token_to_id(token) for token in LOCATIONS + SEGMENTS}
+        self.place_ids = {token: tokenizer.token_to_id(token) for token in LOCATION_TOKENS + CODE_TOKENS}
         # Ids, bin by bin; check_tokenizer saw to it that they follow one another.
-        self.locations, self.segments = (range(self.place_ids[t[0]], self.place_ids[t[-1]] + 1) for t in (LOCATIONS, SEGMENTS))
+        spans = ([self.place_ids[tokens[0]], self.place_ids[tokens[-1]] + 1] for tokens in (LOCATION_TOKENS, CODE_TOKENS))
+        self.locations, self.segments = (range(*span) for span in spans)
         added = {number: token for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         special = {number: token for number, token in added.items() if token.content not in self.place_ids}
         self.control_ids = frozenset(special)  # they leave no text
@@ -602,7 +599,7 @@ class PaliGemmaProcessor:
             batch["attention_mask"][i, start:] = 1
             batch["token_type_ids"][i, longest - len(answer) :] = 1
         if suffixes is not None:
-            batch["labels"] = np.where(batch["token_type_ids"] == 1, batch["input_ids"], IGNORED)  # [B, L]
+            batch["labels"] = np.where(batch["token_type_ids"] == 1, batch["input_ids"], IGNORE_INDEX)  # [B, L]
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     @cached_property
@@ -634,17 +631,16 @@ class PaliGemmaProcessor:
     def ids_and_ends(self, text: str) -> Iterator[tuple[int, int]]:
         """The ids of a text, and how many of its characters are behind each."""
         start = 0
-        for piece in PLACE.split(text):
-            if piece in self.place_ids:
-                yield self.place_ids[piece], start + len(piece)
-            elif piece:
-                yield from ((number, start + end) for number, end in self.encode_letters(piece))
-            start += len(piece)
+        for token in LOCATION_OR_CODE.finditer(text):
+            yield from self.encode_letters(text[start : token.start()], start)
+            yield self.place_ids[token[0]], token.end()
+            start = token.end()
+        yield from self.encode_letters(text[start:], start)
 
-    def encode_letters(self, text: str) -> list[tuple[int, int]]:
+    def encode_letters(self, text: str, start: int) -> list[tuple[int, int]]:
         """The ids of a text without <loc> and <seg>, and where each ends; never the id of a control token."""
         parts = self.cut.split(text) if any(token in text for token in self.control_tokens.values()) else [text]
-        ids, start = [], 0
+        ids = []
         for part in parts:
             whole = self.tokenizer.encode(part, add_special_tokens=False)
             if self.control_tokens.keys().isdisjoint(whole.ids):

@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import save_file
 
 from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from paligemma.vocabulary import CODE_TOKENS, LOCATION_TOKENS, NUM_CODES, NUM_LOCATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARD_BYTES = 4_950_000_000  # the first of the hub's two files
-LOCATIONS, CODES, UNTRAINED = 1024, 128, 64  # <loc....>, <seg...>, and the rows from <image> on
+UNTRAINED = 64  # the rows from <image> on
 VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27}
 TEXT = {
     ("paligemma", "3b"): {
@@ -61,7 +62,7 @@ def make_config(family: str, size: str, resolution: int, layers: int | None) -> 
     }
     for part in (text, vision):
         part["num_hidden_layers"] = min(part["num_hidden_layers"], layers or part["num_hidden_layers"])
-    image = PIECES[size] + LOCATIONS + CODES
+    image = PIECES[size] + NUM_LOCATIONS + NUM_CODES
     text["vocab_size"] = image + UNTRAINED
     return {
         "architectures": ["PaliGemmaForConditionalGeneration"],
@@ -104,7 +105,7 @@ def write_tokenizer(folder: Path, count: int, seed: int) -> None:
     """tokenizer.json: BPE with byte fallback, a space is ▁; <loc>, <seg> and <image> are added tokens."""
     vocabulary, merges = make_pieces(count, seed)
     control = [(i, token, True) for token, i in vocabulary.items() if i < 4]
-    tail = [*(f"<loc{i:04}>" for i in range(LOCATIONS)), *(f"<seg{i:03}>" for i in range(CODES))]
+    tail = LOCATION_TOKENS + CODE_TOKENS
     added = control + [(count + i, token, False) for i, token in enumerate(tail)] + [(count + len(tail), "<image>", True)]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}

@@ -31,8 +31,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from demo import shapes
-from paligemma.objects.mask_codec import CODEC_NAME, CODES, Codebook, MaskCodec, load_codec
+from paligemma.objects.mask_codec import CODEC_NAME, Codebook, MaskCodec, load_codec
 from paligemma.objects.masks import MASK_SIDE, resize
+from paligemma.vocabulary import NUM_CODES
 
 ROOT = Path(__file__).resolve().parent.parent
 COPYING = 0.3  # the share of all steps before there are codes
@@ -104,21 +105,21 @@ class Codes:
 
     def __init__(self, codebook: Codebook):
         self.codebook, self.table = codebook, codebook._embedding.data
-        self.counts, self.sums = torch.ones(CODES), self.table.clone()
+        self.counts, self.sums = torch.ones(NUM_CODES), self.table.clone()
 
     def start(self, vectors: Tensor, rounds: int = 12) -> None:
         """k-means over float[n, E]."""
-        self.table.copy_(vectors[torch.randperm(len(vectors))[:CODES]])
+        self.table.copy_(vectors[torch.randperm(len(vectors))[:NUM_CODES]])
         for _ in range(rounds):
             nearest = torch.cdist(vectors, self.table).argmin(1)
-            counts = torch.bincount(nearest, minlength=CODES)
+            counts = torch.bincount(nearest, minlength=NUM_CODES)
             sums = torch.zeros_like(self.table).index_add(0, nearest, vectors)
-            self.table.copy_(torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], vectors[:CODES]))
-        self.counts, self.sums = torch.ones(CODES), self.table.clone()
+            self.table.copy_(torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], vectors[:NUM_CODES]))
+        self.counts, self.sums = torch.ones(NUM_CODES), self.table.clone()
 
     def follow(self, vectors: Tensor, codes: Tensor) -> None:
         """Each code moves to the mean of its vectors, float[n, E]; one that lost them all starts again at one of them."""
-        used = torch.bincount(codes, minlength=CODES)
+        used = torch.bincount(codes, minlength=NUM_CODES)
         self.counts.lerp_(used.float(), 1 - FOLLOWING)
         self.sums.lerp_(torch.zeros_like(self.table).index_add(0, codes, vectors), 1 - FOLLOWING)
         lost = (self.counts < 0.03).nonzero()[:, 0]

@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from paligemma.files import BUNDLED
 from paligemma.objects.masks import MASK_SIDE, fill, resize
+from paligemma.vocabulary import CODE_TOKENS, LOCATION_TOKENS, NUM_LOCATIONS
 
 CODEC = BUNDLED / "vae-oid.npz"
 COLORS = {
@@ -336,7 +337,8 @@ def ask_where(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
 
 def loc(v: float) -> str:
     """A coordinate from 0 to 1 as one of the 1024 tokens."""
-    return f"<loc{min(max(round(v * 1023), 0), 1023):04d}>"
+    last = NUM_LOCATIONS - 1
+    return LOCATION_TOKENS[min(max(round(v * last), 0), last)]
 
 
 def pick_words(scene: Scene, rng: np.random.Generator) -> list[str]:
@@ -371,7 +373,7 @@ def mask_tokens(kind: str) -> str:
 
     fine = fill([(outline(kind) * 8 * MASK_SIDE).ravel().tolist()], 8 * MASK_SIDE, 8 * MASK_SIDE)
     codes = load_codec(CODEC).encode(torch.from_numpy(resize(fine, MASK_SIDE, MASK_SIDE))[None])[0]
-    return "".join(f"<seg{code:03d}>" for code in codes.tolist())
+    return "".join(CODE_TOKENS[code] for code in codes.tolist())
 
 
 def box_answer(scene: Scene, words: list[str]) -> str:

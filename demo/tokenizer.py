@@ -12,10 +12,9 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from demo import shapes
+from paligemma.vocabulary import CODE_TOKENS, LOCATION_TOKENS
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
-LOCS = [f"<loc{i:04d}>" for i in range(1024)]
-SEGS = [f"<seg{i:03d}>" for i in range(128)]
 
 
 def corpus(scenes: int = 2000) -> list[str]:
@@ -55,7 +54,7 @@ def make_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in LOCS + SEGS])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in LOCATION_TOKENS + CODE_TOKENS])
     tokenizer.add_special_tokens([AddedToken("<image>", normalized=False, special=True)])
     return tokenizer
 

@@ -71,6 +71,7 @@ from demo.optimisers import Trainer, init, save
 from demo.tokenizer import make_tokenizer, write_files
 from demo.tower import VISION, PatchHead, draw_batch, train_contrastive
 from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask
+from paligemma.vocabulary import CODE_TOKENS, LOCATION_TOKENS
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "paligemma" / "bundled"
@@ -109,8 +110,8 @@ class Packer:
     def __init__(self, tokenizer: Tokenizer):
         self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
         self.bos, self.eos, self.newline = (tokenizer.token_to_id(token) for token in ("<bos>", "<eos>", "\n"))
-        self.locs = range(tokenizer.token_to_id("<loc0000>"), tokenizer.token_to_id("<loc1023>") + 1)
-        self.segs = range(tokenizer.token_to_id("<seg000>"), tokenizer.token_to_id("<seg127>") + 1)
+        self.locs = range(tokenizer.token_to_id(LOCATION_TOKENS[0]), tokenizer.token_to_id(LOCATION_TOKENS[-1]) + 1)
+        self.segs = range(tokenizer.token_to_id(CODE_TOKENS[0]), tokenizer.token_to_id(CODE_TOKENS[-1]) + 1)
         self.prefixes: dict[str, list[int]] = {}
 
     def weigh(self, kind: str, answer: list[int]) -> list[float]:

@@ -17,15 +17,10 @@ from torch import Tensor
 
 from paligemma.generation import generate
 from paligemma.modeling_gemma import GemmaConfig
-from paligemma.modeling_paligemma import (
-    IGNORE_INDEX,
-    PaliGemmaConfig,
-    PaliGemmaForConditionalGeneration,
-    prefix_lm_mask,
-    suffix_loss,
-)
+from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask, suffix_loss
 from paligemma.modeling_siglip import SiglipVisionConfig
 from paligemma.svg import BLUE, FAINT, ORANGE, SOFT, Axes, Drawing
+from paligemma.vocabulary import IGNORE_INDEX
 
 HERE = Path(__file__).resolve().parent
 ROW = ["<image>", "<image>", "<image>", "<image>", "<bos>", "caption", "en", "\\n", "a", "red", "heart"]

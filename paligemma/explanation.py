@@ -30,9 +30,10 @@ from paligemma.generation import only_row
 from paligemma.modeling_gemma import rotate
 from paligemma.objects.drawing import PALETTE, clean, draw_box
 from paligemma.objects.lettering import lettering
-from paligemma.objects.outputs import BOX_LENGTH, PLACE, Box, items, pieces_of_ids
+from paligemma.objects.outputs import Box, items, pieces_of_ids
 from paligemma.pictures.images import load_image
 from paligemma.processing_paligemma import SPACE, PaliGemmaProcessor
+from paligemma.vocabulary import LOCATION_OR_CODE, LOCATIONS_PER_BOX
 
 ALTERNATIVES = 5  # tokens that are named in the place of each
 # Nats: an answer that the picture makes less than twice as likely hardly depends on it. Measured by notes/looking_figures.py.
@@ -219,7 +220,7 @@ def roll_out(rows: Tensor, weights: Iterable[Tensor]) -> Tensor:
 def objects(token_ids: list[int], processor: PaliGemmaProcessor) -> Iterator[tuple[str, range, Box]]:
     """Label, tokens and box of each object that has all four locations."""
     for item in items(pieces_of_ids(token_ids, processor)):
-        if len(item.bins) == BOX_LENGTH:
+        if len(item.bins) == LOCATIONS_PER_BOX:
             last = max(item.bin_tokens[-1] + len(item.codes), *item.word_tokens, 0)
             yield item.label, range(item.bin_tokens[0], last + 1), Box.from_bins(item.bins)
 
@@ -498,7 +499,7 @@ def draw_head(sheet: Image.Image, picture: Image.Image, explanation: Explanation
     width = sheet.width - x - MARGIN
     lettering().write(sheet, (x, y), fitted(explanation.prompt, 17, width), 17, SOFT)
     y += 32
-    answer = PLACE.sub("", explanation.text)  # boxes are drawn
+    answer = LOCATION_OR_CODE.sub("", explanation.text)  # boxes are drawn
     for line in wrapped(answer, 27, width, 3) or ["(no words)"]:
         lettering().write(sheet, (x, y), line, 27, INK)
         y += 36

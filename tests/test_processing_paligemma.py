@@ -18,7 +18,8 @@ from PIL import Image
 
 from paligemma import files
 from paligemma.errors import CheckpointError, ImageError, OutputError, PromptError, TokenizerError
-from paligemma.processing_paligemma import LOCATIONS, SEGMENTS, PaliGemmaProcessor, read_tokenizer
+from paligemma.processing_paligemma import PaliGemmaProcessor, read_tokenizer
+from paligemma.vocabulary import CODE_TOKENS, LOCATION_TOKENS
 from tests.tiny_tokenizer import tokenizer_json, write_json, write_processor, write_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside transformers
@@ -440,7 +441,7 @@ def test_places_are_single_tokens_whatever_the_file_says_of_them(tmp_path, is_sp
             token["special"] = is_special
     write_json(tmp_path, "tokenizer.json", tokenizer)
     processor = PaliGemmaProcessor.from_pretrained(tmp_path)
-    text = "".join(LOCATIONS + SEGMENTS)
+    text = "".join(LOCATION_TOKENS + CODE_TOKENS)
     ids = processor.encode(text)
     assert ids == list(range(config["image_token_index"] - 1152, config["image_token_index"]))
     assert processor.decode(ids) == text
@@ -460,7 +461,7 @@ def test_gemmas_own_tokenizer_gets_the_missing_tokens_if_the_ids_agree(tmp_path,
         PaliGemmaProcessor.from_pretrained(tmp_path)
 
 
-NAMES = set(LOCATIONS + SEGMENTS)
+NAMES = set(LOCATION_TOKENS + CODE_TOKENS)
 
 
 # Text from ids

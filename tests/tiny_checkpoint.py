@@ -8,11 +8,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from paligemma.checkpoints import weights
 from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from paligemma.vocabulary import CODE_TOKENS, LOCATION_TOKENS
 from tests.tiny import fill, raw_config
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 CHARACTERS = ["\n", "▁", *(chr(i) for i in range(33, 127))]
-LOCATIONS = [f"<loc{i:04d}>" for i in range(1024)] + [f"<seg{i:03d}>" for i in range(128)]
 CONTEXT = 256
 
 
@@ -23,7 +23,7 @@ def make_tokenizer() -> Tokenizer:
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in LOCATIONS])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in LOCATION_TOKENS + CODE_TOKENS])
     tokenizer.add_special_tokens([AddedToken("<image>", normalized=False, special=True)])
     return tokenizer
 

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from paligemma.vocabulary import CODE_TOKENS, LOCATION_TOKENS
+
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
 RUNS = ["\n", "\n\n", "\n\n\n", "▁▁", "▁▁▁", "▁▁▁▁"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-PLACES = [f"<loc{i:04d}>" for i in range(1024)] + [f"<seg{i:03d}>" for i in range(128)]
+PLACES = LOCATION_TOKENS + CODE_TOKENS
 TEXT = """
 caption en  caption de  describe en  ocr  answer en what is this?  answer en how many cats are there?  question en two
 detect cat  detect red car ; dog  segment the blue square  where is the cup of coffee? on the table, in the kitchen.

@@ -33,6 +33,7 @@ from paligemma.learning.augmentation import zoom
 from paligemma.objects.outputs import CUT_BOX, CUT_MASK, LONG_MASK, NO_AREA, SWAPPED, read_text
 from paligemma.pictures.folders import one_picture
 from paligemma.pictures.images import NEARLY_BLACK, load_image, read_file, squeeze
+from paligemma.vocabulary import LOCATION_OR_CODE
 
 if TYPE_CHECKING:
     from paligemma.processing_paligemma import PaliGemmaProcessor
@@ -58,7 +59,6 @@ MAGIC = {  # how files begin that are no text in UTF-8
     b"\0{": "text in UTF-16 (save it as UTF-8)",
 }
 LIKE_A_PLACE = re.compile(r"<(?:loc|seg)[^<>\s]{0,8}>")
-A_PLACE = re.compile(r"<loc(?:0\d{3}|10[01]\d|102[0-3])>|<seg(?:0\d\d|1[01]\d|12[0-7])>")
 WRONG_PLACES = {
     SWAPPED: "a box whose second corner lies before its first; the order is y_min, x_min, y_max, x_max",
     NO_AREA: "a box without area",
@@ -395,7 +395,8 @@ def check_texts(split: Split, processor: "PaliGemmaProcessor", max_text_tokens: 
     if num_boxes and num_swapped / num_boxes > OTHER_ORDER:
         text = f"{num_swapped} of {num_boxes} boxes have their corners exchanged: are they x, y, width, height (YOLO, COCO)?"
         split.doubts.insert(0, Fault(split.file, 0, f"{text} <loc> tokens are y_min, x_min, y_max, x_max"))
-    answers = {(example.image, example.prefix, example.suffix) for example in split.examples if A_PLACE.search(example.suffix)}
+    placed = (example for example in split.examples if LOCATION_OR_CODE.search(example.suffix))
+    answers = {(example.image, example.prefix, example.suffix) for example in placed}
     asked = Counter((image, prefix) for image, prefix, _ in answers)
     several = sum(count > 1 for count in asked.values())
     if several:
@@ -411,13 +412,13 @@ def check_texts(split: Split, processor: "PaliGemmaProcessor", max_text_tokens: 
 
 def doubts_of(prefix: str, suffix: str) -> list[str]:
     """What is odd about a prompt and its answer, above all about the places in it."""
-    unknown = [token for token in dict.fromkeys(LIKE_A_PLACE.findall(suffix)) if not A_PLACE.fullmatch(token)]
+    unknown = [token for token in dict.fromkeys(LIKE_A_PLACE.findall(suffix)) if not LOCATION_OR_CODE.fullmatch(token)]
     more = f", and {counted(len(unknown) - 3, 'other')} like it" if len(unknown) > 3 else ""
     said = [f"{token} is no token; <loc0000> to <loc1023> and <seg000> to <seg127> are{more}" for token in unknown[:3]]
     letters = dict.fromkeys(CONTROL.findall(f"{prefix} {suffix}"))
     said += [f"{token} is read as letters; where it is needed the processor adds it, so leave it out" for token in letters]
     said += ["the suffix begins or ends with white space, which would be learned"] * (suffix.strip() not in ("", suffix))
-    if A_PLACE.search(suffix):
+    if LOCATION_OR_CODE.search(suffix):
         said += [WRONG_PLACES[problem] for problem in dict.fromkeys(read_text(suffix).problems) if problem in WRONG_PLACES]
     return said
 

@@ -34,8 +34,8 @@ from torch import Tensor, distributed, nn
 from paligemma.checkpoints.safetensors_files import read_header, read_json
 from paligemma.errors import CheckpointError, OutputError, UsageError
 from paligemma.files import look, names_in
+from paligemma.vocabulary import IGNORE_INDEX
 
-IGNORE_INDEX = -100  # the label of a token that the loss skips
 PARTS = {  # what may be trained, by the names of parameters; a part that is told apart from another one stands before it
     "attention": re.compile(r"language_model\..*\.self_attn\..*"),
     "language_model": re.compile(r"language_model\..*"),

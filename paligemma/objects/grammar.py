@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from paligemma.errors import GenerationError, PromptError
+from paligemma.vocabulary import CODES_PER_MASK, LOCATIONS_PER_BOX
 
 if TYPE_CHECKING:
     from paligemma.processing_paligemma import PaliGemmaProcessor
 
-BOX_LENGTH, MASK_LENGTH = 4, 16  # tokens
 MAX_OBJECTS = 100  # of an answer: what COCO's evaluation looks at
 SEPARATOR = " ; "
 NOT_IN_A_LABEL = re.compile("[;\n]")  # what ends an object for whoever reads the answer
@@ -96,7 +96,7 @@ class Grammar:
         endings = []
         for number, (followed, last) in enumerate(spellings.items()):
             endings += [Ending(number, last, True), Ending(number, followed, False)]
-        num_codes = MASK_LENGTH if with_masks else 0
+        num_codes = CODES_PER_MASK if with_masks else 0
         return cls(processor.locations, processor.segments, processor.eos_token_id, tuple(endings), num_codes, max_objects)
 
     @cached_property
@@ -106,7 +106,7 @@ class Grammar:
     @cached_property
     def object_length(self) -> int:
         """Tokens of the longest object that ends an answer, eos included."""
-        return BOX_LENGTH + self.num_codes + max(len(ending.ids) for ending in self.endings if ending.is_last)
+        return LOCATIONS_PER_BOX + self.num_codes + max(len(ending.ids) for ending in self.endings if ending.is_last)
 
     @cached_property
     def location_ids(self) -> Tensor:
@@ -146,7 +146,7 @@ class Walk:
             return torch.tensor([self.grammar.eos])
         if not self.bins:  # nothing was said: perhaps nothing will be found
             return torch.cat((torch.tensor([self.grammar.eos]), self.allowed_locations()))
-        if len(self.bins) < BOX_LENGTH:
+        if len(self.bins) < LOCATIONS_PER_BOX:
             return self.allowed_locations(*self.bins)
         if self.num_codes < self.grammar.num_codes:
             return self.grammar.segment_ids
@@ -180,10 +180,10 @@ class Walk:
         if token == grammar.eos:
             self.is_over = True
         elif token in grammar.locations:
-            if len(self.bins) == BOX_LENGTH:
+            if len(self.bins) == LOCATIONS_PER_BOX:
                 self.close()
             self.bins.append(token - grammar.locations.start)
-            if len(self.bins) == BOX_LENGTH:
+            if len(self.bins) == LOCATIONS_PER_BOX:
                 self.num_objects += 1
                 self.endings = self.possible_endings()
         elif token in grammar.segments:
@@ -212,7 +212,7 @@ class Walk:
 
         Without that a model that says <loc1023> <loc1023> <loc1023> for a second time would find no location left to go on.
         """
-        for length in reversed(range(BOX_LENGTH)):
+        for length in reversed(range(LOCATIONS_PER_BOX)):
             first = box[:length]
             self.taken[first].add(box[length])
             if len(self.taken[first]) < len(self.grammar.locations) - self.lowest(first):

@@ -31,8 +31,9 @@ from paligemma.checkpoints.safetensors_files import CODEC_NAME, listed
 from paligemma.errors import CheckpointError
 from paligemma.objects.masks import paste
 from paligemma.objects.outputs import Found
+from paligemma.vocabulary import NUM_CODES
 
-CODES, CODE_WIDTH = 128, 512
+CODE_WIDTH = 512
 GRID = 4  # codes a row, and rows
 MOST_FILE_BYTES = 64 << 20  # Google's has 8 MB
 BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of other methods zipfile unpacks more than was asked for, up to all
@@ -51,7 +52,7 @@ class Codebook(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self._embedding = nn.Parameter(torch.empty(CODES, CODE_WIDTH).normal_(std=CODE_WIDTH**-0.5))
+        self._embedding = nn.Parameter(torch.empty(NUM_CODES, CODE_WIDTH).normal_(std=CODE_WIDTH**-0.5))
 
     def forward(self, codes: Tensor) -> Tensor:
         """int64[N, 16] -> float[N, E, 4, 4], row by row."""
@@ -102,8 +103,8 @@ class MaskCodec(nn.Module):
             codes: int64[N, 16].
         Raises: ValueError for other shapes or numbers.
         """
-        if codes.dim() != 2 or codes.shape[1] != GRID**2 or (codes.numel() and not 0 <= codes.min() <= codes.max() < CODES):
-            raise ValueError(f"codes are {list(codes.shape)}; [N, {GRID**2}] with numbers from 0 to {CODES - 1} is needed.")
+        if codes.dim() != 2 or codes.shape[1] != GRID**2 or (codes.numel() and not 0 <= codes.min() <= codes.max() < NUM_CODES):
+            raise ValueError(f"codes are {list(codes.shape)}; [N, {GRID**2}] with numbers from 0 to {NUM_CODES - 1} is needed.")
         return self.decoder(self._vq_vae(codes))[:, 0]
 
     def encode(self, masks: Tensor) -> Tensor:

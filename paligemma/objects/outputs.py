@@ -20,15 +20,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from paligemma.errors import DatasetError
+from paligemma.vocabulary import CODE_TOKENS, CODES_PER_MASK, LOCATION_OR_CODE, LOCATION_TOKENS, LOCATIONS_PER_BOX, NUM_LOCATIONS
 
 if TYPE_CHECKING:
     import numpy as np
 
     from paligemma.processing_paligemma import PaliGemmaProcessor
 
-LOCATION_BINS = 1024
-BOX_LENGTH, MASK_LENGTH = 4, 16  # tokens
-PLACE = re.compile("<loc(0[0-9]{3}|10[01][0-9]|102[0-3])>|<seg(0[0-9]{2}|1[01][0-9]|12[0-7])>")
 END_OF_ITEM = re.compile("[;\n]")
 
 SWAPPED = "swapped"  # y_min > y_max or x_min > x_max, put in order
@@ -58,13 +56,13 @@ class Box:
     x_max: float
 
     @classmethod
-    def from_bins(cls, bins: Sequence[float], denominator: int = LOCATION_BINS - 1) -> "Box":
+    def from_bins(cls, bins: Sequence[float], denominator: int = NUM_LOCATIONS - 1) -> "Box":
         """The box of four locations, y x y x, put in order; the denominator 1024 is what some other readers divide by."""
         return cls(*(value / denominator for value in in_order(bins)))
 
     def bins(self) -> tuple[int, int, int, int]:
         """The nearest locations, y x y x, as training data has them."""
-        last = LOCATION_BINS - 1
+        last = NUM_LOCATIONS - 1
         return tuple(min(max(round(value * last), 0), last) for value in (self.y_min, self.x_min, self.y_max, self.x_max))
 
     def pixels(self, width: int, height: int) -> tuple[float, float, float, float]:
@@ -162,7 +160,7 @@ class Item:
     def takes(self, piece: Piece) -> bool:
         """Whether the piece can still belong to this object, or must begin another."""
         if piece.location is not None:
-            return not (self.has_label or self.codes or len(self.bins) == BOX_LENGTH)
+            return not (self.has_label or self.codes or len(self.bins) == LOCATIONS_PER_BOX)
         return piece.code is None or not self.has_label
 
     def put(self, piece: Piece) -> None:
@@ -218,17 +216,17 @@ def score(item: Item, logprobs: Sequence[float], expected: Box | None, spread: t
     """
     label = sum(logprobs[token] for token in item.word_tokens)
     if spread is None:
-        return math.exp(label + sum(logprobs[token] for token in item.bin_tokens) / BOX_LENGTH)
-    one_bin = 1 / LOCATION_BINS  # no side is thinner
+        return math.exp(label + sum(logprobs[token] for token in item.bin_tokens) / LOCATIONS_PER_BOX)
+    one_bin = 1 / NUM_LOCATIONS  # no side is thinner
     sides = 2 * (max(expected.y_max - expected.y_min, one_bin), max(expected.x_max - expected.x_min, one_bin))
-    return math.exp(label - sum(width / side for width, side in zip(spread, sides, strict=True)) / BOX_LENGTH)
+    return math.exp(label - sum(width / side for width, side in zip(spread, sides, strict=True)) / LOCATIONS_PER_BOX)
 
 
 def finish(item: Item, denominator: int) -> tuple[Found | None, list[str]]:
     """The object, if enough of it was said, and its problems."""
     problems = []
     bins = tuple(item.bins)
-    if 0 < len(bins) < BOX_LENGTH:
+    if 0 < len(bins) < LOCATIONS_PER_BOX:
         return None, [CUT_BOX]
     label = item.label
     if not bins:
@@ -237,11 +235,11 @@ def finish(item: Item, denominator: int) -> tuple[Found | None, list[str]]:
         problems.append(SWAPPED)
     if bins[0] == bins[2] or bins[1] == bins[3]:
         problems.append(NO_AREA)
-    if item.codes and len(item.codes) != MASK_LENGTH:
-        problems.append(CUT_MASK if len(item.codes) < MASK_LENGTH else LONG_MASK)
+    if item.codes and len(item.codes) != CODES_PER_MASK:
+        problems.append(CUT_MASK if len(item.codes) < CODES_PER_MASK else LONG_MASK)
     if not label:
         problems.append(NO_LABEL)
-    codes = tuple(item.codes[:MASK_LENGTH]) if len(item.codes) >= MASK_LENGTH else None
+    codes = tuple(item.codes[:CODES_PER_MASK]) if len(item.codes) >= CODES_PER_MASK else None
     return Found(label, Box.from_bins(bins, denominator), bins, codes, problems=tuple(problems)), problems
 
 
@@ -294,7 +292,7 @@ def read_ids(
     processor: "PaliGemmaProcessor",
     logprobs: Sequence[float] | None = None,
     places: Sequence[tuple[float, float] | None] | None = None,
-    denominator: int = LOCATION_BINS - 1,
+    denominator: int = NUM_LOCATIONS - 1,
 ) -> Reading:
     """What the token ids of an answer say; whatever comes behind the first eos is not part of it.
 
@@ -319,7 +317,7 @@ def read_ids(
 def pieces_of_text(text: str) -> Iterator[Piece]:
     """A location, a code, or what stands between. <loc9999>, which no tokenizer knows, is text."""
     end = 0
-    for place in PLACE.finditer(text):
+    for place in LOCATION_OR_CODE.finditer(text):
         location, code = (None if digits is None else int(digits) for digits in place.groups())
         if place.start() > end:
             yield Piece((), text=text[end : place.start()])
@@ -328,7 +326,7 @@ def pieces_of_text(text: str) -> Iterator[Piece]:
     yield Piece((), text=text[end:])
 
 
-def read_text(text: str, denominator: int = LOCATION_BINS - 1) -> Reading:
+def read_text(text: str, denominator: int = NUM_LOCATIONS - 1) -> Reading:
     """What the text of an answer says, with <loc> and <seg> kept; the tokens are gone, so there are no scores."""
     return read(pieces_of_text(text), text, denominator)
 
@@ -344,10 +342,10 @@ def to_suffix(objects: Iterable[Found]) -> str:
     """
     said = []
     for found in objects:
-        if END_OF_ITEM.search(found.label) or PLACE.search(found.label):
+        if END_OF_ITEM.search(found.label) or LOCATION_OR_CODE.search(found.label):
             raise DatasetError(f"the label {found.label!r} holds a separator or a location. Use words without ; and <loc>.")
         bins = () if found.box is None else in_order(found.bins) if found.bins else found.box.bins()
-        places = "".join(f"<loc{value:04d}>" for value in bins) + "".join(f"<seg{code:03d}>" for code in found.codes or ())
+        places = "".join([LOCATION_TOKENS[value] for value in bins] + [CODE_TOKENS[code] for code in found.codes or ()])
         said.append(f"{places} {found.label.strip()}".strip())
     return " ; ".join(said)
 

@@ -17,6 +17,7 @@ from paligemma.errors import DatasetError
 from paligemma.objects import masks, outputs
 from paligemma.objects.outputs import Box, Found, as_json, read_ids, read_text, to_suffix
 from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.vocabulary import LOCATION_OR_CODE
 from tests.tiny_tokenizer import write_processor
 
 ROOT = Path(__file__).parents[2]
@@ -166,7 +167,7 @@ def test_overlap_is_shared_area_over_covered_area():
 # There and back
 
 label = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\n;\u2581"), max_size=12).filter(
-    lambda text: text == text.strip() and not outputs.PLACE.search(text)
+    lambda text: text == text.strip() and not LOCATION_OR_CODE.search(text)
 )
 side = st.tuples(st.integers(0, 1022), st.integers(1, 1023)).map(lambda ends: (min(ends), max(ends[1], ends[0] + 1)))
 codes = st.none() | st.tuples(*[st.integers(0, 127)] * 16)
