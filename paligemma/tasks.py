@@ -1,8 +1,9 @@
-"""Tasks in plain words and typed results: what to ask a checkpoint so that it detects, counts or reads, and what it answered.
+"""Tasks and typed results: the prompt that makes a checkpoint detect, count or read, and the answer as an object.
 
-`prompt` writes a task the way the checkpoint was taught it. `Annotator.run` takes any number of requests, a picture and a task
-each, keeps `rows` of them in flight (generation.generate_many) and hands out results as they end; what is wrong with one request
-becomes its result and ends nothing. The model and the processor are arguments; torch is imported only when something runs.
+`prompt` writes the prompt of a task in the form that the checkpoint was trained on. `Annotator.run` takes any number of requests
+(a picture and a task each), keeps `rows` of them running at once (generation.generate_many) and yields each result when it is
+ready. An error in one request is returned as the result of this request and does not stop the run. torch is imported only when
+a request runs.
 
 Sources of the prompts: Google's guide (ai.google.dev/gemma/docs/paligemma/prompt-system-instructions) and big_vision's
 configs/proj/paligemma/transfers. Checked in tests/test_tasks.py.
@@ -35,11 +36,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The longest answer of each task, in tokens: an object takes five or six, with a mask sixteen more.
+# The most tokens of an answer, by task. An object takes five or six tokens; its mask takes sixteen more.
 ANSWER_TOKENS = {"caption": 128, "ask": 64, "detect": 256, "segment": 512, "ocr": 512, "count": 16}
 TASKS = tuple(ANSWER_TOKENS)
 OBJECT_TASKS = ("detect", "segment")
-REQUIRED_TEXT = {"ask": "a question", "detect": "what to look for", "segment": "what to look for", "count": "what to count"}
+REQUIRED_TEXT = {  # what the text of a task is, for the tasks that need one
+    "ask": "a question",
+    "detect": "something to look for",
+    "segment": "something to look for",
+    "count": "something to count",
+}
 PROMPTS = {
     "caption": "caption {language}",
     "ask": "answer {language} {text}",
@@ -49,7 +55,7 @@ PROMPTS = {
     "count": "answer en how many {text} are there?",
 }
 HUB_NAME = re.compile(r"paligemma2?[-_]\d+b[-_](pt|mix|ft[-_]([a-z0-9_-]+?))[-_](?:224|448|896)", re.IGNORECASE)
-# Checkpoints that were fine-tuned on other prompts than those above. The double space of ai2d is how it was trained.
+# Prompts of checkpoints that were fine-tuned on other prompts than PROMPTS. The ai2d checkpoint was trained with two spaces.
 OWN_PROMPTS = {
     "ai2d": {"ask": "answer {language}  {text}"},
     "chartqa": {"ask": "{text}", "count": "how many {text} are there?"},
@@ -57,7 +63,7 @@ OWN_PROMPTS = {
     "pope": {"ask": "{text}"},
     "refcoco-seg": {"segment": "{text}"},
 }
-CAPTIONERS = ("cococap", "coco35l", "docci", "scicap", "screen2words", "textcaps", "widgetcap", "xm3600")
+CAPTION_DATASETS = ("cococap", "coco35l", "docci", "scicap", "screen2words", "textcaps", "widgetcap", "xm3600")
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen \
 eighteen nineteen twenty".split()
 
@@ -66,9 +72,9 @@ eighteen nineteen twenty".split()
 
 
 def checkpoint_kind(name: str) -> str:
-    """What a checkpoint was trained for, by its public name, which may stand anywhere in a path.
+    """What a checkpoint was trained for, told from its public name, which may be any part of a path.
 
-    Returns: "pretrained"; "mix" (many tasks); what it was fine-tuned on, such as "docvqa"; "other" if the name does not say.
+    Returns: "pretrained"; "mix" (many tasks); the data set of a fine-tuned checkpoint, such as "docvqa"; else "other".
     """
     found = HUB_NAME.findall(name)
     if not found:
@@ -78,35 +84,35 @@ def checkpoint_kind(name: str) -> str:
 
 
 def split_objects(text: str) -> list[str]:
-    """The names between the semicolons, each once: "cat ; dog" -> ["cat", "dog"]."""
+    """The names between the semicolons without repetitions: "cat ; dog ; cat" -> ["cat", "dog"]."""
     return list(dict.fromkeys(name for part in text.split(";") if (name := " ".join(part.split()))))
 
 
 def check_task(task: str, text: str) -> None:
-    """Raises: UsageError for a task that is not one of TASKS, or with a text where none is needed, or without one."""
+    """Raises: UsageError if the task is unknown, lacks a text that it needs, or has a text that it does not take."""
     if task not in TASKS:
-        raise UsageError(f"task is {task!r}. One of {', '.join(TASKS)} is needed.")
+        raise UsageError(f"task is {task!r}. It must be one of {', '.join(TASKS)}.")
     if task in REQUIRED_TEXT and not text.replace(";", "").strip():
         raise UsageError(f"{task} needs {REQUIRED_TEXT[task]}. Put it after the picture.")
     if task not in REQUIRED_TEXT and text.strip():
-        raise UsageError(f"{task} takes no text, but {text!r} came. Drop it, or use ask.")
+        raise UsageError(f"{task} takes no text, but {text!r} was given. Remove it, or use ask.")
 
 
 def check_language(language: str) -> None:
-    """Raises: UsageError unless it looks like a language code; whether a checkpoint knows it nobody can say."""
+    """Raises: UsageError unless it looks like a language code. It is not checked whether the checkpoint knows the language."""
     if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]{2,4})?", language):
         raise UsageError(f"language is {language!r}. A code such as en, fr or zh is needed.")
 
 
 def prompt(task: str, text: str = "", kind: str = "other", language: str = "en") -> str:
-    """What to say to the model.
+    """The prompt of a task, as a checkpoint of this kind was trained on it.
 
     Args:
         task: one of TASKS.
-        text: the question, or what to look for or to count; several objects with " ; " between them.
-        kind: of the checkpoint, see checkpoint_kind.
-        language: of a caption or an answer; the other tasks have none.
-    Raises: UsageError.
+        text: the question, or the object to look for or to count; several objects are separated by " ; ".
+        kind: what the checkpoint was trained for, from checkpoint_kind.
+        language: language code of the caption or answer; the prompts of the other tasks have no language.
+    Raises: UsageError as check_task and check_language.
     """
     check_task(task, text)
     check_language(language)
@@ -116,17 +122,17 @@ def prompt(task: str, text: str = "", kind: str = "other", language: str = "en")
 
 
 def task_warning(task: str, kind: str) -> str | None:
-    """A sentence where the checkpoint was fine-tuned for something else than this task; None where it may well know it."""
+    """A warning if the checkpoint was fine-tuned for another task than this one; None if it may know the task."""
     if kind in ("pretrained", "mix", "other"):
         return None
-    known = ("caption",) if kind in CAPTIONERS else ("segment",) if kind == "refcoco-seg" else ("ask", "count")
+    known = ("caption",) if kind in CAPTION_DATASETS else ("segment",) if kind == "refcoco-seg" else ("ask", "count")
     if task in known:
         return None
-    return f"this checkpoint was fine-tuned on {kind}, so {task} may mean nothing to it; a mix checkpoint knows every task."
+    return f"this checkpoint was fine-tuned on {kind}, so it may not know {task}; a mix checkpoint knows every task."
 
 
 def read_count(text: str) -> int | None:
-    """The number in an answer, in digits or in words; None unless there is just one."""
+    """The number in an answer, written in digits or as a word; None unless the answer holds exactly one number."""
     words = re.findall(r"\d+|[a-z]+", text.lower())
     numbers = [int(word) if word.isdecimal() else NUMBERS.index(word) for word in words if word.isdecimal() or word in NUMBERS]
     if not numbers and words[:1] in (["no"], ["none"]):
@@ -142,12 +148,13 @@ class Request:
     """One question about one picture.
 
     Args:
-        picture: whatever load_image takes; or an error, which becomes the result.
+        picture: anything that load_image takes; or a PaliGemmaError, which then becomes the error of the result.
         task: one of TASKS.
-        text: the question, or the objects.
-        prompt: what to say instead of the prompt of the task, word for word.
-        image: the picture's name for people; a path or an address that is the picture, if not given.
-        size: width and height of the original, where `picture` is a smaller copy.
+        text: the question, or the objects to look for or to count.
+        prompt: a prompt that is used word for word in place of the prompt of the task.
+        image: the name of the picture in the result; if it is empty and `picture` is a path or an address, that is the name.
+        size: width and height of the original in pixels, if `picture` is a smaller copy.
+        image_features: float[1, P, D] of model.encode_images, used in place of `picture`, which is then not read; needs `size`.
     """
 
     picture: Any
@@ -156,25 +163,27 @@ class Request:
     prompt: str | None = None
     image: str = ""
     size: tuple[int, int] | None = None
+    image_features: "torch.Tensor | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What came of a request: of `detect` and `segment` a `reading`, of `count` a number, if one was said; or an `error`.
+    """The result of a request: the answer, or an `error`.
 
-    Where an answer holds boxes it has a reading whatever was asked.
+    `reading` holds the objects of detect and segment, and of any other answer that contains boxes. `count` holds the number that
+    count found, and None if the answer has none.
     """
 
     image: str
     task: str
-    asked: str  # the request's text
+    asked: str  # the text of the request
     prompt: str
     width: int = 0
     height: int = 0
-    text: str = ""  # the answer as the model wrote it
+    text: str = ""  # the answer as the model generated it
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    finish_reason: str = ""  # stop or length, as generation.Answer
+    finish_reason: str = ""  # "stop" or "length", see generation.Answer
     reading: Reading | None = None
     count: int | None = None
     error: PaliGemmaError | None = None
@@ -185,7 +194,7 @@ class Result:
         return math.exp(sum(self.logprobs))
 
     def to_json(self) -> dict:
-        """What --json prints and annotate.py writes as a row."""
+        """The result as the programs write it: one object of --json, one row of annotate."""
         row = {"image": self.image, "task": self.task, "asked": self.asked, "prompt": self.prompt}
         if self.error is not None:
             return row | {"error": self.error.to_json()}
@@ -202,22 +211,24 @@ class Result:
 # The run
 
 
-class Arrivals:
-    """Requests as they are read, each with the one that follows it: ((index, request), (index, request) | None).
+Numbered = tuple[int, Request]  # a request and its index in the sequence
 
-    Args:
-        requests: read one ahead.
+
+class RequestQueue:
+    """An iterator over requests, each with its successor: ((index, request), (index, request) | None).
+
+    Requests are read with a look-ahead of one. Requests that were put back are returned first.
     """
 
     def __init__(self, requests: Iterable[Request]):
         self.source = pairwise(chain(enumerate(requests), [None]))
-        self.waiting: deque[tuple] = deque()  # read before, and to come first
-        self.is_broken = False  # whether `requests` raised: it has no more then, and what follows would be lost unseen
+        self.waiting: deque[tuple[Numbered, Numbered | None]] = deque()  # requests that were put back
+        self.is_broken = False  # whether `requests` raised; an iterator that raised cannot be continued
 
-    def __iter__(self) -> "Arrivals":
+    def __iter__(self) -> "RequestQueue":
         return self
 
-    def __next__(self) -> tuple:
+    def __next__(self) -> tuple[Numbered, Numbered | None]:
         if self.waiting:
             return self.waiting.popleft()
         try:
@@ -232,17 +243,18 @@ class Arrivals:
         self.put_back(islice(self, not self.waiting))
         return not self.waiting
 
-    def put_back(self, arrivals: Iterable[tuple]) -> None:
-        """These come next, in their order."""
-        self.waiting.extendleft(reversed(list(arrivals)))
+    def put_back(self, entries: Iterable[tuple[Numbered, Numbered | None]]) -> None:
+        """Makes these entries the next ones, in their order."""
+        self.waiting.extendleft(reversed(list(entries)))
 
 
 def in_order(results: Iterable[tuple[int, Result]], count: int) -> Iterator[Result]:
-    """The results of `count` requests in the order of the requests, each as soon as those before it have come.
+    """The results of `count` requests in the order of the requests, each as soon as all earlier ones are there.
 
-    Raises: RuntimeError if one is missing at the end, which would be a bug here: no program may go silent about it.
+    Raises: RuntimeError if a result is missing at the end. That would be a bug of this file, and it must not pass unnoticed.
     """
-    waiting, following = {}, 0
+    waiting: dict[int, Result] = {}
+    following = 0
     for index, result in results:
         waiting[index] = result
         while following in waiting:
@@ -253,20 +265,22 @@ def in_order(results: Iterable[tuple[int, Result]], count: int) -> Iterator[Resu
 
 
 class Annotator:
-    """A model that takes requests.
+    """Answers requests with one model, several at a time.
+
+    An Annotator belongs to one thread; several annotators may share one model and processor.
 
     Args:
         model: PaliGemmaForConditionalGeneration.
         processor: of the same checkpoint.
-        codec: decodes the masks of `segment`; without it objects keep their codes and have no mask.
-        rows: how many requests are in flight; halved when memory runs out.
-        max_new_tokens: the longest answer; ANSWER_TOKENS has what a task may need.
-        uses_grammar: hold `detect` and `segment` to valid objects with the labels asked for.
-        min_score: drop objects with a lower score.
-        kind: of the checkpoint, see checkpoint_kind.
-        language: of captions and answers.
+        codec: decodes the masks of `segment`; without a codec, objects keep the codes of their masks and have no mask.
+        rows: the number of requests that run at once; it is halved when memory runs out.
+        max_new_tokens: the most tokens of an answer; ANSWER_TOKENS has what each task may need.
+        uses_grammar: constrain the answers of detect and segment to whole objects with the labels asked for.
+        min_score: objects with a lower score are left out.
+        kind: what the checkpoint was trained for, from checkpoint_kind.
+        language: language code of captions and answers.
         denominator: what a location is divided by; 1023 as in the official code, 1024 in some other code.
-        sampling: do_sample, temperature, top_p, top_k, seed of generate_many; greedy without.
+        sampling: do_sample, temperature, top_p, top_k, seed of generate_many; empty = greedy.
     """
 
     def __init__(
@@ -295,37 +309,37 @@ class Annotator:
         self.language = language
         self.denominator = denominator
         self.sampling = sampling or {}
-        self.grammars: dict[tuple[str, str], Grammar] = {}  # of the last labels asked for
-        self.encoded: tuple[Image.Image | None, torch.Tensor | None] = (None, None)  # the last picture asked about twice
+        self.grammars: dict[tuple[str, str], Grammar] = {}  # the grammar of the last labels
+        self.encoded: tuple[Image.Image | None, torch.Tensor | None] = (None, None)  # the last picture of several requests
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Result]]:
-        """Answers requests, in the order in which they end. Each request that is read has one result, an answer or an error.
+        """Answers requests. Each request that is read gets one result, which is an answer or an error.
 
-        A request that runs out of memory with no other in flight has that error; two such in a row raise it, for then it is
-        the machine that has too little.
+        If memory runs out while a request runs alone, the result of this request is that error. If this happens to two requests
+        in a row, the error is raised, because the machine has too little memory.
 
         Args:
-            requests: read one by one, one ahead of the row that is free; two in a row about the same picture object share
-                what the vision tower made of it.
-        Returns: an iterator of the request's place in the sequence and its result.
-        Raises: DeviceError when memory runs out with a single row, GenerationError for logits that are not numbers, and what
-            `requests` raises. Errors of requests known by then come out first; what is in flight then has no result.
+            requests: read one at a time, with a look-ahead of one. Two requests in a row about the same picture object share
+                the output of the vision tower.
+        Returns: an iterator of (index of the request, result), in the order in which the requests end.
+        Raises: DeviceError as above, GenerationError for logits that are not finite, and any error that `requests` raises.
+            Before that, the results of requests that could not be started are yielded; requests that are running get no result.
         """
-        arrivals = Arrivals(self.opened(requests))
-        failed: deque[tuple[int, Result]] = deque()  # results of requests that could not be asked
-        num_alone = 0  # requests in a row that ran out of memory alone
-        while not arrivals.is_empty():
-            in_flight: dict[int, tuple] = {}
+        queue = RequestQueue(self.load_pictures(requests))
+        failed: deque[tuple[int, Result]] = deque()  # results of requests that could not be started
+        num_alone = 0  # requests in a row that ran out of memory although they ran alone
+        while not queue.is_empty():
+            running: dict[int, tuple[Numbered, Numbered | None]] = {}
             shortage = None
             try:
                 with machine.memory_errors("answering"):
-                    for index, result in self.answers(arrivals, in_flight, failed):
+                    for index, result in self.generate(queue, running, failed):
                         num_alone = 0
                         while failed:
                             yield failed.popleft()
                         yield index, result
             except DeviceError as error:
-                shortage = DeviceError(error.message)  # without its traceback, which holds the cache
+                shortage = DeviceError(error.message)  # a new one: the traceback of the old one keeps the KV cache in memory
             except GeneratorExit:
                 raise
             except BaseException:
@@ -337,164 +351,170 @@ class Annotator:
             if shortage is None:
                 continue
             num_alone += self.rows == 1
-            if arrivals.is_broken or num_alone > 1:
+            if queue.is_broken or num_alone > 1:
                 raise shortage
             if self.rows == 1:
-                for (index, request), _ in in_flight.values():
-                    yield index, self.failure(request, shortage)
+                for (index, request), _ in running.values():
+                    yield index, self.error_result(request, shortage)
                 continue
             self.rows //= 2
             log.warning("memory ran out; continuing with %d at a time.", self.rows)
-            arrivals.put_back(in_flight.values())
+            queue.put_back(running.values())
 
-    def opened(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """The requests with their pictures read. What is read here is squeezed, so that what waits takes little memory."""
+    def load_pictures(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """The requests with their pictures loaded. Pictures are resized at once, so that waiting requests use little memory."""
         from paligemma.pictures.images import is_finished, load_image, squeeze
 
-        def square(whole: "Image.Image") -> "tuple[Image.Image, tuple[int, int]]":
-            return squeeze(whole, self.processor.image_size), whole.size
+        def resized(original: "Image.Image") -> "tuple[Image.Image, tuple[int, int]]":
+            return squeeze(original, self.processor.image_size), original.size
 
-        source, found = object(), (None, None)  # of the last request whose picture had to be read
+        source, loaded = object(), (None, None)  # of the last request whose picture had to be loaded
         for request in requests:
             picture = request.picture
-            if isinstance(picture, PaliGemmaError) or is_finished(picture):
+            if request.image_features is not None or isinstance(picture, PaliGemmaError) or is_finished(picture):
                 yield request
                 continue
             is_name = isinstance(picture, str | os.PathLike)
+            # Arrays are compared by identity only: == would compare all pixels.
             is_same = picture is source or (is_name and isinstance(source, str | os.PathLike) and picture == source)
-            if not is_same:  # arrays are never compared: that would be pixel by pixel
+            if not is_same:
                 try:
-                    found = load_image(picture, then=square)
+                    loaded = load_image(picture, then=resized)
                 except PaliGemmaError as error:
-                    found = error, None
+                    loaded = error, None
             source = picture
             name = request.image or (os.fspath(picture) if is_name else "")
-            yield replace(request, picture=found[0], size=request.size or found[1], image=name)
+            yield replace(request, picture=loaded[0], size=request.size or loaded[1], image=name)
 
-    def answers(
-        self, arrivals: "Arrivals", in_flight: dict[int, tuple], failed: deque[tuple[int, Result]]
+    def generate(
+        self,
+        queue: RequestQueue,
+        running: dict[int, tuple[Numbered, Numbered | None]],
+        failed: deque[tuple[int, Result]],
     ) -> Iterator[tuple[int, Result]]:
-        """One pass of generate_many; `in_flight` holds what has been read and not yet answered."""
+        """The results of one call of generate_many; `running` holds the requests that were started and have no result yet."""
         from paligemma.generation import generate_many
 
         sampling = dict(self.sampling)
-        if sampling.get("seed") is not None:  # so that no two requests draw the same numbers
-            sampling["seed"] += arrivals.waiting[0][0][0]
+        if sampling.get("seed") is not None:  # so that no two requests draw the same random numbers
+            sampling["seed"] += queue.waiting[0][0][0]
         for answer in generate_many(
             self.model,
-            self.inputs(arrivals, in_flight, failed),
+            self.model_inputs(queue, running, failed),
             rows=self.rows,
             max_new_tokens=self.max_new_tokens,
             suppress_tokens=self.processor.unused_ids(self.model.config.text_config.vocab_size),
             locations=self.processor.locations,
             **sampling,
         ):
-            (index, request), _ = in_flight[answer.index]
-            result = self.read(request, answer)
-            del in_flight[answer.index]
+            (index, request), _ = running[answer.index]
+            result = self.to_result(request, answer)
+            del running[answer.index]
             yield index, result
 
     def grammar(self, request: Request) -> "Grammar | None":
-        """What holds the answer to valid output, if that is wanted; requests with the same labels share it."""
+        """The grammar that constrains the answer, None for no constraint. Requests with the same labels share a grammar."""
         if not (self.uses_grammar and request.task in OBJECT_TASKS):
             return None
         from paligemma.objects.grammar import Grammar
 
         key = request.task, request.text
         if key not in self.grammars:
-            labels = [""] if self.kind == "refcoco-seg" else split_objects(request.text)  # its answers have no labels
+            labels = [""] if self.kind == "refcoco-seg" else split_objects(request.text)  # refcoco answers have no labels
             with_masks = request.task == "segment"
             self.grammars = {key: Grammar.for_objects(self.processor, labels, with_masks=with_masks)}
         return self.grammars[key]
 
-    def inputs(
-        self, arrivals: "Arrivals", in_flight: dict[int, tuple], failed: deque[tuple[int, Result]]
-    ) -> Iterator[dict]:
-        """The model's input for each request, made when a row is free; what is wrong with a request goes to `failed`.
+    def model_inputs(
+        self,
+        queue: RequestQueue,
+        running: dict[int, tuple[Numbered, Numbered | None]],
+        failed: deque[tuple[int, Result]],
+    ) -> Iterator[dict[str, Any]]:
+        """The model's input for each request, built when a row is free. Requests that cannot be started go to `failed`.
 
-        It ends early when as many have failed as there are rows, so that their results need not wait for the next answer.
+        It ends early when as many requests have failed as there are rows, so that their results need not wait for an answer.
         """
-        started = 0
-        for arrival in arrivals:
-            (index, request), following = arrival
-            in_flight[started] = arrival
+        num_started = 0
+        for entry in queue:
+            (index, request), following = entry
+            running[num_started] = entry
             try:
-                inputs = self.input(request, following)
+                inputs = self.model_input(request, following)
             except DeviceError:
                 raise
             except PaliGemmaError as error:
-                inputs = error
-            if isinstance(inputs, dict):
-                started += 1
-                yield inputs
+                del running[num_started]
+                failed.append((index, self.error_result(request, error)))
+                if len(failed) >= self.rows:
+                    return
                 continue
-            del in_flight[started]
-            failed.append((index, self.failure(request, inputs)))
-            if len(failed) >= self.rows:
-                return
+            num_started += 1
+            yield inputs
 
-    def input(self, request: Request, following: tuple[int, Request] | None) -> "dict | PaliGemmaError":
-        """What the model gets for a request, or the error that its picture is. Raises: PaliGemmaError."""
+    def model_input(self, request: Request, following: Numbered | None) -> dict[str, Any]:
+        """The model's input for a request. Raises: PaliGemmaError, which is the picture itself if it could not be loaded."""
         from paligemma.generation import only_row
 
         if isinstance(request.picture, PaliGemmaError):
-            return request.picture
-        inputs = self.processor.tokens([1], self.wording(request))
-        is_shared = following is not None and following[1].picture is request.picture
-        inputs |= self.look(request.picture, is_shared)
+            raise request.picture
+        inputs: dict[str, Any] = self.processor.tokens([1], self.prompt_of(request))
+        inputs |= self.picture_input(request, following)
         inputs["grammar"] = self.grammar(request)
-        only_row(inputs, self.model.config)  # refuses what generate_many would, while it is one request's fault
+        only_row(inputs, self.model.config)  # raises what generate_many would raise, but here it fails this request only
         return inputs
 
-    def look(self, picture: "Image.Image", is_shared: bool) -> dict:
-        """The picture as pixels, or, if it is asked about several times, as what the vision tower makes of it."""
+    def picture_input(self, request: Request, following: Numbered | None) -> "dict[str, torch.Tensor | None]":
+        """The picture as pixels; as image features if it was encoded before, or if the next request is about it, too."""
         import torch
 
-        last, features = self.encoded
+        if request.image_features is not None:
+            return {"image_features": request.image_features}
+        picture, (last, features) = request.picture, self.encoded
         if picture is last:
             return {"image_features": features}
         pixels = self.processor.pixels([picture])
-        if not is_shared:
+        if following is None or following[1].picture is not picture:
             return {"pixel_values": pixels}
         with torch.no_grad():
             features = self.model.encode_images(pixels)
         self.encoded = picture, features
         return {"image_features": features}
 
-    def wording(self, request: Request) -> str:
-        """What to say to the model. Raises: UsageError."""
+    def prompt_of(self, request: Request) -> str:
+        """The prompt of a request. Raises: UsageError."""
         if request.prompt is not None:
             return request.prompt
         return prompt(request.task, request.text, self.kind, self.language)
 
-    def failure(self, request: Request, error: PaliGemmaError) -> Result:
-        """The result of a request that could not be asked."""
-        said = request.prompt or ""
+    def error_result(self, request: Request, error: PaliGemmaError) -> Result:
+        """The result of a request that failed."""
+        asked = request.prompt or ""
         with suppress(UsageError):
-            said = self.wording(request)
-        return Result(image=request.image, task=request.task, asked=request.text, prompt=said, error=error)
+            asked = self.prompt_of(request)
+        return Result(image=request.image, task=request.task, asked=request.text, prompt=asked, error=error)
 
-    def read(self, request: Request, answer: "Answer") -> Result:
-        """The answer, read; or the error of it, as memory may run out over the masks of one large picture."""
+    def to_result(self, request: Request, answer: "Answer") -> Result:
+        """The result of an answer; an error result if memory runs out, as the masks of a large picture may need much."""
         try:
             with machine.memory_errors("reading the answer"):
-                return self.result(request, answer)
+                return self.parse(request, answer)
         except DeviceError as error:
-            return self.failure(request, error)
+            return self.error_result(request, error)
 
-    def result(self, request: Request, answer: "Answer") -> Result:
-        """The answer, read."""
+    def parse(self, request: Request, answer: "Answer") -> Result:
+        """The result of an answer: its text, and its objects or its number. Raises: DeviceError."""
         width, height = request.size or request.picture.size
         text = self.processor.decode(answer.token_ids).strip()
         reading = None
         if request.task in OBJECT_TASKS or "<loc" in text:
             reading = read_ids(answer.token_ids, self.processor, answer.logprobs, answer.places, self.denominator)
-            reading = self.refine(reading, width, height)
+            reading = self.finish(reading, width, height)
         return Result(
             image=request.image,
             task=request.task,
             asked=request.text,
-            prompt=self.wording(request),
+            prompt=self.prompt_of(request),
             width=width,
             height=height,
             text=text,
@@ -505,8 +525,8 @@ class Annotator:
             count=read_count(text) if request.task == "count" else None,
         )
 
-    def refine(self, reading: Reading, width: int, height: int) -> Reading:
-        """Without the objects of too low a score, and with masks where there is a codec."""
+    def finish(self, reading: Reading, width: int, height: int) -> Reading:
+        """The reading without objects of too low a score, and with decoded masks if there is a codec."""
         objects = reading.objects
         if self.min_score is not None:
             objects = [found for found in objects if found.score is None or found.score >= self.min_score]

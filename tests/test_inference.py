@@ -461,14 +461,14 @@ def test_a_folder_or_file_named_like_the_object_is_no_picture(verb, tmp_path):
     assert verb("detect", SHAPES, "circle", "--json")[0] == 0
     code, out, err = verb("detect", SHAPES, "star", "--json")
     assert code == 0 and json.loads(out)["prompt"] == "detect star"
-    assert err == "note: 'star' is taken for what to look for, not for the file of that name.\n"
+    assert err == "note: 'star' is taken for something to look for, not for the file of that name.\n"
     code, out, err = verb("detect", SHAPES, "star", "circle", "--json")
     assert code == 0 and json.loads(out)["prompt"] == "detect star ; circle" and "'star' is taken for what" in err
     (tmp_path / "star").write_bytes(Path(SHAPES).read_bytes())
     out = verb("detect", SHAPES, "star", "circle", "--json")[1]
     assert [json.loads(line)["image"] for line in out.splitlines()] == [SHAPES, "star"]
     code, _, err = verb("detect", SHAPES, "gone.png")
-    assert code == 2 and f"needs what to look for, and {SHAPES!r}, 'gone.png' are taken for pictures" in err
+    assert code == 2 and f"needs something to look for, and {SHAPES!r}, 'gone.png' are taken for pictures" in err
 
 
 def test_several_pictures_keep_their_order_and_a_bad_one_is_8(verb, tmp_path):
@@ -652,7 +652,8 @@ def test_the_picture_itself_is_never_overwritten(verb, tmp_path):
     ("argv", "message"),
     [
         (["detct", SHAPES], "Did you mean detect?"), (["cat.png"], "inference.py caption cat.png"),
-        (["detect"], "detect needs a picture: inference.py detect PICTURE TEXT."), (["detect", SHAPES], "needs what to look for"),
+        (["detect"], "detect needs a picture: inference.py detect PICTURE TEXT."),
+        (["detect", SHAPES], "needs something to look for"),
         (["detect", "cat"], "'cat' is none that is there"), (["caption", SHAPES, "cat"], "takes no text"),
         (["caption", "-", "-"], "only once"), (["caption", SHAPES, "--save=x.png"], "goes with detect and segment"),
         (["detect", SHAPES, "a", "--mask_codec=x"], "goes with segment"), (["ocr", SHAPES, "--language=fr"], "means nothing"),

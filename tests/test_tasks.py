@@ -80,7 +80,8 @@ def test_captions_and_answers_have_a_language():
 
 @pytest.mark.parametrize(
     ("task", "text", "message"),
-    [("detect", " ; ", "detect needs what to look for"), ("ask", "", "ask needs a question"), ("ocr", "x", "ocr takes no text"),
+    [("detect", " ; ", "detect needs something to look for"), ("ask", "", "ask needs a question"),
+     ("ocr", "x", "ocr takes no text"),
      ("find", "cat", "task is 'find'")],
 )  # fmt: skip
 def test_a_task_without_its_text_is_refused(task, text, message):
@@ -167,22 +168,22 @@ def test_masks_are_decoded_where_there_is_a_codec(model, processor):
 
     torch.manual_seed(0)
     request = Request(picture=CAT, task="segment", text="cat")
-    bare = Annotator(model, processor).result(request, answer_of(processor, MASKED)).reading.objects[0]
+    bare = Annotator(model, processor).parse(request, answer_of(processor, MASKED)).reading.objects[0]
     assert bare.codes == tuple(range(16)) and bare.mask is None
-    found = Annotator(model, processor, codec=MaskCodec()).result(request, answer_of(processor, MASKED)).reading.objects[0]
+    found = Annotator(model, processor, codec=MaskCodec()).parse(request, answer_of(processor, MASKED)).reading.objects[0]
     assert found.mask.shape == (CAT.height, CAT.width) and not found.mask[CAT.height // 2 + 1 :].any()
 
 
 def test_the_size_of_the_original_counts_where_a_small_copy_was_asked_about(model, processor):
     request = Request(picture=SHAPES.resize((112, 112)), task="detect", text="cat", size=(2000, 1000))
-    result = Annotator(model, processor).result(request, answer_of(processor, MASKED))
+    result = Annotator(model, processor).parse(request, answer_of(processor, MASKED))
     assert (result.width, result.height) == (2000, 1000)
     assert result.to_json()["objects"][0]["box"][2] == 2000
 
 
 def test_the_denominator_can_be_that_of_other_readers(model, processor):
     request = Request(picture=SHAPES, task="detect", text="cat")
-    result = Annotator(model, processor, denominator=1024).result(request, answer_of(processor, MASKED))
+    result = Annotator(model, processor, denominator=1024).parse(request, answer_of(processor, MASKED))
     assert result.reading.objects[0].box.x_max == 1023 / 1024
 
 
@@ -323,6 +324,8 @@ def scripted(texts, rows, seed, monkeypatch, source_fails=False):
     annotator = Annotator(None, None, rows=rows)
 
     def make(request, _):
+        if request is BAD:
+            raise request.picture
         if request.text == "bad":
             raise PromptError("too long.")
         return {"text": request.text}
@@ -337,8 +340,8 @@ def scripted(texts, rows, seed, monkeypatch, source_fails=False):
             raise MemoryError
 
     monkeypatch.setattr(generation, "generate_many", Scripted(random.Random(seed)))
-    monkeypatch.setattr(annotator, "input", lambda r, f: r.picture if r is BAD else make(r, f))
-    monkeypatch.setattr(annotator, "read", read)
+    monkeypatch.setattr(annotator, "model_input", make)
+    monkeypatch.setattr(annotator, "to_result", read)
     monkeypatch.setattr(annotator, "model", NO_MODEL)
     monkeypatch.setattr(annotator, "processor", NO_PROCESSOR)
     results, raised = [], None

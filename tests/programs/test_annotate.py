@@ -557,7 +557,7 @@ def test_the_time_left_comes_from_the_rows_of_this_run(model, monkeypatch):
     [
         (["photos"], "--output"),
         (["--output=x"], "no picture is named"),
-        (["photos", "--output=x", "--task=detect"], "what to look for"),
+        (["photos", "--output=x", "--task=detect"], "something to look for"),
         (["photos", "--output=x", "--task=look"], "look"),
         (["photos", "--output=x", "--text=cat"], "caption takes no text"),
         (["photos", "--output=x", "--task=detect", "cat", "--shard=0/3"], "shard"),
@@ -591,7 +591,7 @@ def test_the_last_word_is_the_text_where_one_is_needed():
     assert read("photos", "photos/a", task="caption") == (("photos", "photos/a"), "")
     os.mkdir("cat")
     assert read("photos", "cat", task="detect") == (("photos",), "cat")  # a folder of that name changes nothing
-    with pytest.raises(UsageError, match="what to look for"):
+    with pytest.raises(UsageError, match="something to look for"):
         read("photos", "photos/a", task="detect")  # both are pictures
 
 
