@@ -72,7 +72,7 @@ class Flags(ModelFlags, PictureFlags, ResultFlags, DrawingFlags):
     """Asks a PaliGemma model about a picture and prints its answer.
 
       python inference.py detect street.jpg car person --save out.png     a verb: caption, ask, detect, segment, ocr or count;
-      python inference.py ask cat.jpg "what is on the table?" --json      `inference.py detect --help` shows more of each
+      python inference.py ask cat.jpg "what is on the table?" --json      `python inference.py detect --help` shows more of each
       python inference.py --image_file_path cat.jpg --prompt "caption en" any prompt, word for word
 
     Pictures are files, http(s) addresses, or - for stdin; several with commas between them, after a verb with spaces, too.
@@ -134,7 +134,7 @@ class Flags(ModelFlags, PictureFlags, ResultFlags, DrawingFlags):
             self.check_drawing("save")
         elif early := [name for name in verbs.FITS if name in given]:
             name, verb = early[0], verbs.FITS[early[0]][0]
-            raise UsageError(f"--{name} goes with a verb. Write inference.py {verb} PICTURE ... --{name} ...")
+            raise UsageError(f"--{name} goes with a verb. Write {commandline.command()} {verb} PICTURE ... --{name} ...")
         elif self.explain is not None and len(self.job.pictures) > 1:
             raise UsageError("--explain looks at one picture, but several came. Give one, or use a verb.")
         elif len(self.job.pictures) > MOST_TOGETHER:

@@ -4,6 +4,8 @@
 # Every argument goes through (--help lists them). These variables set the classic ones; a flag beats a variable.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/make_venv.sh" requirements.txt
+PALIGEMMA_COMMAND="bash $(printf %q "$0")"  # what --help and messages show
+export PALIGEMMA_COMMAND
 exec "$python" "$home/inference.py" \
     ${MODEL_PATH:+"--model_path=$MODEL_PATH"} \
     ${PROMPT:+"--prompt=$PROMPT"} \

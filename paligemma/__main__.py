@@ -3,7 +3,7 @@
     python -m paligemma detect street.jpg car person --save out.png
     python -m paligemma finetune --data data.jsonl --output runs/mine
 
-Checked in tests/test_main.py.
+Checked in tests/programs/test_commandline.py.
 """
 
 import importlib
@@ -11,12 +11,10 @@ import sys
 
 from paligemma.programs import commandline
 
-PROGRAMS = ("finetune", "annotate", "cluster")
-
 
 def main() -> int:
     commandline.leave_on_signals()  # before the program is imported, which takes a while
-    if sys.argv[1:2] and sys.argv[1] in PROGRAMS:
+    if sys.argv[1:2] and sys.argv[1] in commandline.PROGRAMS:
         return importlib.import_module(f"paligemma.programs.{sys.argv.pop(1)}").main()
     from paligemma import inference
 

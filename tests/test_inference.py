@@ -651,8 +651,9 @@ def test_the_picture_itself_is_never_overwritten(verb, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["detct", SHAPES], "Did you mean detect?"), (["cat.png"], "inference.py caption cat.png"),
-        (["detect"], "detect needs a picture: inference.py detect PICTURE TEXT."),
+        (["detct", SHAPES], "Did you mean detect?"), (["finetun"], "Did you mean python -m paligemma finetune?"),
+        (["cat.png"], "{command} caption cat.png"),
+        (["detect"], "detect needs a picture: {command} detect PICTURE TEXT."),
         (["detect", SHAPES], "needs something to look for"),
         (["detect", "cat"], "'cat' is none that is there"), (["caption", SHAPES, "cat"], "takes no text"),
         (["caption", "-", "-"], "only once"), (["caption", SHAPES, "--save=x.png"], "goes with detect and segment"),
@@ -663,7 +664,7 @@ def test_the_picture_itself_is_never_overwritten(verb, tmp_path):
 )  # fmt: skip
 def test_verbs_without_sense_are_2_in_one_line(verb, argv, message):
     code, out, err = verb(*argv)
-    assert (code, out, err.count("\n")) == (2, "", 1) and message in err
+    assert (code, out, err.count("\n")) == (2, "", 1) and message.format(command=commandline.command()) in err
 
 
 def test_words_are_checked_before_fire_is_imported():
@@ -674,8 +675,8 @@ def test_words_are_checked_before_fire_is_imported():
 def test_help_begins_with_examples_of_the_verb(verb):
     for task in verbs.TASKS:
         out = verb(task, "--help")[1]
-        assert f"inference.py {task} " in out and "--model_path" in out and "Which model, and where it runs:" in out
-    assert "inference.py detect street.jpg" in verb("--help")[1]
+        assert f"{commandline.command()} {task} " in out and "--model_path" in out and "Which model, and where it runs:" in out
+    assert f"{commandline.command()} detect street.jpg" in verb("--help")[1]
 
 
 def test_grammar_makes_objects_even_of_noise(verb, world):

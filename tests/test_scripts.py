@@ -171,6 +171,14 @@ def test_unset_and_empty_variables_say_nothing(clone):
     assert run(clone, "launch_inference.sh", PROMPT="").stdout.splitlines() == [f"[{clone[0] / 'inference.py'}]"]
 
 
+def test_the_program_is_told_how_it_was_started(clone, tmp_path):
+    stand_in = tmp_path / "bin" / "python3"
+    stand_in.write_text(STAND_IN.replace("*) for argument", '*) echo "$PALIGEMMA_COMMAND"; for argument'))
+    first = run(clone, "launch_inference.sh").stdout.splitlines()[0]
+    path = str(clone[0] / "launch_inference.sh").replace(" ", "\\ ")
+    assert first == f"bash {path}"
+
+
 def test_relative_paths_and_the_callers_folder_are_kept(clone, tmp_path):
     folder, environment = clone
     command = ["bash", os.path.relpath(folder / "launch_inference.sh", tmp_path), "--image_file_path=cat.jpg"]

@@ -205,7 +205,8 @@ def program(flags: Flags) -> None:
     """Ray, pictures, file, rows: in this order, so that what is wrong is said before the slow part."""
     commandline.relay_logs(flags.verbose)
     if not all(importlib.util.find_spec(name) for name in ("ray", "pyarrow")):
-        raise DeviceError('Ray is not installed. Install it with pip install "ray[data]", or use annotate.py, which needs none.')
+        annotate = commandline.command("annotate")
+        raise DeviceError(f'Ray is not installed. Install it with pip install "ray[data]", or use {annotate}, which needs none.')
     output = files.expand(flags.output)
     job.check_outputs(flags, output)
     job.check_pictures(flags)

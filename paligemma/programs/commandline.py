@@ -15,6 +15,7 @@ import contextlib
 import inspect
 import json
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -27,8 +28,10 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import get_args
 
+import paligemma
 from paligemma.errors import DeviceError, OutputError, PaliGemmaError, UsageError, shorten, unexpected
 
+PROGRAMS = ("finetune", "annotate", "cluster")  # modules of paligemma.programs that are started by their name
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 COLUMN = 34  # where the texts of --help begin
@@ -42,6 +45,33 @@ class Interrupted(BaseException):
     def __init__(self, signum: int):
         super().__init__(signum)
         self.code = 128 + signum
+
+
+# What the user typed
+
+
+def command(program: str = "") -> str:
+    """The words that start inference.py, or the program of that name, in the way in which this process was started.
+
+    "paligemma" if it is installed, else "python -m paligemma", "python inference.py", or, as launch_inference.sh leaves it in
+    PALIGEMMA_COMMAND, "bash launch_inference.sh". Help and messages show these words, so that they can be copied.
+    """
+    script = os.path.basename(sys.argv[0])
+    if script == "paligemma":
+        start = script
+    elif script == "inference.py" and not program:
+        from shlex import quote
+
+        start = os.environ.get("PALIGEMMA_COMMAND") or f"python {quote(sys.argv[0])}"
+    else:
+        start = "python -m paligemma"
+    return f"{start} {program}".rstrip()
+
+
+def as_typed(text: str) -> str:
+    """The text, in which "python inference.py" and "python -m paligemma finetune" become the words that this user types."""
+    programs = "|".join(PROGRAMS)
+    return re.sub(rf"python (?:inference\.py|-m paligemma(?: ({programs}))?)\b", lambda match: command(match[1] or ""), text)
 
 
 # Arguments
@@ -155,7 +185,7 @@ def help_text(flags: type, about: str | None = None) -> str:
     parameters = dict(inspect.signature(flags).parameters)
     if about is None:
         about = inspect.getdoc(flags).partition("\nArgs:")[0]
-    lines = [about.strip()]
+    lines = [as_typed(about.strip())]
     for part in flags.__mro__[:-1]:
         title = "Flags" if part is flags else inspect.getdoc(part).splitlines()[0].rstrip(".")
         lines += ["", f"{title}:", *described(part, parameters)]
@@ -329,6 +359,8 @@ def run_guarded(flags: type, program: Callable, argv: list[str], topics: dict[st
         with handlers(leave):
             if "--help" in argv or "-h" in argv:
                 write(help_text(flags, next((topics[word] for word in argv if word in topics), None)))
+            elif "--version" in argv:
+                write(f"paligemma {paligemma.__version__}\n")
             else:
                 program(read_flags(flags, argv))
         return 0

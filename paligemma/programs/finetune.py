@@ -11,7 +11,7 @@ checked before the first step. What a run leaves in --output:
                        adapter/ beside it, in PEFT's form
 
 Killed at any moment, the same command with --resume goes on, and its losses are bit for bit those of a run that was not (on one
-kind of CPU). `torchrun --nproc_per_node N finetune.py ...` shares the work. Reading order: Flags, Run, program.
+kind of CPU). `torchrun --nproc_per_node N -m paligemma finetune ...` shares the work. Reading order: Flags, Run, program.
 Checked in tests/programs/test_finetune.py.
 """
 
@@ -84,7 +84,7 @@ class Flags(PictureFlags):
       python -m paligemma finetune --train train.jsonl --valid valid.jsonl --output runs/x
       python -m paligemma finetune --config finetune.yaml --output runs/y --method lora          flags beat the file
       python -m paligemma finetune --config finetune.yaml --output runs/y --resume               continue after an interruption
-      torchrun --nproc_per_node 2 finetune.py --config finetune.yaml --output runs/z
+      torchrun --nproc_per_node 2 -m paligemma finetune --config finetune.yaml --output runs/z
 
     Lines of a JSONL: {"image": "a.jpg", "prefix": "detect cat", "suffix": "<loc0104><loc0320><loc0458><loc0674> cat"}
 
@@ -536,7 +536,8 @@ class Run:
             if name is None or is_folder(expand(name)):  # from wherever the adapter will be used
                 name = os.path.realpath(base)
             self.weights.save_adapter(parts, adapter, self.folder / "adapter", name, self.flags.revision)
-        note(f"the result is in {result}. Try it: inference.py --model_path {result} --image_file_path PICTURE --prompt PREFIX")
+        note(f"the result is in {result}. Try it: {commandline.command()} --model_path {result} "
+             "--image_file_path PICTURE --prompt PREFIX")
 
 
 @contextmanager
@@ -586,7 +587,7 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
         raise UsageError(f"{name} is stored as {kind}, which cannot be trained. Name the plain checkpoint.")
     if flags.method == "lora" and has_adapter(source):
         raise UsageError(
-            f"{name} has an adapter, and a second one cannot be added to it. Name a merged model: finetune.py writes one "
+            f"{name} has an adapter, and a second one cannot be added to it. Name a merged model: finetune writes one "
             "next to each adapter, in model/."
         )
     config, processor = weights.read_config(base), PaliGemmaProcessor.from_pretrained(source, base_model=flags.base_model)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from paligemma import files, machine
 from paligemma.errors import ImageError, UsageError
-from paligemma.programs.commandline import note
+from paligemma.programs.commandline import command, note
 from paligemma.tasks import check_language, checkpoint_kind
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ def split_pictures(text: str) -> list[str]:
 def read_stdin() -> bytes:
     """The picture that is piped in."""
     if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("- reads a picture from stdin, but nothing is piped in. Write: inference.py ... < cat.jpg")
+        raise UsageError(f"- reads a picture from stdin, but nothing is piped in. Write: {command()} ... < cat.jpg")
     data = sys.stdin.buffer.read(STDIN_BYTES + 1)
     if len(data) > STDIN_BYTES:
         raise ImageError(f"the picture on stdin is larger than {STDIN_BYTES >> 20} MB. Make it smaller.", path="-")
@@ -284,7 +284,7 @@ def find_picture(name: str) -> str | bytes:
     """Where the picture of that name is, or, for -, its bytes. Raises: ImageError for a folder, UsageError."""
     file = name if is_address(name) else files.expand_text(name)
     if os.path.isdir(file):
-        raise ImageError(f"{name} is a folder. Name a picture in it, or give the folder to annotate.py.", path=name)
+        raise ImageError(f"{name} is a folder. Name a picture in it, or give the folder to {command('annotate')}.", path=name)
     return read_stdin() if name == "-" else file
 
 

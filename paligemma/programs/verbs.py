@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from paligemma import files
 from paligemma.errors import PaliGemmaError, UsageError
 from paligemma.programs import commandline
-from paligemma.programs.commandline import note, suggestion
+from paligemma.programs.commandline import PROGRAMS, command, note, suggestion
 from paligemma.programs.options import file_of, is_address, looks_like_picture, split_pictures
 from paligemma.tasks import OBJECT_TASKS, REQUIRED_TEXT, TASKS, Result, check_task, split_objects
 
@@ -115,13 +115,15 @@ def read_words(words: tuple[str, ...]) -> Job:
     """The words behind the program's name, understood. Raises: UsageError."""
     task, *rest = words
     if task not in TASKS:
-        close = suggestion(task, list(TASKS), dashes="")
+        close = suggestion(task, [*TASKS, *PROGRAMS], dashes="")
+        for program in PROGRAMS:
+            close = close.replace(f" {program}?", f" {command(program)}?")
         if not close and looks_like_picture(task):
-            close = f" Write one before the picture: inference.py caption {task}."
+            close = f" Write one before the picture: {command()} caption {task}."
         raise UsageError(
             f"{task!r} belongs to no flag and is no verb.{close} Verbs are {', '.join(TASKS)}; put text with spaces in quotes."
         )
-    rule = f"inference.py {task} PICTURE{' TEXT' if task in REQUIRED_TEXT else ''}"
+    rule = f"{command()} {task} PICTURE{' TEXT' if task in REQUIRED_TEXT else ''}"
     if not rest:
         raise UsageError(f"{task} needs a picture: {rule}.")
     if not looks_like_picture(rest[0]):

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import paligemma
 from paligemma.errors import ImageError, UsageError, counted, shorten
 from paligemma.programs import commandline
 
@@ -54,6 +55,38 @@ def read(*argv):
 
 def run(program, *argv):
     return commandline.run(Flags, program, list(argv))
+
+
+# What the user typed
+
+
+@pytest.mark.parametrize(
+    ("script", "variable", "typed"),
+    [
+        ("inference.py", None, "python inference.py"), ("/a b/inference.py", None, "python '/a b/inference.py'"),
+        ("/clone/inference.py", "bash launch_inference.sh", "bash launch_inference.sh"),
+        ("/x/paligemma/__main__.py", None, "python -m paligemma"), ("/venv/bin/paligemma", None, "paligemma"),
+    ],
+)  # fmt: skip
+def test_help_and_messages_show_the_command_as_it_was_typed(monkeypatch, script, variable, typed):
+    monkeypatch.setattr(sys, "argv", [script])
+    if variable:
+        monkeypatch.setenv("PALIGEMMA_COMMAND", variable)
+    module = "paligemma" if typed == "paligemma" else "python -m paligemma"
+    assert (commandline.command(), commandline.command("finetune")) == (typed, f"{module} finetune")
+    for name, command in {"inference": typed, "programs.finetune": f"{module} finetune"}.items():
+        text = commandline.help_text(importlib.import_module(f"paligemma.{name}").Flags)
+        examples = [line.strip() for line in text.splitlines() if line.startswith("  ") and " --" in line][:2]
+        assert [line.startswith(f"{command} ") for line in examples] == [True, True]
+
+
+@pytest.mark.parametrize("start", [["inference.py"], ["-m", "paligemma"], ["-m", "paligemma", "annotate"]])
+def test_every_program_has_the_version_and_the_help_of_what_was_typed(start):
+    def ask(flag):
+        return subprocess.run([sys.executable, *start, flag], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    assert ask("--version") == f"paligemma {paligemma.__version__}\n"
+    assert f"\n  python {' '.join(start)} " in ask("--help")
 
 
 # Reading flags
