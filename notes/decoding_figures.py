@@ -12,7 +12,7 @@ if __name__ == "__main__":  # --help and wrong flags are answered before anythin
 
 import torch
 
-from notes.tables import SIGLIP
+from notes.tables import model_config
 from paligemma import machine
 from paligemma.checkpoints.weights import empty_model
 from paligemma.layers import quantization
@@ -24,10 +24,6 @@ ROOT = HERE.parent
 RESULTS = ROOT / "benchmarks" / "results" / "products.json"
 CURVES = {"F.linear bf16": ORANGE, "ours bf16": BLUE, "ours int8": GREEN, "ours int4": PURPLE}
 PROMPT, ANSWER = 266, 20  # tokens
-TEXT = {
-    "model_type": "gemma", "vocab_size": 257_216, "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,
-    "num_attention_heads": 8, "num_key_value_heads": 1,
-}  # fmt: skip
 
 
 def count_work(config: PaliGemmaConfig) -> None:
@@ -74,6 +70,5 @@ def draw_roofline() -> None:
 
 
 if __name__ == "__main__":
-    raw = {"model_type": "paligemma", "image_token_index": 257_152, "vision_config": SIGLIP, "text_config": TEXT}
-    count_work(PaliGemmaConfig.from_hf(raw))
+    count_work(model_config("PaliGemma 3B"))
     draw_roofline()

@@ -1,12 +1,12 @@
-"""Runs what README.md and the notes show, and puts the real output in its place: `python -m notes.refresh_readme`.
+"""Runs the commands that README.md, docs/ and notes/ show, and writes their real output: `python -m notes.refresh_readme`.
 
-Three things are refreshed, all others stay as they are:
-- in every block marked `console`, the lines behind a command ("$ ...") become what the command printed, stderr included;
-- the counts of lines in the table of files;
-- what stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, by the function that GENERATED of tables.py names.
+It refreshes three things and leaves everything else as it is:
+- In each block marked `console`, the lines after a command ("$ ...") become what the command printed, stderr included.
+- In the table of files, the numbers of lines become the real ones.
+- The text between `<!-- begin NAME -->` and `<!-- end NAME -->` becomes what the function GENERATED[NAME] of tables.py returns.
 
-runs/found.jsonl, which an example writes, is deleted before, since a folder's rows go on where they ended.
-A comment above a console block may hold marks: `slow` (run only with --slow: minutes) and `last N` (keep the last N lines).
+An HTML comment above a console block may hold two marks: `slow` (takes minutes; run only with --slow) and `last N` (keep only the
+last N lines of the output). runs/found.jsonl, which one example writes, is deleted first, because `annotate` would resume it.
 """
 
 import argparse
@@ -19,16 +19,15 @@ from pathlib import Path
 
 from notes.tables import GENERATED
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-README = ROOT / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("notes/*.md"))]
 BLOCK = re.compile(r"(?:<!-- (?P<marks>[a-z0-9 ]+) -->\n)?```console\n(?P<body>.*?)```\n", re.DOTALL)
-FILE_ROW = re.compile(r"^\| \[(?P<file>[\w/.]+)\]\((?P=file)\) \| (?P<lines>\d+) \|", re.MULTILINE)
+FILE_ROW = re.compile(r"^\| \[(?P<file>[\w/.]+)\]\(\.\./(?P=file)\) \| (?P<lines>\d+) \|", re.MULTILINE)
 TIMEOUT_S = 1800
 
 
 def run(command: str) -> str:
-    """What a command prints, as seen from the project's folder, whose own path is left out."""
+    """What a command prints when it is run in the project's folder. The path of that folder is removed from the output."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "TERM": "dumb"}
     done = subprocess.run(
         ["bash", "-c", command],
@@ -44,7 +43,7 @@ def commands(body: str) -> list[str]:
 
 
 def refresh_blocks(text: str, is_slow: bool, execute: Callable[[str], str] = run) -> str:
-    """The page with every console block's output replaced by the real one."""
+    """The page with the real output in every console block."""
 
     def replace(block: re.Match) -> str:
         marks = (block["marks"] or "").split()
@@ -61,7 +60,7 @@ def refresh_blocks(text: str, is_slow: bool, execute: Callable[[str], str] = run
 
 
 def refresh_counts(text: str) -> str:
-    """The page with the true number of lines beside each file."""
+    """The page with the real number of lines of each file."""
 
     def replace(row: re.Match) -> str:
         lines = (ROOT / row["file"]).read_text(encoding="utf-8").count("\n")
@@ -71,7 +70,7 @@ def refresh_counts(text: str) -> str:
 
 
 def refresh_generated(text: str) -> str:
-    """The page with every marked part made anew."""
+    """The page with every generated part replaced by a new one."""
     for name, make in GENERATED.items():
         between = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if between.search(text):
@@ -81,18 +80,18 @@ def refresh_generated(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Puts real output into README.md and notes/*.md.")
-    parser.add_argument("--slow", action="store_true", help="run the blocks that take minutes, too")
-    parser.add_argument("--tables", action="store_true", help="run nothing, only make the tables anew: seconds")
-    parser.add_argument("pages", nargs="*", type=Path, help="default: README.md and notes/*.md")
+    parser = argparse.ArgumentParser(description="Writes the real output of commands into README.md, docs/*.md and notes/*.md.")
+    parser.add_argument("--slow", action="store_true", help="also run the commands that take minutes")
+    parser.add_argument("--tables", action="store_true", help="run no command, only write tables and numbers of lines (seconds)")
+    parser.add_argument("pages", nargs="*", type=Path, help="files to refresh (default: README.md, docs/*.md and notes/*.md)")
     options = parser.parse_args()
     (ROOT / "runs" / "found.jsonl").unlink(missing_ok=True)
-    for page in options.pages or [README, *sorted(HERE.glob("*.md"))]:
+    for page in options.pages or PAGES:
         before = page.read_text(encoding="utf-8")
         after = before if options.tables else refresh_blocks(before, options.slow)
         after = refresh_generated(refresh_counts(after))
         page.write_text(after, encoding="utf-8")
-        print(f"{page.name}: {'changed' if after != before else 'as it was'}")
+        print(f"{page.name}: {'changed' if after != before else 'unchanged'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables of README.md and notes/decoding.md, made of the code itself and of what benchmarks/ stored."""
+"""The tables of README.md, docs/ and notes/decoding.md, made from the code itself and from benchmarks/results."""
 
 import json
 import re
@@ -44,6 +44,12 @@ HUB_IDS = {
 VOCABULARY, IMAGE_TOKEN = 257_216, 257_152
 
 
+def model_config(name: str) -> PaliGemmaConfig:
+    """The configuration of a published size, at 224 pixels. Args: name: a key of DECODERS."""
+    raw = {"model_type": "paligemma", "image_token_index": IMAGE_TOKEN, "vision_config": SIGLIP}
+    return PaliGemmaConfig.from_hf(raw | {"text_config": DECODERS[name] | {"vocab_size": VOCABULARY}})
+
+
 def gigabytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB"
 
@@ -51,12 +57,11 @@ def gigabytes(count: float) -> str:
 def checkpoint_table() -> str:
     """Sizes of the published models, counted on models without memory (torch's meta device)."""
     lines = [
-        "| model | on the hub, behind `google/` | parameters | bf16 | int8 | int4 | cache, a token |",
+        "| model | hub id, after `google/` | parameters | bf16 | int8 | int4 | cache per token |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, text in DECODERS.items():
-        raw = {"model_type": "paligemma", "image_token_index": IMAGE_TOKEN, "vision_config": SIGLIP}
-        config = PaliGemmaConfig.from_hf(raw | {"text_config": text | {"vocab_size": VOCABULARY}})
+    for name in DECODERS:
+        config = model_config(name)
         parameters = sum(parameter.numel() for parameter in empty_model(config).parameters())
         sizes = []
         for kind in (None, *quantization.KINDS):
