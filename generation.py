@@ -1,16 +1,23 @@
-"""From logits to answers: greedy or sampled, one row or many, streamed or whole. Takes a model, imports none.
+"""From logits to text: greedy or sampled, one row or many, streamed or whole.
 
-There is one loop. `Decoder` holds the rows in flight side by side in one static KV cache: `admit` reads pictures and prompts
-into free rows, `step` says one token in every row, `retire` frees a row. A row that has ended costs nothing from then on.
-`generate` admits all rows at once and yields a tensor a step; `generate_many` admits the next request whenever a row is
-free, so that a folder of a million pictures keeps every row busy (continuous batching: Orca, OSDI 2022). A row may be held to a
-grammar (grammar.py): it then says the best, or draws, among the tokens that its grammar allows.
+`generate_greedy` is the whole idea in six lines. The rest of the file adds sampling, batches, stopping and speed:
 
-On CUDA nothing waits for the token that was just said: the next step is under way before main memory reads it. So a row's end is
-found one step late, and what it said behind it is dropped; what remains is the same. A grammar has to know each token at once.
+- `Sampling` and `sample` choose the next token from logits.
+- `RunningBatch` keeps the running rows side by side in the first rows of one static KV cache. `admit` prefills free rows, `step`
+  generates one token per row, `remove_finished` frees the rows that have ended, so that an ended row costs nothing.
+- `generate` admits all rows of a batch at once and yields one tensor per step. `generate_many` admits the next request as soon as
+  a row is free (continuous batching: Orca, OSDI 2022), so that a folder of a million pictures keeps every row busy.
 
-Checked in tests/test_generation.py. Shapes: B rows, L tokens of a prompt with its pictures, V vocabulary,
-C candidates for the next token, Q bins of a coordinate.
+A row may be constrained by a grammar (objects/grammar.py): its token is then chosen among the tokens that the grammar allows.
+
+On CUDA the next step starts before the CPU has read the tokens of the last one. The end of a row is therefore noticed one step
+late, and the token that was generated after the end is dropped; the answers are the same. A row with a grammar cannot run ahead,
+because the grammar must know each token before it can tell which may follow.
+
+This file imports no model: it takes anything with the methods new_cache, prefill and decode, and with a config.
+Checked in tests/test_generation.py.
+Shapes: B batch rows, L tokens of a prompt with its pictures, V vocabulary size, A candidates for the next token,
+Q bins of a coordinate.
 """
 
 import math
@@ -29,17 +36,35 @@ from torch import Tensor, nn
 from paligemma.errors import GenerationError, PromptError
 
 if TYPE_CHECKING:
-    from paligemma.objects.grammar import Grammar, Walk
+    from paligemma.objects.grammar import ConstraintState, Grammar
 
-PREFILL_TOKENS = 4096  # tokens read in one pass; more would only take memory, since matrix products are at their best long before
-NUCLEUS = 256  # the most likely tokens that top_p looks at first; a vocabulary of 257216 is sorted only if they do not suffice
-PICTURES = ("pixel_values", "image_features")  # the two forms in which pictures come; a batch has one of them or none
-LARGEST = sys.float_info.max  # a whole number above it cannot be compared with logits
-NEIGHBOURHOOD = 64  # bins to either side of a coordinate that count for its mean; 24 to 128 give the same within 1 %
+PREFILL_TOKENS = 4096  # most tokens in one prefill pass: larger passes need more memory and are not faster
+NUCLEUS = 256  # top_p first sorts this many of the likeliest tokens; the vocabulary of 257216 is sorted only if they are too few
+PICTURE_KEYS = ("pixel_values", "image_features")  # the two forms of pictures; a batch has one of them or neither
+MAX_FLOAT = sys.float_info.max  # a larger whole number cannot be compared with logits
+NEIGHBOURHOOD = 64  # bins on each side of a coordinate that count for its mean; 24 to 128 give the same within 1 %
 
 
-def shown(value: object) -> str:
-    """A value for an error message, cut where it is long: 10^400 has too many digits, and Python refuses to print 10^5000."""
+@torch.no_grad()
+def generate_greedy(model: nn.Module, inputs: dict, max_new_tokens: int = 40) -> list[int]:
+    """The answer to one request, always taking the most likely token. `generate` does the same for batches, and more.
+
+    Args:
+        inputs: what the processor returned for one row.
+        max_new_tokens: the longest answer.
+    Returns: the token ids of the answer, <eos> included if it was generated.
+    """
+    cache = model.new_cache(1, inputs["input_ids"].shape[1] + max_new_tokens)
+    logits = model.prefill(cache, **inputs)  # [1, V]
+    answer = [int(logits.argmax())]
+    while answer[-1] not in model.config.eos_token_ids and len(answer) < max_new_tokens:
+        logits = model.decode(cache, torch.tensor(answer[-1:]))  # [1, V]
+        answer.append(int(logits.argmax()))
+    return answer
+
+
+def short_repr(value: object) -> str:
+    """A value for an error message, shortened: 10^400 has too many digits, and Python refuses to print 10^5000."""
     try:
         return reprlib.repr(value)
     except ValueError:
@@ -48,208 +73,149 @@ def shown(value: object) -> str:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy, as without do_sample.
+    """How the next token is chosen. Sampling() is greedy: the most likely token. With a temperature, top_k or top_p it is drawn.
 
     Args:
-        temperature: logits are divided by it.
-        top_k: keep the k most likely tokens; None = all.
-        top_p: of those, keep the fewest whose probabilities sum to at least p (arXiv:1904.09751).
-        seed: of the random numbers; row i of a batch draws from seed + i, so that neighbours do not matter. None = any.
-    Raises: GenerationError with exit code 2.
+        temperature: logits are divided by it: lower is more predictable, higher more varied, 0 is greedy. None = 1 if top_k or
+            top_p is given.
+        top_p: keep the fewest of the likeliest tokens whose probabilities sum to at least p (arXiv:1904.09751); None = all.
+        top_k: keep the k likeliest tokens; None = all. It is applied before top_p.
+        seed: of the random numbers; None = a random one. Row i of a batch draws from seed + i, so that its answer does not depend
+            on the other rows.
+    Raises: GenerationError with exit code 2 for a value out of range.
     """
 
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
 
     def __post_init__(self):
-        def is_number(value: object, kind: type = Real) -> bool:  # also one of numpy's
+        def is_number(value: object, kind: type = Real) -> bool:  # numpy's numbers as well
             return isinstance(value, kind) and not isinstance(value, bool)
 
-        if not isinstance(self.do_sample, bool):
-            raise GenerationError(f"do_sample is {self.do_sample!r}; True or False is needed.", code=2)
-        if not (is_number(self.temperature) and 0 <= self.temperature <= LARGEST):
-            raise GenerationError(f"temperature is {shown(self.temperature)}; a number from 0 up is needed.", code=2)
-        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise GenerationError(f"top_p is {shown(self.top_p)}; a number above 0 and up to 1 is needed.", code=2)
-        if self.top_k is not None and not (is_number(self.top_k, Integral) and self.top_k > 0):
-            raise GenerationError(f"top_k is {shown(self.top_k)}; a whole number from 1 up is needed.", code=2)
-        if self.seed is not None and not (is_number(self.seed, Integral) and 0 <= self.seed < 2**63):
-            raise GenerationError(f"seed is {shown(self.seed)}; a whole number from 0 to 2^63 - 1 is needed.", code=2)
+        checks = {
+            "temperature": (lambda t: is_number(t) and 0 <= t <= MAX_FLOAT, "a number from 0 up"),
+            "top_p": (lambda p: is_number(p) and 0 < p <= 1, "a number above 0 and up to 1"),
+            "top_k": (lambda k: is_number(k, Integral) and k > 0, "a whole number from 1 up"),
+            "seed": (lambda s: is_number(s, Integral) and 0 <= s < 2**63, "a whole number from 0 to 2^63 - 1"),
+        }
+        for name, (is_valid, needed) in checks.items():
+            value = getattr(self, name)
+            if not (value is None or is_valid(value)):
+                raise GenerationError(f"{name} is {short_repr(value)}; {needed} is needed.", code=2)
 
     @property
     def is_greedy(self) -> bool:
-        return not self.do_sample or self.temperature == 0
-
-
-@dataclass(frozen=True)
-class Step:
-    """One token of every row: tokens int64[B], logprobs float32[B], is_finished bool[B]. A finished row says pad, logprob 0.
-
-    places: one entry a row; for a token that names a coordinate what coordinate_moments says of it, else None.
-    """
-
-    tokens: Tensor
-    logprobs: Tensor
-    is_finished: Tensor
-    places: list[tuple[float, float] | None]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one request was answered: its place in the sequence, its tokens (an eos included), and of each token its
-    log-probability and, if it names a coordinate, what coordinate_moments says of it."""
-
-    index: int
-    token_ids: list[int]
-    logprobs: list[float]
-    places: list[tuple[float, float] | None]
-    finish_reason: str  # "stop" = said eos, "length" = reached max_new_tokens or the end of the model's context
-
-
-@dataclass
-class Row:
-    """A request in flight."""
-
-    index: int
-    limit: int
-    uniform: torch.Generator
-    walk: "Walk | None"
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    places: list[tuple[float, float] | None] = field(default_factory=list)
-    num_said: int = 0  # tokens, those that main memory has not read included
-    is_retired: bool = False
-
-
-class Saying:
-    """One token of each of some rows, on its way to main memory.
-
-    Args:
-        rows: who said them.
-        numbers: float32[B, ...] on the device: token, log-probability and, where asked for, mean and spread of a coordinate.
-    """
-
-    def __init__(self, rows: list[Row], numbers: Tensor):
-        self.rows = rows
-        self.numbers = numbers.to("cpu", non_blocking=True)
-        self.arrival = None
-        if numbers.is_cuda:
-            self.arrival = torch.cuda.Event()
-            self.arrival.record()
-
-    def read(self) -> list[tuple[Row, list[float]]]:
-        """Each row that has not ended meanwhile, with its numbers, once they are there."""
-        if self.arrival is not None:
-            self.arrival.synchronize()
-        return [pair for pair in zip(self.rows, self.numbers.tolist(), strict=True) if not pair[0].is_retired]
-
-
-def nucleus(logits: Tensor, probs: Tensor, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor]:
-    """The tokens that may be drawn, most likely first: probabilities [B, C], 0 for those cut, and ids int64[B, C].
-
-    Args:
-        logits, probs: [B, V]; the order is that of the logits, since a high temperature rounds probabilities to equal ones.
-        top_p, top_k: as Sampling.
-    """
-    vocabulary = logits.shape[-1]
-    count = min(top_k or NUCLEUS, vocabulary)
-    ids = logits.topk(count).indices  # [B, C]
-    best = probs.gather(1, ids)  # [B, C]
-    while top_k is None and count < vocabulary and bool((best.sum(-1) < top_p).any()):
-        count = min(4 * count, vocabulary)
-        ids = logits.topk(count).indices  # [B, C]
-        best = probs.gather(1, ids)  # [B, C]
-    if top_k is not None:
-        best = best / best.sum(-1, keepdim=True)
-    if top_p < 1:  # the first always stays: a top_p that rounds to 0 must not cut everything
-        best[:, 1:] = best[:, 1:].masked_fill(best.cumsum(-1)[:, :-1] >= top_p, 0)
-    return best, ids
+        return self.temperature == 0 or (self.temperature is None and self.top_p is None and self.top_k is None)
 
 
 def probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """float64[B, V] (float32 on Apple's GPUs, which have no float64): what temperature makes of the logits, float32[B, V].
+    """Softmax of logits / temperature, for float32[B, V]: float64[B, V], or float32 on Apple's GPUs, which have no float64.
 
-    In float64, so that no temperature or top_p that Python can write is rounded to 0 or 1, and the tokens that top_p keeps are
-    those of exact arithmetic. Where no token has a probability (all are ruled out, or NaN) all have the same.
+    In float64 no temperature or top_p that Python can write is rounded to 0 or 1, and top_p keeps exactly the tokens that exact
+    arithmetic keeps. If no token of a row has a probability (all are -inf, or NaN), all get the same.
     """
     smallest, exact = (1e-30, torch.float32) if logits.device.type == "mps" else (1e-300, torch.float64)
-    # Any two different logits are so far apart at the smallest temperature that the lower one gets 0. The best one becomes 0
-    # before the division, so that no quotient overflows.
+    # At the smallest temperature any two different logits are so far apart that the lower one gets probability 0. The largest
+    # logit is subtracted before the division, so that no quotient overflows.
     logits = logits.to(exact)
     gaps = (logits - logits.amax(-1, keepdim=True)).nan_to_num(nan=0)  # [B, V]
     return (gaps / min(max(float(temperature), smallest), 1 / smallest)).softmax(-1)  # [B, V]
 
 
-def choose(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
-    """Picks the next token of each row.
+def nucleus(logits: Tensor, probs: Tensor, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor]:
+    """The tokens that may be drawn, likeliest first: probabilities [B, A], 0 for the tokens cut off, and ids int64[B, A].
+
+    Args:
+        logits, probs: [B, V]. Tokens are sorted by logits, because a high temperature can round different probabilities to the
+            same number.
+        top_p, top_k: as in Sampling; top_p 1 = all.
+    """
+    vocabulary = logits.shape[-1]
+    count = min(top_k or NUCLEUS, vocabulary)
+    ids = logits.topk(count).indices  # [B, A]
+    best = probs.gather(1, ids)  # [B, A]
+    while top_k is None and count < vocabulary and bool((best.sum(-1) < top_p).any()):
+        count = min(4 * count, vocabulary)
+        ids = logits.topk(count).indices  # [B, A]
+        best = probs.gather(1, ids)  # [B, A]
+    if top_k is not None:
+        best = best / best.sum(-1, keepdim=True)
+    if top_p < 1:  # the first token always stays, even if top_p rounds to 0
+        best[:, 1:] = best[:, 1:].masked_fill(best.cumsum(-1)[:, :-1] >= top_p, 0)
+    return best, ids
+
+
+def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
+    """Chooses the next token of each row.
 
     Args:
         logits: float32[B, V].
-        uniforms: float64[B] in [0, 1) on the CPU, the draw of each row; the token is the one whose share of 0 to 1 holds it.
+        uniforms: float64[B] in [0, 1) on the CPU, one random number per row. The token is the one whose interval of the
+            cumulative distribution contains the number (inverse transform sampling).
     Returns: int64[B].
     """
     if sampling.is_greedy:
         return logits.argmax(-1)  # [B]
-    probs = probabilities(logits, sampling.temperature)  # [B, V]
+    probs = probabilities(logits, 1.0 if sampling.temperature is None else sampling.temperature)  # [B, V]
     ids = None
-    if sampling.top_p < 1 or sampling.top_k is not None:
-        probs, ids = nucleus(logits, probs, float(sampling.top_p), sampling.top_k)  # [B, C], [B, C]
+    top_p = 1.0 if sampling.top_p is None else float(sampling.top_p)
+    if top_p < 1 or sampling.top_k is not None:
+        probs, ids = nucleus(logits, probs, top_p, sampling.top_k)  # [B, A], [B, A]
     ends = probs.cumsum(-1)
-    # Rounded to 1, a draw would reach past the last share, to a token that was cut.
+    # A number that was rounded up to 1 would select an index after the last interval, that is, a token that was cut off.
     uniforms = uniforms.to(ends.dtype).clamp(max=1 - torch.finfo(ends.dtype).eps)
     marks = uniforms.to(ends.device, non_blocking=ends.is_cuda)[:, None] * ends[:, -1:]  # [B, 1]
-    place = torch.searchsorted(ends, marks, right=True)  # [B, 1]
-    return (place if ids is None else ids.gather(1, place))[:, 0]  # [B]
+    index = torch.searchsorted(ends, marks, right=True)  # [B, 1]
+    return (index if ids is None else ids.gather(1, index))[:, 0]  # [B]
 
 
-def choose_held(logits: Tensor, sampling: Sampling, uniforms: Tensor, allowed: list[Tensor]) -> Tensor:
-    """As choose, but row i picks among the ids allowed[i] alone: int64[C] in main memory, with a C of its own."""
-    ids = nn.utils.rnn.pad_sequence(allowed, batch_first=True, padding_value=-1).to(logits.device)  # [B, C]
+def sample_allowed(logits: Tensor, sampling: Sampling, uniforms: Tensor, allowed: list[Tensor]) -> Tensor:
+    """Like sample, but the token of row i is one of allowed[i]: int64[A] on the CPU, of a length that may differ per row."""
+    ids = nn.utils.rnn.pad_sequence(allowed, batch_first=True, padding_value=-1).to(logits.device)  # [B, A]
     is_padding = ids < 0
-    ids = torch.where(is_padding, ids[:, :1], ids)  # so that whatever is picked is allowed
-    candidates = logits.gather(1, ids).masked_fill(is_padding, -torch.inf)  # [B, C]
-    places = choose(candidates, sampling, uniforms)[:, None]  # [B, 1]
-    return ids.gather(1, places)[:, 0]  # [B]
+    ids = torch.where(is_padding, ids[:, :1], ids)  # whichever index is chosen, the id is allowed
+    candidates = logits.gather(1, ids).masked_fill(is_padding, -torch.inf)  # [B, A]
+    index = sample(candidates, sampling, uniforms)[:, None]  # [B, 1]
+    return ids.gather(1, index)[:, 0]  # [B]
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
-    """float32[B], of the tokens chosen, before temperature, top-k, top-p and grammar; NaN if the logits are not finite."""
+    """float32[B]: log-probability of each token before temperature, top-k, top-p and grammar; NaN if logits are not finite."""
     total = logits.logsumexp(-1)  # [B]
     return logits.gather(1, tokens[:, None])[:, 0] - total.masked_fill(total.isinf(), torch.nan)  # [B]
 
 
 def coordinate_moments(logits: Tensor, tokens: Tensor, locations: range) -> tuple[Tensor, Tensor]:
-    """Where the model would put a coordinate and how sure it is: a mean over bins near the one said, a deviation over all.
+    """Expected value and standard deviation of a coordinate: the mean over bins near the generated one, the deviation over all.
 
-    A token names one bin of 1024; the probabilities of its neighbours say where in between the edge lies. Bins far away belong
-    to other objects that the model might have named: they would pull the mean between two objects (on the demo's scenes it then
-    misses by 9.7 bins, near ones alone by 7.4, the bin itself by 8.1), but they make the deviation large, as it should be.
+    A token names one of 1024 bins; the probabilities of the neighbouring bins tell where between them the edge of an object lies.
+    Bins far away belong to other objects that the model might have named. They would pull the mean towards a place between two
+    objects (mean error on the demo's scenes: 9.7 bins with all bins, 7.4 with near bins only, 8.1 for the generated bin itself).
+    They do count for the deviation, which is to be large if the model hesitates between objects.
 
     Args:
         logits: float32[B, V].
-        tokens: int64[B], those said. Where one is no location the two numbers mean nothing.
-        locations: the ids of the bins in their order; probabilities are over these alone.
-    Returns: float32[B] and float32[B], in bins: the mean, and the root of the mean square distance from it.
+        tokens: int64[B], the generated tokens. For a token that is no location the two results have no meaning.
+        locations: the ids of the bins in order; probabilities are over these ids only.
+    Returns: float32[B] and float32[B], in bins: the mean, and the root of the mean squared distance from it.
     """
     scores = logits[:, locations.start : locations.stop]  # [B, Q]
-    bins = torch.arange(len(locations), device=scores.device, dtype=scores.dtype)
-    said = (tokens - locations.start).clamp(0, len(locations) - 1)  # [B]
-    is_far = (bins - said[:, None]).abs() > NEIGHBOURHOOD  # [B, Q]
+    bins = torch.arange(len(locations), device=scores.device, dtype=scores.dtype)  # [Q]
+    chosen = (tokens - locations.start).clamp(0, len(locations) - 1)  # [B]
+    is_far = (bins - chosen[:, None]).abs() > NEIGHBOURHOOD  # [B, Q]
     mean = (scores.masked_fill(is_far, -torch.inf).softmax(-1) * bins).sum(-1)  # [B]
     variance = (scores.softmax(-1) * (bins - mean[:, None]) ** 2).sum(-1)  # [B]
     return mean, variance.sqrt()
 
 
 def split_rows(inputs: dict, config: Any) -> list[dict]:
-    """A processor's batch as one dict a row, its padding left out: input_ids int64[L], token_type_ids, the row's pictures.
+    """A processor's batch as one dict per row without padding: input_ids int64[L], token_type_ids, the pictures of the row.
 
-    Raises: PromptError when the rows' <image> tokens do not call for just the pictures that are there, and for a row that is
-        empty or fills the model's context.
+    Raises: PromptError if <image> tokens and pictures do not match, and for a row that is empty or fills the model's context.
     """
-    given = [key for key in PICTURES if inputs.get(key) is not None]
+    given = [key for key in PICTURE_KEYS if inputs.get(key) is not None]
     if len(given) == 2:
         raise PromptError("pixel_values and image_features are two forms of the same pictures. Pass one of them.")
     pictures = given[0] if given else None
@@ -280,7 +246,7 @@ def split_rows(inputs: dict, config: Any) -> list[dict]:
 
 
 def only_row(inputs: dict, config: Any) -> dict:
-    """The row of a request. Raises PromptError as split_rows, and for more rows than one."""
+    """The one row of a request, as split_rows returns it. Raises PromptError like split_rows, and for more than one row."""
     rows = split_rows(inputs, config)
     if len(rows) != 1:
         raise PromptError(f"a request of {len(rows)} rows came. Pass each row as a request of its own.")
@@ -288,108 +254,185 @@ def only_row(inputs: dict, config: Any) -> dict:
 
 
 def join_rows(rows: list[dict], pad_token_id: int) -> dict:
-    """Rows of split_rows as one batch, padded on the right, as prefill takes it."""
+    """Rows of split_rows as one batch for prefill, padded on the right."""
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])  # [B]
     batch = {
-        key: torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=pad_token_id)
+        key: nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=pad_token_id)
         for key in ("input_ids", "token_type_ids")
     }
     batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()  # [B, L]
-    for key in PICTURES:
+    for key in PICTURE_KEYS:
         pictures = [row[key] for row in rows if key in row]
         if pictures:
             batch[key] = torch.cat(pictures)
     return batch
 
 
-def first_group(requests: list[tuple[int, dict]]) -> list[tuple[int, dict]]:
-    """As many of the first requests as one pass reads: not too many tokens, and all pictures in one form."""
+def first_prefill(requests: list[tuple[int, dict]]) -> list[tuple[int, dict]]:
+    """The first requests, as many as one prefill pass takes: at most PREFILL_TOKENS, and all pictures in the same form."""
     longest, forms = 0, set()
     for count, (_, row) in enumerate(requests):
         longest = max(longest, len(row["input_ids"]))
-        forms |= row.keys() & set(PICTURES)
+        forms |= row.keys() & set(PICTURE_KEYS)
         if count and ((count + 1) * longest > PREFILL_TOKENS or len(forms) > 1):
             return requests[:count]
     return requests
 
 
-class Decoder:
-    """The rows in flight, side by side in the first rows of one static cache.
+@dataclass(frozen=True)
+class Step:
+    """One token of every row, on the CPU: tokens int64[B], logprobs float32[B], is_finished bool[B].
+
+    A row that finished in an earlier step has the pad token and logprob 0.
+    moments: one entry per row: what coordinate_moments returns for a location token, None for any other token.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    is_finished: Tensor
+    moments: list[tuple[float, float] | None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one request.
+
+    Attributes:
+        index: of the request.
+        token_ids: of the answer, <eos> included if it was generated.
+        logprobs: log-probability of each token.
+        moments: for each token what coordinate_moments returns if the token is a location, otherwise None.
+        finish_reason: "stop" = an eos was generated, "length" = max_new_tokens or the end of the model's context was reached.
+    """
+
+    index: int
+    token_ids: list[int]
+    logprobs: list[float]
+    moments: list[tuple[float, float] | None]
+    finish_reason: str
+
+
+@dataclass
+class Row:
+    """The state of one running request."""
+
+    index: int
+    max_tokens: int
+    generator: torch.Generator
+    constraint: "ConstraintState | None"
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    moments: list[tuple[float, float] | None] = field(default_factory=list)
+    num_generated: int = 0  # tokens generated so far, including those that are not yet copied to the CPU
+    is_removed: bool = False
+
+
+class PendingTokens:
+    """The tokens of one step, being copied from the device to the CPU.
+
+    Args:
+        rows: the rows that the tokens belong to.
+        numbers: float32[B, 2] or float32[B, 4] on the device: token, log-probability and, if requested, the moments.
+    """
+
+    def __init__(self, rows: list[Row], numbers: Tensor):
+        self.rows = rows
+        self.numbers = numbers.to("cpu", non_blocking=True)
+        self.copied = None
+        if numbers.is_cuda:
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def wait(self) -> list[tuple[Row, list[float]]]:
+        """Waits for the copy. Returns each row with its numbers, without the rows that were removed in the meantime."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return [pair for pair in zip(self.rows, self.numbers.tolist(), strict=True) if not pair[0].is_removed]
+
+
+class RunningBatch:
+    """The running rows, side by side in the first rows of one static KV cache.
 
     Args:
         model: PaliGemmaForConditionalGeneration, or anything with its new_cache, prefill, decode and config.
-        rows: the most requests in flight.
-        max_new_tokens: the longest answer; an answer is shorter where the model's context ends first.
+        max_rows: the most rows that run at the same time.
+        max_new_tokens: the longest answer. An answer is shorter if the model's context ends first.
         sampling: how tokens are chosen.
-        eos_token_id: the token or tokens that end an answer; "config" = those of the model's config, None = none does.
-        locations: the ids that name coordinates, for Answer.places; None = all places are None.
-        suppress_tokens: ids that are never generated, as <image> never is; those outside the vocabulary mean nothing.
-    Raises: GenerationError with exit code 2 for arguments that make no sense.
+        eos_token_id: the token or tokens that end an answer; "config" = those of the model's config; None = no token does.
+        locations: the ids that name coordinates, for Answer.moments; None = no moments are computed.
+        suppress_tokens: ids that are never generated; <image> is always one of them. Ids outside the vocabulary are ignored.
+    Raises: GenerationError with exit code 2 for arguments of the wrong type or out of range.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        rows: int,
+        max_rows: int,
         max_new_tokens: int,
-        sampling: Sampling,
-        eos_token_id: object,
+        sampling: Sampling = Sampling(),
+        eos_token_id: object = "config",
         locations: range | None = None,
         suppress_tokens: Iterable[int] = (),
     ):
-        for name, value in (("max_new_tokens", max_new_tokens), ("rows", rows)):
+        for name, value in (("max_new_tokens", max_new_tokens), ("rows", max_rows)):
             if not (type(value) is int and value > 0):
                 raise GenerationError(f"{name} is {value!r}; a whole number from 1 up is needed.", code=2)
+        if not isinstance(sampling, Sampling):
+            raise GenerationError(f"sampling is {sampling!r}; a Sampling is needed, as in Sampling(top_p=0.9).", code=2)
         if isinstance(eos_token_id, str) and eos_token_id == "config":
-            eos_token_id = model.config.eos_token_id
-        ids = [] if eos_token_id is None else eos_token_id if isinstance(eos_token_id, Collection) else [eos_token_id]
-        if isinstance(ids, str) or not all(type(token) is int for token in ids):
+            eos_token_id = model.config.eos_token_ids
+        eos = [] if eos_token_id is None else eos_token_id if isinstance(eos_token_id, Collection) else [eos_token_id]
+        if isinstance(eos, str) or not all(type(token) is int for token in eos):
             message = f"eos_token_id is {eos_token_id!r}; a token id, a list of them, None or 'config' is needed."
             raise GenerationError(message, code=2)
-        never = list(suppress_tokens) if isinstance(suppress_tokens, Iterable) else [None]
-        if not all(type(token) is int for token in never):
+        suppressed = list(suppress_tokens) if isinstance(suppress_tokens, Iterable) else [None]
+        if not all(type(token) is int for token in suppressed):
             raise GenerationError(f"suppress_tokens is {suppress_tokens!r}; a list of token ids is needed.", code=2)
         self.model = model
-        self.sampling = sampling
+        self.max_rows = max_rows
         self.max_new_tokens = max_new_tokens
-        self.max_rows = rows
-        self.eos = frozenset(ids)
+        self.sampling = sampling
+        self.eos = frozenset(eos)
         self.locations = locations
         vocabulary = model.config.text_config.vocab_size
-        never = {model.config.image_token_index, *never}  # <image> may lie outside the vocabulary
-        self.suppressed = torch.tensor([token for token in sorted(never) if 0 <= token < vocabulary], dtype=torch.int64)
+        suppressed = sorted({model.config.image_token_index, *suppressed})  # <image> may lie outside the vocabulary
+        self.suppressed = torch.tensor([token for token in suppressed if 0 <= token < vocabulary], dtype=torch.int64)
         self.seed = torch.Generator().seed() % 2**62 if sampling.seed is None else sampling.seed
-        self.cache: Any = None  # the model's own kind
+        self.cache: Any = None
         self.rows: list[Row] = []
-        self.tokens = torch.empty(0, dtype=torch.int64)
-        self.sayings: deque[Saying] = deque()  # not read yet; never more than two
+        self.tokens = torch.empty(0, dtype=torch.int64)  # the last token of each row, on the device
+        self.pending: deque[PendingTokens] = deque()  # at most two steps
 
     def is_finished(self, row: Row) -> bool:
-        return row.token_ids[-1] in self.eos or len(row.token_ids) >= row.limit
+        return row.token_ids[-1] in self.eos or len(row.token_ids) >= row.max_tokens
 
     @torch.no_grad()
     def admit(self, requests: list[tuple[int, dict]]) -> None:
-        """Reads requests, pairs of index and row of split_rows (with its "grammar", if it has one), into free rows and says the
-        first token of each."""
+        """Prefills free rows with the requests and generates the first token of each.
+
+        Args:
+            requests: pairs of an index and a row of split_rows, which may have a "grammar" as well.
+        """
         config = self.model.config
         context = config.text_config.max_position_embeddings
         longest = max(len(row["input_ids"]) for _, row in requests)
-        self.make_room(min(longest + self.max_new_tokens, context))
+        self.ensure_slots(min(longest + self.max_new_tokens, context))
         while requests:
-            group = first_group(requests)
+            group = first_prefill(requests)
             requests = requests[len(group) :]
             first, count = len(self.rows), len(group)
             for index, row in group:
-                limit = min(self.max_new_tokens, context - len(row["input_ids"]))
+                max_tokens = min(self.max_new_tokens, context - len(row["input_ids"]))
                 grammar = row.get("grammar")
-                walk = None if grammar is None else grammar.start(limit)
-                self.rows.append(Row(index, limit, torch.Generator().manual_seed((self.seed + index) % 2**63), walk))
+                constraint = None if grammar is None else grammar.start(max_tokens)
+                generator = torch.Generator().manual_seed((self.seed + index) % 2**63)
+                self.rows.append(Row(index, max_tokens, generator, constraint))
             batch = join_rows([row for _, row in group], config.pad_token_id)
             logits = self.model.prefill(self.cache[first : first + count], **batch)  # [B, V]
-            self.read(self.say(logits, first))
+            self.append_tokens(self.choose_next(logits, first))
 
-    def make_room(self, slots: int) -> None:
-        """Allocates the cache when the first request comes, and a larger one should a longer request come."""
+    def ensure_slots(self, slots: int) -> None:
+        """Allocates the cache for the first request, and a larger one if a longer request comes."""
         if self.cache is None or self.cache.slots < slots:
             cache = self.model.new_cache(self.max_rows, slots)
             if self.cache is not None:
@@ -397,56 +440,56 @@ class Decoder:
             self.cache = cache
 
     @property
-    def is_ahead(self) -> bool:
-        """Whether the next step may begin before the last is read: worth it where the device works by itself."""
-        return self.cache.lengths.is_cuda and all(row.walk is None for row in self.rows)
+    def runs_ahead(self) -> bool:
+        """Whether the next step may start before the CPU reads the last one. It helps on CUDA only, which runs asynchronously."""
+        return self.cache.lengths.is_cuda and all(row.constraint is None for row in self.rows)
 
     @torch.no_grad()
     def step(self) -> None:
-        """One more token of every row is read; the device says the next meanwhile, where that is worth it."""
-        if not self.sayings:
-            self.sayings.append(self.decode())
-        if self.is_ahead and any(row.num_said < row.limit for row in self.rows):
-            self.sayings.append(self.decode())
-        self.read(self.sayings.popleft())
+        """Appends one more token to every row. Where `runs_ahead`, the device already computes the step after it."""
+        if not self.pending:
+            self.pending.append(self.decode())
+        if self.runs_ahead and any(row.num_generated < row.max_tokens for row in self.rows):
+            self.pending.append(self.decode())
+        self.append_tokens(self.pending.popleft())
 
-    def decode(self) -> Saying:
-        """Says one more token in every row."""
+    def decode(self) -> PendingTokens:
+        """Generates the next token of every row, on the device."""
         logits = self.model.decode(self.cache[: len(self.rows)], self.tokens)  # [B, V]
-        return self.say(logits, 0)
+        return self.choose_next(logits, 0)
 
-    def choose(self, logits: Tensor, rows: list[Row]) -> Tensor:
-        """The next token of each row, int64[B]; where the row has a grammar, one of those that it allows."""
+    def sample(self, logits: Tensor, rows: list[Row]) -> Tensor:
+        """The next token of each row, int64[B]; for a row with a grammar, one of the tokens that it allows."""
         uniforms = torch.zeros(len(rows), dtype=torch.float64)  # [B]
         if not self.sampling.is_greedy:
             for i, row in enumerate(rows):
-                uniforms[i] = torch.rand((), dtype=torch.float64, generator=row.uniform)
-        allowed = [row.walk.allowed() for row in rows if row.walk is not None]
+                uniforms[i] = torch.rand((), dtype=torch.float64, generator=row.generator)
+        allowed = [row.constraint.allowed_tokens() for row in rows if row.constraint is not None]
         if len(allowed) == len(rows):
-            return choose_held(logits, self.sampling, uniforms, allowed)
-        tokens = choose(logits, self.sampling, uniforms)  # [B]
+            return sample_allowed(logits, self.sampling, uniforms, allowed)
+        tokens = sample(logits, self.sampling, uniforms)  # [B]
         if allowed:
-            held = torch.tensor([i for i, row in enumerate(rows) if row.walk is not None])
-            tokens[held] = choose_held(logits[held], self.sampling, uniforms[held], allowed)
+            constrained = torch.tensor([i for i, row in enumerate(rows) if row.constraint is not None])
+            tokens[constrained] = sample_allowed(logits[constrained], self.sampling, uniforms[constrained], allowed)
         return tokens
 
-    def say(self, logits: Tensor, first: int) -> Saying:
-        """Chooses the next token of the rows from `first` on."""
+    def choose_next(self, logits: Tensor, first: int) -> PendingTokens:
+        """Chooses the next token of the rows from `first` on; their logits are float32[B, V]."""
         self.suppressed = self.suppressed.to(logits.device)
         logits.index_fill_(1, self.suppressed, -torch.inf)
         rows = self.rows[first:]
-        tokens = self.choose(logits, rows)  # [B]
+        tokens = self.sample(logits, rows)  # [B]
         self.tokens = torch.cat((self.tokens[:first].to(tokens.device), tokens))
-        columns = [tokens.float(), log_probabilities(logits, tokens)]  # float32 holds every id below 2^24
+        columns = [tokens.float(), log_probabilities(logits, tokens)]  # float32 is exact for every id below 2^24
         if self.locations is not None:
             columns += coordinate_moments(logits, tokens, self.locations)
         for row in rows:
-            row.num_said += 1
-        return Saying(rows, torch.stack(columns, 1))
+            row.num_generated += 1
+        return PendingTokens(rows, torch.stack(columns, 1))
 
-    def read(self, saying: Saying) -> None:
-        """Hands the rows what they said. Raises GenerationError when the logits were not numbers."""
-        for row, (number, logprob, *place) in saying.read():
+    def append_tokens(self, pending: PendingTokens) -> None:
+        """Appends the tokens to their rows. Raises GenerationError if the logits were not finite."""
+        for row, (number, logprob, *moments) in pending.wait():
             token = int(number)
             if math.isnan(logprob):
                 raise GenerationError(
@@ -455,18 +498,18 @@ class Decoder:
                 )
             row.token_ids.append(token)
             row.logprobs.append(logprob)
-            row.places.append(tuple(place) if self.locations is not None and token in self.locations else None)
-            if row.walk is not None:
-                row.walk.say(token)
+            row.moments.append(tuple(moments) if self.locations is not None and token in self.locations else None)
+            if row.constraint is not None:
+                row.constraint.advance(token)
 
-    def retire(self) -> list[Answer]:
-        """Takes the rows that have ended out; the last rows move into the gaps."""
+    def remove_finished(self) -> list[Answer]:
+        """Removes the finished rows and returns their answers; the last rows move into the gaps."""
         answers = []
         for i in reversed(range(len(self.rows))):
             row = self.rows[i]
             if self.is_finished(row):
                 reason = "stop" if row.token_ids[-1] in self.eos else "length"
-                answers.append(Answer(row.index, row.token_ids, row.logprobs, row.places, reason))
+                answers.append(Answer(row.index, row.token_ids, row.logprobs, row.moments, reason))
                 last = len(self.rows) - 1
                 if i != last:
                     self.cache.move(last, i)
@@ -474,139 +517,119 @@ class Decoder:
                     self.tokens[i] = self.tokens[last]
                 self.rows.pop()
                 self.tokens = self.tokens[:last]
-                row.is_retired = True
+                row.is_removed = True
         return answers[::-1]
 
 
-def lockstep(decoder: Decoder, requests: list[tuple[int, dict]]) -> Iterator[Step]:
-    """Admits all requests at once and yields a Step for every token, rows in the order of the requests."""
-    batch = len(requests)
-    decoder.admit(requests)
-    while decoder.rows:
-        tokens = torch.full((batch,), decoder.model.config.pad_token_id)  # [B]
-        logprobs = torch.zeros(batch)  # [B]
-        is_finished = torch.ones(batch, dtype=torch.bool)  # [B]
-        places: list[tuple[float, float] | None] = [None] * batch
-        for row in decoder.rows:
+def static_batching(batch: RunningBatch, requests: list[tuple[int, dict]]) -> Iterator[Step]:
+    """Admits all requests at once and yields a Step per token, with the rows in the order of the requests."""
+    batch.admit(requests)
+    while batch.rows:
+        tokens = torch.full((len(requests),), batch.model.config.pad_token_id)  # [B]
+        logprobs = torch.zeros(len(requests))  # [B]
+        is_finished = torch.ones(len(requests), dtype=torch.bool)  # [B]
+        moments: list[tuple[float, float] | None] = [None] * len(requests)
+        for row in batch.rows:
             tokens[row.index] = row.token_ids[-1]
             logprobs[row.index] = row.logprobs[-1]
-            is_finished[row.index] = decoder.is_finished(row)
-            places[row.index] = row.places[-1]
-        decoder.retire()
-        yield Step(tokens, logprobs, is_finished, places)
-        if decoder.rows:
-            decoder.step()
+            is_finished[row.index] = batch.is_finished(row)
+            moments[row.index] = row.moments[-1]
+        batch.remove_finished()
+        yield Step(tokens, logprobs, is_finished, moments)
+        if batch.rows:
+            batch.step()
+
+
+def continuous_batching(batch: RunningBatch, requests: Iterator[tuple[int, dict]]) -> Iterator[Answer]:
+    """Admits a request whenever a row is free, and yields each answer when it is finished."""
+    while True:
+        yield from batch.remove_finished()
+        arrivals = list(islice(requests, batch.max_rows - len(batch.rows)))
+        if arrivals:
+            batch.admit(arrivals)
+        elif batch.rows:
+            batch.step()
+        else:
+            return
 
 
 def generate_steps(
     model: nn.Module,
     inputs: dict,
+    max_new_tokens: int = 40,
+    sampling: Sampling = Sampling(),
+    grammar: "Grammar | None" = None,
     *,
-    max_new_tokens: int,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int | None = None,
-    seed: int | None = None,
     eos_token_id: int | Collection[int] | str | None = "config",
     suppress_tokens: Iterable[int] = (),
-    grammar: "Grammar | None" = None,
     locations: range | None = None,
 ) -> Iterator[Step]:
-    """As generate, but each step carries the tokens' log-probabilities, which rows have ended, and with `locations`, the ids of
-    the bins in their order (processor.locations), what coordinate_moments says of every token among them."""
-    sampling = Sampling(do_sample, temperature, top_p, top_k, seed)
+    """Like generate, but each step has the log-probabilities of its tokens and tells which rows are finished.
+
+    Args:
+        locations: the ids of the bins of a coordinate in order (processor.locations). If given, Step.moments is computed.
+    """
     rows = split_rows(inputs, model.config)
-    decoder = Decoder(model, len(rows), max_new_tokens, sampling, eos_token_id, locations, suppress_tokens)
-    return lockstep(decoder, [(i, row | {"grammar": grammar}) for i, row in enumerate(rows)])
+    batch = RunningBatch(model, len(rows), max_new_tokens, sampling, eos_token_id, locations, suppress_tokens)
+    return static_batching(batch, [(i, row | {"grammar": grammar}) for i, row in enumerate(rows)])
 
 
 def generate(
     model: nn.Module,
     inputs: dict,
+    max_new_tokens: int = 40,
+    sampling: Sampling = Sampling(),
+    grammar: "Grammar | None" = None,
     *,
-    max_new_tokens: int,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int | None = None,
-    seed: int | None = None,
     eos_token_id: int | Collection[int] | str | None = "config",
     suppress_tokens: Iterable[int] = (),
-    grammar: "Grammar | None" = None,
 ) -> Iterator[Tensor]:
-    """The answers, one token of every row at a time.
+    """The answers to a batch, one token of every row at a time.
 
     Args:
-        inputs: what the processor returned, padded on either side; `image_features` of model.encode_images may stand in place of
+        inputs: what the processor returned, padded on either side. `image_features` of model.encode_images may replace
             `pixel_values`.
         max_new_tokens: the longest answer.
-        do_sample, temperature, top_p, top_k, seed: see Sampling; without do_sample the most likely token is taken.
-        eos_token_id: the token or tokens that end an answer; "config" = those that model.config names, as in transformers;
-            None = never stop.
-        suppress_tokens: ids that are never generated. <image> never is, and of the rest the model does not know which ids have
-            a token: processor.unused_ids(vocab_size) does.
-        grammar: what the answer of every row is held to; None = nothing.
-    Returns: an iterator of a new int64[B] in main memory a step; ended rows say pad. It ends when every row has.
-    Raises: GenerationError (exit code 2) for arguments out of range, PromptError for a batch that does not fit together, both
-        at once; while running, GenerationError for logits that are not numbers.
+        sampling: how tokens are chosen; Sampling() takes the most likely one.
+        grammar: constrains the answer of every row; None = no constraint.
+        eos_token_id: the token or tokens that end an answer; "config" = those of model.config, as in transformers; None = answers
+            end at max_new_tokens only.
+        suppress_tokens: ids that are never generated; <image> is always one of them. Pass processor.unused_ids(vocab_size) to
+            suppress the ids that have no token: the model does not know them.
+    Returns: an iterator over the steps. Each step is a new int64[B] on the CPU, with the pad token for finished rows. It ends
+        when all rows are finished.
+    Raises: GenerationError (exit code 2) for arguments out of range and PromptError for inconsistent inputs, both before the
+        first step; while running, GenerationError if logits are not finite.
     """
     steps = generate_steps(
-        model,
-        inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=do_sample,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        eos_token_id=eos_token_id,
-        suppress_tokens=suppress_tokens,
-        grammar=grammar,
+        model, inputs, max_new_tokens, sampling, grammar, eos_token_id=eos_token_id, suppress_tokens=suppress_tokens
     )
     return (step.tokens for step in steps)
-
-
-def refill(decoder: Decoder, requests: Iterator[tuple[int, dict]]) -> Iterator[Answer]:
-    """Keeps every row busy as long as there are requests."""
-    while True:
-        yield from decoder.retire()
-        arrivals = list(islice(requests, decoder.max_rows - len(decoder.rows)))
-        if arrivals:
-            decoder.admit(arrivals)
-        elif decoder.rows:
-            decoder.step()
-        else:
-            return
 
 
 def generate_many(
     model: nn.Module,
     requests: Iterable[dict],
+    max_new_tokens: int = 40,
+    sampling: Sampling = Sampling(),
+    grammar: "Grammar | None" = None,
     *,
     rows: int,
-    max_new_tokens: int,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int | None = None,
-    seed: int | None = None,
     eos_token_id: int | Collection[int] | str | None = "config",
     suppress_tokens: Iterable[int] = (),
-    grammar: "Grammar | None" = None,
     locations: range | None = None,
 ) -> Iterator[Answer]:
-    """Answers any number of requests, `rows` at a time; a row that ends makes room for the next request.
+    """Answers any number of requests, `rows` at a time; when a row finishes, the next request takes its place.
 
     Args:
-        requests: what the processor returned for one row each; read one by one, no sooner than there is room.
-        rows: how many are in flight. Each takes the cache of one row and makes a step slower by less than a step of its own.
-        grammar: as generate; a request that has a "grammar" among its keys, None included, is held to that one instead.
-        others: as generate_steps. Request i draws from seed + i, so that an answer does not depend on what ran beside it.
-    Returns: an iterator of Answer, in the order in which they end.
+        requests: what the processor returned, one row each. A request is read only when a row is free.
+        rows: the most requests that run at the same time. Each row needs its part of the cache, and decoding two rows together
+            takes less time than one after the other.
+        grammar: as in generate. A request that has the key "grammar" is constrained by that one instead; None = no constraint.
+        others: as in generate_steps. Request i draws from seed + i, so that its answer does not depend on the other requests.
+    Returns: an iterator of Answer, in the order in which the requests finish.
     Raises: as generate; PromptError for a request when it is read.
     """
-    sampling = Sampling(do_sample, temperature, top_p, top_k, seed)
-    decoder = Decoder(model, rows, max_new_tokens, sampling, eos_token_id, locations, suppress_tokens)
+    batch = RunningBatch(model, rows, max_new_tokens, sampling, eos_token_id, locations, suppress_tokens)
     arrivals = (only_row(inputs, model.config) | {"grammar": inputs.get("grammar", grammar)} for inputs in requests)
-    return refill(decoder, enumerate(arrivals))
+    return continuous_batching(batch, enumerate(arrivals))

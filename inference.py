@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from paligemma.generation import Sampling
     from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
     from paligemma.objects.mask_codec import MaskCodec
     from paligemma.processing_paligemma import PaliGemmaProcessor
@@ -264,6 +265,12 @@ def choose_seed(flags: Flags) -> int | None:
     return secrets.randbelow(2**31) if flags.do_sample and flags.seed is None else flags.seed
 
 
+def choose_sampling(flags: Flags, seed: int | None) -> "Sampling":
+    from paligemma.generation import Sampling
+
+    return Sampling(flags.temperature, flags.top_p, flags.top_k, seed) if flags.do_sample else Sampling()
+
+
 def explain_answer(
     model: "PaliGemmaForConditionalGeneration", processor: "PaliGemmaProcessor", asked: dict, picture: "Image.Image",
     token_ids: list[int], file: str,
@@ -346,11 +353,7 @@ class Session:
             self.model,
             inputs,
             max_new_tokens=min(longest_answer(flags), room),
-            do_sample=flags.do_sample,
-            temperature=flags.temperature,
-            top_p=flags.top_p,
-            top_k=flags.top_k,
-            seed=self.seed,
+            sampling=choose_sampling(flags, self.seed),
             suppress_tokens=self.processor.unused_ids(self.config.text_config.vocab_size),
         ):
             yield step.tokens.item(), step.logprobs.item()
@@ -509,7 +512,6 @@ def open_annotator(flags: Flags, job: verbs.Job, extra: dict) -> Annotator:
     """What answers the job; `extra` gets what its JSON shall say of it."""
     checkpoint = open_checkpoint(flags)
     codec = find_masks(flags, checkpoint) if job.task == "segment" else None
-    sampling = {name: getattr(flags, name) for name in ("do_sample", "temperature", "top_p", "top_k")}
     extra |= {"model": checkpoint.name, "seed": choose_seed(flags)}
     return Annotator(
         load(checkpoint, flags.verbose),
@@ -522,7 +524,7 @@ def open_annotator(flags: Flags, job: verbs.Job, extra: dict) -> Annotator:
         kind=checkpoint.kind,
         language=flags.language,
         denominator=flags.denominator,
-        sampling=sampling | {"seed": extra["seed"]},
+        sampling=choose_sampling(flags, extra["seed"]),
     )
 
 

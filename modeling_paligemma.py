@@ -42,6 +42,10 @@ class PaliGemmaConfig:
                 raise ValueError(f"{name} is {value!r}; a token id is needed.")
 
     @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    @property
     def num_image_tokens(self) -> int:
         """P, the <image> tokens that one picture takes."""
         return self.vision_config.num_patches

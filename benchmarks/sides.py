@@ -172,14 +172,14 @@ class Ours(Side):
 
     def caption(self, inputs: dict, rows: int, lengths: list[int]) -> list[list[int]]:
         """generate_many, but that a row ends at a length of its own: a random model says no eos."""
-        from paligemma.generation import Decoder, Sampling, refill, split_rows
+        from paligemma.generation import RunningBatch, continuous_batching, split_rows
 
-        class Measured(Decoder):
+        class Measured(RunningBatch):
             def is_finished(self, row: object) -> bool:
                 return len(row.token_ids) >= lengths[row.index]
 
-        decoder = Measured(self.model, rows, max(lengths), Sampling(), None)
-        answers = refill(decoder, enumerate(split_rows(inputs, self.model.config)))
+        batch = Measured(self.model, rows, max(lengths), eos_token_id=None)
+        answers = continuous_batching(batch, enumerate(split_rows(inputs, self.model.config)))
         return [answer.token_ids for answer in sorted(answers, key=lambda answer: answer.index)]
 
 

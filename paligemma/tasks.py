@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from paligemma.generation import Answer
+    from paligemma.generation import Answer, Sampling
     from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
     from paligemma.objects.grammar import Grammar
     from paligemma.objects.mask_codec import MaskCodec
@@ -280,7 +280,7 @@ class Annotator:
         kind: what the checkpoint was trained for, from checkpoint_kind.
         language: language code of captions and answers.
         denominator: what a location is divided by; 1023 as in the official code, 1024 in some other code.
-        sampling: do_sample, temperature, top_p, top_k, seed of generate_many; empty = greedy.
+        sampling: how tokens are chosen; None = greedy.
     """
 
     def __init__(
@@ -296,7 +296,7 @@ class Annotator:
         kind: str = "other",
         language: str = "en",
         denominator: int = 1023,
-        sampling: dict | None = None,
+        sampling: "Sampling | None" = None,
     ):
         self.model = model
         self.processor = processor
@@ -308,7 +308,7 @@ class Annotator:
         self.kind = kind
         self.language = language
         self.denominator = denominator
-        self.sampling = sampling or {}
+        self.sampling = sampling
         self.grammars: dict[tuple[str, str], Grammar] = {}  # the grammar of the last labels
         self.encoded: tuple[Image.Image | None, torch.Tensor | None] = (None, None)  # the last picture of several requests
 
@@ -393,19 +393,19 @@ class Annotator:
         failed: deque[tuple[int, Result]],
     ) -> Iterator[tuple[int, Result]]:
         """The results of one call of generate_many; `running` holds the requests that were started and have no result yet."""
-        from paligemma.generation import generate_many
+        from paligemma.generation import Sampling, generate_many
 
-        sampling = dict(self.sampling)
-        if sampling.get("seed") is not None:  # so that no two requests draw the same random numbers
-            sampling["seed"] += queue.waiting[0][0][0]
+        sampling = self.sampling or Sampling()
+        if sampling.seed is not None:  # so that no two requests draw the same random numbers
+            sampling = replace(sampling, seed=sampling.seed + queue.waiting[0][0][0])
         for answer in generate_many(
             self.model,
             self.model_inputs(queue, running, failed),
             rows=self.rows,
             max_new_tokens=self.max_new_tokens,
+            sampling=sampling,
             suppress_tokens=self.processor.unused_ids(self.model.config.text_config.vocab_size),
             locations=self.processor.locations,
-            **sampling,
         ):
             (index, request), _ = running[answer.index]
             result = self.to_result(request, answer)
@@ -508,7 +508,7 @@ class Annotator:
         text = self.processor.decode(answer.token_ids).strip()
         reading = None
         if request.task in OBJECT_TASKS or "<loc" in text:
-            reading = read_ids(answer.token_ids, self.processor, answer.logprobs, answer.places, self.denominator)
+            reading = read_ids(answer.token_ids, self.processor, answer.logprobs, answer.moments, self.denominator)
             reading = self.finish(reading, width, height)
         return Result(
             image=request.image,

@@ -13,13 +13,14 @@ from paligemma import generation
 from paligemma.errors import GenerationError, PromptError
 from paligemma.generation import (
     Sampling,
-    choose,
-    choose_held,
     coordinate_moments,
     generate,
+    generate_greedy,
     generate_many,
     generate_steps,
     log_probabilities,
+    sample,
+    sample_allowed,
 )
 from paligemma.modeling_gemma import GemmaConfig, KVCache
 from paligemma.modeling_paligemma import PaliGemmaConfig
@@ -95,6 +96,27 @@ def test_greedy_tokens_in_bfloat16_equal_transformers_on_the_same_kernels(pad):
     reference.generation_config.eos_token_id = None
     theirs = transformers_tokens(reference, make_batch(ROWS, "left"), 14)
     assert torch.equal(collect(model, make_batch(ROWS, pad), max_new_tokens=14), theirs)
+
+
+# The plain loop
+
+
+@pytest.mark.parametrize("family, window", CASES)
+def test_the_plain_loop_says_what_generate_says(family, window):
+    model = make_windowed(family, window)
+    batch = make_batch(ROWS)
+    tokens = collect(model, batch, max_new_tokens=12)
+    eos = eos_that_ends_rows_at_different_steps(tokens)
+    lengths = set()
+    for ending in (eos, (eos, VOCAB)):
+        model.config = replace(model.config, eos_token_id=ending)
+        for i in range(len(ROWS)):
+            row = {key: value[:, -int(batch["attention_mask"][i].sum()) :] if value.dim() == 2 else value
+                   for key, value in one_row(batch, i).items()}  # fmt: skip
+            answer = generate_greedy(model, row, 12)
+            assert answer == [int(step) for step in generate(model, row, 12)]
+            lengths.add(len(answer))
+    assert len(lengths) > 1 and 12 in lengths
 
 
 # One loop, many forms
@@ -331,7 +353,7 @@ def test_image_tokens_and_what_is_suppressed_are_never_generated(image, vocabula
     assert collect(model, ask(3), **options).tolist() == [[expected]]
     assert [answer.token_ids for answer in generate_many(model, [ask(3)] * 2, rows=2, **options)] == [[expected]] * 2
     assert next(generate_steps(model, ask(3), **options)).logprobs.exp() > 0.6  # of what may be generated: 1 / (1 + 1/e + ...)
-    drawn = collect(model, ask(*[3] * 300), do_sample=True, temperature=1e9, **options).unique().tolist()
+    drawn = collect(model, ask(*[3] * 300), sampling=Sampling(temperature=1e9), **options).unique().tolist()
     assert not {image, *suppressed} & set(drawn) and len(drawn) > 50
 
 
@@ -459,10 +481,12 @@ def test_rows_in_flight_go_on_in_the_larger_cache():
 def test_draws_of_a_request_do_not_depend_on_what_runs_beside_it():
     model = make_model("gemma")
     requests = [make_batch([(i % 2, 3 + i, 0)], seed=i) for i in range(5)]
-    options = {"max_new_tokens": 6, "do_sample": True, "temperature": 1.3, "top_p": 0.95, "eos_token_id": None}
+    options = {"max_new_tokens": 6, "eos_token_id": None}
+    sampling = Sampling(temperature=1.3, top_p=0.95, seed=40)
     for rows in (1, 2, 5):
-        for answer in generate_many(model, requests, rows=rows, seed=40, **options):
-            alone = collect(model, requests[answer.index], seed=40 + answer.index, **options)
+        for answer in generate_many(model, requests, rows=rows, sampling=sampling, **options):
+            own = replace(sampling, seed=40 + answer.index)
+            alone = collect(model, requests[answer.index], sampling=own, **options)
             assert answer.token_ids == alone[0].tolist()
 
 
@@ -474,18 +498,19 @@ def ahead(monkeypatch):
     """As if the device worked by itself. What happens, in order: "said n" when n rows say a token, "read n" when it is read."""
     events = []
 
-    class Watched(generation.Saying):
+    class Watched(generation.PendingTokens):
         def __init__(self, rows, numbers):
             super().__init__(rows, numbers)
             events.append(f"said {len(rows)}")
 
-        def read(self):
-            pairs = super().read()
+        def wait(self):
+            pairs = super().wait()
             events.append(f"read {len(pairs)}")
             return pairs
 
-    monkeypatch.setattr(generation.Decoder, "is_ahead", property(lambda self: all(row.walk is None for row in self.rows)))
-    monkeypatch.setattr(generation, "Saying", Watched)
+    runs_ahead = property(lambda self: all(row.constraint is None for row in self.rows))
+    monkeypatch.setattr(generation.RunningBatch, "runs_ahead", runs_ahead)
+    monkeypatch.setattr(generation, "PendingTokens", Watched)
     return events
 
 
@@ -504,7 +529,7 @@ def test_what_a_row_says_behind_its_end_is_dropped(ahead):
     assert ahead[2:] == ["said 2", "said 2", "read 2", "said 1", "read 1", "said 1", "read 1"]
 
 
-@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 3, "temperature": 2.0}])
+@pytest.mark.parametrize("options", [{}, {"sampling": Sampling(temperature=2.0, seed=3)}])
 @pytest.mark.parametrize("family, window", CASES)
 def test_answers_one_step_ahead_are_the_same(family, window, options, request):
     # Nine requests of other lengths through three rows, some of which end by themselves and some at their limit.
@@ -536,12 +561,12 @@ class Attentive:
     def start(self, limit):  # noqa: ARG002  (the signature is that of a grammar)
         return Attentive()
 
-    def allowed(self):
+    def allowed_tokens(self):
         assert self.asked == len(self.heard)
         self.asked += 1
         return torch.arange(VOCAB)
 
-    def say(self, token):
+    def advance(self, token):
         self.heard.append(token)
 
 
@@ -565,7 +590,7 @@ PROBABILITIES = [0.02, 0.4, 0.08, 0.25, 0.0, 0.15, 0.1]
 def shares(sampling, draws=2000):
     """How often each of seven tokens is chosen when the draws are spread evenly over [0, 1)."""
     logits = torch.tensor(PROBABILITIES).log().expand(draws, -1)
-    tokens = choose(logits, sampling, (torch.arange(draws, dtype=torch.float64) + 0.5) / draws)
+    tokens = sample(logits, sampling, (torch.arange(draws, dtype=torch.float64) + 0.5) / draws)
     return torch.bincount(tokens, minlength=7) / draws
 
 
@@ -598,14 +623,14 @@ def shares(sampling, draws=2000):
 def test_tokens_are_chosen_as_often_as_they_should_be(options, expected):
     # An even spread of 2000 draws is off by at most one draw a token and end.
     expected = torch.tensor(expected) / sum(expected)
-    torch.testing.assert_close(shares(Sampling(do_sample=True, **options)), expected, rtol=0, atol=1.1e-3)
+    torch.testing.assert_close(shares(Sampling(**{"temperature": 1} | options)), expected, rtol=0, atol=1.1e-3)
 
 
 def test_drawn_answers_follow_the_models_distribution():
     # 3000 rows draw one token each; four standard deviations of a share are at most 4 * sqrt(1/4 / 3000) = 0.037.
     model = Scripted({3: [0]})
     model.logits = lambda cache: torch.tensor(PROBABILITIES + [0.0] * (VOCAB - 7)).log().repeat(len(cache.lengths), 1)
-    said = collect(model, ask(*[3] * 3000), max_new_tokens=1, do_sample=True, seed=0)[:, 0]
+    said = collect(model, ask(*[3] * 3000), max_new_tokens=1, sampling=Sampling(temperature=1, seed=0))[:, 0]
     torch.testing.assert_close(torch.bincount(said, minlength=7) / 3000, torch.tensor(PROBABILITIES), rtol=0, atol=0.037)
 
 
@@ -613,8 +638,8 @@ def test_top_p_keeps_the_fewest_that_reach_it():
     # Half of the mass is reached by the first token alone: all sums are exact in binary.
     logits = torch.tensor([[0.25, 0.5, 0.125, 0.125]]).log().expand(8, -1)
     draws = (torch.arange(8, dtype=torch.float64) + 0.5) / 8
-    assert choose(logits, Sampling(do_sample=True, top_p=0.5), draws).unique().tolist() == [1]
-    assert choose(logits, Sampling(do_sample=True, top_p=0.75), draws).unique().tolist() == [0, 1]
+    assert sample(logits, Sampling(temperature=1, top_p=0.5), draws).unique().tolist() == [1]
+    assert sample(logits, Sampling(temperature=1, top_p=0.75), draws).unique().tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("vocabulary", [50, 3000])  # more than NUCLEUS, so that it must look further
@@ -658,12 +683,12 @@ def test_top_p_keeps_what_exact_arithmetic_keeps(scale):
 def test_equal_logits_and_ruled_out_ones_are_drawn_evenly_and_never():
     draws = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
     equal = torch.full((64, 8), 3.0)
-    assert choose(equal, Sampling(do_sample=True, top_p=0.5), draws).unique().numel() == 4
+    assert sample(equal, Sampling(temperature=1, top_p=0.5), draws).unique().numel() == 4
     some = torch.tensor([-torch.inf, 1.0, -torch.inf, 1.0, -torch.inf, -torch.inf, -torch.inf, -torch.inf]).expand(64, -1)
     for options in ({}, {"top_p": 0.99}, {"top_k": 8}, {"temperature": 1.7e308}, {"temperature": 5e-324}):
-        assert choose(some, Sampling(do_sample=True, **options), draws).unique().tolist() == [1, 3]
+        assert sample(some, Sampling(**{"temperature": 1} | options), draws).unique().tolist() == [1, 3]
     # A grammar may allow only what the model rules out: one of those it must be.
-    held = choose_held(some, Sampling(do_sample=True), draws, [torch.tensor([4, 6])] * 64)
+    held = sample_allowed(some, Sampling(temperature=1), draws, [torch.tensor([4, 6])] * 64)
     assert held.unique().tolist() == [4, 6]
 
 
@@ -671,7 +696,7 @@ def test_equal_logits_and_ruled_out_ones_are_drawn_evenly_and_never():
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 3}, {"top_p": 1e-46}])
 def test_the_first_and_the_last_draw_give_a_token_that_may_be_drawn(draw, options):
     logits = torch.tensor([[-torch.inf, 0.1, 0.2, 0.3, -torch.inf]])
-    token = choose(logits, Sampling(do_sample=True, **options), torch.tensor([draw], dtype=torch.float64))
+    token = sample(logits, Sampling(**{"temperature": 1} | options), torch.tensor([draw], dtype=torch.float64))
     assert token.item() in ((3,) if options == {"top_p": 1e-46} else (1, 2, 3))
 
 
@@ -679,13 +704,13 @@ def test_the_first_and_the_last_draw_give_a_token_that_may_be_drawn(draw, option
 def test_logits_that_are_not_finite_have_no_probability_whichever_token_is_taken(bad):
     logits = torch.tensor([bad] * 3)
     assert log_probabilities(logits, torch.arange(3)).isnan().all()
-    assert choose(logits, Sampling(do_sample=True, top_p=0.5), torch.full((3,), 0.999, dtype=torch.float64)).max() < 3
+    assert sample(logits, Sampling(temperature=1, top_p=0.5), torch.full((3,), 0.999, dtype=torch.float64)).max() < 3
 
 
 def test_logprobs_are_those_of_the_model_whatever_was_cut():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    for sampling in (Sampling(), Sampling(do_sample=True, temperature=3.0, top_k=4, top_p=0.5)):
-        tokens = choose(logits, sampling, torch.full((3,), 0.7, dtype=torch.float64))
+    for sampling in (Sampling(), Sampling(temperature=3.0, top_k=4, top_p=0.5)):
+        tokens = sample(logits, sampling, torch.full((3,), 0.7, dtype=torch.float64))
         expected = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         # an ulp or two of numbers near 4
         torch.testing.assert_close(log_probabilities(logits, tokens), expected, rtol=0, atol=1e-6)
@@ -694,20 +719,22 @@ def test_logprobs_are_those_of_the_model_whatever_was_cut():
 def test_the_same_seed_draws_the_same_and_another_does_not():
     model = make_model("gemma2", text={"final_logit_softcapping": 2.0})  # flat, so that draws differ
     batch = make_batch(ROWS)
-    options = {"max_new_tokens": 8, "do_sample": True}
-    first = collect(model, batch, seed=5, **options)
-    assert torch.equal(first, collect(model, batch, seed=5, **options))
-    assert not torch.equal(first, collect(model, batch, seed=6, **options))
-    assert not torch.equal(collect(model, batch, **options), collect(model, batch, **options))
+
+    def draw(seed):
+        return collect(model, batch, max_new_tokens=8, sampling=Sampling(temperature=1, seed=seed))
+
+    assert torch.equal(draw(5), draw(5))
+    assert not torch.equal(draw(5), draw(6))
+    assert not torch.equal(draw(None), draw(None))
 
 
 def test_draws_of_a_row_do_not_depend_on_its_neighbours():
     model = make_model("gemma2", text={"final_logit_softcapping": 2.0})
     batch = make_batch(ROWS)
-    options = {"max_new_tokens": 6, "do_sample": True}
-    together = collect(model, batch, seed=2**63 - 3, **options)
+    together = collect(model, batch, max_new_tokens=6, sampling=Sampling(temperature=1, seed=2**63 - 3))
     for i in range(len(ROWS)):
-        assert torch.equal(collect(model, one_row(batch, i), seed=(2**63 - 3 + i) % 2**63, **options)[0], together[i])
+        own = Sampling(temperature=1, seed=(2**63 - 3 + i) % 2**63)
+        assert torch.equal(collect(model, one_row(batch, i), max_new_tokens=6, sampling=own)[0], together[i])
 
 
 def test_the_global_random_state_is_neither_read_nor_moved():
@@ -715,10 +742,10 @@ def test_the_global_random_state_is_neither_read_nor_moved():
     model.logits = lambda cache: torch.zeros(len(cache.lengths), VOCAB)
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first = collect(model, ask(3, 3, 3), max_new_tokens=1, do_sample=True, seed=1)
+    first = collect(model, ask(3, 3, 3), max_new_tokens=1, sampling=Sampling(temperature=1, seed=1))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
-    assert torch.equal(first, collect(model, ask(3, 3, 3), max_new_tokens=1, do_sample=True, seed=1))
+    assert torch.equal(first, collect(model, ask(3, 3, 3), max_new_tokens=1, sampling=Sampling(temperature=1, seed=1)))
 
 
 @pytest.mark.parametrize("temperature", [0, 0.0, 1e-320, 1e-42, 1e-6])
@@ -726,22 +753,22 @@ def test_temperature_zero_is_greedy_and_next_to_it_as_good(temperature):
     model = make_model("gemma")
     batch = make_batch(ROWS)
     greedy = collect(model, batch, max_new_tokens=6)
-    assert torch.equal(collect(model, batch, max_new_tokens=6, do_sample=True, temperature=temperature, seed=0), greedy)
+    assert torch.equal(collect(model, batch, max_new_tokens=6, sampling=Sampling(temperature, seed=0)), greedy)
 
 
 @pytest.mark.parametrize("temperature", [1e6, 1e40, 1e300])
 def test_a_huge_temperature_draws_evenly_but_never_an_image_token(temperature):
     model = Scripted({3: [5]})
-    said = collect(model, ask(*[3] * 400), max_new_tokens=1, do_sample=True, temperature=temperature, seed=0)
+    said = collect(model, ask(*[3] * 400), max_new_tokens=1, sampling=Sampling(temperature, seed=0))
     assert IMAGE not in said
     assert len(said.unique()) > 100  # 400 draws of 128 leave out 128 * (127/128)^400 = 6 on average
 
 
-def test_without_do_sample_the_other_arguments_do_nothing():
-    model = make_model("gemma")
-    batch = make_batch(ROWS)
-    greedy = collect(model, batch, max_new_tokens=5)
-    assert torch.equal(collect(model, batch, max_new_tokens=5, temperature=9.0, top_p=0.1, top_k=3, seed=4), greedy)
+def test_sampling_is_greedy_until_a_temperature_top_p_or_top_k_is_given():
+    assert Sampling().is_greedy and Sampling(seed=4).is_greedy and Sampling(temperature=0, top_p=0.5, top_k=3).is_greedy
+    assert not (Sampling(temperature=1).is_greedy or Sampling(top_p=1).is_greedy or Sampling(top_k=3).is_greedy)
+    logits, draws = torch.randn(50, 20, generator=torch.Generator().manual_seed(0)), torch.rand(50, dtype=torch.float64)
+    assert torch.equal(sample(logits, Sampling(top_p=0.9), draws), sample(logits, Sampling(temperature=1, top_p=0.9), draws))
 
 
 # Coordinates
@@ -798,17 +825,17 @@ def moments_of_said(model, row, said):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_places_come_with_the_tokens_that_are_locations_and_with_no_other(family):
     model, batch = make_model(family), make_batch(ROWS)
-    options = {"max_new_tokens": 10, "do_sample": True, "temperature": 2.0, "seed": 0}
+    options = {"max_new_tokens": 10, "sampling": Sampling(temperature=2.0, seed=0)}
     steps = list(generate_steps(model, batch, locations=BINS, **options))
-    assert any(place is None for step in steps for place in step.places)
-    assert sum(place is not None for step in steps for place in step.places) > 5
+    assert any(place is None for step in steps for place in step.moments)
+    assert sum(place is not None for step in steps for place in step.moments) > 5
     for i in range(len(ROWS)):
         said = torch.stack([step.tokens[i] for step in steps])
         expected = moments_of_said(model, one_row(batch, i), said)
         for step, token, moments in zip(steps, said.tolist(), expected, strict=True):
             # One query at a time instead of all moves the logits by 3e-6, and 32 bins by no more than 1e-4.
-            assert (step.places[i] is None) == (token not in BINS)
-            assert step.places[i] is None or step.places[i] == pytest.approx(moments, rel=0, abs=1e-3)
+            assert (step.moments[i] is None) == (token not in BINS)
+            assert step.moments[i] is None or step.moments[i] == pytest.approx(moments, rel=0, abs=1e-3)
 
 
 def test_places_change_neither_tokens_nor_logprobs_and_are_none_when_not_asked_for():
@@ -816,7 +843,7 @@ def test_places_change_neither_tokens_nor_logprobs_and_are_none_when_not_asked_f
     plain, placed = (list(generate_steps(model, make_batch(ROWS), max_new_tokens=8, locations=bins)) for bins in (None, BINS))
     for one, other in zip(plain, placed, strict=True):
         assert torch.equal(one.tokens, other.tokens) and torch.equal(one.logprobs, other.logprobs)
-        assert one.places == [None] * len(ROWS)
+        assert one.moments == [None] * len(ROWS)
 
 
 def test_answers_carry_the_places_of_their_steps():
@@ -825,9 +852,9 @@ def test_answers_carry_the_places_of_their_steps():
     steps = list(generate_steps(model, batch, max_new_tokens=9, eos_token_id=eos, locations=BINS))
     requests = [one_row(batch, i) for i in range(len(ROWS))]
     for answer in generate_many(model, requests, rows=2, max_new_tokens=9, eos_token_id=eos, locations=BINS):
-        places = [step.places[answer.index] for step in steps]
+        places = [step.moments[answer.index] for step in steps]
         assert places[len(answer.token_ids) :] == [None] * (len(steps) - len(answer.token_ids))
-        for ours, expected in zip(answer.places, places, strict=False):
+        for ours, expected in zip(answer.moments, places, strict=False):
             assert (ours is None) == (expected is None)
             assert ours is None or ours == pytest.approx(expected, rel=0, abs=1e-3)  # rows beside others: rounding
 
@@ -856,32 +883,9 @@ class Untouchable:
         {"max_new_tokens": True},
         {"max_new_tokens": "9"},
         {"max_new_tokens": None},
-        {"do_sample": "false"},
-        {"do_sample": 1},
-        {"temperature": -0.1},
-        {"temperature": math.nan},
-        {"temperature": math.inf},
-        {"temperature": "1"},
-        {"temperature": True},
-        {"temperature": None},
-        {"top_p": 0},
-        {"top_p": 10**400},
-        {"temperature": 10**400},
-        {"temperature": 10**5000},
-        {"top_k": -(10**5000)},
-        {"seed": 10**5000},
-        {"top_p": -0.1},
-        {"top_p": 1.5},
-        {"top_p": math.nan},
-        {"top_p": "0.9"},
-        {"top_k": 0},
-        {"top_k": -5},
-        {"top_k": 2.0},
-        {"top_k": True},
-        {"seed": -1},
-        {"seed": 2**70},
-        {"seed": 1.0},
-        {"seed": "0"},
+        {"sampling": 0.7},
+        {"sampling": {"top_p": 0.5}},
+        {"sampling": None},
         {"eos_token_id": "1"},
         {"suppress_tokens": 7},
         {"suppress_tokens": ["<image>"]},
@@ -902,6 +906,41 @@ def test_bad_arguments_are_refused_before_anything_runs(change):
             call()
         assert caught.value.code == 2
         assert caught.value.message.startswith(f"{next(iter(change))} is ") and "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+        {"temperature": "1"},
+        {"temperature": True},
+        {"top_p": 0},
+        {"top_p": 10**400},
+        {"temperature": 10**400},
+        {"temperature": 10**5000},
+        {"top_k": -(10**5000)},
+        {"seed": 10**5000},
+        {"top_p": -0.1},
+        {"top_p": 1.5},
+        {"top_p": math.nan},
+        {"top_p": "0.9"},
+        {"top_k": 0},
+        {"top_k": -5},
+        {"top_k": 2.0},
+        {"top_k": True},
+        {"seed": -1},
+        {"seed": 2**70},
+        {"seed": 1.0},
+        {"seed": "0"},
+    ],
+)
+def test_sampling_out_of_range_is_refused(option):
+    with pytest.raises(GenerationError) as caught:
+        Sampling(**option)
+    assert caught.value.code == 2
+    assert caught.value.message.startswith(f"{next(iter(option))} is ") and "\n" not in caught.value.message
 
 
 @pytest.mark.parametrize("rows", [0, -1, 1.0, True, None])
@@ -933,14 +972,14 @@ def test_a_batch_that_does_not_fit_together_is_refused_at_once(inputs, message):
     assert caught.value.code == 3
 
 
-@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"do_sample": True, "top_p": 0.9}, {"do_sample": True, "top_k": 5}])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1}, {"top_p": 0.9}, {"top_k": 5}])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_not_numbers_stop_generation(value, options):
     model = make_model("gemma")
     with torch.no_grad():
         model.language_model.model.layers[1].mlp.down_proj.weight[3, 3] = value
     with pytest.raises(GenerationError, match="logits are not finite") as caught:
-        next(generate(model, make_batch([(1, 3, 0)]), max_new_tokens=3, **options))
+        next(generate(model, make_batch([(1, 3, 0)]), sampling=Sampling(**options)))
     assert caught.value.code == 6
 
 

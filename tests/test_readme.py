@@ -168,7 +168,7 @@ def ran(tmp_path_factory) -> tuple[dict, dict]:
     import transformers
 
     from paligemma.checkpoints.weights import load_model, save_model
-    from paligemma.generation import generate, generate_many
+    from paligemma.generation import Sampling, generate, generate_many
     from paligemma.modeling_paligemma import suffix_loss
     from paligemma.processing_paligemma import PaliGemmaProcessor, load_image
 
@@ -177,8 +177,8 @@ def ran(tmp_path_factory) -> tuple[dict, dict]:
     names = ("AutoProcessor", "PaliGemmaForConditionalGeneration", "TextStreamer")
     theirs = both | {name: getattr(transformers, name) for name in names}
     ours = both | {
-        "generate": generate, "generate_many": generate_many, "suffix_loss": suffix_loss, "load_model": load_model,
-        "save_model": save_model, "PaliGemmaProcessor": PaliGemmaProcessor,
+        "Sampling": Sampling, "generate": generate, "generate_many": generate_many, "suffix_loss": suffix_loss,
+        "load_model": load_model, "save_model": save_model, "PaliGemmaProcessor": PaliGemmaProcessor,
     }  # fmt: skip
     theirs["out"], ours["out"] = (str(tmp_path_factory.mktemp(name)) for name in ("theirs", "ours"))
     torch.manual_seed(0)

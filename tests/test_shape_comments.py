@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from paligemma import generation
-from paligemma.generation import Sampling, choose, choose_held, generate_steps, join_rows, split_rows
+from paligemma.generation import Sampling, generate_greedy, generate_steps, join_rows, sample, sample_allowed, split_rows
 from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask, suffix_loss
 from tests.tiny import fill
 
@@ -228,15 +228,17 @@ def run_generation(checker: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_batch([LENGTH] * ROWS)
     inputs = {key: torch.nn.functional.pad(tensor, (2, 0)) if tensor.dim() == 2 else tensor for key, tensor in inputs.items()}
     model = make_model("gemma")
-    letters = {"B": ROWS, "L": LENGTH, "V": 211, "C": (13, 52, 208), "Q": 17}
+    letters = {"B": ROWS, "L": LENGTH, "V": 211, "A": (13, 52, 208), "Q": 17}
     with checker.running(generation=letters):
         join_rows(split_rows(inputs, model.config), 0)
+        first = {key: value[:1] if value.dim() == 2 else value[:2] for key, value in inputs.items()}
+        generate_greedy(model, {key: value[:, 2:] if value.dim() == 2 else value for key, value in first.items()}, 2)
         list(generate_steps(model, inputs, max_new_tokens=2, locations=range(20, 37)))
-        list(generate_steps(model, inputs, max_new_tokens=2, do_sample=True, top_k=13, seed=0))
+        list(generate_steps(model, inputs, max_new_tokens=2, sampling=Sampling(top_k=13, seed=0)))
         flat, draws = torch.zeros(ROWS, 211), torch.zeros(ROWS, dtype=torch.float64)
-        choose(flat, Sampling(do_sample=True, top_p=0.9), draws)
-        choose(flat, Sampling(do_sample=True), draws)
-        choose_held(flat, Sampling(), draws, [torch.arange(13)] * ROWS)
+        sample(flat, Sampling(top_p=0.9), draws)
+        sample(flat, Sampling(temperature=1), draws)
+        sample_allowed(flat, Sampling(), draws, [torch.arange(13)] * ROWS)
 
 
 # The tests

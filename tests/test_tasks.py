@@ -157,7 +157,7 @@ def test_objects_below_the_least_score_are_left_out(run):
 
 def answer_of(processor, text):
     ids = processor.encode(text)
-    return Answer(index=0, token_ids=ids, logprobs=[-0.1] * len(ids), places=[None] * len(ids), finish_reason="stop")
+    return Answer(index=0, token_ids=ids, logprobs=[-0.1] * len(ids), moments=[None] * len(ids), finish_reason="stop")
 
 
 MASKED = "<loc0000><loc0000><loc0512><loc1023>" + "".join(f"<seg{i:03d}>" for i in range(16)) + " cat"
@@ -257,7 +257,7 @@ def test_a_result_does_not_keep_the_picture(run):
 
 def short_of_memory(monkeypatch, limit):
     """Lets steps of more than so many rows run out of memory, and counts them."""
-    step, failures = generation.Decoder.step, []
+    step, failures = generation.RunningBatch.step, []
 
     def scarce(decoder):
         if len(decoder.rows) > limit:
@@ -265,7 +265,7 @@ def short_of_memory(monkeypatch, limit):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
         step(decoder)
 
-    monkeypatch.setattr(generation.Decoder, "step", scarce)
+    monkeypatch.setattr(generation.RunningBatch, "step", scarce)
     return failures
 
 
@@ -316,7 +316,7 @@ class Scripted:
             if not in_flight:
                 return
             index, _ = in_flight.pop(self.draw.randrange(len(in_flight)))
-            yield Answer(index=index, token_ids=[], logprobs=[], places=[], finish_reason="stop")
+            yield Answer(index=index, token_ids=[], logprobs=[], moments=[], finish_reason="stop")
 
 
 def scripted(texts, rows, seed, monkeypatch, source_fails=False):
@@ -412,7 +412,7 @@ def test_other_faults_of_the_machine_end_the_run(run, monkeypatch):
     def broken(*_):
         raise RuntimeError("a kernel failed")
 
-    monkeypatch.setattr(generation.Decoder, "step", broken)
+    monkeypatch.setattr(generation.RunningBatch, "step", broken)
     with pytest.raises(RuntimeError, match="a kernel failed"):
         run(many(3))
 

@@ -11,8 +11,8 @@ Tokenizers merge letters across word ends, so " cat" and " ; " side by side need
 training answers tokenised as a whole; therefore a label is here the ids of the text from one location to the next (`followed`)
 or to the end (`last`), and what is allowed next is read off all of those that begin with what was said.
 
-`Grammar` belongs to a question and is shared; `Walk` is where one answer stands. generation.py asks a walk for the ids allowed
-(`allowed`) and tells it what was chosen (`say`); neither ever looks at the whole vocabulary.
+`Grammar` belongs to a question and is shared; `ConstraintState` is how far one answer has come. generation.py asks it for
+the ids allowed (`allowed_tokens`) and tells it which was chosen (`advance`); neither ever looks at the whole vocabulary.
 Checked in tests/objects/test_grammar.py.
 """
 
@@ -116,12 +116,12 @@ class Grammar:
     def segment_ids(self) -> Tensor:
         return torch.arange(self.segments.start, self.segments.stop)
 
-    def start(self, limit: int) -> "Walk":
+    def start(self, limit: int) -> "ConstraintState":
         """The beginning of an answer of at most `limit` tokens."""
-        return Walk(self, limit)
+        return ConstraintState(self, limit)
 
 
-class Walk:
+class ConstraintState:
     """Where one answer stands in its grammar.
 
     Args:
@@ -140,7 +140,7 @@ class Walk:
         self.labels_at: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)  # a box's bins -> the labels it was given
         self.taken: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)  # first bins -> the next that lead to no free box
 
-    def allowed(self) -> Tensor:
+    def allowed_tokens(self) -> Tensor:
         """The ids that may come next, at least one: int64[C] in main memory."""
         if self.is_over:
             return torch.tensor([self.grammar.eos])
@@ -173,7 +173,7 @@ class Walk:
         """The ending that has been said in full, separator included, so that the next object may begin."""
         return next((ending for ending in self.endings if len(ending.ids) == self.num_words), None)
 
-    def say(self, token: int) -> None:
+    def advance(self, token: int) -> None:
         """Takes one of the allowed ids as said."""
         grammar = self.grammar
         self.left -= 1

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, normalizers
 
 from paligemma.checkpoints.weights import load_model
 from paligemma.errors import GenerationError, PromptError
-from paligemma.generation import Sampling, choose_held, generate, generate_many, generate_steps
+from paligemma.generation import Sampling, generate, generate_many, generate_steps, sample_allowed
 from paligemma.modeling_gemma import GemmaConfig, KVCache
 from paligemma.modeling_paligemma import PaliGemmaConfig
 from paligemma.objects.grammar import Ending, Grammar
@@ -103,12 +103,12 @@ def random_objects(draw, labels, with_masks, most=5):
 
 def first_refused(grammar, ids, limit=10**6):
     """The place of the first id that the grammar does not allow; None if it takes them all. At the end it must be over."""
-    walk = grammar.start(limit)
+    state = grammar.start(limit)
     for i, token in enumerate(ids):
-        if token not in walk.allowed().tolist():
+        if token not in state.allowed_tokens().tolist():
             return i
-        walk.say(token)
-    assert walk.is_over and walk.allowed().tolist() == [grammar.eos]
+        state.advance(token)
+    assert state.is_over and state.allowed_tokens().tolist() == [grammar.eos]
     return None
 
 
@@ -216,14 +216,14 @@ def all_answers(grammar, limit, most):
     answers, open_ends = set(), [()]
     while open_ends:
         said = open_ends.pop()
-        walk = grammar.start(limit)
+        state = grammar.start(limit)
         for token in said:
-            walk.say(token)
-        if walk.is_over and said:
+            state.advance(token)
+        if state.is_over and said:
             answers.add(said)
             assert len(answers) <= most
         else:
-            allowed = walk.allowed().tolist()
+            allowed = state.allowed_tokens().tolist()
             assert allowed and len(set(allowed)) == len(allowed) and len(said) < limit
             open_ends += [(*said, token) for token in allowed]
     return answers
@@ -298,7 +298,8 @@ def test_answers_of_noise_are_valid_and_end_in_any_room(processors, name):
         asked = [(draw.sample(LABELS, draw.randint(1, 4)), draw.random() < 0.5) for _ in range(12)]
         grammars = [Grammar.for_objects(processor, labels, with_masks) for labels, with_masks in asked]
         requests = [question(grammar=grammar) for grammar in grammars]
-        options = {"rows": 4, "max_new_tokens": limit, "do_sample": True, "eos_token_id": processor.eos_token_id, "seed": limit}
+        options = {"rows": 4, "max_new_tokens": limit, "eos_token_id": processor.eos_token_id}
+        options["sampling"] = Sampling(temperature=1, seed=limit)
         for answer in generate_many(model, requests, **options):
             labels, with_masks = asked[answer.index]
             assert answer.finish_reason == "stop"
@@ -342,16 +343,16 @@ def test_the_best_allowed_token_is_taken_and_its_logprob_is_the_models_own(proce
     draw, seen = noise(3), []
     model = Noise(processor, lambda *size: seen.append(draw(*size)) or seen[-1].clone())
     grammar = Grammar.for_objects(processor, ["cat", "dog"], max_objects=5)
-    walk = grammar.start(80)
+    state = grammar.start(80)
     for step in generate_steps(model, question(), max_new_tokens=80, eos_token_id=1, grammar=grammar):
         logits = seen[-1][0]
         logits[processor.image_token_id] = -torch.inf  # as without a grammar
-        allowed = walk.allowed()
+        allowed = state.allowed_tokens()
         assert int(step.tokens) == int(allowed[logits[allowed].argmax()])
         # Other sums in another order: an ulp or two of numbers near 8.
         torch.testing.assert_close(step.logprobs[0], logits.log_softmax(-1)[step.tokens[0]], rtol=0, atol=4e-6)
-        walk.say(int(step.tokens))
-    assert walk.is_over
+        state.advance(int(step.tokens))
+    assert state.is_over
 
 
 def test_draws_share_among_the_allowed_tokens_what_the_model_gave_them(processors):
@@ -364,13 +365,13 @@ def test_draws_share_among_the_allowed_tokens_what_the_model_gave_them(processor
     model = Noise(processor, lambda rows, _: logits.repeat(rows, 1))
     inputs = {"input_ids": torch.tensor([[3]] * 4000)}
     grammar = Grammar.for_objects(processor, ["cat"])
-    said = next(generate(model, inputs, max_new_tokens=9, do_sample=True, seed=0, grammar=grammar))
+    said = next(generate(model, inputs, max_new_tokens=9, sampling=Sampling(temperature=1, seed=0), grammar=grammar))
     ids = [eos, *processor.locations]
     expected = logits[ids].softmax(-1)
     shares = torch.bincount(said, minlength=len(logits))[ids] / 4000
     assert shares.sum() == 1
     torch.testing.assert_close(shares, expected, rtol=0, atol=0.032)
-    cut = next(generate(model, inputs, max_new_tokens=9, do_sample=True, top_k=2, seed=0, grammar=grammar))
+    cut = next(generate(model, inputs, max_new_tokens=9, sampling=Sampling(top_k=2, seed=0), grammar=grammar))
     assert set(cut.tolist()) == {first + 7, first + 9}
 
 
@@ -379,7 +380,7 @@ def test_draws_of_a_row_do_not_depend_on_how_much_its_neighbours_are_allowed():
     logits = torch.tensor([0.1, 0.2, 0.0, 0.3, 0.4]).log().expand(2000, -1)
     few, all_of_them = torch.tensor([3, 1]), torch.arange(5)
     draws = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
-    said = choose_held(logits, Sampling(do_sample=True), draws, [few] * 1999 + [all_of_them])[:-1]
+    said = sample_allowed(logits, Sampling(temperature=1), draws, [few] * 1999 + [all_of_them])[:-1]
     shares = torch.bincount(said, minlength=5) / 1999
     torch.testing.assert_close(shares, torch.tensor([0, 0.4, 0, 0.6, 0]), rtol=0, atol=1.6e-3)
 
@@ -390,13 +391,15 @@ def test_rows_without_a_grammar_are_free_beside_rows_with_one(processors):
     requests = [question(grammar=held if i % 2 else None) for i in range(6)]
     constant = noise(5)(1, processor.image_token_id + 16)
     model = Noise(processor, lambda rows, _: constant.repeat(rows, 1))
-    options = {"max_new_tokens": 12, "do_sample": True, "eos_token_id": processor.eos_token_id}
-    for answer in generate_many(model, requests, rows=4, seed=0, grammar=held, **options):
+    options = {"max_new_tokens": 12, "eos_token_id": processor.eos_token_id}
+    first = Sampling(temperature=1, seed=0)
+    for answer in generate_many(model, requests, rows=4, sampling=first, grammar=held, **options):
         grammar = held if answer.index % 2 else None
-        alone = torch.cat(list(generate(model, question(), seed=answer.index, grammar=grammar, **options))).tolist()
+        sampling = Sampling(temperature=1, seed=answer.index)
+        alone = torch.cat(list(generate(model, question(), sampling=sampling, grammar=grammar, **options))).tolist()
         assert answer.token_ids == alone
         assert (first_refused(held, alone, 12) is None) == bool(answer.index % 2)
-    (answer,) = generate_many(model, [question()], rows=4, seed=0, grammar=held, **options)  # the grammar of all requests
+    (answer,) = generate_many(model, [question()], rows=4, sampling=first, grammar=held, **options)  # the grammar of all requests
     assert first_refused(held, answer.token_ids, 12) is None
 
 
