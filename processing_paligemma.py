@@ -59,7 +59,7 @@ CONVERT = "Make one with transformers: AutoTokenizer.from_pretrained(folder).sav
 def read_settings(folder: Path, name: str, error_class: type[CheckpointError | TokenizerError]) -> dict:
     """The object in a JSON file of the folder; {} where there is no such file. Raises: error_class, AccessError."""
     path = folder / name
-    if files.look(path, error_class) is None and not path.is_symlink():
+    if files.stat_path(path, error_class) is None and not path.is_symlink():
         return {}
     return files.read_json(path, error_class)
 
@@ -114,7 +114,7 @@ def check_parts(tokenizer: Tokenizer, path: Path) -> None:
         wrong += ["a byte without a token"] if any(model.token_to_id(f"<0x{byte:02X}>") is None for byte in range(256)) else []
     for name, allowed in PARTS.items():
         part = getattr(tokenizer, name)
-        for inner in types_in(None if part is None else json.loads(part.__getstate__())):
+        for inner in types_in(None if part is None else files.parse_json(part.__getstate__())):
             if inner["type"] not in allowed:
                 wrong.append(inner["type"])
             elif inner["type"] == "Replace" and (inner["pattern"], inner["content"]) != ({"String": " "}, SPACE):
@@ -128,7 +128,7 @@ def check_parts(tokenizer: Tokenizer, path: Path) -> None:
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer.json of a folder, so that it neither cuts nor pads. Raises: TokenizerError."""
     path = folder / "tokenizer.json"
-    if files.look(path, TokenizerError) is None and not path.is_symlink():
+    if files.stat_path(path, TokenizerError) is None and not path.is_symlink():
         if files.is_file(folder / "tokenizer.model", TokenizerError):
             raise TokenizerError(
                 f"{folder} has a tokenizer.model but no tokenizer.json, which is what is read. {CONVERT}", path=path
@@ -515,8 +515,7 @@ class PaliGemmaProcessor:
             raise OutputError(f"{folder} cannot be made: {reason}. Name another folder.", path=folder) from error
         texts = {name: json.dumps(content, indent=2) + "\n" for name, content in contents.items()}
         for name, text in (texts | {"tokenizer.json": self.tokenizer.to_str(pretty=True)}).items():
-            with files.whole(folder / name) as beside:
-                beside.write_text(text, encoding="utf-8")
+            files.write_atomic(folder / name, text)
 
     def __call__(
         self,

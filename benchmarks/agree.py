@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.make_checkpoint import write_checkpoint
 from benchmarks.sides import make_rows
 from paligemma.checkpoints.weights import load_model
+from paligemma.files import read_json
 from paligemma.generation import generate
 from paligemma.layers import graphs
 from paligemma.modeling_gemma import attention
@@ -58,7 +59,7 @@ def stepwise(model: torch.nn.Module, inputs: dict) -> tuple[torch.Tensor, list[g
 
 def compare_forms(folder: Path, family: str, device: str) -> Iterator[dict]:
     """The rows of one family, form by form."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     one, three = make_rows(config, 1, CONTEXT, 0), make_rows(config, 3, CONTEXT, 0)
     three["attention_mask"][1, -20:] = three["attention_mask"][2, -5:] = 0
     is_gpu = device.startswith("cuda")

@@ -8,11 +8,11 @@ eos, so each answer is given the length that it shall have; both sides get the s
 On two cores a picture takes transformers many seconds, so one round must do there; on CUDA take --rounds 5.
 """
 
-import json
 import random
 from functools import partial
 
 from benchmarks import turns
+from paligemma.files import read_json
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     options = turns.parse(__doc__, rounds=1, flags=flags)
     is_gpu = options.device.startswith("cuda")
     sizes = [int(n) for n in (options.rows or ("1,8,32,128" if is_gpu else "1,4")).split(",")]
-    raw = json.loads((options.model / "config.json").read_text())
+    raw = read_json(options.model / "config.json")
     context = raw["text_config"]["num_image_tokens"] + turns.PROMPT
     draw = random.Random(0)
     results = {}

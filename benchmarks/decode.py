@@ -10,17 +10,17 @@ measured with torch's oneDNN products switched off while decoding, which some pr
 graph (graphs.py), and "compiled" the same of a compiled step; "share" is the part of the bandwidth that is used.
 """
 
-import json
 from functools import partial
 
 from benchmarks import turns
+from paligemma.files import read_json
 
 RECORDING = 8  # tokens on CUDA, until graphs are recorded and, some minutes, steps compiled: by all sides at the same time
 
 
 def main() -> None:
     options = turns.parse(__doc__)
-    config = json.loads((options.model / "config.json").read_text())
+    config = read_json(options.model / "config.json")
     is_gpu = options.device.startswith("cuda")
     count = 2 if options.quick else 16 if is_gpu else 8  # so few on CUDA, too, that no longer reach is recorded on the way
     names = [*options.sides, *(turns.COMPILED if is_gpu and turns.INT4 in options.sides else ())]

@@ -8,13 +8,13 @@ Context is measured on models of full width with one layer, made for the occasio
 The size is measured at 224 px. One round after one to warm up: curves, not contests.
 """
 
-import json
 import tempfile
 from functools import partial
 from pathlib import Path
 
 from benchmarks import turns
 from benchmarks.make_checkpoint import write_checkpoint
+from paligemma.files import read_json
 
 CONTEXTS = ((224, 266), (224, 512), (448, 1034), (896, 4106))  # px, tokens
 
@@ -35,7 +35,7 @@ def measure(model: Path, options: object, context: int, count: int) -> dict:
 def main() -> None:
     options = turns.parse(__doc__, rounds=1)
     size = "tiny" if options.quick else "3b"
-    config = json.loads((options.model / "config.json").read_text())
+    config = read_json(options.model / "config.json")
     layers = config["text_config"]["num_hidden_layers"]
     results = {"context": [], "layers": []}
     with tempfile.TemporaryDirectory() as folder:

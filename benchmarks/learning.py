@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import turns
+from paligemma.files import parse_json, read_json
 
 ANSWER, VOCABULARY = 16, (10, 250)  # tokens of an answer; ids that mean something in every tokenizer
 LEARNING_RATE, RANK, ALPHA = 1e-4, 8, 16
@@ -105,7 +106,7 @@ def theirs(options: argparse.Namespace, config: dict) -> Callable[[int], float]:
 
 def work(options: argparse.Namespace) -> None:
     """One turn of one side: a line of JSON."""
-    config = json.loads((options.model / "config.json").read_text())
+    config = read_json(options.model / "config.json")
     update = {"ours": ours, "transformers": theirs}[options.side](options, config)
     losses, seconds = [update(0)], []
     for step in range(1, options.steps + 1):
@@ -133,7 +134,7 @@ def turn(name: str, options: argparse.Namespace) -> dict:
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if run.returncode:
         raise SystemExit(f"{name} ended with {run.returncode}; see its error above.")
-    return json.loads(run.stdout.splitlines()[-1])
+    return parse_json(run.stdout.splitlines()[-1])
 
 
 def main() -> None:

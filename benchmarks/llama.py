@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import turns
+from paligemma.files import move_into_place, parse_json, read_json
 
 PAIRS = {"BF16": turns.OURS, "Q8_0": turns.INT8, "Q4_0": turns.INT4}  # llama.cpp's name, and the side of as many bits
 
@@ -76,7 +77,7 @@ class Server:
     def write(self, file: str, kind: str, text: dict) -> dict:
         part = Path(f"{file}.part")
         write_gguf(str(part), kind, text)
-        part.rename(file)
+        move_into_place(part, Path(file))
         return {}
 
     def load(self, file: str, slots: int) -> dict:
@@ -117,7 +118,7 @@ class Server:
 def serve() -> None:
     server = Server()
     for line in sys.stdin:
-        arguments = json.loads(line)
+        arguments = parse_json(line)
         print(json.dumps(getattr(server, arguments.pop("do"))(**arguments)), flush=True)
 
 
@@ -150,7 +151,7 @@ def main() -> None:
     }
     options = turns.parse(__doc__, flags=flags)
     require_llama(options.python)
-    text = json.loads((options.model / "config.json").read_text())["text_config"]
+    text = read_json(options.model / "config.json")["text_config"]
     count = 2 if options.quick else 8
     context = text["num_image_tokens"] + turns.PROMPT
     most = 1 + count * (options.rounds + 1)

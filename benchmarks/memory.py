@@ -6,9 +6,9 @@ quantised model is measured both ways, made from the bf16 files while loading an
 On CUDA the number is the most that torch had allocated there; the memory of the CPU is beside it.
 """
 
-import json
 
 from benchmarks import turns
+from paligemma.files import read_json
 
 
 def peak(name: str, model: object, device: str, context: int) -> tuple[turns.Side, dict]:
@@ -23,7 +23,7 @@ def peak(name: str, model: object, device: str, context: int) -> tuple[turns.Sid
 
 def main() -> None:
     options = turns.parse(__doc__, rounds=1)
-    raw = json.loads((options.model / "config.json").read_text())
+    raw = read_json(options.model / "config.json")
     context = raw["text_config"]["num_image_tokens"] + turns.PROMPT
     folders = {}
     for name in sorted((name for name in options.sides if name != turns.STATIC), key=lambda name: name != turns.BASELINE):

@@ -6,10 +6,10 @@ Shorter is better everywhere. Nothing is measured here; the scripts that did are
 """
 
 import argparse
-import json
 from itertools import zip_longest
 from pathlib import Path
 
+from paligemma.files import read_json
 from paligemma.svg import BLUE, GREEN, INK, ORANGE, PURPLE, SOFT, Axes, Drawing
 
 HERE = Path(__file__).resolve().parent
@@ -23,7 +23,7 @@ def color(name: str) -> str:
 
 def read(name: str, suffix: str) -> dict | None:
     path = HERE / "results" / f"{name}{suffix}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 def panels(suffix: str) -> list[tuple[str, dict[str, tuple[float, float | None]]]]:

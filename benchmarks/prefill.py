@@ -8,17 +8,17 @@ float32. int8 products can undercut that floor, since processors multiply small 
 "decoder" is the whole less the tower, round by round.
 """
 
-import json
 from functools import partial
 
 from benchmarks import turns
+from paligemma.files import read_json
 from paligemma.machine import prefill_products
 from paligemma.modeling_paligemma import PaliGemmaConfig
 
 
 def main() -> None:
     options = turns.parse(__doc__)
-    raw = json.loads((options.model / "config.json").read_text())
+    raw = read_json(options.model / "config.json")
     config = PaliGemmaConfig.from_hf(raw)
     context = config.num_image_tokens + turns.PROMPT
     floors = turns.Floors(options.device)

@@ -8,7 +8,6 @@ accepts, stands beside them as the yardstick, as does transformers' bfloat16. We
 distance, since nothing in them is redundant.
 """
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import turns
+from paligemma.files import parse_json, read_json
 
 POSITIONS = 64  # text tokens behind the picture
 
@@ -36,7 +36,7 @@ def distance(reference: Tensor, logits: Tensor) -> dict:
 
 def full_size(options: object, folder: Path) -> dict:
     """The logits' distances, one form after another, so that only one model is in memory."""
-    config = json.loads((options.model / "config.json").read_text())
+    config = read_json(options.model / "config.json")
     context = config["text_config"]["num_image_tokens"] + POSITIONS
     rows, reference = {}, None
     print(f"{'full size, logits':34}{'distance':>10}{'divergence':>12}{'same best':>11}")
@@ -60,7 +60,7 @@ def demo(options: object) -> dict:
         command += ["--count", str(options.count), "--device", options.device]
         command += ["--dtype", "bf16"] if name == turns.OURS else ["--quantize", kind]
         output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        scores = json.loads(output.splitlines()[-1])
+        scores = parse_json(output.splitlines()[-1])
         rows[name] = {key: scores[key] for key in ("answer", "caption", "detect", "questions")}
         print(f"{name:34}{rows[name]['answer']:10.1%}{rows[name]['caption']:12.1%}{rows[name]['detect']:11.3f}")
     return rows

@@ -19,6 +19,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from paligemma.files import parse_json
+
 ROOT = Path(__file__).resolve().parent.parent
 FREE = ("seconds",)  # what a line of metrics.jsonl says about the clock
 
@@ -44,7 +46,7 @@ def run(words: list[str], patience: float | None = None) -> bool:
 
 def result(output: Path) -> tuple[list[dict], str]:
     """The lines of metrics.jsonl without their times, and what the weights hash to."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = [parse_json(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     weights = hashlib.sha256((output / "model" / "model.safetensors").read_bytes()).hexdigest()
     return [{name: value for name, value in line.items() if name not in FREE} for line in lines], weights
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 from paligemma import machine
+from paligemma.files import parse_json, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 machine.use_cores()  # both sides get the same threads
@@ -70,7 +71,7 @@ class Side:
     def load(self, model: str) -> dict:
         """Weights in, ready to answer."""
         self.folder = Path(model)
-        self.config = json.loads((self.folder / "config.json").read_text())
+        self.config = read_json(self.folder / "config.json")
         start = time.perf_counter()
         self.model = self.load_model()
         self.wait()
@@ -277,7 +278,7 @@ def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints must not stand among the answers
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for line in sys.stdin:
-        arguments = json.loads(line)
+        arguments = parse_json(line)
         reply = getattr(side, arguments.pop("do"))(**arguments)
         answers.write(json.dumps(reply) + "\n")
         answers.flush()

@@ -7,7 +7,6 @@ line that has the token. "import torch" alone is the least that either could tak
 as save_model wrote it.
 """
 
-import json
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import turns
+from paligemma.files import parse_json
 
 PROMPT = "caption en"
 THEIRS = """
@@ -40,7 +40,7 @@ def first_line(command: list[str]) -> dict:
     errors = process.communicate()[1]
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with exit code {process.returncode}:\n{errors}")
-    return {"seconds": seconds} | ({"tokens": json.loads(line)["token_ids"]} if line.startswith("{") else {})
+    return {"seconds": seconds} | ({"tokens": parse_json(line)["token_ids"]} if line.startswith("{") else {})
 
 
 def read_files(folder: Path) -> None:

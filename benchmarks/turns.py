@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from paligemma import machine
+from paligemma.files import parse_json
 
 HERE = Path(__file__).resolve().parent
 THREADS = machine.use_cores()  # here, and in every side that is started: a child inherits the number of threads
@@ -87,7 +88,7 @@ class Side:
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"{shlex.join(self.process.args)} ended without an answer; see its error above.")
-        return json.loads(line)
+        return parse_json(line)
 
     def close(self) -> None:
         self.process.stdin.close()

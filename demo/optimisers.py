@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed, nn
 
+from paligemma.files import open_atomic
+
 WARMUP, PLATEAU = 0.03, 0.4  # the shares of a stage at which the learning rate is at its peak, and begins to fall
 
 
@@ -119,9 +121,9 @@ class Trainer:
 
 
 def save(folder: Path, name: str, state: dict) -> None:
-    """Writes beside, then renames."""
-    torch.save(state, folder / f"{name}.part")
-    os.replace(folder / f"{name}.part", folder / name)
+    """Writes the file whole, or leaves the old one."""
+    with open_atomic(folder / name) as stream:
+        torch.save(state, stream)
 
 
 def init(module: nn.Module) -> None:

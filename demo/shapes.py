@@ -17,7 +17,6 @@ torch only once codes are needed; the fonts lie in fonts/ beside this file.
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -27,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from paligemma.files import BUNDLED
+from paligemma.files import BUNDLED, open_atomic, write_atomic
 from paligemma.objects.masks import MASK_SIDE, fill, resize
 from paligemma.vocabulary import CODE_TOKENS, LOCATION_TOKENS, NUM_LOCATIONS
 
@@ -460,13 +459,11 @@ def write(out: Path, count: int, seed: int, size: int) -> None:
         rng = np.random.default_rng([seed, index])
         scene = make_scene(rng)
         name = f"{index:06d}.png"
-        draw(scene, size).save(out / f"{name}.part", format="png")
-        os.replace(out / f"{name}.part", out / name)
+        with open_atomic(out / name) as stream:
+            draw(scene, size).save(stream, format="png")
         for prefix, suffix in ask(scene, rng, list(ASKED)):
             lines.append(json.dumps({"image": name, "prefix": prefix, "suffix": suffix}))
-    part = out / "annotations.jsonl.part"
-    part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(part, out / "annotations.jsonl")
+    write_atomic(out / "annotations.jsonl", "".join(line + "\n" for line in lines))
 
 
 def main() -> None:

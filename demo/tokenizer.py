@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from demo import shapes
+from paligemma.files import MAX_TOKENIZER_BYTES, parse_json
 from paligemma.vocabulary import CODE_TOKENS, LOCATION_TOKENS
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
@@ -39,7 +40,7 @@ def make_tokenizer() -> Tokenizer:
     ascii_letters = [chr(i) for i in range(33, 127)] + ["\n", "▁"]
     trainer = trainers.BpeTrainer(min_frequency=20, initial_alphabet=ascii_letters, show_progress=False)
     trained.train_from_iterator(corpus(), trainer)
-    learned = json.loads(trained.to_str())["model"]
+    learned = parse_json(trained.to_str(), MAX_TOKENIZER_BYTES)["model"]
     pieces = [*SPECIAL, *(f"<0x{i:02X}>" for i in range(256)), *sorted(learned["vocab"], key=learned["vocab"].get)]
     tokenizer = Tokenizer(
         models.BPE(

@@ -10,7 +10,6 @@ with two shapes or more, of seeds that nothing else uses; where the two largest 
 
 import argparse
 import json
-import os
 from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from demo import shapes
+from paligemma.files import write_atomic
 
 QUESTION = "answer en what is the largest shape?"
 SEEDS = {"train": 3000, "valid": 4000}
@@ -48,9 +48,7 @@ def write_split(out: Path, name: str, number: int, size: int) -> None:
         image = f"{name}/{index:05d}.png"
         shapes.draw(scene, size).save(out / image)
         lines.append(json.dumps({"image": image, "prefix": QUESTION, "suffix": largest}))
-    part = out / f"{name}.jsonl.part"
-    part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(part, out / f"{name}.jsonl")
+    write_atomic(out / f"{name}.jsonl", "".join(line + "\n" for line in lines))
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ codec.png   masks of three shapes, what the codec makes of them, and what comes 
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ if __name__ == "__main__":  # --help and wrong flags are answered before anythin
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 from demo import shapes
+from paligemma.files import read_json
 from paligemma.learning.scores import mask_iou
 from paligemma.objects.mask_codec import load_codec
 from paligemma.objects.masks import crop, paste
@@ -35,7 +35,7 @@ TICKS = [0, 0.2, 0.4, 0.6, 0.8, 1]
 
 
 def draw_scores() -> None:
-    detection = json.loads(RESULTS.read_text(encoding="utf-8"))["detection"]
+    detection = read_json(RESULTS)["detection"]
     drawing = Drawing(640, 400)
     axes = Axes(drawing, (60, 50, 610, 340), x=(0, 1), y=(0, 1))
     axes.frame(TICKS, TICKS, f"recall: share of the {detection['true_boxes']} boxes that are found, IoU {IOU} and more",
@@ -89,7 +89,7 @@ def draw_codec() -> None:
 
 
 def main() -> None:
-    numbers = json.loads(RESULTS.read_text(encoding="utf-8"))["detection"]
+    numbers = read_json(RESULTS)["detection"]
     precision = numbers["map"]
     print(f"mAP {precision['plain']:.3f} without scores, {precision['scores']:.3f} with, {precision['scores_and_expected']:.3f} "
           "with expected coordinates")  # fmt: skip

@@ -4,7 +4,6 @@ roofline.svg  one matrix product of the decoder for more and more rows, from ben
 """
 
 import argparse
-import json
 from pathlib import Path
 
 if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
@@ -15,6 +14,7 @@ import torch
 from notes.tables import model_config
 from paligemma import machine
 from paligemma.checkpoints.weights import empty_model
+from paligemma.files import read_json
 from paligemma.layers import quantization
 from paligemma.modeling_paligemma import PaliGemmaConfig
 from paligemma.svg import BLUE, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing
@@ -48,7 +48,7 @@ def count_work(config: PaliGemmaConfig) -> None:
 
 
 def draw_roofline() -> None:
-    document = json.loads(RESULTS.read_text(encoding="utf-8"))
+    document = read_json(RESULTS)
     weights = document["size"][0] * document["size"][1]
     counts = [int(rows) for rows in document["rows"]]
     floors = document["floors"]

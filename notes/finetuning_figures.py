@@ -21,6 +21,7 @@ from PIL import Image
 
 from demo import evaluate, shapes
 from paligemma.checkpoints import weights
+from paligemma.files import read_json
 from paligemma.layers import lora
 from paligemma.learning import curves, dataset, training
 from paligemma.learning.evaluation import Judge
@@ -166,7 +167,7 @@ def run(
 
 def draw_mistakes() -> None:
     """Left the losses that training shows, right what each run came to."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    results = read_json(RESULTS)
     drawing = Drawing(980, 60 + 30 * len(results))
     most = max(len(found["losses"]) for found in results.values())
     axes = Axes(drawing, (60, 50, 380, 10 + 30 * len(results)), (0, most), (0, 3))
@@ -200,7 +201,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.stored:
         draw_mistakes()
-        return report(json.loads(RESULTS.read_text(encoding="utf-8")))
+        return report(read_json(RESULTS))
     options.steps, options.scored, options.old = (3, 8, 2) if options.quick else (PLAN.steps, 200, OLD_SCENES)
     processor = PaliGemmaProcessor.from_pretrained(CHECKPOINT)
     with tempfile.TemporaryDirectory() as folder:
@@ -208,7 +209,7 @@ def main() -> None:
         command = [sys.executable, "-m", "demo.transfer", "--out", folder, "--count", str(count)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         train, valid = (dataset.read_split(Path(folder) / f"{name}.jsonl") for name in ("train", "valid"))
-        before = json.loads(RESULTS.read_text(encoding="utf-8")) if options.only else {}
+        before = read_json(RESULTS) if options.only else {}
         results = {way.name: before.get(way.name) for way in WAYS}
         for way in (way for way in WAYS if options.only in (None, way.name)):
             results[way.name] = run(way, train, valid, processor, options).__dict__

@@ -12,6 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from paligemma.files import parse_json
+
 ROOT = Path(__file__).resolve().parent.parent
 
 WAYS = {
@@ -98,7 +100,7 @@ def main() -> None:
         for way in (*WAYS, NAIVE):
             command = [sys.executable, "-m", "notes.loading_figures", "--load", folder, way]
             output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
-            row = json.loads(output)
+            row = parse_json(output)
             numbers = "".join(f"{row[key]:9.0f}" for key in ("weights", "own", "file", "peak"))
             print(f"{way:16}{numbers}")
 

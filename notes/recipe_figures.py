@@ -5,12 +5,12 @@ single tokens behind a right beginning; demo/evaluate.py lets the model speak, a
 """
 
 import argparse
-import json
 from pathlib import Path
 
 if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
+from paligemma.files import parse_json
 from paligemma.svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing
 
 HERE = Path(__file__).resolve().parent
@@ -28,7 +28,7 @@ WIDTH, TOP, BOTTOM = 860, 74, 354
 def read_log() -> list[dict]:
     """The lines with `at`, the minutes since the beginning of the whole."""
     lines, before, stage = [], 0.0, None
-    for line in map(json.loads, LOG.read_text(encoding="utf-8").splitlines()):
+    for line in map(parse_json, LOG.read_text(encoding="utf-8").splitlines()):
         if stage is not None and line["stage"] != stage:
             before = lines[-1]["at"]
         stage = line["stage"]

@@ -1,6 +1,5 @@
 """The tables of README.md, docs/ and notes/decoding.md, made from the code itself and from benchmarks/results."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import torch
 
 from paligemma.checkpoints.weights import empty_model
+from paligemma.files import read_json
 from paligemma.layers import quantization
 from paligemma.modeling_paligemma import PaliGemmaConfig
 
@@ -82,7 +82,7 @@ def result(name: str) -> dict | None:
     file = RESULTS / f"{name}.json"
     if not file.exists():
         return None
-    document = json.loads(file.read_text(encoding="utf-8"))
+    document = read_json(file)
     document["command"] = re.sub(r"(--model|--python|--gguf) \S*/", r"\1 ", document["command"])  # where it lay does not matter
     return document
 

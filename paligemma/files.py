@@ -1,7 +1,7 @@
-"""Paths that users type, and files that are complete or absent. Checked in tests/test_files.py.
+"""Paths from users, the one JSON reader, and atomic writes: a file is complete or absent. Checked in tests/test_files.py.
 
-Path.exists() and its relatives raise OSError for a name of 300 letters or a folder that may not be searched, and expanduser()
-raises RuntimeError for the ~ of a user that does not exist. Use the functions here for every path that came from outside.
+Use these functions for every path that a user, a dataset or a checkpoint gives. Path.exists() and similar methods raise OSError
+for a name of 300 characters or a folder that may not be searched, and expanduser() raises RuntimeError for an unknown ~user.
 """
 
 import errno
@@ -9,130 +9,149 @@ import json
 import os
 import re
 import stat
+import tempfile
+import threading
 import unicodedata
 import urllib.parse
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from heapq import nlargest
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 from paligemma.errors import AccessError, CheckpointError, OutputError, PaliGemmaError, UsageError
 
 BUNDLED = Path(__file__).with_name("bundled")  # the checkpoint, the picture and the font that come with this code
-MAX_JSON_BYTES = 10_000_000  # parsed, what others write takes up to 25 times as much memory; the largest real one has 0.3 MB
-MAX_TOKENIZER_BYTES = 50_000_000  # Gemma's has 35 MB
-MOST_NAMES = 100_000  # of a folder, looked through for a similar name
-MOST_COMPARED = 100  # of them, compared letter by letter
+MAX_JSON_BYTES = 10_000_000  # a parsed JSON file can take 25 times its size in memory; the largest real config has 0.3 MB
+MAX_TOKENIZER_BYTES = 50_000_000  # Gemma's tokenizer.json has 35 MB
+MAX_NAMES = 100_000  # how many names of a folder are searched for a similar one
+MAX_COMPARED = 100  # how many of these are compared with difflib
+MAKE_ROOM = "Make room, or write elsewhere."
+
+
+# Paths
 
 
 def expand_text(name: str) -> str:
-    """The name with ~ and ~user replaced, else letter by letter as it is; a ~user that does not exist stays."""
+    """The name with ~ and ~user replaced, otherwise unchanged. The ~user of an unknown user stays as it is."""
     try:
         return os.path.expanduser(name)
-    except ValueError:  # a NUL or half a character in it
+    except ValueError:  # the name holds a NUL or a lone surrogate
         return name
 
 
 def expand(name: str | os.PathLike) -> Path:
-    """The path with ~ and ~user replaced; a ~user that does not exist stays as it is, like any other name."""
+    """The path with ~ and ~user replaced. The ~user of an unknown user stays as it is, like any other name."""
     return Path(expand_text(os.fspath(name)))
 
 
 def split_file_address(address: str) -> tuple[str, Path]:
-    """The machine ("" for this one) and the path in an address that begins with file://."""
+    """The host ("" for this machine) and the path in an address that begins with file://."""
     host, slash, path = address[len("file://") :].partition("/")
     path = re.split("[?#]", path, maxsplit=1)[0]
     return "" if host.lower() == "localhost" else host, Path(urllib.parse.unquote(slash + path))
 
 
-def look(path: str | os.PathLike, error_class: type[PaliGemmaError] = CheckpointError) -> os.stat_result | None:
-    """What lies at a path (links followed), None if there is nothing.
+def stat_path(path: str | os.PathLike, error_class: type[PaliGemmaError] = CheckpointError) -> os.stat_result | None:
+    """The status of the file at a path (links followed), or None if there is none.
 
-    Raises: error_class where the system cannot say: a name too long or with a NUL, a loop of links, a folder that may not be
-        searched. The last is an AccessError where error_class is CheckpointError.
+    Raises: error_class if the system cannot tell: the name is too long or holds a NUL, links form a loop, or a folder may not be
+        searched. The last case raises AccessError if error_class is CheckpointError.
     """
     try:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except PermissionError as error:
-        denied = AccessError if error_class is CheckpointError else error_class
-        raise denied(f"{path} may not be read by this user. Change its permissions.", path=path) from error
+        raise not_permitted(path, error_class) from error
     except (OSError, ValueError) as error:
-        reason = {errno.ELOOP: "its links lead in a circle", errno.ENAMETOOLONG: "the name is too long"}.get(
+        reason = {errno.ELOOP: "its links form a loop", errno.ENAMETOOLONG: "the name is too long"}.get(
             getattr(error, "errno", None), getattr(error, "strerror", None) or error
         )
         name = ascii(os.fspath(path))[1:-1] if isinstance(error, ValueError) else os.fspath(path)  # a NUL, a lone surrogate
         raise error_class(f"{name} cannot be opened: {reason}. Check the path.", path=path) from error
 
 
+def not_permitted(path: str | os.PathLike, error_class: type[PaliGemmaError]) -> PaliGemmaError:
+    """The error for a file that may not be read: an AccessError if error_class is CheckpointError, else of error_class."""
+    denied = AccessError if error_class is CheckpointError else error_class
+    return denied(f"{path} may not be read by this user. Change its permissions.", path=path)
+
+
 def is_file(path: str | os.PathLike, error_class: type[PaliGemmaError] = CheckpointError) -> bool:
-    """Whether a regular file, or a link to one, lies there. Raises: as `look`."""
-    status = look(path, error_class)
+    """Whether the path is a regular file or a link to one. Raises: as stat_path."""
+    status = stat_path(path, error_class)
     return status is not None and stat.S_ISREG(status.st_mode)
 
 
 def is_folder(path: str | os.PathLike, error_class: type[PaliGemmaError] = CheckpointError) -> bool:
-    """Whether a folder, or a link to one, lies there. Raises: as `look`."""
-    status = look(path, error_class)
+    """Whether the path is a folder or a link to one. Raises: as stat_path."""
+    status = stat_path(path, error_class)
     return status is not None and stat.S_ISDIR(status.st_mode)
 
 
 def names_in(folder: str | os.PathLike) -> list[str]:
-    """The names in a folder, in order; the first MOST_NAMES of them. None of a folder that is absent or cannot be read."""
+    """The first MAX_NAMES names in a folder, sorted. The list is empty if the folder does not exist or cannot be read."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in islice(entries, MOST_NAMES))
+            return sorted(entry.name for entry in islice(entries, MAX_NAMES))
     except (OSError, ValueError):
         return []
 
 
 def similar_names(name: str, names: list[str]) -> list[str]:
-    """Up to three of the names that differ from this one by little, whatever their case.
+    """Up to three of `names` that are spelled almost like `name`; upper and lower case count as equal.
 
-    Names are first compared by their letters without order, which is fast, and only the nearest by difflib, which is slow.
+    The names are first ranked by the letters they have in common, which is fast. Only the best are compared by difflib, which
+    is slow.
     """
-    import difflib  # only a mistyped name pays for it
+    import difflib  # imported only for a mistyped name
 
     letters, lower = Counter(name.lower()), {other.lower(): other for other in names}
-    nearest = nlargest(MOST_COMPARED, lower, key=lambda other: (letters & Counter(other)).total() * 2 - len(other))
+    nearest = nlargest(MAX_COMPARED, lower, key=lambda other: (letters & Counter(other)).total() * 2 - len(other))
     return [lower[other] for other in difflib.get_close_matches(name.lower(), nearest, n=3, cutoff=0.7)]
+
+
+# Reading
 
 
 def read_regular(
     path: Path,
-    most_bytes: int,
+    max_bytes: int,
     error_class: type[PaliGemmaError] = CheckpointError,
     advice: str = "Download it again, or name another folder.",
 ) -> bytes:
-    """The content of a regular file or of a link to one; never waits for a pipe, never takes more memory than most_bytes.
+    """The content of a regular file or of a link to one. It never waits for a pipe, and never takes more memory than max_bytes.
 
-    Raises: error_class if it is missing, of another kind, too large or unreadable; AccessError as `look`.
+    Raises: error_class if the file is missing, of another kind, too large or unreadable; AccessError as in stat_path.
     """
-    status = look(path, error_class)
+    status = stat_path(path, error_class)
     if status is None:
-        what = "is a link to nothing" if os.path.islink(path) else "is missing"
+        what = "is a broken link" if os.path.islink(path) else "is missing"
         raise error_class(f"{path} {what}. {advice}", path=path)
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
         raise error_class(f"{path} is {kind}, not a file. Replace it by a regular file.", path=path)
     try:
         with open(path, "rb") as stream:
-            content = stream.read(most_bytes + 1)
+            content = stream.read(max_bytes + 1)
     except PermissionError as error:
-        denied = AccessError if error_class is CheckpointError else error_class
-        raise denied(f"{path} may not be read by this user. Change its permissions.", path=path) from error
+        raise not_permitted(path, error_class) from error
     except OSError as error:
         raise error_class(f"{path} cannot be read: {error.strerror}. Check the disk, or download it again.", path=path) from error
-    if len(content) > most_bytes:
-        raise error_class(f"{path} has {status.st_size} bytes, and {most_bytes} is the limit. {advice}", path=path)
+    if len(content) > max_bytes:
+        raise error_class(f"{path} has {status.st_size} bytes, and {max_bytes} is the limit. {advice}", path=path)
     return content
 
 
-def impostor(head: bytes) -> str | None:
-    """What a file is that only stands for the one that was wanted, by its first bytes, and what to do; None for all others."""
+def describe_placeholder(head: bytes) -> str | None:
+    """What was downloaded in place of the real file (a Git LFS pointer, a web page) and what to do; None if it is neither.
+
+    Args:
+        head: the first bytes of the file.
+    """
     if head.startswith(b"version https://git-lfs"):
         return "is a pointer of git-lfs, not the file itself. Fetch the files: git lfs pull, or download the model again"
     if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
@@ -140,58 +159,82 @@ def impostor(head: bytes) -> str | None:
     return None
 
 
-def read_json(
-    path: Path, error_class: type[PaliGemmaError] = CheckpointError, most_bytes: int = MAX_JSON_BYTES
-) -> dict:
-    """The object in a JSON file. Raises: error_class, with line and column, for anything else; AccessError as `look`."""
-    content = read_regular(path, most_bytes, error_class)
+class JSONFault(ValueError):
+    """Says why text is not a JSON object, in words that follow "is"; `line` and `column`, from 1, say where."""
+
+    def __init__(self, reason: str, line: int = 1, column: int = 1):
+        super().__init__(reason)
+        self.line, self.column = line, column
+
+
+def json_kind(value: object) -> str:
+    """The kind of a JSON value in plain words: "a list", "true or false"."""
+    kinds = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return "an object" if isinstance(value, dict) else kinds.get(type(value), "a number")
+
+
+def parse_json(content: bytes | str, max_bytes: int = MAX_JSON_BYTES, **hooks: Callable) -> dict:
+    """The object in a JSON text: a whole file, or one line of a JSONL file.
+
+    Args:
+        max_bytes: the limit for len(content).
+        hooks: as in json.loads: object_pairs_hook, parse_int, ...
+    Raises: JSONFault, a ValueError, for any other text, however hostile: not UTF-8, too large, nested too deeply, not an object.
+    """
+    if len(content) > max_bytes:
+        raise JSONFault(f"longer than {max_bytes} bytes, which is the limit")
     try:
-        value = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise error_class(f"{path}{explain_json(content, error)}.", path=path) from error
+        value = json.loads(content if isinstance(content, str) else content.decode("utf-8"), **hooks)
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        raise JSONFault("not UTF-8", line, column) from error
+    except json.JSONDecodeError as error:
+        raise JSONFault(f"not JSON: {error.msg}", error.lineno, error.colno) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested too deeply, a hook's refusal
+        raise JSONFault(f"not usable JSON: {error}") from error
     if not isinstance(value, dict):
-        raise error_class(f"{path}:1:1 holds a {type(value).__name__}, not an object in braces. Download it again.", path=path)
+        raise JSONFault(f"{json_kind(value)}, not an object in braces")
     return value
 
 
-def explain_json(content: bytes, error: Exception) -> str:
-    """Why these bytes are no JSON, to be put after the file's name."""
-    what = impostor(content)
-    if what is not None:
-        return f" {what}"
-    if isinstance(error, UnicodeDecodeError):
-        return f" is not text in UTF-8 (byte {error.start}). Download it again"
-    if isinstance(error, json.JSONDecodeError):
-        return f":{error.lineno}:{error.colno} is not JSON: {error.msg}. Correct it, or download it again"
-    return f" is not usable JSON: {error}. Download it again"  # numbers of thousands of digits, brackets nested without end
+def read_json(path: Path, error_class: type[PaliGemmaError] = CheckpointError, max_bytes: int = MAX_JSON_BYTES) -> dict:
+    """The object in a JSON file. Raises: error_class, with line and column, for anything else; AccessError as in stat_path."""
+    content = read_regular(path, max_bytes, error_class)
+    try:
+        return parse_json(content, max_bytes)
+    except JSONFault as fault:
+        what = describe_placeholder(content)
+        text = f"{path} {what}." if what else f"{path}:{fault.line}:{fault.column} is {fault}. Correct it, or download it again."
+        raise error_class(text, path=path) from fault
 
 
-# Files to be written
+# Checks before writing
 
 
-def place_of(path: str | os.PathLike) -> tuple:
-    """What a path names: equal for all its spellings and for links, hard ones too, whether or not anything is there yet.
+def file_key(path: str | os.PathLike) -> tuple:
+    """A key for the file that a path names: equal for all spellings of the path and for links to the file, hard links included.
 
-    Names that differ in case alone are equal where nothing is there: on some disks they are one file.
+    The file need not exist. If it does not, names that differ only in case have the same key: some disks store them as one file.
 
-    Raises: OutputError, as `look`.
+    Raises: OutputError as in stat_path.
     """
-    status = look(path, OutputError)
+    status = stat_path(path, OutputError)
     if status is not None:
         return status.st_dev, status.st_ino
-    folder, name = os.path.split(os.path.realpath(path))  # of a link to nothing, what it names
-    status = look(folder, OutputError)
+    folder, name = os.path.split(os.path.realpath(path))  # realpath: a broken link has the key of the path it points to
+    status = stat_path(folder, OutputError)
     return folder if status is None else (status.st_dev, status.st_ino), unicodedata.normalize("NFC", name).casefold()
 
 
 def check_writable(path: str | os.PathLike, makes_folders: bool = False) -> None:
-    """Raises: OutputError for a file that could not be written later, as far as that can be seen now.
+    """Checks, as far as possible without writing, that a file can be written later. Raises: OutputError.
 
     Args:
-        makes_folders: whether the folders above it will be made if they are not there.
+        makes_folders: whether missing folders above the file will be made.
     """
-    status, folder = look(path, OutputError), os.path.dirname(path) or "."
-    while (above := look(folder, OutputError)) is None and makes_folders:
+    status, folder = stat_path(path, OutputError), os.path.dirname(path) or "."
+    while (above := stat_path(folder, OutputError)) is None and makes_folders:
         folder = os.path.dirname(folder) or "."
     if above is None:
         raise OutputError(f"{path} cannot be written: there is no folder {folder}. Make it first.", path=path)
@@ -210,46 +253,105 @@ def check_outputs(
     inputs: Iterable[tuple[str, str | os.PathLike]] = (),
     nested: Iterable[tuple[str, Path]] = (),
 ) -> None:
-    """Makes sure that files to be written can be, and that none of them is another one, or a file that is read.
+    """Checks that all output files can be written, are different files, and are not inputs.
 
     Args:
-        outputs: what a file is ("--save"), and its path.
-        inputs: the same of files that are read ("the picture"); they need not be there.
-        nested: as outputs, with folders that are made if they are not there.
-    Raises: UsageError for two that are one file (stdout and stderr may go to files, too), OutputError as check_writable.
+        outputs: pairs of a name for messages ("--save") and a path.
+        inputs: the same for the files that are read ("the picture"); they need not exist.
+        nested: the same for outputs whose missing folders will be made.
+    Raises: UsageError if two of the paths name the same file, or an output is the file that stdout or stderr is redirected to;
+        OutputError as in check_writable.
     """
     taken: dict[tuple, tuple[str, Path]] = {}
     for name, path, makes_folders in (*((*output, False) for output in outputs), *((*output, True) for output in nested)):
         check_writable(path, makes_folders)
-        place = place_of(path)
-        if place in taken:
-            other, _ = taken[place]
+        key = file_key(path)
+        if key in taken:
+            other, _ = taken[key]
             both = f"{name} would write {path} twice" if name == other else f"{other} and {name} would both write {path}"
             raise UsageError(f"{both}. Give another name.")
-        taken[place] = name, path
+        taken[key] = name, path
     for number, what in (1, "stdout"), (2, "stderr"):
-        with suppress(OSError):  # it is closed
+        with suppress(OSError):  # the stream is closed
             status = os.fstat(number)
-            if place := taken.get((status.st_dev, status.st_ino)):
-                raise UsageError(f"{what} goes to {place[1]} already, and {place[0]} would overwrite it. Give another name.")
+            if output := taken.get((status.st_dev, status.st_ino)):
+                raise UsageError(f"{what} goes to {output[1]} already, and {output[0]} would overwrite it. Give another name.")
     for what, path in inputs if taken else ():
-        with suppress(OutputError):  # a name that no file can have
-            if place := taken.get(place_of(path)):
-                raise UsageError(f"{place[0]} {place[1]} would overwrite {what} {path}. Give another name.")
+        with suppress(OutputError):  # no file can have this name
+            if output := taken.get(file_key(path)):
+                raise UsageError(f"{output[0]} {output[1]} would overwrite {what} {path}. Give another name.")
+
+
+# Atomic writes. Whatever replaces a file is written by these functions.
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Flushes one file, or the list of names of one folder, to the disk. Raises: OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder and the files in it to the disk. Raises: OSError."""
+    for path in (*folder.iterdir(), folder):
+        sync(path)
+
+
+def move_into_place(source: Path, target: Path) -> None:
+    """Renames a file or a folder. Even after a power cut, `target` is complete: the old one or the new one. Raises: OSError."""
+    # Without this, the new name could reach the disk before the content.
+    sync_folder(source) if os.path.isdir(source) else sync(source)
+    os.replace(source, target)
+    with suppress(OSError):  # some file systems cannot flush a folder, and the new file is in place: this is not an error
+        sync(target.parent)
 
 
 @contextmanager
-def whole(path: Path, advice: str = "Make room, or write elsewhere.") -> Iterator[Path]:
-    """A name beside a file's place to write to, which takes that place at the end; whoever looks sees the old one or the new one.
-
-    Raises: OutputError, which ends with advice, for every OSError within; nothing is left then, and what was there stays.
-    """
-    beside = path.with_name(f".{path.name[:50]}.{os.getpid()}")  # so short that a name of any length has room for more
+def output_errors(path: Path, advice: str = MAKE_ROOM) -> Iterator[None]:
+    """Turns every OSError inside the block into an OutputError that says `path` cannot be written and ends with the advice."""
     try:
-        yield beside
-        os.replace(beside, path)
+        yield
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}. {advice}", path=path) from error
-    finally:
-        with suppress(OSError):
-            os.unlink(beside)
+
+
+@contextmanager
+def open_atomic(path: Path, advice: str = MAKE_ROOM) -> Iterator[BinaryIO]:
+    """A binary stream to a temporary file, which replaces `path` at the end: readers see the old file or the new one.
+
+    Raises: OutputError for every OSError inside the block. Then the old file stays and the temporary one is deleted.
+    """
+    # The name is cut so that the whole never exceeds the 255 bytes that disks allow.
+    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}.{threading.get_ident()}")
+    with output_errors(path, advice):
+        try:
+            with open(temporary, "wb") as stream:
+                yield stream
+            move_into_place(temporary, path)
+        finally:
+            with suppress(OSError):
+                os.unlink(temporary)
+
+
+def write_atomic(path: Path, content: str | bytes, advice: str = MAKE_ROOM) -> None:
+    """Writes a whole file or leaves the old one. Text is written as UTF-8, its lone surrogates escaped. Raises: OutputError."""
+    with open_atomic(path, advice) as stream:
+        stream.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
+
+
+@contextmanager
+def staging_folder(folder: Path, advice: str = MAKE_ROOM) -> Iterator[Path]:
+    """A temporary folder inside `folder` for several files that belong together.
+
+    Write all of them, call sync_folder, then move each with move_into_place: a full disk is noticed before the first old file is
+    replaced. `folder` is made if it does not exist.
+
+    Raises: OutputError for every OSError inside the block.
+    """
+    with output_errors(folder, advice):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            yield Path(temporary)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from paligemma.files import whole
+from paligemma.files import write_atomic
 
 INK, SOFT, FAINT = "#222222", "#777777", "#e3e3e3"
 BLUE, ORANGE, GREEN, PURPLE = "#2f6db3", "#d9781f", "#3c8d53", "#8456a8"  # told apart by people who see no red or green, too
@@ -55,8 +55,7 @@ class Drawing:
         head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" width="{self.width}"'
         sheet = f'<rect width="{self.width}" height="{self.height}" fill="white"/>'
         body = "\n".join([f'{head} font-family="Helvetica, Arial, sans-serif">', sheet, *self.parts, "</svg>", ""])
-        with whole(path) as beside:
-            beside.write_text(body, encoding="utf-8")
+        write_atomic(path, body)
 
 
 @dataclass

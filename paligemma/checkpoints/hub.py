@@ -27,7 +27,7 @@ from paligemma.checkpoints.safetensors_files import (
     read_index,
 )
 from paligemma.errors import AccessError, CheckpointError, OutputError, PaliGemmaError, UsageError
-from paligemma.files import BUNDLED, expand, is_file, is_folder, look, names_in, read_json, similar_names
+from paligemma.files import BUNDLED, expand, is_file, is_folder, names_in, read_json, similar_names, stat_path
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -180,10 +180,10 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     if is_folder(path):
         if revision is not None:
             raise UsageError(f"revision {revision} is for ids of the hub, and {path} is a folder. Leave it out.")
-        if look(path / CONFIG_NAME) is None and not has_adapter(path) and not has_weights(path):
+        if stat_path(path / CONFIG_NAME) is None and not has_adapter(path) and not has_weights(path):
             raise CheckpointError(explain_no_weights(path), path=path)
         return path
-    if look(path) is not None:
+    if stat_path(path) is not None:
         raise CheckpointError(explain_file(path), path=path)
     page = PAGE.fullmatch(name)
     if page is not None and is_id(page[1]):

@@ -19,13 +19,23 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
 
 from paligemma.errors import AccessError, CheckpointError, PaliGemmaError
-from paligemma.files import MAX_TOKENIZER_BYTES, impostor, is_file, look, names_in, read_json, read_regular
+from paligemma.files import (
+    MAX_TOKENIZER_BYTES,
+    describe_placeholder,
+    is_file,
+    move_into_place,
+    names_in,
+    parse_json,
+    read_json,
+    read_regular,
+    stat_path,
+    sync_folder,
+)
 
 log = logging.getLogger(__name__)
 
@@ -119,9 +129,9 @@ def canonical_name(name: str) -> str:
 
 def check_regular(path: Path) -> None:
     """Raises CheckpointError unless there is a file, or a link to one (the hub's cache is made of links)."""
-    if look(path) is None and os.path.islink(path):
+    if stat_path(path) is None and os.path.islink(path):
         raise CheckpointError(f"{path} is a link to nothing. The cache is incomplete: download the checkpoint again.", path=path)
-    if look(path) is None:
+    if stat_path(path) is None:
         raise CheckpointError(f"{path} is missing. Download the checkpoint again, or name another folder.", path=path)
     if not is_file(path):
         raise CheckpointError(f"{path} is not a file.", path=path)
@@ -166,9 +176,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError(f"it has {size} bytes, and its header claims {length}")
-            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=no_duplicates, parse_int=from_0_up)
-        if not isinstance(header, dict):
-            raise ValueError("its header is not an object")
+            header = parse_json(stream.read(length), MAX_HEADER_BYTES, object_pairs_hook=no_duplicates, parse_int=from_0_up)
         about = header.pop("__metadata__", None)
         if about is not None and not (isinstance(about, dict) and all(isinstance(text, str) for text in about.values())):
             raise ValueError("its __metadata__ is no object of texts")
@@ -184,9 +192,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"its header describes {end} bytes and the file has {size}: {what}")
     except PermissionError as error:
         raise AccessError(f"{file} may not be read by this user. Change its permissions.", path=file) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         other = next((what for start, what in RENAMED.items() if head.startswith(start)), None)
-        reason = impostor(head) or (f"is {other}" if other else f"is damaged: {error}. Download it again")
+        reason = describe_placeholder(head) or (f"is {other}" if other else f"is damaged: {error}. Download it again")
         raise CheckpointError(f"{file} {reason}.", path=file) from error
     return tensors
 
@@ -213,14 +221,14 @@ def read_entry(name: str, entry: object, file: Path, offset: int) -> StoredTenso
 
 
 def has_weights(folder: Path, error_class: type[PaliGemmaError] = CheckpointError) -> bool:
-    """Whether a folder holds weights, be they damaged or a link to nothing. Raises: as files.look."""
+    """Whether a folder holds weights, be they damaged or a link to nothing. Raises: as files.stat_path."""
     places = (folder / SINGLE_NAME, folder / INDEX_NAME)
-    return any(look(place, error_class) is not None or place.is_symlink() for place in places)
+    return any(stat_path(place, error_class) is not None or place.is_symlink() for place in places)
 
 
 def has_adapter(folder: Path, error_class: type[PaliGemmaError] = CheckpointError) -> bool:
-    """Whether a folder holds a LoRA adapter, by itself or beside the weights of its base. Raises: as files.look."""
-    return look(folder / ADAPTER_CONFIG_NAME, error_class) is not None
+    """Whether a folder holds a LoRA adapter, by itself or beside the weights of its base. Raises: as files.stat_path."""
+    return stat_path(folder / ADAPTER_CONFIG_NAME, error_class) is not None
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -233,13 +241,13 @@ def find_files(folder: Path) -> list[Path]:
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     if not has_weights(folder):
         raise CheckpointError(explain_no_weights(folder), path=folder)
-    has_index = look(index) is not None
-    if look(single) is not None or not (has_index or index.is_symlink()):
+    has_index = stat_path(index) is not None
+    if stat_path(single) is not None or not (has_index or index.is_symlink()):
         if has_index:
             log.info("%s: %s is read, and %s next to it is ignored.", folder, SINGLE_NAME, INDEX_NAME)
         return [single]
     names = read_index(index)
-    missing = [name for name in names if look(folder / name) is None]
+    missing = [name for name in names if stat_path(folder / name) is None]
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of {len(names)} files that {INDEX_NAME} names: {listed(missing)}. "
@@ -327,7 +335,7 @@ def explain_no_adapter(folder: Path) -> str:
             f"{folder} holds a whole model and an {ADAPTER_CONFIG_NAME}, but no {ADAPTER_NAME}. Delete {ADAPTER_CONFIG_NAME} if "
             "the adapter is merged already, else copy the adapter into the folder."
         )
-    if look(folder / ADAPTER_PICKLE) is not None:
+    if stat_path(folder / ADAPTER_PICKLE) is not None:
         return f"{folder} holds an adapter only as {ADAPTER_PICKLE}. {NO_PICKLE} {CONVERT_ADAPTER}"
     return f"{folder / ADAPTER_NAME} is missing. Download the adapter again, or name another folder."
 
@@ -365,9 +373,10 @@ def fingerprint(*folders: Path) -> str:
     digest = blake2b(digest_size=6)
     for folder in dict.fromkeys(folders):
         for file in (folder / name for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME, *SIDE_FILES)):
-            digest.update(read_regular(file, MAX_TOKENIZER_BYTES) if look(file) is not None else b"")
+            digest.update(read_regular(file, MAX_TOKENIZER_BYTES) if stat_path(file) is not None else b"")
         adapter = folder / ADAPTER_NAME
-        for file in (*(find_files(folder) if has_weights(folder) else ()), *((adapter,) if look(adapter) is not None else ())):
+        adapters = (adapter,) if stat_path(adapter) is not None else ()
+        for file in (*(find_files(folder) if has_weights(folder) else ()), *adapters):
             tensors = read_header(file).values()
             digest.update(f"{file.name} {file.stat().st_size}".encode())
             with open(file, "rb") as stream:
@@ -431,19 +440,6 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
         for tensor in tensors.values():
             for part in tensor.detach().reshape(-1).split(PART_ELEMENTS):
                 stream.write(memoryview(part.cpu().view(torch.uint8).numpy()))
-        sync(stream)
-
-
-def write_text(file: Path, text: str) -> None:
-    with open(file, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        sync(stream)
-
-
-def sync(stream: IO) -> None:
-    """Brings what was written to the disk, so that a name never stands for a file that a crash has emptied."""
-    stream.flush()
-    os.fsync(stream.fileno())
 
 
 def write_shards(state: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
@@ -464,7 +460,8 @@ def write_shards(state: dict[str, Tensor], folder: Path, max_shard_bytes: int) -
         write_tensors(folder / file, shard)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in state.values())
-    write_text(folder / INDEX_NAME, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def replace_files(source: Path, folder: Path) -> None:
@@ -473,12 +470,13 @@ def replace_files(source: Path, folder: Path) -> None:
     Weights first; an index that is no longer true goes before the shards it needs; config.json comes last. Shards that are
     replaced under their old names lose their index before, so that until the new one is there nothing loads.
     """
+    sync_folder(source)  # a disk that turns out to be full must be noticed before the first old file is replaced
     names = sorted(path.name for path in source.iterdir() if path.name != CONFIG_NAME)  # shards sort before their index
-    if any(look(folder / name) is not None for name in names if name not in (SINGLE_NAME, INDEX_NAME)):
+    if any(stat_path(folder / name) is not None for name in names if name not in (SINGLE_NAME, INDEX_NAME)):
         (folder / INDEX_NAME).unlink(missing_ok=True)
     for name in names:
-        os.replace(source / name, folder / name)
+        move_into_place(source / name, folder / name)
     stale = [path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name) and path.name not in names]
     for path in sorted(stale, key=lambda path: path.name != INDEX_NAME):
         path.unlink()
-    os.replace(source / CONFIG_NAME, folder / CONFIG_NAME)
+    move_into_place(source / CONFIG_NAME, folder / CONFIG_NAME)

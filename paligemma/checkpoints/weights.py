@@ -15,9 +15,7 @@ Checked in tests/checkpoints/test_weights.py.
 import json
 import logging
 import math
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -46,16 +44,14 @@ from paligemma.checkpoints.safetensors_files import (
     is_equal,
     listed,
     read_header,
-    read_json,
     read_parts,
     replace_files,
     write_shards,
     write_tensors,
-    write_text,
 )
 from paligemma.devices import find_device, require_memory
 from paligemma.errors import CheckpointError, OutputError, UsageError
-from paligemma.files import is_file, look
+from paligemma.files import is_file, move_into_place, read_json, staging_folder, stat_path, sync_folder
 from paligemma.layers import graphs, lora, quantization
 from paligemma.machine import memory_errors
 from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
@@ -173,7 +169,7 @@ def read_adapter(folder: Path) -> Adapter | None:
         config = lora.LoraConfig.from_peft(read_json(file))
     except ValueError as error:
         raise CheckpointError(f"{file}: {error} Or merge the adapter with the program that made it.", path=file) from error
-    if look(folder / ADAPTER_NAME) is None and not (folder / ADAPTER_NAME).is_symlink():
+    if stat_path(folder / ADAPTER_NAME) is None and not (folder / ADAPTER_NAME).is_symlink():
         raise CheckpointError(explain_no_adapter(folder), path=folder / ADAPTER_NAME)
     stored: dict[str, StoredTensor] = {}
     for tensor in read_header(folder / ADAPTER_NAME).values():
@@ -591,15 +587,10 @@ def save_model(model: PaliGemmaForConditionalGeneration, folder: str | Path, *, 
     entry = describe_quantization(model)
     if entry is not None:
         config["quantization_config"] = entry
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            write_shards(model.state_dict(), Path(temporary), max_shard_bytes)
-            write_text(Path(temporary) / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
-            replace_files(Path(temporary), folder)
-    except OSError as error:
-        text = f"{folder} cannot be written: {error.strerror or error}. Make room, or choose another."
-        raise OutputError(text, path=folder) from error
+    with staging_folder(folder, "Make room, or choose another.") as temporary:
+        write_shards(model.state_dict(), temporary, max_shard_bytes)
+        (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        replace_files(temporary, folder)
 
 
 def save_adapter(
@@ -618,13 +609,10 @@ def save_adapter(
         raise OutputError(f"{folder} holds a whole model, to which the adapter would belong. Choose another.", path=folder)
     names = dict.fromkeys(name.rsplit(".", 2)[0] for name in state)
     tensors = {f"base_model.model.{lora.their_name(name)}": tensor for name, tensor in state.items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            write_tensors(Path(temporary) / ADAPTER_NAME, tensors)
-            write_text(Path(temporary) / ADAPTER_CONFIG_NAME, json.dumps(config.to_peft(base, names, revision), indent=2) + "\n")
-            for name in (ADAPTER_NAME, ADAPTER_CONFIG_NAME):
-                os.replace(Path(temporary) / name, folder / name)
-    except OSError as error:
-        text = f"{folder} cannot be written: {error.strerror or error}. Make room, or choose another."
-        raise OutputError(text, path=folder) from error
+    settings = json.dumps(config.to_peft(base, names, revision), indent=2) + "\n"
+    with staging_folder(folder, "Make room, or choose another.") as temporary:
+        write_tensors(temporary / ADAPTER_NAME, tensors)
+        (temporary / ADAPTER_CONFIG_NAME).write_text(settings, encoding="utf-8")
+        sync_folder(temporary)
+        for name in (ADAPTER_NAME, ADAPTER_CONFIG_NAME):
+            move_into_place(temporary / name, folder / name)

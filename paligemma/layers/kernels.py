@@ -33,6 +33,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from paligemma.files import move_into_place
+
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -198,14 +200,14 @@ def compile_once(source: Path, folder: Path) -> Path | None:
             content = made.read_bytes()
             made.write_bytes(content + DIGEST(content).digest())
             made.chmod(0o700)
-            os.replace(made, target)
+            move_into_place(made, target)
             failed.unlink(missing_ok=True)
             return target
         with messages.open(errors="replace") as stream:
             said = stream.read(2**20)
         if reason or re.search(rf"^.*{re.escape(source.name)}:\d+:\d+: error: ", said, re.MULTILINE):
             messages.write_text(reason or said)
-            os.replace(messages, failed)
+            move_into_place(messages, failed)
         ended = f"{compiler[0]} ended with status {status}"
         last = reason or next((line for line in said.splitlines() if "error" in line), ended)
         log.warning("slower products are used: %s does not compile: %s", source.name, last)

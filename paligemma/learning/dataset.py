@@ -152,7 +152,7 @@ def no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number of JSON")
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=Record, parse_int=Number, parse_float=Number, parse_constant=no_constant)
+HOOKS = {"object_pairs_hook": Record, "parse_int": Number, "parse_float": Number, "parse_constant": no_constant}
 
 
 def short(text: object) -> str:
@@ -160,25 +160,12 @@ def short(text: object) -> str:
     return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
 
 
-def kind(value: object) -> str:
-    names = {bool: "true or false", type(None): "null", Number: "a number", list: "a list", Record: "an object", str: "a text"}
-    return names[type(value)]
-
-
 def parse_line(text: bytes, folder: Path, line: int) -> Example:
     """The example in a line. Raises: ValueError, with what is wrong."""
-    if len(text) > MOST_LINE_BYTES:
-        raise ValueError(f"the line has more than {MOST_LINE_BYTES} bytes, which is the limit")
     try:
-        record = DECODER.decode(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not usable JSON: {error}") from error
-    if not isinstance(record, Record):
-        raise ValueError(f"{kind(record)}, not an object in braces")
+        record = files.parse_json(text, MOST_LINE_BYTES, **HOOKS)
+    except files.JSONFault as fault:
+        raise ValueError(f"{fault} (column {fault.column})") from fault
     if record.twice:
         raise ValueError(f"{short(record.twice[0])} is there twice; leave one")
     for name in FIELDS:
@@ -187,7 +174,7 @@ def parse_line(text: bytes, folder: Path, line: int) -> Example:
         if isinstance(record[name], Number) and name == "suffix":
             record[name] = str(record[name])
         if type(record[name]) is not str:
-            raise ValueError(f'{name} is {kind(record[name])}; text in quotes is needed, and "" where there is none')
+            raise ValueError(f'{name} is {files.json_kind(record[name])}; text in quotes is needed, and "" where there is none')
         if any(0xD800 <= ord(letter) < 0xE000 for letter in record[name]):
             raise ValueError(f"{name} holds half a surrogate pair; it cannot be written as UTF-8")
     return Example(inside(folder, record["image"]), record["prefix"], record["suffix"], line)
@@ -251,7 +238,7 @@ def read_split(file: str | Path, image_dir: str | Path | None = None) -> Split:
     file = Path(file)
     folder = file.parent if image_dir is None else Path(image_dir)
     if not files.is_file(file, DatasetError):
-        what = "is no regular file" if files.look(file, DatasetError) else "does not exist"
+        what = "is no regular file" if files.stat_path(file, DatasetError) else "does not exist"
         raise DatasetError(f"{file} {what}. Name a JSONL of examples.", path=file)
     if not files.is_folder(folder, DatasetError):
         raise DatasetError(f"{folder} is no folder. Name the one that the pictures' names are relative to.", path=folder)
@@ -284,7 +271,7 @@ def common(text: str) -> str:
 def lacking_in_array(head: str) -> str | None:
     """What the first object of a JSON array lacks to be an example; None if nothing, or if it is not whole in `head`."""
     try:
-        record, _ = DECODER.raw_decode(head[1:].lstrip())
+        record, _ = json.JSONDecoder(**HOOKS).raw_decode(head[1:].lstrip())
     except (ValueError, RecursionError):
         return None
     return next((lacking(name, record) for name in FIELDS if name not in record), None)

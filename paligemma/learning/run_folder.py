@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from paligemma.errors import OutputError, UsageError
-from paligemma.files import check_outputs, expand, is_file, look, whole
+from paligemma.files import check_outputs, expand, is_file, open_atomic, parse_json, stat_path, write_atomic
 from paligemma.programs.commandline import note
 
 FREE_TO_CHANGE = (  # when a run goes on: what has no influence on the weights
@@ -28,7 +28,9 @@ WRITTEN_FOLDERS = ("checkpoints", "model", "adapter")
 ADJUSTABLE = ("dtype", "clip")  # and the learning rates: the way out of updates that are no numbers
 
 
-# Files, whole or not at all
+# Files
+
+NO_ROOM = "Make room, or name another --output."
 
 
 def make_folder(folder: Path) -> None:
@@ -40,16 +42,10 @@ def make_folder(folder: Path) -> None:
         raise OutputError(f"{folder} cannot be made: {reason}. Name another --output.") from error
 
 
-def replace_text(file: Path, text: str) -> None:
-    """Writes a file whole or not at all. Raises: OutputError."""
-    with whole(file, "Make room, or name another --output.") as beside:
-        beside.write_text(text, encoding="utf-8")
-
-
 def copy_file(source: Path, file: Path) -> None:
-    """Copies a file whole or not at all. Raises: OutputError."""
-    with whole(file, "Make room and continue with --resume.") as beside:
-        shutil.copyfile(source, beside)
+    """Copies a file; `file` is complete or unchanged. Raises: OutputError."""
+    with open_atomic(file, "Make room and continue with --resume.") as copy, open(source, "rb") as original:
+        shutil.copyfileobj(original, copy)
 
 
 # Whose folder it is
@@ -88,7 +84,7 @@ def check_taken(folder: Path, resume: bool) -> None:
     """Sees to it that no run is lost to this one. Raises: UsageError for a folder that holds one already."""
     from paligemma.learning.training import checkpoints
 
-    is_ended, is_begun = look(folder / "model", OutputError) is not None, bool(checkpoints(folder / "checkpoints"))
+    is_ended, is_begun = stat_path(folder / "model", OutputError) is not None, bool(checkpoints(folder / "checkpoints"))
     if (is_begun or is_ended) and not resume:
         raise UsageError(f"{folder} holds a run already. Name another --output, or continue with --resume.")
     if is_ended and not is_begun:
@@ -106,7 +102,7 @@ def check_settings(folder: Path, now: dict) -> None:
     from paligemma.checkpoints.safetensors_files import read_json
     from paligemma.learning.training import checkpoints
 
-    if not (checkpoints(folder / "checkpoints") and look(folder / "settings.json", OutputError)):
+    if not (checkpoints(folder / "checkpoints") and stat_path(folder / "settings.json", OutputError)):
         return
     before = read_json(folder / "settings.json")
     common = [name for name in now if name in before]  # an older version of this program may have had fewer
@@ -145,8 +141,8 @@ def read_log(file: Path, step: int) -> list[dict]:
         if is_file(file, OutputError):
             with open(file, "rb") as stream:
                 while text := stream.readline(MOST_LOG_BYTES):  # of a longer one, parts that are no JSON
-                    with suppress(ValueError, RecursionError):
-                        lines.append(json.loads(text))
+                    with suppress(ValueError):
+                        lines.append(parse_json(text))
     lines = [line for line in lines if is_log_line(line)]
     is_old = any(line["step"] == 0 for line in lines)  # before, the first update was step 0
     lines = [line | {"step": line["step"] + is_old} for line in lines]
@@ -175,7 +171,7 @@ class Log:
     def __init__(self, folder: Path, step: int, with_tensorboard: bool):
         self.folder, self.file = folder, folder / "metrics.jsonl"
         self.lines = read_log(self.file, step)
-        replace_text(self.file, "".join(json.dumps(line) + "\n" for line in self.lines))
+        write_atomic(self.file, "".join(json.dumps(line) + "\n" for line in self.lines), NO_ROOM)
         self.tensorboard = None
         if with_tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -17,7 +17,6 @@ Shapes: B rows, L tokens of a row, T answer tokens of all rows together, D width
 import json
 import logging
 import math
-import os
 import re
 import shutil
 import warnings
@@ -31,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from paligemma.checkpoints.safetensors_files import read_header, read_json
+from paligemma.checkpoints.safetensors_files import read_header
 from paligemma.errors import CheckpointError, OutputError, UsageError
-from paligemma.files import look, names_in
+from paligemma.files import move_into_place, names_in, read_json, stat_path, sync_folder
 from paligemma.vocabulary import IGNORE_INDEX
 
 PARTS = {  # what may be trained, by the names of parameters; a part that is told apart from another one stands before it
@@ -327,7 +326,7 @@ class Trainer:
                 (beside / STATE_NAME).write_text(json.dumps(state) + "\n")
                 sync_folder(beside)
                 shutil.rmtree(folder, ignore_errors=True)
-                os.replace(beside, folder)
+                move_into_place(beside, folder)
                 for old in checkpoints(runs)[:-keep]:
                     shutil.rmtree(old)
             barrier()
@@ -398,14 +397,4 @@ def barrier() -> None:
 def checkpoints(runs: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     names = [name for name in names_in(runs) if STEP_FOLDER.fullmatch(name)]
-    return [runs / name for name in names if look(runs / name / STATE_NAME, OutputError)]
-
-
-def sync_folder(folder: Path) -> None:
-    """Brings all files of a folder to the disk, so that its name, once it is there, stands for what was written."""
-    for path in (*folder.iterdir(), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    return [runs / name for name in names if stat_path(runs / name / STATE_NAME, OutputError)]

@@ -17,7 +17,7 @@ from unicodedata import category
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from paligemma.files import whole
+from paligemma.files import open_atomic
 from paligemma.objects.lettering import UNKNOWN, Lettering, lettering
 from paligemma.objects.outputs import Box, Found
 from paligemma.pictures.images import load_image
@@ -327,7 +327,7 @@ def save(picture: Image.Image, path: str | Path, source: str = "") -> None:
     path = Path(path)
     exif = Image.Exif()
     exif[SOFTWARE] = mark(source)
-    with whole(path) as beside, open(beside, "wb") as file:
+    with open_atomic(path) as file:
         picture.save(file, format=Image.registered_extensions()[path.suffix.lower()], quality=95, exif=exif)
 
 

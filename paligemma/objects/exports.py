@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from paligemma.errors import DatasetError, DeviceError
-from paligemma.files import whole
+from paligemma.files import output_errors, write_atomic
 from paligemma.objects.outputs import Found
 
 if TYPE_CHECKING:
@@ -94,10 +94,10 @@ def class_names(pictures: list[Picture]) -> list[str]:
 
 
 def put(path: Path, text: str) -> None:
-    """Writes a file whole. Raises: OutputError."""
-    with whole(path) as beside:
+    """Writes a file, and makes the folders above it. Raises: OutputError."""
+    with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(text.encode("utf-8", "backslashreplace"))  # a file's name may hold bytes that are no letters
+    write_atomic(path, text)
 
 
 # COCO; its fields are described at cocodataset.org/#format-data

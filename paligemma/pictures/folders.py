@@ -6,7 +6,6 @@ Checked in tests/pictures/test_folders.py.
 """
 
 import glob
-import json
 import os
 import queue
 import re
@@ -145,7 +144,7 @@ def read_text_lines(path: str) -> Iterator[str]:
     """
     place = files.expand(path)
     if not files.is_file(place, DatasetError):
-        what = "does not exist" if files.look(place, DatasetError) is None else "is a folder or a pipe"
+        what = "does not exist" if files.stat_path(place, DatasetError) is None else "is a folder or a pipe"
         raise DatasetError(f"{path} cannot be read: it {what}. Name a text file.", path=path)
     try:
         with open(place, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
@@ -177,10 +176,10 @@ def questions(path: str) -> Iterator[tuple[str, str]]:
     """The image and the prompt of every line {"image": "x.jpg", "prefix": "detect cat", ...}. Raises: DatasetError."""
     for number, line in enumerate(read_text_lines(path), 1):
         try:
-            record = json.loads(line)
+            record = files.parse_json(line)
             image, prefix = record["image"], record["prefix"]
             is_fine = isinstance(image, str) and isinstance(prefix, str) and image
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError):
             is_fine = False
         if not is_fine:
             needed = 'An object with "image" and "prefix", both text, is needed.'

@@ -145,8 +145,8 @@ def make_save_dir(flags: Flags) -> None:
     files.check_writable(folder / "1.png")
     homes = flags.pictures or [os.path.dirname(flags.questions or "") or "."] * (flags.questions is not None)
     for word in map(files.expand, homes):
-        places = [files.place_of(place) for place in (folder, folder.joinpath(*steps(str(word))))]
-        if os.path.isdir(word) and files.place_of(word) in places:
+        places = [files.file_key(place) for place in (folder, folder.joinpath(*steps(str(word))))]
+        if os.path.isdir(word) and files.file_key(word) in places:
             raise UsageError(f"--save_dir {flags.save_dir} would put drawings among the pictures. Choose another folder.")
         if os.path.isdir(word) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(word)):
             check_drawings(flags, folder)

@@ -32,7 +32,7 @@ from paligemma import files, machine
 from paligemma.errors import AccessError, DeviceError, PaliGemmaError
 from paligemma.programs import commandline, job
 from paligemma.programs.job import JobFlags, Question
-from paligemma.programs.journal import Journal
+from paligemma.programs.journal import LONGEST_LINE, Journal
 from paligemma.programs.options import Checkpoint, require
 
 LISTS_PER_WORKER = 4  # at least, so that a slow one does not keep the others waiting long
@@ -97,7 +97,7 @@ class Worker:
             self.fault = error
 
     def __call__(self, batch: dict) -> dict:
-        asked = [Question(**json.loads(question)) for question in batch["question"]]
+        asked = [Question(**files.parse_json(question)) for question in batch["question"]]
         try:
             if self.fault is not None:
                 raise self.fault
@@ -158,7 +158,7 @@ def in_lists(asked: Iterable[Question], length: int) -> Iterator[list[str]]:
 
 def read_row(text: str) -> dict:
     """A row as a worker sent it. Raises: PaliGemmaError for the fault that came in its place."""
-    row = json.loads(text)
+    row = files.parse_json(text, LONGEST_LINE)
     if "fault" in row:
         raise PaliGemmaError(row["fault"]["message"], path=row["fault"]["path"], code=row["fault"]["code"])
     return row

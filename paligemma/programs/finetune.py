@@ -42,8 +42,9 @@ from typing import TYPE_CHECKING
 
 from paligemma import machine
 from paligemma.errors import DatasetError, DeviceError, ImageError, UsageError, counted
-from paligemma.files import BUNDLED, expand, expand_text, is_file, is_folder, look, read_regular
+from paligemma.files import BUNDLED, expand, expand_text, is_file, is_folder, read_json, read_regular, stat_path, write_atomic
 from paligemma.learning.run_folder import (
+    NO_ROOM,
     Log,
     alone,
     check_inputs,
@@ -51,7 +52,6 @@ from paligemma.learning.run_folder import (
     check_taken,
     copy_file,
     make_folder,
-    replace_text,
     settings_of,
 )
 from paligemma.programs import commandline
@@ -582,7 +582,7 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
             check_taken(folder, flags.resume)
     source = weights.resolve(name, flags.revision)
     base = weights.base_folder(source, flags.base_model)
-    kind, _, is_quantised = weights.choose_quantization(weights.read_json(base / "config.json"), base, None, False)
+    kind, _, is_quantised = weights.choose_quantization(read_json(base / "config.json"), base, None, False)
     if is_quantised:
         raise UsageError(f"{name} is stored as {kind}, which cannot be trained. Name the plain checkpoint.")
     if flags.method == "lora" and has_adapter(source):
@@ -618,7 +618,7 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
     training.barrier()
     with alone(folder) if is_first() else nullcontext():
         if is_first():
-            replace_text(folder / "settings.json", json.dumps(settings, indent=1) + "\n")
+            write_atomic(folder / "settings.json", json.dumps(settings, indent=1) + "\n", NO_ROOM)
         training.barrier()
         learn(flags, device, world, source, examples, judge)
 
@@ -690,7 +690,7 @@ def program(flags: Flags) -> None:
     places = {name: getattr(flags, name) for name in ("train", "valid", "image_dir", "output", "mask_codec")}
     flags = replace(flags, **{name: expand_text(place) for name, place in places.items() if place})
     for name, file in (("train", flags.train), ("valid", flags.valid)):
-        if file and look(file, DatasetError) is None:
+        if file and stat_path(file, DatasetError) is None:
             raise DatasetError(f"{file} does not exist. Name a JSONL of examples with --{name}.", path=file)
     read = ("train", "valid", "config", "mask_codec", "model_path")
     check_inputs(Path(flags.output), [(f"--{name}", getattr(flags, name)) for name in read])

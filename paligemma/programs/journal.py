@@ -1,4 +1,4 @@
-"""A JSONL file that only grows and may be killed at any moment: what it holds, and the next row. Imports errors only.
+"""A JSONL file that only grows and may be killed at any moment: what it holds, and the next row. Imports errors and files only.
 
     {"journal": 1, "settings": {"task": "detect", "text": "cat"}}       a header: how the rows below it were made
     {"image": "a/1.jpg", "prompt": "detect cat", "text": "<loc..."}     a row: one question about one picture, answered
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from paligemma.errors import OutputError, UsageError
+from paligemma.files import move_into_place, parse_json
 
 FORMAT = 1
 BEGINNING = b'{"journal": '  # of every header, and so of every file
@@ -54,13 +55,13 @@ def read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, dict]]:
         if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
             return
         try:
-            record = json.loads(line)
+            record = parse_json(line, LONGEST_LINE)
             if is_header(record):
                 values = record["settings"].values()
                 is_whole = record["journal"] == FORMAT and not any(isinstance(value, (dict, list)) for value in values)
             else:
                 is_whole = isinstance(record["image"], str) and isinstance(record["prompt"], str)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             is_whole = False
         if not is_whole:
             advice = "Delete that line; what it answered is then asked again."
@@ -131,7 +132,7 @@ class Journal:
             raise unwritable(self.path, error) from error
         try:
             begun_with = self.read()
-            settings = json.loads(json.dumps(settings))
+            settings = parse_json(json.dumps(settings))
             changes = differences(begun_with or settings, settings)
             if changes and not is_forced:
                 advice = "Choose another --output, or continue this one with --force."
@@ -179,8 +180,7 @@ class Journal:
                             self.size += len(line)
                             if not is_header(record):
                                 self.count(record)
-                os.fsync(descriptor)
-                os.replace(part, self.path)
+                move_into_place(part, self.path)
             except BaseException:
                 os.close(descriptor)
                 part.unlink(missing_ok=True)

@@ -47,7 +47,7 @@ def test_a_header_says_what_the_library_says(tmp_path):
         (with_entry(), b"x" * 24, 2**40, "claims 1099511627776"),
         (with_entry(), b"x" * 24, 2**64 - 1, "claims 18446744073709551615"),
         (with_entry(), b"x" * 24, 10, "damaged"),
-        (b"\xff\xfe{}", b"", None, "utf-8"),
+        (b"\xff\xfe{}", b"", None, "not UTF-8"),
         (b"{nonsense", b"", None, "damaged"),
         (b"[1, 2]", b"", None, "not an object"),
         (b"[" * 100_000, b"", None, "recursion"),
@@ -145,9 +145,9 @@ def test_random_edits_raise_nothing_but_our_errors(tmp_path, edits, cut):
         (b"", ":1:1 is not JSON"),
         (b'{\n  "a": 1,\n  oops\n}', ":3:3 is not JSON"),
         (b'{"a": 1', ":1:8 is not JSON"),
-        (b"\xff\xfe\x00", "not text in UTF-8"),
-        (b"[1]", "holds a list"),
-        (b"null", "holds a NoneType"),
+        (b"\xff\xfe\x00", ":1:1 is not UTF-8"),
+        (b"[1]", ":1:1 is a list"),
+        (b"null", ":1:1 is null"),
         (b'{"a": ' + b"[" * 100_000, "not usable JSON"),
         (b'{"a": 1' + b"0" * 10_000 + b"}", "not usable JSON"),
     ],
@@ -289,7 +289,7 @@ def test_an_interrupted_replacement_never_leaves_a_mixture(tmp_path, monkeypatch
         for place, state, size in ((folder, old, old_size), (source, new, new_size)):
             place.mkdir()
             safetensors_files.write_shards(state, place, size)
-            safetensors_files.write_text(place / "config.json", "{}")
+            (place / "config.json").write_text("{}")
         steps = iter(range(100))
 
         def step(real, *args, steps=steps, last=last, **options):

@@ -103,7 +103,7 @@ def test_fields_beside_the_three_are_allowed(folder):
         (GOOD | {"image": "x/../../a.png"}, "outside the dataset"),
         (GOOD | {"image": ""}, "name of a file"),
         (GOOD | {"image": "a\0.png"}, "name of a file"),
-        ('{"image": "' + "a" * (1 << 20) + '"}', "more than 1048576 bytes"),
+        ('{"image": "' + "a" * (1 << 20) + '"}', "longer than 1048576 bytes"),
     ],
 )
 def test_every_faulty_line_is_named_and_the_others_stay(folder, line, says):
