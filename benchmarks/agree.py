@@ -17,6 +17,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="to be compared with the CPU")
+    options = parser.parse_args()
+
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -123,10 +128,8 @@ def measure_memory(device: str) -> Iterator[dict]:
         yield {"family": "4096 tokens", "form": "bf16", "way": name, "distance": share, "bound": 1.0, "is_as_asked": True}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="to be compared with the CPU")
-    device = parser.parse_args().device
+def main(options: argparse.Namespace) -> None:
+    device = options.device
     torch.backends.cuda.matmul.allow_tf32 = False  # the default, said aloud: float32 is to mean float32
     rows = []
 
@@ -152,4 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(options)

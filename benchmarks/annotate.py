@@ -29,10 +29,25 @@ from pathlib import Path
 from benchmarks import turns
 from paligemma.files import BUNDLED
 from paligemma.programs import job
+from paligemma.programs.job import JobFlags, Question
+
+if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=BUNDLED, help="default: the bundled one")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default="fp32", choices=("bf16", "fp32"))
+    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--size", type=int, default=224, help="side of a picture in pixels")
+    parser.add_argument("--rows", type=int, default=JobFlags.rows, help="in flight")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--kills", type=int, default=0, help="kill the program so many times, too")
+    parser.add_argument("--quick", action="store_true", help="only to see that it works")
+    parser.add_argument("--save", action="store_true", help="keep the JSON in results/")
+    options = parser.parse_args()
+
 import numpy as np
 import torch
 from paligemma.checkpoints import weights
-from paligemma.programs.job import JobFlags, Question
 from paligemma.programs.journal import Journal, rows
 from paligemma.programs.options import Checkpoint
 from PIL import Image
@@ -169,19 +184,7 @@ def kill(options: argparse.Namespace, folder: Path) -> dict:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=BUNDLED, help="default: the bundled one")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", default="fp32", choices=sorted(NAMES))
-    parser.add_argument("--pictures", type=int, default=64)
-    parser.add_argument("--size", type=int, default=224, help="side of a picture in pixels")
-    parser.add_argument("--rows", type=int, default=JobFlags.rows, help="in flight")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--kills", type=int, default=0, help="kill the program so many times, too")
-    parser.add_argument("--quick", action="store_true", help="only to see that it works")
-    parser.add_argument("--save", action="store_true", help="keep the JSON in results/")
-    options = parser.parse_args()
+def main(options: argparse.Namespace) -> None:
     options.model, options.script = options.model.resolve(), "annotate"
     if options.quick:
         options.rounds, options.pictures = 1, 6
@@ -193,4 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(options)

@@ -23,10 +23,22 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+from benchmarks import turns
+
+if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=turns.HERE.parent / "paligemma" / "bundled")
+    parser.add_argument("--picture", default=turns.HERE.parent / "examples" / "shapes.png")
+    parser.add_argument("--rows", default="1,8,32", help="rows of logits, side by side")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="only to see that it works")
+    parser.add_argument("--save", action="store_true", help="keep the JSON in results/")
+    options = parser.parse_args()
+
 import torch
 
 # isort: off
-from benchmarks import turns
 from paligemma.generation import generate_steps
 from paligemma.objects.grammar import Ending, Grammar
 from paligemma.pictures.images import load_image
@@ -121,16 +133,7 @@ def compare(model: object, inputs: dict, count: int, locations: range, grammar: 
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=turns.HERE.parent / "paligemma" / "bundled")
-    parser.add_argument("--picture", default=turns.HERE.parent / "examples" / "shapes.png")
-    parser.add_argument("--rows", default="1,8,32", help="rows of logits, side by side")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="only to see that it works")
-    parser.add_argument("--save", action="store_true", help="keep the JSON in results/")
-    options = parser.parse_args()
+def main(options: argparse.Namespace) -> None:
     options.script, options.rounds = "grammar_cost", 1 if options.quick else options.rounds
     device = torch.device(options.device)
     heading = f"{'':14}{'us a step':>10}{'spread':>22}{'added':>12}   (spread)"
@@ -154,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(options)

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import turns
-from benchmarks.make_checkpoint import write_checkpoint
 from paligemma.files import read_json
 
 CONTEXTS = ((224, 266), (224, 512), (448, 1034), (896, 4106))  # px, tokens
@@ -34,6 +33,8 @@ def measure(model: Path, options: object, context: int, count: int) -> dict:
 
 def main() -> None:
     options = turns.parse(__doc__, rounds=1)
+    from benchmarks.make_checkpoint import write_checkpoint
+
     size = "tiny" if options.quick else "3b"
     config = read_json(options.model / "config.json")
     layers = config["text_config"]["num_hidden_layers"]

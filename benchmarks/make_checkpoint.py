@@ -14,12 +14,12 @@ import argparse
 import json
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import save_file
-
-from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.vocabulary import CODE_TOKENS, LOCATION_TOKENS, NUM_CODES, NUM_LOCATIONS
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARD_BYTES = 4_950_000_000  # the first of the hub's two files
@@ -136,8 +136,10 @@ def write_json(path: Path, value: dict, indent: int | None = 2) -> None:
     path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+def draw(name: str, shape: "torch.Size", generator: "torch.Generator") -> "torch.Tensor":
     """One parameter in bfloat16: N(0, 0.02^2); LayerNorms start at 1 and 0, as do, in their own way, Gemma's norms."""
+    import torch
+
     if len(shape) == 1:
         is_scale = name.endswith(".weight") and "vision_tower" in name
         return torch.full(shape, float(is_scale), dtype=torch.bfloat16)
@@ -146,6 +148,11 @@ def draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tens
 
 def write_weights(folder: Path, config: dict, seed: int) -> int:
     """Shard by shard, so that no more than one is in memory. Returns the number of parameters."""
+    import torch
+    from safetensors.torch import save_file
+
+    from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
     with torch.device("meta"):
         model = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_hf(config))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}

@@ -13,11 +13,12 @@ from functools import partial
 from benchmarks import turns
 from paligemma.files import read_json
 from paligemma.machine import prefill_products
-from paligemma.modeling_paligemma import PaliGemmaConfig
 
 
 def main() -> None:
     options = turns.parse(__doc__)
+    from paligemma.modeling_paligemma import PaliGemmaConfig
+
     raw = read_json(options.model / "config.json")
     config = PaliGemmaConfig.from_hf(raw)
     context = config.num_image_tokens + turns.PROMPT

@@ -21,6 +21,16 @@ import time
 import warnings
 from collections.abc import Callable
 
+if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="16384x2048", help="outputs x inputs of W; the layers of Gemma-2B have 2048x2048, "
+                        "256x2048, 16384x2048, 2048x16384, its output matrix 257216x2048")  # fmt: skip
+    parser.add_argument("--rows", default="1,2,4,16,64,266")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", help="operators whose name has this in it")
+    parser.add_argument("--save", action="store_true", help="keep the JSON in results/")
+    options = parser.parse_args()
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,15 +105,7 @@ def measure(ways: dict[str, list[Callable[[Tensor], Tensor]]], x: Tensor, rounds
     return seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="16384x2048", help="outputs x inputs of W; the layers of Gemma-2B have 2048x2048, "
-                        "256x2048, 16384x2048, 2048x16384, its output matrix 257216x2048")  # fmt: skip
-    parser.add_argument("--rows", default="1,2,4,16,64,266")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", help="operators whose name has this in it")
-    parser.add_argument("--save", action="store_true", help="keep the JSON in results/")
-    options = parser.parse_args()
+def main(options: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")  # torch announces the end of its int8 layers, once a call
     options.device, options.script, options.model = "cpu", "products", None
     n, k = (int(size) for size in options.size.split("x"))
@@ -138,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(options)

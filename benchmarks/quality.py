@@ -12,21 +12,24 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from benchmarks import turns
 from paligemma.files import parse_json, read_json
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 POSITIONS = 64  # text tokens behind the picture
 
 
-def distance(reference: Tensor, logits: Tensor) -> dict:
+def distance(reference: "Tensor", logits: "Tensor") -> dict:
     """How far logits float32[L, V] are from the reference's."""
+    from torch.nn.functional import kl_div
+
     centred = reference - reference.mean(-1, keepdim=True)
     gap = logits - logits.mean(-1, keepdim=True) - centred  # a constant added to all logits changes nothing
-    divergence = torch.nn.functional.kl_div(logits.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="none")
+    divergence = kl_div(logits.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="none")
     return {
         "relative_distance": float(f"{(gap.norm() / centred.norm()).item():.3g}"),
         "divergence": float(f"{divergence.sum(-1).mean().item():.3g}"),
@@ -36,6 +39,8 @@ def distance(reference: Tensor, logits: Tensor) -> dict:
 
 def full_size(options: object, folder: Path) -> dict:
     """The logits' distances, one form after another, so that only one model is in memory."""
+    import torch
+
     config = read_json(options.model / "config.json")
     context = config["text_config"]["num_image_tokens"] + POSITIONS
     rows, reference = {}, None

@@ -26,6 +26,16 @@ from paligemma import machine
 from paligemma.files import parse_json, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("side", choices=("ours", "transformers"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="ours only")
+    parser.add_argument("--dtype", help="ours only; as stored if not given")
+    parser.add_argument("--compiled", action="store_true", help="ours only, on CUDA")
+    parser.add_argument("--static", action="store_true", help="transformers only")
+    options = parser.parse_args()
+
 machine.use_cores()  # both sides get the same threads
 
 import torch  # noqa: E402  (after the number of threads is set)
@@ -265,16 +275,9 @@ class Transformers(Side):
         return answers
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("side", choices=("ours", "transformers"))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quantize", choices=("int8", "int4"), help="ours only")
-    parser.add_argument("--dtype", help="ours only; as stored if not given")
-    parser.add_argument("--compiled", action="store_true", help="ours only, on CUDA")
-    parser.add_argument("--static", action="store_true", help="transformers only")
-    options = vars(parser.parse_args())
-    side = {"ours": Ours, "transformers": Transformers}[options.pop("side")](**options)
+def main(options: argparse.Namespace) -> None:
+    given = vars(options)
+    side = {"ours": Ours, "transformers": Transformers}[given.pop("side")](**given)
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints must not stand among the answers
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for line in sys.stdin:
@@ -286,4 +289,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(options)

@@ -24,6 +24,17 @@ import json
 import time
 from pathlib import Path
 
+from paligemma.files import BUNDLED
+
+if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=40)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=BUNDLED / "vae-oid.npz")
+    options = parser.parse_args()
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,11 +42,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from demo import shapes
-from paligemma.objects.mask_codec import CODEC_NAME, Codebook, MaskCodec, load_codec
+from paligemma.objects.mask_codec import Codebook, MaskCodec, load_codec
 from paligemma.objects.masks import MASK_SIDE, resize
 from paligemma.vocabulary import NUM_CODES
 
-ROOT = Path(__file__).resolve().parent.parent
 COPYING = 0.3  # the share of all steps before there are codes
 FOLLOWING = 0.98  # how much of a code's past stays at a step
 OTHERS = ("ellipse", "blob", "polygon", "ring")
@@ -186,14 +196,7 @@ def report(codec: MaskCodec, seed: int = 1000, count: int = 200) -> dict[str, fl
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=40)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=ROOT / "paligemma" / "bundled" / CODEC_NAME)
-    options = parser.parse_args()
+def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     codec = train(options.steps, options.batch, options.seed, options.rate)
     np.savez_compressed(options.out, **{name: value.half().numpy() for name, value in codec.state_dict().items()})
@@ -201,4 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(options)

@@ -58,6 +58,30 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from paligemma.files import BUNDLED
+
+if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["contrastive", "shared", "prefix", "export"])
+    parser.add_argument("--name", default="stage", help="of the stage in the log, and of its state, RUNS/NAME.pt")
+    parser.add_argument("--pixels", type=int, default=112, help="side of a picture; each 14 x 14 of them become one token")
+    parser.add_argument("--minutes", type=float, default=15, help="of each processor")
+    parser.add_argument("--start", help="state of an earlier stage, in RUNS; or checkpoint, the weights that ship")
+    parser.add_argument("--questions", type=int, default=4, help="of each picture, in the stage prefix")
+    parser.add_argument("--bins", type=float, default=25, help="width of the bell around a <loc>; at the end a fifth")
+    parser.add_argument("--head_weight", type=float, default=0.2, help="of the patch head's loss")
+    parser.add_argument("--batch", type=int, default=20, help="pictures a step and process")
+    parser.add_argument("--processes", type=int, default=2, help="one core each")
+    parser.add_argument("--port", type=int, default=29511)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--muon_lr", type=float, default=0.02)
+    parser.add_argument("--adam_lr", type=float, default=2e-3)
+    parser.add_argument("--tower_rate", type=float, default=0.25, help="learning rate of the tower, relative; 0: it stays")
+    parser.add_argument("--final", type=float, default=0.0, help="learning rate at the end, relative")
+    parser.add_argument("--out", type=Path, default=BUNDLED, help="folder, for export")
+    parser.add_argument("--runs", type=Path, default=BUNDLED.parents[1] / "runs")
+    options = parser.parse_args()
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -73,8 +97,6 @@ from demo.tower import VISION, PatchHead, draw_batch, train_contrastive
 from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask
 from paligemma.vocabulary import CODE_TOKENS, LOCATION_TOKENS
 
-ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINT = ROOT / "paligemma" / "bundled"
 TEXT: dict[str, Any] = {
     "model_type": "gemma", "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 3,
     "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 512,
@@ -260,7 +282,7 @@ class Joint:
     def load(self, start: str) -> None:
         """The state of a stage, of the contrastive one the tower and the head; or the weights of the shipped checkpoint."""
         if start == "checkpoint":
-            return self.model.load_state_dict(load_file(CHECKPOINT / "model.safetensors"))  # copied, and so float32 again
+            return self.model.load_state_dict(load_file(BUNDLED / "model.safetensors"))  # copied, and so float32 again
         state = torch.load(self.options.runs / start, weights_only=True)
         name = "model.vision_tower.vision_model."
         if not any(key.startswith("model.") for key in state):
@@ -371,27 +393,7 @@ def run(rank: int, options: argparse.Namespace) -> None:
 STAGES = {"contrastive": train_contrastive, "shared": train_joint, "prefix": train_joint}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=[*STAGES, "export"])
-    parser.add_argument("--name", default="stage", help="of the stage in the log, and of its state, RUNS/NAME.pt")
-    parser.add_argument("--pixels", type=int, default=112, help="side of a picture; each 14 x 14 of them become one token")
-    parser.add_argument("--minutes", type=float, default=15, help="of each processor")
-    parser.add_argument("--start", help="state of an earlier stage, in RUNS; or checkpoint, the weights that ship")
-    parser.add_argument("--questions", type=int, default=4, help="of each picture, in the stage prefix")
-    parser.add_argument("--bins", type=float, default=25, help="width of the bell around a <loc>; at the end a fifth")
-    parser.add_argument("--head_weight", type=float, default=0.2, help="of the patch head's loss")
-    parser.add_argument("--batch", type=int, default=20, help="pictures a step and process")
-    parser.add_argument("--processes", type=int, default=2, help="one core each")
-    parser.add_argument("--port", type=int, default=29511)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--muon_lr", type=float, default=0.02)
-    parser.add_argument("--adam_lr", type=float, default=2e-3)
-    parser.add_argument("--tower_rate", type=float, default=0.25, help="learning rate of the tower, relative; 0: it stays")
-    parser.add_argument("--final", type=float, default=0.0, help="learning rate at the end, relative")
-    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder, for export")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs")
-    options = parser.parse_args()
+def main(options: argparse.Namespace) -> None:
     options.runs.mkdir(parents=True, exist_ok=True)
     if not (options.runs / "tokenizer.json").exists():  # made once: all processes and stages must mean the same by an id
         make_tokenizer().save(str(options.runs / "tokenizer.json"))
@@ -401,4 +403,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(options)

@@ -15,6 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few updates, and nothing is kept")
+    parser.add_argument("--only", help="make this run anew, and keep the others as they are")
+    parser.add_argument("--stored", action="store_true", help="run nothing: print and draw what mistakes.json holds")
+    options = parser.parse_args()
+
 import numpy as np
 import torch
 from PIL import Image
@@ -193,12 +200,7 @@ def report(results: dict[str, dict]) -> None:
               f"{found['moved']:8.1%}  {found['said'][0][:40]!r}")  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few updates, and nothing is kept")
-    parser.add_argument("--only", help="make this run anew, and keep the others as they are")
-    parser.add_argument("--stored", action="store_true", help="run nothing: print and draw what mistakes.json holds")
-    options = parser.parse_args()
+def main(options: argparse.Namespace) -> None:
     if options.stored:
         draw_mistakes()
         return report(read_json(RESULTS))
@@ -221,4 +223,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(options)

@@ -3,13 +3,12 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from paligemma.checkpoints.weights import empty_model
 from paligemma.files import read_json
-from paligemma.layers import quantization
-from paligemma.modeling_paligemma import PaliGemmaConfig
+
+if TYPE_CHECKING:
+    from paligemma.modeling_paligemma import PaliGemmaConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,8 +43,10 @@ HUB_IDS = {
 VOCABULARY, IMAGE_TOKEN = 257_216, 257_152
 
 
-def model_config(name: str) -> PaliGemmaConfig:
+def model_config(name: str) -> "PaliGemmaConfig":
     """The configuration of a published size, at 224 pixels. Args: name: a key of DECODERS."""
+    from paligemma.modeling_paligemma import PaliGemmaConfig
+
     raw = {"model_type": "paligemma", "image_token_index": IMAGE_TOKEN, "vision_config": SIGLIP}
     return PaliGemmaConfig.from_hf(raw | {"text_config": DECODERS[name] | {"vocab_size": VOCABULARY}})
 
@@ -56,6 +57,11 @@ def gigabytes(count: float) -> str:
 
 def checkpoint_table() -> str:
     """Sizes of the published models, counted on models without memory (torch's meta device)."""
+    import torch
+
+    from paligemma.checkpoints.weights import empty_model
+    from paligemma.layers import quantization
+
     lines = [
         "| model | hub id, after `google/` | parameters | bf16 | int8 | int4 | cache per token |",
         "|---|---|---|---|---|---|---|",
