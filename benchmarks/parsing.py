@@ -18,7 +18,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from paligemma.objects.outputs import Box, read_text
+from paligemma.objects.outputs import NormalizedBox, parse_text
 
 ROOT = Path(__file__).resolve().parent.parent
 CAT, DOG, ALL = (100, 200, 300, 400), (500, 20, 900, 1000), (0, 0, 1023, 1023)
@@ -86,8 +86,8 @@ CASES = {
 
 
 def ours(text: str, side: int) -> Objects:
-    found = [found for found in read_text(text).objects if found.box is not None]
-    return [(one.label, one.box.pixels(side, side)) for one in found]
+    found = [found for found in parse_text(text).objects if found.box is not None]
+    return [(one.label, one.box.xyxy(side, side)) for one in found]
 
 
 def theirs(text: str, side: int) -> Objects:
@@ -100,7 +100,7 @@ def theirs(text: str, side: int) -> Objects:
 def is_right(found: Objects, wanted: Objects, side: int, tolerance: float) -> bool:
     if [label for label, _ in found] != [label for label, _ in wanted]:
         return False
-    true = [Box.from_bins(bins).pixels(side, side) for _, bins in wanted]
+    true = [NormalizedBox.from_locations(bins).xyxy(side, side) for _, bins in wanted]
     pairs = [pair for (_, box), right in zip(found, true, strict=True) for pair in zip(box, right, strict=True)]
     return all(abs(a - b) <= tolerance for a, b in pairs)
 

@@ -29,7 +29,7 @@ import numpy as np
 from demo import shapes
 from paligemma.learning.scores import lacks_pycocotools, mask_iou
 from paligemma.objects.exports import coco, coco_results, collect
-from paligemma.objects.outputs import Box, Found, as_json
+from paligemma.objects.outputs import NormalizedBox, ParsedObject, as_json
 from paligemma.tasks import OBJECT_TASKS, Annotator, Request, Result, in_order
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +53,7 @@ class Question:
     kind: str
     prefix: str
     suffix: str
-    true: list[Found]
+    true: list[ParsedObject]
 
     @property
     def task(self) -> str:
@@ -65,12 +65,15 @@ class Question:
         return self.prefix.partition(" ")[2]
 
 
-def truth(scene: shapes.Scene, prefix: str) -> list[Found]:
+def truth(scene: shapes.Scene, prefix: str) -> list[ParsedObject]:
     """What a `detect` or `segment` should find; for other questions nothing."""
     task, _, words = prefix.partition(" ")
     named = shapes.named(scene, words.split(" ; ")) if task in OBJECT_TASKS else []
     masks = [shapes.silhouette(shape, SIZE) if task == "segment" else None for shape, _ in named]
-    return [Found(word, Box(*shape.box), mask=mask) for (shape, word), mask in zip(named, masks, strict=True)]
+    return [
+        ParsedObject(word, NormalizedBox.from_locations(shape.box, denominator=1), mask=mask)
+        for (shape, word), mask in zip(named, masks, strict=True)
+    ]
 
 
 def questions(count: int, seed: int) -> list[tuple[shapes.Scene, list[Question]]]:
@@ -102,15 +105,17 @@ def answers(annotator: Annotator, asked: list[tuple[shapes.Scene, list[Question]
 # Scores
 
 
-def box_overlap(a: Found, b: Found) -> float:
+def box_overlap(a: ParsedObject, b: ParsedObject) -> float:
     return a.box.iou(b.box) if a.box and b.box else 0.0
 
 
-def mask_overlap(a: Found, b: Found) -> float:
+def mask_overlap(a: ParsedObject, b: ParsedObject) -> float:
     return mask_iou(a.mask, b.mask) if a.mask is not None and b.mask is not None else 0.0
 
 
-def matches(said: list[Found], true: list[Found], overlap: Callable[[Found, Found], float]) -> list[tuple[float, Found, Found]]:
+def matches(
+    said: list[ParsedObject], true: list[ParsedObject], overlap: Callable[[ParsedObject, ParsedObject], float]
+) -> list[tuple[float, ParsedObject, ParsedObject]]:
     """Pairs of the same label, (overlap, said, true), the best first; each object is in one pair at most."""
     pairs = [(overlap(a, b), i, j) for i, a in enumerate(said) for j, b in enumerate(true) if a.label == b.label]
     found, used = [], set()
@@ -121,7 +126,9 @@ def matches(said: list[Found], true: list[Found], overlap: Callable[[Found, Foun
     return found
 
 
-def objects_score(said: list[Found], true: list[Found], overlap: Callable[[Found, Found], float]) -> float:
+def objects_score(
+    said: list[ParsedObject], true: list[ParsedObject], overlap: Callable[[ParsedObject, ParsedObject], float]
+) -> float:
     """1 for the right objects and no others, 0 for none right."""
     return sum(value for value, _, _ in matches(said, true, overlap)) / max(len(said), len(true), 1)
 
@@ -137,7 +144,9 @@ def score(question: Question, result: Result) -> float:
 # Detection
 
 
-def average_precision(said: list[list[Found]], true: list[list[Found]]) -> tuple[float, float, dict[str, list[float]]]:
+def average_precision(
+    said: list[list[ParsedObject]], true: list[list[ParsedObject]]
+) -> tuple[float, float, dict[str, list[float]]]:
     """Average precision over the IoU from 0.50 to 0.95, that at 0.50, and precision at recall 0, 0.01, ... 1, by IoU.
 
     Args:
@@ -169,7 +178,7 @@ def average_precision(said: list[list[Found]], true: list[list[Found]]) -> tuple
     return float(judge.stats[0]), float(judge.stats[1]), {iou: curves[iou] for iou in CURVES}
 
 
-def detection(said: list[list[Found]], true: list[list[Found]]) -> dict:
+def detection(said: list[list[ParsedObject]], true: list[list[ParsedObject]]) -> dict:
     """What scores and expected values add: average precision and curves with and without, and the error of a coordinate."""
     expected = [[replace(one, box=one.expected or one.box) for one in objects] for objects in said]
     bare = [[replace(one, score=None) for one in objects] for objects in said]

@@ -19,7 +19,7 @@ from paligemma.files import read_json
 from paligemma.learning.scores import mask_iou
 from paligemma.objects.mask_codec import load_codec
 from paligemma.objects.masks import crop, paste
-from paligemma.objects.outputs import Box, Found, read_text, to_suffix
+from paligemma.objects.outputs import NormalizedBox, ParsedObject, parse_text, to_suffix
 from paligemma.svg import BLUE, ORANGE, SOFT, Axes, Drawing
 
 HERE = Path(__file__).resolve().parent
@@ -49,13 +49,13 @@ def draw_scores() -> None:
     drawing.save(HERE / "scores.svg")
 
 
-def examples() -> list[tuple[shapes.Shape, np.ndarray, Box]]:
+def examples() -> list[tuple[shapes.Shape, np.ndarray, NormalizedBox]]:
     """Three shapes with their masks, bool[448, 448], and boxes."""
     kinds = {"star": (0.2, 0.3, 0.36), "heart": (0.5, 0.1, 0.3), "cross": (0.12, 0.55, 0.25)}
     found = []
     for kind, (x, y, side) in kinds.items():
         shape = shapes.Shape(kind, "red", shapes.COLORS["red"], x, y, side)
-        found.append((shape, shapes.silhouette(shape, 448), Box(*shape.box)))
+        found.append((shape, shapes.silhouette(shape, 448), NormalizedBox.from_locations(shape.box, denominator=1)))
     return found
 
 
@@ -72,9 +72,9 @@ def draw_codec() -> None:
         codes = codec.encode(torch.from_numpy(cropped)[None])
         decoded = codec.decode(codes)[0].detach().numpy()
         back = paste(decoded, box, *mask.shape)
-        found = Found(shape.kind, box, codes=tuple(codes[0].tolist()))
+        found = ParsedObject(shape.kind, box, codes=tuple(codes[0].tolist()))
         suffix = to_suffix([found])
-        assert read_text(suffix).objects[0].codes == found.codes
+        assert parse_text(suffix).objects[0].codes == found.codes
         print(f"{suffix}\n  the mask that comes back overlaps with the true one: IoU {mask_iou(back, mask):.3f}")
         top = gap + row * (side + gap)
         for column, values in ((0, mask), (1, cropped), (3, decoded / 2 + 0.5)):

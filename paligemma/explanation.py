@@ -30,7 +30,7 @@ from paligemma.generation import only_row
 from paligemma.modeling_gemma import rotate
 from paligemma.objects.drawing import PALETTE, clean, draw_box
 from paligemma.objects.lettering import lettering
-from paligemma.objects.outputs import Box, items, pieces_of_ids
+from paligemma.objects.outputs import NormalizedBox, group_objects, split_ids
 from paligemma.pictures.images import load_image
 from paligemma.processing_paligemma import SPACE, PaliGemmaProcessor
 from paligemma.vocabulary import LOCATION_OR_CODE, LOCATIONS_PER_BOX
@@ -95,7 +95,7 @@ class Word:
     roll_out: Tensor
     gradient: Tensor | None
     share: float
-    box: Box | None
+    box: NormalizedBox | None
     logprob: float
     dependence: float
 
@@ -139,7 +139,7 @@ class Explanation:
         ]  # fmt: skip
         words = [
             {"text": word.text, "tokens": list(word.tokens), "logprob": word.logprob, "dependence": word.dependence,
-             "box_normalized": None if word.box is None else list(word.box.pixels(1, 1)), "picture_share": word.share,
+             "box_normalized": None if word.box is None else list(word.box.xyxy(1, 1)), "picture_share": word.share,
              "roll_out": word.roll_out.tolist(), "gradient": None if word.gradient is None else word.gradient.tolist()}
             for word in self.words
         ]  # fmt: skip
@@ -217,20 +217,20 @@ def roll_out(rows: Tensor, weights: Iterable[Tensor]) -> Tensor:
 # The answer in words
 
 
-def objects(token_ids: list[int], processor: PaliGemmaProcessor) -> Iterator[tuple[str, range, Box]]:
+def objects(token_ids: list[int], processor: PaliGemmaProcessor) -> Iterator[tuple[str, range, NormalizedBox]]:
     """Label, tokens and box of each object that has all four locations."""
-    for item in items(pieces_of_ids(token_ids, processor)):
-        if len(item.bins) == LOCATIONS_PER_BOX:
-            last = max(item.bin_tokens[-1] + len(item.codes), *item.word_tokens, 0)
-            yield item.label, range(item.bin_tokens[0], last + 1), Box.from_bins(item.bins)
+    for item in group_objects(split_ids(token_ids, processor)):
+        if len(item.locations) == LOCATIONS_PER_BOX:
+            last = max(item.location_tokens[-1] + len(item.codes), *item.label_tokens, 0)
+            yield item.label, range(item.location_tokens[0], last + 1), NormalizedBox.from_locations(item.locations)
 
 
-def split_words(token_ids: list[int], processor: PaliGemmaProcessor) -> list[tuple[str, range, Box | None]]:
+def split_words(token_ids: list[int], processor: PaliGemmaProcessor) -> list[tuple[str, range, NormalizedBox | None]]:
     """The answer's words and objects in their order: text, the places of the tokens, and the box of an object.
 
     A word begins with white space; what has neither letter nor digit is no word.
     """
-    found: list[tuple[str, range, Box | None]] = list(objects(token_ids, processor))
+    found: list[tuple[str, range, NormalizedBox | None]] = list(objects(token_ids, processor))
     taken = {place for _, places, _ in found for place in places}
     stream, spans = processor.stream(), []
     texts = [stream.put(number) for number in token_ids]  # a letter of several bytes comes whole, with its last
@@ -330,7 +330,9 @@ def read_tokens(logprobs: Tensor, blank_logprobs: Tensor, token_ids: list[int], 
     return tokens
 
 
-def make_word(text: str, places: range, box: Box | None, tokens: list[Token], rolled: Tensor, gradient: Tensor | None) -> Word:
+def make_word(
+    text: str, places: range, box: NormalizedBox | None, tokens: list[Token], rolled: Tensor, gradient: Tensor | None
+) -> Word:
     """A word from its maps float32[P], which become squares, as the processor squeezed the picture."""
     side = math.isqrt(len(rolled))
     own = tokens[places.start : places.stop]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from paligemma import machine
 from paligemma.errors import DeviceError, PaliGemmaError, UsageError
-from paligemma.objects.outputs import Reading, as_json, read_ids
+from paligemma.objects.outputs import ParsedAnswer, as_json, parse_ids
 
 if TYPE_CHECKING:
     import torch
@@ -184,7 +184,7 @@ class Result:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str = ""  # "stop" or "length", see generation.Answer
-    reading: Reading | None = None
+    reading: ParsedAnswer | None = None
     count: int | None = None
     error: PaliGemmaError | None = None
 
@@ -508,7 +508,7 @@ class Annotator:
         text = self.processor.decode(answer.token_ids).strip()
         reading = None
         if request.task in OBJECT_TASKS or "<loc" in text:
-            reading = read_ids(answer.token_ids, self.processor, answer.logprobs, answer.moments, self.denominator)
+            reading = parse_ids(answer.token_ids, self.processor, answer.logprobs, answer.moments, self.denominator)
             reading = self.finish(reading, width, height)
         return Result(
             image=request.image,
@@ -525,7 +525,7 @@ class Annotator:
             count=read_count(text) if request.task == "count" else None,
         )
 
-    def finish(self, reading: Reading, width: int, height: int) -> Reading:
+    def finish(self, reading: ParsedAnswer, width: int, height: int) -> ParsedAnswer:
         """The reading without objects of too low a score, and with decoded masks if there is a codec."""
         objects = reading.objects
         if self.min_score is not None:

@@ -15,7 +15,7 @@ from paligemma.errors import OutputError, PromptError, UsageError
 from paligemma.generation import generate, generate_steps
 from paligemma.layers import quantization
 from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, suffix_loss
-from paligemma.objects.outputs import Box
+from paligemma.objects.outputs import NormalizedBox
 from paligemma.processing_paligemma import PaliGemmaProcessor, load_image
 from paligemma.programs import commandline, verbs
 from tests.tiny import FAMILIES, fill, make_batch, make_model, make_pixels, raw_config
@@ -308,7 +308,7 @@ def test_words_of_an_answer(answer, words, processor):
 def test_an_object_is_one_word_with_its_box(processor):
     ids = processor.encode("a <loc0000><loc0100><loc0511><loc1023>" + "<seg001>" * 16 + " cat ; dog")
     _, (text, places, box), _ = explanation.split_words(ids, processor)
-    assert (text, box) == ("cat", Box(0, 100 / 1023, 511 / 1023, 1))
+    assert (text, box) == ("cat", NormalizedBox(100 / 1023, 0, 1, 511 / 1023))
     assert processor.decode(ids[places.start : places.stop]).endswith("<seg001> cat")
     assert ids[places.start] == processor.locations.start
 

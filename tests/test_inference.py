@@ -25,7 +25,7 @@ from paligemma.checkpoints import weights
 from paligemma.errors import GenerationError, ImageError, PromptError, UsageError
 from paligemma.inference import Flags
 from paligemma.objects import mask_codec, masks
-from paligemma.objects.outputs import Box, Found, Reading
+from paligemma.objects.outputs import NormalizedBox, ParsedAnswer, ParsedObject
 from paligemma.pictures import folders, images
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.programs import commandline, options, verbs
@@ -183,7 +183,6 @@ def test_names_with_commas_are_found_in_folders_with_commas_and_thousands_of_nam
     looks.clear()
     short = ["a"] * 20_000
     assert options.split_pictures(",".join(short)) == short and len(looks) < 4 * len(short)
-
 
 
 def test_a_prompt_is_the_bytes_that_were_typed():
@@ -541,7 +540,12 @@ def test_what_was_found_is_exported_in_the_form_that_the_ending_names(verb, tmp_
 def test_masks_come_as_run_lengths_and_as_polygons(capsys):
     mask = np.zeros((30, 40), bool)
     mask[10:20, 5:25] = True
-    reading = Reading([Found("cat", Box(0, 0, 1, 1), mask=mask), Found("dog", Box(0, 0, 1, 1))], [], "objects", "")
+    reading = ParsedAnswer(
+        [ParsedObject("cat", NormalizedBox(0, 0, 1, 1), mask=mask), ParsedObject("dog", NormalizedBox(0, 0, 1, 1))],
+        [],
+        "objects",
+        "",
+    )
     result = Result(image="a.png", task="segment", asked="cat", prompt="segment cat", width=40, height=30, reading=reading)
     job = verbs.read_words(("segment", SHAPES, "cat"))
     verbs.Desk(job, Flags(words=("segment", SHAPES, "cat"), json=True), {"model": "m"}).take(result, None)
@@ -739,7 +743,7 @@ def test_a_terminal_gets_a_table_and_colours_only_if_it_wants_them(monkeypatch, 
 def test_a_label_moves_no_cursor():
     from paligemma.objects.drawing import listing, table
 
-    found = [Found("cat\x1b[2J\n", Box(0, 0, 1, 1), score=0.5)]
+    found = [ParsedObject("cat\x1b[2J\n", NormalizedBox(0, 0, 1, 1), score=0.5)]
     assert "\x1b" not in table(found, 9, 9, False) + listing(found, 9, 9)
 
 

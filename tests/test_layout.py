@@ -33,7 +33,7 @@ FLOORS = [
 ]
 UPWARD = {  # not yet as it should be
     ("layers.lora", "checkpoints.safetensors_files"), ("objects.mask_codec", "checkpoints.safetensors_files"),
-    ("objects.grammar", "processing_paligemma"), ("objects.outputs", "processing_paligemma"),
+    ("objects.grammar", "processing_paligemma"),
     ("pictures.folders", "programs.options"), ("learning.run_folder", "programs.commandline"),
 }  # fmt: skip
 

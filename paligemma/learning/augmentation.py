@@ -10,13 +10,13 @@ from dataclasses import replace
 
 from PIL import Image
 
-from paligemma.objects.outputs import NO_LABEL, Box, Found, read_text, to_suffix
+from paligemma.objects.outputs import NO_LABEL, NormalizedBox, ParsedObject, parse_text, to_suffix
 
 GREY = (128, 128, 128)  # 0 for the model
 SMALLEST, LARGEST = 0.6, 1.3  # sides of the window, relative to those of the picture
 
 
-def window(boxes: list[Box], draw: random.Random) -> tuple[float, float, float, float]:
+def window(boxes: list[NormalizedBox], draw: random.Random) -> tuple[float, float, float, float]:
     """A random window (y_min, x_min, y_max, x_max, in fractions of the picture, perhaps beyond 0 and 1) that holds all boxes."""
     sides = []
     for low, high in ((min(box.y_min for box in boxes), max(box.y_max for box in boxes)),
@@ -40,11 +40,11 @@ def zoom(picture: Image.Image, suffix: str, seed: tuple) -> tuple[Image.Image, s
         suffix: an answer; one that cannot be read whole leaves both as they are.
         seed: numbers.
     """
-    reading = read_text(suffix)
+    reading = parse_text(suffix)
     if set(reading.problems) - {NO_LABEL} or any(found.box is None for found in reading.objects):
         return picture, suffix
     draw = random.Random(repr(seed))
-    whole = Box(0.0, 0.0, 1.0, 1.0)
+    whole = NormalizedBox(0.0, 0.0, 1.0, 1.0)
     boxes = [found.box for found in reading.objects] or [whole]
     top, left, bottom, right = window(boxes, draw)
     width, height = picture.size
@@ -55,10 +55,10 @@ def zoom(picture: Image.Image, suffix: str, seed: tuple) -> tuple[Image.Image, s
     return shown, to_suffix(moved(found, edges, width, height) for found in reading.objects) if reading.objects else suffix
 
 
-def moved(found: Found, edges: list[int], width: int, height: int) -> Found:
+def moved(found: ParsedObject, edges: list[int], width: int, height: int) -> ParsedObject:
     """The object as it lies in the window whose edges (left, top, right, bottom) are in pixels of the picture."""
     left, top, right, bottom = edges
-    x_min, y_min, x_max, y_max = found.box.pixels(width, height)
+    x_min, y_min, x_max, y_max = found.box.xyxy(width, height)
     wide, high = right - left, bottom - top
-    box = Box((y_min - top) / high, (x_min - left) / wide, (y_max - top) / high, (x_max - left) / wide)
-    return replace(found, box=box, bins=None)
+    box = NormalizedBox((x_min - left) / wide, (y_min - top) / high, (x_max - left) / wide, (y_max - top) / high)
+    return replace(found, box=box, locations=None)

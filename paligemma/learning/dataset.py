@@ -30,7 +30,7 @@ from PIL import Image
 from paligemma import files
 from paligemma.errors import DatasetError, PaliGemmaError, PromptError, counted
 from paligemma.learning.augmentation import zoom
-from paligemma.objects.outputs import CUT_BOX, CUT_MASK, LONG_MASK, NO_AREA, SWAPPED, read_text
+from paligemma.objects.outputs import CUT_BOX, CUT_MASK, LONG_MASK, NO_AREA, SWAPPED, parse_text
 from paligemma.pictures.folders import one_picture
 from paligemma.pictures.images import NEARLY_BLACK, load_image, read_file, squeeze
 from paligemma.vocabulary import LOCATION_OR_CODE
@@ -376,7 +376,7 @@ def check_texts(split: Split, processor: "PaliGemmaProcessor", max_text_tokens: 
             continue
         said = doubts_of(example.prefix, example.suffix)
         split.doubts += [Fault(split.file, example.line, text) for text in said]
-        reading = read_text(example.suffix)
+        reading = parse_text(example.suffix)
         num_boxes += len(reading.objects)
         num_swapped += sum(SWAPPED in found.problems for found in reading.objects)
     if num_boxes and num_swapped / num_boxes > OTHER_ORDER:
@@ -406,7 +406,7 @@ def doubts_of(prefix: str, suffix: str) -> list[str]:
     said += [f"{token} is read as letters; where it is needed the processor adds it, so leave it out" for token in letters]
     said += ["the suffix begins or ends with white space, which would be learned"] * (suffix.strip() not in ("", suffix))
     if LOCATION_OR_CODE.search(suffix):
-        said += [WRONG_PLACES[problem] for problem in dict.fromkeys(read_text(suffix).problems) if problem in WRONG_PLACES]
+        said += [WRONG_PLACES[problem] for problem in dict.fromkeys(parse_text(suffix).problems) if problem in WRONG_PLACES]
     return said
 
 

@@ -16,7 +16,7 @@ from paligemma.learning.dataset import Examples, spread
 from paligemma.learning.scores import TEXT_SCORES, lacks_pycocotools
 from paligemma.learning.training import answer_losses, rank_and_world, weights_of
 from paligemma.objects.mask_codec import MaskCodec, with_masks
-from paligemma.objects.outputs import read_text
+from paligemma.objects.outputs import parse_text
 from paligemma.pictures.folders import load
 from paligemma.tasks import Annotator, Request, Result, in_order
 
@@ -130,7 +130,7 @@ class Judge:
 
     def score_objects(self, pairs: list[tuple[Result, list[str]]]) -> dict[str, float]:
         said = [result.reading.objects if result.reading else [] for result, _ in pairs]
-        right = [[found for suffix in dict.fromkeys(answers) for found in read_text(suffix).objects] for _, answers in pairs]
+        right = [[found for suffix in dict.fromkeys(answers) for found in parse_text(suffix).objects] for _, answers in pairs]
         numbers = scores.detection_map(said, right) if "map" in self.scores else {}
         if "miou" in self.scores:
             overlaps = []

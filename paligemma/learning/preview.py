@@ -12,7 +12,7 @@ from paligemma.learning.dataset import Examples, spread
 from paligemma.objects import drawing
 from paligemma.objects.lettering import lettering
 from paligemma.objects.mask_codec import MaskCodec, with_masks
-from paligemma.objects.outputs import read_text
+from paligemma.objects.outputs import parse_text
 
 MOST, COLUMNS = 12, 4  # pictures on the page, and side by side
 SIDE, LINE = 336, 20  # pixels of a picture's field and of a line of text below it
@@ -31,7 +31,7 @@ def draw_preview(examples: Examples, codec: MaskCodec | None, file: Path) -> Non
     page = Image.new("RGB", (columns * SIDE, math.ceil(count / columns) * (SIDE + 2 * LINE + 8)), "white")
     for number, line in enumerate(shown_lines):
         picture, prefix, suffix = examples[0, line]
-        objects = read_text(suffix).objects
+        objects = parse_text(suffix).objects
         if codec is not None:
             objects = with_masks(objects, codec, *picture.size)
         shown = ImageOps.contain(drawing.draw(picture, objects), (SIDE - 8, SIDE - 8))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 
 from paligemma.errors import DeviceError
-from paligemma.objects.outputs import Found
+from paligemma.objects.outputs import ParsedObject
 
 Texts = Sequence[str]
 Rights = Sequence[Sequence[str]]
@@ -197,7 +197,7 @@ def lacks_pycocotools() -> str | None:
     return None
 
 
-def detection_map(said: Sequence[Sequence[Found]], right: Sequence[Sequence[Found]]) -> dict[str, float]:
+def detection_map(said: Sequence[Sequence[ParsedObject]], right: Sequence[Sequence[ParsedObject]]) -> dict[str, float]:
     """COCO's average precision, over labels; objects without a score count as equally sure.
 
     Returns: "map", the mean over overlaps of 0.50, 0.55, ..., 0.95, and "map50", at 0.50 alone.
@@ -215,13 +215,13 @@ def detection_map(said: Sequence[Sequence[Found]], right: Sequence[Sequence[Foun
     if not labels:
         return {"map": 1.0, "map50": 1.0}  # nothing was there, and nothing was said
 
-    def entries(examples: Sequence[Sequence[Found]]) -> list[dict]:
+    def entries(examples: Sequence[Sequence[ParsedObject]]) -> list[dict]:
         rows = []
         for image, objects in enumerate(examples, start=1):
             for found in objects:
                 if found.box is None:
                     continue
-                left, top, right_edge, bottom = found.box.pixels(1000, 1000)
+                left, top, right_edge, bottom = found.box.xyxy(1000, 1000)
                 box = [left, top, right_edge - left, bottom - top]
                 row = {"image_id": image, "category_id": labels.index(found.label) + 1, "bbox": box, "area": box[2] * box[3]}
                 rows.append(row | {"id": len(rows) + 1, "iscrowd": 0, "score": 1.0 if found.score is None else found.score})
@@ -245,7 +245,7 @@ def detection_map(said: Sequence[Sequence[Found]], right: Sequence[Sequence[Foun
     return {"map": max(0.0, float(evaluation.stats[0])), "map50": max(0.0, float(evaluation.stats[1]))}
 
 
-def segmentation_miou(said: Sequence[Sequence[Found]], right: Sequence[Sequence[Found]]) -> float:
+def segmentation_miou(said: Sequence[Sequence[ParsedObject]], right: Sequence[Sequence[ParsedObject]]) -> float:
     """Mean overlap (intersection over union) of masks of the same label.
 
     Where one mask is right, as for referring expressions, the first one said counts, as in big_vision's evaluator. Where several

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from paligemma.files import open_atomic
 from paligemma.objects.lettering import UNKNOWN, Lettering, lettering
-from paligemma.objects.outputs import Box, Found
+from paligemma.objects.outputs import NormalizedBox, ParsedObject
 from paligemma.pictures.images import load_image
 
 Color = tuple[int, int, int]
@@ -78,7 +78,7 @@ def ink(ground: Color) -> Color:
 # Shapes
 
 
-def rectangle(box: Box, width: int, height: int) -> Rectangle:
+def rectangle(box: NormalizedBox, width: int, height: int) -> Rectangle:
     """The box in whole pixels of the picture, at least one of each, inside it."""
 
     def side(low: float, high: float, length: int) -> tuple[int, int]:
@@ -90,11 +90,11 @@ def rectangle(box: Box, width: int, height: int) -> Rectangle:
 
 
 def strokes(rectangle: Rectangle, line: int, is_dashed: Sequence[bool]) -> list[Rectangle]:
-    """What a frame is drawn of: its upper, left, lower and right side, each whole or in dashes."""
+    """What a frame is drawn of: its left, upper, right and lower side, each whole or in dashes."""
     left, top, right, bottom = rectangle
     sides = [
-        (left, top, right, min(top + line, bottom)), (left, top, min(left + line, right), bottom),
-        (left, max(bottom - line, top), right, bottom), (max(right - line, left), top, right, bottom),
+        (left, top, min(left + line, right), bottom), (left, top, right, min(top + line, bottom)),
+        (max(right - line, left), top, right, bottom), (left, max(bottom - line, top), right, bottom),
     ]  # fmt: skip
     found = []
     for (x, y, x_end, y_end), dashed in zip(sides, is_dashed, strict=True):
@@ -107,16 +107,16 @@ def strokes(rectangle: Rectangle, line: int, is_dashed: Sequence[bool]) -> list[
     return found
 
 
-def whiskers(box: Box, spread: Sequence[float], line: int, size: tuple[int, int]) -> list[Rectangle]:
+def whiskers(box: NormalizedBox, spread: Sequence[float], line: int, size: tuple[int, int]) -> list[Rectangle]:
     """An error bar across the middle of each edge with a spread: from one standard deviation before it to one after it.
 
     Args:
-        spread: standard deviations of the upper, left, lower and right edge, in fractions of the picture's sides; 0 = no bar.
+        spread: standard deviations of the left, upper, right and lower edge, in fractions of the picture's sides; 0 = no bar.
         size: width and height of the picture.
     """
     width, height, cap = *size, CAP * line
     x, y = round((box.x_min + box.x_max) / 2 * width), round((box.y_min + box.y_max) / 2 * height)
-    edges = (box.y_min, x, height), (box.x_min, y, width), (box.y_max, x, height), (box.x_max, y, width)
+    edges = (box.x_min, y, width), (box.y_min, x, height), (box.x_max, y, width), (box.y_max, x, height)
     found = []
     for number, ((edge, middle, length), deviation) in enumerate(zip(edges, spread, strict=True)):
         if deviation:
@@ -124,20 +124,25 @@ def whiskers(box: Box, spread: Sequence[float], line: int, size: tuple[int, int]
             (low, high), at = map(round, ends), middle - line // 2
             bar = (at, low, at + line, high)
             caps = [(at - cap, end, at + line + cap, end + line) for end in (low, high - line)]
-            found += [(y, x, y_end, x_end) if number % 2 else (x, y, x_end, y_end) for x, y, x_end, y_end in (bar, *caps)]
+            found += [(x, y, x_end, y_end) if number % 2 else (y, x, y_end, x_end) for x, y, x_end, y_end in (bar, *caps)]
     return found
 
 
 def draw_box(
-    picture: Image.Image, box: Box, color: Color, line: int, spread: Sequence[float] = (0, 0, 0, 0), has_seam: bool = True
-) -> None:  # fmt: skip
+    picture: Image.Image,
+    box: NormalizedBox,
+    color: Color,
+    line: int,
+    spread: Sequence[float] = (0, 0, 0, 0),
+    has_seam: bool = True,
+) -> None:
     """A frame whose outer side is the box's, with a faint dark seam that sets it off from a ground of its own colour.
 
     Args:
         spread: see `whiskers`; an edge that may be off by more than UNSURE lines is dashed and gets an error bar.
     """
     width, height = picture.size
-    marked = [value if value * side > UNSURE * line else 0 for value, side in zip(spread, (height, width) * 2, strict=True)]
+    marked = [value if value * side > UNSURE * line else 0 for value, side in zip(spread, (width, height) * 2, strict=True)]
     parts = strokes(rectangle(box, width, height), line, [value > 0 for value in marked])
     parts += whiskers(box, marked, line, picture.size)
     if has_seam:
@@ -179,7 +184,7 @@ def clean(text: str) -> str:
     return " ".join("".join(kept).split())
 
 
-def caption(found: Found) -> str:
+def caption(found: ParsedObject) -> str:
     """What stands beside a box: the label in full and the score."""
     label = found.label[:MOST_LETTERS]
     return clean(f"{label} {found.score:.2f}" if found.score is not None else label)
@@ -240,13 +245,13 @@ def draw_label(picture: Image.Image, text: str, size: float, spot: Rectangle, co
     picture.paste(plate, spot[:2], shape)
 
 
-def draw_labels(picture: Image.Image, boxed: Sequence[Found], colors: dict[str, Color], letters: Lettering) -> int:
+def draw_labels(picture: Image.Image, boxed: Sequence[ParsedObject], colors: dict[str, Color], letters: Lettering) -> int:
     """Draws labels beside boxes until they cover LABEL_SHARE of the picture. Returns: how many are left out."""
     named = [found for found in boxed if caption(found)]
     num_pixels = picture.width * picture.height
     size, room = max(USUAL_LETTER, math.sqrt(num_pixels) * LETTERS), num_pixels * LABEL_SHARE
 
-    def area(found: Found) -> int:
+    def area(found: ParsedObject) -> int:
         width, height, _ = measure(caption(found), size, letters)
         return width * height
 
@@ -282,7 +287,7 @@ class Style:
 
 
 def draw(
-    picture: Image.Image, objects: Sequence[Found], style: Style = Style(), notes: list[str] | None = None
+    picture: Image.Image, objects: Sequence[ParsedObject], style: Style = Style(), notes: list[str] | None = None
 ) -> Image.Image:  # fmt: skip
     """A copy of the picture, RGB and of the same size, with what was found: masks, boxes, labels and scores.
 
@@ -364,7 +369,7 @@ def shown_width(text: str) -> int:
     )
 
 
-def table(objects: Sequence[Found], width: int, height: int, is_colored: bool) -> str:
+def table(objects: Sequence[ParsedObject], width: int, height: int, is_colored: bool) -> str:
     """Objects for a terminal, one a line: label, score, the score as a bar, corners of the box in pixels, share of the mask."""
     boxed = [found for found in objects if found.box is not None]
     colors = palette(found.label for found in objects)
@@ -375,7 +380,7 @@ def table(objects: Sequence[Found], width: int, height: int, is_colored: bool) -
         dot, dim, end = "", "", ""
         if is_colored:
             dot, dim, end = "\x1b[38;2;{};{};{}m".format(*colors[found.label]), "\x1b[2m", "\x1b[0m"
-        x_min, y_min, x_max, y_max = (round(value) for value in found.box.pixels(width, height))
+        x_min, y_min, x_max, y_max = (round(value) for value in found.box.xyxy(width, height))
         parts = [f"{dot}■{end} {label}{' ' * (widest - shown_width(label))}"]
         if found.score is not None:
             parts.append(f"{found.score:.2f} {dot}{bar(found.score)}{end}")
@@ -389,11 +394,11 @@ def table(objects: Sequence[Found], width: int, height: int, is_colored: bool) -
     return "".join(line + "\n" for line in lines)
 
 
-def listing(objects: Sequence[Found], width: int, height: int) -> str:
+def listing(objects: Sequence[ParsedObject], width: int, height: int) -> str:
     """Objects for programs, one a line, separated by tabs: label, score, x_min, y_min, x_max, y_max in pixels."""
     lines = []
     for found in objects:
         if found.box is not None:
-            corners = (f"{value:.1f}" for value in found.box.pixels(width, height))
+            corners = (f"{value:.1f}" for value in found.box.xyxy(width, height))
             lines.append("\t".join([clean(found.label), "" if found.score is None else f"{found.score:.4f}", *corners]))
     return "".join(line + "\n" for line in lines)

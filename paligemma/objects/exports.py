@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 
 from paligemma.errors import DatasetError, DeviceError
 from paligemma.files import output_errors, write_atomic
-from paligemma.objects.outputs import Found
+from paligemma.objects.outputs import ParsedObject
 
 if TYPE_CHECKING:
     import supervision
@@ -297,7 +297,7 @@ def export(rows: Iterable[dict], kind: str, path: str | Path, names: Iterable[st
     return written
 
 
-def to_supervision(objects: Iterable[Found], width: int, height: int) -> "supervision.Detections":
+def to_supervision(objects: Iterable[ParsedObject], width: int, height: int) -> "supervision.Detections":
     """The objects with a box as Detections, for supervision's drawing, tracking and counting; labels under data["class_name"].
 
     Confidences and masks are there if every object has one. Raises: DeviceError if supervision is not installed.
@@ -314,7 +314,7 @@ def to_supervision(objects: Iterable[Found], width: int, height: int) -> "superv
     masks, scores = [found.mask for found in objects], [found.score for found in objects]
     has_masks, has_scores = objects and all(mask is not None for mask in masks), None not in scores
     return supervision.Detections(
-        xyxy=np.array([found.box.pixels(width, height) for found in objects], dtype=np.float32).reshape(-1, 4),
+        xyxy=np.array([found.box.xyxy(width, height) for found in objects], dtype=np.float32).reshape(-1, 4),
         mask=np.stack(masks) if has_masks else None,
         confidence=np.array(scores, dtype=np.float32) if has_scores else None,
         class_id=np.array([names.index(label) for label in labels], dtype=int),

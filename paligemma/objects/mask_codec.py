@@ -30,7 +30,7 @@ from paligemma import files
 from paligemma.checkpoints.safetensors_files import CODEC_NAME, listed
 from paligemma.errors import CheckpointError
 from paligemma.objects.masks import paste
-from paligemma.objects.outputs import Found
+from paligemma.objects.outputs import ParsedObject
 from paligemma.vocabulary import NUM_CODES
 
 CODE_WIDTH = 512
@@ -191,7 +191,7 @@ def find_codec(folder: Path, given: str | Path | None = None) -> Path | None:
 
 
 @torch.no_grad()
-def with_masks(objects: Sequence[Found], codec: MaskCodec, width: int, height: int) -> list[Found]:
+def with_masks(objects: Sequence[ParsedObject], codec: MaskCodec, width: int, height: int) -> list[ParsedObject]:
     """The objects of one picture, those that have a box and codes with their mask, all decoded in one go.
 
     Args:

@@ -25,7 +25,7 @@ STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # x, y: right, down, left, up; each 
 
 
 class Corners(Protocol):
-    """What is needed of a box; outputs.Box is one."""
+    """What is needed of a box; outputs.NormalizedBox is one."""
 
     y_min: float
     x_min: float

@@ -1,23 +1,24 @@
-"""From `<loc0102><loc0204>...<seg007>... cat ; ...` to objects, and back: labels, boxes, codes of masks, scores.
+"""Parses answers such as `<loc0102><loc0204>...<seg007>... cat ; ...` into labels, boxes, mask codes and scores; writes them too.
 
-An answer is read from its token ids (`read_ids`), where a location is a token of its own and no letter can be taken for one, or
-from its text (`read_text`) where ids are gone. The grammar is
+`parse_ids` parses the token ids of an answer: there a location is a single token and cannot be confused with letters.
+`parse_text` parses the text when the ids are gone. The grammar of an answer is
 
-    answer := item (";" item)*        item := location{4} (code{16})? label       location := y_min, x_min, y_max, x_max
+    answer := object (";" object)*        object := location{4} (code{16})? label       location := y_min, x_min, y_max, x_max
 
-but models break off, repeat themselves and turn boxes around. Nothing of that raises: what can be mended is mended, the rest is
-left out, and `problems` says which of the words below happened. "Nothing found" (an empty answer) is another status than
-"unparsable" (words, but no box).
+but models stop too early, repeat themselves and swap the corners of a box. None of this raises an error: what can be repaired is
+repaired, the rest is left out, and `problems` names each fault with one of the words below. An empty answer ("nothing": no object
+was found) has another status than an answer with words but without a box ("unparsable").
 
-Coordinates are fractions of the picture's sides, y first as in the tokens; bin / 1023, as the official code divides
-(big_vision, pp/proj/paligemma/segmentation.py). Imports neither torch nor numpy. Checked in tests/objects/test_outputs.py.
+Only locations are y first, as in the tokens; everything else has x first. The fraction of a location is location / 1023, as in
+the official code (big_vision, pp/proj/paligemma/segmentation.py). Imports neither torch nor numpy. Checked in
+tests/objects/test_outputs.py.
 """
 
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from paligemma.errors import DatasetError
 from paligemma.vocabulary import CODE_TOKENS, CODES_PER_MASK, LOCATION_OR_CODE, LOCATION_TOKENS, LOCATIONS_PER_BOX, NUM_LOCATIONS
@@ -25,113 +26,129 @@ from paligemma.vocabulary import CODE_TOKENS, CODES_PER_MASK, LOCATION_OR_CODE, 
 if TYPE_CHECKING:
     import numpy as np
 
-    from paligemma.processing_paligemma import PaliGemmaProcessor
+END_OF_OBJECT = re.compile("[;\n]")
 
-END_OF_ITEM = re.compile("[;\n]")
-
-SWAPPED = "swapped"  # y_min > y_max or x_min > x_max, put in order
-NO_AREA = "no area"  # two equal sides: kept, but it covers no pixel
-NO_LABEL = "no label"  # as refcoco checkpoints answer, or broken off
-NO_BOX = "no box"  # a label, or codes, with no location before them
-CUT_BOX = "cut box"  # fewer than four locations: left out
-CUT_MASK = "cut mask"  # fewer than sixteen codes: the box stays, the codes go
-LONG_MASK = "long mask"  # more than sixteen codes: the first sixteen count
-REPEATED = "repeated"  # label and box of an object before it: left out
+SWAPPED = "swapped"  # y_min > y_max or x_min > x_max: exchanged
+NO_AREA = "no area"  # two equal sides: kept, but the box covers no pixel
+NO_LABEL = "no label"  # refcoco checkpoints answer without labels; otherwise the answer stopped too early
+NO_BOX = "no box"  # a label or mask codes without locations before them
+CUT_BOX = "cut box"  # fewer than four locations: the object is left out
+CUT_MASK = "cut mask"  # fewer than sixteen mask codes: the box is kept, the codes are dropped
+LONG_MASK = "long mask"  # more than sixteen mask codes: the first sixteen are kept
+REPEATED = "repeated"  # same label and box as an earlier object: left out
 PROBLEMS = (SWAPPED, NO_AREA, NO_LABEL, NO_BOX, CUT_BOX, CUT_MASK, LONG_MASK, REPEATED)
 
 
-def in_order(sides: Sequence[float]) -> tuple[float, float, float, float]:
-    """Four sides, y x y x, with the smaller of each two first."""
-    y, x, y_end, x_end = sides
+class Processor(Protocol):
+    """What this folder uses of a PaliGemmaProcessor. It cannot import that class: imports go down."""
+
+    eos_token_id: int
+    locations: range
+    segments: range
+    control_ids: frozenset[int]
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Iterable[int], /) -> str: ...
+    def stream(self) -> Any: ...
+
+
+def sort_corners(locations: Sequence[float]) -> tuple[float, float, float, float]:
+    """The four values y x y x, with the smaller y and the smaller x first."""
+    y, x, y_end, x_end = locations
     return min(y, y_end), min(x, x_end), max(y, y_end), max(x, x_end)
 
 
 @dataclass(frozen=True)
-class Box:
-    """A rectangle in fractions 0 to 1 of the picture's height (y) and width (x)."""
+class NormalizedBox:
+    """A rectangle in fractions, 0 to 1, of the picture's width (x) and height (y)."""
 
-    y_min: float
     x_min: float
-    y_max: float
+    y_min: float
     x_max: float
+    y_max: float
 
     @classmethod
-    def from_bins(cls, bins: Sequence[float], denominator: int = NUM_LOCATIONS - 1) -> "Box":
-        """The box of four locations, y x y x, put in order; the denominator 1024 is what some other readers divide by."""
-        return cls(*(value / denominator for value in in_order(bins)))
+    def from_locations(cls, locations: Sequence[float], denominator: float = NUM_LOCATIONS - 1) -> "NormalizedBox":
+        """The box of four locations: y x y x, sorted or not. The denominator 1024 is for comparison with code that uses it."""
+        y_min, x_min, y_max, x_max = (value / denominator for value in sort_corners(locations))
+        return cls(x_min, y_min, x_max, y_max)
 
-    def bins(self) -> tuple[int, int, int, int]:
-        """The nearest locations, y x y x, as training data has them."""
+    def to_locations(self) -> tuple[int, int, int, int]:
+        """The nearest locations, 0 to 1023, in the order of the tokens: y x y x."""
         last = NUM_LOCATIONS - 1
-        return tuple(min(max(round(value * last), 0), last) for value in (self.y_min, self.x_min, self.y_max, self.x_max))
+        sides = (self.y_min, self.x_min, self.y_max, self.x_max)
+        y_min, x_min, y_max, x_max = (min(max(round(value * last), 0), last) for value in sides)
+        return y_min, x_min, y_max, x_max
 
-    def pixels(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """x_min, y_min, x_max, y_max in pixels of the original picture: the order that every other tool expects."""
+    def xyxy(self, width: float, height: float) -> tuple[float, float, float, float]:
+        """x_min, y_min, x_max, y_max in pixels of a picture of this size."""
         return self.x_min * width, self.y_min * height, self.x_max * width, self.y_max * height
 
     @property
     def area(self) -> float:
+        """The share of the picture that the box covers."""
         return max(0.0, self.y_max - self.y_min) * max(0.0, self.x_max - self.x_min)
 
-    def iou(self, other: "Box") -> float:
-        """Area that two boxes share over area that they cover; 0 where neither covers any."""
+    def iou(self, other: "NormalizedBox") -> float:
+        """Intersection over union; 0 if both boxes have no area."""
         height = min(self.y_max, other.y_max) - max(self.y_min, other.y_min)
         width = min(self.x_max, other.x_max) - max(self.x_min, other.x_min)
-        shared = max(0.0, height) * max(0.0, width)
-        covered = self.area + other.area - shared
-        return shared / covered if covered > 0 else 0.0
+        intersection = max(0.0, height) * max(0.0, width)
+        union = self.area + other.area - intersection
+        return intersection / union if union > 0 else 0.0
 
 
 @dataclass(frozen=True)
-class Found:
-    """One object that the model named.
+class ParsedObject:
+    """One object of an answer.
 
     Args:
-        label: in full; "" where none was said.
-        box: in order; None for a label that came without one.
-        bins: the four locations as said, y x y x, perhaps not in order.
-        codes: the sixteen codes of the mask.
-        score: probability 0 to 1, from the log-probabilities of its tokens; see `score`.
-        expected: the box of the means of the four distributions over the locations near those said: finer than a bin.
-        spread: the standard deviations from them, y x y x, in fractions of the picture's sides.
+        label: the whole label; "" if the answer has none.
+        box: None for a label without a box.
+        locations: the four location tokens as they were generated, 0 to 1023, y x y x; not sorted.
+        codes: the sixteen mask codes, 0 to 127.
+        score: probability 0 to 1, computed from the log-probabilities of the object's tokens by `object_score`.
+        expected: the box of the mean coordinates. Each mean is taken over the probabilities of the locations near the generated
+            one, so this box is finer than one location.
+        spread: standard deviation of each coordinate, x y x y, in fractions of the picture's width and height.
         problems: words of PROBLEMS.
-        mask: bool[H, W] of the whole picture, once it was decoded.
+        mask: bool[H, W] of the whole picture, if the codes were decoded.
     """
 
     label: str
-    box: Box | None
-    bins: tuple[int, int, int, int] | None = None
+    box: NormalizedBox | None
+    locations: tuple[int, int, int, int] | None = None
     codes: tuple[int, ...] | None = None
     score: float | None = None
-    expected: Box | None = None
+    expected: NormalizedBox | None = None
     spread: tuple[float, float, float, float] | None = None
     problems: tuple[str, ...] = ()
     mask: "np.ndarray | None" = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What an answer says.
+class ParsedAnswer:
+    """The objects of an answer.
 
     Args:
         objects: in the order of the answer.
-        problems: words of PROBLEMS in the order in which they happened, those of the objects among them.
-        status: "objects"; "nothing" = an empty answer, so nothing was found; "unparsable" = something was said, but no whole box.
+        problems: words of PROBLEMS for all objects, in the order of the answer, also for objects that were left out.
+        status: "objects"; "nothing" for an empty answer; "unparsable" for words without a single complete box.
         text: the answer.
     """
 
-    objects: list[Found]
+    objects: list[ParsedObject]
     problems: list[str]
     status: str
     text: str
 
 
-# Reading
+# Parsing
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A location, a code, or some text (one of the three), and the tokens that said it, by their places in the answer."""
+class Lexeme:
+    """A location, a mask code or some text (exactly one of the three), with the indices of its tokens in the answer."""
 
     tokens: tuple[int, ...]
     location: int | None = None
@@ -140,236 +157,253 @@ class Piece:
 
 
 @dataclass
-class Item:
-    """An object while it is read: its values, and the tokens that said its locations and its label."""
+class PartialObject:
+    """An object while it is parsed: its values, and the indices of the tokens of its locations and of its label."""
 
-    bins: list[int] = field(default_factory=list)
-    bin_tokens: list[int] = field(default_factory=list)
+    locations: list[int] = field(default_factory=list)
+    location_tokens: list[int] = field(default_factory=list)
     codes: list[int] = field(default_factory=list)
-    words: list[str] = field(default_factory=list)
-    word_tokens: list[int] = field(default_factory=list)
-    has_label: bool = False  # kept, since putting the label together for every piece would take quadratic time
+    texts: list[str] = field(default_factory=list)
+    label_tokens: list[int] = field(default_factory=list)
+    has_label: bool = False  # stored: computing `label` for each lexeme would take quadratic time
 
     @property
     def label(self) -> str:
-        return "".join(self.words).strip()
+        return "".join(self.texts).strip()
 
-    def is_begun(self) -> bool:
-        return bool(self.bins or self.codes or self.has_label)
+    def has_begun(self) -> bool:
+        return bool(self.locations or self.codes or self.has_label)
 
-    def takes(self, piece: Piece) -> bool:
-        """Whether the piece can still belong to this object, or must begin another."""
-        if piece.location is not None:
-            return not (self.has_label or self.codes or len(self.bins) == LOCATIONS_PER_BOX)
-        return piece.code is None or not self.has_label
+    def accepts(self, lexeme: Lexeme) -> bool:
+        """Whether the lexeme can belong to this object; if not, it begins the next one."""
+        if lexeme.location is not None:
+            return not (self.has_label or self.codes or len(self.locations) == LOCATIONS_PER_BOX)
+        return lexeme.code is None or not self.has_label
 
-    def put(self, piece: Piece) -> None:
-        if piece.location is not None:
-            self.bins.append(piece.location)
-            self.bin_tokens += piece.tokens
-        elif piece.code is not None:
-            self.codes.append(piece.code)
-        else:
-            self.words.append(piece.text)
-            self.has_label = self.has_label or bool(piece.text.strip())
-            self.word_tokens += piece.tokens if piece.text.strip() else ()
+    def add(self, lexeme: Lexeme) -> None:
+        if lexeme.location is not None:
+            self.locations.append(lexeme.location)
+            self.location_tokens += lexeme.tokens
+        elif lexeme.code is not None:
+            self.codes.append(lexeme.code)
+        elif lexeme.text is not None:
+            self.texts.append(lexeme.text)
+            if lexeme.text.strip():
+                self.has_label = True
+                self.label_tokens += lexeme.tokens
 
 
-def items(pieces: Iterable[Piece]) -> Iterator[Item]:
-    """The pieces, put together to objects; a separator, or a piece that cannot belong to an object any more, begins the next."""
-    item = Item()
-    for piece in pieces:
-        if not item.takes(piece):
-            yield item
-            item = Item()
-        first, *others = END_OF_ITEM.split(piece.text) if piece.text else [piece.text]
-        item.put(replace(piece, text=first) if others else piece)
+def group_objects(lexemes: Iterable[Lexeme]) -> Iterator[PartialObject]:
+    """Groups lexemes into objects. A new object begins after a separator and at a lexeme that the current one cannot accept."""
+    current = PartialObject()
+    for lexeme in lexemes:
+        if not current.accepts(lexeme):
+            yield current
+            current = PartialObject()
+        first, *others = END_OF_OBJECT.split(lexeme.text) if lexeme.text else [lexeme.text]
+        current.add(replace(lexeme, text=first) if others else lexeme)
         for text in others:
-            if item.is_begun():
-                yield item
-            item = Item()
-            item.put(replace(piece, text=text))
-    if item.is_begun():
-        yield item
+            if current.has_begun():
+                yield current
+            current = PartialObject()
+            current.add(replace(lexeme, text=text))
+    if current.has_begun():
+        yield current
 
 
-def expectation(moments: list[tuple[float, float] | None], denominator: int) -> tuple[Box, tuple] | tuple[None, None]:
-    """`expected` and `spread` of an object from mean and deviation of its locations, y x y x, in order; None if one has none."""
-    if None in moments:
-        return None, None
-    (y, y_end), (x, x_end) = sorted(moments[::2]), sorted(moments[1::2])
-    means, deviations = zip(y, x, y_end, x_end, strict=True)
-    return Box.from_bins(means, denominator), tuple(value / denominator for value in deviations)
+def expected_box(
+    moments: Sequence[tuple[float, float] | None], denominator: int
+) -> tuple[NormalizedBox, tuple[float, float, float, float]] | tuple[None, None]:
+    """`expected` and `spread` of an object from (mean, standard deviation) of its four locations, y x y x.
 
-
-def score(item: Item, logprobs: Sequence[float], expected: Box | None, spread: tuple | None) -> float:
-    """How sure the model is of an object: p(label) x exp(-mean of spread / side).
-
-    p(label) is the product over the label's tokens; a spread is the standard deviation of a coordinate, the side the height or
-    width of the expected box: a box is as good as its corners are sharp for its size. Without spreads the second factor is the
-    geometric mean of the probabilities of the four locations.
-
-    Chosen by average precision (IoU 0.50 to 0.95, expected boxes) on 400 demo scenes of seed 500, and on 300 of seed 501 with
-    questions for absent shapes among them:   no score .685 / .510,   locations .712 / .522,   locations x label .713 / .581,
-    label .701 / .646,   spreads .734 / .580,   this .734 / .642. The smallest of the locations, the probability of the
-    separator before the object, and of beginning a box at all, added nothing to that.
+    Returns (None, None) if the moments of any location are unknown.
     """
-    label = sum(logprobs[token] for token in item.word_tokens)
-    if spread is None:
-        return math.exp(label + sum(logprobs[token] for token in item.bin_tokens) / LOCATIONS_PER_BOX)
-    one_bin = 1 / NUM_LOCATIONS  # no side is thinner
-    sides = 2 * (max(expected.y_max - expected.y_min, one_bin), max(expected.x_max - expected.x_min, one_bin))
-    return math.exp(label - sum(width / side for width, side in zip(spread, sides, strict=True)) / LOCATIONS_PER_BOX)
+    known = [pair for pair in moments if pair is not None]
+    if len(known) < LOCATIONS_PER_BOX:
+        return None, None
+    (y_min, y_max), (x_min, x_max) = sorted(known[::2]), sorted(known[1::2])
+    box = NormalizedBox.from_locations([y_min[0], x_min[0], y_max[0], x_max[0]], denominator)
+    left, top, right, bottom = (deviation / denominator for _, deviation in (x_min, y_min, x_max, y_max))
+    return box, (left, top, right, bottom)
 
 
-def finish(item: Item, denominator: int) -> tuple[Found | None, list[str]]:
-    """The object, if enough of it was said, and its problems."""
+def object_score(
+    partial: PartialObject,
+    logprobs: Sequence[float],
+    expected: NormalizedBox | None,
+    spread: tuple[float, float, float, float] | None,
+) -> float:
+    """The model's confidence in an object: p(label) * exp(-mean of (spread / side)).
+
+    p(label) is the product over the label's tokens. A spread is the standard deviation of one coordinate, and the side is the
+    width or height of the expected box: the more certain the coordinates are, relative to the size of the box, the higher the
+    score. Without spreads the second factor is the geometric mean of the probabilities of the four locations.
+
+    Chosen by average precision (IoU 0.50 to 0.95, expected boxes) on 400 demo scenes of seed 500, and on 300 of seed 501 that
+    include questions for absent shapes:   no score .685 / .510,   locations .712 / .522,   locations x label .713 / .581,
+    label .701 / .646,   spreads .734 / .580,   this formula .734 / .642. Three more factors were tried and improved nothing: the
+    smallest probability of a location, the probability of the separator before the object, that of starting a box at all.
+    """
+    label = sum(logprobs[token] for token in partial.label_tokens)
+    if expected is None or spread is None:
+        return math.exp(label + sum(logprobs[token] for token in partial.location_tokens) / LOCATIONS_PER_BOX)
+    smallest = 1 / NUM_LOCATIONS  # a box of no area would divide by zero
+    sides = 2 * (max(expected.x_max - expected.x_min, smallest), max(expected.y_max - expected.y_min, smallest))
+    return math.exp(label - sum(deviation / side for deviation, side in zip(spread, sides, strict=True)) / LOCATIONS_PER_BOX)
+
+
+def complete(partial: PartialObject, denominator: int) -> tuple[ParsedObject | None, list[str]]:
+    """The object, or None if too little of it was generated; and its problems."""
     problems = []
-    bins = tuple(item.bins)
-    if 0 < len(bins) < LOCATIONS_PER_BOX:
+    label = partial.label
+    if not partial.locations:
+        return ParsedObject(label, None, problems=(NO_BOX,)) if label else None, [NO_BOX]
+    if len(partial.locations) < LOCATIONS_PER_BOX:
         return None, [CUT_BOX]
-    label = item.label
-    if not bins:
-        return Found(label, None, problems=(NO_BOX,)) if label else None, [NO_BOX]
-    if bins[0] > bins[2] or bins[1] > bins[3]:
+    y, x, y_end, x_end = partial.locations
+    if y > y_end or x > x_end:
         problems.append(SWAPPED)
-    if bins[0] == bins[2] or bins[1] == bins[3]:
+    if y == y_end or x == x_end:
         problems.append(NO_AREA)
-    if item.codes and len(item.codes) != CODES_PER_MASK:
-        problems.append(CUT_MASK if len(item.codes) < CODES_PER_MASK else LONG_MASK)
+    if partial.codes and len(partial.codes) != CODES_PER_MASK:
+        problems.append(CUT_MASK if len(partial.codes) < CODES_PER_MASK else LONG_MASK)
     if not label:
         problems.append(NO_LABEL)
-    codes = tuple(item.codes[:CODES_PER_MASK]) if len(item.codes) >= CODES_PER_MASK else None
-    return Found(label, Box.from_bins(bins, denominator), bins, codes, problems=tuple(problems)), problems
+    codes = tuple(partial.codes[:CODES_PER_MASK]) if len(partial.codes) >= CODES_PER_MASK else None
+    box = NormalizedBox.from_locations(partial.locations, denominator)
+    return ParsedObject(label, box, (y, x, y_end, x_end), codes, problems=tuple(problems)), problems
 
 
-def read(
-    pieces: Iterable[Piece],
+def parse(
+    lexemes: Iterable[Lexeme],
     text: str,
     denominator: int,
     logprobs: Sequence[float] | None = None,
-    places: Sequence[tuple[float, float] | None] | None = None,
-) -> Reading:
-    """The objects of an answer that was taken apart; arguments as read_ids."""
-    objects, problems, seen = [], [], set()
-    for item in items(pieces):
-        found, wrong = finish(item, denominator)
+    moments: Sequence[tuple[float, float] | None] | None = None,
+) -> ParsedAnswer:
+    """The objects of an answer that was split into lexemes; the arguments are those of parse_ids."""
+    objects: list[ParsedObject] = []
+    problems: list[str] = []
+    seen = set()
+    for partial in group_objects(lexemes):
+        found, its_problems = complete(partial, denominator)
         if found is not None and (found.label, found.box) in seen:
-            found, wrong = None, [REPEATED]
-        problems += wrong
+            found, its_problems = None, [REPEATED]
+        problems += its_problems
         if found is None:
             continue
         seen.add((found.label, found.box))
         if found.box is not None:
-            moments = [None] if places is None else [places[token] for token in item.bin_tokens]
-            expected, spread = expectation(moments, denominator)
-            value = None if logprobs is None else score(item, logprobs, expected, spread)
-            found = replace(found, score=value, expected=expected, spread=spread)
+            of_locations = [] if moments is None else [moments[token] for token in partial.location_tokens]
+            expected, spread = expected_box(of_locations, denominator)
+            score = None if logprobs is None else object_score(partial, logprobs, expected, spread)
+            found = replace(found, score=score, expected=expected, spread=spread)
         objects.append(found)
     if any(found.box is not None for found in objects):
-        return Reading(objects, problems, "objects", text)
-    return Reading([], problems, "unparsable" if text.strip() else "nothing", text)
+        return ParsedAnswer(objects, problems, "objects", text)
+    return ParsedAnswer([], problems, "unparsable" if text.strip() else "nothing", text)
 
 
-def pieces_of_ids(ids: list[int], processor: "PaliGemmaProcessor") -> Iterator[Piece]:
-    """One piece a token; the bytes that make up a letter are one. Control tokens say nothing."""
-    stream, held = processor.stream(), ()
+def split_ids(ids: list[int], processor: Processor) -> Iterator[Lexeme]:
+    """One lexeme per token. The byte tokens of one character form one lexeme; control tokens (<bos>, <pad>, ...) form none."""
+    stream, pending = processor.stream(), ()
     for token, number in enumerate([*ids, processor.eos_token_id]):
-        is_letter = not (number in processor.locations or number in processor.segments or number in processor.control_ids)
-        text = stream.put(number) if is_letter else stream.end()
-        held += (token,) if is_letter else ()
+        is_text = not (number in processor.locations or number in processor.segments or number in processor.control_ids)
+        text = stream.put(number) if is_text else stream.end()
+        pending += (token,) if is_text else ()
         if text:
-            yield Piece(held, text=text)
-            held = ()
+            yield Lexeme(pending, text=text)
+            pending = ()
         if number in processor.locations:
-            yield Piece((token,), location=number - processor.locations.start)
+            yield Lexeme((token,), location=number - processor.locations.start)
         elif number in processor.segments:
-            yield Piece((token,), code=number - processor.segments.start)
+            yield Lexeme((token,), code=number - processor.segments.start)
 
 
-def read_ids(
+def parse_ids(
     ids: Iterable[int],
-    processor: "PaliGemmaProcessor",
+    processor: Processor,
     logprobs: Sequence[float] | None = None,
-    places: Sequence[tuple[float, float] | None] | None = None,
+    moments: Sequence[tuple[float, float] | None] | None = None,
     denominator: int = NUM_LOCATIONS - 1,
-) -> Reading:
-    """What the token ids of an answer say; whatever comes behind the first eos is not part of it.
+) -> ParsedAnswer:
+    """The objects in the token ids of an answer. Everything after the first eos is ignored.
 
     Args:
         ids: a list, or int64[L].
-        processor: a PaliGemmaProcessor, for its ids and its letters.
-        logprobs: float[L], of each token; gives the objects their scores.
-        places: mean and standard deviation in bins of each token that is a location, as in generation.Answer; else None.
-        denominator: 1023, or 1024 for comparison with readers that divide by it.
-    Raises: ValueError if logprobs or places are not as many as ids.
+        processor: a PaliGemmaProcessor.
+        logprobs: float[L], one per token; with them the objects get scores.
+        moments: mean and standard deviation, in locations, for each token that is a location, None for the others; as in
+            generation.Answer.
+        denominator: 1023, or 1024 for comparison with code that divides by it.
+    Raises: ValueError if logprobs or moments have another length than ids.
     """
     ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
     logprobs = logprobs.tolist() if hasattr(logprobs, "tolist") else logprobs
-    for name, values in (("logprobs", logprobs), ("places", places)):
+    for name, values in (("logprobs", logprobs), ("moments", moments)):
         if values is not None and len(values) != len(ids):
-            raise ValueError(f"{len(values)} {name} came for {len(ids)} ids. Pass one for each.")
+            raise ValueError(f"{len(values)} {name} came for {len(ids)} ids. Pass one for each id.")
     if processor.eos_token_id in ids:
         ids = ids[: ids.index(processor.eos_token_id)]
-    return read(pieces_of_ids(ids, processor), processor.decode(ids), denominator, logprobs, places)
+    return parse(split_ids(ids, processor), processor.decode(ids), denominator, logprobs, moments)
 
 
-def pieces_of_text(text: str) -> Iterator[Piece]:
-    """A location, a code, or what stands between. <loc9999>, which no tokenizer knows, is text."""
+def split_text(text: str) -> Iterator[Lexeme]:
+    """Locations, mask codes, and the text between them. <loc9999>, which no tokenizer knows, is text."""
     end = 0
-    for place in LOCATION_OR_CODE.finditer(text):
-        location, code = (None if digits is None else int(digits) for digits in place.groups())
-        if place.start() > end:
-            yield Piece((), text=text[end : place.start()])
-        yield Piece((), location, code)
-        end = place.end()
-    yield Piece((), text=text[end:])
+    for token in LOCATION_OR_CODE.finditer(text):
+        location, code = (None if digits is None else int(digits) for digits in token.groups())
+        if token.start() > end:
+            yield Lexeme((), text=text[end : token.start()])
+        yield Lexeme((), location, code)
+        end = token.end()
+    yield Lexeme((), text=text[end:])
 
 
-def read_text(text: str, denominator: int = NUM_LOCATIONS - 1) -> Reading:
-    """What the text of an answer says, with <loc> and <seg> kept; the tokens are gone, so there are no scores."""
-    return read(pieces_of_text(text), text, denominator)
+def parse_text(text: str, denominator: int = NUM_LOCATIONS - 1) -> ParsedAnswer:
+    """The objects in the text of an answer that still has its <loc> and <seg>. Objects have no scores: those need the tokens."""
+    return parse(split_text(text), text, denominator)
 
 
 # Writing
 
 
-def to_suffix(objects: Iterable[Found]) -> str:
-    """The answer that names these objects, as a checkpoint is trained to give it; read_text and read_ids read it back.
+def to_suffix(objects: Iterable[ParsedObject]) -> str:
+    """The answer that names these objects, in the form used for training; parse_text and parse_ids parse it back.
 
-    Locations come in order, also where a model had said them otherwise. Objects without a box become their label.
-    Raises: DatasetError for a label that would be read as something else: a ";", a newline or a <loc> in it.
+    Locations are written sorted, even if the model generated them in another order. An object without a box is written as its
+    label only. Raises: DatasetError for a label that would be parsed as something else, because it has a ";", a newline or <loc>.
     """
-    said = []
+    texts = []
     for found in objects:
-        if END_OF_ITEM.search(found.label) or LOCATION_OR_CODE.search(found.label):
+        if END_OF_OBJECT.search(found.label) or LOCATION_OR_CODE.search(found.label):
             raise DatasetError(f"the label {found.label!r} holds a separator or a location. Use words without ; and <loc>.")
-        bins = () if found.box is None else in_order(found.bins) if found.bins else found.box.bins()
-        places = "".join([LOCATION_TOKENS[value] for value in bins] + [CODE_TOKENS[code] for code in found.codes or ()])
-        said.append(f"{places} {found.label.strip()}".strip())
-    return " ; ".join(said)
+        locations = () if found.box is None else sort_corners(found.locations) if found.locations else found.box.to_locations()
+        tokens = [LOCATION_TOKENS[int(value)] for value in locations] + [CODE_TOKENS[code] for code in found.codes or ()]
+        texts.append(f"{''.join(tokens)} {found.label.strip()}".strip())
+    return " ; ".join(texts)
 
 
-def as_json(found: Found, width: int, height: int) -> dict:
-    """The object as the programs write it, for a picture of that many pixels; what is not known is left out.
+def as_json(found: ParsedObject, width: int, height: int) -> dict:
+    """The object as the programs write it, for a picture of this size; unknown values are left out.
 
     Returns: label, box [x_min, y_min, x_max, y_max] in pixels, box_normalized (the same, 0 to 1), score, expected_box (pixels),
         spread (pixels, x y x y), codes, mask (COCO's run lengths), problems.
     """
-    row = {"label": found.label}
+    row: dict = {"label": found.label}
     if found.box is not None:
-        row["box"] = [round(value, 2) for value in found.box.pixels(width, height)]
-        row["box_normalized"] = [round(value, 5) for value in found.box.pixels(1, 1)]
+        row["box"] = [round(value, 2) for value in found.box.xyxy(width, height)]
+        row["box_normalized"] = [round(value, 5) for value in found.box.xyxy(1, 1)]
     if found.score is not None:
         row["score"] = round(found.score, 5)
     if found.expected is not None:
-        row["expected_box"] = [round(value, 2) for value in found.expected.pixels(width, height)]
+        row["expected_box"] = [round(value, 2) for value in found.expected.xyxy(width, height)]
     if found.spread is not None:
-        row["spread"] = [round(value, 2) for value in Box(*found.spread).pixels(width, height)]
+        row["spread"] = [round(value * side, 2) for value, side in zip(found.spread, 2 * (width, height), strict=True)]
     if found.codes is not None:
         row["codes"] = list(found.codes)
     if found.mask is not None:
-        from paligemma.objects.masks import to_rle  # numpy is imported only where there is a mask
+        from paligemma.objects.masks import to_rle  # imports numpy, which is needed only for masks
 
         row["mask"] = to_rle(found.mask)
     return row | {"problems": list(found.problems)}

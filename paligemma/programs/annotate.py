@@ -38,7 +38,7 @@ from paligemma.tasks import task_warning
 if TYPE_CHECKING:
     from PIL import Image
 
-    from paligemma.objects.outputs import Reading
+    from paligemma.objects.outputs import ParsedAnswer
 
 EXPORTS = {"coco": "_coco.json", "csv": ".csv", "voc": "_voc", "yolo": "_yolo"}  # how files and folders are named
 
@@ -168,7 +168,7 @@ def note_once(text: str) -> None:
     note(text)
 
 
-def save_drawing(flags: Flags, row: dict, picture: "Image.Image", reading: "Reading") -> None:
+def save_drawing(flags: Flags, row: dict, picture: "Image.Image", reading: "ParsedAnswer") -> None:
     """Draws the objects of a row into its picture. Raises: OutputError.
 
     Where another picture's drawing, or any other file, has its name (./1.png and 1.png; A.png and a.png on some disks), it gets

@@ -124,7 +124,7 @@ def test_shapes_do_not_touch_and_stand_in_their_own_columns():
         for i, a in enumerate(drawn.shapes):
             assert min(a.box) >= 0 and max(a.box) <= 1
             for b in drawn.shapes[:i]:
-                assert outputs.Box(*a.box).iou(outputs.Box(*b.box)) == 0
+                assert outputs.NormalizedBox.from_locations(a.box, 1).iou(outputs.NormalizedBox.from_locations(b.box, 1)) == 0
 
 
 def test_every_answer_follows_from_the_scene():
@@ -235,9 +235,9 @@ def test_a_word_stands_beside_the_shapes_and_can_be_told_from_the_ground():
     fonts = set()
     for drawn in with_words(60):
         word = drawn.word
-        box = outputs.Box(word.y, word.x, word.y + word.height, word.x + word.width)
+        box = outputs.NormalizedBox(word.x, word.y, word.x + word.width, word.y + word.height)
         assert 0 < box.y_min and box.y_max < 1 and 0 < box.x_min and box.x_max < 1
-        assert all(outputs.Box(*shape.box).iou(box) == 0 for shape in drawn.shapes)
+        assert all(outputs.NormalizedBox.from_locations(shape.box, 1).iou(box) == 0 for shape in drawn.shapes)
         assert np.linalg.norm(np.array(drawn.tones) - np.array(word.rgb), axis=-1).min() > 100
         fonts.add(word.font)
     assert fonts == set(shapes.FONTS)
@@ -279,7 +279,7 @@ def test_the_codes_of_a_kind_are_its_silhouette(kind, mask_codec):
     shape = shapes.Shape(kind, "red", (255, 0, 0), x=0.21, y=0.4, side=0.33)
     codes = tuple(int(code) for code in re.findall(r"\d{3}", shapes.mask_tokens(kind)))
     mask = mask_codec.decode(torch.tensor([codes]))[0].numpy()
-    box = outputs.Box(*shape.box)
+    box = outputs.NormalizedBox.from_locations(shape.box, 1)
     assert overlap(masks.paste(mask, box, 448, 448), shapes.silhouette(shape, 448)) > 0.93  # stars 0.94, the others 0.96 and more
     assert overlap(masks.paste(mask, box, 448, 448), shapes.silhouette(shape, 448).T) < 0.9  # nothing is in another place
 
@@ -339,37 +339,39 @@ def test_every_word_of_the_demo_is_one_token(processor):
 )
 def test_objects_score(said, score):
     true = "<loc0000><loc0000><loc0512><loc0512> a ; <loc0600><loc0600><loc0900><loc0900> b"
-    said, true = (outputs.read_text(text).objects for text in (said, true))
+    said, true = (outputs.parse_text(text).objects for text in (said, true))
     assert evaluate.objects_score(said, true, evaluate.box_overlap) == pytest.approx(score)
 
 
 def test_masks_are_scored_by_the_pixels_they_share():
     mask = np.zeros((4, 4), dtype=bool)
     mask[:2] = True
-    box = outputs.Box(0, 0, 1, 1)
-    true = [outputs.Found("a", box, mask=mask)]
+    box = outputs.NormalizedBox(0, 0, 1, 1)
+    true = [outputs.ParsedObject("a", box, mask=mask)]
     assert evaluate.objects_score(true, true, evaluate.mask_overlap) == 1
-    assert evaluate.objects_score([outputs.Found("a", box, mask=mask.T)], true, evaluate.mask_overlap) == pytest.approx(4 / 12)
-    assert evaluate.objects_score([outputs.Found("a", box)], true, evaluate.mask_overlap) == 0  # a box without a mask
+    assert evaluate.objects_score([outputs.ParsedObject("a", box, mask=mask.T)], true, evaluate.mask_overlap) == pytest.approx(
+        4 / 12
+    )
+    assert evaluate.objects_score([outputs.ParsedObject("a", box)], true, evaluate.mask_overlap) == 0  # a box without a mask
 
 
 def test_a_scene_says_what_detect_and_segment_should_find():
     for drawn, asked in evaluate.questions(count=30, seed=3):
         for question in asked:
-            said = outputs.read_text(question.suffix).objects if question.task != "ask" else []
-            assert [(one.label, one.box.bins()) for one in question.true] == [(one.label, one.bins) for one in said]
+            said = outputs.parse_text(question.suffix).objects if question.task != "ask" else []
+            assert [(one.label, one.box.to_locations()) for one in question.true] == [(one.label, one.locations) for one in said]
             assert all((one.mask is not None) == (question.task == "segment") for one in question.true)
             assert question.kind != "absent" or question.true == []
         assert any(question.task == "detect" for question in asked) and drawn.shapes
 
 
 def boxed(y, score=None, expected=None):
-    return outputs.Found("cat", outputs.Box(y, 0, y + 0.5, 1), score=score, expected=expected)
+    return outputs.ParsedObject("cat", outputs.NormalizedBox(0, y, 1, y + 0.5), score=score, expected=expected)
 
 
 def test_scores_and_expected_values_count_where_they_are_right():
     """Three questions: a cat that is not there comes first; two that are, with boxes a tenth of their height off."""
-    right = outputs.Box(0.2, 0, 0.7, 1)
+    right = outputs.NormalizedBox(0, 0.2, 1, 0.7)
     said = [[boxed(0.1, score=0.2)], [boxed(0.25, 0.9, right)], [boxed(0.25, 0.8, right)]]
     result = evaluate.detection(said, [[], [boxed(0.2)], [boxed(0.2)]])
     assert result["map_50"]["plain"] == pytest.approx(2 / 3, abs=0.01)  # precision of the last of three, at every recall
@@ -382,7 +384,7 @@ def test_scores_and_expected_values_count_where_they_are_right():
 
 
 def test_a_box_counts_only_for_the_word_it_was_said_for():
-    dog = outputs.Found("dog", outputs.Box(0.2, 0, 0.7, 1))
+    dog = outputs.ParsedObject("dog", outputs.NormalizedBox(0, 0.2, 1, 0.7))
     assert evaluate.detection([[boxed(0.2)]], [[dog]])["map"]["plain"] == 0
     assert evaluate.detection([[]], [[dog]])["map"] == {"plain": 0, "scores": 0, "scores_and_expected": 0}
 

@@ -134,7 +134,7 @@ class Answers(Fuzzer):
 
     def check(self, files: Files, folder: Path) -> None:
         answer = as_text(files["answer"])
-        reading = outputs.read_text(answer)
+        reading = outputs.parse_text(answer)
         rows = [
             {
                 "image": "a.jpg",
@@ -154,9 +154,9 @@ class Answers(Fuzzer):
             answer.encode()
         except UnicodeEncodeError:
             return
-        again = outputs.read_text(outputs.to_suffix(objects))
-        assert [found.bins and outputs.in_order(found.bins) for found in again.objects if found.box] == [
-            outputs.in_order(found.bins) for found in objects if found.box
+        again = outputs.parse_text(outputs.to_suffix(objects))
+        assert [found.locations and outputs.sort_corners(found.locations) for found in again.objects if found.box] == [
+            outputs.sort_corners(found.locations) for found in objects if found.box
         ], "objects are not read back"
         if len(answer) < 2 * 10**5:
             self.check_ids(answer)
@@ -169,7 +169,7 @@ class Answers(Fuzzer):
             ids[number] = draw.choice((0, 1, 2, 3, self.processor.image_token_id, 10**6, ids[0]))
         logprobs = [draw.choice((0.0, -1.5, -1e9, -float("inf"))) for _ in ids]
         places = [draw.choice((None, (0.0, 0.0), (512.5, 500.0), (1023.0, 0.1))) for _ in ids]
-        reading = outputs.read_ids(torch.tensor(ids, dtype=torch.int64), self.processor, logprobs, places)
+        reading = outputs.parse_ids(torch.tensor(ids, dtype=torch.int64), self.processor, logprobs, places)
         json.dumps([outputs.as_json(found, 40, 30) for found in reading.objects])
         drawing.draw(self.picture, reading.objects[:50])
 

@@ -10,7 +10,7 @@ from paligemma.errors import DeviceError, UsageError
 from paligemma.learning import dataset, evaluation
 from paligemma.learning.evaluation import Judge
 from paligemma.objects.mask_codec import load_codec
-from paligemma.objects.outputs import read_text
+from paligemma.objects.outputs import parse_text
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tasks import Result
 from tests.tiny_checkpoint import make_checkpoint
@@ -37,7 +37,7 @@ def judge(processor, tmp_path):
         if said is None:
             return made
         common = {"image": "a.png", "task": "ask", "asked": "", "prompt": "", "width": 64, "height": 64}
-        readings = [read_text(text) if "<loc" in text else None for text in said]
+        readings = [parse_text(text) if "<loc" in text else None for text in said]
         results = [Result(**common, text=text, reading=reading) for text, reading in zip(said, readings, strict=True)]
         made.ask, made.loss = (lambda _: results), (lambda _: 0.5)
         return made

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paligemma.learning import scores
-from paligemma.objects.outputs import Box, Found
+from paligemma.objects.outputs import NormalizedBox, ParsedObject
 
 # Exact
 
@@ -146,7 +146,7 @@ def test_cider_prefers_rare_words():
 
 
 def box(label, y, x, y_end, x_end, score=None):
-    return Found(label, Box(y, x, y_end, x_end), score=score)
+    return ParsedObject(label, NormalizedBox(x, y, x_end, y_end), score=score)
 
 
 def test_perfect_boxes_have_a_precision_of_one_and_none_of_zero():
@@ -177,7 +177,7 @@ def test_a_label_that_is_wrong_is_no_hit():
 
 
 def masked(label, rows):
-    return Found(label, Box(0, 0, 1, 1), mask=np.array(rows, dtype=bool))
+    return ParsedObject(label, NormalizedBox(0, 0, 1, 1), mask=np.array(rows, dtype=bool))
 
 
 def test_mean_overlap_of_masks():

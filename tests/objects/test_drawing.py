@@ -11,7 +11,7 @@ from PIL import Image
 
 from paligemma.errors import OutputError
 from paligemma.objects import drawing, lettering
-from paligemma.objects.outputs import Box, Found
+from paligemma.objects.outputs import NormalizedBox, ParsedObject
 
 GREY = (128, 128, 128)
 
@@ -27,10 +27,10 @@ def changed(picture, other):
 
 fractions = st.floats(0, 1)
 pairs = st.tuples(fractions, fractions)
-boxes = st.builds(lambda y, x: Box(min(y), min(x), max(y), max(x)), pairs, pairs)
+boxes = st.builds(lambda y, x: NormalizedBox(min(x), min(y), max(x), max(y)), pairs, pairs)
 labels = st.sampled_from(["", "cat", "日本 🐈", "\udcff\x1b[2J", "a very long label, longer than most"])
 founds = st.builds(
-    Found,
+    ParsedObject,
     st.one_of(st.text(max_size=12), labels),
     st.one_of(st.none(), boxes, boxes),
     score=st.one_of(st.none(), fractions),
@@ -44,7 +44,7 @@ sides = st.one_of(st.integers(1, 12), st.integers(13, 300))
 def test_any_objects_on_any_picture_are_drawn_without_a_change_of_size(width, height, objects, is_masked):
     if is_masked:
         mask = np.arange(width * height).reshape(height, width) % 3 == 0
-        objects = [Found(found.label, found.box, score=found.score, spread=found.spread, mask=mask) for found in objects]
+        objects = [ParsedObject(found.label, found.box, score=found.score, spread=found.spread, mask=mask) for found in objects]
     picture = blank(width, height)
     before = picture.tobytes()
     out = drawing.draw(picture, objects)
@@ -58,14 +58,14 @@ def test_nothing_found_changes_nothing():
 
 
 def test_a_frame_lies_just_inside_its_box():
-    out = np.asarray(drawing.draw(blank(1000, 1000), [Found("", Box(0.2, 0.1, 0.6, 0.9))]))
+    out = np.asarray(drawing.draw(blank(1000, 1000), [ParsedObject("", NormalizedBox(0.1, 0.2, 0.9, 0.6))]))
     color = drawing.PALETTE[0]
     assert tuple(out[200, 500]) == tuple(out[599, 500]) == tuple(out[400, 100]) == tuple(out[400, 899]) == color
     assert tuple(out[400, 500]) == GREY and tuple(out[190, 500]) == GREY
 
 
 def test_lines_and_letters_grow_with_the_picture():
-    frame, labelled = ([Found(label, Box(0.2, 0.2, 0.8, 0.8))] for label in ("", "cat"))
+    frame, labelled = ([ParsedObject(label, NormalizedBox(0.2, 0.2, 0.8, 0.8))] for label in ("", "cat"))
 
     def covered(side):
         small, large = drawing.draw(blank(side, side), frame), drawing.draw(blank(side, side), labelled)
@@ -79,7 +79,7 @@ def test_lines_and_letters_grow_with_the_picture():
 def test_labels_never_leave_the_picture(corner, width, height):
     letters = lettering.lettering()
     label = drawing.fit("a label 0.50", 12, width, height, letters)
-    box = drawing.rectangle(Box(corner[0], corner[1], corner[0], corner[1]), width, height)
+    box = drawing.rectangle(NormalizedBox(corner[1], corner[0], corner[1], corner[0]), width, height)
     spot = drawing.place(box, drawing.measure(*label, letters)[:2], [], width, height)
     assert 0 <= spot[0] < spot[2] <= width and 0 <= spot[1] < spot[3] <= height
 
@@ -103,10 +103,10 @@ def test_a_label_shrinks_then_is_cut_then_left_out():
 
 
 def test_an_unsure_edge_is_dashed_with_an_error_bar_and_sure_ones_are_not():
-    box = Box(0.3, 0.3, 0.7, 0.7)
-    sure = drawing.draw(blank(), [Found("", box, spread=(0, 0, 0, 0))])
-    unsure = np.asarray(drawing.draw(blank(), [Found("", box, spread=(0.05, 0, 0, 0))]))
-    assert not changed(sure, drawing.draw(blank(), [Found("", box)])).any()
+    box = NormalizedBox(0.3, 0.3, 0.7, 0.7)
+    sure = drawing.draw(blank(), [ParsedObject("", box, spread=(0, 0, 0, 0))])
+    unsure = np.asarray(drawing.draw(blank(), [ParsedObject("", box, spread=(0, 0.05, 0, 0))]))
+    assert not changed(sure, drawing.draw(blank(), [ParsedObject("", box)])).any()
     colored = (unsure == drawing.PALETTE[0]).all(-1)
     assert 0.4 < colored[60, 90:210].mean() < 0.8 and colored[139, 90:210].all()  # the upper edge, the lower one
     bar = np.flatnonzero(colored[:60, 150])
@@ -116,14 +116,14 @@ def test_an_unsure_edge_is_dashed_with_an_error_bar_and_sure_ones_are_not():
 
 def test_an_edge_that_may_be_anywhere_costs_no_memory():
     spread = (1e12, 1e12, 1e12, 1e12)
-    out = drawing.draw(blank(), [Found("", Box(0.3, 0.3, 0.7, 0.7), spread=spread)])
+    out = drawing.draw(blank(), [ParsedObject("", NormalizedBox(0.3, 0.3, 0.7, 0.7), spread=spread)])
     assert changed(out, blank())[:, 150].all()  # the error bar goes from side to side
 
 
 def test_plain_drawings_have_frames_and_outlines_only():
     mask = np.zeros((200, 300), bool)
     mask[70:130, 100:200] = True
-    found = [Found("", Box(0.3, 0.3, 0.7, 0.7), spread=(0.05, 0.05, 0.05, 0.05), mask=mask)]
+    found = [ParsedObject("", NormalizedBox(0.3, 0.3, 0.7, 0.7), spread=(0.05, 0.05, 0.05, 0.05), mask=mask)]
     plain = drawing.draw(blank(), found, drawing.Style(is_plain=True))
     assert plain.getpixel((150, 100)) == GREY  # not filled
     assert not changed(plain, blank())[:60].any()  # nothing outside of the frame
@@ -131,7 +131,7 @@ def test_plain_drawings_have_frames_and_outlines_only():
 
 
 def test_lines_are_as_wide_as_asked_for_and_labels_can_be_left_out():
-    found = [Found("cat", Box(0.25, 0.25, 0.75, 0.75))]
+    found = [ParsedObject("cat", NormalizedBox(0.25, 0.25, 0.75, 0.75))]
     out = drawing.draw(blank(400, 400), found, drawing.Style(line_width=7, has_labels=False))
     column = (np.asarray(out)[:, 200] == drawing.PALETTE[0]).all(-1)
     assert np.flatnonzero(column).tolist() == [*range(100, 107), *range(293, 300)]
@@ -140,7 +140,7 @@ def test_lines_are_as_wide_as_asked_for_and_labels_can_be_left_out():
 
 
 def test_labels_leave_most_of_a_small_picture_free_and_say_so():
-    objects = [Found(f"thing {number}", Box(0.1 * number, 0.1, 0.9, 0.9), score=0.5) for number in range(3)]
+    objects = [ParsedObject(f"thing {number}", NormalizedBox(0.1, 0.1 * number, 0.9, 0.9), score=0.5) for number in range(3)]
     notes = []
     style = drawing.Style(has_labels=False)
     covered = changed(drawing.draw(blank(40, 40), objects, notes=notes), drawing.draw(blank(40, 40), objects, style))
@@ -152,7 +152,7 @@ def test_labels_leave_most_of_a_small_picture_free_and_say_so():
 
 
 def test_many_labels_shrink_before_any_is_left_out():
-    objects = [Found(f"thing {number}", Box(0.01 * number, 0.1, 0.9, 0.9)) for number in range(40)]
+    objects = [ParsedObject(f"thing {number}", NormalizedBox(0.1, 0.01 * number, 0.9, 0.9)) for number in range(40)]
     notes = []
     drawing.draw(blank(500, 500), objects, notes=notes)
     assert notes == []
@@ -162,13 +162,13 @@ def test_a_letter_that_no_font_has_is_said(monkeypatch):
     monkeypatch.setattr(lettering, "system_font", lambda _: "")
     lettering.lettering.cache_clear()
     notes = []
-    drawing.draw(blank(), [Found("\U00013000", Box(0.2, 0.2, 0.8, 0.8))], notes=notes)
+    drawing.draw(blank(), [ParsedObject("\U00013000", NormalizedBox(0.2, 0.2, 0.8, 0.8))], notes=notes)
     lettering.lettering.cache_clear()
     assert len(notes) == 1 and "\U00013000" in notes[0] and "--font" in notes[0]
 
 
 def test_a_very_long_label_takes_no_longer_than_a_long_one():
-    found = Found("a" * 1_000_000, Box(0.2, 0.2, 0.8, 0.8), score=0.5)
+    found = ParsedObject("a" * 1_000_000, NormalizedBox(0.2, 0.2, 0.8, 0.8), score=0.5)
     assert len(drawing.caption(found)) <= drawing.MOST_LETTERS + len(" 0.50")
     drawing.draw(blank(), [found])
 
@@ -176,15 +176,15 @@ def test_a_very_long_label_takes_no_longer_than_a_long_one():
 def test_masks_are_coloured_and_outlined_where_they_are():
     mask = np.zeros((200, 300), bool)
     mask[50:150, 100:200] = True
-    out = np.asarray(drawing.draw(blank(), [Found("", Box(0, 0, 1, 1), mask=mask)]))
+    out = np.asarray(drawing.draw(blank(), [ParsedObject("", NormalizedBox(0, 0, 1, 1), mask=mask)]))
     inside, edge = out[100, 150], out[51, 150]
     assert tuple(out[20, 150]) == GREY and tuple(inside) != GREY
     assert np.abs(edge - np.array(drawing.PALETTE[0])).sum() < np.abs(inside - np.array(drawing.PALETTE[0])).sum()
 
 
 def test_a_mask_of_another_picture_is_not_drawn():
-    out = drawing.draw(blank(), [Found("", Box(0, 0, 1, 1), mask=np.ones((20, 20), bool))])
-    assert not changed(out, drawing.draw(blank(), [Found("", Box(0, 0, 1, 1))])).any()
+    out = drawing.draw(blank(), [ParsedObject("", NormalizedBox(0, 0, 1, 1), mask=np.ones((20, 20), bool))])
+    assert not changed(out, drawing.draw(blank(), [ParsedObject("", NormalizedBox(0, 0, 1, 1))])).any()
 
 
 # Colours
@@ -255,12 +255,16 @@ def test_bars_are_as_long_as_the_score():
 
 
 def test_a_table_is_aligned_whatever_letters_labels_have():
-    objects = [Found(label, Box(0, 0, 0.5, 0.5), score=0.5) for label in ("cat", "日本", "e\u0301", "")]
+    objects = [ParsedObject(label, NormalizedBox(0, 0, 0.5, 0.5), score=0.5) for label in ("cat", "日本", "e\u0301", "")]
     lines = drawing.table(objects, 100, 100, False).splitlines()
     places = [drawing.shown_width(line[: line.index("0.50")]) for line in lines]
     assert len(set(places)) == 1 and "(no label)" in lines[3]
 
 
 def test_a_listing_has_six_columns_and_no_object_without_a_box():
-    objects = [Found("a\tcat\n", Box(0.1, 0.2, 0.5, 1), score=0.25), Found("dog", None), Found("x", Box(0, 0, 1, 1))]
+    objects = [
+        ParsedObject("a\tcat\n", NormalizedBox(0.2, 0.1, 1, 0.5), score=0.25),
+        ParsedObject("dog", None),
+        ParsedObject("x", NormalizedBox(0, 0, 1, 1)),
+    ]
     assert drawing.listing(objects, 200, 100) == "a cat\t0.2500\t40.0\t10.0\t200.0\t50.0\nx\t\t0.0\t0.0\t200.0\t100.0\n"

@@ -24,16 +24,16 @@ from pycocotools.cocoeval import COCOeval
 from paligemma.errors import DatasetError, DeviceError, OutputError
 from paligemma.objects import exports
 from paligemma.objects.exports import coco, coco_results, collect, export, files_of, to_supervision
-from paligemma.objects.outputs import Box, Found, as_json
+from paligemma.objects.outputs import NormalizedBox, ParsedObject, as_json
 
 ROOT = Path(__file__).parents[2]
 MASK = np.zeros((200, 100), dtype=bool)
 MASK[20:50, 10:40] = True
 MASK[30:35, 20:25] = False  # a hole
-HAT = Found("person's hat", Box(0.1, 0.2, 0.3, 0.6), score=0.75)
-CAT = Found("猫 / cat", Box(0, 0, 1, 1), score=0.5, mask=MASK)
-BARE = Found("", Box(0.25, 0.5, 0.5, 0.75))
-PLACELESS = Found("dog", None, problems=("no box",))
+HAT = ParsedObject("person's hat", NormalizedBox(0.2, 0.1, 0.6, 0.3), score=0.75)
+CAT = ParsedObject("猫 / cat", NormalizedBox(0, 0, 1, 1), score=0.5, mask=MASK)
+BARE = ParsedObject("", NormalizedBox(0.5, 0.25, 0.75, 0.5))
+PLACELESS = ParsedObject("dog", None, problems=("no box",))
 
 
 def row(image, *objects, width=100, height=200, **fields) -> dict:
@@ -124,7 +124,7 @@ def test_voc_files_count_pixels_from_one_and_lie_as_the_pictures_do(tmp_path):
 
 
 def test_a_voc_box_keeps_a_pixel_even_if_it_has_no_area(tmp_path):
-    thin = [Found("line", Box(1, 1, 1, 1)), Found("\x00<b>&", Box(0.5, 0.3, 0.5, 0.3))]
+    thin = [ParsedObject("line", NormalizedBox(1, 1, 1, 1)), ParsedObject("\x00<b>&", NormalizedBox(0.3, 0.5, 0.3, 0.5))]
     (file,) = export([row("x.jpg", *thin)], "voc", tmp_path / "x.xml")
     root = ElementTree.parse(file).getroot()
     assert [[box.text for box in element] for element in root.iter("bndbox")] == [["100", "200"] * 2, ["31", "101"] * 2]

@@ -15,7 +15,7 @@ from paligemma.generation import Sampling, generate, generate_many, generate_ste
 from paligemma.modeling_gemma import GemmaConfig, KVCache
 from paligemma.modeling_paligemma import PaliGemmaConfig
 from paligemma.objects.grammar import Ending, Grammar
-from paligemma.objects.outputs import NO_AREA, read_ids
+from paligemma.objects.outputs import NO_AREA, parse_ids
 from paligemma.pictures.images import load_image
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from tests.tiny import raw_config
@@ -306,8 +306,8 @@ def test_answers_of_noise_are_valid_and_end_in_any_room(processors, name):
             assert first_refused(grammars[answer.index], answer.token_ids, limit) is None
             objects = parse(processor.decode(answer.token_ids), labels, with_masks)
             assert processor.encode(suffix_of(objects)) == answer.token_ids[:-1]
-            reading = read_ids(answer.token_ids, processor)
-            assert [(found.bins, found.codes or (), found.label) for found in reading.objects] == objects
+            reading = parse_ids(answer.token_ids, processor)
+            assert [(found.locations, found.codes or (), found.label) for found in reading.objects] == objects
             assert set(reading.problems) <= {NO_AREA}  # sides may be equal
             num_objects += len(objects)
     assert num_objects > 50

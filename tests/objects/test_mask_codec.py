@@ -15,7 +15,7 @@ import torch
 from paligemma.errors import CheckpointError
 from paligemma.objects import mask_codec
 from paligemma.objects.mask_codec import CODEC_NAME, MaskCodec, find_codec, load_codec, with_masks
-from paligemma.objects.outputs import Box, Found
+from paligemma.objects.outputs import NormalizedBox, ParsedObject
 
 ORACLE = Path(__file__).parents[1] / "oracle" / "segdecoder"
 # Every array of vae-oid.npz that is needed. Written out, since the code derives them from modules.
@@ -256,9 +256,14 @@ def test_the_codec_is_the_given_one_or_lies_beside_the_weights(tmp_path):
 
 
 def test_objects_get_their_masks_and_the_others_stay(google):
-    box = Box(y_min=0.25, x_min=0.5, y_max=0.75, x_max=1.0)
+    box = NormalizedBox(y_min=0.25, x_min=0.5, y_max=0.75, x_max=1.0)
     codes = [tuple(row) for row in fixture()["codes"].tolist()]
-    things = [Found("a", box, codes=codes[2]), Found("b", box), Found("c", None, codes=codes[3]), Found("d", box, codes=codes[7])]
+    things = [
+        ParsedObject("a", box, codes=codes[2]),
+        ParsedObject("b", box),
+        ParsedObject("c", None, codes=codes[3]),
+        ParsedObject("d", box, codes=codes[7]),
+    ]
     found = with_masks(things, google, width=128, height=128)  # the box is 64 x 64: nothing is resized
     for index, row in ((0, 2), (3, 7)):
         expected = np.zeros((128, 128), dtype=bool)

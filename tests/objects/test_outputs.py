@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from paligemma.errors import DatasetError
 from paligemma.objects import masks, outputs
-from paligemma.objects.outputs import Box, Found, as_json, read_ids, read_text, to_suffix
+from paligemma.objects.outputs import NormalizedBox, ParsedObject, as_json, parse_ids, parse_text, to_suffix
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.vocabulary import LOCATION_OR_CODE
 from tests.tiny_tokenizer import write_processor
@@ -35,8 +35,8 @@ def processor(request, tmp_path_factory) -> PaliGemmaProcessor:
     return PaliGemmaProcessor.from_pretrained(folder)
 
 
-def said(reading: outputs.Reading) -> list[tuple]:
-    return [(found.label, found.bins, found.problems) for found in reading.objects]
+def said(reading: outputs.ParsedAnswer) -> list[tuple]:
+    return [(found.label, found.locations, found.problems) for found in reading.objects]
 
 
 # Each answer is read as text and as ids and must say the same. Text -> status, objects (label, bins, problems), all problems.
@@ -88,7 +88,7 @@ ANSWERS = {
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_an_answer_says_what_its_words_and_tokens_say(answer, processor):
     status, objects, problems = ANSWERS[answer]
-    for reading in (read_text(answer), read_ids(processor.encode(answer), processor)):
+    for reading in (parse_text(answer), parse_ids(processor.encode(answer), processor)):
         assert (reading.status, said(reading), reading.problems) == (status, objects, problems)
         assert reading.text == answer
 
@@ -96,7 +96,7 @@ def test_an_answer_says_what_its_words_and_tokens_say(answer, processor):
 @pytest.mark.parametrize("label", LABELS)
 def test_a_label_survives_whole(label, processor):
     answer = f"{CAT} {label} ; {DOG} {label}"
-    for reading in (read_text(answer), read_ids(processor.encode(answer), processor)):
+    for reading in (parse_text(answer), parse_ids(processor.encode(answer), processor)):
         assert said(reading) == [(label, CAT_BINS, ()), (label, DOG_BINS, ())]
 
 
@@ -107,7 +107,7 @@ def test_every_problem_is_one_of_the_words_and_every_word_happens():
 
 def test_the_codes_of_a_mask_stay_with_their_box(processor):
     answer = f"{CAT}{CODES} cat ; {DOG} dog"
-    for reading in (read_text(answer), read_ids(processor.encode(answer), processor)):
+    for reading in (parse_text(answer), parse_ids(processor.encode(answer), processor)):
         assert [found.codes for found in reading.objects] == [tuple(range(0, 128, 8)), None]
 
 
@@ -116,52 +116,54 @@ def test_letters_that_spell_a_location_are_a_label_where_ids_are_known(processor
     letters = processor.tokenizer.encode("<loc", add_special_tokens=False).ids
     letters += processor.tokenizer.encode("0001>", add_special_tokens=False).ids
     ids = processor.encode(CAT) + letters
-    assert said(read_ids(ids, processor)) == [("<loc0001>", CAT_BINS, ())]
+    assert said(parse_ids(ids, processor)) == [("<loc0001>", CAT_BINS, ())]
 
 
 def test_nothing_behind_the_end_is_read_and_control_tokens_are_silent(processor):
     ids = processor.encode(f"{CAT} cat")
     padded = [processor.bos_token_id, *ids, processor.eos_token_id, processor.pad_token_id, *processor.encode(f"{DOG} dog")]
-    assert said(read_ids(torch.tensor(padded), processor)) == [("cat", CAT_BINS, ())]
-    assert read_ids([processor.eos_token_id], processor).status == "nothing"
+    assert said(parse_ids(torch.tensor(padded), processor)) == [("cat", CAT_BINS, ())]
+    assert parse_ids([processor.eos_token_id], processor).status == "nothing"
 
 
 def test_a_letter_that_broke_off_leaves_a_mark_and_nothing_else(processor):
     begun = processor.encode(f"{CAT} 猫")[:-1]
     for between in (" ; ", ""):
         ids = begun + processor.encode(f"{between}{DOG} dog")
-        assert said(read_ids(ids, processor)) == [("\ufffd", CAT_BINS, ()), ("dog", DOG_BINS, ())]
-    assert said(read_ids(begun, processor)) == [("\ufffd", CAT_BINS, ())]
+        assert said(parse_ids(ids, processor)) == [("\ufffd", CAT_BINS, ()), ("dog", DOG_BINS, ())]
+    assert said(parse_ids(begun, processor)) == [("\ufffd", CAT_BINS, ())]
 
 
 # Boxes
 
 
 def test_1023_reaches_the_border_and_1024_does_not():
-    assert read_text(f"{DOG} dog").objects[0].box.pixels(4000, 3000) == (0, 0, 4000, 3000)
-    box = read_text(f"{DOG} dog", denominator=1024).objects[0].box
-    assert box.pixels(4000, 3000) == pytest.approx((0, 0, 4000 * 1023 / 1024, 3000 * 1023 / 1024))
+    assert parse_text(f"{DOG} dog").objects[0].box.xyxy(4000, 3000) == (0, 0, 4000, 3000)
+    box = parse_text(f"{DOG} dog", denominator=1024).objects[0].box
+    assert box.xyxy(4000, 3000) == pytest.approx((0, 0, 4000 * 1023 / 1024, 3000 * 1023 / 1024))
 
 
 def test_pixels_are_x_first_and_bins_y_first():
-    box = Box.from_bins((100, 200, 300, 400))
-    assert box.pixels(1023, 1023) == pytest.approx((200, 100, 400, 300))
-    assert box.bins() == (100, 200, 300, 400)
+    box = NormalizedBox.from_locations((100, 200, 300, 400))
+    assert box.xyxy(1023, 1023) == pytest.approx((200, 100, 400, 300))
+    assert box.to_locations() == (100, 200, 300, 400)
 
 
 def test_a_box_turned_around_is_put_in_order():
-    assert read_text("<loc0300><loc0400><loc0100><loc0200> cat").objects[0].box == Box.from_bins((100, 200, 300, 400))
+    assert parse_text("<loc0300><loc0400><loc0100><loc0200> cat").objects[0].box == NormalizedBox.from_locations(
+        (100, 200, 300, 400)
+    )
 
 
 def test_bins_are_nearest_and_stay_inside():
-    assert Box(-0.1, 0.00049, 0.0004888, 1.2).bins() == (0, 1, 1, 1023)
+    assert NormalizedBox(0.00049, -0.1, 1.2, 0.0004888).to_locations() == (0, 1, 1, 1023)
 
 
 def test_overlap_is_shared_area_over_covered_area():
-    left, right = Box(0, 0, 0.5, 0.4), Box(0, 0.2, 0.5, 0.6)
+    left, right = NormalizedBox(0, 0, 0.4, 0.5), NormalizedBox(0.2, 0, 0.6, 0.5)
     assert left.iou(right) == pytest.approx(1 / 3)
-    assert left.iou(Box(0.6, 0.6, 1, 1)) == 0
-    assert Box(0.1, 0.1, 0.1, 0.5).iou(Box(0.1, 0.1, 0.1, 0.5)) == 0  # no area, no overlap
+    assert left.iou(NormalizedBox(0.6, 0.6, 1, 1)) == 0
+    assert NormalizedBox(0.1, 0.1, 0.5, 0.1).iou(NormalizedBox(0.1, 0.1, 0.5, 0.1)) == 0  # no area, no overlap
 
 
 # There and back
@@ -174,20 +176,20 @@ codes = st.none() | st.tuples(*[st.integers(0, 127)] * 16)
 
 
 @st.composite
-def found(draw) -> Found:
+def found(draw) -> ParsedObject:
     (y, y_end), (x, x_end), words = draw(side), draw(side), draw(label)
     bins = (y, x, y_end, x_end)
-    return Found(words, Box.from_bins(bins), bins, draw(codes), problems=() if words else ("no label",))
+    return ParsedObject(words, NormalizedBox.from_locations(bins), bins, draw(codes), problems=() if words else ("no label",))
 
 
-several = st.lists(found(), max_size=4, unique_by=lambda found: (found.label, found.bins))
+several = st.lists(found(), max_size=4, unique_by=lambda found: (found.label, found.locations))
 
 
 @settings(max_examples=150)
 @given(several)
 def test_objects_written_and_read_are_the_same_objects(processor, objects):
     suffix = to_suffix(objects)
-    for reading in (read_text(suffix), read_ids([*processor.encode(suffix), processor.eos_token_id], processor)):
+    for reading in (parse_text(suffix), parse_ids([*processor.encode(suffix), processor.eos_token_id], processor)):
         assert reading.objects == objects
         assert reading.status == ("objects" if objects else "nothing")
 
@@ -195,16 +197,16 @@ def test_objects_written_and_read_are_the_same_objects(processor, objects):
 @settings(max_examples=300)
 @given(st.lists(st.sampled_from([*ANSWERS, "<loc", "<seg007>", "<loc0007>", "\x00", "é", "<eos>"]) | st.text(max_size=9)))
 def test_no_text_is_too_strange(pieces):
-    reading = read_text("".join(pieces))
+    reading = parse_text("".join(pieces))
     assert set(reading.problems) <= set(outputs.PROBLEMS)
     assert (reading.status == "objects") == any(found.box for found in reading.objects)
-    assert read_text(to_suffix(reading.objects)).objects == [plain(found) for found in reading.objects]
+    assert parse_text(to_suffix(reading.objects)).objects == [plain(found) for found in reading.objects]
 
 
-def plain(found: Found) -> Found:
+def plain(found: ParsedObject) -> ParsedObject:
     """What is left of an object once it was written: its box in order, its codes whole, so two faults less."""
     kept = tuple(problem for problem in found.problems if problem not in ("swapped", "cut mask", "long mask"))
-    return Found(found.label, found.box, found.box and found.box.bins(), found.codes, problems=kept)
+    return ParsedObject(found.label, found.box, found.box and found.box.to_locations(), found.codes, problems=kept)
 
 
 @settings(max_examples=300)
@@ -212,53 +214,58 @@ def plain(found: Found) -> Found:
 def test_no_ids_are_too_strange(processor, data):
     numbers = st.integers(-3, processor.vocab_size + 70) | st.sampled_from([*processor.locations, *processor.segments])
     ids = data.draw(st.lists(numbers, max_size=40))
-    logprobs, places = [-0.5] * len(ids), [(512.0, 3.0) if number in processor.locations else None for number in ids]
-    reading = read_ids(ids, processor, logprobs, places)
+    logprobs, moments = [-0.5] * len(ids), [(512.0, 3.0) if number in processor.locations else None for number in ids]
+    reading = parse_ids(ids, processor, logprobs, moments)
     for found in reading.objects:
         assert found.box is None or (0 < found.score <= 1 and found.expected is not None)
 
 
 def test_an_object_without_bins_is_written_from_its_box():
-    assert to_suffix([Found("cat", Box(0, 0.25, 0.5, 1)), Found("dog", None)]) == "<loc0000><loc0256><loc0512><loc1023> cat ; dog"
+    assert (
+        to_suffix([ParsedObject("cat", NormalizedBox(0.25, 0, 1, 0.5)), ParsedObject("dog", None)])
+        == "<loc0000><loc0256><loc0512><loc1023> cat ; dog"
+    )
 
 
 @pytest.mark.parametrize("label", ["cat ; dog", "two\nlines", "<loc0001>"])
 def test_a_label_that_would_be_read_otherwise_is_refused(label):
     with pytest.raises(DatasetError, match="label"):
-        to_suffix([Found(label, Box(0, 0, 1, 1))])
+        to_suffix([ParsedObject(label, NormalizedBox(0, 0, 1, 1))])
 
 
 # Scores
 
 
 def measured(processor, spreads=(10, 20, 10, 20), means=(100.4, 200.2, 300.4, 400.2)):
-    """ids, logprobs and places of an answer with one cat."""
+    """ids, logprobs and moments of an answer with one cat."""
     ids = [*processor.encode(f"{CAT} cat"), processor.eos_token_id]
     words = len(ids) - 5
     logprobs = [math.log(p) for p in (0.1, 0.2, 0.3, 0.4)] + [math.log(0.8)] + [0.0] * (words - 1) + [math.log(0.5)]
-    places = [*zip(means, spreads, strict=True), *[None] * (words + 1)]
-    return ids, logprobs, places
+    moments = [*zip(means, spreads, strict=True), *[None] * (words + 1)]
+    return ids, logprobs, moments
 
 
 def test_a_score_is_the_labels_probability_times_the_sharpness_of_the_box(processor):
-    (found,) = read_ids(processor=processor, **dict(zip(("ids", "logprobs", "places"), measured(processor), strict=True))).objects
+    (found,) = parse_ids(
+        processor=processor, **dict(zip(("ids", "logprobs", "moments"), measured(processor), strict=True))
+    ).objects
     assert found.score == pytest.approx(0.8 * math.exp(-(10 / 200 + 20 / 200) / 2))
-    assert found.expected == Box(100.4 / 1023, 200.2 / 1023, 300.4 / 1023, 400.2 / 1023)
-    assert found.spread == pytest.approx((10 / 1023, 20 / 1023, 10 / 1023, 20 / 1023))
+    assert found.expected == NormalizedBox(200.2 / 1023, 100.4 / 1023, 400.2 / 1023, 300.4 / 1023)
+    assert found.spread == pytest.approx((20 / 1023, 10 / 1023, 20 / 1023, 10 / 1023))
 
 
-def test_without_places_the_locations_own_probabilities_stand_in(processor):
+def test_without_moments_the_locations_own_probabilities_stand_in(processor):
     ids, logprobs, _ = measured(processor)
-    (found,) = read_ids(ids, processor, torch.tensor(logprobs)).objects
+    (found,) = parse_ids(ids, processor, torch.tensor(logprobs)).objects
     assert found.score == pytest.approx(0.8 * (0.1 * 0.2 * 0.3 * 0.4) ** 0.25)
     assert found.expected is None and found.spread is None
 
 
 def test_a_sharper_or_larger_box_and_a_surer_label_rank_higher(processor):
     def score(word=0.8, **changes):
-        ids, logprobs, places = measured(processor, **changes)
+        ids, logprobs, moments = measured(processor, **changes)
         logprobs[4] = math.log(word)
-        return read_ids(ids, processor, logprobs, places).objects[0].score
+        return parse_ids(ids, processor, logprobs, moments).objects[0].score
 
     assert score(spreads=(5, 5, 5, 5)) > score() > score(spreads=(90, 90, 90, 90)) > 0
     assert score(means=(0, 0, 900, 900)) > score() > score(word=0.4)
@@ -266,10 +273,10 @@ def test_a_sharper_or_larger_box_and_a_surer_label_rank_higher(processor):
 
 def test_the_spread_follows_a_side_that_was_turned_around(processor):
     ids = processor.encode("<loc0300><loc0200><loc0100><loc0400>")
-    places = [(300.0, 1.0), (200.0, 2.0), (100.0, 3.0), (400.0, 4.0)]
-    (found,) = read_ids(ids, processor, places=places).objects
-    assert found.expected == Box.from_bins((100, 200, 300, 400))
-    assert found.spread == pytest.approx((3 / 1023, 2 / 1023, 1 / 1023, 4 / 1023))
+    moments = [(300.0, 1.0), (200.0, 2.0), (100.0, 3.0), (400.0, 4.0)]
+    (found,) = parse_ids(ids, processor, moments=moments).objects
+    assert found.expected == NormalizedBox.from_locations((100, 200, 300, 400))
+    assert found.spread == pytest.approx((2 / 1023, 3 / 1023, 4 / 1023, 1 / 1023))
     assert found.score is None
 
 
@@ -277,31 +284,31 @@ def test_the_label_of_a_second_object_counts_for_that_alone(processor):
     ids = processor.encode(f"{CAT} cat ; {DOG} 猫")
     second = ids.index(processor.locations[0])
     logprobs = [0.0] * second + [math.log(0.5)] * (len(ids) - second)
-    one, two = read_ids(ids, processor, logprobs).objects
+    one, two = parse_ids(ids, processor, logprobs).objects
     assert one.score == 1
     assert two.score == pytest.approx(0.5 * 0.5**3)  # the locations' mean, and the three bytes of the letter
 
 
 def test_numbers_that_belong_to_other_ids_are_refused(processor):
-    for name in ("logprobs", "places"):
+    for name in ("logprobs", "moments"):
         with pytest.raises(ValueError, match=name):
-            read_ids([1, 2], processor, **{name: [0.0]})
+            parse_ids([1, 2], processor, **{name: [0.0]})
 
 
 # Rows
 
 
 def test_a_row_has_pixels_of_the_original_picture_and_leaves_out_what_is_not_known():
-    found = read_text(f"{CAT} cat").objects[0]
+    found = parse_text(f"{CAT} cat").objects[0]
     assert as_json(found, 1023, 2046) == {
         "label": "cat", "box": [200, 200, 400, 600], "box_normalized": [0.1955, 0.09775, 0.39101, 0.29326], "problems": [],
     }  # fmt: skip
-    assert as_json(Found("dog", None, problems=("no box",)), 10, 10) == {"label": "dog", "problems": ["no box"]}
+    assert as_json(ParsedObject("dog", None, problems=("no box",)), 10, 10) == {"label": "dog", "problems": ["no box"]}
 
 
 def test_a_row_with_everything_is_plain_json(processor):
-    ids, logprobs, places = measured(processor)
-    found = read_ids(ids, processor, logprobs, places).objects[0]
+    ids, logprobs, moments = measured(processor)
+    found = parse_ids(ids, processor, logprobs, moments).objects[0]
     mask = np.zeros((6, 4), dtype=bool)
     mask[1:3, 1:3] = True
     row = as_json(replace(found, codes=tuple(range(16)), mask=mask), 100, 200)
@@ -312,7 +319,7 @@ def test_a_row_with_everything_is_plain_json(processor):
 
 
 def test_reading_needs_neither_torch_nor_numpy():
-    code = "import sys; from paligemma.objects import outputs; outputs.read_text('x'); "
+    code = "import sys; from paligemma.objects import outputs; outputs.parse_text('x'); "
     code += "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
@@ -370,14 +377,14 @@ class Watched(list):
     "text", ["<seg001>", "<seg001> ", "cat <seg001>", "<loc0001>", "<loc0001>" * 4 + " a ; ", "; ", "a ", "\n"]
 )
 def test_work_on_an_answer_grows_with_its_length_and_not_faster(monkeypatch, text):
-    made = outputs.Item.__init__
+    made = outputs.PartialObject.__init__
 
     def watched(self, *args, **options):
         made(self, *args, **options)
-        self.words = Watched(self.words)
+        self.texts = Watched(self.texts)
 
-    monkeypatch.setattr(outputs.Item, "__init__", watched)
+    monkeypatch.setattr(outputs.PartialObject, "__init__", watched)
     monkeypatch.setattr(Watched, "joined", 0)
     count = 20_000
-    reading = read_text(text * count)
+    reading = parse_text(text * count)
     assert Watched.joined <= 10 * count and reading.text == text * count
