@@ -276,7 +276,8 @@ def explain_answer(
     token_ids: list[int], file: str,
 ) -> dict:  # fmt: skip
     """Draws where an answer comes from into a file, and returns the same for its JSON; `asked` is the processor's dict."""
-    from paligemma.explanation import draw_explanation, explain
+    from paligemma.explanation import explain
+    from paligemma.explanation_sheet import draw_explanation
     from paligemma.objects.drawing import save
 
     with machine.memory_errors("explaining the answer"):

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from demo import shapes
 from paligemma.checkpoints.weights import load_model
-from paligemma.explanation import LEAST_DEPENDENCE, Explanation, answer_logits, boxed, draw_explanation, explain, heat_map
+from paligemma.explanation import MIN_DEPENDENCE, Explanation, answer_logits, explain
+from paligemma.explanation_sheet import draw_explanation, heat_map, with_boxes
 from paligemma.generation import generate
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor, load_image
@@ -196,17 +197,17 @@ def draw_dependence(demo: Demo) -> None:
     axes = Axes(drawing, (60, 50, 470, 270), x=(LOW, HIGH), y=(0, 1))
     ticks = list(range(-2, 15, 2)), [0, 0.25, 0.5, 0.75, 1]
     axes.frame(*ticks, "nats that the picture adds to the answer", "share of answers below")
-    axes.curve([(LEAST_DEPENDENCE, 0), (LEAST_DEPENDENCE, 1)], SOFT, "4 4")
+    axes.curve([(MIN_DEPENDENCE, 0), (MIN_DEPENDENCE, 1)], SOFT, "4 4")
     labels = []
     for (name, values), color in zip(found.items(), (GREEN, ORANGE, BLUE), strict=True):
-        warned = sum(value < LEAST_DEPENDENCE for value in values)
+        warned = sum(value < MIN_DEPENDENCE for value in values)
         median = round(np.median(values), 1) + 0.0  # no minus before a zero
         print(f"{name:17} {len(values):3} answers, median {median:+5.1f} nats, {warned / len(values):4.0%} warned about")
         levels = [(value, np.mean(np.array(values) <= value)) for value in np.linspace(LOW, HIGH, 321)]
         axes.curve(levels, color)
         labels.append((axes.at(*levels[-1])[1], name, color))
     drawing.labels(478, labels, gap=18)
-    place = axes.at(LEAST_DEPENDENCE, 0.6)
+    place = axes.at(MIN_DEPENDENCE, 0.6)
     drawing.text(place[0] + 5, place[1], "ln 2", size=12, fill=SOFT)
     drawing.save(HERE / "dependence.svg")
 
@@ -225,7 +226,7 @@ def draw_maps(demo: Demo, picture: Image.Image) -> None:
         panels = [(small, question), (heat_map(small, word.roll_out), "roll-out"), (heat_map(small, word.gradient), "gradient")]
         for column, (panel, title) in enumerate(panels):
             left = column * (SIDE + 12)
-            sheet.paste(boxed(panel, [word]), (left, top))
+            sheet.paste(with_boxes(panel, [word]), (left, top))
             draw.text((left + SIDE / 2, top + SIDE + 15), title, "black", ImageFont.load_default(15), anchor="mm")
         print(f'"{question}": "{found.text}", of the roll-out {word.share:.0%} ends in the picture')
     sheet.quantize(192).save(HERE / "maps.png", optimize=True)

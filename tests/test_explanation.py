@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from paligemma import explanation, inference
+from paligemma import explanation, explanation_sheet, inference
 from paligemma.checkpoints import weights
 from paligemma.errors import OutputError, PromptError, UsageError
 from paligemma.generation import generate, generate_steps
@@ -274,7 +274,7 @@ def test_entropy_and_alternatives(processor):
     ("nats", "words"), [(0, "1 times"), (math.log(3.14159), "3.1 times"), (-1, "0.37 times"), (27.6, "10^12 times")]
 )
 def test_ratios_in_words(nats, words):
-    assert explanation.times(nats) == words
+    assert explanation.as_ratio(nats) == words
 
 
 # Words
@@ -319,7 +319,7 @@ def test_an_object_is_one_word_with_its_box(processor):
 @pytest.mark.parametrize(
     ("change", "ids", "message"),
     [
-        ({"pixel_values": None}, [70], "an explanation looks at pixels"),
+        ({"pixel_values": None}, [70], "an explanation needs pixels"),
         ({}, [], "the answer has 0 tokens"),
         ({}, [70] * 8192, "the answer has 8192 tokens"),
     ],
@@ -332,7 +332,7 @@ def test_what_cannot_be_explained_is_refused(change, ids, message, processor):
 
 def test_two_pictures_and_two_rows_are_refused(processor):
     model, picture = tiny_model("gemma", processor), Image.new("RGB", (28, 28))
-    with pytest.raises(PromptError, match="about 2 pictures"):
+    with pytest.raises(PromptError, match="the row has 2 pictures"):
         explanation.explain(model, processor, processor([picture, picture], "what?"), [70])
     with pytest.raises(PromptError, match="2 rows"):
         explanation.explain(model, processor, processor([picture, picture], ["what?", "who?"]), [70])
@@ -354,7 +354,7 @@ def test_quantised_models_have_roll_outs_and_likelihoods_but_no_gradient(kind, d
 def test_the_heat_lies_where_the_map_says():
     values = torch.zeros(4, 4)
     values[1, 2] = 3.0
-    found = np.asarray(explanation.heat_map(Image.new("RGB", (80, 40), "grey"), values)).astype(int)
+    found = np.asarray(explanation_sheet.heat_map(Image.new("RGB", (80, 40), "grey"), values)).astype(int)
     redness = found[..., 0] - found[..., 2]
     y, x = np.unravel_index(redness.argmax(), redness.shape)
     assert 10 <= y < 20 and 40 <= x < 60
@@ -362,37 +362,37 @@ def test_the_heat_lies_where_the_map_says():
 
 
 def test_a_map_of_nothing_leaves_the_picture_grey():
-    found = np.asarray(explanation.heat_map(Image.new("RGB", (8, 8), "blue"), torch.zeros(2, 2)))
+    found = np.asarray(explanation_sheet.heat_map(Image.new("RGB", (8, 8), "blue"), torch.zeros(2, 2)))
     assert (found[..., 0] == found[..., 2]).all()
 
 
 @pytest.mark.parametrize("question", ["caption en", "detect heart", "answer en what color is the heart?"])
 def test_the_sheet_has_a_card_for_each_word(question, demo):
     picture, found = ask(demo, question)
-    sheet = explanation.draw_explanation(picture, found)
-    rows = -(-len(found.words) // explanation.CARDS)
-    assert sheet.mode == "RGB" and sheet.width == explanation.WIDTH
-    assert sheet.height == explanation.draw_explanation(picture, found).height > 300 * (1 + rows)
+    sheet = explanation_sheet.draw_explanation(picture, found)
+    rows = -(-len(found.words) // explanation_sheet.CARDS)
+    assert sheet.mode == "RGB" and sheet.width == explanation_sheet.WIDTH
+    assert sheet.height == explanation_sheet.draw_explanation(picture, found).height > 300 * (1 + rows)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3000, 20), (20, 3000)])
 def test_pictures_of_any_shape_fit(size, demo):
     _, found = ask(demo, "caption en")
-    sheet = explanation.draw_explanation(Image.new("RGB", size, "teal"), found)
-    assert sheet.width == explanation.WIDTH and sheet.height < 2500
+    sheet = explanation_sheet.draw_explanation(Image.new("RGB", size, "teal"), found)
+    assert sheet.width == explanation_sheet.WIDTH and sheet.height < 2500
 
 
 def test_an_answer_without_words_and_one_with_very_long_ones_are_drawn(processor):
     model, inputs, _ = tiny_case("gemma", processor)
     for ids in ([processor.eos_token_id], processor.encode("x" * 150 + " 漢字")):
         found = explanation.explain(model, processor, inputs, ids)
-        assert explanation.draw_explanation(Image.new("RGB", (30, 20)), found).size[0] == explanation.WIDTH
+        assert explanation_sheet.draw_explanation(Image.new("RGB", (30, 20)), found).size[0] == explanation_sheet.WIDTH
 
 
 def test_text_is_cut_to_its_room():
-    lines = explanation.wrapped("one two three four five six seven", 20, 90, 3)
+    lines = explanation_sheet.wrapped("one two three four five six seven", 20, 90, 3)
     assert len(lines) == 3 and lines[0] == "one two" and lines[-1].endswith("…")
-    assert all(explanation.lettering().width(line, 20) <= 90 for line in lines)
+    assert all(explanation_sheet.lettering().width(line, 20) <= 90 for line in lines)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -423,7 +423,7 @@ def test_the_classic_flags_explain(tmp_path, capsys):
     argv = ("--model_path", str(DEMO), "--image_file_path", str(PICTURE), "--prompt", "answer en what color is the heart?")
     code, out, err = run(capsys, *argv, "--explain", str(file))
     assert (code, out) == (0, "purple\n") and f"note: the explanation is in {file}." in err
-    assert Image.open(file).width == explanation.WIDTH
+    assert Image.open(file).width == explanation_sheet.WIDTH
     code, out, _ = run(capsys, *argv, "--explain", str(file), "--json")
     data = json.loads(out)
     assert data["text"] == "purple" and data["explanation"]["words"][0]["text"] == "purple"
@@ -431,7 +431,7 @@ def test_the_classic_flags_explain(tmp_path, capsys):
 
 
 def test_a_plain_verb_explains_and_a_warning_is_a_note(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(explanation, "LEAST_DEPENDENCE", 1e6)
+    monkeypatch.setattr(explanation, "MIN_DEPENDENCE", 1e6)
     code, out, err = run(capsys, "ask", str(PICTURE), "what color is the heart?", "--explain", str(tmp_path / "out.png"))
     assert (code, out) == (0, "purple\n") and "note: this answer hardly depends on the picture: it is" in err
 
@@ -470,4 +470,4 @@ def test_what_cannot_be_explained_or_written_is_said_at_once(flags, error, messa
 
 def test_one_text_stands_once_among_the_alternatives():
     alternatives = [("cat", 0.5), ("dog", 0.2), (" cat", 0.15), ("\n", 0.05)]
-    assert explanation.by_text(alternatives) == [("cat", 0.65), ("dog", 0.2), ("\\n", 0.05)]
+    assert explanation_sheet.by_text(alternatives) == [("cat", 0.65), ("dog", 0.2), ("\\n", 0.05)]

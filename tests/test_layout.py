@@ -25,7 +25,7 @@ FLOORS = [
     {"objects"},
     {"checkpoints"},
     {"processing_paligemma", "generation"},
-    {"tasks", "explanation"},
+    {"opened", "tasks", "explanation", "explanation_sheet", "model"},
     {"learning"},
     {"programs"},
     {"inference"},
