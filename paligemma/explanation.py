@@ -333,7 +333,9 @@ def read_tokens(logprobs: Tensor, blank_logprobs: Tensor, token_ids: list[int], 
     return tokens
 
 
-def make_word(text: str, span: range, box: NormalizedBox | None, tokens: list[Token], rolled: Tensor, gradient: Tensor | None) -> Word:
+def make_word(
+    text: str, span: range, box: NormalizedBox | None, tokens: list[Token], rolled: Tensor, gradient: Tensor | None
+) -> Word:
     """A word with its maps float32[P], reshaped to a square grid, because the processor resizes the picture to a square."""
     side = math.isqrt(len(rolled))
     own = tokens[span.start : span.stop]
