@@ -38,7 +38,6 @@ from paligemma.pictures.folders import Loaded, one_picture
 from paligemma.programs import commandline, verbs
 from paligemma.programs.commandline import note, write
 from paligemma.programs.options import (
-    Checkpoint,
     DrawingFlags,
     ModelFlags,
     PictureFlags,
@@ -58,6 +57,7 @@ if TYPE_CHECKING:
     from paligemma.generation import Sampling
     from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
     from paligemma.objects.mask_codec import MaskCodec
+    from paligemma.opened import Checkpoint
     from paligemma.processing_paligemma import PaliGemmaProcessor
 
 BUNDLED_PICTURE, BUNDLED_QUESTION = str(files.BUNDLED / "shapes.png"), "caption en"
@@ -233,23 +233,20 @@ def is_looping(text: str) -> bool:
     return len(objects) == REPEATS and len(set(objects)) == 1 and "<loc" in objects[0]
 
 
-def open_checkpoint(flags: Flags) -> Checkpoint:
+def open_checkpoint(flags: Flags) -> "Checkpoint":
     """The model that the flags name, without its weights."""
-    machine.use_cores()
-    from paligemma.checkpoints import weights
-
-    checkpoint = Checkpoint(flags, weights)
+    checkpoint = flags.open()
     flags.check_outputs(checkpoint.files)
     return checkpoint
 
 
-def load(checkpoint: Checkpoint, is_verbose: bool) -> "PaliGemmaForConditionalGeneration":
+def load(flags: Flags, checkpoint: "Checkpoint") -> "PaliGemmaForConditionalGeneration":
     """The model with its weights."""
     import torch
 
     start = time.perf_counter()
-    model = checkpoint.load()
-    if is_verbose:
+    model = flags.load(checkpoint)
+    if flags.verbose:
         spent = time.perf_counter() - start
         note(f"loaded {checkpoint.name} in {spent:.2f} s: {model.dtype}, {model.device}, threads: {torch.get_num_threads()}")
     return model
@@ -308,7 +305,7 @@ class Session:
 
     def load(self) -> None:
         """Brings the weights in. Apart from __init__ so that a prompt can be checked before."""
-        self.model = load(self.checkpoint, self.flags.verbose)
+        self.model = load(self.flags, self.checkpoint)
 
     def inputs(self, prompt: str) -> dict:
         """The processor's dict for one question, without pixels. Raises: PromptError if it leaves no room for an answer."""
@@ -499,7 +496,7 @@ def load_picture(name: str, flags: Flags, side: int) -> Loaded:
     return loaded
 
 
-def find_masks(flags: Flags, checkpoint: Checkpoint) -> "MaskCodec | None":
+def find_masks(flags: Flags, checkpoint: "Checkpoint") -> "MaskCodec | None":
     """What decodes the masks of `segment`, if it is there; else a note says how to get it."""
     from paligemma.objects.mask_codec import find_codec, load_codec
 
@@ -515,7 +512,7 @@ def open_annotator(flags: Flags, job: verbs.Job, extra: dict) -> Annotator:
     codec = find_masks(flags, checkpoint) if job.task == "segment" else None
     extra |= {"model": checkpoint.name, "seed": choose_seed(flags)}
     return Annotator(
-        load(checkpoint, flags.verbose),
+        load(flags, checkpoint),
         checkpoint.processor,
         codec=codec,
         rows=min(ROWS, len(job.pictures) * len(job.texts)),

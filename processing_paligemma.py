@@ -35,6 +35,7 @@ from paligemma.vocabulary import CODE_TOKENS, IGNORE_INDEX, IMAGE_TOKEN, LOCATIO
 if TYPE_CHECKING:
     import torch
 
+    from paligemma.checkpoints.weights import ModelFiles
     from paligemma.modeling_paligemma import PaliGemmaConfig
 
 log = logging.getLogger(__name__)
@@ -228,13 +229,12 @@ def add_missing_tokens(tokenizer: Tokenizer) -> None:
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])  # marks it, if it exists
 
 
-def configured_ids(config: dict, folder: Path) -> dict[str, set[int]]:
-    """The bos and eos ids that any file of the folder names; none where no file does.
+def configured_ids(config: dict, generation: dict) -> dict[str, set[int]]:
+    """The bos and eos ids that config.json or generation_config.json name; none where no file does.
 
     transformers 4 writes them at the top of config.json, transformers 5 into text_config; the hub's files have them in
     generation_config.json as well. Several ids may end an answer.
     """
-    generation = read_settings(folder, "generation_config.json", CheckpointError)
     ids = {}
     for name in ("bos_token_id", "eos_token_id"):
         values = [source.get(name) for source in (config, config["text_config"], generation)]
@@ -243,12 +243,11 @@ def configured_ids(config: dict, folder: Path) -> dict[str, set[int]]:
     return ids
 
 
-def token_ids(tokenizer: Tokenizer, config: "PaliGemmaConfig", folder: Path, words: Path) -> dict[str, int]:
+def token_ids(tokenizer: Tokenizer, model: "ModelFiles", words: Path) -> dict[str, int]:
     """The ids of <image>, bos, eos and pad, and of the newline.
 
     Args:
-        folder: of the model.
-        words: of the tokenizer; that of the model, unless an adapter has its own.
+        words: the folder of the tokenizer; that of the model, unless an adapter has its own.
     Raises: TokenizerError where the files name others. Padding is never looked at, so that any token may serve for it.
     """
     settings = read_settings(words, "tokenizer_config.json", TokenizerError)
@@ -262,8 +261,8 @@ def token_ids(tokenizer: Tokenizer, config: "PaliGemmaConfig", folder: Path, wor
     ids = {name: tokenizer.token_to_id(token) for name, token in tokens.items()}
     if ids["pad_token_id"] in (None, ids["image_token_id"]):  # padding that is an <image> would count as one
         ids["pad_token_id"] = ids["eos_token_id"]
-    configured = configured_ids(read_settings(folder, "config.json", CheckpointError), folder)
-    configured["image_token_id"] = {config.image_token_index}
+    configured = configured_ids(model.raw, model.generation)
+    configured["image_token_id"] = {model.config.image_token_index}
     for name, needed in configured.items():
         if ids[name] is None or needed and ids[name] not in needed:
             raise TokenizerError(
@@ -466,15 +465,14 @@ class PaliGemmaProcessor:
         Args: as of weights.load_model.
         Raises: TokenizerError or CheckpointError when files are missing, broken, or contradict each other; AccessError.
         """
-        from paligemma.checkpoints.weights import (  # brings torch, which importing this file does not
-            base_folder,
-            read_config,
-            resolve,
-        )
+        from paligemma.checkpoints.weights import ModelFiles  # imports torch, which importing this file does not
 
-        own = resolve(path_or_hub_id, revision)
-        folder = base_folder(own, base_model)
-        config = read_config(folder)
+        return cls.from_files(ModelFiles(path_or_hub_id, revision, base_model))
+
+    @classmethod
+    def from_files(cls, model: "ModelFiles") -> "PaliGemmaProcessor":
+        """The processor of a model whose files were found; see from_pretrained."""
+        own, folder, config = model.folder, model.base, model.config
         of_pictures = ("processor_config.json", "preprocessor_config.json")
         of_words = ("tokenizer_config.json", "special_tokens_map.json")
         pictures = own if any(files.is_file(own / name) for name in of_pictures) else folder
@@ -486,7 +484,7 @@ class PaliGemmaProcessor:
         kept |= {name: read_settings(words, name, CheckpointError) for name in of_words}
         tokenizer = read_tokenizer(words)
         add_missing_tokens(tokenizer)
-        ids = token_ids(tokenizer, config, folder, words)
+        ids = token_ids(tokenizer, model, words)
         check_tokenizer(tokenizer, config.text_config.vocab_size, words)
         size, context = config.vision_config.image_size, config.text_config.max_position_embeddings
         return cls(tokenizer, ids, size, config.num_image_tokens, table, context=context, settings=kept)

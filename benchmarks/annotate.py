@@ -47,9 +47,7 @@ if __name__ == "__main__":  # --help and wrong flags are answered before anythin
 
 import numpy as np
 import torch
-from paligemma.checkpoints import weights
 from paligemma.programs.journal import Journal, rows
-from paligemma.programs.options import Checkpoint
 from PIL import Image
 
 from demo import shapes
@@ -84,8 +82,8 @@ def ours(options: argparse.Namespace, asked: list[tuple[Path, str]], folder: Pat
         rows=options.rows,
         max_tokens_to_generate=LONGEST,
     )
-    checkpoint = Checkpoint(flags, weights)
-    annotator = job.make_annotator(flags, checkpoint, checkpoint.load())
+    checkpoint = flags.open()
+    annotator = job.make_annotator(flags, checkpoint, flags.load(checkpoint))
     eos = checkpoint.config.eos_token_id
 
     def run() -> dict:

@@ -212,15 +212,14 @@ def rounded(value: object) -> object:
 
 def annotator(options: argparse.Namespace) -> Annotator:
     """The checkpoint, with its codec if it has one."""
-    from paligemma.checkpoints import weights
     from paligemma.objects.mask_codec import find_codec, load_codec
-    from paligemma.programs.options import Checkpoint, ModelFlags
+    from paligemma.programs.options import ModelFlags
 
     flags = ModelFlags(model_path=options.model, device=options.device, dtype=options.dtype, quantize=options.quantize)
-    checkpoint = Checkpoint(flags, weights)
+    checkpoint = flags.open()
     file = find_codec(checkpoint.folder)
     return Annotator(
-        checkpoint.load(),
+        flags.load(checkpoint),
         checkpoint.processor,
         codec=None if file is None else load_codec(file),
         rows=ROWS,

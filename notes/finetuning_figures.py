@@ -41,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CHECKPOINT = ROOT / "paligemma" / "bundled"
 RESULTS = HERE / "mistakes.json"
-IMAGE_TOKEN = weights.read_config(CHECKPOINT).image_token_index
+IMAGE_TOKEN = weights.ModelFiles(CHECKPOINT).config.image_token_index
 PLAN = training.Plan(steps=200, batch_size=8, rows=8, learning_rate=5e-4)
 OLD_SCENES = 24  # whose other questions say what was forgotten
 

@@ -72,10 +72,10 @@ def load(folder: str, way: str) -> None:
     if way == NAIVE:  # what many programs do: a model in float32, a dict of all tensors, load_state_dict
         from safetensors.torch import load_file
 
-        from paligemma.checkpoints.weights import read_config
+        from paligemma.checkpoints.weights import ModelFiles
         from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
-        model = PaliGemmaForConditionalGeneration(read_config(Path(folder)))
+        model = PaliGemmaForConditionalGeneration(ModelFiles(folder).config)
         tensors = load_file(Path(folder) / "model.safetensors")
         model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()})
     else:

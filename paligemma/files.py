@@ -200,7 +200,13 @@ def parse_json(content: bytes | str, max_bytes: int = MAX_JSON_BYTES, **hooks: C
 
 def read_json(path: Path, error_class: type[PaliGemmaError] = CheckpointError, max_bytes: int = MAX_JSON_BYTES) -> dict:
     """The object in a JSON file. Raises: error_class, with line and column, for anything else; AccessError as in stat_path."""
-    content = read_regular(path, max_bytes, error_class)
+    return parse_json_file(read_regular(path, max_bytes, error_class), path, error_class, max_bytes)
+
+
+def parse_json_file(
+    content: bytes, path: Path, error_class: type[PaliGemmaError] = CheckpointError, max_bytes: int = MAX_JSON_BYTES
+) -> dict:
+    """The object in the content of a JSON file that was read before. Raises: as read_json."""
     try:
         return parse_json(content, max_bytes)
     except JSONFault as fault:

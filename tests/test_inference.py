@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 
-from paligemma import inference
+from paligemma import inference, opened
 from paligemma.checkpoints import weights
 from paligemma.errors import GenerationError, ImageError, PromptError, UsageError
 from paligemma.inference import Flags
@@ -254,7 +254,7 @@ def test_a_prompt_beyond_the_context_is_cut_on_request(ask):
 
 
 def test_nothing_given_asks_the_bundled_question_about_the_bundled_picture(ask, world, monkeypatch):
-    monkeypatch.setattr(options, "BUNDLED_MODEL", str(world / "model"))
+    monkeypatch.setattr(opened, "BUNDLED", world / "model")
     monkeypatch.setattr(inference, "BUNDLED_PICTURE", str(world / "cat.png"))
     monkeypatch.setattr(inference, "BUNDLED_QUESTION", "caption en")
     expected = answer_of(ask("--json"))
@@ -401,7 +401,7 @@ def test_memory_that_runs_out_is_6(ask, monkeypatch):
     def greedy(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
-    monkeypatch.setattr(weights, "load_model", greedy)
+    monkeypatch.setattr(weights.ModelFiles, "load", greedy)
     code, _, err = ask()
     assert code == 6 and "memory ran out while loading" in err and "--quantize int8" in err
 
@@ -597,14 +597,14 @@ def test_no_file_of_a_command_is_another_one_or_one_that_is_read(verb, tmp_path,
     (tmp_path / "link.png").symlink_to("1.png")
     os.link(tmp_path / "1.png", tmp_path / "hard.png")
     shutil.copytree(ROOT / "paligemma" / "bundled", tmp_path / "m")
-    monkeypatch.setattr(weights, "load_model", lambda *_, **__: pytest.fail("it was loaded") if says else real(*_, **__))
+    monkeypatch.setattr(weights.ModelFiles, "load", lambda *_, **__: pytest.fail("it was loaded") if says else real(*_, **__))
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     code, _, err = verb("detect", *(word.format(tmp_path) for word in argv))
     assert code == (2 if says else 0) and says in err
     assert all(file.read_bytes() == content for file, content in before.items())
 
 
-real = weights.load_model
+real = weights.ModelFiles.load
 
 
 def test_a_drawing_of_this_program_is_drawn_again(verb):

@@ -27,7 +27,7 @@ from paligemma.checkpoints.safetensors_files import (
     read_index,
 )
 from paligemma.errors import AccessError, CheckpointError, OutputError, PaliGemmaError, UsageError
-from paligemma.files import BUNDLED, expand, is_file, is_folder, names_in, read_json, similar_names, stat_path
+from paligemma.files import BUNDLED, expand, is_file, is_folder, names_in, similar_names, stat_path
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -200,22 +200,21 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     raise CheckpointError(f"there is no folder {path}. {hint}", path=path)
 
 
-def base_folder(folder: str | Path, base_model: str | Path | None = None) -> Path:
-    """The folder with config.json, tokenizer and weights: this one or, of an adapter without them, that of its base model.
+def find_base(folder: Path, adapter_config: dict | None, base_model: str | Path | None = None) -> Path:
+    """The folder with config.json, tokenizer and weights: `folder` itself or, for an adapter without weights, its base model's.
 
     Args:
-        base_model: folder or hub id of an adapter's base, in place of the one that its adapter_config.json names.
-    Raises: CheckpointError for an adapter that names no base; as `resolve` where the base is not found; UsageError for a
-        base_model where the folder has weights of its own.
+        adapter_config: content of the folder's adapter_config.json, None if there is none.
+        base_model: folder or hub id of an adapter's base, in place of the one that adapter_config.json names.
+    Raises: CheckpointError for an adapter that names no base, and for everything that `resolve` raises it for; AccessError;
+        UsageError for a base_model if the folder has weights of its own.
     """
-    folder = Path(folder)
-    if has_weights(folder) or not has_adapter(folder):
+    if adapter_config is None or has_weights(folder):
         if base_model is not None:
             raise UsageError(f"base_model {base_model} is for adapters, and {folder} is a whole model. Leave it out.")
         return folder
     file = folder / ADAPTER_CONFIG_NAME
-    raw = read_json(file)
-    name, revision = raw.get("base_model_name_or_path"), raw.get("revision")
+    name, revision = adapter_config.get("base_model_name_or_path"), adapter_config.get("revision")
     if base_model is not None:
         base = resolve(base_model)
     elif not (isinstance(name, str) and name):

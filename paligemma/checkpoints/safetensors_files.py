@@ -14,7 +14,7 @@ import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -361,19 +361,23 @@ def explain_file(file: Path) -> str:
     return f"{file} is a file. Name the folder with config.json and the weights."
 
 
-def fingerprint(*folders: Path) -> str:
-    """Tells a model from another, or from itself before it was trained on: by all that is read of it.
+def fingerprint(folders: Iterable[Path], contents: Mapping[Path, bytes]) -> str:
+    """A hash that changes when the files of a model change, for example by training.
 
-    Of each tensor the beginning is taken: one that was trained differs everywhere.
+    Only the first bytes of each tensor are hashed, because training changes all of a tensor's values.
 
     Args:
         folders: of the model or, for an adapter, of its base model and of the adapter.
+        contents: files that were read before; they are not read again.
     Raises: CheckpointError, AccessError.
     """
     digest = blake2b(digest_size=6)
     for folder in dict.fromkeys(folders):
         for file in (folder / name for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME, *SIDE_FILES)):
-            digest.update(read_regular(file, MAX_TOKENIZER_BYTES) if stat_path(file) is not None else b"")
+            if file in contents:
+                digest.update(contents[file])
+            elif stat_path(file) is not None:
+                digest.update(read_regular(file, MAX_TOKENIZER_BYTES))
         adapter = folder / ADAPTER_NAME
         adapters = (adapter,) if stat_path(adapter) is not None else ()
         for file in (*(find_files(folder) if has_weights(folder) else ()), *adapters):

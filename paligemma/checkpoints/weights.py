@@ -17,8 +17,9 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from paligemma.checkpoints.hub import base_folder, resolve
+from paligemma.checkpoints.hub import find_base, resolve
 from paligemma.checkpoints.safetensors_files import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAME,
@@ -39,6 +40,7 @@ from paligemma.checkpoints.safetensors_files import (
     check_equal,
     explain_no_adapter,
     find_files,
+    fingerprint,
     has_adapter,
     has_weights,
     is_equal,
@@ -51,7 +53,16 @@ from paligemma.checkpoints.safetensors_files import (
 )
 from paligemma.devices import find_device, require_memory
 from paligemma.errors import CheckpointError, OutputError, UsageError
-from paligemma.files import is_file, move_into_place, read_json, staging_folder, stat_path, sync_folder
+from paligemma.files import (
+    MAX_JSON_BYTES,
+    move_into_place,
+    names_in,
+    parse_json_file,
+    read_regular,
+    staging_folder,
+    stat_path,
+    sync_folder,
+)
 from paligemma.layers import graphs, lora, quantization
 from paligemma.machine import memory_errors
 from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
@@ -160,13 +171,15 @@ class Adapter:
         return merged
 
 
-def read_adapter(folder: Path) -> Adapter | None:
-    """The adapter in a folder, None if there is none. Raises: CheckpointError for one that cannot be used."""
-    if not has_adapter(folder):
-        return None
+def read_adapter(folder: Path, raw: dict) -> Adapter:
+    """The adapter in a folder. Raises: CheckpointError for one that cannot be used.
+
+    Args:
+        raw: content of adapter_config.json.
+    """
     file = folder / ADAPTER_CONFIG_NAME
     try:
-        config = lora.LoraConfig.from_peft(read_json(file))
+        config = lora.LoraConfig.from_peft(raw)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error} Or merge the adapter with the program that made it.", path=file) from error
     if stat_path(folder / ADAPTER_NAME) is None and not (folder / ADAPTER_NAME).is_symlink():
@@ -186,38 +199,28 @@ def read_adapter(folder: Path) -> Adapter | None:
     return Adapter(folder, config, stored)
 
 
-def read_config(folder: str | Path) -> PaliGemmaConfig:
-    """The configuration of the checkpoint in a folder; what config.json leaves out is filled in, see build_config.
+def build_config(raw: dict, generation: dict, folder: Path, tensors: Callable[[], dict[str, StoredTensor]]) -> PaliGemmaConfig:
+    """The configuration of a model.
 
+    Missing fields get the defaults of transformers (see from_hf), with two exceptions: image_size comes from the weights, and
+    generation_config.json is asked first for the tokens that end an answer (as in transformers).
+
+    Args:
+        raw, generation: content of config.json and of generation_config.json in `folder`.
+        tensors: reads the headers of the weights; called only if image_size is missing.
     Raises: CheckpointError, with the file and the field.
-    """
-    folder = base_folder(folder)
-    raw = read_json(folder / CONFIG_NAME)
-    tower = raw.get("vision_config")
-    needs_weights = isinstance(tower, dict) and tower.get("image_size") is None and has_weights(folder)
-    return build_config(raw, find_tensors(folder) if needs_weights else {}, folder)
-
-
-def build_config(raw: dict, stored: dict[str, StoredTensor], folder: Path) -> PaliGemmaConfig:
-    """Reads config.json's content.
-
-    What it leaves out has the default of the class that wrote it (see from_hf), but for two things: the side of the picture,
-    which the weights show, and the tokens that end an answer, where generation_config.json is asked first (as in transformers).
-
-    Raises: CheckpointError for what from_hf refuses.
     """
     file = folder / CONFIG_NAME
     try:
         tower = raw.get("vision_config")
-        if isinstance(tower, dict) and tower.get("image_size") is None and POSITIONS in stored:
-            raw = raw | {"vision_config": tower | {"image_size": picture_side(stored[POSITIONS].shape[0], tower)}}
+        if isinstance(tower, dict) and tower.get("image_size") is None and has_weights(folder) and POSITIONS in tensors():
+            raw = raw | {"vision_config": tower | {"image_size": picture_side(tensors()[POSITIONS].shape[0], tower)}}
         config = PaliGemmaConfig.from_hf(raw)
         for part in ("vision_config", "text_config"):
             layers = getattr(config, part).num_hidden_layers
             if layers > MOST_LAYERS:
                 raise ValueError(f"{part}.num_hidden_layers is {layers}; at most {MOST_LAYERS} make sense.")
-        file = folder / GENERATION_CONFIG_NAME
-        ends = read_json(file).get("eos_token_id") if is_file(file) else None
+        file, ends = folder / GENERATION_CONFIG_NAME, generation.get("eos_token_id")
         if ends in (None, []):
             return config
         return replace(config, eos_token_id=tuple(ends) if isinstance(ends, list) else ends)
@@ -512,65 +515,6 @@ def fill(
             setattr(module, key, nn.Parameter(tensor, own.requires_grad) if isinstance(own, nn.Parameter) else tensor)
 
 
-def load_model(
-    path_or_hub_id: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: str | torch.dtype | None = None,
-    revision: str | None = None,
-    base_model: str | Path | None = None,
-    quantize: str | None = None,
-    quantize_vision: bool = False,
-    final_softcap: str | None = "config",
-    sliding_window: str | None = None,
-    allow_nonfinite: bool = False,
-) -> PaliGemmaForConditionalGeneration:
-    """The model of a checkpoint, in eval mode. Needs config.json and the weights; no tokenizer.
-
-    Args:
-        path_or_hub_id: a folder, or an id of the hub, which is downloaded; of a model, or of a LoRA adapter, whose base is loaded
-            and merged with it. Of a model with an adapter in its folder both are taken, as transformers does.
-        device: see devices.find_device.
-        dtype: "bf16", "fp16", "fp32" or the torch dtype; None = as stored.
-        revision: branch, tag or commit of a hub id, such as "bfloat16".
-        base_model: folder or hub id of an adapter's base, in place of the one that the adapter names.
-        quantize: "int8" or "int4" quantises the decoder while it is loaded; a folder that was saved quantised needs no word.
-        quantize_vision: the tower as well.
-        final_softcap, sliding_window: see PaliGemmaForConditionalGeneration.
-        allow_nonfinite: load even if weights are NaN or infinite.
-    Raises: CheckpointError, AccessError, DeviceError, UsageError: one sentence each, before memory is taken where possible.
-    """
-    device, dtype = find_device(device), parse_dtype(dtype)
-    folder = resolve(path_or_hub_id, revision)
-    adapter, folder = read_adapter(folder), base_folder(folder, base_model)
-    raw = read_json(folder / CONFIG_NAME)
-    kind, with_vision, is_stored = choose_quantization(raw, folder, quantize, quantize_vision)
-    stored = find_tensors(folder, is_tied=raw.get("tie_word_embeddings") is not False)
-    config = build_config(raw, stored, folder)
-    if adapter is not None and is_stored:
-        text = f"{folder} is stored as {kind}, and an adapter is merged into a plain checkpoint only. Name that as its base."
-        raise CheckpointError(text, path=adapter.folder)
-    as_stored = DTYPE_NAMES.get(str(raw.get("torch_dtype"))) if is_stored else None  # few of its bytes are floats
-    dtype = dtype or as_stored or stored_dtype(stored)
-    model = empty_model(config, final_softcap, sliding_window)
-    quantised = {
-        name: quantization.empty_module(model.get_submodule(name), kind, dtype)
-        for name in (quantization.targets(model, vision=with_vision) if kind else ())
-    }
-    if is_stored:
-        for name in list(quantised):
-            model.set_submodule(name, quantised.pop(name))
-    check_names(model, raw, stored, folder)
-    require_memory(num_bytes(model, quantised, dtype), device)
-    with memory_errors(f"loading {folder}"):
-        fill(model, stored, TensorReader(device, allow_nonfinite), dtype, quantised, kind, adapter)
-    if device.type == "cpu":
-        quantization.use_fast_products(model)
-    if device.type == "cuda":
-        graphs.use_graphs(model)
-    return model.eval()
-
-
 def save_model(model: PaliGemmaForConditionalGeneration, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
     """Writes config.json and safetensors in the hub's layout, which transformers reads, too (a quantised model only this code).
 
@@ -616,3 +560,140 @@ def save_adapter(
         sync_folder(temporary)
         for name in (ADAPTER_NAME, ADAPTER_CONFIG_NAME):
             move_into_place(temporary / name, folder / name)
+
+
+class ModelFiles:
+    """The files of a model, found, and their settings. Headers of weights are read on first use, tensors by `load`.
+
+    Args:
+        name: a folder or a hub id, which is downloaded; of a model or of a LoRA adapter, whose base model is found as well.
+        revision: branch, tag or commit of a hub id, such as "bfloat16".
+        base_model: folder or hub id of an adapter's base, in place of the one that the adapter names.
+    Attributes:
+        folder: what the name means.
+        base: the folder with config.json, tokenizer and weights. It differs from `folder` only for an adapter.
+        raw, generation, adapter_config: content of config.json, of generation_config.json ({} if there is none) and of
+            adapter_config.json (None if there is none).
+    Raises: CheckpointError, AccessError, UsageError, each with one sentence.
+    """
+
+    def __init__(self, name: str | Path, revision: str | None = None, base_model: str | Path | None = None):
+        self.contents: dict[Path, bytes] = {}
+        self.folder = resolve(name, revision)
+        self.adapter_config = self.read(self.folder / ADAPTER_CONFIG_NAME) if has_adapter(self.folder) else None
+        self.base = find_base(self.folder, self.adapter_config, base_model)
+        self.raw = self.read(self.base / CONFIG_NAME)
+        generation = self.base / GENERATION_CONFIG_NAME
+        is_there = stat_path(generation) is not None or generation.is_symlink()
+        self.generation = self.read(generation) if is_there else {}
+
+    def read(self, file: Path) -> dict:
+        """The object in a JSON file, whose content is kept for the fingerprint."""
+        self.contents[file] = read_regular(file, MAX_JSON_BYTES)
+        return parse_json_file(self.contents[file], file)
+
+    @cached_property
+    def config(self) -> PaliGemmaConfig:
+        """The configuration of the model, see build_config."""
+        return build_config(self.raw, self.generation, self.base, lambda: self.tensors)
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """The headers of the weights, see find_tensors."""
+        return find_tensors(self.base, is_tied=self.raw.get("tie_word_embeddings") is not False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash that changes when the files change, see safetensors_files.fingerprint."""
+        return fingerprint((self.base, self.folder), self.contents)
+
+    @property
+    def files(self) -> list[tuple[str, Path]]:
+        """The model's files, which no output may overwrite, as files.check_outputs takes them."""
+        folders = dict.fromkeys((self.folder, self.base))
+        return [("a file of the model,", folder / name) for folder in folders for name in names_in(folder)]
+
+    @property
+    def stored_kind(self) -> str | None:
+        """"int8" or "int4" if the files hold quantised weights. Raises: CheckpointError for formats of other programs."""
+        return choose_quantization(self.raw, self.base, None, False)[0]
+
+    def load(
+        self,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype | None = None,
+        quantize: str | None = None,
+        quantize_vision: bool = False,
+        final_softcap: str | None = "config",
+        sliding_window: str | None = None,
+        allow_nonfinite: bool = False,
+    ) -> PaliGemmaForConditionalGeneration:
+        """The model in eval mode, an adapter merged into it. Arguments and errors: see load_model."""
+        device, dtype, folder = find_device(device), parse_dtype(dtype), self.base
+        adapter = None if self.adapter_config is None else read_adapter(self.folder, self.adapter_config)
+        kind, with_vision, is_stored = choose_quantization(self.raw, folder, quantize, quantize_vision)
+        if adapter is not None and is_stored:
+            text = f"{folder} is stored as {kind}, and an adapter is merged into unquantised weights only."
+            raise CheckpointError(f"{text} Name the plain checkpoint as --base_model.", path=adapter.folder)
+        # stored_dtype() would be wrong for a quantised checkpoint, which has few float tensors.
+        as_stored = DTYPE_NAMES.get(str(self.raw.get("torch_dtype"))) if is_stored else None
+        dtype = dtype or as_stored or stored_dtype(self.tensors)
+        model = empty_model(self.config, final_softcap, sliding_window)
+        quantised = {
+            name: quantization.empty_module(model.get_submodule(name), kind, dtype)
+            for name in (quantization.targets(model, vision=with_vision) if kind else ())
+        }
+        if is_stored:
+            for name in list(quantised):
+                model.set_submodule(name, quantised.pop(name))
+        check_names(model, self.raw, self.tensors, folder)
+        require_memory(num_bytes(model, quantised, dtype), device)
+        with memory_errors(f"loading {folder}"):
+            fill(model, self.tensors, TensorReader(device, allow_nonfinite), dtype, quantised, kind, adapter)
+        if device.type == "cpu":
+            quantization.use_fast_products(model)
+        if device.type == "cuda":
+            graphs.use_graphs(model)
+        return model.eval()
+
+
+def load_model(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    base_model: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
+    quantize_vision: bool = False,
+    final_softcap: str | None = "config",
+    sliding_window: str | None = None,
+    allow_nonfinite: bool = False,
+) -> PaliGemmaForConditionalGeneration:
+    """The model of a checkpoint, in eval mode. Needs config.json and the weights; no tokenizer.
+
+    Args:
+        name: a folder, or a hub id, which is downloaded. It may hold a model or a LoRA adapter; for an adapter its base model is
+            loaded and the adapter is merged into it. If a folder holds both, both are used, as in transformers.
+        revision: branch, tag or commit of a hub id, such as "bfloat16".
+        base_model: folder or hub id of an adapter's base, in place of the one that the adapter names.
+        device: see devices.find_device.
+        dtype: "bf16", "fp16", "fp32" or the torch dtype; None = as stored.
+        quantize: "int8" or "int4" quantises the decoder while it is loaded; not needed for a checkpoint that was saved quantised.
+        quantize_vision: quantise the vision tower, too.
+        final_softcap, sliding_window: see PaliGemmaForConditionalGeneration.
+        allow_nonfinite: load even if weights are NaN or infinite.
+    Raises: CheckpointError, AccessError, DeviceError, UsageError, each with one sentence. Where possible, checks run before
+        memory is allocated.
+    """
+    device, dtype = find_device(device), parse_dtype(dtype)  # before anything is downloaded
+    return ModelFiles(name, revision, base_model).load(
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        quantize_vision=quantize_vision,
+        final_softcap=final_softcap,
+        sliding_window=sliding_window,
+        allow_nonfinite=allow_nonfinite,
+    )

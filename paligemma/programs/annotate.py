@@ -24,7 +24,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paligemma import files, machine
+from paligemma import files
 from paligemma.errors import AccessError, ImageError, OutputError, UsageError
 from paligemma.objects.exports import digest, export, steps
 from paligemma.pictures import folders
@@ -32,13 +32,14 @@ from paligemma.programs import commandline, job
 from paligemma.programs.commandline import note
 from paligemma.programs.job import JobFlags, Question
 from paligemma.programs.journal import Journal, key, rows
-from paligemma.programs.options import Checkpoint, DrawingFlags, require
+from paligemma.programs.options import DrawingFlags, require
 from paligemma.tasks import task_warning
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from paligemma.objects.outputs import ParsedAnswer
+    from paligemma.opened import Checkpoint
 
 EXPORTS = {"coco": "_coco.json", "csv": ".csv", "voc": "_voc", "yolo": "_yolo"}  # how files and folders are named
 
@@ -198,7 +199,7 @@ def check_folder(flags: Flags) -> None:
 # The run
 
 
-def work(flags: Flags, checkpoint: Checkpoint, journal: Journal) -> None:
+def work(flags: Flags, checkpoint: "Checkpoint", journal: Journal) -> None:
     """Asks what has no row yet and writes rows as answers end."""
     known = len(journal.known)
     total = known + job.count_left(questions(flags, checkpoint.kind), journal) if job.is_watched() else None
@@ -206,7 +207,7 @@ def work(flags: Flags, checkpoint: Checkpoint, journal: Journal) -> None:
     first = next(left, None)
     if first is None:
         return
-    annotator = job.make_annotator(flags, checkpoint, checkpoint.load())
+    annotator = job.make_annotator(flags, checkpoint, flags.load(checkpoint))
     with commandline.interruptible(), job.progress(known, total) as bar:
         for row, loaded, result in job.answer(annotator, chain([first], left), flags, flags.save_dir is not None):
             if flags.save_dir is not None and result.reading is not None:
@@ -228,10 +229,7 @@ def program(flags: Flags) -> None:
     if flags.save_dir is not None:
         make_save_dir(flags)
     job.check_pictures(flags, without(flags))
-    machine.use_cores()
-    from paligemma.checkpoints import weights
-
-    checkpoint = Checkpoint(flags, weights)
+    checkpoint = flags.open()
     job.check_outputs(flags, flags.file, tables, checkpoint.files)
     about = None if flags.questions is not None else task_warning(flags.chosen_task, checkpoint.kind)
     for text in filter(None, (about, flags.part and f"part {flags.shard} goes to {flags.file}.")):

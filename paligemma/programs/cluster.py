@@ -27,13 +27,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from paligemma import files, machine
 from paligemma.errors import AccessError, DeviceError, PaliGemmaError
 from paligemma.programs import commandline, job
 from paligemma.programs.job import JobFlags, Question
 from paligemma.programs.journal import LONGEST_LINE, Journal
-from paligemma.programs.options import Checkpoint, require
+from paligemma.programs.options import require
+
+if TYPE_CHECKING:
+    from paligemma.opened import Checkpoint
 
 LISTS_PER_WORKER = 4  # at least, so that a slow one does not keep the others waiting long
 ROUNDS_PER_LIST = 8  # a list is so many times as long as rows are in flight: at its end some of them stand empty
@@ -85,14 +89,11 @@ class Worker:
 
     def __init__(self, flags: Flags, folder: str):
         os.chdir(folder)
-        machine.use_cores()
-        from paligemma.checkpoints import weights
-
         self.flags = flags
         self.fault: PaliGemmaError | None = None
         try:
-            checkpoint = Checkpoint(flags, weights)
-            self.annotator = job.make_annotator(flags, checkpoint, checkpoint.load())
+            checkpoint = flags.open()
+            self.annotator = job.make_annotator(flags, checkpoint, flags.load(checkpoint))
         except PaliGemmaError as error:
             self.fault = error
 
@@ -186,7 +187,7 @@ def rows_of(flags: Flags, lists: Iterable[list[str]]) -> Iterator[dict]:
         raise DeviceError(f"Ray gave up: {reason} The rows so far are kept; --verbose shows the workers' messages.") from error
 
 
-def work(flags: Flags, checkpoint: Checkpoint, journal: Journal) -> None:
+def work(flags: Flags, checkpoint: "Checkpoint", journal: Journal) -> None:
     """Asks what has no row yet and writes rows as lists come back."""
     known = len(journal.known)
     left = job.count_left(job.questions(flags, checkpoint.kind), journal)
@@ -210,10 +211,7 @@ def program(flags: Flags) -> None:
     output = files.expand(flags.output)
     job.check_outputs(flags, output)
     job.check_pictures(flags)
-    machine.use_cores()
-    from paligemma.checkpoints import weights
-
-    checkpoint = Checkpoint(flags, weights)
+    checkpoint = flags.open()
     job.check_outputs(flags, output, model=checkpoint.files)
     with job.open_rows(flags, checkpoint, output) as journal:
         work(flags, checkpoint, journal)

@@ -37,12 +37,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from paligemma import machine
 from paligemma.errors import DatasetError, DeviceError, ImageError, UsageError, counted
-from paligemma.files import BUNDLED, expand, expand_text, is_file, is_folder, read_json, read_regular, stat_path, write_atomic
+from paligemma.files import BUNDLED, expand, expand_text, is_file, is_folder, read_regular, stat_path, write_atomic
 from paligemma.learning.run_folder import (
     NO_ROOM,
     Log,
@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from paligemma.layers import lora
     from paligemma.learning import dataset, training
     from paligemma.learning.evaluation import Judge
+    from paligemma.opened import Checkpoint
 
 METHODS = {"full": 1e-5, "lora": 2e-4}  # and the learning rate where none is given
 SCORES = ("exact", "vqa", "anls", "relaxed", "cider", "map", "miou")
@@ -376,8 +377,9 @@ def prepare(model: "nn.Module", flags: Flags) -> "lora.LoraConfig | None":
     return config
 
 
-def plain_model(model: "nn.Module", weights: ModuleType, dtype: "torch.dtype") -> "nn.Module":
+def plain_model(model: "nn.Module", dtype: "torch.dtype") -> "nn.Module":
     """The model as it would be saved now: whole, in one process, adapters merged, every weight in `dtype`."""
+    from paligemma.checkpoints import weights
     from paligemma.layers import lora
 
     tensors = {}
@@ -430,14 +432,11 @@ class Run:
         flags: what was asked for.
         trainer: the model with its optimiser, perhaps restored.
         judge: None where there is no --valid.
-        weights: the module, which makes plain models and writes them.
         dtype: of the plain model that is scored and kept.
     """
 
-    def __init__(
-        self, flags: Flags, trainer: "training.Trainer", judge: "Judge | None", weights: ModuleType, dtype: "torch.dtype"
-    ):
-        self.flags, self.trainer, self.judge, self.weights, self.dtype = flags, trainer, judge, weights, dtype
+    def __init__(self, flags: Flags, trainer: "training.Trainer", judge: "Judge | None", dtype: "torch.dtype"):
+        self.flags, self.trainer, self.judge, self.dtype = flags, trainer, judge, dtype
         self.folder = Path(flags.output)
         self.checkpoints = self.folder / "checkpoints"
         self.log = Log(self.folder, trainer.step, flags.tensorboard) if is_first() else None
@@ -447,7 +446,7 @@ class Run:
     def evaluate(self) -> None:
         """Scores of the model as it would be saved now, and the curves."""
         if self.judge is not None:
-            plain = plain_model(self.trainer.model, self.weights, self.dtype)  # whole in each process, which asks its share
+            plain = plain_model(self.trainer.model, self.dtype)  # whole in each process, which asks its share
             numbers = {name: round(value, 5) for name, value in self.judge(plain).items()}
             if is_first():
                 self.log.write({"step": self.trainer.step} | numbers | {"scored": self.judge.scored})
@@ -510,32 +509,34 @@ class Run:
         if skipped and is_first():
             note(f"{skipped} of {steps} updates were skipped: their loss or gradient was not finite.")
 
-    def finish(self, base: Path, source: Path, adapter: object | None) -> None:
+    def finish(self, checkpoint: "Checkpoint", adapter: "lora.LoraConfig | None") -> None:
         """Writes the result: model/, with the files of the processor, and adapter/ where there is one.
 
         Args:
-            base: the folder of the model that was begun with.
-            source: the same or, where that was an adapter on its base, the adapter's; its own files go before the base's.
+            checkpoint: the model or adapter that training began with. An adapter's own files replace those of its base.
+            adapter: settings of the adapter that was trained; None if the model itself was trained.
         """
+        from paligemma.checkpoints import weights
         from paligemma.checkpoints.safetensors_files import SIDE_FILES
         from paligemma.layers import lora
 
-        plain = plain_model(self.trainer.model, self.weights, self.dtype)
+        plain = plain_model(self.trainer.model, self.dtype)
         parts = lora.adapter_state(self.trainer.model)
         if not is_first():
             return
         result = self.folder / "model"
         for unfinished in self.folder.glob("*/.saving-*"):  # of a run that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
-        self.weights.save_model(plain, result)
-        for file in (folder / name for folder in dict.fromkeys((base, source)) for name in SIDE_FILES):  # tokenizer, codec, ...
+        weights.save_model(plain, result)
+        folders = dict.fromkeys((checkpoint.base, checkpoint.folder))
+        for file in (folder / name for folder in folders for name in SIDE_FILES):  # tokenizer, mask codec, ...
             if is_file(file):
                 copy_file(file, result / file.name)
         if adapter is not None:
             name = self.flags.model_path
             if name is None or is_folder(expand(name)):  # from wherever the adapter will be used
-                name = os.path.realpath(base)
-            self.weights.save_adapter(parts, adapter, self.folder / "adapter", name, self.flags.revision)
+                name = os.path.realpath(checkpoint.base)
+            weights.save_adapter(parts, adapter, self.folder / "adapter", name, self.flags.revision)
         note(f"the result is in {result}. Try it: {commandline.command()} --model_path {result} "
              "--image_file_path PICTURE --prompt PREFIX")
 
@@ -568,35 +569,33 @@ def progress(step: int, steps: int) -> Iterator:
 def train(flags: Flags, device: "torch.device", world: int) -> None:
     """Flags, data, memory, model, updates, result: in this order, so that what is wrong is said before the slow part."""
     from paligemma.checkpoints import weights
-    from paligemma.checkpoints.safetensors_files import fingerprint, has_adapter
+    from paligemma.devices import require_memory
     from paligemma.learning import training
     from paligemma.learning.dataset import Examples
     from paligemma.learning.evaluation import Judge
     from paligemma.learning.preview import draw_preview
     from paligemma.objects.mask_codec import find_codec, load_codec
-    from paligemma.processing_paligemma import PaliGemmaProcessor
+    from paligemma.opened import open_checkpoint
 
     folder, name = Path(flags.output), flags.model_path or str(BUNDLED)
     if not flags.preview:
         with nullcontext() if is_first() else silence():
             check_taken(folder, flags.resume)
-    source = weights.resolve(name, flags.revision)
-    base = weights.base_folder(source, flags.base_model)
-    kind, _, is_quantised = weights.choose_quantization(read_json(base / "config.json"), base, None, False)
-    if is_quantised:
-        raise UsageError(f"{name} is stored as {kind}, which cannot be trained. Name the plain checkpoint.")
-    if flags.method == "lora" and has_adapter(source):
+    checkpoint = open_checkpoint(name, revision=flags.revision, base_model=flags.base_model)
+    if checkpoint.stored_kind is not None:
+        raise UsageError(f"{name} is stored as {checkpoint.stored_kind}, which cannot be trained. Name the plain checkpoint.")
+    if flags.method == "lora" and checkpoint.adapter_config is not None:
         raise UsageError(
             f"{name} has an adapter, and a second one cannot be added to it. Name a merged model: finetune writes one "
             "next to each adapter, in model/."
         )
-    config, processor = weights.read_config(base), PaliGemmaProcessor.from_pretrained(source, base_model=flags.base_model)
+    config, processor = checkpoint.config, checkpoint.processor
     blueprint = weights.empty_model(config)
     prepare(blueprint, flags)
     room = config.text_config.max_position_embeddings - config.num_image_tokens
     with nullcontext() if is_first() else silence():
         splits = read_data(flags, processor, room)
-    codec_file = find_codec(base, flags.mask_codec)
+    codec_file = find_codec(checkpoint.base, flags.mask_codec)
     codec = load_codec(codec_file) if codec_file else None
     examples = Examples(splits[0], processor, flags.augment, flags.seed)
     if flags.preview:
@@ -611,8 +610,8 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
             judge = Judge(scored, codec, rows=flags.rows, count=flags.num_scored, scores=names(flags.scores))
 
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1  # processes that share the memory
-    weights.require_memory(memory_needed(blueprint, flags, world) * beside, device, "fine-tuning takes", ADVICE)
-    settings = settings_of(flags, splits[0].fingerprint(), fingerprint(base, source))
+    require_memory(memory_needed(blueprint, flags, world) * beside, device, "fine-tuning takes", ADVICE)
+    settings = settings_of(flags, splits[0].fingerprint(), checkpoint.fingerprint)
     with nullcontext() if is_first() else silence():
         check_settings(folder, settings)  # in each process, so that none waits for one that has given up
     training.barrier()
@@ -620,26 +619,30 @@ def train(flags: Flags, device: "torch.device", world: int) -> None:
         if is_first():
             write_atomic(folder / "settings.json", json.dumps(settings, indent=1) + "\n", NO_ROOM)
         training.barrier()
-        learn(flags, device, world, source, examples, judge)
+        learn(flags, device, world, checkpoint, examples, judge)
 
 
 def learn(
-    flags: Flags, device: "torch.device", world: int, source: Path, examples: "dataset.Examples", judge: "Judge | None"
+    flags: Flags,
+    device: "torch.device",
+    world: int,
+    checkpoint: "Checkpoint",
+    examples: "dataset.Examples",
+    judge: "Judge | None",
 ) -> None:
     """The second half of `train`: all is checked, and memory is taken.
 
     Args:
-        source: the folder of the model, or of the adapter, to begin with.
+        checkpoint: the model, or the adapter, to begin with.
         judge: None where there is no --valid.
     """
     import torch
 
-    from paligemma.checkpoints import weights
     from paligemma.learning import training
 
     dtype = torch.float32 if flags.dtype in ("fp32", "float32") else torch.bfloat16
     with machine.memory_errors("loading the weights", ADVICE):
-        model = weights.load_model(source, device=device, dtype=dtype, base_model=flags.base_model)
+        model = checkpoint.load(device=device, dtype=dtype)
     adapter = prepare(model, flags)
     if flags.gradient_checkpointing:
         training.checkpoint_activations(model)
@@ -669,9 +672,9 @@ def learn(
         trained = sum(parameter.numel() for parameter in trainer.named.values())
         plans = f"{counted(count, 'example')}, {counted(plan.steps, 'update')} from {trainer.step} on"
         note(f"{plans}; {trained / 1e6:.4g} M weights learn, on {device}.")
-    run = Run(flags, trainer, judge, weights, dtype)
+    run = Run(flags, trainer, judge, dtype)
     run.loop()
-    run.finish(weights.base_folder(source, flags.base_model), source, adapter)
+    run.finish(checkpoint, adapter)
     training.barrier()  # whoever leaves earlier has torchrun end the first, which writes
 
 
@@ -698,7 +701,7 @@ def program(flags: Flags) -> None:
         raise DeviceError("--tensorboard needs a package. Install it: pip install tensorboard.")
     machine.use_cores()
     machine.check_torch()
-    from paligemma.checkpoints.weights import find_device
+    from paligemma.devices import find_device
 
     device = find_device(flags.device)
     with process_group(device) as world:

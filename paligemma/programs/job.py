@@ -21,7 +21,6 @@ from paligemma.programs.commandline import Interrupted, Words, note
 from paligemma.programs.journal import PART, Journal
 from paligemma.programs.options import (
     PICTURE_SUFFIXES,
-    Checkpoint,
     ModelFlags,
     PictureFlags,
     ResultFlags,
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
+    from paligemma.opened import Checkpoint
 
 READERS = 8  # threads that decode pictures, where there are as many cores; a GPU is busy with what about four read
 
@@ -204,9 +204,8 @@ def longest_answer(flags: JobFlags) -> int:
     return max(ANSWER_TOKENS.values()) if flags.questions is not None else ANSWER_TOKENS[flags.chosen_task]
 
 
-def settings(flags: JobFlags, checkpoint: Checkpoint) -> dict:
+def settings(flags: JobFlags, checkpoint: "Checkpoint") -> dict:
     """What decides the answers, for the header of the rows: all of it that is not in the rows themselves."""
-    from paligemma.checkpoints.safetensors_files import fingerprint
     from paligemma.objects.mask_codec import find_codec
 
     decisive = [field.name for group in (PictureFlags, ResultFlags) for field in fields(group)]
@@ -216,13 +215,13 @@ def settings(flags: JobFlags, checkpoint: Checkpoint) -> dict:
         decisive.remove("stretch")
     return (
         asked
-        | {"model": f"{Path(checkpoint.name).name} {fingerprint(checkpoint.base, checkpoint.folder)}"}
+        | {"model": f"{Path(checkpoint.name).name} {checkpoint.fingerprint}"}
         | {name: getattr(flags, name) for name in ("dtype", "quantize", "quantize_vision", *decisive)}
         | {"max_tokens_to_generate": longest_answer(flags), "mask_codec": None if codec is None else codec.name}
     )
 
 
-def make_annotator(flags: JobFlags, checkpoint: Checkpoint, model: "PaliGemmaForConditionalGeneration") -> Annotator:
+def make_annotator(flags: JobFlags, checkpoint: "Checkpoint", model: "PaliGemmaForConditionalGeneration") -> Annotator:
     """The model, ready for requests as the flags want them."""
     from paligemma.objects.mask_codec import find_codec, load_codec
 
@@ -331,7 +330,7 @@ def check_outputs(
 
 
 @contextmanager
-def open_rows(flags: JobFlags, checkpoint: Checkpoint, path: Path) -> Iterator[Journal]:
+def open_rows(flags: JobFlags, checkpoint: "Checkpoint", path: Path) -> Iterator[Journal]:
     """The file of rows, opened as the flags want it; an interruption says how far it got. Raises: as Journal."""
     with Journal(path, settings(flags, checkpoint), is_forced=flags.force, retry_failed=flags.retry_failed) as journal:
         try:

@@ -1,8 +1,7 @@
 """What the programs have in common: flags for the model, the pictures and the results, and what becomes of them.
 
 Each group of flags is a dataclass that a program's own inherits from; `commandline` shows it as a group of --help. Checking a
-flag imports nothing slow. `Checkpoint` finds the model that flags name; the program hands the weights module in, for only
-programs import it. Checked in tests/test_inference.py.
+flag imports nothing slow. Checked in tests/test_inference.py.
 """
 
 import math
@@ -14,24 +13,23 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from paligemma import files, machine
 from paligemma.errors import ImageError, UsageError
 from paligemma.programs.commandline import command, note
-from paligemma.tasks import check_language, checkpoint_kind
+from paligemma.tasks import check_language
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
     from paligemma.objects.drawing import Style
+    from paligemma.opened import Checkpoint
 
-BUNDLED_MODEL = str(files.BUNDLED)
 LONGEST_NAME = 255  # letters between two slashes: what Linux, macOS and Windows allow at most
 STDIN_BYTES = 64 << 20  # a picture piped in is read up to here
-SMALL_MODEL = 32 << 20  # bytes that a core's cache nearly holds: handing parts to other cores takes longer than doing them
+SMALL_MODEL = 32 << 20  # bytes: smaller models run faster on one thread
 WIDEST_LINE = 100  # pixels
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".mpo")
 
@@ -86,6 +84,36 @@ class ModelFlags:
             raise UsageError(f"--only_cpu forbids --device {self.device}. Drop one.")
         if self.quantize_vision and not self.quantize:
             raise UsageError("--quantize_vision needs --quantize int8 or int4. Add it.")
+
+    def open(self) -> "Checkpoint":
+        """The checkpoint that the flags name, without its weights. Raises: as opened.open_checkpoint, and DeviceError."""
+        machine.use_cores()
+        machine.check_torch()
+        import torch
+
+        from paligemma.devices import find_device
+        from paligemma.opened import open_checkpoint
+
+        find_device(self.device_name)  # before anything is downloaded
+        checkpoint = open_checkpoint(self.model_path, revision=self.revision, base_model=self.base_model)
+        if sum(os.path.getsize(file) for file in checkpoint.base.glob("*.safetensors") if files.is_file(file)) < SMALL_MODEL:
+            torch.set_num_threads(1)
+        return checkpoint
+
+    def load(self, checkpoint: "Checkpoint") -> "PaliGemmaForConditionalGeneration":
+        """The model with its weights. Raises: CheckpointError, DeviceError."""
+        with machine.memory_errors("loading the weights"):
+            return checkpoint.load(
+                device=self.device_name,
+                dtype=self.dtype,
+                quantize=self.quantize,
+                quantize_vision=self.quantize_vision,
+                allow_nonfinite=self.allow_nonfinite,
+            )
+
+    @property
+    def device_name(self) -> str:
+        return "cpu" if self.only_cpu else self.device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,53 +325,3 @@ def read_picture(name: str, flags: PictureFlags) -> "Image.Image":
     for text in notes:
         note(f"note: {text}")
     return picture
-
-
-# The model
-
-
-class Checkpoint:
-    """The model that flags name, found and read so far that a prompt can be checked; `load` brings the weights in.
-
-    Args:
-        flags: which, and where it is to run.
-        weights: the module of that name. Call machine.use_cores before it is imported.
-    """
-
-    def __init__(self, flags: ModelFlags, weights: ModuleType):
-        machine.check_torch()
-        import torch
-
-        from paligemma.processing_paligemma import PaliGemmaProcessor
-
-        self.flags = flags
-        self.weights = weights
-        self.name = flags.model_path or BUNDLED_MODEL
-        self.kind = checkpoint_kind(self.name)
-        self.device = weights.find_device("cpu" if flags.only_cpu else flags.device)
-        self.folder = weights.resolve(self.name, flags.revision)
-        self.base = weights.base_folder(self.folder, flags.base_model)  # another one only for an adapter
-        self.config = weights.read_config(self.base)
-        self.processor = PaliGemmaProcessor.from_pretrained(self.folder, base_model=flags.base_model)
-        if sum(os.path.getsize(file) for file in self.base.glob("*.safetensors") if files.is_file(file)) < SMALL_MODEL:
-            torch.set_num_threads(1)
-
-    @property
-    def files(self) -> list[tuple[str, Path]]:
-        """The model's files, which no output may overwrite, as files.check_outputs takes them."""
-        folders = dict.fromkeys((self.folder, self.base))
-        return [("a file of the model,", folder / name) for folder in folders for name in files.names_in(folder)]
-
-    def load(self) -> "PaliGemmaForConditionalGeneration":
-        """The model. Raises: CheckpointError, DeviceError."""
-        flags = self.flags
-        with machine.memory_errors("loading the weights"):
-            return self.weights.load_model(
-                self.folder,
-                base_model=flags.base_model,
-                device=self.device,
-                dtype=flags.dtype,
-                quantize=flags.quantize,
-                quantize_vision=flags.quantize_vision,
-                allow_nonfinite=flags.allow_nonfinite,
-            )

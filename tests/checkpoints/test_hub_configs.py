@@ -137,7 +137,7 @@ def test_the_processor_reads_the_same_numbers(tmp_path, name):
     ids = write_tokenizer(tmp_path, num_words=1)
     raw = read(name) | {"image_token_index": ids["image_token_index"]}
     write_json(tmp_path, "config.json", raw)
-    config = weights.read_config(tmp_path)
+    config = weights.ModelFiles(tmp_path).config
     write_preprocessor(tmp_path, config.vision_config.image_size)
     processor = PaliGemmaProcessor.from_pretrained(tmp_path)
     assert (processor.image_size, processor.num_image_tokens) == (config.vision_config.image_size, config.num_image_tokens)

@@ -320,14 +320,14 @@ def test_the_fingerprint_knows_each_tensor_and_what_is_read_beside_them(tmp_path
     big = {f"layer{i}": torch.zeros(200_000) for i in range(8)}
     small = big | {"projector": torch.zeros(10)}
     save_file(small, tmp_path / "model.safetensors")
-    first = safetensors_files.fingerprint(tmp_path)
-    assert safetensors_files.fingerprint(tmp_path) == first
+    first = safetensors_files.fingerprint([tmp_path], {})
+    assert safetensors_files.fingerprint([tmp_path], {}) == first
     (tmp_path / "left.safetensors").write_bytes(b"version https://git-lfs")  # is not read
-    assert safetensors_files.fingerprint(tmp_path) == first
+    assert safetensors_files.fingerprint([tmp_path], {}) == first
     save_file(small | {"projector": torch.ones(10)}, tmp_path / "model.safetensors")
-    assert safetensors_files.fingerprint(tmp_path) != first
+    assert safetensors_files.fingerprint([tmp_path], {}) != first
     save_file(small, tmp_path / "model.safetensors")
     for name in ("config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json"):
         (tmp_path / name).write_text("{}")
-        assert safetensors_files.fingerprint(tmp_path) != first
+        assert safetensors_files.fingerprint([tmp_path], {}) != first
         (tmp_path / name).unlink()

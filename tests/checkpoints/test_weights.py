@@ -422,7 +422,7 @@ def altered(part: str | None, **changes: object) -> dict:
 def test_a_wrong_config_is_refused_by_field_before_the_weights_are_looked_at(tmp_path, part, changes, says):
     (tmp_path / "config.json").write_text(json.dumps(altered(part, **changes)))
     with pytest.raises(CheckpointError, match=says) as caught:
-        weights.read_config(tmp_path)
+        assert weights.ModelFiles(tmp_path).config
     assert caught.value.message.startswith(f"{tmp_path}/config.json: ")
 
 
@@ -472,10 +472,10 @@ def test_a_missing_config_is_named(tmp_path):
 def test_the_side_of_the_picture_is_taken_from_the_weights_where_config_is_silent(tmp_path):
     tensors = tensors_of() | {POSITIONS: torch.rand(16, 48)}
     folder = write_checkpoint(tmp_path, tensors, raw=altered("vision_config", image_size=None))
-    assert weights.read_config(folder).vision_config.image_size == 56
+    assert weights.ModelFiles(folder).config.vision_config.image_size == 56
     assert weights.load_model(folder).config.num_image_tokens == 16
     write_checkpoint(tmp_path, tensors, raw=altered("vision_config", image_size=None, patch_size=7))
-    assert weights.read_config(folder).vision_config.image_size == 28
+    assert weights.ModelFiles(folder).config.vision_config.image_size == 28
 
 
 def test_position_embeddings_that_are_no_square_are_refused(tmp_path):
@@ -489,7 +489,7 @@ def test_what_nobody_reads_is_no_evidence_against_the_weights(tmp_path):
     unread = {"num_positions": 1024, "num_image_tokens": 9, "projection_dim": 7, "vision_use_head": True}
     raw = altered("vision_config", image_size=None, **unread) | {"vocab_size": 3, "hidden_size": 5}
     folder = write_checkpoint(tmp_path, tensors_of(), raw=raw)
-    assert weights.load_model(folder).config == weights.read_config(folder) == PaliGemmaConfig.from_hf(raw_config("gemma"))
+    assert weights.load_model(folder).config == weights.ModelFiles(folder).config == PaliGemmaConfig.from_hf(raw_config("gemma"))
 
 
 @pytest.mark.parametrize(
@@ -505,7 +505,7 @@ def test_what_nobody_reads_is_no_evidence_against_the_weights(tmp_path):
 def test_generation_config_says_what_ends_an_answer_as_in_transformers(tmp_path, generation, config, expected):
     (tmp_path / "config.json").write_text(json.dumps(raw_config("gemma") | {"eos_token_id": config}))
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert weights.read_config(tmp_path).eos_token_id == expected
+    assert weights.ModelFiles(tmp_path).config.eos_token_id == expected
 
 
 @pytest.mark.parametrize("value", ["1", True, 1.0, -1, 10**400, [1, None], [[1]], {"a": 1}])
@@ -513,7 +513,7 @@ def test_an_end_that_is_no_token_is_refused_by_file(tmp_path, value):
     (tmp_path / "config.json").write_text(json.dumps(raw_config("gemma")))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(CheckpointError, match="generation_config.json: eos_token_id is"):
-        weights.read_config(tmp_path)
+        assert weights.ModelFiles(tmp_path).config
 
 
 TOWER = {

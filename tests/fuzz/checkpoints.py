@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from paligemma.checkpoints import hub, safetensors_files, weights
 from paligemma.generation import generate
 from paligemma.objects import mask_codec
+from paligemma.opened import open_checkpoint
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from tests.fuzz.harness import Files, Fuzzer, write_files
 from tests.fuzz.mutations import HUGE, damaged_bytes, damaged_json, nasty_json
@@ -39,12 +40,11 @@ def links_to(valid: Path, folder: Path) -> None:
 
 def load(folder: Path) -> None:
     """What a program does with a model's folder, up to the first two tokens of an answer."""
-    base = weights.base_folder(folder)
-    config, processor = weights.read_config(base), PaliGemmaProcessor.from_pretrained(base)
-    safetensors_files.fingerprint(base, folder)
-    model = weights.load_model(folder)
-    inputs = processor(np.zeros((4, 4, 3), np.uint8), "caption en", notes=[])
-    generate(model, inputs, max_new_tokens=2, eos_token_id=config.eos_token_id)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.fingerprint
+    model = checkpoint.load()
+    inputs = checkpoint.processor(np.zeros((4, 4, 3), np.uint8), "caption en", notes=[])
+    generate(model, inputs, max_new_tokens=2, eos_token_id=checkpoint.config.eos_token_id)
 
 
 # Weights

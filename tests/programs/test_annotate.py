@@ -36,7 +36,6 @@ from paligemma.pictures import images as images_module
 from paligemma.programs import annotate, commandline, job
 from paligemma.programs.annotate import Flags
 from paligemma.programs.journal import Journal, rows
-from paligemma.programs.options import Checkpoint
 from tests.tiny_checkpoint import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,8 +114,8 @@ def test_every_picture_has_a_row_as_if_it_had_been_asked_alone(run, model):
     assert run("photos", "--task=ask", "what is it?", "--rows=3") == (0, "5 rows in rows.jsonl.\n")
     assert images() == PHOTOS
     flags = Flags(model_path=str(model), output="-", words=("photos",))
-    checkpoint = Checkpoint(flags, weights)
-    annotator = tasks.Annotator(checkpoint.load(), checkpoint.processor, rows=1, max_new_tokens=8)
+    checkpoint = flags.open()
+    annotator = tasks.Annotator(flags.load(checkpoint), checkpoint.processor, rows=1, max_new_tokens=8)
     for (image, prompt), row in written().items():
         picture = Image.open(image).convert("RGB")
         request = tasks.Request(picture=picture, task="ask", text="what is it?", image=image)
@@ -285,7 +284,7 @@ def test_no_file_of_a_job_is_another_one_or_one_that_is_read(run, model, monkeyp
     for name in ("q.csv", "q.part", "q_yolo/names.txt"):
         Path(name).write_text("photos/a/1.png\n")
     Path("model").symlink_to(model)
-    monkeypatch.setattr(weights, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(weights.ModelFiles, "load", lambda *_, **__: pytest.fail("it was loaded"))
     before = {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
     more = [] if any("questions" in word or word == "photos" for word in argv) else ["--task=detect", "--text=cat"]
     more += ["photos"] if "--output=r.csv" in argv or "--output=s.jsonl" in argv else []
@@ -354,7 +353,7 @@ def test_a_second_run_asks_only_what_is_new(run, monkeypatch):
 
 def test_when_nothing_is_left_no_model_is_loaded(run, monkeypatch):
     run("photos")
-    monkeypatch.setattr(weights, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(weights.ModelFiles, "load", lambda *_, **__: pytest.fail("it was loaded"))
     assert run("photos") == (0, "5 rows in rows.jsonl.\n")
 
 
@@ -612,7 +611,7 @@ def test_the_last_word_is_the_text_where_one_is_needed():
 def test_what_is_wrong_is_said_before_the_model_is_loaded(run, world, monkeypatch, argv, code, named):
     (world / "none").mkdir()
     Path("broken.jsonl").write_text("{}\n")
-    monkeypatch.setattr(weights, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(weights.ModelFiles, "load", lambda *_, **__: pytest.fail("it was loaded"))
     assert run(*argv)[0] == code
     assert named in run(*argv)[1]
     assert not os.path.exists("rows.jsonl") or not list(rows("rows.jsonl"))
