@@ -633,12 +633,13 @@ class ModelFiles:
         device, dtype, folder = find_device(device), parse_dtype(dtype), self.base
         adapter = None if self.adapter_config is None else read_adapter(self.folder, self.adapter_config)
         kind, with_vision, is_stored = choose_quantization(self.raw, folder, quantize, quantize_vision)
+        stored = self.tensors  # before config: what a folder without weights is, is worth more than a fault in its config.json
         if adapter is not None and is_stored:
             text = f"{folder} is stored as {kind}, and an adapter is merged into unquantised weights only."
             raise CheckpointError(f"{text} Name the plain checkpoint as --base_model.", path=adapter.folder)
         # stored_dtype() would be wrong for a quantised checkpoint, which has few float tensors.
         as_stored = DTYPE_NAMES.get(str(self.raw.get("torch_dtype"))) if is_stored else None
-        dtype = dtype or as_stored or stored_dtype(self.tensors)
+        dtype = dtype or as_stored or stored_dtype(stored)
         model = empty_model(self.config, final_softcap, sliding_window)
         quantised = {
             name: quantization.empty_module(model.get_submodule(name), kind, dtype)
@@ -647,10 +648,10 @@ class ModelFiles:
         if is_stored:
             for name in list(quantised):
                 model.set_submodule(name, quantised.pop(name))
-        check_names(model, self.raw, self.tensors, folder)
+        check_names(model, self.raw, stored, folder)
         require_memory(num_bytes(model, quantised, dtype), device)
         with memory_errors(f"loading {folder}"):
-            fill(model, self.tensors, TensorReader(device, allow_nonfinite), dtype, quantised, kind, adapter)
+            fill(model, stored, TensorReader(device, allow_nonfinite), dtype, quantised, kind, adapter)
         if device.type == "cpu":
             quantization.use_fast_products(model)
         if device.type == "cuda":
