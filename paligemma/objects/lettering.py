@@ -12,11 +12,11 @@ import subprocess
 import unicodedata
 from functools import lru_cache
 from itertools import groupby
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from paligemma.errors import UsageError
-from paligemma.files import BUNDLED
 
 SYSTEM_FONTS = ("Arial Unicode.ttf", "PingFang.ttc", "Apple Color Emoji.ttc")  # of macOS; Pillow knows their folders
 PICTURE_SIZES = (109, 136, 160, 128, 96, 64)  # sizes, in pixels, in which fonts of coloured emoji hold their pictures
@@ -106,7 +106,7 @@ class Lettering:
                 self.fonts.insert(0, Font(file))
             except (OSError, ValueError) as error:  # ValueError: a NUL in the name
                 raise UsageError(f"--font {file} is not a font that can be read. Give a .ttf, .otf or .ttc file.") from error
-        for name in (str(BUNDLED / "DejaVuSans.ttf"), *SYSTEM_FONTS):
+        for name in (str(Path(__file__).with_name("DejaVuSans.ttf")), *SYSTEM_FONTS):
             self.add(name)
         self.choices: dict[str, Font | None] = {}
 
