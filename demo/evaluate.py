@@ -137,7 +137,7 @@ def score(question: Question, result: Result) -> float:
     """0 to 1."""
     if not question.true:
         return float(result.text.strip() == question.suffix)
-    said = result.reading.objects if result.reading else []
+    said = result.parsed.objects if result.parsed else []
     return objects_score(said, question.true, mask_overlap if question.task == "segment" else box_overlap)
 
 
@@ -267,7 +267,7 @@ def main() -> None:
     summary |= {"quantize": options.quantize, "grammar": options.grammar}
     if not no_map:
         boxed = [(question, result) for question, result in zip(flat, results, strict=True) if question.task == "detect"]
-        said = [result.reading.objects if result.reading else [] for _, result in boxed]
+        said = [result.parsed.objects if result.parsed else [] for _, result in boxed]
         summary["detection"] = detection(said, [question.true for question, _ in boxed])
         report_detection(summary["detection"])
     print(json.dumps(rounded(summary | {"seconds": time.perf_counter() - start})))

@@ -170,7 +170,7 @@ class Request:
 class Result:
     """The result of a request: the answer, or an `error`.
 
-    `reading` holds the objects of detect and segment, and of any other answer that contains boxes. `count` holds the number that
+    `parsed` holds the objects of detect and segment, and of any other answer that contains boxes. `count` holds the number that
     count found, and None if the answer has none.
     """
 
@@ -184,7 +184,7 @@ class Result:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str = ""  # "stop" or "length", see generation.Answer
-    reading: ParsedAnswer | None = None
+    parsed: ParsedAnswer | None = None
     count: int | None = None
     error: PaliGemmaError | None = None
 
@@ -202,10 +202,10 @@ class Result:
         row["finish_reason"] = self.finish_reason
         if self.task == "count":
             row["count"] = self.count
-        if self.reading is None:
+        if self.parsed is None:
             return row | {"score": round(self.score, 6)}
-        objects = [as_json(found, self.width, self.height) for found in self.reading.objects]
-        return row | {"status": self.reading.status, "objects": objects, "problems": list(self.reading.problems)}
+        objects = [as_json(found, self.width, self.height) for found in self.parsed.objects]
+        return row | {"status": self.parsed.status, "objects": objects, "problems": list(self.parsed.problems)}
 
 
 # The run
@@ -506,10 +506,10 @@ class Annotator:
         """The result of an answer: its text, and its objects or its number. Raises: DeviceError."""
         width, height = request.size or request.picture.size
         text = self.processor.decode(answer.token_ids).strip()
-        reading = None
+        parsed = None
         if request.task in OBJECT_TASKS or "<loc" in text:
-            reading = parse_ids(answer.token_ids, self.processor, answer.logprobs, answer.moments, self.denominator)
-            reading = self.finish(reading, width, height)
+            parsed = parse_ids(answer.token_ids, self.processor, answer.logprobs, answer.moments, self.denominator)
+            parsed = self.finish(parsed, width, height)
         return Result(
             image=request.image,
             task=request.task,
@@ -521,18 +521,18 @@ class Annotator:
             token_ids=answer.token_ids,
             logprobs=answer.logprobs,
             finish_reason=answer.finish_reason,
-            reading=reading,
+            parsed=parsed,
             count=read_count(text) if request.task == "count" else None,
         )
 
-    def finish(self, reading: ParsedAnswer, width: int, height: int) -> ParsedAnswer:
-        """The reading without objects of too low a score, and with decoded masks if there is a codec."""
-        objects = reading.objects
+    def finish(self, parsed: ParsedAnswer, width: int, height: int) -> ParsedAnswer:
+        """The parsed answer without objects of too low a score, and with decoded masks if there is a codec."""
+        objects = parsed.objects
         if self.min_score is not None:
             objects = [found for found in objects if found.score is None or found.score >= self.min_score]
-        status = "nothing" if reading.objects and not objects else reading.status
+        status = "nothing" if parsed.objects and not objects else parsed.status
         if self.codec is not None and any(found.codes for found in objects):
             from paligemma.objects.mask_codec import with_masks
 
             objects = with_masks(objects, self.codec, width, height)
-        return replace(reading, objects=objects, status=status)
+        return replace(parsed, objects=objects, status=status)

@@ -546,7 +546,7 @@ def test_masks_come_as_run_lengths_and_as_polygons(capsys):
         "objects",
         "",
     )
-    result = Result(image="a.png", task="segment", asked="cat", prompt="segment cat", width=40, height=30, reading=reading)
+    result = Result(image="a.png", task="segment", asked="cat", prompt="segment cat", width=40, height=30, parsed=reading)
     job = verbs.read_words(("segment", SHAPES, "cat"))
     verbs.Desk(job, Flags(words=("segment", SHAPES, "cat"), json=True), {"model": "m"}).take(result, None)
     row = json.loads(capsys.readouterr().out)

@@ -128,11 +128,11 @@ def test_results_are_typed(run):
             Request(picture=SHAPES, task="caption"),
         ]
     )
-    found = detect.reading.objects[0]
-    assert (detect.prompt, detect.reading.status, found.label) == ("detect circle", "objects", "circle")
+    found = detect.parsed.objects[0]
+    assert (detect.prompt, detect.parsed.status, found.label) == ("detect circle", "objects", "circle")
     assert 0 < found.score < 1 and found.expected is not None and found.spread is not None
     assert found.box.iou(found.expected) > 0.8
-    assert (count.text, count.count, count.reading) == ("1", 1, None)
+    assert (count.text, count.count, count.parsed) == ("1", 1, None)
     assert caption.text == "an orange cross, a yellow circle and a purple heart" and caption.score > 0.9
 
 
@@ -149,9 +149,9 @@ def test_rows_of_json_hold_what_the_task_has(run):
 
 def test_objects_below_the_least_score_are_left_out(run):
     request = Request(picture=SHAPES, task="detect", text="circle")
-    score = run([request])[0].reading.objects[0].score
-    assert run([request], min_score=score - 1e-4)[0].reading.status == "objects"
-    reading = run([request], min_score=score + 1e-4)[0].reading
+    score = run([request])[0].parsed.objects[0].score
+    assert run([request], min_score=score - 1e-4)[0].parsed.status == "objects"
+    reading = run([request], min_score=score + 1e-4)[0].parsed
     assert (reading.status, reading.objects) == ("nothing", [])
 
 
@@ -168,9 +168,9 @@ def test_masks_are_decoded_where_there_is_a_codec(model, processor):
 
     torch.manual_seed(0)
     request = Request(picture=CAT, task="segment", text="cat")
-    bare = Annotator(model, processor).parse(request, answer_of(processor, MASKED)).reading.objects[0]
+    bare = Annotator(model, processor).parse(request, answer_of(processor, MASKED)).parsed.objects[0]
     assert bare.codes == tuple(range(16)) and bare.mask is None
-    found = Annotator(model, processor, codec=MaskCodec()).parse(request, answer_of(processor, MASKED)).reading.objects[0]
+    found = Annotator(model, processor, codec=MaskCodec()).parse(request, answer_of(processor, MASKED)).parsed.objects[0]
     assert found.mask.shape == (CAT.height, CAT.width) and not found.mask[CAT.height // 2 + 1 :].any()
 
 
@@ -184,12 +184,12 @@ def test_the_size_of_the_original_counts_where_a_small_copy_was_asked_about(mode
 def test_the_denominator_can_be_that_of_other_readers(model, processor):
     request = Request(picture=SHAPES, task="detect", text="cat")
     result = Annotator(model, processor, denominator=1024).parse(request, answer_of(processor, MASKED))
-    assert result.reading.objects[0].box.x_max == 1023 / 1024
+    assert result.parsed.objects[0].box.x_max == 1023 / 1024
 
 
 def test_a_prompt_in_the_users_words_is_said_as_it_is_and_boxes_in_its_answer_are_read(run):
     result = run([Request(picture=SHAPES, task="ask", prompt="detect circle")])[0]
-    assert (result.prompt, result.reading.objects[0].label) == ("detect circle", "circle")
+    assert (result.prompt, result.parsed.objects[0].label) == ("detect circle", "circle")
 
 
 # The run

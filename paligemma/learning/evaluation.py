@@ -129,7 +129,7 @@ class Judge:
         return numbers | (self.score_objects(of_objects) if of_objects else {})
 
     def score_objects(self, pairs: list[tuple[Result, list[str]]]) -> dict[str, float]:
-        said = [result.reading.objects if result.reading else [] for result, _ in pairs]
+        said = [result.parsed.objects if result.parsed else [] for result, _ in pairs]
         right = [[found for suffix in dict.fromkeys(answers) for found in parse_text(suffix).objects] for _, answers in pairs]
         numbers = scores.detection_map(said, right) if "map" in self.scores else {}
         if "miou" in self.scores:

@@ -210,9 +210,9 @@ def work(flags: Flags, checkpoint: "Checkpoint", journal: Journal) -> None:
     annotator = job.make_annotator(flags, checkpoint, flags.load(checkpoint))
     with commandline.interruptible(), job.progress(known, total) as bar:
         for row, loaded, result in job.answer(annotator, chain([first], left), flags, flags.save_dir is not None):
-            if flags.save_dir is not None and result.reading is not None:
+            if flags.save_dir is not None and result.parsed is not None:
                 try:
-                    save_drawing(flags, row, loaded.original(), result.reading)
+                    save_drawing(flags, row, loaded.original(), result.parsed)
                 except (ImageError, AccessError) as error:  # the file has changed or gone meanwhile
                     row = replace(result, error=error).to_json()
             journal.write(row)

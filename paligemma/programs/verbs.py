@@ -280,7 +280,7 @@ def has_colors() -> bool:
 def with_polygons(result: Result) -> dict:
     """The result's JSON, with each mask as polygons, too: x, y, x, y, ... in pixels."""
     row = result.to_json()
-    masks = [found.mask for found in result.reading.objects] if result.reading else []
+    masks = [found.mask for found in result.parsed.objects] if result.parsed else []
     if any(mask is not None for mask in masks):
         from paligemma.objects.masks import to_polygons
 
@@ -327,7 +327,7 @@ class Desk:
             from paligemma.objects.drawing import draw, save
 
             notes: list[str] = []
-            save(draw(picture, result.reading.objects, self.flags.style, notes), drawing)
+            save(draw(picture, result.parsed.objects, self.flags.style, notes), drawing)
             for text in (*notes, f"the drawing is in {drawing}."):
                 note(f"note: {text}")
 
@@ -336,21 +336,21 @@ class Desk:
         several = [self.job.pictures, self.job.texts]
         parts = zip((result.image, result.asked), several, strict=True)
         head = [LINE_END.sub(" ", name) for name, values in parts if len(values) > 1]
-        if result.reading is None or self.job.task not in OBJECT_TASKS:
+        if result.parsed is None or self.job.task not in OBJECT_TASKS:
             said = result.text if result.count is None else str(result.count)
             commandline.write("\t".join([*head, " ".join(said.split()) if head else said]) + "\n")
             return
-        if result.reading.status == "nothing":
+        if result.parsed.status == "nothing":
             note(f"note: nothing found in {result.image}.")
-        elif result.reading.status == "unparsable":
+        elif result.parsed.status == "unparsable":
             note(f"note: the answer about {result.image} holds no box: {result.text!r}.")
         from paligemma.objects.drawing import listing, table
 
         if is_fancy():
             title = f"{commandline.printable(result.image)}\n" if head else ""
-            commandline.put(title + table(result.reading.objects, result.width, result.height, has_colors()))
+            commandline.put(title + table(result.parsed.objects, result.width, result.height, has_colors()))
         else:
-            lines = listing(result.reading.objects, result.width, result.height).splitlines(keepends=True)
+            lines = listing(result.parsed.objects, result.width, result.height).splitlines(keepends=True)
             commandline.write("".join("\t".join([*head, line]) for line in lines))
 
     def close(self) -> None:

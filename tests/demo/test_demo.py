@@ -638,7 +638,7 @@ def test_the_checkpoint_answers_unseen_scenes(processor):
     boxes = [value for kind, value in values if kind == "detect"]
     assert np.mean(exact) >= 0.85, exact
     assert np.mean(boxes) >= 0.6, boxes
-    found = [found for result in said for found in (result.reading.objects if result.reading else []) if found.box]
+    found = [found for result in said for found in (result.parsed.objects if result.parsed else []) if found.box]
     assert found and all(0 < one.score <= 1 and one.expected.iou(one.box) > 0.7 for one in found)
 
 
@@ -655,7 +655,7 @@ def test_the_checkpoint_segments_unseen_scenes_and_finds_nothing_where_nothing_i
     found = [
         (overlap(one.mask, true.mask), true.mask.mean() / true.box.area)
         for question, result in zip(flat, said, strict=True)
-        for _, one, true in evaluate.matches(result.reading.objects, question.true, evaluate.box_overlap)
+        for _, one, true in evaluate.matches(result.parsed.objects, question.true, evaluate.box_overlap)
         if one.box.iou(true.box) > 0.8
     ]
     both = [(mask, box) for mask, box in found if box < 0.9]  # a square is its box

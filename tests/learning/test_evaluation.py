@@ -38,7 +38,7 @@ def judge(processor, tmp_path):
             return made
         common = {"image": "a.png", "task": "ask", "asked": "", "prompt": "", "width": 64, "height": 64}
         readings = [parse_text(text) if "<loc" in text else None for text in said]
-        results = [Result(**common, text=text, reading=reading) for text, reading in zip(said, readings, strict=True)]
+        results = [Result(**common, text=text, parsed=reading) for text, reading in zip(said, readings, strict=True)]
         made.ask, made.loss = (lambda _: results), (lambda _: 0.5)
         return made
 

@@ -283,7 +283,7 @@ def test_the_demo_model_finds_the_cross_where_it_is(tmp_path, capsys):
     annotator = Annotator(weights.load_model(DEMO), PaliGemmaProcessor.from_pretrained(DEMO))
     with Image.open(tmp_path / "phone.jpg") as opened:
         [(_, result)] = annotator.run([Request(picture=opened, task="detect", text="cross")])
-    box = result.reading.objects[0].box
+    box = result.parsed.objects[0].box
     assert abs(box.x_min * 448 - 14) < 3 and abs(box.y_min * 448 - 243) < 3
 
 
