@@ -406,11 +406,13 @@ class Session:
             write(json.dumps(asdict(answer) | more) + "\n")
 
     def print_speed(self, answer: Answer, seconds: list[float]) -> None:
-        """How long reading and writing took, beside the least time that this machine could take (see machine.py)."""
-        products = machine.prefill_products(self.config, len(self.pictures), answer.prompt_tokens)
-        rate = machine.matrix_rate(self.model.device, self.model.dtype)
-        weights = sum(tensor.nbytes for tensor in self.model.language_model.state_dict().values())
-        bandwidth = machine.read_bandwidth(self.model.device)
+        """Reports how long prefill and decoding took, and the least time that this machine could need (see roofline.py)."""
+        from paligemma import roofline
+
+        products = roofline.prefill_products(self.config, len(self.pictures), answer.prompt_tokens)
+        rate = roofline.matrix_rate(self.model.device, self.model.dtype)
+        weights = roofline.decode_bytes(self.model.language_model)
+        bandwidth = roofline.read_bandwidth(self.model.device)
         note(
             f"prefill: {seconds[0] * 1e3:.1f} ms for {answer.prompt_tokens} tokens; floor {products / rate * 1e3:.1f} ms "
             f"({products / 1e9:.3g} G multiply-adds at the measured {rate / 1e9:.3g} G/s)"
@@ -419,9 +421,9 @@ class Session:
             decode = (seconds[-1] - seconds[0]) / (len(seconds) - 1)
             note(
                 f"decode: {decode * 1e3:.2f} ms per token, {1 / decode:.1f} tokens/s; floor {weights / bandwidth * 1e3:.2f} ms "
-                f"({machine.size(weights)} of weights at the measured {machine.size(bandwidth)}/s)"
+                f"({machine.format_bytes(weights)} of weights at the measured {machine.format_bytes(bandwidth)}/s)"
             )
-        note(f"peak memory: {machine.size(machine.peak_memory(self.model.device))}")
+        note(f"peak memory: {machine.format_bytes(machine.peak_memory(self.model.device))}")
 
 
 def note_unused(flags: Flags) -> None:

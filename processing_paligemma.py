@@ -28,7 +28,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 
 from paligemma import files
-from paligemma.errors import CheckpointError, ImageError, OutputError, PromptError, TokenizerError
+from paligemma.errors import CheckpointError, ImageError, OutputError, PromptError, TokenizerError, one_line
 from paligemma.pictures.images import load_image, squeeze
 from paligemma.vocabulary import CODE_TOKENS, IGNORE_INDEX, IMAGE_TOKEN, LOCATION_OR_CODE, LOCATION_TOKENS
 
@@ -66,11 +66,6 @@ def read_settings(folder: Path, name: str, error_class: type[CheckpointError | T
 
 
 NOT_GEMMA = "its BPE has a continuing_subword_prefix, or a part of it is of type Precompiled"
-
-
-def one_line(error: BaseException) -> str:
-    """What a library says of an error, in at most 200 characters."""
-    return " ".join(str(error).split())[:200]
 
 
 def would_panic(data: bytes, path: Path) -> bool:

@@ -12,7 +12,7 @@ from functools import partial
 
 from benchmarks import turns
 from paligemma.files import read_json
-from paligemma.machine import prefill_products
+from paligemma.roofline import prefill_products
 
 
 def main() -> None:

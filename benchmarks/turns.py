@@ -151,22 +151,25 @@ def product_bandwidth() -> float:
     """Bytes a second that our own product of one row reads, on some processors more than anything of torch does; 0 = none."""
     import torch
 
+    from paligemma import roofline
     from paligemma.layers import kernels
 
     if kernels.library() is None:
         return 0.0
     matrix, x = torch.ones(65536, 2048, dtype=torch.bfloat16), torch.ones(1, 2048, dtype=torch.bfloat16)
     work = partial(kernels.product, "bf16", x, [(matrix, None, len(matrix))], torch.bfloat16)
-    return matrix.nbytes / machine.best_seconds(work, x.device)
+    return matrix.nbytes / roofline.best_seconds(work, x.device)
 
 
 def copy_bandwidth(device: object, size: int = 2**30) -> float:
     """Bytes a second, read and written, of copying `size` bytes: the rate that a GPU is judged by."""
     import torch
 
+    from paligemma import roofline
+
     source = torch.zeros(size // 4, dtype=torch.int32, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / machine.best_seconds(lambda: target.copy_(source), device)
+    return 2 * source.nbytes / roofline.best_seconds(lambda: target.copy_(source), device)
 
 
 class Floors:
@@ -183,12 +186,14 @@ class Floors:
     def measure(self) -> None:
         import torch
 
-        self.bytes_per_s = max(self.bytes_per_s, machine.read_bandwidth(self.device))
+        from paligemma import roofline
+
+        self.bytes_per_s = max(self.bytes_per_s, roofline.read_bandwidth(self.device))
         faster = copy_bandwidth(self.device) if self.device.type == "cuda" else product_bandwidth()
         self.bytes_per_s = max(self.bytes_per_s, faster)
         for dtype in (torch.float32, torch.bfloat16):
             name = str(dtype).removeprefix("torch.")
-            self.products_per_s[name] = max(self.products_per_s.get(name, 0), machine.matrix_rate(self.device, dtype))
+            self.products_per_s[name] = max(self.products_per_s.get(name, 0), roofline.matrix_rate(self.device, dtype))
 
     def reading(self, count: float) -> float:
         """Seconds to read so many bytes."""

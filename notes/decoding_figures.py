@@ -12,7 +12,7 @@ if __name__ == "__main__":  # --help and wrong flags are answered before anythin
 import torch
 
 from notes.tables import model_config
-from paligemma import machine
+from paligemma import roofline
 from paligemma.checkpoints.weights import empty_model
 from paligemma.files import read_json
 from paligemma.layers import quantization
@@ -32,15 +32,15 @@ def count_work(config: PaliGemmaConfig) -> None:
         model = empty_model(config).to(torch.bfloat16)
         for name in quantization.targets(model) if kind else ():
             model.set_submodule(name, quantization.empty_module(model.get_submodule(name), kind))
-        weights = sum(tensor.nbytes for tensor in model.language_model.state_dict().values())
-        products = machine.prefill_products(config, 0, 1)
+        weights = roofline.decode_bytes(model.language_model)
+        products = roofline.prefill_products(config, 0, 1)
         print(f"one token, {kind or 'bf16'}: {weights / 1e9:.2f} GB read, {products / 1e9:.2f} G multiply-adds, "
               f"{products / weights:.1f} for each byte")  # fmt: skip
-    products = machine.prefill_products(config, 1, PROMPT)
+    products = roofline.prefill_products(config, 1, PROMPT)
     print(f"one picture and prompt, {PROMPT} tokens: {products / 1e9:.0f} G multiply-adds")
-    cached = machine.prefill_products(config, 1, PROMPT) + (ANSWER - 1) * machine.prefill_products(config, 0, 1)
-    plain = sum(machine.prefill_products(config, 0 if i else 1, PROMPT + i) for i in range(ANSWER))
-    blind = sum(machine.prefill_products(config, 1, PROMPT + i) for i in range(ANSWER))
+    cached = roofline.prefill_products(config, 1, PROMPT) + (ANSWER - 1) * roofline.prefill_products(config, 0, 1)
+    plain = sum(roofline.prefill_products(config, 0 if i else 1, PROMPT + i) for i in range(ANSWER))
+    blind = sum(roofline.prefill_products(config, 1, PROMPT + i) for i in range(ANSWER))
     print(
         f"an answer of {ANSWER} tokens: {cached / 1e9:.0f} G multiply-adds with a cache, {plain / cached:.0f} times as many "
         f"without, {blind / cached:.0f} times with the tower in every step, too"

@@ -1,35 +1,56 @@
-"""One exception family for everything a user can get wrong, each with the exit code that the programs return.
+"""The exceptions for everything that a user can get wrong, each with the exit code of the program, and short texts for messages.
 
-Library code raises these at the door (picture, prompt, file, device); a program prints `error: message` on one line and
-exits with `code`. The modeling files raise plain ValueError, so that they can be copied out alone.
+Library code raises these when it checks its inputs (picture, prompt, file, device). A program prints `error: message` on one line
+and exits with the `code` of the error. The modeling files raise plain ValueError instead, so that they can be copied out alone.
 """
-
 
 import os
 import traceback
+from collections.abc import Sequence
 
-LONGEST_MESSAGE = 500  # characters of a message on a screen or in a row; --debug shows the whole
-LONGEST_PATH = 4096
+MAX_MESSAGE = 500  # characters of a message on the screen or in a row of results; --debug shows the whole message
+MAX_PATH = 4096  # characters of a path in a row of results
+MAX_LISTED, MAX_LISTED_NAME = 5, 150  # names in a list, characters of each name
 
 
-def shorten(text: str, longest: int = LONGEST_MESSAGE) -> str:
-    """The text, without its middle if it is longer: what is wrong stands at the beginning, what to do at the end."""
-    last = longest // 3
-    return text if len(text) <= longest else f"{text[: longest - last - 5]} ... {text[-last:]}"
+# Texts for messages
+
+
+def shorten(text: str, max_length: int = MAX_MESSAGE) -> str:
+    """The text, or its beginning and end if it is too long: a message begins with what is wrong and ends with what to do."""
+    last = max_length // 3
+    return text if len(text) <= max_length else f"{text[: max_length - last - 5]} ... {text[-last:]}"
+
+
+def one_line(text: object) -> str:
+    """A text from outside (an address, another library's error) for our messages: one line, printable, at most 200 characters."""
+    line = str(text).strip()
+    line = line if line.isprintable() else repr(line)[1:-1]
+    return line if len(line) <= 200 else f"{line[:120]}...{line[-60:]}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few names, shortened, with unprintable characters escaped, and how many more there are: "a, b and 3 more"."""
+    plain = [name if name.isprintable() else repr(name)[1:-1] for name in names[:MAX_LISTED]]
+    cut = [name if len(name) <= MAX_LISTED_NAME else f"{name[:MAX_LISTED_NAME]}..." for name in plain]
+    return ", ".join(cut) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
 
 
 def counted(number: int, thing: str) -> str:
-    """A number and what it counts: "1 row", "2 rows", "1 more doubt"."""
+    """A number and what it counts: "1 row", "2 rows"."""
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
+# Exceptions
+
+
 class PaliGemmaError(Exception):
-    """What came, what was needed, what to do: one sentence each, on one line.
+    """An error that a user can understand: what came, what was needed, what to do, all on one line.
 
     Args:
-        message: the text a user sees.
-        path: the file or address it is about, for the JSON form of the message.
-        code: exit code, where one instance needs another than its class.
+        message: the text that the user sees.
+        path: the file or address that the error is about, for the JSON form of the error.
+        code: the exit code, if it differs from the code of the class.
     """
 
     code = 1
@@ -42,80 +63,80 @@ class PaliGemmaError(Exception):
             self.code = code
 
     def to_json(self, is_whole: bool = False) -> dict:
-        """The error as an object, for --json and for rows of results; a long message is cut unless it `is_whole`."""
+        """The error as an object, for --json and for rows of results. Message and path are shortened unless `is_whole`."""
         message, path = self.message, self.path
         if not is_whole:
-            message, path = shorten(message), None if path is None else shorten(path, LONGEST_PATH)
+            message, path = shorten(message), None if path is None else shorten(path, MAX_PATH)
         return {"code": self.code, "type": type(self).__name__, "message": message, "path": path}
 
 
 class UsageError(PaliGemmaError):
-    """A flag or an argument that makes no sense."""
+    """A flag or an argument has a value that makes no sense."""
 
     code = 2
 
 
 class ImageError(PaliGemmaError):
-    """A picture that cannot be read, or is refused."""
+    """A picture cannot be read, or is refused."""
 
     code = 3
 
 
 class PromptError(PaliGemmaError):
-    """A prompt that cannot be tokenised, or does not fit."""
+    """A prompt cannot be tokenised, or does not fit."""
 
     code = 3
 
 
 class DatasetError(PaliGemmaError):
-    """A list of examples with a fault in it."""
+    """A list of examples has a fault."""
 
     code = 3
 
 
 class CheckpointError(PaliGemmaError):
-    """A model folder with something missing, unexpected or misshapen."""
+    """Something in a model folder is missing, unexpected or of the wrong shape."""
 
     code = 4
 
 
 class TokenizerError(PaliGemmaError):
-    """Tokenizer files that are absent, broken, or of another model."""
+    """Tokenizer files are missing, broken, or belong to another model."""
 
     code = 4
 
 
 class AccessError(PaliGemmaError):
-    """No network, no permission, or a server that says no."""
+    """There is no network or no permission, or a server refuses."""
 
     code = 5
 
 
 class DeviceError(PaliGemmaError):
-    """A device that is not there, or memory that is too small."""
+    """A device is not available, or its memory is too small."""
 
     code = 6
 
 
 class GenerationError(PaliGemmaError):
-    """Logits that are not numbers; with code 2, sampling arguments out of range."""
+    """The logits are not finite. With code 2: a sampling argument is out of range."""
 
     code = 6
 
 
 class OutputError(PaliGemmaError):
-    """A file that cannot be written."""
+    """A file cannot be written."""
 
     code = 7
 
 
 def unexpected(error: BaseException) -> PaliGemmaError:
-    """An unexpected exception, as one that says so; memory that ran out, as a DeviceError."""
+    """Converts any other exception: MemoryError to a DeviceError, all others to a PaliGemmaError that asks for a bug report."""
     if isinstance(error, MemoryError):
         found: PaliGemmaError = DeviceError("memory ran out. Close other programs, or take --dtype bf16 or --quantize int8.")
     else:
         frames = traceback.extract_tb(error.__traceback__)
-        place = f"{os.path.basename(frames[-1].filename)} line {frames[-1].lineno}" if frames else "no place"
+        place = f"{os.path.basename(frames[-1].filename)} line {frames[-1].lineno}" if frames else "no traceback"
         advice = "This is a bug: please report what --debug prints."
         found = PaliGemmaError(f"internal error ({place}). {type(error).__name__}: {error}. {advice}", path=place)
     found.__cause__ = error

@@ -1,34 +1,37 @@
-"""What this process may use, and how fast the machine is: cores, memory, and the two ceilings that no model gets past.
+"""What this process may use: CPU cores, memory, and devices by name, all checked before anything is loaded.
 
-Decoding a token reads every weight of the decoder once: its floor is bytes / read bandwidth. Reading a prompt multiplies
-every token with every weight: its floor is multiplications / matrix rate. Both rates are measured, not looked up.
-torch is imported only where it is used, because use_cores has to come before it. Checked in tests/test_machine.py.
+torch is imported inside the functions, because use_cores must be called before torch is imported for the first time.
+Checked in tests/test_machine.py.
 """
 
 import os
+import re
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paligemma.errors import DeviceError
+from paligemma.errors import DeviceError, UsageError
 
 if TYPE_CHECKING:
     import torch
 
-    from paligemma.modeling_paligemma import PaliGemmaConfig
-
-OLDEST_TORCH = "2.6"  # what is called here came a little earlier; tested is only the version in requirements.txt
+OLDEST_TORCH = "2.6"  # everything we call exists in slightly older versions, too; only the version in requirements.txt is tested
 MEMORY_SIGNS = ("can't allocate memory", "Cannot allocate memory", "unable to mmap", "not enough memory")  # in RuntimeErrors
-SMALLER = "Take --dtype bf16, --quantize int8 or int4, a smaller model, or another device."
+SAVE_MEMORY = "Take --dtype bf16, --quantize int8 or int4, a smaller model, or another device."
+GIB = 2**30
+
+
+# Cores
 
 
 def control_groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
-    """The groups (containers, services) that share out "cpu" or "memory" to this process, from its own up: each can limit it.
+    """The control groups (of a container, a service) that limit "cpu" or "memory" of this process: its own, then each above it.
 
-    Yields: version (1 or 2) and folder. `root` is another folder only in tests.
+    Args:
+        root: the root of the file system; tests pass another folder.
+    Yields: the version, 1 or 2, and the folder of the group.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -45,7 +48,7 @@ def control_groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """How many cores' worth of time this process may take; None = no limit. `root` is another folder only in tests."""
+    """How many cores' worth of time the control groups allow this process; None = no limit. `root` as in control_groups."""
     limits = []
     for version, group in control_groups("cpu", root):
         with suppress(OSError):
@@ -59,14 +62,14 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
 
 def available_cores() -> int:
-    """The cores this process really has: its affinity, cut by the quota of its control group."""
+    """The number of cores this process can use: those of its affinity mask, limited by the quota of its control groups."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, min(cores, int(cpu_quota() or cores)))
 
 
 def use_cores() -> int:
-    """Tells torch's thread pool its size, which it reads once, when torch is imported. A smaller OMP_NUM_THREADS stays."""
+    """Sets the number of torch's threads, which torch reads once, when it is imported. A smaller OMP_NUM_THREADS is kept."""
     cores = available_cores()
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdecimal() and 0 < int(wanted) < cores:
@@ -76,7 +79,7 @@ def use_cores() -> int:
 
 
 def check_torch() -> None:
-    """Raises: DeviceError for a torch that is too old."""
+    """Raises: DeviceError if the installed torch is too old."""
     import torch
 
     if torch.torch_version.TorchVersion(torch.__version__) < OLDEST_TORCH:
@@ -84,9 +87,70 @@ def check_torch() -> None:
         raise DeviceError(f"torch {torch.__version__} is too old. {OLDEST_TORCH} or newer is needed: {advice}.")
 
 
+# Memory
+
+
+def read_number(path: Path) -> int | None:
+    """The first number in a file of the system; None if the file is missing or holds none."""
+    try:
+        return int(path.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def free_memory(device: "torch.device", root: Path = Path("/")) -> int | None:
+    """Bytes that this process can still allocate on the device; None if the system does not tell.
+
+    On a CPU this is the least of: what the system calls available, what is left of each control group's limit, and what is left
+    of the process's own limit (ulimit -v). The file cache counts as free, because the system drops it when memory is needed.
+
+    Args:
+        root: the root of the file system; tests pass another folder.
+    """
+    if device.type != "cpu":
+        import torch
+
+        if device.type == "cuda":
+            return torch.cuda.mem_get_info(device)[0]
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    free = []
+    with suppress(OSError):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    for version, group in control_groups("memory", root):
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+        limit, used = (read_number(group / name) for name in names)
+        if limit is not None and used is not None:
+            with suppress(OSError):
+                lines = (group / "memory.stat").read_text().splitlines()
+                used -= sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
+            free.append(limit - used)
+    with suppress(ImportError):  # Windows has no resource module
+        import resource
+
+        limit, pages = resource.getrlimit(resource.RLIMIT_AS)[0], read_number(root / "proc/self/statm")
+        if limit != resource.RLIM_INFINITY and pages is not None:
+            free.append(limit - pages * resource.getpagesize())
+    if not free and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:  # macOS
+        free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(free, default=None)
+
+
+def require_memory(need: int, device: "torch.device", what: str = "the weights take", advice: str = SAVE_MEMORY) -> None:
+    """Checks, before anything is allocated, that `need` bytes fit into the free memory of the device.
+
+    Raises: DeviceError: "{what} ... GiB on {device}, which has ... GiB free. {advice}"
+    """
+    have = free_memory(device)
+    if have is not None and need > have:
+        raise DeviceError(
+            f"{what} {need / GIB:.2f} GiB on {device}, which has {max(have, 0) / GIB:.2f} GiB free. {advice}"
+        )
+
+
 @contextmanager
-def memory_errors(doing: str, advice: str = SMALLER) -> Iterator[None]:
-    """Inside, running out of memory, which torch says in several ways, becomes one DeviceError that ends with advice."""
+def memory_errors(doing: str, advice: str = SAVE_MEMORY) -> Iterator[None]:
+    """Turns every kind of out-of-memory error inside the block into a DeviceError: "memory ran out while {doing}." and advice."""
     import torch
 
     try:
@@ -95,75 +159,73 @@ def memory_errors(doing: str, advice: str = SMALLER) -> Iterator[None]:
         is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not (is_memory or any(sign in str(error) for sign in MEMORY_SIGNS)):
             raise
-        first = str(error).splitlines()[0] if str(error) else "The system gave none."
-        raise DeviceError(f"memory ran out while {doing}. {first} {advice}") from error
+        reason = str(error).splitlines()[0] + " " if str(error) else ""
+        raise DeviceError(f"memory ran out while {doing}. {reason}{advice}") from error
 
 
 def peak_memory(device: "torch.device") -> int:
-    """The most bytes this process has held: of the GPU if it uses one, else of main memory, mapped files included."""
+    """The most bytes this process has held: GPU memory for a CUDA device, else CPU memory including mapped files."""
     if device.type == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not there on Windows
+    import resource  # Windows has no such module
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def size(count: float) -> str:
-    """Bytes for people: 5.45 GB, 3.2 MB."""
+def format_bytes(count: float) -> str:
+    """A number of bytes for messages: "5.45 GB", "3.2 MB"."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def best_seconds(work: Callable[[], object], device: "torch.device", times: int = 5) -> float:
-    """The shortest of a few runs after one to warm up: what the machine can do, not what it usually does."""
-    import torch
-
-    def run() -> float:
-        start = time.perf_counter()
-        work()
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize()
-        return time.perf_counter() - start
-
-    run()
-    return min(run() for _ in range(times))
+# Devices
 
 
-def read_bandwidth(device: "torch.device") -> float:
-    """Bytes a second: a float32 matrix of 256 MB, larger than any cache, times a vector, or searched for its largest number.
+def find_device(name: "str | torch.device" = "auto") -> "torch.device":
+    """The device of that name: "auto" (CUDA, else MPS, else CPU), "cpu", "cuda", "cuda:N" or "mps".
 
-    Which is faster depends on the processor: on one that multiplies at 16 GB/s, the search reads 40. Takes half a second.
+    Raises: UsageError for any other name; DeviceError if the device is not available (no other device is used instead).
     """
     import torch
 
-    matrix, vector = torch.ones(32768, 2048, device=device), torch.ones(2048, device=device)
-    return matrix.nbytes / min(best_seconds(work, device) for work in (lambda: matrix @ vector, matrix.amax))
+    name = str(name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):
+        raise UsageError(f"device is {name!r}. auto, cpu, cuda, cuda:N or mps is needed.")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("device mps is not available. It needs a Mac with Apple silicon. Take --device cpu.")
+    if name.startswith("cuda"):
+        check_cuda(name)
+    return torch.device(name)
 
 
-def matrix_rate(device: "torch.device", dtype: "torch.dtype") -> float:
-    """Multiply-adds a second of a product like those of prefill, in `dtype` or, where that is faster, in float32.
-
-    Processors without instructions for bfloat16 are several times slower in it, and quantization.py goes round that.
-    """
+def check_cuda(name: str) -> None:
+    """Raises: DeviceError if there is no such CUDA device, with the reason: the build of torch, the driver, or the number."""
     import torch
 
-    rows, width = (256, 2048) if device.type == "cpu" else (4096, 8192)
-    seconds = []
-    for kind in {dtype, torch.float32} if device.type == "cpu" else {dtype}:
-        left, right = torch.ones(rows, width, dtype=kind, device=device), torch.ones(width, width, dtype=kind, device=device)
-        seconds.append(best_seconds(lambda left=left, right=right: left @ right, device))
-    return rows * width * width / min(seconds)
+    if torch.version.cuda is None and torch.version.hip is None:
+        version = torch.__version__.partition("+")[0]
+        raise DeviceError(
+            f"device {name} is not available. This torch ({torch.__version__}) is a CPU build. Install one for CUDA, "
+            f"pip install --force-reinstall torch=={version}, or take --device cpu."
+        )
+    if not torch.cuda.is_available():
+        raise DeviceError(f"device {name} is not available. {why_no_cuda()} Fix that (see nvidia-smi), or take --device cpu.")
+    count, index = torch.cuda.device_count(), int(name.partition(":")[2] or 0)
+    if index >= count:
+        present = ", ".join(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(count))
+        raise DeviceError(f"device {name} is not available. This machine has {present}. Take one of these.")
 
 
-def prefill_products(config: "PaliGemmaConfig", pictures: int, tokens: int) -> int:
-    """Multiply-adds needed to read `pictures` pictures and a row of `tokens` tokens and to say the first new one."""
-    vision, text = config.vision_config, config.text_config
-    width, patches = vision.hidden_size, config.num_image_tokens
-    tower = vision.num_hidden_layers * (4 * width**2 + 2 * width * vision.intermediate_size + 2 * patches * width)
-    ends = 3 * vision.patch_size**2 * width + width * text.hidden_size  # patch embedding and projector
-    heads = (2 * text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim  # q and o, k and v
-    look = 2 * tokens * text.num_attention_heads * text.head_dim  # scores and their sums
-    layer = heads * text.hidden_size + 3 * text.hidden_size * text.intermediate_size + look
-    return pictures * patches * (tower + ends) + tokens * text.num_hidden_layers * layer + text.hidden_size * text.vocab_size
+def why_no_cuda() -> str:
+    """torch's own message: there is no driver, the driver is too old, or there is no GPU."""
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return " ".join(str(error).split())
+    return "torch finds no GPU."

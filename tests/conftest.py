@@ -24,7 +24,7 @@ from tests import processors
 FORCED = os.environ.get("TEST_PROCESSOR")
 # Picture to answer in a few seconds: the files that `-m quick` is content with.
 QUICK = {
-    "test_bounds", "test_safetensors_files", "test_devices", "test_folders", "test_grammar", "test_journal",
+    "test_bounds", "test_safetensors_files", "test_folders", "test_grammar", "test_journal",
     "test_masks", "test_modeling_gemma", "test_modeling_paligemma", "test_modeling_siglip", "test_oracle",
     "test_outputs", "test_scores", "test_tasks",
 }  # fmt: skip

@@ -21,7 +21,7 @@ TO_BE_READ = [*MODELING, "generation"]  # the files that a learner reads from to
 # From the ground up: a module imports from its own floor and those below.
 FLOORS = [
     {*MODELING, "errors", "files", "vocabulary"},
-    {"machine", "devices", "svg", "pictures", "layers"},
+    {"machine", "roofline", "svg", "pictures", "layers"},
     {"objects"},
     {"checkpoints"},
     {"processing_paligemma", "generation"},

@@ -1,15 +1,14 @@
-"""The cores that a process really has, and the ceilings that --verbose prints."""
+"""Cores, memory and devices, as files of the system and torch tell them. The test machine need not have what is asked for."""
 
 import os
+import resource
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from paligemma import machine
-from paligemma.errors import DeviceError
-from tests.tiny import FAMILIES, IMAGE, PATCHES, make_model, make_pixels
+from paligemma.errors import DeviceError, UsageError
+from paligemma.machine import GIB
 
 CPU = torch.device("cpu")
 
@@ -17,7 +16,10 @@ CPU = torch.device("cpu")
 def write(root, path, text):
     file = root / path
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    file.write_text(str(text))
+
+
+# Cores
 
 
 def test_quota_of_a_version_2_group_and_of_its_parents_count(tmp_path):
@@ -71,6 +73,62 @@ def test_an_old_torch_is_refused(monkeypatch):
         machine.check_torch()
 
 
+# Memory
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A machine with 20 GiB free, in files."""
+    write(tmp_path, "proc/meminfo", f"MemTotal: {24 * 2**20} kB\nMemAvailable: {20 * 2**20} kB\n")
+    return tmp_path
+
+
+def free(root) -> float:
+    return machine.free_memory(CPU, root) / GIB
+
+
+def test_free_memory_is_what_the_system_calls_available(root):
+    assert free(root) == 20
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_tightest_control_group_counts_and_its_file_cache_is_free(root, version):
+    mount, limit, use = "", "memory.max", "memory.current"
+    if version == 1:
+        mount, limit, use = "memory/", "memory.limit_in_bytes", "memory.usage_in_bytes"
+    write(root, "proc/self/cgroup", "0::/a/b\n" if version == 2 else "3:cpu,cpuacct:/c\n5:memory:/a/b\n")
+    write(root, f"sys/fs/cgroup/{mount}a/{limit}", 8 * GIB)
+    write(root, f"sys/fs/cgroup/{mount}a/{use}", 5 * GIB)
+    write(root, f"sys/fs/cgroup/{mount}a/memory.stat", f"anon {2 * GIB}\nactive_file {GIB}\ninactive_file {2 * GIB}\n")
+    write(root, f"sys/fs/cgroup/{mount}a/b/{limit}", 10 * GIB if version == 1 else "max")
+    write(root, f"sys/fs/cgroup/{mount}a/b/{use}", 3 * GIB)
+    assert free(root) == 6  # 8 - (5 - 3) in group a; group b allows more, or anything
+
+
+def test_no_limit_is_no_limit(root):
+    write(root, "proc/self/cgroup", "0::/\n")
+    assert free(root) == 20
+
+
+def test_a_limit_of_the_process_counts(root, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (5 * GIB, 5 * GIB))
+    write(root, "proc/self/statm", f"{GIB // os.sysconf('SC_PAGE_SIZE')} 1 1 1 0 1 0")
+    assert free(root) == 4
+
+
+def test_weights_that_do_not_fit_are_refused_with_both_numbers(monkeypatch):
+    monkeypatch.setattr(machine, "free_memory", lambda _: 3 * GIB)
+    machine.require_memory(3 * GIB, torch.device("cpu"))
+    with pytest.raises(DeviceError, match="weights take 3.50 GiB on cpu, which has 3.00 GiB free.*--quantize int8") as caught:
+        machine.require_memory(7 * GIB // 2, torch.device("cpu"))
+    assert caught.value.code == 6
+
+
+def test_a_system_that_does_not_say_refuses_nothing(monkeypatch):
+    monkeypatch.setattr(machine, "free_memory", lambda _: None)
+    machine.require_memory(2**60, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")])
 def test_running_out_of_memory_is_a_device_error_with_advice(error):
     with pytest.raises(DeviceError, match="memory ran out while testing.*--quantize int8"), machine.memory_errors("testing"):
@@ -92,19 +150,74 @@ def test_other_errors_pass_through():
         raise RuntimeError("size mismatch")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prefill_products_are_those_that_torch_counts(family):
-    model = make_model(family)
-    ids = torch.cat((torch.full((1, 2 * PATCHES), IMAGE), torch.full((1, 5), 3)), 1)
-    # The counter does not know the fused attention of CPUs, only the one written out.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        cache = model.new_cache(1, ids.shape[1])
-        model.prefill(cache, ids, make_pixels(2), torch.ones_like(ids), torch.zeros_like(ids))
-    assert machine.prefill_products(model.config, 2, ids.shape[1]) == counter.get_total_flops() / 2
-
-
-def test_ceilings_are_plausible_numbers():
-    assert 1e8 < machine.read_bandwidth(CPU) < 1e13
-    assert 1e8 < machine.matrix_rate(CPU, torch.bfloat16) < 1e15
+def test_peak_memory_and_its_text():
     assert machine.peak_memory(CPU) > 50e6
-    assert machine.size(5.5e9) == "5.50 GB" and machine.size(3.21e6) == "3.2 MB"
+    assert machine.format_bytes(5.5e9) == "5.50 GB" and machine.format_bytes(3.21e6) == "3.2 MB"
+
+
+# Devices
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU{index}")
+
+
+def test_cpu_is_always_there():
+    assert machine.find_device("cpu") == torch.device("cpu")
+    assert machine.find_device(torch.device("cpu")) == torch.device("cpu")
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_auto_takes_the_best_there_is(monkeypatch):
+    assert machine.find_device("auto") == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert machine.find_device("auto") == torch.device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert machine.find_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:0 ", "meta", "", "cpu:0", "CUDA"])
+def test_other_names_are_wrong_usage(name):
+    with pytest.raises(UsageError, match="auto, cpu, cuda, cuda:N or mps is needed"):
+        machine.find_device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_cuda_on_a_cpu_build_is_told_with_the_line_that_installs_it(monkeypatch, name):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    with pytest.raises(DeviceError, match=f"device {name} is not available.*is a CPU build.*pip install .*torch==") as caught:
+        machine.find_device(name)
+    assert caught.value.code == 6
+
+
+def test_cuda_without_a_driver_is_told_in_the_words_of_torch(monkeypatch):
+    def fail():
+        raise RuntimeError("The NVIDIA driver on your system\nis too old (found version 11040).")
+
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    with pytest.raises(DeviceError, match=r"driver on your system is too old \(found version 11040\)\..*nvidia-smi"):
+        machine.find_device("cuda")
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    with pytest.raises(DeviceError, match="torch finds no GPU"):
+        machine.find_device("cuda")
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_gpu_number_that_is_not_there_is_told_with_those_that_are():
+    assert machine.find_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(DeviceError, match=r"device cuda:7 is not available. This machine has cuda:0 \(GPU0\), cuda:1 \(GPU1\)"):
+        machine.find_device("cuda:7")
+
+
+def test_mps_elsewhere_than_on_a_mac_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="mps is not available.*Apple"):
+        machine.find_device("mps")

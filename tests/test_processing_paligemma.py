@@ -774,7 +774,7 @@ def test_a_config_that_makes_no_sense_is_refused(tmp_path, changes, words):
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "generation_config.json"])
-@pytest.mark.parametrize(("text", "words"), [(b'{"a":\n 1,}', ":2:"), (b"[]", "a list"), (b'"\xff"', "is not text in UTF-8")])
+@pytest.mark.parametrize(("text", "words"), [(b'{"a":\n 1,}', ":2:"), (b"[]", "a list"), (b'"\xff"', "is not UTF-8")])
 def test_settings_that_are_no_json_object_are_refused(tmp_path, name, text, words):
     write_processor(tmp_path)
     (tmp_path / name).write_bytes(text)

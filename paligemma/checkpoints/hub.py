@@ -23,10 +23,9 @@ from paligemma.checkpoints.safetensors_files import (
     explain_no_weights,
     has_adapter,
     has_weights,
-    listed,
     read_index,
 )
-from paligemma.errors import AccessError, CheckpointError, OutputError, PaliGemmaError, UsageError
+from paligemma.errors import AccessError, CheckpointError, OutputError, PaliGemmaError, UsageError, listed
 from paligemma.files import BUNDLED, expand, is_file, is_folder, names_in, similar_names, stat_path
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from paligemma.errors import AccessError, CheckpointError, PaliGemmaError
+from paligemma.errors import MAX_LISTED_NAME, AccessError, CheckpointError, PaliGemmaError, listed
 from paligemma.files import (
     MAX_TOKENIZER_BYTES,
     describe_placeholder,
@@ -77,7 +77,6 @@ RENAMED = {
 }
 HEAD_BYTES = 64  # of a damaged file: enough to recognise what it is instead
 PART_ELEMENTS = 2**22  # read, or written, at a time: fewer keep threads waiting for each other, more take memory
-NAMES_SHOWN, NAME_SHOWN = 5, 150  # in a message, and letters of each
 MOST_FOLDERS = 1000  # in which a model is looked for
 SAMPLE_BYTES = 4096  # of the beginning of each tensor, for telling one model from another
 DTYPES = {
@@ -154,14 +153,6 @@ def from_0_up(digits: str) -> int:
     return int(digits)
 
 
-def listed(names: list[str]) -> str:
-    """The first few names, long ones cut, what cannot be printed spelled out, and how many more there are."""
-    more = len(names) - NAMES_SHOWN
-    plain = [name if name.isprintable() else repr(name)[1:-1] for name in names[:NAMES_SHOWN]]
-    cut = [name if len(name) <= NAME_SHOWN else f"{name[:NAME_SHOWN]}..." for name in plain]
-    return ", ".join(cut) + (f" and {more} more" if more > 0 else "")
-
-
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """What a safetensors file holds, by name, after every claim of its header was checked against the file's size.
 
@@ -202,7 +193,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def read_entry(name: str, entry: object, file: Path, offset: int) -> StoredTensor:
     """One line of a header. Raises ValueError when it contradicts itself."""
     if len(name) > MAX_NAME:
-        raise ValueError(f"the name {name[:NAME_SHOWN]}... has {len(name)} letters, and {MAX_NAME} is the limit")
+        raise ValueError(f"the name {name[:MAX_LISTED_NAME]}... has {len(name)} letters, and {MAX_NAME} is the limit")
     if not name.isprintable():
         raise ValueError(f"the name {name!r} has characters that cannot be shown")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():

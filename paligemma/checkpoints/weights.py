@@ -44,15 +44,13 @@ from paligemma.checkpoints.safetensors_files import (
     has_adapter,
     has_weights,
     is_equal,
-    listed,
     read_header,
     read_parts,
     replace_files,
     write_shards,
     write_tensors,
 )
-from paligemma.devices import find_device, require_memory
-from paligemma.errors import CheckpointError, OutputError, UsageError
+from paligemma.errors import CheckpointError, OutputError, UsageError, listed
 from paligemma.files import (
     MAX_JSON_BYTES,
     move_into_place,
@@ -64,7 +62,7 @@ from paligemma.files import (
     sync_folder,
 )
 from paligemma.layers import graphs, lora, quantization
-from paligemma.machine import memory_errors
+from paligemma.machine import find_device, memory_errors, require_memory
 from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from paligemma.modeling_siglip import SiglipVisionConfig
 
@@ -679,7 +677,7 @@ def load_model(
             loaded and the adapter is merged into it. If a folder holds both, both are used, as in transformers.
         revision: branch, tag or commit of a hub id, such as "bfloat16".
         base_model: folder or hub id of an adapter's base, in place of the one that the adapter names.
-        device: see devices.find_device.
+        device: see machine.find_device.
         dtype: "bf16", "fp16", "fp32" or the torch dtype; None = as stored.
         quantize: "int8" or "int4" quantises the decoder while it is loaded; not needed for a checkpoint that was saved quantised.
         quantize_vision: quantise the vision tower, too.

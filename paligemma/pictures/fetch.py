@@ -18,7 +18,7 @@ import urllib.parse
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from paligemma.errors import AccessError
+from paligemma.errors import AccessError, one_line
 
 if TYPE_CHECKING:
     import http.client
@@ -188,12 +188,6 @@ def split(address: str) -> urllib.parse.SplitResult:
     return url
 
 
-def one_line(text: str) -> str:
-    """A text that others wrote, for our messages: nothing in it breaks a line or moves a cursor, and it is not long."""
-    text = text.strip() if text.strip().isprintable() else repr(text.strip())[1:-1]
-    return text if len(text) <= 200 else f"{text[:120]}...{text[-60:]}"
-
-
 def shorten(address: str) -> str:
     """An address for messages, without the password in it."""
     scheme, slashes, rest = address.partition("://")
@@ -243,7 +237,7 @@ def fetch(address: str, *, may_be_private: bool = True, timeout_s: float = TIMEO
         has_proxy = any(os.environ.get(key) for key in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"))
         advice = "Proxies are not used for pictures: download it first." if has_proxy else "Check the address and the network."
         raise AccessError(
-            f"{name} cannot be read: {one_line(str(error)) or type(error).__name__}. {advice}", path=name
+            f"{name} cannot be read: {one_line(error) or type(error).__name__}. {advice}", path=name
         ) from error
     finally:
         deadline.close()

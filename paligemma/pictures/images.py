@@ -31,9 +31,9 @@ from typing import IO, TypeGuard, TypeVar
 import numpy as np
 from PIL import Image, ImageColor, ImageFile, _imaging
 
-from paligemma.errors import AccessError, ImageError, UsageError
+from paligemma.errors import AccessError, ImageError, UsageError, one_line
 from paligemma.files import expand_text, names_in, similar_names, split_file_address
-from paligemma.pictures.fetch import MAX_DOWNLOAD_BYTES, fetch, one_line
+from paligemma.pictures.fetch import MAX_DOWNLOAD_BYTES, fetch
 
 T = TypeVar("T")
 
@@ -205,7 +205,7 @@ def read_object(source: IO[bytes], name: str) -> bytes:
             parts.append(part)
             left -= len(part)
     except (OSError, ValueError, TypeError) as error:  # ValueError: it is closed; TypeError: another kind of read()
-        raise ImageError(f"{name} cannot be read: {one_line(str(error)).rstrip('.')}. Open it again.", path=name) from error
+        raise ImageError(f"{name} cannot be read: {one_line(error).rstrip('.')}. Open it again.", path=name) from error
     if left <= 0:
         raise ImageError(f"{name} has over {MAX_FILE_BYTES >> 20} MB, which is the limit. Make the picture smaller.", path=name)
     return b"".join(parts)
@@ -473,7 +473,7 @@ def explained(name: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} has an enormous frame, over the limit of Pillow. Make it smaller.", path=name) from error
     except DECODER_ERRORS as error:
-        reason = one_line(str(error)) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         if re.search("truncat|premature|not processed|broken|end of file|corrupt data", reason, re.IGNORECASE):
             advice = "Copy or download it again, or add --allow_truncated to use what is there."
             raise ImageError(f"{name}: image data ends early (file cut off?). {advice}", path=name) from error

@@ -569,11 +569,11 @@ def progress(step: int, steps: int) -> Iterator:
 def train(flags: Flags, device: "torch.device", world: int) -> None:
     """Flags, data, memory, model, updates, result: in this order, so that what is wrong is said before the slow part."""
     from paligemma.checkpoints import weights
-    from paligemma.devices import require_memory
     from paligemma.learning import training
     from paligemma.learning.dataset import Examples
     from paligemma.learning.evaluation import Judge
     from paligemma.learning.preview import draw_preview
+    from paligemma.machine import require_memory
     from paligemma.objects.mask_codec import find_codec, load_codec
     from paligemma.opened import open_checkpoint
 
@@ -701,7 +701,7 @@ def program(flags: Flags) -> None:
         raise DeviceError("--tensorboard needs a package. Install it: pip install tensorboard.")
     machine.use_cores()
     machine.check_torch()
-    from paligemma.devices import find_device
+    from paligemma.machine import find_device
 
     device = find_device(flags.device)
     with process_group(device) as world:

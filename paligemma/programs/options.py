@@ -91,7 +91,7 @@ class ModelFlags:
         machine.check_torch()
         import torch
 
-        from paligemma.devices import find_device
+        from paligemma.machine import find_device
         from paligemma.opened import open_checkpoint
 
         find_device(self.device_name)  # before anything is downloaded

@@ -312,10 +312,6 @@ def test_an_interrupted_replacement_never_leaves_a_mixture(tmp_path, monkeypatch
     assert refused == (5 if old_size == new_size else 0)  # after the index has gone, before the new one has come
 
 
-def test_names_of_others_are_listed_on_one_line():
-    assert safetensors_files.listed(["a\nb", "\ud800", "\x1b[2J"]) == r"a\nb, \ud800, \x1b[2J"
-
-
 def test_the_fingerprint_knows_each_tensor_and_what_is_read_beside_them(tmp_path):
     big = {f"layer{i}": torch.zeros(200_000) for i in range(8)}
     small = big | {"projector": torch.zeros(10)}

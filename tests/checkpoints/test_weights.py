@@ -874,5 +874,5 @@ def test_a_folder_has_no_revision(tmp_path):
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path):
-    with pytest.raises(DeviceError, match="device cuda:99 is not there"):
+    with pytest.raises(DeviceError, match="device cuda:99 is not available"):
         weights.load_model(tmp_path / "nothing", device="cuda:99")

@@ -285,7 +285,7 @@ def test_a_start_that_failed_or_was_killed_leaves_the_folder_free(model, data, t
     given = arguments(model, data, tmp_path / "run", "--method=lora")
     assert run(capsys, *given, "--lora_matrices=q_prj")[0] == 2
     with monkeypatch.context() as patch:
-        patch.setattr("paligemma.devices.free_memory", lambda _: 1000)
+        patch.setattr("paligemma.machine.free_memory", lambda _: 1000)
         assert run(capsys, *given)[0] == 6
     code, said = run(capsys, *given, "--resume")
     assert code == 0 and "holds no checkpoint yet; the run begins" in said
@@ -691,7 +691,7 @@ def test_a_missing_file_is_said_before_torch():
 
 
 def test_memory_is_estimated_before_it_is_taken(model, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("paligemma.devices.free_memory", lambda _: 10_000)
+    monkeypatch.setattr("paligemma.machine.free_memory", lambda _: 10_000)
     code, said = run(capsys, *arguments(model, data, tmp_path / "run"))
     assert code == 6 and "fine-tuning takes 0.0" in said and "0.00 GiB free. Take --method lora, --gradient_checkpointing" in said
 
