@@ -14,7 +14,7 @@ On CUDA the next step starts before the CPU has read the tokens of the last one.
 late, and the token that was generated after the end is dropped; the answers are the same. A row with a grammar cannot run ahead,
 because the grammar must know each token before it can tell which may follow.
 
-This file imports no model: it takes anything with the methods new_cache, prefill and decode, and with a config.
+The model may be anything that has a config and the methods new_cache, prefill and decode.
 Checked in tests/test_generation.py.
 Shapes: B batch rows, L tokens of a prompt with its pictures, V vocabulary size, A candidates for the next token,
 Q bins of a coordinate.
@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from paligemma.errors import GenerationError, PromptError
+from paligemma.layers.batch_cache import BatchCache
 
 if TYPE_CHECKING:
     from paligemma.objects.grammar import ConstraintState, Grammar
@@ -434,9 +435,9 @@ class RunningBatch:
     def ensure_slots(self, slots: int) -> None:
         """Allocates the cache for the first request, and a larger one if a longer request comes."""
         if self.cache is None or self.cache.slots < slots:
-            cache = self.model.new_cache(self.max_rows, slots)
+            cache = self.model.new_cache(self.max_rows, slots, BatchCache)
             if self.cache is not None:
-                cache.take(self.cache)
+                cache.copy_from(self.cache)
             self.cache = cache
 
     @property
@@ -512,7 +513,7 @@ class RunningBatch:
                 answers.append(Answer(row.index, row.token_ids, row.logprobs, row.moments, reason))
                 last = len(self.rows) - 1
                 if i != last:
-                    self.cache.move(last, i)
+                    self.cache.move_row(last, i)
                     self.rows[i] = self.rows[last]
                     self.tokens[i] = self.tokens[last]
                 self.rows.pop()

@@ -1,76 +1,21 @@
-"""SigLIP vision tower: pixels in, one vector per 14x14 patch out. Imports nothing from this project.
+"""SigLIP vision tower: pixels in, one vector per patch of 14x14 pixels out.
 
-A plain vision transformer. There is no class token and no pooling: PaliGemma's decoder reads every patch. It runs once
-per picture, however many words are generated.
+A plain vision transformer. It has no class token and no pooling, because PaliGemma's decoder attends to every patch. It runs once
+per picture, however many tokens are generated.
 
 Sources: ViT (arXiv:2010.11929 section 3.1), SigLIP (arXiv:2303.15343). Checked in tests/test_modeling_siglip.py.
-Shapes (the same letters in the whole project): B batch, I pictures in the whole batch, C channels, H W pixels,
-P patches per picture, L tokens fed in this call, S slots of the KV cache, D model width, F MLP width, N query heads,
-K key/value heads, E width of one head, V vocabulary.
+Shapes: I images in the batch, C channels, H W pixels, P patches per image, D model width, F MLP width, N query heads,
+E width of one head. In PaliGemma's tower (So400m/14) at 224 pixels these are P 256, D 1152, F 4304, N 16, E 72, in 27 layers.
 """
-
-from dataclasses import dataclass, fields
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LARGEST_SIZE = 2**20  # no width or depth of a real model comes near; a damaged config.json does
-LARGEST_SIDE = 2**12  # pixels; published models have at most 896
-MOST_PATCHES = 2**16  # published models have at most 4096
-
-
-@dataclass(frozen=True)
-class SiglipVisionConfig:
-    """The numbers that define a tower, under the names of `vision_config` in config.json.
-
-    The defaults are those of transformers' class, which leaves out of a file what equals them.
-    """
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int = 224
-    patch_size: int = 16
-    layer_norm_eps: float = 1e-6
-
-    def __post_init__(self):
-        for field in fields(self):
-            value, largest = getattr(self, field.name), LARGEST_SIDE if field.name == "image_size" else LARGEST_SIZE
-            if field.type is int and not (type(value) is int and 0 < value <= largest):
-                raise ValueError(f"vision_config.{field.name} is {value!r}; a whole number from 1 to {largest} is needed.")
-        if not (type(self.layer_norm_eps) is float and 1e-20 <= self.layer_norm_eps < 1):
-            raise ValueError(f"vision_config.layer_norm_eps is {self.layer_norm_eps!r}; a small positive number is needed.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"vision_config.num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}."
-            )
-        if self.image_size % self.patch_size:
-            raise ValueError(f"vision_config.patch_size {self.patch_size} does not divide image_size {self.image_size}.")
-        if self.num_patches > MOST_PATCHES:
-            raise ValueError(f"vision_config asks for {self.num_patches} patches per picture; at most {MOST_PATCHES} make sense.")
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
-
-    @classmethod
-    def from_hf(cls, raw: dict) -> "SiglipVisionConfig":
-        """Reads `vision_config` of config.json. Raises ValueError for anything that this file does not implement.
-
-        What PaliGemma does not use is not looked at: `vision_use_head` is written as true where it was never set, and
-        `num_positions` and `num_image_tokens` are not always those of the weights.
-        """
-        if raw.get("model_type") not in (None, "siglip_vision_model"):
-            raise ValueError(f"vision_config.model_type is {raw['model_type']!r}; 'siglip_vision_model' is needed.")
-        if raw.get("hidden_act") not in (None, "gelu_pytorch_tanh"):
-            raise ValueError(f"vision_config.hidden_act is {raw['hidden_act']!r}; 'gelu_pytorch_tanh' is needed.")
-        return cls(**{field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None})
+from paligemma.configuration import SiglipVisionConfig
 
 
 class SiglipVisionEmbeddings(nn.Module):
-    """Cuts the picture into patches, one vector each, and adds a learned vector for the place (ViT, equation 1)."""
+    """Cuts the picture into patches, projects each to a vector, and adds a learned position embedding (ViT, equation 1)."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -81,11 +26,11 @@ class SiglipVisionEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = self.patch_embedding(pixel_values)  # [I, D, H/14, W/14]
         x = x.flatten(2).transpose(1, 2)  # [I, P, D]
-        return x + self.position_embedding.weight  # patch i lies in row i // (W/14), column i % (W/14)
+        return x + self.position_embedding.weight  # patch i is in row i // (W/14), column i % (W/14)
 
 
 class SiglipAttention(nn.Module):
-    """Every patch looks at every patch: no mask, no order but the position embedding."""
+    """Attention of every patch to every patch, without a mask; only the position embedding tells where a patch is."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -106,7 +51,7 @@ class SiglipAttention(nn.Module):
 
 
 class SiglipMLP(nn.Module):
-    """Widens each patch vector to F, bends it, narrows it again."""
+    """Projects each patch vector to width F, applies GELU, and projects back to width D."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -119,7 +64,7 @@ class SiglipMLP(nn.Module):
 
 
 class SiglipEncoderLayer(nn.Module):
-    """Attention, then MLP, each on a normalised copy and added back (ViT, equations 2 and 3)."""
+    """Attention, then MLP, each applied to the normalised input and added to it (ViT, equations 2 and 3)."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -134,7 +79,7 @@ class SiglipEncoderLayer(nn.Module):
 
 
 class SiglipEncoder(nn.Module):
-    """The stack of layers, under the name that published checkpoints give it."""
+    """The stack of layers; a module of its own, because parameter names in published checkpoints contain `encoder`."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -147,7 +92,7 @@ class SiglipEncoder(nn.Module):
 
 
 class SiglipVisionTransformer(nn.Module):
-    """Embeddings, layers, one last norm (ViT, equation 4, for every patch instead of a class token)."""
+    """Embeddings, layers and a final norm (ViT, equation 4, applied to every patch instead of a class token)."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -160,10 +105,10 @@ class SiglipVisionTransformer(nn.Module):
 
 
 class SiglipVisionModel(nn.Module):
-    """The tower as PaliGemma uses it.
+    """The whole tower.
 
     Args of forward:
-        pixel_values: float[I, 3, R, R] in [-1, 1], R = config.image_size; any float dtype, cast to that of the weights.
+        pixel_values: float[I, C, H, W] in [-1, 1] with H = W = config.image_size. Any float dtype is cast to that of the weights.
     Returns: [I, P, D] in the dtype of the weights, patches in reading order.
     Raises: ValueError for pixels of another shape.
     """

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from paligemma.checkpoints.weights import ModelFiles
-    from paligemma.modeling_paligemma import PaliGemmaConfig
+    from paligemma.configuration import PaliGemmaConfig
 
 log = logging.getLogger(__name__)
 

@@ -42,7 +42,8 @@ import torch
 from paligemma.generation import generate_steps
 from paligemma.objects.grammar import Ending, Grammar
 from paligemma.pictures.images import load_image
-from paligemma.modeling_gemma import GemmaConfig, KVCache
+from paligemma.configuration import GemmaConfig
+from paligemma.modeling_gemma import KVCache
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.checkpoints.weights import load_model
 # isort: on
@@ -82,9 +83,9 @@ class Told:
         self.answer = torch.tensor(answer, device=device)
         self.logits = torch.randn(rows, VOCABULARY, device=device, generator=torch.Generator(device).manual_seed(0))
 
-    def new_cache(self, rows: int, slots: int) -> KVCache:
+    def new_cache(self, rows: int, slots: int, kind: type) -> KVCache:
         config = GemmaConfig(VOCABULARY, 8, 8, 1, 1, 1, head_dim=8)
-        return KVCache(config, rows, slots, device=self.logits.device, dtype=torch.float32)
+        return kind(config, rows, slots, device=self.logits.device, dtype=torch.float32)
 
     def prefill(self, cache: KVCache, attention_mask: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
         cache.fill(attention_mask.sum(1))
@@ -92,7 +93,8 @@ class Told:
         return self.raised()
 
     def decode(self, cache: KVCache, _: torch.Tensor) -> torch.Tensor:
-        cache.grow()
+        cache.reserve()
+        cache.lengths.add_(1)
         self.step += 1
         return self.raised()
 

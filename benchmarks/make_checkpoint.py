@@ -151,7 +151,8 @@ def write_weights(folder: Path, config: dict, seed: int) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+    from paligemma.configuration import PaliGemmaConfig
+    from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
     with torch.device("meta"):
         model = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_hf(config))

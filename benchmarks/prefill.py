@@ -17,7 +17,7 @@ from paligemma.roofline import prefill_products
 
 def main() -> None:
     options = turns.parse(__doc__)
-    from paligemma.modeling_paligemma import PaliGemmaConfig
+    from paligemma.configuration import PaliGemmaConfig
 
     raw = read_json(options.model / "config.json")
     config = PaliGemmaConfig.from_hf(raw)

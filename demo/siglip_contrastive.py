@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from paligemma.modeling_siglip import SiglipEncoder, SiglipMLP, SiglipVisionConfig, SiglipVisionTransformer
+from paligemma.configuration import SiglipVisionConfig
+from paligemma.modeling_siglip import SiglipEncoder, SiglipMLP, SiglipVisionTransformer
 
 
 @dataclass(frozen=True)

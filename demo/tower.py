@@ -19,7 +19,8 @@ from torch import Tensor, distributed, nn
 from demo import shapes
 from demo.optimisers import Trainer, init, save
 from demo.siglip_contrastive import SiglipModel, SiglipTextConfig, distributed_sigmoid_loss
-from paligemma.modeling_siglip import SiglipVisionConfig, SiglipVisionTransformer
+from paligemma.configuration import SiglipVisionConfig
+from paligemma.modeling_siglip import SiglipVisionTransformer
 
 PATCH = 14
 VISION = {

@@ -94,7 +94,8 @@ from demo import shapes
 from demo.optimisers import Trainer, init, save
 from demo.tokenizer import make_tokenizer, write_files
 from demo.tower import VISION, PatchHead, draw_batch, train_contrastive
-from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask
+from paligemma.configuration import PaliGemmaConfig
+from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration, prefix_lm_mask
 from paligemma.vocabulary import CODE_TOKENS, LOCATION_TOKENS
 
 TEXT: dict[str, Any] = {

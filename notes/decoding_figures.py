@@ -14,9 +14,9 @@ import torch
 from notes.tables import model_config
 from paligemma import roofline
 from paligemma.checkpoints.weights import empty_model
+from paligemma.configuration import PaliGemmaConfig
 from paligemma.files import read_json
 from paligemma.layers import quantization
-from paligemma.modeling_paligemma import PaliGemmaConfig
 from paligemma.svg import BLUE, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing
 
 HERE = Path(__file__).resolve().parent

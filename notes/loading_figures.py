@@ -36,9 +36,8 @@ def write_model(folder: Path) -> None:
     import torch
 
     from paligemma.checkpoints.weights import save_model
-    from paligemma.modeling_gemma import GemmaConfig
-    from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
-    from paligemma.modeling_siglip import SiglipVisionConfig
+    from paligemma.configuration import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
+    from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
     vision = SiglipVisionConfig(
         hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, patch_size=14

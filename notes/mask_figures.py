@@ -15,10 +15,9 @@ if __name__ == "__main__":  # --help and wrong flags are answered before anythin
 import torch
 from torch import Tensor
 
+from paligemma.configuration import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
 from paligemma.generation import generate
-from paligemma.modeling_gemma import GemmaConfig
-from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask, suffix_loss
-from paligemma.modeling_siglip import SiglipVisionConfig
+from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration, prefix_lm_mask, suffix_loss
 from paligemma.svg import BLUE, FAINT, ORANGE, SOFT, Axes, Drawing
 from paligemma.vocabulary import IGNORE_INDEX
 

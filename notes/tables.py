@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from paligemma.files import read_json
 
 if TYPE_CHECKING:
-    from paligemma.modeling_paligemma import PaliGemmaConfig
+    from paligemma.configuration import PaliGemmaConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,7 +45,7 @@ VOCABULARY, IMAGE_TOKEN = 257_216, 257_152
 
 def model_config(name: str) -> "PaliGemmaConfig":
     """The configuration of a published size, at 224 pixels. Args: name: a key of DECODERS."""
-    from paligemma.modeling_paligemma import PaliGemmaConfig
+    from paligemma.configuration import PaliGemmaConfig
 
     raw = {"model_type": "paligemma", "image_token_index": IMAGE_TOKEN, "vision_config": SIGLIP}
     return PaliGemmaConfig.from_hf(raw | {"text_config": DECODERS[name] | {"vocab_size": VOCABULARY}})

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from paligemma.modeling_paligemma import PaliGemmaConfig
+from paligemma.configuration import PaliGemmaConfig
 
 
 def best_seconds(work: Callable[[], object], device: torch.device, times: int = 5) -> float:

@@ -207,7 +207,7 @@ def test_a_grammar_is_measured_where_it_changes_nothing():
 
 def test_a_random_checkpoint_has_the_published_size(tools):
     from paligemma.checkpoints.weights import empty_model
-    from paligemma.modeling_paligemma import PaliGemmaConfig
+    from paligemma.configuration import PaliGemmaConfig
 
     config = PaliGemmaConfig.from_hf(tools["make_checkpoint"].make_config("paligemma", "3b", 224, None))
     assert sum(parameter.numel() for parameter in empty_model(config).parameters()) == 2_923_466_480

@@ -11,10 +11,11 @@ from PIL import Image
 
 from paligemma import explanation, explanation_sheet, inference
 from paligemma.checkpoints import weights
+from paligemma.configuration import PaliGemmaConfig
 from paligemma.errors import OutputError, PromptError, UsageError
 from paligemma.generation import generate, generate_steps
 from paligemma.layers import quantization
-from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, suffix_loss
+from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration, suffix_loss
 from paligemma.objects.outputs import NormalizedBox
 from paligemma.processing_paligemma import PaliGemmaProcessor, load_image
 from paligemma.programs import commandline, verbs

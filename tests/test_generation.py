@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from paligemma import generation
+from paligemma.configuration import GemmaConfig, PaliGemmaConfig
 from paligemma.errors import GenerationError, PromptError
 from paligemma.generation import (
     Sampling,
@@ -22,8 +23,7 @@ from paligemma.generation import (
     sample,
     sample_allowed,
 )
-from paligemma.modeling_gemma import GemmaConfig, KVCache
-from paligemma.modeling_paligemma import PaliGemmaConfig
+from paligemma.modeling_gemma import KVCache
 from tests.tiny import BOS, FAMILIES, IMAGE, PAD, PATCHES, VOCAB, make_batch, make_model, make_pair, make_pixels, raw_config
 
 # (pictures, tokens of prompt, tokens of an answer already begun) of each row
@@ -251,9 +251,9 @@ class Scripted(torch.nn.Module):
         self.dtype = torch.float32
         self.passes = []
 
-    def new_cache(self, batch, slots):
+    def new_cache(self, batch, slots, kind=KVCache):
         config = GemmaConfig(self.vocabulary, 2, 2, 1, 1, 1, head_dim=2)
-        return KVCache(config, batch, slots, device=torch.device("cpu"), dtype=torch.float32)
+        return kind(config, batch, slots, device=torch.device("cpu"), dtype=torch.float32)
 
     def logits(self, cache):
         logits = torch.zeros(len(cache.lengths), self.vocabulary)
@@ -268,7 +268,8 @@ class Scripted(torch.nn.Module):
         return self.logits(cache)
 
     def decode(self, cache, tokens):
-        cache.grow()
+        cache.reserve()
+        cache.lengths.add_(1)
         before = [self.scripts[int(cache.keys[0, i, 0, 0, 0])][n - 2] for i, n in enumerate(cache.lengths.tolist())]
         assert tokens.tolist() == before
         self.passes.append(f"decode {len(tokens)}")
@@ -463,7 +464,7 @@ def test_a_longer_request_enlarges_the_cache():
     model = make_model("gemma2")
     sizes = []
     new_cache = model.new_cache
-    model.new_cache = lambda batch, slots: sizes.append((batch, slots)) or new_cache(batch, slots)
+    model.new_cache = lambda batch, slots, kind: sizes.append((batch, slots)) or new_cache(batch, slots, kind)
     requests = [make_batch([(0, length, 0)], seed=length) for length in (3, 8, 5, 20, 2)]
     answers = {answer.index: answer.token_ids for answer in generate_many(model, requests, rows=2, max_new_tokens=6)}
     assert sizes == [(2, 14), (2, 26)]

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask, suffix_loss
+from paligemma.configuration import PaliGemmaConfig
+from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration, prefix_lm_mask, suffix_loss
 from tests.bounds import float32_bound
 from tests.tiny import (
     FAMILIES,

@@ -5,7 +5,8 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from paligemma.modeling_siglip import SiglipVisionConfig, SiglipVisionModel
+from paligemma.configuration import SiglipVisionConfig
+from paligemma.modeling_siglip import SiglipVisionModel
 from tests.tiny import fill, make_pixels, raw_config
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from paligemma.configuration import PaliGemmaConfig
 from paligemma.generation import generate_steps
-from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration, prefix_lm_mask
+from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration, prefix_lm_mask
 from tests.bounds import exact_arithmetic
 
 FOLDERS = ["paligemma1", "paligemma2"]

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from paligemma.configuration import PaliGemmaConfig
+from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
 FAMILIES = ("gemma", "gemma2")
 SIDE, PATCHES = 28, 4  # a picture of 2 x 2 patches

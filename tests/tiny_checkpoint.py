@@ -7,7 +7,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from paligemma.checkpoints import weights
-from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from paligemma.configuration import PaliGemmaConfig
+from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 from paligemma.vocabulary import CODE_TOKENS, LOCATION_TOKENS
 from tests.tiny import fill, raw_config
 

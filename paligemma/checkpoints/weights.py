@@ -50,6 +50,7 @@ from paligemma.checkpoints.safetensors_files import (
     write_shards,
     write_tensors,
 )
+from paligemma.configuration import PaliGemmaConfig, SiglipVisionConfig
 from paligemma.errors import CheckpointError, OutputError, UsageError, listed
 from paligemma.files import (
     MAX_JSON_BYTES,
@@ -63,8 +64,7 @@ from paligemma.files import (
 )
 from paligemma.layers import graphs, lora, quantization
 from paligemma.machine import find_device, memory_errors, require_memory
-from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
-from paligemma.modeling_siglip import SiglipVisionConfig
+from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
 log = logging.getLogger(__name__)  # notes (info) and warnings: a program decides whether they are seen
 

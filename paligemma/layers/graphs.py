@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from paligemma.layers import kernels
+from paligemma.layers.batch_cache import BatchCache
 from paligemma.modeling_gemma import GemmaAttention, KVCache
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
@@ -87,7 +88,7 @@ class Step:
     """
 
     def __init__(
-        self, model: PaliGemmaForConditionalGeneration, cache: KVCache, rows: int, reach: int, pool: object, compile_after: int
+        self, model: PaliGemmaForConditionalGeneration, cache: BatchCache, rows: int, reach: int, pool: object, compile_after: int
     ):
         self.model, self.pool, self.compile_after = model, pool, compile_after
         self.cache = cache[:rows].fixed(reach)
@@ -143,7 +144,7 @@ class Step:
 class Steps:
     """The steps over one cache, by shape."""
 
-    def __init__(self, model: PaliGemmaForConditionalGeneration, cache: KVCache, compile_after: int):
+    def __init__(self, model: PaliGemmaForConditionalGeneration, cache: BatchCache, compile_after: int):
         self.model, self.cache, self.compile_after = model, cache, compile_after
         self.pool = torch.cuda.graph_pool_handle() if cache.lengths.is_cuda else None
         self.steps: dict[tuple[int, int], Step] = {}
@@ -159,7 +160,7 @@ class Steps:
         return self.steps[shape]
 
 
-class RecordedCache(KVCache):
+class RecordedCache(BatchCache):
     """A KVCache with its steps, which live as long as its memory does; a part of it has the same ones."""
 
     def __init__(self, model: "RecordedPaliGemma", batch: int, slots: int):
@@ -172,7 +173,9 @@ class RecordedPaliGemma(PaliGemmaForConditionalGeneration):
 
     compile_after: int
 
-    def new_cache(self, batch: int, slots: int) -> RecordedCache:
+    def new_cache(self, batch: int, slots: int, kind: type[KVCache] = KVCache) -> KVCache:
+        if not issubclass(RecordedCache, kind):
+            return super().new_cache(batch, slots, kind)
         return RecordedCache(self, batch, -(-slots // SLOTS) * SLOTS)
 
     def step(self, cache: KVCache, tokens: Tensor) -> Tensor:
@@ -180,7 +183,7 @@ class RecordedPaliGemma(PaliGemmaForConditionalGeneration):
         is_derived = type(self) is not RecordedPaliGemma  # by FSDP, which gathers weights in every step
         if torch.is_grad_enabled() or is_inside or is_derived or not isinstance(cache, RecordedCache):
             return super().step(cache, tokens)
-        return cache.steps.find(len(tokens), cache.reach)(tokens)
+        return cache.steps.find(len(tokens), cache.slots_read)(tokens)
 
 
 def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:

@@ -480,7 +480,8 @@ class FastGemmaAttention(GemmaAttention):
         if qkv is None:
             return super().forward(x, position_ids, rotation, mask, cache)
         keys, values = cache.keys[self.layer], cache.values[self.layer]
-        x = kernels.bf16_attend(qkv, position_ids, rotation, mask, keys, values, cache.reach, self.scale, self.cap)  # [B, 1, N*E]
+        slots = cache.slots_read
+        x = kernels.bf16_attend(qkv, position_ids, rotation, mask, keys, values, slots, self.scale, self.cap)  # [B, 1, N*E]
         return self.o_proj(x)
 
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from paligemma.checkpoints import weights
+from paligemma.configuration import DEFAULTS, PaliGemmaConfig
 from paligemma.errors import CheckpointError
-from paligemma.modeling_gemma import DEFAULTS
-from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from tests.tiny import fill, gap, raw_config, reference_logits
 from tests.tiny_tokenizer import write_json, write_preprocessor, write_tokenizer

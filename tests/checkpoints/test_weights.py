@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from paligemma.checkpoints import weights
 from paligemma.checkpoints.safetensors_files import read_header
+from paligemma.configuration import PaliGemmaConfig
 from paligemma.errors import CheckpointError, DeviceError, OutputError, PaliGemmaError, UsageError
 from paligemma.layers import quantization
-from paligemma.modeling_paligemma import PaliGemmaConfig
 from tests.bounds import float32_bound
 from tests.tiny import FAMILIES, gap, make_batch, make_model, make_reference, raw_config, reference_logits
 

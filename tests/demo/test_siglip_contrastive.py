@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from demo.siglip_contrastive import SiglipModel, SiglipTextConfig, sigmoid_loss, softmax_loss
-from paligemma.modeling_siglip import SiglipVisionConfig
+from paligemma.configuration import SiglipVisionConfig
 
 VISION = {"hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION |= {"image_size": 28, "patch_size": 14}

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from paligemma import modeling_gemma
 from paligemma.generation import generate, generate_many
 from paligemma.layers import graphs, quantization
+from paligemma.layers.batch_cache import BatchCache
 from paligemma.layers.graphs import CappedAttention, bucket, capped_attention, use_graphs
 from paligemma.modeling_gemma import KVCache, attention
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
@@ -106,7 +107,7 @@ def test_rows_that_are_not_decoded_are_left_as_they_were():
     batch = make_batch([(1, 5, 0), (1, 3, 0), (0, 4, 0), (1, 2, 0), (0, 6, 0)], "right")
     logits = {}
     for name, model in (("plain", make()), ("ours", recorded())):
-        cache = model.new_cache(8, 24)
+        cache = model.new_cache(8, 24, BatchCache)
         model.prefill(cache[:5], **batch)
         for row in script(4, 6):
             logits[name] = model.decode(cache[:4], row)
@@ -294,7 +295,7 @@ def test_inductor_writes_a_token_without_copying_the_cache():
     from torch._inductor.utils import get_code
 
     model = make("gemma2", 8, num_hidden_layers=2)
-    cache = model.new_cache(2, 40)
+    cache = model.new_cache(2, 40, BatchCache)
     torch._dynamo.reset()
     with torch._inductor.config.patch({"force_disable_caches": True, "compile_threads": 1, "cpp.simdlen": 1}):
         step = torch.compile(PaliGemmaForConditionalGeneration.step, fullgraph=True, dynamic=False)
@@ -316,7 +317,7 @@ def test_a_quantised_step_compiles_without_a_break(kind, monkeypatch):
         model.get_submodule(name).leave_tiles()  # as on CUDA
     monkeypatch.setattr(quantization, "compiled_few_rows_product", lambda: quantization.few_rows_product)
     monkeypatch.setattr(quantization, "rows_product", lambda *arguments: quantization.few_rows(*arguments[:4]))
-    cache = model.new_cache(2, 24)
+    cache = model.new_cache(2, 24, BatchCache)
     with torch.no_grad():
         model.prefill(cache, **make_batch(ROWS[:2], "right"))
         plain = model.step(cache.fixed(16), script(2, 1)[0])
@@ -336,7 +337,7 @@ def test_a_quantised_step_compiles_without_a_break(kind, monkeypatch):
 def test_prefill_and_decode_ask_the_device_for_nothing(family, window):
     """On the meta device a tensor has a shape and no numbers: whoever wants one gets an error."""
     model = make(family, window).to("meta")
-    cache = model.new_cache(3, 24)
+    cache = model.new_cache(3, 24, BatchCache)
     assert model.prefill(cache[:1], **make_batch([(1, 5, 0)])).is_meta  # open to all
     assert model.prefill(cache, **make_batch([(1, 5, 0), (2, 3, 0), (0, 4, 2)], "right")).is_meta
     assert model.decode(cache, torch.tensor([5, 6, 7])).is_meta

@@ -449,7 +449,8 @@ def decode(model: nn.ModuleDict, window: int | None = None) -> torch.Tensor:
     decoder.model(embed(ids), torch.arange(1, 10).expand(3, 9), causal, cache)
     logits = []
     for token in (5, 6, 7):
-        cache.grow()
+        cache.reserve()
+        cache.lengths.add_(1)
         windowed = None if window is None else cache.mask(window)
         x = decoder.model(embed(torch.full((3, 1), token)), cache.lengths[:, None], cache.mask(), cache, windowed)
         logits.append(decoder.logits(x[:, 0]))

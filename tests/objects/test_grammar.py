@@ -10,10 +10,10 @@ import torch
 from tokenizers import Tokenizer, models, normalizers
 
 from paligemma.checkpoints.weights import load_model
+from paligemma.configuration import GemmaConfig, PaliGemmaConfig
 from paligemma.errors import GenerationError, PromptError
 from paligemma.generation import Sampling, generate, generate_many, generate_steps, sample_allowed
-from paligemma.modeling_gemma import GemmaConfig, KVCache
-from paligemma.modeling_paligemma import PaliGemmaConfig
+from paligemma.modeling_gemma import KVCache
 from paligemma.objects.grammar import Ending, Grammar
 from paligemma.objects.outputs import NO_AREA, parse_ids
 from paligemma.pictures.images import load_image
@@ -267,15 +267,16 @@ class Noise(torch.nn.Module):
         self.draw = draw
         self.dtype = torch.float32
 
-    def new_cache(self, batch, slots):
-        return KVCache(GemmaConfig(9, 2, 2, 1, 1, 1, head_dim=2), batch, slots, device=torch.device("cpu"), dtype=torch.float32)
+    def new_cache(self, batch, slots, kind=KVCache):
+        return kind(GemmaConfig(9, 2, 2, 1, 1, 1, head_dim=2), batch, slots, device=torch.device("cpu"), dtype=torch.float32)
 
     def prefill(self, cache, attention_mask, **_):
         cache.fill(attention_mask.sum(1))
         return self.draw(len(cache.lengths), self.config.text_config.vocab_size)
 
     def decode(self, cache, _tokens):
-        cache.grow()
+        cache.reserve()
+        cache.lengths.add_(1)
         return self.draw(len(cache.lengths), self.config.text_config.vocab_size)
 
 

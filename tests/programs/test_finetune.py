@@ -25,10 +25,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from paligemma.checkpoints import weights
+from paligemma.configuration import PaliGemmaConfig
 from paligemma.errors import DatasetError, UsageError
 from paligemma.layers import lora
 from paligemma.learning import curves, run_folder, training
-from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 from paligemma.programs import finetune
 from tests.tiny_checkpoint import make_checkpoint
 
