@@ -528,7 +528,7 @@ def test_decode_refuses_another_number_of_tokens():
     model = make_model("gemma")
     cache = model.new_cache(2, 9)
     model.prefill(cache, **make_batch([(1, 3, 0), (1, 2, 0)], "right"))
-    with pytest.raises(ValueError, match=r"tokens is \[1\]; one for each of the 2 rows is needed"):
+    with pytest.raises(ValueError, match=r"tokens is \[1\]; one token for each of the 2 rows is needed"):
         model.decode(cache, torch.tensor([5]))
     assert cache.lengths.tolist() == [7, 6]
 
