@@ -462,7 +462,7 @@ def test_a_folder_or_file_named_like_the_object_is_no_picture(verb, tmp_path):
     assert code == 0 and json.loads(out)["prompt"] == "detect star"
     assert err == "note: 'star' is taken for something to look for, not for the file of that name.\n"
     code, out, err = verb("detect", SHAPES, "star", "circle", "--json")
-    assert code == 0 and json.loads(out)["prompt"] == "detect star ; circle" and "'star' is taken for what" in err
+    assert code == 0 and json.loads(out)["prompt"] == "detect star ; circle" and "'star' is taken for something" in err
     (tmp_path / "star").write_bytes(Path(SHAPES).read_bytes())
     out = verb("detect", SHAPES, "star", "circle", "--json")[1]
     assert [json.loads(line)["image"] for line in out.splitlines()] == [SHAPES, "star"]

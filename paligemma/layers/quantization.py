@@ -20,6 +20,7 @@ Checked in tests/layers/test_quantization.py. Shapes: N outputs, K inputs, R row
 """
 
 import functools
+import threading
 from collections.abc import Callable
 
 import torch
@@ -41,6 +42,7 @@ WORK = 2**22  # weights that are in float32 at a time while quantising or fallin
 FEW_ROWS = 16  # up to here a product is bound by memory, and torch's integer products beat turning the weights into floats
 # Rows up to which our bfloat16 product beats torch's, by what of bfloat16 the processor multiplies itself.
 BF16_ROWS = {"matrices": 4, "pairs": 32, "nothing": 64}
+LAYOUT_LOCK = threading.Lock()  # held while a module changes the order of its weights, which several threads may ask for at once
 KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 WORTHWHILE = 2**24  # parameters: below, a model lives in the cache and compiling a kernel for it would only delay its start
 
@@ -345,11 +347,18 @@ class QuantizedLinear(nn.Module):
         return dequantize(self.integers(), scales, torch.float32)[: self.out_features, : self.in_features]
 
     def leave_tiles(self) -> None:
-        """Puts the weights into the order that torch's operators can use; for int4 on a CPU that is a second copy."""
-        q, scales = self.integers(), scales_from_tiles(self.scales).contiguous()
-        if self.kind == "int4" and q.device.type == "cpu":
-            self.int4pack = to_int4pack(q, scales)
-        self.packed, self.scales = to_rows(q, self.kind), scales
+        """Puts the weights into the order that torch's operators can use; for int4 on a CPU that is a second copy.
+
+        Other threads may compute meanwhile: `packed`, which shows the order, is set last.
+        """
+        with LAYOUT_LOCK:
+            if not self.is_tiled:  # another thread was first
+                return
+            q, scales = self.integers(), scales_from_tiles(self.scales).contiguous()
+            if self.kind == "int4" and q.device.type == "cpu":
+                self.int4pack = to_int4pack(q, scales)
+            self.scales = scales
+            self.packed = to_rows(q, self.kind)
 
     def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x @ weight.T in dtype; x is any float [..., K]."""
@@ -389,14 +398,18 @@ class QuantizedEmbedding(QuantizedLinear):
 
     def rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The integers int8[n, K] and scales [n, G] of some rows."""
-        if not self.is_tiled:
-            return from_rows(self.packed[ids], self.kind), self.scales[ids]
+        packed, scales = self.packed, self.scales
+        if packed.ndim == 3:
+            with LAYOUT_LOCK:  # another thread may be in leave_tiles
+                packed, scales = self.packed, self.scales
+        if packed.ndim == 2:
+            return from_rows(packed[ids], self.kind), scales[ids]
         block, place = ids // BLOCK, ids % BLOCK
-        lines = self.packed.unflatten(2, (BLOCK, 4))[block, :, place]  # [n, lines, 4]
+        lines = packed.unflatten(2, (BLOCK, 4))[block, :, place]  # [n, lines, 4]
         if self.kind == "int8":
-            return (lines.flatten(1) + 128).view(torch.int8), self.scales[block, :, place]
+            return (lines.flatten(1) + 128).view(torch.int8), scales[block, :, place]
         both = torch.stack((lines & 15, lines >> 4), 2)
-        return both.flatten(1).view(torch.int8) - 8, self.scales[block, :, place]
+        return both.flatten(1).view(torch.int8) - 8, scales[block, :, place]
 
     def forward(self, input_ids: Tensor) -> Tensor:
         ids = input_ids.flatten()

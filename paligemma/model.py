@@ -1,0 +1,582 @@
+"""The front door: `paligemma.load()` returns a model with one method per task, for one picture or for a list of pictures.
+
+Each method writes the prompt that the checkpoint was trained on, runs the model, and returns text, a number or objects. It is
+built on tasks.Annotator, which returns errors as results and suits long runs; here an error is raised.
+
+Threads: one Model may be used from several threads at once. Each answer is then the same as the answer of one thread alone.
+Nothing is promised about speed: torch's operators already use several cores.
+
+Checked in tests/test_model.py, which also runs the examples below. Shapes: P patches per image, D model width, H W pixels.
+"""
+
+import io
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, overload
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from paligemma import files, machine
+from paligemma.devices import find_device
+from paligemma.errors import UsageError
+from paligemma.generation import Sampling, Step, generate_steps
+from paligemma.objects import drawing, exports
+from paligemma.objects.mask_codec import MaskCodec, find_codec, load_codec
+from paligemma.objects.outputs import ParsedObject
+from paligemma.opened import open_checkpoint
+from paligemma.pictures.images import load_image
+from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.tasks import ANSWER_TOKENS, OBJECT_TASKS, Annotator, Request, Result, in_order, task_warning
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import supervision
+
+    from paligemma.explanation import Explanation
+    from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
+
+EXAMPLE_PICTURE = str(files.BUNDLED / "shapes.png")  # a cross, a circle and a heart, which the bundled model knows
+STREAM_TOKENS = 256  # the most tokens of `stream` if the caller does not say
+
+# A path, an address (http, https, file, data), the bytes of a file, an open file, a PIL image, an array or tensor, or the dict
+# {"bytes": ..., "path": ...} of Hugging Face data sets.
+Picture: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | IO[bytes] | Image.Image | npt.NDArray[Any] | Tensor | dict[str, Any] "
+    "| EncodedPicture"
+)
+AnyPicture = TypeVar("AnyPicture", bound=Picture)
+T = TypeVar("T")
+
+
+class DetectedObject:
+    """One object that the model found.
+
+    Attributes:
+        label: what it is, as the model wrote it; "" if the checkpoint writes no labels.
+        score: how sure the model is, 0 to 1.
+        xyxy: x_min, y_min, x_max, y_max in pixels of the original picture.
+        mask: bool[H, W], the pixels of the original picture that belong to the object; None if there is no mask.
+    """
+
+    def __init__(self, found: ParsedObject, width: int, height: int):
+        assert found.box is not None
+        self.label = found.label
+        self.score = 0.0 if found.score is None else found.score
+        self.xyxy = found.box.xyxy(width, height)
+        self.mask: "npt.NDArray[np.bool_] | None" = found.mask
+
+    def __repr__(self) -> str:
+        corners = ", ".join(f"{value:.1f}" for value in self.xyxy)
+        mask = "" if self.mask is None else f", mask of {int(self.mask.sum())} pixels"
+        return f"{self.label or 'object'} {self.score:.2f} at ({corners}){mask}"
+
+
+class DetectionResult(Sequence[DetectedObject]):
+    """The objects that `detect` or `segment` found in one picture. It is a sequence of them, and a notebook shows the drawing.
+
+    Attributes:
+        objects: list of DetectedObject, in the order of the answer; empty if nothing was found.
+        width, height: of the original picture, in pixels.
+        text: the answer as the model generated it, with its <loc> and <seg> tokens.
+        result: the tasks.Result with tokens, log-probabilities and problems.
+    """
+
+    def __init__(self, result: Result, picture: object):
+        self.result = result
+        self.width, self.height, self.text = result.width, result.height, result.text
+        self._parsed = [found for found in (result.parsed.objects if result.parsed else []) if found.box is not None]
+        self.objects = [DetectedObject(found, result.width, result.height) for found in self._parsed]
+        self._picture = picture.picture if isinstance(picture, EncodedPicture) else picture
+
+    @overload
+    def __getitem__(self, index: int) -> DetectedObject: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[DetectedObject]: ...
+    def __getitem__(self, index: int | slice) -> DetectedObject | list[DetectedObject]:
+        return self.objects[index]
+
+    def __len__(self) -> int:
+        return len(self.objects)
+
+    def __repr__(self) -> str:
+        return f"<DetectionResult: {len(self)} objects in {self.width} x {self.height} pixels{self._list()}>"
+
+    def _list(self) -> str:
+        return "".join(f"\n  {thing}" for thing in self.objects)
+
+    def draw(self, style: drawing.Style | None = None) -> Image.Image:
+        """A copy of the picture with boxes, masks, labels and scores. A picture that is a path is read again.
+
+        Raises: ImageError if the file is gone; UsageError for a font that cannot be read.
+        """
+        return drawing.draw(load_image(self._picture), self._parsed, style or drawing.Style())
+
+    def save(self, path: str | os.PathLike[str], style: drawing.Style | None = None) -> None:
+        """Writes the drawing into a file, in the format of its ending (.png, .jpg, .webp, .tif, .bmp and others).
+
+        Raises: UsageError for an unknown ending, OutputError if the file cannot be written; and as `draw`.
+        """
+        file = files.expand(path)
+        if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
+            raise UsageError(f"{file} has no ending of a picture format. Give a name that ends in .png or .jpg.")
+        drawing.save(self.draw(style), file)
+
+    def _repr_png_(self) -> bytes:
+        """The drawing for a notebook."""
+        content = io.BytesIO()
+        self.draw().save(content, "PNG")
+        return content.getvalue()
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as a dict for json.dumps: the row that the programs print with --json."""
+        return self.result.to_json()
+
+    def to_coco(self) -> dict[str, Any]:
+        """A COCO annotation file as a dict: images, annotations, categories."""
+        return exports.coco(exports.collect([self.to_json()]))
+
+    def to_supervision(self) -> "supervision.Detections":
+        """The objects as supervision.Detections. Raises: DeviceError if the package supervision is not installed."""
+        return exports.to_supervision(self._parsed, self.width, self.height)
+
+
+class Model:
+    """A PaliGemma model with one method per task. Made by `load`.
+
+    Every method takes one picture and returns one answer; given a list or tuple of pictures, it returns a list of answers,
+    which are computed together, `batch_size` at a time. A picture is a path, an address, bytes, an open file, a PIL image, a
+    numpy array or a torch tensor ([H, W], [H, W, C] or [C, H, W]; uint8, or floats from 0 to 1). Keyword arguments that several
+    methods have:
+        language: of the answer: "en", "fr", "zh", ... It is not checked whether the checkpoint knows the language.
+        sampling: how tokens are chosen, see Sampling; greedy if not given. Picture i of a list draws from seed + i.
+        max_new_tokens: the most tokens of an answer; if not given, what the task may need (tasks.ANSWER_TOKENS).
+    Every method raises ImageError or AccessError for a picture that cannot be read, PromptError for a text that does not fit,
+    UsageError for arguments that make no sense, and DeviceError when memory runs out. It warns (UserWarning) when the checkpoint
+    was fine-tuned for another task.
+
+    Args:
+        network: PaliGemmaForConditionalGeneration, on its device.
+        processor: of the same checkpoint.
+        name: of the checkpoint, for people.
+        kind: what the checkpoint was trained for, from tasks.checkpoint_kind.
+        codec: decodes the masks of `segment`; without a codec, its objects have no mask.
+        batch_size: the number of pictures that are answered at once.
+    """
+
+    def __init__(
+        self,
+        network: "PaliGemmaForConditionalGeneration",
+        processor: PaliGemmaProcessor,
+        *,
+        name: str = "",
+        kind: str = "other",
+        codec: MaskCodec | None = None,
+        batch_size: int = 4,
+    ):
+        self.network, self.processor = network, processor
+        self.name, self.kind, self.codec, self.batch_size = name, kind, codec, batch_size
+
+    def __repr__(self) -> str:
+        count = sum(parameter.numel() for parameter in self.network.parameters())
+        return f"<paligemma.Model {self.name}: {count / 1e6:.3g} million parameters, {self.network.dtype}, {self.network.device}>"
+
+    @overload
+    def caption(
+        self, picture: Picture, *, language: str = ..., sampling: Sampling | None = ..., max_new_tokens: int | None = ...
+    ) -> str: ...
+    @overload
+    def caption(
+        self, picture: "list[AnyPicture] | tuple[AnyPicture, ...]", *, language: str = ..., sampling: Sampling | None = ...,
+        max_new_tokens: int | None = ...,
+    ) -> list[str]: ...  # fmt: skip
+    def caption(
+        self, picture: Any, *, language: str = "en", sampling: Sampling | None = None, max_new_tokens: int | None = None
+    ) -> str | list[str]:
+        """A sentence that says what the picture shows.
+
+        >>> model.caption(paligemma.EXAMPLE_PICTURE)
+        'an orange cross, a yellow circle and a purple heart'
+        """
+        results = self._run("caption", picture, "", sampling, max_new_tokens, language=language)
+        return one_or_all(picture, [result.text for result, _ in results])
+
+    @overload
+    def ask(
+        self, picture: Picture, question: str, *, language: str = ..., sampling: Sampling | None = ...,
+        max_new_tokens: int | None = ...,
+    ) -> str: ...  # fmt: skip
+    @overload
+    def ask(
+        self, picture: "list[AnyPicture] | tuple[AnyPicture, ...]", question: str, *, language: str = ...,
+        sampling: Sampling | None = ..., max_new_tokens: int | None = ...,
+    ) -> list[str]: ...  # fmt: skip
+    def ask(
+        self, picture: Any, question: str, *, language: str = "en", sampling: Sampling | None = None,
+        max_new_tokens: int | None = None,
+    ) -> str | list[str]:  # fmt: skip
+        """The answer to a question about the picture.
+
+        >>> model.ask(paligemma.EXAMPLE_PICTURE, "what color is the heart?")
+        'purple'
+        """
+        results = self._run("ask", picture, question, sampling, max_new_tokens, language=language)
+        return one_or_all(picture, [result.text for result, _ in results])
+
+    @overload
+    def detect(
+        self, picture: Picture, *labels: str, grammar: bool = ..., min_score: float | None = ...,
+        sampling: Sampling | None = ..., max_new_tokens: int | None = ...,
+    ) -> DetectionResult: ...  # fmt: skip
+    @overload
+    def detect(
+        self, picture: "list[AnyPicture] | tuple[AnyPicture, ...]", *labels: str, grammar: bool = ...,
+        min_score: float | None = ..., sampling: Sampling | None = ..., max_new_tokens: int | None = ...,
+    ) -> list[DetectionResult]: ...  # fmt: skip
+    def detect(
+        self, picture: Any, *labels: str, grammar: bool = False, min_score: float | None = None,
+        sampling: Sampling | None = None, max_new_tokens: int | None = None,
+    ) -> DetectionResult | list[DetectionResult]:  # fmt: skip
+        """The objects with one of these labels, each with its box and score.
+
+        Args:
+            labels: what to look for, such as "car", "person".
+            grammar: constrain the answer to whole objects with one of these labels.
+            min_score: leave out objects with a lower score.
+
+        >>> found = model.detect(paligemma.EXAMPLE_PICTURE, "heart")
+        >>> [(thing.label, [round(value, -1) for value in thing.xyxy]) for thing in found.objects]
+        [('heart', [270.0, 280.0, 380.0, 390.0])]
+        """
+        options = {"uses_grammar": grammar, "min_score": min_score}
+        results = self._run("detect", picture, joined(labels), sampling, max_new_tokens, **options)
+        return one_or_all(picture, [DetectionResult(*pair) for pair in results])
+
+    @overload
+    def segment(
+        self, picture: Picture, *labels: str, grammar: bool = ..., min_score: float | None = ...,
+        sampling: Sampling | None = ..., max_new_tokens: int | None = ...,
+    ) -> DetectionResult: ...  # fmt: skip
+    @overload
+    def segment(
+        self, picture: "list[AnyPicture] | tuple[AnyPicture, ...]", *labels: str, grammar: bool = ...,
+        min_score: float | None = ..., sampling: Sampling | None = ..., max_new_tokens: int | None = ...,
+    ) -> list[DetectionResult]: ...  # fmt: skip
+    def segment(
+        self, picture: Any, *labels: str, grammar: bool = False, min_score: float | None = None,
+        sampling: Sampling | None = None, max_new_tokens: int | None = None,
+    ) -> DetectionResult | list[DetectionResult]:  # fmt: skip
+        """The objects with one of these labels, each with its box, score and mask; arguments as `detect`.
+
+        >>> found = model.segment(paligemma.EXAMPLE_PICTURE, "circle")
+        >>> found.objects[0].mask.shape == (found.height, found.width)
+        True
+        """
+        if self.codec is None:
+            text = "objects get boxes but no masks, because there is no mask codec: load(..., mask_codec='vae-oid.npz')."
+            warnings.warn(text, stacklevel=2)
+        options = {"uses_grammar": grammar, "min_score": min_score}
+        results = self._run("segment", picture, joined(labels), sampling, max_new_tokens, **options)
+        return one_or_all(picture, [DetectionResult(*pair) for pair in results])
+
+    @overload
+    def ocr(self, picture: Picture, *, sampling: Sampling | None = ..., max_new_tokens: int | None = ...) -> str: ...
+    @overload
+    def ocr(
+        self, picture: "list[AnyPicture] | tuple[AnyPicture, ...]", *, sampling: Sampling | None = ...,
+        max_new_tokens: int | None = ...,
+    ) -> list[str]: ...  # fmt: skip
+    def ocr(
+        self, picture: Any, *, sampling: Sampling | None = None, max_new_tokens: int | None = None
+    ) -> str | list[str]:
+        """The text in the picture. (The bundled model cannot read.)"""
+        results = self._run("ocr", picture, "", sampling, max_new_tokens)
+        return one_or_all(picture, [result.text for result, _ in results])
+
+    @overload
+    def count(
+        self, picture: Picture, what: str, *, sampling: Sampling | None = ..., max_new_tokens: int | None = ...
+    ) -> int | None: ...
+    @overload
+    def count(
+        self, picture: "list[AnyPicture] | tuple[AnyPicture, ...]", what: str, *, sampling: Sampling | None = ...,
+        max_new_tokens: int | None = ...,
+    ) -> list[int | None]: ...  # fmt: skip
+    def count(
+        self, picture: Any, what: str, *, sampling: Sampling | None = None, max_new_tokens: int | None = None
+    ) -> int | None | list[int | None]:
+        """How many of these things the picture shows; None if the answer is not one number.
+
+        >>> model.count(paligemma.EXAMPLE_PICTURE, "circles")
+        1
+        """
+        results = self._run("count", picture, what, sampling, max_new_tokens)
+        return one_or_all(picture, [result.count for result, _ in results])
+
+    def stream(
+        self, picture: Picture, prompt: str, *, sampling: Sampling | None = None, max_new_tokens: int = STREAM_TOKENS
+    ) -> Iterator[str]:
+        """The answer piece by piece while it is generated. The pieces joined are the answer.
+
+        Args:
+            picture: one picture.
+            prompt: used word for word, such as "caption en" or "answer en what is this?".
+
+        >>> "".join(model.stream(paligemma.EXAMPLE_PICTURE, "answer en what color is the cross?"))
+        'orange'
+        """
+        encoded = self.look(picture)
+        inputs = self.processor.tokens([1], prompt) | {"image_features": encoded.features}
+        unused = self.processor.unused_ids(self.network.config.text_config.vocab_size)
+        steps = generate_steps(self.network, inputs, max_new_tokens, sampling or Sampling(), suppress_tokens=unused)
+        return self._pieces(steps)
+
+    @overload
+    def embed(self, picture: Picture) -> Tensor: ...
+    @overload
+    def embed(self, picture: "list[AnyPicture] | tuple[AnyPicture, ...]") -> list[Tensor]: ...
+    def embed(self, picture: Any) -> Tensor | list[Tensor]:
+        """The image features, float32[P, D] on the CPU: one vector per patch, row by row from the top left.
+
+        These are the vectors that the decoder reads: the output of the vision tower after the projector. They are not
+        normalised. For one vector per picture take the mean over the patches, `.mean(0)`.
+
+        >>> model.embed(paligemma.EXAMPLE_PICTURE).shape
+        torch.Size([64, 192])
+        """
+        values = [self.look(each).features[0].float().cpu() for each in as_list(picture)]
+        return one_or_all(picture, values)
+
+    def look(self, picture: Picture) -> "EncodedPicture":
+        """The picture, encoded once, so that each of several questions about it runs the decoder only.
+
+        >>> with model.look(paligemma.EXAMPLE_PICTURE) as picture:
+        ...     picture.count("hearts"), picture.ask("what color is the heart?")
+        (1, 'purple')
+        """
+        return picture if isinstance(picture, EncodedPicture) else EncodedPicture(self, picture)
+
+    def explain(self, picture: Picture, prompt: str, answer: str | None = None) -> "Explanation":
+        """What an answer depends on: for each word a map over the patches, the alternatives, and the effect of the picture.
+
+        Args:
+            picture: one picture.
+            prompt: used word for word, such as "caption en".
+            answer: the answer to explain; if not given, the greedy answer of the model.
+        Returns: an Explanation; explanation_sheet.draw_explanation(picture, explanation) draws it.
+        """
+        from paligemma.explanation import explain
+
+        original = picture.picture if isinstance(picture, EncodedPicture) else load_image(picture)
+        inputs = self.processor(original, prompt, notes=[])
+        if answer is None:
+            steps = generate_steps(self.network, inputs, max_new_tokens=STREAM_TOKENS)
+            ids = [int(step.tokens) for step in steps]
+        else:
+            ids = [*self.processor.encode(answer), self.processor.eos_token_id]
+        return explain(self.network, self.processor, inputs, ids)
+
+    def _pieces(self, steps: Iterator[Step]) -> Iterator[str]:
+        """The text of each token of one answer, as soon as it is certain."""
+        stream = self.processor.stream()
+        with machine.memory_errors("answering"):
+            for step in steps:
+                if piece := stream.put(int(step.tokens)):
+                    yield piece
+        if piece := stream.end():
+            yield piece
+
+    def _run(
+        self, task: str, picture: Any, text: str, sampling: Sampling | None, max_new_tokens: int | None, **options: Any
+    ) -> list[tuple[Result, object]]:
+        """The result of each picture, and the picture for drawing. Raises: the first error among the results."""
+        if warning := task_warning(task, self.kind):
+            warnings.warn(warning, stacklevel=3)
+        pictures = as_list(picture)
+        if task in OBJECT_TASKS:
+            pictures = [reloadable(each) for each in pictures]
+        annotator = Annotator(
+            self.network,
+            self.processor,
+            codec=self.codec,
+            rows=max(1, min(self.batch_size, len(pictures))),
+            max_new_tokens=ANSWER_TOKENS[task] if max_new_tokens is None else max_new_tokens,
+            kind=self.kind,
+            sampling=sampling,
+            **options,
+        )
+        results: list[tuple[Result, object]] = []
+        for result in in_order(annotator.run(request(each, task, text) for each in pictures), len(pictures)):
+            if result.error is not None:
+                raise result.error
+            results.append((result, pictures[len(results)]))
+        return results
+
+
+class EncodedPicture:
+    """A picture and its image features: the methods of Model without their first argument. Made by Model.look.
+
+    Leaving the `with` block, or `close`, frees the features.
+
+    Attributes:
+        picture: the original, RGB and upright.
+        features: float[1, P, D] of encode_images, in the dtype and on the device of the model.
+    """
+
+    def __init__(self, model: Model, picture: Any):
+        self.picture = load_image(picture)
+        self._model = model
+        with torch.no_grad(), machine.memory_errors("looking at the picture"):
+            self._features: Tensor | None = model.network.encode_images(model.processor.pixels([self.picture]))
+
+    @property
+    def features(self) -> Tensor:
+        if self._features is None:
+            raise UsageError("this picture was closed. Ask inside the `with` block, or call model.look(...) again.")
+        return self._features
+
+    def close(self) -> None:
+        self._features = None
+
+    def __enter__(self) -> "EncodedPicture":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def caption(
+        self, *, language: str = "en", sampling: Sampling | None = None, max_new_tokens: int | None = None
+    ) -> str:
+        """As Model.caption."""
+        return self._model.caption(self, language=language, sampling=sampling, max_new_tokens=max_new_tokens)
+
+    def ask(
+        self, question: str, *, language: str = "en", sampling: Sampling | None = None, max_new_tokens: int | None = None
+    ) -> str:
+        """As Model.ask."""
+        return self._model.ask(self, question, language=language, sampling=sampling, max_new_tokens=max_new_tokens)
+
+    def detect(
+        self, *labels: str, grammar: bool = False, min_score: float | None = None, sampling: Sampling | None = None,
+        max_new_tokens: int | None = None,
+    ) -> DetectionResult:  # fmt: skip
+        """As Model.detect."""
+        return self._model.detect(
+            self, *labels, grammar=grammar, min_score=min_score, sampling=sampling, max_new_tokens=max_new_tokens
+        )
+
+    def segment(
+        self, *labels: str, grammar: bool = False, min_score: float | None = None, sampling: Sampling | None = None,
+        max_new_tokens: int | None = None,
+    ) -> DetectionResult:  # fmt: skip
+        """As Model.segment."""
+        return self._model.segment(
+            self, *labels, grammar=grammar, min_score=min_score, sampling=sampling, max_new_tokens=max_new_tokens
+        )
+
+    def ocr(self, *, sampling: Sampling | None = None, max_new_tokens: int | None = None) -> str:
+        """As Model.ocr."""
+        return self._model.ocr(self, sampling=sampling, max_new_tokens=max_new_tokens)
+
+    def count(self, what: str, *, sampling: Sampling | None = None, max_new_tokens: int | None = None) -> int | None:
+        """As Model.count."""
+        return self._model.count(self, what, sampling=sampling, max_new_tokens=max_new_tokens)
+
+    def stream(
+        self, prompt: str, *, sampling: Sampling | None = None, max_new_tokens: int = STREAM_TOKENS
+    ) -> Iterator[str]:
+        """As Model.stream."""
+        return self._model.stream(self, prompt, sampling=sampling, max_new_tokens=max_new_tokens)
+
+    def embed(self) -> Tensor:
+        """As Model.embed."""
+        return self._model.embed(self)
+
+    def explain(self, prompt: str, answer: str | None = None) -> "Explanation":
+        """As Model.explain."""
+        return self._model.explain(self, prompt, answer)
+
+
+def as_list(picture: Any) -> list[Any]:
+    """The pictures of a list or tuple; one picture as a list."""
+    return list(picture) if isinstance(picture, list | tuple) else [picture]
+
+
+def one_or_all(picture: Any, values: list[T]) -> Any:
+    """All values if a list or tuple of pictures was given, else the only one."""
+    return values if isinstance(picture, list | tuple) else values[0]
+
+
+def joined(labels: tuple[object, ...]) -> str:
+    """The labels as tasks.prompt takes them: "car ; person". Raises: UsageError for a label that is no text."""
+    if wrong := [label for label in labels if not isinstance(label, str)]:
+        raise UsageError(f"a label is {wrong[0]!r}. Pass each label as a text of its own: 'car', 'person'.")
+    return " ; ".join(map(str, labels))
+
+
+def reloadable(picture: Any) -> Any:
+    """The picture as it is, if it can be read again when it is drawn on (a path, bytes); otherwise loaded.
+
+    Raises: ImageError, AccessError.
+    """
+    is_file = isinstance(picture, str | os.PathLike) and not str(picture)[:8].lower().startswith(("http:", "https:", "data:"))
+    return picture if is_file or isinstance(picture, bytes | EncodedPicture) else load_image(picture)
+
+
+def request(picture: Any, task: str, text: str) -> Request:
+    """The request for tasks.Annotator."""
+    if isinstance(picture, EncodedPicture):
+        size = picture.picture.size
+        return Request(picture=picture.picture, task=task, text=text, size=size, image_features=picture.features)
+    return Request(picture=picture, task=task, text=text)
+
+
+def load(
+    name: str | os.PathLike[str] | None = None,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    quantize: Literal["int8", "int4"] | None = None,
+    quantize_vision: bool = False,
+    revision: str | None = None,
+    base_model: str | os.PathLike[str] | None = None,
+    mask_codec: str | os.PathLike[str] | None = None,
+    batch_size: int = 4,
+) -> Model:
+    """A model that is ready to answer.
+
+    Args:
+        name: a hub id such as "google/paligemma2-3b-mix-224", which is downloaded; a folder; the folder of a LoRA adapter, whose
+            base model is loaded, too. None = the bundled demo model, which knows coloured shapes only.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps", or a torch.device.
+        dtype: "bf16", "fp16", "fp32", or a torch.dtype; None = as stored.
+        quantize: store the decoder's weights in 8 or 4 bits: smaller and faster, a little less exact.
+        quantize_vision: quantize the vision tower, too.
+        revision: branch, tag or commit of a hub id.
+        base_model: the base model of an adapter, if it is not where the adapter's config says.
+        mask_codec: vae-oid.npz, which decodes the masks of `segment`; None = the file of that name in the model's folder.
+        batch_size: the number of pictures of a list that are answered at once.
+    Raises: CheckpointError, TokenizerError, AccessError, DeviceError, UsageError.
+
+    >>> import paligemma
+    >>> model = paligemma.load()
+    >>> model
+    <paligemma.Model bundled: 3.49 million parameters, torch.bfloat16, cpu>
+    """
+    found = find_device(device)
+    checkpoint = open_checkpoint(name, revision=revision, base_model=base_model)
+    codec = find_codec(checkpoint.base, mask_codec)
+    with machine.memory_errors("loading the weights"):
+        network = checkpoint.load(device=found, dtype=dtype, quantize=quantize, quantize_vision=quantize_vision)
+    return Model(
+        network,
+        checkpoint.processor,
+        name="bundled" if name is None else Path(name).name if os.path.isdir(name) else str(name),
+        kind=checkpoint.kind,
+        codec=None if codec is None else load_codec(codec),
+        batch_size=batch_size,
+    )
