@@ -29,7 +29,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from paligemma import files
 from paligemma.errors import CheckpointError, ImageError, OutputError, PromptError, TokenizerError, one_line
-from paligemma.pictures.images import load_image, squeeze
+from paligemma.pictures.images import load_image, resize_to_square
 from paligemma.vocabulary import CODE_TOKENS, IGNORE_INDEX, IMAGE_TOKEN, LOCATION_OR_CODE, LOCATION_TOKENS
 
 if TYPE_CHECKING:
@@ -552,7 +552,7 @@ class PaliGemmaProcessor:
             if i and image is images[i - 1]:  # one picture for many prompts
                 out[i] = out[i - 1]
                 continue
-            small = load_image(image, notes=notes, then=lambda picture: squeeze(picture, side))
+            small = load_image(image, notes=notes, then=lambda picture: resize_to_square(picture, side))
             levels = np.asarray(small).transpose(2, 0, 1)  # [3, R, R]
             for colour in range(3):
                 self.pixel_table[colour].take(levels[colour], out=out[i, colour], mode="clip")

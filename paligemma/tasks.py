@@ -363,10 +363,10 @@ class Annotator:
 
     def load_pictures(self, requests: Iterable[Request]) -> Iterator[Request]:
         """The requests with their pictures loaded. Pictures are resized at once, so that waiting requests use little memory."""
-        from paligemma.pictures.images import is_finished, load_image, squeeze
+        from paligemma.pictures.images import is_finished, load_image, resize_to_square
 
         def resized(original: "Image.Image") -> "tuple[Image.Image, tuple[int, int]]":
-            return squeeze(original, self.processor.image_size), original.size
+            return resize_to_square(original, self.processor.image_size), original.size
 
         source, loaded = object(), (None, None)  # of the last request whose picture had to be loaded
         for request in requests:

@@ -20,7 +20,7 @@ from paligemma import generation, tasks
 from paligemma.checkpoints import weights
 from paligemma.errors import DeviceError, GenerationError, ImageError, PromptError, UsageError
 from paligemma.generation import Answer
-from paligemma.pictures import images
+from paligemma.pictures import sources
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tasks import Annotator, Request
 
@@ -441,8 +441,8 @@ def test_what_is_no_picture_is_that_requests_error(run):
 
 def test_a_name_that_is_asked_about_twice_is_read_once(run, monkeypatch, tmp_path):
     SHAPES.save(tmp_path / "a.png")
-    read, names = images.read_file, []
-    monkeypatch.setattr(images, "read_file", lambda path: names.append(path) or read(path))
+    read, names = sources.read_file, []
+    monkeypatch.setattr(sources, "read_file", lambda path: names.append(path) or read(path))
     place = str(tmp_path / "a.png")
     run([Request(picture="".join(place), task="detect", text=text) for text in ("cross", "ring")])
     assert names == [place]

@@ -32,7 +32,9 @@ from paligemma.errors import DatasetError, PaliGemmaError, PromptError, counted
 from paligemma.learning.augmentation import zoom
 from paligemma.objects.outputs import CUT_BOX, CUT_MASK, LONG_MASK, NO_AREA, SWAPPED, parse_text
 from paligemma.pictures.folders import one_picture
-from paligemma.pictures.images import NEARLY_BLACK, load_image, read_file, squeeze
+from paligemma.pictures.images import load_image, resize_to_square
+from paligemma.pictures.rgb import NEARLY_BLACK
+from paligemma.pictures.sources import read_file
 from paligemma.vocabulary import LOCATION_OR_CODE
 
 if TYPE_CHECKING:
@@ -502,5 +504,5 @@ class Examples:
         """What the processor makes of some of them, labels included."""
         side, rows = self.processor.image_size, (self[place] for place in places)
         # Squeezed one by one: a batch of large photos would take gigabytes.
-        pictures, prefixes, suffixes = zip(*((squeeze(picture, side), *texts) for picture, *texts in rows), strict=True)
+        pictures, prefixes, suffixes = zip(*((resize_to_square(picture, side), *texts) for picture, *texts in rows), strict=True)
         return self.processor(list(pictures), list(prefixes), list(suffixes), notes=[])

@@ -130,7 +130,7 @@ def check_words(words: Iterable[str]) -> None:
         if is_address(word) or os.path.lexists(place):
             continue
         if not glob.has_magic(word):
-            from paligemma.pictures.images import explain_missing
+            from paligemma.pictures.sources import explain_missing
 
             raise ImageError(explain_missing(Path(place)), path=word)
         if next(matches(place), None) is None:
@@ -256,7 +256,8 @@ def load(place: str | bytes, side: int, keeps_original: bool = False, is_typed: 
         is_typed: whether a user typed the place, see load_image.
         options: of load_image.
     """
-    from paligemma.pictures.images import load_image, read_bytes, squeeze
+    from paligemma.pictures.images import load_image, resize_to_square
+    from paligemma.pictures.sources import read_bytes
 
     notes: list[str] = []
     try:
@@ -265,9 +266,8 @@ def load(place: str | bytes, side: int, keeps_original: bool = False, is_typed: 
             source = place
             if keeps_original and isinstance(place, str) and is_address(place):  # not to be fetched twice
                 source = {"bytes": read_bytes(place, is_typed)[0], "path": place}
-            small, size = load_image(
-                source, is_typed=is_typed, notes=notes, then=lambda picture: (squeeze(picture, side), picture.size), **options
-            )
+            resize = lambda picture: (resize_to_square(picture, side), picture.size)  # noqa: E731
+            small, size = load_image(source, is_typed=is_typed, notes=notes, then=resize, **options)
             if isinstance(place, str) and version_of(place) != before:
                 raise ImageError(f"{place} changed while it was read. Ask again with --retry_failed.", path=place)
     except PaliGemmaError as error:

@@ -160,7 +160,7 @@ def is_further_picture(word: str, task: str) -> bool:
 
 def holds_picture(file: str) -> bool:
     """Whether a file begins like a picture."""
-    from paligemma.pictures.images import sniff
+    from paligemma.pictures.decoding import sniff
 
     with suppress(PaliGemmaError, OSError):
         if files.is_file(files.expand(file)):

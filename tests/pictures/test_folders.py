@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from paligemma.errors import DatasetError, ImageError
-from paligemma.pictures import folders, images
+from paligemma.pictures import decoding, folders, images, sources
 
 NAMES = ["a.jpg", "b/a.jpg", "b/c/x.PNG", "b/two words.webp", "z.tif"]
 
@@ -177,7 +177,7 @@ def test_a_picture_comes_squeezed_with_its_size(tmp_path):
 
 def test_what_was_converted_is_noted(tmp_path):
     Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "a.png")
-    assert "transparent pixels are laid on white" in folders.load(str(tmp_path / "a.png"), 14).notes[0]
+    assert "transparent pixels show the background, white" in folders.load(str(tmp_path / "a.png"), 14).notes[0]
 
 
 def test_a_file_that_goes_or_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch):
@@ -204,7 +204,7 @@ def test_a_picture_from_an_address_is_fetched_once_and_its_size_in_memory_is_tha
         asked.append((address, may_be_private))
         return (tmp_path / "a.png").read_bytes(), "image/png"
 
-    monkeypatch.setattr(images, "fetch", answer)
+    monkeypatch.setattr(sources, "fetch", answer)
     loaded = folders.load("http://x.org/a.png", 14, keeps_original=True, is_typed=False)
     assert loaded.original().size == (40, 30) and asked == [("http://x.org/a.png", False)]
     assert "http://x.org/a.png" in str(folders.load("http://x.org/a.png", 14, keeps_original=True, max_pixels=10).picture)
@@ -215,7 +215,7 @@ def test_whatever_happens_while_one_picture_is_read_is_its_error(monkeypatch, er
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(images, "sniff", fail)
+    monkeypatch.setattr(decoding, "sniff", fail)
     found = folders.load("photos/a.jpg", 14).picture
     assert isinstance(found, ImageError) and type(error).__name__ in found.message and "\n" not in found.message
 

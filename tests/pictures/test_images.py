@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import types
+import warnings
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
 from paligemma.errors import AccessError, ImageError, PaliGemmaError, UsageError
-from paligemma.pictures import images
+from paligemma.pictures import decoding, images, rgb, sources
 from paligemma.pictures.images import load_image
 
 COLOURS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], dtype=np.uint8)
@@ -182,7 +183,7 @@ def test_transparency_is_laid_on_white_or_another_colour_or_dropped():
     data = saved(Image.fromarray(values), "PNG")
     notes = []
     assert pixels(load_image(data, notes=notes)) == [(255, 255, 255), (255, 0, 0), (127, 127, 127)]
-    assert "laid on white" in notes[0]
+    assert "show the background, white" in notes[0]
     assert pixels(load_image(data, background="#0000ff")) == [(0, 0, 255), (255, 0, 0), (0, 0, 127)]
     assert pixels(load_image(data, background="drop")) == [(255, 0, 0), (255, 0, 0), (0, 0, 0)]
 
@@ -401,7 +402,7 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
 
 def test_an_enormous_file_is_refused_unread(tmp_path):
     with open(tmp_path / "a.png", "wb") as file:
-        file.truncate(images.MAX_FILE_BYTES + 1)
+        file.truncate(sources.MAX_FILE_BYTES + 1)
     assert "256 is the limit" in refusal(tmp_path / "a.png")
 
 
@@ -451,13 +452,13 @@ def test_a_broken_data_uri_is_refused_without_repeating_it():
 
 
 def test_a_huge_data_uri_is_refused_before_it_is_decoded(monkeypatch):
-    monkeypatch.setattr(images.base64, "b64decode", pytest.fail)
+    monkeypatch.setattr(sources.base64, "b64decode", pytest.fail)
     assert "more than 32 MB" in refusal("data:image/png;base64," + "A" * 100_000_000)
 
 
 def test_an_address_that_gives_no_picture_is_a_matter_of_access(monkeypatch):
     def answer(data: bytes, kind: str) -> None:
-        monkeypatch.setattr(images, "fetch", lambda _, may_be_private: (data, kind) if may_be_private else None)
+        monkeypatch.setattr(sources, "fetch", lambda _, may_be_private: (data, kind) if may_be_private else None)
 
     address = "https://example.org/a.png"
     answer(saved(blocks(), "PNG"), "text/html")
@@ -562,7 +563,7 @@ def test_pillows_warnings_stay_out_of_sight(recwarn):
 
 
 @settings(max_examples=150)
-@given(st.binary(max_size=300), st.sampled_from([b"", *images.READ, HEIC[:16], b"RIFF\xff\0\0\0WEBPVP8 "]))
+@given(st.binary(max_size=300), st.sampled_from([b"", *decoding.FORMATS, HEIC[:16], b"RIFF\xff\0\0\0WEBPVP8 "]))
 def test_random_bytes_raise_nothing_but_our_errors(data, start):
     try:
         assert load_image(start + data, max_pixels=10_000).mode == "RGB"
@@ -615,7 +616,7 @@ def test_a_large_picture_is_decoded_alone_and_small_ones_together(monkeypatch, t
     load_image(png(4000, 100, bits=8))
     assert taken == [0, images.BYTES_PER_PIXEL * 400_000]
     taken.clear()
-    monkeypatch.setattr(images, "LARGE_FILE", 10)
+    monkeypatch.setattr(images, "LARGE_FILE_BYTES", 10)
     (tmp_path / "a.png").write_bytes(saved(picture(), "PNG"))
     load_image(tmp_path / "a.png")
     assert taken == [images.MEMORY_BYTES, 0]  # all of it before the file is read
@@ -637,7 +638,7 @@ def test_a_picture_converted_in_bands_is_the_picture_converted_whole(mode, monke
     image.info["transparency"] = {"P": 3, "I;16": 400, "RGB": (1, 2, 3)}.get(mode)
     image.info = {name: value for name, value in image.info.items() if value is not None}
     whole = np.asarray(load_image(image))
-    monkeypatch.setattr(images, "BAND_PIXELS", 90)
+    monkeypatch.setattr(rgb, "BAND_PIXELS", 90)
     notes = []
     assert np.array_equal(np.asarray(load_image(image, notes=notes)), whole)
     assert len(notes) == len(set(notes))
@@ -655,15 +656,15 @@ MANY_PAGES = tiff_pages(250_000)
 
 
 def test_the_pages_of_a_tiff_are_counted_in_one_walk_with_an_end():
-    assert images.count_pages(tiff_pages(1)) == (1, True)
-    assert images.count_pages(tiff_pages(500)) == (500, True)
-    assert images.count_pages(tiff_pages(500, last=8)) == (500, True)  # a circle
-    assert images.count_pages(tiff_pages(500, last=1 << 30)) == (500, True)  # beyond the end of the file
-    count, is_all = images.count_pages(MANY_PAGES)
+    assert decoding.count_pages(tiff_pages(1)) == (1, True)
+    assert decoding.count_pages(tiff_pages(500)) == (500, True)
+    assert decoding.count_pages(tiff_pages(500, last=8)) == (500, True)  # a circle
+    assert decoding.count_pages(tiff_pages(500, last=1 << 30)) == (500, True)  # beyond the end of the file
+    count, is_all = decoding.count_pages(MANY_PAGES)
     assert count < 30_000 and not is_all
     big = io.BytesIO()
     picture().save(big, "TIFF", big_tiff=True, save_all=True, append_images=[picture()] * 2)
-    assert images.count_pages(big.getvalue()) == (3, True)
+    assert decoding.count_pages(big.getvalue()) == (3, True)
 
 
 def test_only_the_page_that_is_wanted_is_looked_at(monkeypatch):
@@ -682,11 +683,11 @@ def test_only_the_page_that_is_wanted_is_looked_at(monkeypatch):
 def test_the_frames_of_a_gif_are_counted_without_decoding(monkeypatch):
     frames = [Image.new("RGB", (20, 20), (number, 0, 0)) for number in range(5)]
     data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:], comment=b"," * 700)
-    assert images.count_frames(data) == (5, True)
-    assert images.count_frames(data[:-20])[0] in (4, 5)
-    assert images.count_frames(saved(frames[0], "GIF")) == (1, True)
-    monkeypatch.setattr(images, "MOST_STEPS", 10)
-    assert images.count_frames(data)[1] is False
+    assert decoding.count_frames(data) == (5, True)
+    assert decoding.count_frames(data[:-20])[0] in (4, 5)
+    assert decoding.count_frames(saved(frames[0], "GIF")) == (1, True)
+    monkeypatch.setattr(decoding, "MAX_STEPS", 10)
+    assert decoding.count_frames(data)[1] is False
 
 
 def test_a_frame_behind_too_many_large_ones_is_refused(monkeypatch):
@@ -695,7 +696,7 @@ def test_a_frame_behind_too_many_large_ones_is_refused(monkeypatch):
         data = saved(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
         assert load_image(data, frame=11).size == (40, 30)
         with monkeypatch.context() as patch:
-            patch.setattr(images, "MOST_FRAME_PIXELS", 11 * 40 * 30 - 1)
+            patch.setattr(decoding, "MAX_FRAME_PIXELS", 11 * 40 * 30 - 1)
             assert "11 large frames must be decoded" in refusal(data, frame=11)
             assert load_image(data, frame=10).size == (40, 30)
         assert "not among them" in refusal(data, frame=10**9)
@@ -706,7 +707,7 @@ def test_a_jpeg_of_many_scans_is_refused(monkeypatch):
     scan = data[data.rindex(b"\xff\xda") : -2]
     many = data[:-2] + scan * 40 + data[-2:]
     assert corners(load_image(many)) == ["red", "green", "blue", "white"]
-    monkeypatch.setattr(images, "MOST_FRAME_PIXELS", 32 * 32 * 30)
+    monkeypatch.setattr(decoding, "MAX_FRAME_PIXELS", 32 * 32 * 30)
     assert corners(load_image(data)) == ["red", "green", "blue", "white"]
     assert "scans" in refusal(many)
 
@@ -725,7 +726,7 @@ def test_forms_that_are_slow_to_read_are_refused_when_they_are_large(monkeypatch
     assert pixels(load_image(plain)) == pixels(load_image(odd)) == [(255, 0, 0), (0, 0, 255)]
     assert "slow to read" in refusal(plain + b"#\n" * 2000)
     assert "not a readable image" in refusal(b"P6 #" + b"x" * 100_000 + b"\n2 1 255 " + bytes(6))
-    monkeypatch.setattr(images, "MOST_SLOW_BYTES", 16)
+    monkeypatch.setattr(decoding, "MAX_SLOW_BYTES", 16)
     for data in (plain, odd):
         assert "slow to read" in refusal(data)
     raw = b"P6 2 1 255 " + bytes([255, 0, 0, 0, 0, 255])
@@ -742,7 +743,7 @@ def test_a_missing_name_beside_very_many_files_is_compared_with_few(tmp_path, mo
     import difflib
 
     names = [f"IMG_{number:05d}.jpg" for number in range(20_000)]
-    monkeypatch.setattr(images, "names_in", lambda _: names)
+    monkeypatch.setattr(sources, "names_in", lambda _: names)
     compared, close = [], difflib.get_close_matches
 
     def count(name: str, some: list, **more: object) -> list:
@@ -759,9 +760,20 @@ def test_sniffing_works_on_the_oldest_python():
     import ast
     from pathlib import Path
 
-    tree = ast.parse(Path(images.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(decoding.__file__).read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_bytes"]
     assert calls and all(len(call.args) == 2 for call in calls)
+
+
+def test_two_threads_that_silence_warnings_leave_the_filters_as_they_were():
+    """catch_warnings alone, entered and left in this order, leaves the filter of the second thread on."""
+    before, first, second = list(warnings.filters), decoding.NO_WARNINGS.on(), decoding.NO_WARNINGS.on()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert warnings.filters[0][0] == "ignore"  # the second thread is still inside
+    second.__exit__(None, None, None)
+    assert warnings.filters == before
 
 
 # --stretch
@@ -848,7 +860,7 @@ def test_a_path_may_begin_at_home_and_a_file_address_is_a_path(tmp_path, monkeyp
 
 def test_an_address_in_data_is_fetched_as_such(monkeypatch):
     asked = []
-    monkeypatch.setattr(images, "fetch", lambda _, may_be_private: asked.append(may_be_private) or (saved(blocks(), "PNG"), ""))
+    monkeypatch.setattr(sources, "fetch", lambda _, may_be_private: asked.append(may_be_private) or (saved(blocks(), "PNG"), ""))
     load_image("http://a/b.png")
     load_image("HTTP://a/b.png", is_typed=False)
     load_image({"path": "http://a/b.png"})

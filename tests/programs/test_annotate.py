@@ -31,7 +31,7 @@ from paligemma import tasks
 from paligemma.checkpoints import weights
 from paligemma.errors import ImageError, UsageError
 from paligemma.layers import lora
-from paligemma.pictures import folders
+from paligemma.pictures import decoding, folders
 from paligemma.pictures import images as images_module
 from paligemma.programs import annotate, commandline, job
 from paligemma.programs.annotate import Flags
@@ -173,7 +173,7 @@ def test_words_patterns_and_lists_go_together_and_nothing_is_asked_twice(run):
 def test_what_was_converted_stands_in_the_row(run):
     Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save("clear.png")
     run("clear.png")
-    assert written()["clear.png", "caption en"]["notes"] == ["clear.png: transparent pixels are laid on white."]
+    assert written()["clear.png", "caption en"]["notes"] == ["clear.png: transparent pixels show the background, white."]
 
 
 def test_questions_are_asked_as_they_stand(run):
@@ -689,14 +689,14 @@ def test_only_an_address_that_is_typed_may_be_inside_the_own_network(run, world,
 
 def test_an_unforeseen_error_in_one_picture_is_its_row(run, monkeypatch):
     """int.from_bytes in the sniffing of HEIC was a TypeError on Python 3.10, and ended the whole run."""
-    sniff = images_module.sniff
+    sniff = decoding.sniff
 
     def stumble(data):
         if len(data) == Path("photos/a/2.png").stat().st_size:
             raise TypeError("from_bytes() missing required argument")
         return sniff(data)
 
-    monkeypatch.setattr(images_module, "sniff", stumble)
+    monkeypatch.setattr(decoding, "sniff", stumble)
     assert run("photos", "--task=caption")[0] == 8
     errors = {image: row["error"]["message"] for (image, _), row in written().items() if "error" in row}
     assert list(errors) == ["photos/a/2.png"] and "TypeError" in errors["photos/a/2.png"]

@@ -1,0 +1,154 @@
+"""Reads the bytes of a picture: of a path, an http(s) or file address, a data: URI, an open file. Nothing is decoded here.
+
+Checked in tests/pictures/test_images.py.
+"""
+
+import base64
+import os
+import re
+import stat
+import urllib.parse
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from paligemma.errors import AccessError, ImageError, one_line
+from paligemma.files import expand_text, names_in, similar_names, split_file_address
+from paligemma.pictures.decoding import describe, sniff
+from paligemma.pictures.fetch import MAX_DOWNLOAD_BYTES, fetch
+
+MAX_FILE_BYTES = 256 << 20
+
+
+def shown(path: str | os.PathLike) -> str:
+    """A path for messages: one printable line."""
+    return one_line(os.fsdecode(path))
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+    """The bytes of a regular file. Raises: ImageError if it is none, or too large."""
+    name = shown(path)
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise ImageError(f"{name} is a folder. A picture is needed: name a file in it.", path=name)
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f"{name} is not a regular file. Pipe the picture in, or save it to a file first.", path=name)
+        if status.st_size > MAX_FILE_BYTES:
+            size, most = status.st_size >> 20, MAX_FILE_BYTES >> 20
+            raise ImageError(f"{name} has {size} MB, and {most} is the limit. Make the picture smaller.", path=name)
+        with open(path, "rb") as file:
+            return file.read(MAX_FILE_BYTES)
+    except FileNotFoundError as error:
+        raise ImageError(explain_missing(Path(os.fsdecode(path))), path=name) from error
+    except PermissionError as error:
+        raise ImageError(f"{name} may not be read by this user. Change its permissions.", path=name) from error
+    except (OSError, ValueError) as error:  # links form a loop, the name is too long, or it holds a NUL
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ImageError(f"{name} cannot be opened: {reason}. Name another file.", path=name) from error
+
+
+def explain_missing(path: Path) -> str:
+    """The message for a file that does not exist, with similar names in its folder."""
+    name = shown(path)
+    try:
+        if path.is_symlink():
+            return f"{name} is a link to a file that does not exist. Correct the link."
+        if not os.path.isdir(path.parent):
+            return f"{name} does not exist, nor does the folder {shown(path.parent)}. Check the path."
+    except (OSError, ValueError):  # the name is too long, or a folder may not be searched
+        return f"{name} does not exist. Check the path."
+    close = similar_names(path.name, names_in(path.parent))
+    return f"{name} does not exist. " + (f"Did you mean {' or '.join(map(shown, close))}?" if close else "Check the path.")
+
+
+def read_data_uri(uri: str) -> bytes:
+    """The bytes in a data: URI. Raises: ImageError, whose message never contains the data."""
+    head, comma, body = uri.partition(",")
+    if not comma:
+        raise ImageError("a data: URI has no comma. It is written data:image/png;base64,iVBOR...", path="data:")
+    if not body.isascii():
+        raise ImageError("a data: URI holds characters beyond ASCII. Encode the file again, in base64.", path="data:")
+    if len(body) > MAX_DOWNLOAD_BYTES * 4 // 3 + 4:
+        raise ImageError(f"a data: URI holds more than {MAX_DOWNLOAD_BYTES >> 20} MB. Save it to a file.", path="data:")
+    data = urllib.parse.unquote_to_bytes(body)
+    if not head.lower().endswith(";base64"):
+        return data
+    data = bytes(data.translate(None, b" \t\r\n"))
+    try:
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except ValueError as error:
+        raise ImageError(f"a data: URI is not valid base64: {error}. Encode the file again.", path="data:") from error
+
+
+def read_object(source: IO[bytes], name: str) -> bytes:
+    """The bytes of an open file, from its beginning if the file can seek. Raises: ImageError."""
+    try:
+        with suppress(OSError, AttributeError):  # a pipe or an HTTP response cannot seek
+            source.seek(0)
+        parts, left = [], MAX_FILE_BYTES + 1
+        while left > 0 and (part := source.read(left)) != b"":  # a pipe returns only what has arrived so far
+            if not isinstance(part, bytes):
+                raise ImageError(f'{name} gives {type(part).__name__}, not bytes. Open the file with mode "rb".', path=name)
+            parts.append(part)
+            left -= len(part)
+    except (OSError, ValueError, TypeError) as error:  # ValueError: the file is closed; TypeError: read() takes no number
+        raise ImageError(f"{name} cannot be read: {one_line(error).rstrip('.')}. Open it again.", path=name) from error
+    if left <= 0:
+        raise ImageError(f"{name} has over {MAX_FILE_BYTES >> 20} MB, which is the limit. Make the picture smaller.", path=name)
+    return b"".join(parts)
+
+
+def read_address(source: str, name: str, is_typed: bool) -> bytes:
+    """The bytes at an http(s) address. Raises: AccessError, also if the response is not a picture."""
+    data, kind = fetch(source, may_be_private=is_typed)
+    if sniff(data) is None and not kind.startswith("image/"):
+        raise AccessError(f"{name} answered 200 OK with {one_line(kind) or 'no type'}: {describe(data)}.", path=name)
+    return data
+
+
+def local_path(address: str, name: str) -> str:
+    """The path in a file:// address. Raises: ImageError if the address names another machine."""
+    host, path = split_file_address(address)
+    if host:
+        raise ImageError(f"{name} names the machine {one_line(host)}. Write file:///, then the path.", path=name)
+    return str(path)
+
+
+def as_path(source: str, is_typed: bool) -> str:
+    """The path, with ~ expanded if a user typed it and no file has this very name."""
+    try:
+        return expand_text(source) if is_typed and source.startswith("~") and not os.path.lexists(source) else source
+    except ValueError:  # the path holds a NUL
+        return source
+
+
+def read_bytes(source: object, is_typed: bool) -> tuple[bytes, str]:
+    """The bytes of a picture file, and a name for it in messages.
+
+    Args:
+        source, is_typed: as in images.load_image.
+    Raises: ImageError, AccessError.
+    """
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source), "the picture"
+    if not isinstance(source, str | os.PathLike):
+        name = f"the {type(source).__name__}"
+        return read_object(source, name), name
+    if not isinstance(source, str):
+        path = os.fspath(source)
+        return read_file(as_path(path, is_typed) if isinstance(path, str) else path), shown(source)
+    if source[:5].lower() == "data:":
+        return read_data_uri(source), "data:"
+    name = shown(source)
+    scheme = re.match("([A-Za-z][A-Za-z0-9+.-]+)://", source)
+    if not scheme:  # a single letter before :// is a drive of Windows, and matches neither
+        return read_file(as_path(source, is_typed)), name
+    kind = scheme[1].lower()
+    if kind in ("http", "https"):
+        return read_address(source, name, is_typed), name
+    if kind != "file":
+        raise ImageError(f"{name} begins with {kind}:. Give a path, or an address with http(s).", path=name)
+    if not is_typed:
+        raise ImageError(f"{name} comes from a data file, where file: is not allowed. Write the path instead.", path=name)
+    return read_file(local_path(source, name)), name
