@@ -568,7 +568,7 @@ def generate_steps(
     """Like generate, but each step has the log-probabilities of its tokens and tells which rows are finished.
 
     Args:
-        locations: the ids of the bins of a coordinate in order (processor.locations). If given, Step.moments is computed.
+        locations: the ids of the bins of a coordinate in order (processor.location_ids). If given, Step.moments is computed.
     """
     rows = split_rows(inputs, model.config)
     batch = RunningBatch(model, len(rows), max_new_tokens, sampling, eos_token_id, locations, suppress_tokens)

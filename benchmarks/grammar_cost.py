@@ -152,7 +152,7 @@ def main(options: argparse.Namespace) -> None:
         inputs = processor(load_image(options.picture), QUESTION)
         inputs["image_features"] = model.encode_images(inputs.pop("pixel_values").to(device))
         print(f"\na checkpoint, whole\n{heading}")
-        demo = compare(model, inputs, 128, processor.locations, held, options)
+        demo = compare(model, inputs, 128, processor.location_ids, held, options)
     floor = turns.Floors(options.device).reading(DECODER_BYTES) * 1e6
     print(f"\na step of PaliGemma 3B in bfloat16 takes at least {floor:.4g} us")
     turns.finish(options, {"tokens": len(answer), "rows": results, "demo": demo, "floor_3b_us": float(f"{floor:.4g}")})

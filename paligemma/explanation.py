@@ -32,7 +32,8 @@ from paligemma.errors import PromptError
 from paligemma.generation import only_row
 from paligemma.modeling_gemma import rotate
 from paligemma.objects.outputs import NormalizedBox, group_objects, split_ids
-from paligemma.processing_paligemma import SPACE, PaliGemmaProcessor
+from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.tokenization import SPACE
 from paligemma.vocabulary import LOCATIONS_PER_BOX
 
 NUM_ALTERNATIVES = 5  # alternatives listed per token

@@ -405,7 +405,7 @@ class Annotator:
             max_new_tokens=self.max_new_tokens,
             sampling=sampling,
             suppress_tokens=self.processor.unused_ids(self.model.config.text_config.vocab_size),
-            locations=self.processor.locations,
+            locations=self.processor.location_ids,
         ):
             (index, request), _ = running[answer.index]
             result = self.to_result(request, answer)

@@ -311,7 +311,7 @@ def test_an_object_is_one_word_with_its_box(processor):
     _, (text, places, box), _ = explanation.split_words(ids, processor)
     assert (text, box) == ("cat", NormalizedBox(100 / 1023, 0, 1, 511 / 1023))
     assert processor.decode(ids[places.start : places.stop]).endswith("<seg001> cat")
-    assert ids[places.start] == processor.locations.start
+    assert ids[places.start] == processor.location_ids.start
 
 
 # What is refused, and what has no gradient

@@ -21,7 +21,7 @@ TO_BE_READ = [*MODELING, "generation"]  # the files that a learner reads from to
 # From the ground up: a module imports from its own floor and those below.
 FLOORS = [
     {*MODELING, "configuration", "errors", "files", "vocabulary"},
-    {"machine", "roofline", "svg", "pictures", "layers"},
+    {"machine", "roofline", "svg", "tokenization", "pictures", "layers"},
     {"objects"},
     {"checkpoints"},
     {"processing_paligemma", "generation"},
@@ -33,7 +33,6 @@ FLOORS = [
 ]
 UPWARD = {  # not yet as it should be
     ("layers.lora", "checkpoints.safetensors_files"), ("objects.mask_codec", "checkpoints.safetensors_files"),
-    ("objects.grammar", "processing_paligemma"),
     ("pictures.folders", "programs.options"), ("learning.run_folder", "programs.commandline"),
 }  # fmt: skip
 

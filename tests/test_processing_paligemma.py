@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from paligemma import files
+from paligemma import files, processing_paligemma
+from paligemma.checkpoints.processor_files import read_tokenizer
 from paligemma.errors import CheckpointError, ImageError, OutputError, PromptError, TokenizerError
-from paligemma.processing_paligemma import PaliGemmaProcessor, read_tokenizer
+from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.vocabulary import CODE_TOKENS, LOCATION_TOKENS
 from tests.tiny_tokenizer import tokenizer_json, write_json, write_processor, write_tokenizer
 
@@ -316,6 +317,68 @@ def test_generators_arrays_and_open_files_stand_for_their_pictures(processor):
     assert "pixel_values" not in processor(iter([]), "a")
 
 
+def test_arguments_may_come_by_the_names_of_transformers_in_any_order(processor):
+    expected = processor(picture(), "caption en", "a cat")
+    assert_equal(processor(images=picture(), text="caption en", suffix="a cat"), expected)
+    assert_equal(processor(suffix="a cat", text="caption en", images=picture()), expected)
+    assert_equal(processor(text=["caption en"], images=[picture()], suffix=["a cat"]), expected)
+
+
+@pytest.mark.parametrize("options", [{"return_tensors": "pt"}, {"padding": True}, {"return_tensors": "pt", "padding": "longest"}])
+def test_options_of_transformers_that_change_nothing_are_taken(processor, options):
+    assert_equal(processor(text="caption en", images=picture(), **options), processor(picture(), "caption en"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"return_tensors": "np"}, {"padding": False}, {"padding": 1}, {"padding": "max_length"}, {"padding": np.ones(2)},
+        {"max_length": 12}, {"prompts": "caption en"}, {"padding": True, "truncation": True}, {"return_tensors": None},
+    ],
+)  # fmt: skip
+def test_other_options_are_a_type_error_that_names_our_spelling(processor, options):
+    with pytest.raises(TypeError, match=re.escape("processor(pictures, prompts, suffixes)")) as caught:
+        processor(picture(), "caption en", **options)
+    assert list(options)[-1] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_text_before_pictures_is_a_type_error_that_names_our_spelling(processor):
+    path = ROOT / "examples" / "cat.png"
+    array = np.array(picture())
+    for image in (picture(), path, path.read_bytes(), io.BytesIO(path.read_bytes()), array, torch.from_numpy(array), [picture()]):
+        for text in ("caption en", ["caption en"]):
+            with pytest.raises(TypeError, match=re.escape("processor(pictures, prompts, suffixes)")):
+                processor(text, image)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_one_image_token_per_picture_at_the_beginning_is_allowed_as_in_transformers(processor, reference, count):
+    pictures = [[picture(seed=number) for number in range(count)]]
+    plain, notes = processor(pictures, ["caption en"]), []
+    ours = processor(pictures, ["<image>" * count + "caption en"], notes=notes)
+    assert_equal(ours, plain)
+    assert notes == []
+    if count:
+        theirs = reference(text=["<image>" * count + "caption en"], images=pictures, return_tensors="pt")
+        assert_equal(processor(text=["<image>" * count + "caption en"], images=pictures, return_tensors="pt"), theirs)
+
+
+@pytest.mark.parametrize("prompt", ["<image><image>caption en", "caption <image>en", "caption en<image>"])
+def test_any_other_image_token_stays_letters(processor, prompt):
+    notes = []
+    batch = processor(picture(), prompt, notes=notes)
+    assert (batch["input_ids"] == processor.image_token_id).sum() == PATCHES and "<image>" in notes[0]
+    assert processor.decode(batch["input_ids"][0]) == prompt + "\n"
+
+
+def test_a_loaded_picture_is_not_loaded_again(processor, monkeypatch):
+    loaded = processing_paligemma.load_image(ROOT / "examples" / "cat.png")
+    expected = processor.pixels([ROOT / "examples" / "cat.png"])
+    monkeypatch.setattr(processing_paligemma, "load_image", None)
+    assert torch.equal(processor.pixels([loaded]), expected)
+    assert torch.equal(processor(loaded, "caption en")["pixel_values"], expected)
+
+
 def test_notes_are_logged_if_nobody_collects_them(processor, caplog):
     processor(None, "<image> a")
     assert "<image> in the text is taken as letters" in caplog.text
@@ -596,7 +659,7 @@ def test_another_models_tokenizer_is_refused_by_its_structure(tmp_path):
     for token in tokenizer["added_tokens"]:
         token["id"] = vocab.get(token["content"], token["id"])
     write_json(tmp_path, "tokenizer.json", tokenizer)
-    assert "<loc> tokens do not lie one after the other" in refusal(tmp_path)
+    assert "the ids of the <loc> tokens are not consecutive" in refusal(tmp_path)
     llama = tokenizer_json()
     llama["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, llama["normalizer"]]}
     write_json(tmp_path, "tokenizer.json", llama)

@@ -295,7 +295,7 @@ def test_errors_of_requests_survive_a_shortage_of_memory_before_the_next_answer(
 
 
 NO_MODEL = SimpleNamespace(config=SimpleNamespace(text_config=SimpleNamespace(vocab_size=9)))
-NO_PROCESSOR = SimpleNamespace(image_size=14, locations=None, unused_ids=lambda _: [])
+NO_PROCESSOR = SimpleNamespace(image_size=14, location_ids=None, unused_ids=lambda _: [])
 
 
 class Scripted:

@@ -1,22 +1,22 @@
-"""What an answer of boxes may look like, token by token: an answer that is held to it cannot be malformed. Takes a processor.
+"""The grammar of answers that list objects. An answer that is constrained by it is always well-formed.
 
-    answer := (item separator)* item eos  |  eos            item := location{4} code{16}? label      (codes: only for masks)
+    answer := (object separator)* object eos | eos        object := location{4} code{16}? label        (codes: for masks only)
 
-The four locations are y_min, x_min, y_max, x_max: the third is never below the first, nor the fourth below the second. A label is
-one of those asked for. No label gets the same four locations twice. An object is begun only if the longest of the labels, and the
-eos behind it, would still fit, so that an answer always ends with eos, however few tokens it may have; were only the short
-labels left for want of room, the grammar would put a wrong word into the model's mouth.
+The four locations are y_min, x_min, y_max, x_max: y_max is never below y_min, x_max never below x_min. A label is one of the
+labels that were asked for, and no label gets the same four locations twice. A further object may begin only if it still fits
+with the longest label and the eos after it. Every answer therefore ends with eos, however small its limit of tokens. If only
+short labels still fitted near the limit, the grammar would force one of them on the model, and that label could be wrong.
 
-Tokenizers merge letters across word ends, so " cat" and " ; " side by side need not be the ids of " cat ; ". A model saw its
-training answers tokenised as a whole; therefore a label is here the ids of the text from one location to the next (`followed`)
-or to the end (`last`), and what is allowed next is read off all of those that begin with what was said.
+Tokenizers merge characters across word boundaries, so the ids of " cat" followed by those of " ; " can differ from the ids of
+" cat ; ". The training answers were tokenised as a whole. Therefore each label is tokenised here with all the text after it: up
+to the next location (`followed`) or up to the end of the answer (`last`). The tokens allowed next are the next ids of all
+labels whose first ids equal those generated so far.
 
-`Grammar` belongs to a question and is shared; `ConstraintState` is how far one answer has come. generation.py asks it for
-the ids allowed (`allowed_tokens`) and tells it which was chosen (`advance`); neither ever looks at the whole vocabulary.
-Checked in tests/objects/test_grammar.py.
+A `Grammar` belongs to a question and is shared by its answers; a `ConstraintState` belongs to one answer. generation.py asks it
+for the allowed ids (`allowed_tokens`) and reports the chosen one (`advance`). Neither works on the whole vocabulary.
+Checked in tests/objects/test_grammar.py. Shapes: A candidates for the next token.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,20 +27,20 @@ import torch
 from torch import Tensor
 
 from paligemma.errors import GenerationError, PromptError
+from paligemma.objects.outputs import END_OF_OBJECT
 from paligemma.vocabulary import CODES_PER_MASK, LOCATIONS_PER_BOX
 
 if TYPE_CHECKING:
-    from paligemma.processing_paligemma import PaliGemmaProcessor
+    from paligemma.tokenization import PromptTokenizer
 
-MAX_OBJECTS = 100  # of an answer: what COCO's evaluation looks at
+MAX_OBJECTS = 100  # per answer; COCO's evaluation counts no more
 SEPARATOR = " ; "
-NOT_IN_A_LABEL = re.compile("[;\n]")  # what ends an object for whoever reads the answer
 
 
 @dataclass(frozen=True)
 class Ending:
-    """One way in which an object can end: a label's number, and the ids from behind the box (and its codes) to the next object,
-    or to the end of the answer, eos included."""
+    """One way in which an object can end: the number of a label, and all ids after the box (and its mask codes) up to the next
+    object or, for the last object, to the end of the answer including eos."""
 
     label: int
     ids: tuple[int, ...]
@@ -49,19 +49,19 @@ class Ending:
 
 @dataclass(frozen=True)
 class Grammar:
-    """What answers to one question may look like.
+    """The answers that one question allows.
 
     Args:
-        locations: the ids of <loc0000> to <loc1023>.
-        segments: the ids of <seg000> to <seg127>.
+        location_ids: the ids of <loc0000> to <loc1023>.
+        code_ids: the ids of <seg000> to <seg127>.
         eos: the id that ends an answer.
-        endings: for each label two, the last and the followed one.
-        num_codes: of each object; 0 = boxes only.
-        max_objects: the most in one answer.
+        endings: two per label, one for the last object of an answer and one for an object that another one follows.
+        num_codes: mask codes per object; 0 = boxes only.
+        max_objects: the maximum number of objects per answer.
     """
 
-    locations: range
-    segments: range
+    location_ids: range
+    code_ids: range
     eos: int
     endings: tuple[Ending, ...]
     num_codes: int = 0
@@ -70,34 +70,34 @@ class Grammar:
     @classmethod
     def for_objects(
         cls,
-        processor: "PaliGemmaProcessor",
+        processor: "PromptTokenizer",
         labels: Sequence[str],
         with_masks: bool = False,
         max_objects: int = MAX_OBJECTS,
     ) -> "Grammar":
         """The grammar of answers to "detect a ; b" (or "segment a ; b") for the labels ["a", "b"].
 
-        The label "" is an object without one, as refcoco checkpoints answer.
-        Raises: PromptError for no label at all, and for one that nobody could read out of an answer again; GenerationError with
+        The label "" allows objects without a label, which refcoco checkpoints generate.
+        Raises: PromptError if there is no label, or if outputs.py could not parse one out of an answer; GenerationError with
             exit code 2 for a max_objects below 1.
         """
         if not (type(max_objects) is int and max_objects > 0):
             raise GenerationError(f"max_objects is {max_objects!r}; a whole number from 1 up is needed.", code=2)
         if isinstance(labels, str) or not labels:
             raise PromptError(f"the labels are {labels!r}. A list with at least one is needed.")
-        places = {*processor.locations, *processor.segments}
-        spellings = {}  # two texts may have the same ids: one label then
+        special_ids = {*processor.location_ids, *processor.code_ids}
+        spellings = {}  # texts with the same ids are the same label
         for label in (label.strip() for label in labels):
             text = f" {label}" if label else ""
             last, followed = (tuple(processor.encode(spelled)) for spelled in (text, text + SEPARATOR))
-            if NOT_IN_A_LABEL.search(label) or not places.isdisjoint(last):
+            if END_OF_OBJECT.search(label) or not special_ids.isdisjoint(last):
                 raise PromptError(f"the label {label!r} holds a separator or a location. Use words without ; and <loc>.")
             spellings[followed] = (*last, processor.eos_token_id)
         endings = []
         for number, (followed, last) in enumerate(spellings.items()):
             endings += [Ending(number, last, True), Ending(number, followed, False)]
         num_codes = CODES_PER_MASK if with_masks else 0
-        return cls(processor.locations, processor.segments, processor.eos_token_id, tuple(endings), num_codes, max_objects)
+        return cls(processor.location_ids, processor.code_ids, processor.eos_token_id, tuple(endings), num_codes, max_objects)
 
     @cached_property
     def num_labels(self) -> int:
@@ -105,115 +105,119 @@ class Grammar:
 
     @cached_property
     def object_length(self) -> int:
-        """Tokens of the longest object that ends an answer, eos included."""
+        """The number of tokens of the longest object that can end an answer, including eos."""
         return LOCATIONS_PER_BOX + self.num_codes + max(len(ending.ids) for ending in self.endings if ending.is_last)
 
     @cached_property
-    def location_ids(self) -> Tensor:
-        return torch.arange(self.locations.start, self.locations.stop)
+    def location_tensor(self) -> Tensor:
+        return torch.arange(self.location_ids.start, self.location_ids.stop)
 
     @cached_property
-    def segment_ids(self) -> Tensor:
-        return torch.arange(self.segments.start, self.segments.stop)
+    def code_tensor(self) -> Tensor:
+        return torch.arange(self.code_ids.start, self.code_ids.stop)
 
     def start(self, limit: int) -> "ConstraintState":
-        """The beginning of an answer of at most `limit` tokens."""
+        """The state before the first token of an answer that may have at most `limit` tokens."""
         return ConstraintState(self, limit)
 
 
 class ConstraintState:
-    """Where one answer stands in its grammar.
+    """What one answer may continue with, given the tokens generated so far.
 
     Args:
-        limit: the most tokens of the answer.
+        limit: the maximum number of tokens of the answer.
     """
 
     def __init__(self, grammar: Grammar, limit: int):
         self.grammar = grammar
-        self.left = limit
+        self.tokens_left = limit
         self.is_over = limit < grammar.object_length
-        self.num_objects = 0  # begun
-        self.bins: list[int] = []  # of the object that is being said, as the next two
+        self.num_objects = 0  # objects with a complete box
+        # Of the current object: its locations so far, and the number of its mask codes and label tokens so far.
+        self.locations: list[int] = []
         self.num_codes = 0
-        self.num_words = 0
-        self.endings: list[Ending] = []  # those that begin with the words said
-        self.labels_at: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)  # a box's bins -> the labels it was given
-        self.taken: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)  # first bins -> the next that lead to no free box
+        self.num_label_tokens = 0
+        self.endings: list[Ending] = []  # those that begin with the label tokens generated so far
+        self.labels_of: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)  # locations of a box -> labels it already has
+        # Locations that begin a box -> next locations that lead only to boxes that already have all labels.
+        self.exhausted: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)
 
     def allowed_tokens(self) -> Tensor:
-        """The ids that may come next, at least one: int64[C] in main memory."""
+        """The ids that may come next, at least one: int64[A] on the CPU."""
         if self.is_over:
             return torch.tensor([self.grammar.eos])
-        if not self.bins:  # nothing was said: perhaps nothing will be found
+        if not self.locations:  # the first token of the answer: eos means that no object was found
             return torch.cat((torch.tensor([self.grammar.eos]), self.allowed_locations()))
-        if len(self.bins) < LOCATIONS_PER_BOX:
-            return self.allowed_locations(*self.bins)
+        if len(self.locations) < LOCATIONS_PER_BOX:
+            return self.allowed_locations(*self.locations)
         if self.num_codes < self.grammar.num_codes:
-            return self.grammar.segment_ids
-        words = {ending.ids[self.num_words] for ending in self.endings if len(ending.ids) > self.num_words}
-        ids = torch.tensor(sorted(words), dtype=torch.int64)
-        return torch.cat((ids, self.allowed_locations())) if self.finished() else ids
+            return self.grammar.code_tensor
+        next_ids = {ending.ids[self.num_label_tokens] for ending in self.endings if len(ending.ids) > self.num_label_tokens}
+        ids = torch.tensor(sorted(next_ids), dtype=torch.int64)
+        return torch.cat((ids, self.allowed_locations())) if self.complete_ending() else ids
 
-    def allowed_locations(self, *bins: int) -> Tensor:
-        """The ids of the bins that may follow the first of a box."""
-        low = self.lowest(bins)
-        ids = self.grammar.location_ids[low:]
-        taken = self.taken.get(bins)
-        if not taken:
+    def allowed_locations(self, *locations: int) -> Tensor:
+        """The ids of the locations that may come next in a box that begins with the given locations."""
+        lowest = self.lowest_location(locations)
+        ids = self.grammar.location_tensor[lowest:]
+        exhausted = self.exhausted.get(locations)
+        if not exhausted:
             return ids
-        is_free = torch.ones(len(ids), dtype=torch.bool)
-        is_free[torch.tensor(list(taken)) - low] = False
-        return ids[is_free]
+        is_allowed = torch.ones(len(ids), dtype=torch.bool)
+        is_allowed[torch.tensor(list(exhausted)) - lowest] = False
+        return ids[is_allowed]
 
-    def lowest(self, bins: tuple[int, ...]) -> int:
-        """The least bin that may come next: the third of a box is no smaller than the first, nor the fourth than the second."""
-        return bins[len(bins) - 2] if len(bins) >= 2 else 0
+    def lowest_location(self, locations: tuple[int, ...]) -> int:
+        """The lowest location that may come next: y_max is at least y_min, and x_max at least x_min."""
+        return locations[len(locations) - 2] if len(locations) >= 2 else 0
 
-    def finished(self) -> Ending | None:
-        """The ending that has been said in full, separator included, so that the next object may begin."""
-        return next((ending for ending in self.endings if len(ending.ids) == self.num_words), None)
+    def complete_ending(self) -> Ending | None:
+        """The ending that was generated completely, including the separator; then the next object may begin."""
+        return next((ending for ending in self.endings if len(ending.ids) == self.num_label_tokens), None)
 
     def advance(self, token: int) -> None:
-        """Takes one of the allowed ids as said."""
+        """Updates the state with the chosen token, which must be an allowed one."""
         grammar = self.grammar
-        self.left -= 1
+        self.tokens_left -= 1
         if token == grammar.eos:
             self.is_over = True
-        elif token in grammar.locations:
-            if len(self.bins) == LOCATIONS_PER_BOX:
-                self.close()
-            self.bins.append(token - grammar.locations.start)
-            if len(self.bins) == LOCATIONS_PER_BOX:
+        elif token in grammar.location_ids:
+            if len(self.locations) == LOCATIONS_PER_BOX:
+                self.finish_object()
+            self.locations.append(token - grammar.location_ids.start)
+            if len(self.locations) == LOCATIONS_PER_BOX:
                 self.num_objects += 1
                 self.endings = self.possible_endings()
-        elif token in grammar.segments:
+        elif token in grammar.code_ids:
             self.num_codes += 1
         else:
-            at = self.num_words
+            at = self.num_label_tokens
             self.endings = [ending for ending in self.endings if len(ending.ids) > at and ending.ids[at] == token]
-            self.num_words += 1
+            self.num_label_tokens += 1
 
     def possible_endings(self) -> list[Ending]:
-        """How the object can end whose box was just said: with labels that the box did not get yet, and room for what follows."""
-        grammar, said = self.grammar, self.labels_at.get(tuple(self.bins), ())
-        room = self.left - grammar.num_codes - grammar.object_length if self.num_objects < grammar.max_objects else -1
-        return [ending for ending in grammar.endings if ending.label not in said and (ending.is_last or len(ending.ids) <= room)]
+        """The endings for the box that was just completed: of labels that this box does not have yet, if they fit."""
+        grammar, used = self.grammar, self.labels_of.get(tuple(self.locations), ())
+        # Tokens that an ending may take if another object is to follow it.
+        room = self.tokens_left - grammar.num_codes - grammar.object_length if self.num_objects < grammar.max_objects else -1
+        return [ending for ending in grammar.endings if ending.label not in used and (ending.is_last or len(ending.ids) <= room)]
 
-    def close(self) -> None:
-        """Remembers the object that is complete and makes place for the next."""
-        box = tuple(self.bins)
-        self.labels_at[box].add(self.finished().label)
-        if len(self.labels_at[box]) == self.grammar.num_labels:
-            self.take(box)
-        self.bins, self.num_codes, self.num_words = [], 0, 0
+    def finish_object(self) -> None:
+        """Remembers the box and label of the current object, which is complete, and clears it."""
+        box, ending = tuple(self.locations), self.complete_ending()
+        assert ending is not None  # otherwise a location was not allowed
+        self.labels_of[box].add(ending.label)
+        if len(self.labels_of[box]) == self.grammar.num_labels:
+            self.exhaust(box)
+        self.locations, self.num_codes, self.num_label_tokens = [], 0, 0
 
-    def take(self, box: tuple[int, ...]) -> None:
-        """Closes a box to all labels, and with it every beginning that leads to no other box.
+    def exhaust(self, box: tuple[int, ...]) -> None:
+        """Excludes a box that has all labels, and every beginning that now leads to excluded boxes only.
 
-        Without that a model that says <loc1023> <loc1023> <loc1023> for a second time would find no location left to go on.
+        Without the second part, a model that generates <loc1023> <loc1023> <loc1023> again would have no allowed location left.
         """
         for length in reversed(range(LOCATIONS_PER_BOX)):
-            first = box[:length]
-            self.taken[first].add(box[length])
-            if len(self.taken[first]) < len(self.grammar.locations) - self.lowest(first):
+            beginning = box[:length]
+            self.exhausted[beginning].add(box[length])
+            if len(self.exhausted[beginning]) < len(self.grammar.location_ids) - self.lowest_location(beginning):
                 return

@@ -18,13 +18,15 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from paligemma.errors import DatasetError
 from paligemma.vocabulary import CODE_TOKENS, CODES_PER_MASK, LOCATION_OR_CODE, LOCATION_TOKENS, LOCATIONS_PER_BOX, NUM_LOCATIONS
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from paligemma.tokenization import PromptTokenizer
 
 END_OF_OBJECT = re.compile("[;\n]")
 
@@ -37,19 +39,6 @@ CUT_MASK = "cut mask"  # fewer than sixteen mask codes: the box is kept, the cod
 LONG_MASK = "long mask"  # more than sixteen mask codes: the first sixteen are kept
 REPEATED = "repeated"  # same label and box as an earlier object: left out
 PROBLEMS = (SWAPPED, NO_AREA, NO_LABEL, NO_BOX, CUT_BOX, CUT_MASK, LONG_MASK, REPEATED)
-
-
-class Processor(Protocol):
-    """What this folder uses of a PaliGemmaProcessor. It cannot import that class: imports go down."""
-
-    eos_token_id: int
-    locations: range
-    segments: range
-    control_ids: frozenset[int]
-
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Iterable[int], /) -> str: ...
-    def stream(self) -> Any: ...
 
 
 def sort_corners(locations: Sequence[float]) -> tuple[float, float, float, float]:
@@ -304,25 +293,25 @@ def parse(
     return ParsedAnswer([], problems, "unparsable" if text.strip() else "nothing", text)
 
 
-def split_ids(ids: list[int], processor: Processor) -> Iterator[Lexeme]:
+def split_ids(ids: list[int], processor: "PromptTokenizer") -> Iterator[Lexeme]:
     """One lexeme per token. The byte tokens of one character form one lexeme; control tokens (<bos>, <pad>, ...) form none."""
     stream, pending = processor.stream(), ()
     for token, number in enumerate([*ids, processor.eos_token_id]):
-        is_text = not (number in processor.locations or number in processor.segments or number in processor.control_ids)
+        is_text = not (number in processor.location_ids or number in processor.code_ids or number in processor.control_ids)
         text = stream.put(number) if is_text else stream.end()
         pending += (token,) if is_text else ()
         if text:
             yield Lexeme(pending, text=text)
             pending = ()
-        if number in processor.locations:
-            yield Lexeme((token,), location=number - processor.locations.start)
-        elif number in processor.segments:
-            yield Lexeme((token,), code=number - processor.segments.start)
+        if number in processor.location_ids:
+            yield Lexeme((token,), location=number - processor.location_ids.start)
+        elif number in processor.code_ids:
+            yield Lexeme((token,), code=number - processor.code_ids.start)
 
 
 def parse_ids(
     ids: Iterable[int],
-    processor: Processor,
+    processor: "PromptTokenizer",
     logprobs: Sequence[float] | None = None,
     moments: Sequence[tuple[float, float] | None] | None = None,
     denominator: int = NUM_LOCATIONS - 1,

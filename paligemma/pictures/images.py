@@ -117,8 +117,10 @@ def load_image(
 
 
 def is_finished(picture: object) -> TypeGuard[Image.Image]:
-    """Whether this is a picture as load_image returns it: 8-bit RGB in memory, without metadata."""
-    return type(picture) is Image.Image and picture.mode == "RGB" and not picture.info and orientation(picture) == 1
+    """Whether this is a picture as load_image returns it: 8-bit RGB in memory, with pixels and without metadata."""
+    if type(picture) is not Image.Image or picture.mode != "RGB" or picture.info:
+        return False
+    return min(picture.size) > 0 and orientation(picture) == 1
 
 
 def resize_to_square(picture: Image.Image, side: int) -> Image.Image:

@@ -5,6 +5,7 @@ import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers
@@ -24,6 +25,7 @@ from tests.tiny_tokenizer import write_processor
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "paligemma" / "bundled"
+NORMALIZATION = (np.full(3, 1 / 255), np.full(3, 0.5, np.float32), np.full(3, 0.5, np.float32))
 LABELS = ["cat", "cat food", "a cat", "ca", "dog", "red  car", "person's hat", "Münze 5 €", "猫", "🦊-like"]
 LABELS += ["<loc12>", "<loc0012", "<eos>", "<seg>"]  # letters, not tokens
 
@@ -44,7 +46,7 @@ def merging_tokenizer() -> Tokenizer:
 def processor_of(tokenizer: Tokenizer) -> PaliGemmaProcessor:
     names = {"image": "<image>", "pad": "<pad>", "bos": "<bos>", "eos": "<eos>", "newline": "\n"}
     ids = {f"{kind}_token_id": tokenizer.token_to_id(token) for kind, token in names.items()}
-    return PaliGemmaProcessor(tokenizer, ids, image_size=28, num_image_tokens=4, pixel_table=None)
+    return PaliGemmaProcessor(tokenizer, ids, image_size=28, num_image_tokens=4, normalization=NORMALIZATION)
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +207,7 @@ def toy_language(grammar, labels, limit, most):
             for i, (box, label) in enumerate(objects):
                 fits = fits and len(said) + grammar.object_length <= limit
                 last, followed = labels[label]
-                said += [grammar.locations[v] for v in box] + list(last if i == count - 1 else followed)
+                said += [grammar.location_ids[v] for v in box] + list(last if i == count - 1 else followed)
             if fits:
                 language.add(tuple(said))
     return language
@@ -320,7 +322,7 @@ def test_a_model_that_wants_one_location_only_comes_to_an_end(processors):
     for wanted in (0, 1, 1022, 1023):
         logits = torch.zeros(processor.image_token_id + 16)
         logits[processor.eos_token_id] = -9.0
-        logits[processor.locations[wanted]] = 9.0
+        logits[processor.location_ids[wanted]] = 9.0
         model = Noise(processor, lambda rows, _, logits=logits: logits.repeat(rows, 1))
         grammar = Grammar.for_objects(processor, ["cat", "dog"], max_objects=40)
         said = torch.cat(list(generate(model, question(), max_new_tokens=2000, eos_token_id=1, grammar=grammar))).tolist()
@@ -360,14 +362,14 @@ def test_draws_share_among_the_allowed_tokens_what_the_model_gave_them(processor
     # 4000 rows; four standard deviations of a share are at most 4 * sqrt(1/4 / 4000) = 0.032.
     processor = processors["demo"]
     logits = torch.zeros(processor.image_token_id + 16)
-    first, eos = processor.locations.start, processor.eos_token_id
+    first, eos = processor.location_ids.start, processor.eos_token_id
     logits[eos], logits[first + 7], logits[first + 9] = 8.0, 9.0, 9.5
     logits[5] = 50.0  # what the model would rather say
     model = Noise(processor, lambda rows, _: logits.repeat(rows, 1))
     inputs = {"input_ids": torch.tensor([[3]] * 4000)}
     grammar = Grammar.for_objects(processor, ["cat"])
     said = next(generate(model, inputs, max_new_tokens=9, sampling=Sampling(temperature=1, seed=0), grammar=grammar))
-    ids = [eos, *processor.locations]
+    ids = [eos, *processor.location_ids]
     expected = logits[ids].softmax(-1)
     shares = torch.bincount(said, minlength=len(logits))[ids] / 4000
     assert shares.sum() == 1
@@ -468,6 +470,6 @@ def test_labels_asked_twice_count_once(processors):
 
 def test_the_processor_knows_the_ids_of_the_places(processors):
     for processor in processors.values():
-        ends = [processor.locations[0], processor.locations[-1], processor.segments[0], processor.segments[-1]]
+        ends = [processor.location_ids[0], processor.location_ids[-1], processor.code_ids[0], processor.code_ids[-1]]
         assert processor.encode("<loc0000><loc1023><seg000><seg127>") == ends
-        assert (len(processor.locations), len(processor.segments)) == (1024, 128)
+        assert (len(processor.location_ids), len(processor.code_ids)) == (1024, 128)

@@ -212,9 +212,9 @@ def plain(found: ParsedObject) -> ParsedObject:
 @settings(max_examples=300)
 @given(st.data())
 def test_no_ids_are_too_strange(processor, data):
-    numbers = st.integers(-3, processor.vocab_size + 70) | st.sampled_from([*processor.locations, *processor.segments])
+    numbers = st.integers(-3, processor.vocab_size + 70) | st.sampled_from([*processor.location_ids, *processor.code_ids])
     ids = data.draw(st.lists(numbers, max_size=40))
-    logprobs, moments = [-0.5] * len(ids), [(512.0, 3.0) if number in processor.locations else None for number in ids]
+    logprobs, moments = [-0.5] * len(ids), [(512.0, 3.0) if number in processor.location_ids else None for number in ids]
     reading = parse_ids(ids, processor, logprobs, moments)
     for found in reading.objects:
         assert found.box is None or (0 < found.score <= 1 and found.expected is not None)
@@ -282,7 +282,7 @@ def test_the_spread_follows_a_side_that_was_turned_around(processor):
 
 def test_the_label_of_a_second_object_counts_for_that_alone(processor):
     ids = processor.encode(f"{CAT} cat ; {DOG} 猫")
-    second = ids.index(processor.locations[0])
+    second = ids.index(processor.location_ids[0])
     logprobs = [0.0] * second + [math.log(0.5)] * (len(ids) - second)
     one, two = parse_ids(ids, processor, logprobs).objects
     assert one.score == 1
