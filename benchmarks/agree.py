@@ -54,9 +54,10 @@ def answers(model: torch.nn.Module, inputs: dict) -> tuple[torch.Tensor, list[in
 
 
 @torch.no_grad()
-def stepwise(model: torch.nn.Module, inputs: dict) -> tuple[torch.Tensor, list[graphs.Step]]:
-    """Logits float32[steps, rows, V] of steps behind three rows, and the steps that were recorded or compiled."""
-    cache = model.new_cache(3, inputs["input_ids"].shape[1] + STEPS)
+def stepwise(model: torch.nn.Module, inputs: dict, uses_graphs: bool = True) -> tuple[torch.Tensor, list[graphs.Step]]:
+    """Logits float32[steps, rows, V] of some steps after prefill of three rows, and the steps that were recorded or compiled."""
+    kind = type(model) if uses_graphs else PaliGemmaForConditionalGeneration  # steps over a plain cache are not recorded
+    cache = kind.new_cache(model, 3, inputs["input_ids"].shape[1] + STEPS)
     model.prefill(cache, **inputs)
     logits = [model.decode(cache, torch.tensor([500, 501, 502]) + i).cpu() for i in range(STEPS)]
     return torch.stack(logits), list(cache.steps.steps.values()) if isinstance(cache, graphs.RecordedCache) else []
@@ -74,11 +75,10 @@ def compare_forms(folder: Path, family: str, device: str) -> Iterator[dict]:
         model = load_model(folder, device=device, dtype=dtype, quantize=quantize)
         found, said_there = answers(model, one)
         yield about | {"way": "device", "distance": distance(found, expected), "is_as_asked": said == said_there}
-        model.__class__ = PaliGemmaForConditionalGeneration  # without graphs
-        plain, _ = stepwise(model, three)
+        plain, _ = stepwise(model, three, uses_graphs=False)
         is_compiled_here = is_gpu and (dtype, quantize) in (("bf16", None), ("bf16", "int4"))  # each takes a quarter of a minute
         for way, compile_after in (("recorded", 10**9), *([("compiled", 0)] if is_compiled_here else [])):
-            graphs.use_graphs(model, compile_after)
+            model = graphs.use_graphs(model, compile_after)
             found, steps = stepwise(model, three)
             is_recorded = all(step.replay is not None for step in steps) or not is_gpu
             is_compiled = all((step.function is graphs.compiled_step()) for step in steps) or way == "recorded"

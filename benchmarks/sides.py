@@ -152,7 +152,7 @@ class Ours(Side):
 
         model = load_model(self.folder, device=self.device, dtype=self.options["dtype"], quantize=self.options["quantize"])
         if self.options["compiled"]:
-            use_graphs(model, compile_after=0)
+            model = use_graphs(model, compile_after=0)
         return model
 
     def load(self, model: str) -> dict:

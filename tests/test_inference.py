@@ -940,5 +940,5 @@ def test_added_tokens_are_generated_and_ids_without_a_token_never(ask, tuned, op
     options = {"sampling": Sampling(**options), "max_new_tokens": 8, "suppress_tokens": unused}
     (answer,) = generate_many(model, [inputs], rows=1, **options)
     assert set(answer.token_ids) <= set(own)
-    use_graphs(model)
+    model = use_graphs(model)
     assert torch.cat(list(generate(model, inputs, **options))).tolist() == answer.token_ids

@@ -653,7 +653,7 @@ class ModelFiles:
         if device.type == "cpu":
             quantization.use_fast_products(model)
         if device.type == "cuda":
-            graphs.use_graphs(model)
+            model = graphs.use_graphs(model)
         return model.eval()
 
 

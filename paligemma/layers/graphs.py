@@ -1,18 +1,21 @@
-"""What a CUDA GPU is fast at: a decoding step that starts with one call, compiled if there are many, and soft caps in one kernel.
+"""Faster decoding on CUDA: steps recorded as CUDA graphs, compiled after many steps, and soft caps in one attention kernel.
 
-A step of decoding is some fifty small kernels a layer, and Python starts them more slowly than a fast GPU runs them. Recorded
-once as a CUDA graph, they start with one call. A graph has fixed shapes and fixed places in memory: so rows are counted in powers
-of two and slots in 256 times powers of two (`bucket`), each such pair has a `Step` of its own, tokens are copied in, logits are
-read where they always appear, and lengths count on the device. Rows of a graph that are not in use write into the slot that their
-next token will overwrite.
+A decoding step is some fifty small kernels per layer, and Python starts them more slowly than a fast GPU runs them. A step that
+was recorded as a CUDA graph starts with one call. A graph has fixed shapes and fixed addresses:
 
-A step that has run many thousand times is compiled and recorded again: torch.compile makes a kernel or two of what lies between
-the products, and products of one row of its own, as gpt-fast does. `Step.__call__` decides this, and nothing else does.
+- Shapes are rounded up (`bucket`): rows to a power of two, slots to 256 times a power of two. Each pair has its own `Step`.
+- The tokens are copied to the input buffer of the graph, and the logits are copied from its output buffer.
+- The lengths of the rows are on the device, and the graph increments them. Rows of the graph that are not in use write to the
+  slot that their next token will overwrite.
 
-`use_graphs` gives all this to a model. tests/layers/test_graphs.py runs it on a CPU, with a stand-in for the graph; what only a
-GPU can show has not been seen: `record` has never run, inductor's kernels for CUDA have not either, no speed was measured, and
-the numbers below are estimates. benchmarks/gpu.sh is there to replace them.
-Shapes: B rows, V vocabulary; the rest as in modeling_gemma.py.
+After many thousand steps of one shape the step is compiled and recorded again: torch.compile fuses the operations between the
+matrix products, and generates its own matrix-vector kernels, as gpt-fast does. `Step.__call__` alone decides when.
+
+`use_graphs` enables all this for a model. tests/layers/test_graphs.py runs it on a CPU, with a stand-in for the graph. What only
+a GPU can show has not been tested: `record` has never run, inductor's kernels for CUDA have not either, no speed was measured,
+and the numbers below are estimates. benchmarks/gpu.sh measures them on a GPU.
+Shapes: B batch rows, L tokens fed in this call, S slots of the KV cache that are read, N query heads, K key/value heads,
+E width of one head, V vocabulary size.
 """
 
 import functools
@@ -20,18 +23,18 @@ import logging
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from paligemma.layers import kernels
 from paligemma.layers.batch_cache import BatchCache
 from paligemma.modeling_gemma import GemmaAttention, KVCache
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
-SLOTS = 256  # a graph reads so many slots, or twice, four times ... as many; caches are multiples of it
-WARM_UP = 3  # steps before recording, real ones: libraries have to start, and an answer of one word is not worth it
-COMPILE_AFTER = 20_000  # steps of one shape, a minute or so: as long as compiling may take, so that it at most doubles the time
-COMPILED_SHAPES = 256  # after that many, torch would refuse to compile
-CAPPED_TOKENS = 1024  # tokens of 448 px: with fewer, written-out scores are small, and no start waits for a compiler
+SLOTS = 256  # a graph reads 256, 512, 1024, ... slots; the number of slots of a cache is a multiple of 256
+WARM_UP = 3  # normal steps before recording: libraries initialise in them, and answers of one word need no graph
+COMPILE_AFTER = 20_000  # steps of one shape. They take about as long as compiling may take, so the total time at most doubles
+COMPILED_SHAPES = 256  # torch refuses to compile more shapes than its recompile_limit, which is raised to this number
+CAPPED_TOKENS = 1024  # tokens of 448 px. For shorter prompts the full score matrix is small: plain attention, nothing to compile
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ def warn_once(text: str) -> None:
 
 
 def bucket(count: int, unit: int, most: int) -> int:
-    """`unit` times the power of two that holds `count`, but no more than `most`."""
+    """The smallest of unit, 2 unit, 4 unit, ... that is at least `count`, but at most `most`."""
     size = unit
     while size < count:
         size *= 2
@@ -53,12 +56,12 @@ def record(work: Callable[[], Tensor], pool: object) -> tuple[Callable[[], None]
     """Records `work` as a CUDA graph without running it. This function has never run.
 
     Args:
-        work: has run before, and touches nothing but memory that stays.
-        pool: torch.cuda.graph_pool_handle(); graphs that never run at the same time share the memory of what is between.
-    Returns: what runs it again, and the result, which then appears in the same place.
+        work: it has run before, and it uses only tensors whose addresses do not change.
+        pool: torch.cuda.graph_pool_handle(); graphs that never run at the same time share the memory of intermediate results.
+    Returns: a function that runs the graph, and the tensor to which the graph writes the result.
     """
     graph = torch.cuda.CUDAGraph()
-    # Should recording fail, the outer `with` brings the stream back. Other threads may allocate meanwhile.
+    # If recording fails, the outer `with` restores the stream. With "thread_local", other threads may allocate meanwhile.
     with torch.cuda.stream(torch.cuda.current_stream()):
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = work()
@@ -67,31 +70,37 @@ def record(work: Callable[[], Tensor], pool: object) -> tuple[Callable[[], None]
 
 @functools.cache
 def compiled_step() -> Callable[[PaliGemmaForConditionalGeneration, KVCache, Tensor], Tensor]:
-    """The model's own step through torch.compile, once for each shape; fullgraph, so that a wait for the device is an error."""
-    import torch._dynamo  # not before it is needed: it takes a second
+    """The step of the model, compiled once per shape. With fullgraph, a step that waits for the device is an error."""
+    import torch._dynamo  # imported only when needed: it takes a second
 
     kernels.keep_torch_private()
     torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
-    # With this tuning the product of one row is a sum of inductor's own instead of cuBLAS's product.
+    # With this option inductor generates its own matrix-vector kernels instead of calling cuBLAS.
     options = {"coordinate_descent_tuning": True}
     return torch.compile(PaliGemmaForConditionalGeneration.step, fullgraph=True, dynamic=False, options=options)
 
 
 class Step:
-    """A step of decoding of fixed shape: run as it is, then recorded, then compiled and recorded again.
+    """A decoding step of fixed shape: first run normally, then recorded, later compiled and recorded again.
 
     Args:
-        model: whose step it is.
-        cache: its first `rows` rows are decoded, and `reach` slots of each are read.
+        model: the model that decodes.
+        cache: its first `rows` rows are decoded, and `slots_read` slots of each are read.
         pool: see `record`.
-        compile_after: steps.
+        compile_after: number of steps before the step is compiled.
     """
 
     def __init__(
-        self, model: PaliGemmaForConditionalGeneration, cache: BatchCache, rows: int, reach: int, pool: object, compile_after: int
+        self,
+        model: PaliGemmaForConditionalGeneration,
+        cache: BatchCache,
+        rows: int,
+        slots_read: int,
+        pool: object,
+        compile_after: int,
     ):
         self.model, self.pool, self.compile_after = model, pool, compile_after
-        self.cache = cache[:rows].fixed(reach)
+        self.cache = cache[:rows].fixed(slots_read)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=cache.lengths.device)
         self.function = PaliGemmaForConditionalGeneration.step
         self.num_steps = 0
@@ -103,7 +112,7 @@ class Step:
         return self.function(self.model, self.cache, self.tokens)
 
     def compile(self) -> None:
-        """Goes over to the compiled step, which has run once then; where that fails, all stays as it was."""
+        """Runs the compiled step once and switches to it; if it fails, keeps the old one."""
         plain, lengths = self.function, self.cache.lengths.clone()
         self.function = compiled_step()
         try:
@@ -115,7 +124,7 @@ class Step:
         self.cache.lengths.copy_(lengths)
 
     def record(self) -> None:
-        """Records the step; where that fails, it goes on as it is."""
+        """Records the step; if that fails, steps continue without a graph."""
         try:
             self.replay, self.logits = record(self.work, self.pool)
         except RuntimeError as error:
@@ -123,7 +132,7 @@ class Step:
             self.can_record = False
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Decodes the first rows: tokens int64[n] on the device, n <= rows. Returns float32[n, V]."""
+        """Decodes the first B rows of the cache, B <= rows: takes tokens int64[B] on the device, returns float32[B, V]."""
         used = len(tokens)
         self.tokens[:used] = tokens
         if self.num_steps == self.compile_after:
@@ -138,30 +147,30 @@ class Step:
             logits = self.logits
         if used < len(self.tokens):
             self.cache.lengths[used:] -= 1
-        return logits[:used].clone()  # the next step writes where these are
+        return logits[:used].clone()  # the next step overwrites the output buffer
 
 
 class Steps:
-    """The steps over one cache, by shape."""
+    """The steps of one cache, by shape."""
 
     def __init__(self, model: PaliGemmaForConditionalGeneration, cache: BatchCache, compile_after: int):
         self.model, self.cache, self.compile_after = model, cache, compile_after
         self.pool = torch.cuda.graph_pool_handle() if cache.lengths.is_cuda else None
         self.steps: dict[tuple[int, int], Step] = {}
 
-    def find(self, used: int, reach: int) -> Step:
-        """The step for the first `used` rows, the longest of which has `reach` tokens."""
+    def find(self, used: int, slots_read: int) -> Step:
+        """The step that decodes the first `used` rows, of which the longest has `slots_read` tokens."""
         rows = bucket(used, 1, len(self.cache.lengths))
         if bool((self.cache.host_lengths[used:rows] == self.cache.slots).any()):
-            rows = used  # a row that is full has no next slot
-        shape = rows, bucket(reach, SLOTS, self.cache.slots)
+            rows = used  # a full row has no next slot that an unused row of the graph could write to
+        shape = rows, bucket(slots_read, SLOTS, self.cache.slots)
         if shape not in self.steps:
             self.steps[shape] = Step(self.model, self.cache, *shape, self.pool, self.compile_after)
         return self.steps[shape]
 
 
 class RecordedCache(BatchCache):
-    """A KVCache with its steps, which live as long as its memory does; a part of it has the same ones."""
+    """A BatchCache that owns its recorded steps; slices of it share them. They are freed together with its memory."""
 
     def __init__(self, model: "RecordedPaliGemma", batch: int, slots: int):
         super().__init__(model.config.text_config, batch, slots, device=model.device, dtype=model.dtype)
@@ -169,9 +178,21 @@ class RecordedCache(BatchCache):
 
 
 class RecordedPaliGemma(PaliGemmaForConditionalGeneration):
-    """PaliGemma that records its steps. Made by `use_graphs`, which sets `compile_after`."""
+    """PaliGemma that records its decoding steps.
 
-    compile_after: int
+    Args:
+        model: its modules and parameters become those of this model.
+        compile_after: steps of one shape after which they are compiled; 0 = at once.
+    """
+
+    def __init__(self, model: PaliGemmaForConditionalGeneration, compile_after: int = COMPILE_AFTER):
+        nn.Module.__init__(self)
+        self.config, self.window = model.config, model.window
+        self.vision_tower = model.vision_tower
+        self.multi_modal_projector = model.multi_modal_projector
+        self.language_model = model.language_model
+        self.compile_after = compile_after
+        self.train(model.training)
 
     def new_cache(self, batch: int, slots: int, kind: type[KVCache] = KVCache) -> KVCache:
         if not issubclass(RecordedCache, kind):
@@ -179,18 +200,18 @@ class RecordedPaliGemma(PaliGemmaForConditionalGeneration):
         return RecordedCache(self, batch, -(-slots // SLOTS) * SLOTS)
 
     def step(self, cache: KVCache, tokens: Tensor) -> Tensor:
-        is_inside = cache.lengths.storage_offset() > 0  # cache[2:4]: graphs begin at row 0
-        is_derived = type(self) is not RecordedPaliGemma  # by FSDP, which gathers weights in every step
+        is_inside = cache.lengths.storage_offset() > 0  # a slice such as cache[2:4]; graphs begin at row 0
+        is_derived = type(self) is not RecordedPaliGemma  # FSDP derives a class; it gathers weights in every step
         if torch.is_grad_enabled() or is_inside or is_derived or not isinstance(cache, RecordedCache):
             return super().step(cache, tokens)
         return cache.steps.find(len(tokens), cache.slots_read)(tokens)
 
 
 def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:
-    """modeling_gemma.attention with a cap, on torch's flex_attention: compiled, it is one kernel that keeps no scores."""
-    from torch.nn.attention.flex_attention import flex_attention  # not before it is needed: it takes two seconds
+    """modeling_gemma.attention with a soft cap, by torch's flex_attention. Compiled, it is one kernel and stores no scores."""
+    from torch.nn.attention.flex_attention import flex_attention  # imported only when needed: it takes two seconds
 
-    def change(score: Tensor, row: Tensor, head: Tensor, query: Tensor, slot: Tensor) -> Tensor:  # noqa: ARG001  (flex's signature)
+    def change(score: Tensor, row: Tensor, head: Tensor, query: Tensor, slot: Tensor) -> Tensor:  # noqa: ARG001  (flex_attention's signature)
         score = torch.tanh(score / cap) * cap
         return score if mask is None else torch.where(mask[row, 0, query, slot], score, -torch.inf)
 
@@ -204,28 +225,33 @@ def compiled_capped_attention() -> Callable[..., Tensor]:
 
 
 class CappedAttention(GemmaAttention):
-    """GemmaAttention that reads a long prompt through capped_attention."""
+    """GemmaAttention that uses capped_attention for long prompts. Its parameters are those of the GemmaAttention `plain`."""
 
-    is_working = True
+    is_working = True  # False for all layers after the first failure
+
+    def __init__(self, plain: GemmaAttention):
+        nn.Module.__init__(self)
+        self.layer, self.scale, self.cap, self.width = plain.layer, plain.scale, plain.cap, plain.width
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = plain.q_proj, plain.k_proj, plain.v_proj, plain.o_proj
+        self.train(plain.training)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if CappedAttention.is_working and q.shape[2] >= CAPPED_TOKENS and not torch.is_grad_enabled():
             try:
                 return compiled_capped_attention()(q, k, v, mask, self.scale, self.cap)
             except RuntimeError as error:
-                warn_once(f"soft caps are written out: {str(error).strip().splitlines()[0]}")
+                warn_once(f"attention with soft caps is not compiled: {str(error).strip().splitlines()[0]}")
                 CappedAttention.is_working = False
         return super().attend(q, k, v, mask)
 
 
-def use_graphs(model: PaliGemmaForConditionalGeneration, compile_after: int = COMPILE_AFTER) -> None:
-    """Gives a model on CUDA what the header says; parameters and names stay.
+def use_graphs(model: PaliGemmaForConditionalGeneration, compile_after: int = COMPILE_AFTER) -> RecordedPaliGemma:
+    """The same model with CUDA graphs and compiled soft caps. Use it instead of `model`: both share modules and parameters.
 
     Args:
-        compile_after: steps of one shape, after which it is compiled; 0 = at once.
+        compile_after: steps of one shape after which they are compiled; 0 = at once.
     """
-    model.__class__ = RecordedPaliGemma
-    model.compile_after = compile_after
-    for module in model.modules():
-        if type(module) is GemmaAttention and module.cap is not None:
-            module.__class__ = CappedAttention
+    for layer in model.language_model.model.layers:
+        if type(layer.self_attn) is GemmaAttention and layer.self_attn.cap is not None:
+            layer.self_attn = CappedAttention(layer.self_attn)
+    return RecordedPaliGemma(model, compile_after)
