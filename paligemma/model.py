@@ -567,7 +567,7 @@ def load(
     >>> model
     <paligemma.Model bundled: 3.49 million parameters, torch.bfloat16, cpu>
     """
-    found = find_device(device)
+    found = machine.find_device(device)
     checkpoint = open_checkpoint(name, revision=revision, base_model=base_model)
     codec = find_codec(checkpoint.base, mask_codec)
     with machine.memory_errors("loading the weights"):
