@@ -23,7 +23,6 @@ from torch import Tensor
 from paligemma import files, machine
 from paligemma.errors import UsageError
 from paligemma.generation import Sampling, Step, generate_steps
-from paligemma.machine import find_device
 from paligemma.objects import drawing, exports
 from paligemma.objects.mask_codec import MaskCodec, find_codec, load_codec
 from paligemma.objects.outputs import ParsedObject
