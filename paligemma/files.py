@@ -24,6 +24,7 @@ from typing import BinaryIO
 from paligemma.errors import AccessError, CheckpointError, OutputError, PaliGemmaError, UsageError
 
 BUNDLED = Path(__file__).with_name("bundled")  # the checkpoint, the picture and the font that come with this code
+CODEC_NAME = "vae-oid.npz"  # the file with the mask codec, in the folder of a model
 MAX_JSON_BYTES = 10_000_000  # a parsed JSON file can take 25 times its size in memory; the largest real config has 0.3 MB
 MAX_TOKENIZER_BYTES = 50_000_000  # Gemma's tokenizer.json has 35 MB
 MAX_NAMES = 100_000  # how many names of a folder are searched for a similar one

@@ -21,7 +21,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 
 from paligemma import inference, opened
-from paligemma.checkpoints import weights
+from paligemma.checkpoints import adapters, weights
 from paligemma.errors import GenerationError, ImageError, PromptError, UsageError
 from paligemma.inference import Flags
 from paligemma.objects import mask_codec, masks
@@ -84,7 +84,7 @@ def test_an_adapter_whose_base_is_elsewhere_answers_with_base_model(ask, world, 
 
     model = weights.load_model(world / "model")
     lora.inject(model, lora.LoraConfig(r=2), lora.targets(model))
-    weights.save_adapter(lora.adapter_state(model), lora.LoraConfig(r=2), tmp_path, "/elsewhere/model")
+    adapters.save_adapter(lora.adapter_state(model), lora.LoraConfig(r=2), tmp_path, "/elsewhere/model")
     plain = ask("--json")
     code, _, err = ask(model=tmp_path)
     assert code == 4 and "adapter_config.json names the base model '/elsewhere/model'" in err and "--base_model" in err

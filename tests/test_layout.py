@@ -20,7 +20,7 @@ MODELING = SIX[:3]
 TO_BE_READ = [*MODELING, "generation"]  # the files that a learner reads from top to bottom
 # From the ground up: a module imports from its own floor and those below.
 FLOORS = [
-    {*MODELING, "configuration", "errors", "files", "vocabulary"},
+    {*MODELING, "configuration", "errors", "files", "parameter_names", "vocabulary"},
     {"machine", "roofline", "svg", "tokenization", "pictures", "layers"},
     {"objects"},
     {"checkpoints"},
@@ -32,7 +32,6 @@ FLOORS = [
     {"__main__"},
 ]
 UPWARD = {  # not yet as it should be
-    ("layers.lora", "checkpoints.safetensors_files"), ("objects.mask_codec", "checkpoints.safetensors_files"),
     ("pictures.folders", "programs.options"), ("learning.run_folder", "programs.commandline"),
 }  # fmt: skip
 

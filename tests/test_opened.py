@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from paligemma import opened
-from paligemma.checkpoints import hub, weights
+from paligemma.checkpoints import adapters, hub, weights
 from paligemma.errors import CheckpointError, UsageError
 from paligemma.layers import lora
 from paligemma.opened import open_checkpoint
@@ -34,7 +34,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     model = weights.load_model(make_checkpoint(folder / "model"))
     lora.inject(model, config := lora.LoraConfig(r=2), lora.targets(model))
-    weights.save_adapter(lora.adapter_state(model), config, folder / "adapter", str(folder / "model"))
+    adapters.save_adapter(lora.adapter_state(model), config, folder / "adapter", str(folder / "model"))
     Image.new("RGB", (20, 20), "red").save(folder / "cat.png")
     example = {"image": "cat.png", "prefix": "color", "suffix": "red"}
     (folder / "train.jsonl").write_text(json.dumps(example) + "\n")

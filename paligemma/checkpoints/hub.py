@@ -1,8 +1,8 @@
-"""A name in, the folder of a model's files out: a folder, or a hub id; and a sentence for everything else that people type.
+"""Resolves a folder name or a hub id to a local folder, and explains names that are neither.
 
-Downloading is huggingface_hub's: it reads HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE, locks its cache and finishes
-what was interrupted. It is imported only when an id has to be resolved. Checked in tests/checkpoints/test_hub.py, with a server
-in the hub's place.
+huggingface_hub downloads: it reads HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE, locks its cache and resumes interrupted
+downloads. It is imported only when a hub id has to be resolved. Checked in tests/checkpoints/test_hub.py, with a local server in
+place of the hub.
 """
 
 import errno
@@ -11,20 +11,21 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paligemma.checkpoints.safetensors_files import (
+from paligemma.checkpoints.file_names import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAME,
     CONFIG_NAME,
     INDEX_NAME,
     SIDE_FILES,
     SINGLE_NAME,
+    cached_id,
     explain_file,
     explain_names,
     explain_no_weights,
     has_adapter,
     has_weights,
-    read_index,
 )
+from paligemma.checkpoints.safetensors_files import read_index
 from paligemma.errors import AccessError, CheckpointError, OutputError, PaliGemmaError, UsageError, listed
 from paligemma.files import BUNDLED, expand, is_file, is_folder, names_in, similar_names, stat_path
 
@@ -37,7 +38,7 @@ PAGE = re.compile(
     r"/(?!(?:collections|datasets|spaces|papers|docs|blog)/)([^/\s]+/[^/?#\s]+?)(?:\.git)?(?:[/?#].*)?"
 )
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-NO_HUB = (ValueError, KeyError, TypeError)  # what the library raises where the answer is no hub's: a page to log in, say
+NO_HUB = (ValueError, KeyError, TypeError)  # what huggingface_hub raises if the server is not a hub, for example a login page
 LOGIN = "run: hf auth login"
 EXAMPLE = "google/paligemma-3b-mix-224"
 
@@ -48,34 +49,34 @@ def is_id(name: str) -> bool:
 
 
 def similar_folders(path: Path) -> list[str]:
-    """Folders beside a path that is not there, whose names are nearly its own."""
-    near = similar_names(path.name, names_in(path.parent))
-    return [str(path.parent / name) for name in near if is_folder(path.parent / name)]
+    """Existing folders with a name similar to that of a missing path."""
+    similar = similar_names(path.name, names_in(path.parent))
+    return [str(path.parent / name) for name in similar if is_folder(path.parent / name)]
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether an adapter, or config, tokenizer and all weights are there, so that the hub need not be asked."""
+    """Whether a folder holds a complete adapter or a complete model (config, tokenizer, all weights)."""
     try:
         weights = SINGLE_NAME if is_file(folder / SINGLE_NAME) else INDEX_NAME
         kinds = ((CONFIG_NAME, "tokenizer.json", weights), (ADAPTER_CONFIG_NAME, ADAPTER_NAME))
         is_there = any(all(is_file(folder / name) for name in names) for names in kinds)
         return is_there and not missing_shards(folder)
-    except PaliGemmaError:  # a damaged index: the hub may have a better one
+    except PaliGemmaError:  # the index is damaged, and the hub may have a better one
         return False
 
 
 def missing_shards(folder: Path) -> list[str]:
-    """The files of weights that are needed and not there. Raises: CheckpointError for a damaged index."""
+    """The weight files that are needed and missing. Raises: CheckpointError for a damaged index."""
     if is_file(folder / SINGLE_NAME) or not is_file(folder / INDEX_NAME):
         return []
     return [name for name in read_index(folder / INDEX_NAME) if not is_file(folder / name)]
 
 
 def download(repo_id: str, revision: str | None = None) -> Path:
-    """The folder in the cache with the files of a hub model, or adapter, downloaded if they are not there yet.
+    """The folder in the cache with the files of a hub model or adapter. Files that are missing there are downloaded.
 
-    Raises: AccessError when the hub cannot be reached or refuses, OutputError when the cache cannot be written, CheckpointError
-        when there is nothing to load.
+    Raises: AccessError if the hub cannot be reached or refuses, OutputError if the cache cannot be written, CheckpointError
+        if the repository holds nothing that can be loaded.
     """
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
@@ -84,28 +85,28 @@ def download(repo_id: str, revision: str | None = None) -> Path:
     try:
         cached = Path(snapshot_download(**wanted, local_files_only=True))
     except errors.LocalEntryNotFoundError:
-        pass  # nothing cached, or not all of it
+        pass  # the cache holds nothing, or not all of it
     if cached is not None and (constants.HF_HUB_OFFLINE or is_complete(cached)):
         return cached
     try:
-        # One question with a time limit, so that a dead network is noticed at once and not after five tries a file.
+        # One request with a timeout comes first: for each file, huggingface_hub would try a dead network five times.
         info = HfApi().model_info(repo_id, revision=revision or "main", timeout=constants.HF_HUB_ETAG_TIMEOUT)
         names = [file.rfilename for file in info.siblings or ()]
         if names and not any(fnmatch(name, pattern) for name in names for pattern in FILES if pattern.endswith(".safetensors")):
             if INDEX_NAME not in names:
                 raise CheckpointError(f"{repo_id} {explain_names(names)}", path=f"{constants.ENDPOINT}/{repo_id}")
         folder = Path(snapshot_download(**wanted))
-        if shards := missing_shards(folder):  # under names of their own
+        if shards := missing_shards(folder):  # shards whose names do not match the patterns in FILES
             snapshot_download(repo_id=repo_id, revision=revision, allow_patterns=shards)
         return folder
     except (OSError, errors.HTTPError, RuntimeError, *NO_HUB) as error:  # RuntimeError is what the xet client raises
         if cached is not None and getattr(error, "response", None) is None:
-            return cached  # no network, but files: if one is missing after all, loading will name it
+            return cached  # there is no network, so the cached files are used; loading reports any file that is missing
         raise explain(error, repo_id, revision) from error
 
 
 def explain(error: Exception, repo_id: str, revision: str | None) -> PaliGemmaError:
-    """What happened, and what to do about it."""
+    """The error with a message that says what happened and what to do."""
     from huggingface_hub import constants, errors
 
     page, cache = f"{constants.ENDPOINT}/{repo_id}", constants.HF_HUB_CACHE
@@ -125,60 +126,64 @@ def explain(error: Exception, repo_id: str, revision: str | None) -> PaliGemmaEr
 
 
 def explain_refusal(error: "HfHubHTTPError", repo_id: str, revision: str | None) -> str:
-    """The hub's answer in a sentence: token, licence, name or revision. A status alone says too little, so its words count."""
+    """Says what the hub refused: the token, the licence, the name or the revision.
+
+    The HTTP status alone is ambiguous, so the message of the server is used as well.
+    """
     from huggingface_hub import constants, errors, get_token
 
     page, tokens = f"{constants.ENDPOINT}/{repo_id}", f"{constants.ENDPOINT}/settings/tokens"
     status = error.response.status_code
-    said = error.response.headers.get("X-Error-Message") or first_line(error)
+    message = error.response.headers.get("X-Error-Message") or first_line(error)
     is_gated = isinstance(error, errors.GatedRepoError)
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo_id} has no revision {revision!r}. {page}/tree/main lists those that there are."
+        return f"{repo_id} has no revision {revision!r}. {page}/tree/main lists the revisions."
     if status == 401 and get_token():
-        return f"the hub does not accept the token: {said}. Make a new one at {tokens}, then set HF_TOKEN or {LOGIN}"
+        return f"the hub does not accept the token: {message}. Make a new one at {tokens}, then set HF_TOKEN or {LOGIN}"
     if status == 401 and is_gated:
         return f"{repo_id} has a licence to accept, and no token was sent. Accept it at {page}, then set HF_TOKEN or {LOGIN}"
-    if status == 403 and re.search("fine-?grained", f"{said} {error}", re.IGNORECASE):
-        return f"the token is fine-grained and may not read gated models. Allow it to at {tokens}, or make one of type read."
+    if status == 403 and re.search("fine-?grained", f"{message} {error}", re.IGNORECASE):
+        return f"the token is fine-grained and may not read gated models. Grant it that at {tokens}, or make one of type read."
     if is_gated:
         return f"the owner of the token has not accepted the licence of {repo_id}. Accept it at {page}, then try again."
     if isinstance(error, errors.RepositoryNotFoundError):
         private = "" if get_token() else f" If it is private: set HF_TOKEN or {LOGIN}"
         return f"the hub has no model {repo_id}. Check the spelling. {suggest_folder(repo_id)}{private}"
-    return f"the hub answered {status} for {repo_id}: {said}. Try again later, or see {page}."
+    return f"the hub answered {status} for {repo_id}: {message}. Try again later, or see {page}."
 
 
 def suggest_folder(name: str) -> str:
-    """For a user who meant a folder and not the hub."""
-    near = similar_folders(Path(name))
+    """A hint for users who meant a folder, not a hub id."""
+    similar = similar_folders(Path(name))
     if name == "paligemma/bundled":
-        near = [str(BUNDLED)]
-    return f"Did you mean the folder {near[0]}?" if near else "Nor is there a folder of that name."
+        similar = [str(BUNDLED)]
+    return f"Did you mean the folder {similar[0]}?" if similar else "There is no folder of that name either."
 
 
 def suggest_demo() -> str:
-    """The model for which no network is needed, by its place on this machine."""
-    return f" Without a network there is still {BUNDLED}, which comes with this code."
+    """A hint that names the path of the bundled model, which needs no network."""
+    return f" Without a network, use {BUNDLED}, which comes with this code."
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, without the lines of advice that follow."""
+    """The message of an exception without the lines of advice that follow it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint; a hub id ("google/paligemma-3b-mix-224") is downloaded, or found in the cache.
+    """The folder of a checkpoint. A hub id ("google/paligemma-3b-mix-224") is looked up in the cache, and downloaded if missing.
 
     Args:
-        revision: branch, tag or commit of a hub id, such as "bfloat16"; a folder has none.
-    Raises: CheckpointError when it is neither, with what it is instead; AccessError when the hub does not give it.
+        revision: branch, tag or commit of a hub id, such as "bfloat16"; not allowed for a folder.
+    Raises: CheckpointError if the name is neither a folder nor a hub id, with a message that says what it is; AccessError if the
+        hub cannot be reached or refuses; UsageError for a revision of a folder.
     """
     name = str(path_or_hub_id)
     path = expand(name)
     if is_folder(path):
         if revision is not None:
-            raise UsageError(f"revision {revision} is for ids of the hub, and {path} is a folder. Leave it out.")
+            raise UsageError(f"revision {revision} is for hub ids, and {path} is a folder. Leave it out.")
         if stat_path(path / CONFIG_NAME) is None and not has_adapter(path) and not has_weights(path):
             raise CheckpointError(explain_no_weights(path), path=path)
         return path
@@ -191,11 +196,11 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(f"{name} is an address. Name a folder, or an id of the hub such as {EXAMPLE}.", path=name)
     if is_id(name):
         return download(name, revision)
-    near = similar_folders(path)
-    near += [f"google/{name}"] if re.fullmatch(r"paligemma2?-[\w-]+", name) else []
-    cached = name.removeprefix("models--").replace("--", "/")  # how the hub's cache spells an id
-    near += [cached] if cached != name and is_id(cached) else []
-    hint = f"Did you mean {listed(near)}?" if near else f"Name a folder, or an id of the hub such as {EXAMPLE}."
+    similar = similar_folders(path)
+    similar += [f"google/{name}"] if re.fullmatch(r"paligemma2?-[\w-]+", name) else []
+    in_cache = cached_id(name)
+    similar += [in_cache] if in_cache != name and is_id(in_cache) else []
+    hint = f"Did you mean {listed(similar)}?" if similar else f"Name a folder, or an id of the hub such as {EXAMPLE}."
     raise CheckpointError(f"there is no folder {path}. {hint}", path=path)
 
 

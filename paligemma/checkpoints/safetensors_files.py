@@ -1,8 +1,8 @@
-"""What lies in a checkpoint folder: settings, index, tensors; read and written. Nothing here knows what a model is.
+"""safetensors files and their index, read and written, for names and tensors of any model.
 
-A safetensors file is 8 bytes (length of the header), the header (JSON: name, dtype, shape and place of each tensor) and the
-tensors, one behind the other. Headers are read here, and every claim in them is compared with the size of the file before
-anything is allocated: a file may be cut off, damaged or hostile. Python's `pickle` is never used.
+A safetensors file consists of 8 bytes (the length of the header), the header (JSON: name, dtype, shape and position of each
+tensor) and the tensors, one after the other. Headers are read here, and everything they claim is compared with the size of the
+file before memory is allocated, because a file may be truncated, damaged or hostile. Python's `pickle` is never used.
 
 Format: https://github.com/huggingface/safetensors#format. Checked in tests/checkpoints/test_safetensors_files.py.
 """
@@ -15,21 +15,32 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from paligemma.errors import MAX_LISTED_NAME, AccessError, CheckpointError, PaliGemmaError, listed
+from paligemma.checkpoints.file_names import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_NAME,
+    CONFIG_NAME,
+    CONVERT_PICKLE,
+    INDEX_NAME,
+    ONLY_SAFETENSORS,
+    SIDE_FILES,
+    SINGLE_NAME,
+    explain_no_weights,
+    has_weights,
+)
+from paligemma.errors import AccessError, CheckpointError, listed
 from paligemma.files import (
     MAX_TOKENIZER_BYTES,
     describe_placeholder,
     is_file,
     move_into_place,
-    names_in,
     parse_json,
     read_json,
     read_regular,
@@ -39,95 +50,48 @@ from paligemma.files import (
 
 log = logging.getLogger(__name__)
 
-CONFIG_NAME = "config.json"
-GENERATION_CONFIG_NAME = "generation_config.json"
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-ADAPTER_CONFIG_NAME = "adapter_config.json"
-ADAPTER_NAME = "adapter_model.safetensors"
-ADAPTER_PICKLE = "adapter_model.bin"
-CODEC_NAME = "vae-oid.npz"
-# What is read of a folder beside its settings and weights. Downloading and copying take the same names.
-SIDE_FILES = (
-    "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer.model",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CODEC_NAME,
-)  # fmt: skip
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-NO_PICKLE = "Unpickling runs whatever the file says, so this is never done here."
-CONVERT_PICKLE = "Save it as safetensors, with transformers: from_pretrained(folder).save_pretrained(new_folder)."
-CONVERT_ADAPTER = "Save it as safetensors, with PEFT: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)."
-CONVERT_ARRAYS = (
-    "If it is a big_vision checkpoint, convert it with transformers' convert_paligemma_weights_to_hf.py or take the same model "
-    "from the hub."
-)
-NOT_WEIGHTS = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler|rng_state.*)\.(bin|pth?)")  # of a Trainer
-PIECES = re.compile(r"zero_to_fp32\.py|global_step\d+|pytorch_model_fsdp_\d+|\.metadata")  # of DeepSpeed and FSDP
-JOIN_PIECES = "Join them: zero_to_fp32.py of DeepSpeed with --safe_serialization, or `accelerate merge-weights` for FSDP."
-FOREIGN = (".gguf", ".onnx", ".h5", ".msgpack", ".tflite", ".ot")  # of llama.cpp, ONNX, TensorFlow, JAX, Rust
-ONLY_SAFETENSORS = "Only safetensors are read here: take the checkpoint that it was made from."
-WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # the names that this file writes
-ALIGNMENT = 64  # bytes: where the first tensor of a file begins, so that vector units read whole lines of the cache
-MAX_HEADER_BYTES = 5_000_000  # the largest real one has 0.2 MB; what others write is read in seconds, whatever it is
-MAX_NAME = 500  # letters of a tensor's name
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # the names of the files that are written here
+ALIGNMENT = 64  # bytes: position of the first tensor, so that vector instructions read whole cache lines
+MAX_HEADER_BYTES = 5_000_000  # the largest real header has 0.2 MB; at this limit even a hostile one is parsed within seconds
+MAX_NAME = 500  # characters of a tensor's name
 MAX_DIMENSIONS = 8
 RENAMED = {
     b"PK": "an archive or a pickle of PyTorch that was renamed. " + CONVERT_PICKLE.removesuffix("."),
     b"GGUF": "a file of llama.cpp that was renamed. " + ONLY_SAFETENSORS.removesuffix("."),
     b"\x1f\x8b": "packed by gzip. Unpack it",
 }
-HEAD_BYTES = 64  # of a damaged file: enough to recognise what it is instead
-PART_ELEMENTS = 2**22  # read, or written, at a time: fewer keep threads waiting for each other, more take memory
-MOST_FOLDERS = 1000  # in which a model is looked for
-SAMPLE_BYTES = 4096  # of the beginning of each tensor, for telling one model from another
+HEAD_BYTES = 64  # read from a damaged file, enough to recognise other formats
+CHUNK_ELEMENTS = 2**22  # read or written at a time: smaller chunks add waiting of threads, larger ones take more memory
+SAMPLE_BYTES = 4096  # hashed from the beginning of each tensor for the fingerprint
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
-BITS = {name: dtype.itemsize * 8 for name, dtype in DTYPES.items()} | {  # of every dtype that a header may name
+BITS = {name: dtype.itemsize * 8 for name, dtype in DTYPES.items()} | {  # the width of every dtype that a header may name
     "U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6,
     "F4": 4,
 }  # fmt: skip
 
-# The spellings of the same parameter: left as files have it, right as we have it, which is the hub's. The first prefix that
-# fits is taken, so the longer ones stand first.
-SPELLINGS = (
-    ("model.vision_tower.vision_model.", "vision_tower.vision_model."),  # files of transformers 4.52 and later 4.x
-    ("model.vision_tower.", "vision_tower.vision_model."),  # state dicts of transformers 5
-    ("model.language_model.", "language_model.model."),  # both
-    ("model.multi_modal_projector.", "multi_modal_projector."),  # both
-    ("vision_tower.vision_model.", "vision_tower.vision_model."),  # the hub
-    ("vision_tower.", "vision_tower.vision_model."),  # files of transformers 5
-    ("language_model.lm_head.", "lm_head."),  # the output matrix is the embedding: some files hold it twice, some only here
-)
-WRAPPERS = re.compile(r"^(?:base_model\.model\.|module\.)+")  # what PEFT and DistributedDataParallel put in front
-
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies: read from a header, nothing of the tensor itself."""
+    """The position of one tensor in a file, as the header gives it. The tensor itself is not loaded."""
 
-    name: str  # as the file spells it
+    name: str  # as in the file
     file: Path
-    dtype: str  # as the file spells it, a key of BITS
+    dtype: str  # as in the file, a key of BITS
     shape: tuple[int, ...]
     start: int  # byte in the file
     num_bytes: int
 
 
-def canonical_name(name: str) -> str:
-    """Our name of a parameter, whatever program wrote the file."""
-    name = name.replace("_orig_mod.", "")  # torch.compile puts it in front of whatever part was compiled
-    name = WRAPPERS.sub("", name, count=1)
-    for theirs, ours in SPELLINGS:
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
+# Headers and index
 
 
 def check_regular(path: Path) -> None:
-    """Raises CheckpointError unless there is a file, or a link to one (the hub's cache is made of links)."""
+    """Raises CheckpointError unless the path is a file, or a link to a file (the hub's cache consists of links)."""
     if stat_path(path) is None and os.path.islink(path):
         raise CheckpointError(f"{path} is a link to nothing. The cache is incomplete: download the checkpoint again.", path=path)
     if stat_path(path) is None:
@@ -137,24 +101,24 @@ def check_regular(path: Path) -> None:
 
 
 def no_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    """For json: an object as a dict. Raises ValueError for a name that occurs twice (json itself takes the last)."""
+    """A hook for json: the object as a dict. Raises ValueError if a name occurs twice (json itself takes the last value)."""
     found = dict(pairs)
-    "".join(found).encode()  # raises ValueError for half a surrogate pair, which the library refuses, too
+    "".join(found).encode()  # raises ValueError for a lone surrogate, which the safetensors library also rejects
     if len(found) < len(pairs):
         twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
         raise ValueError(f"{listed(twice)} occurs twice in the header")
     return found
 
 
-def from_0_up(digits: str) -> int:
-    """For json: the number. Raises ValueError for one with a sign: -0 is none of safetensors' whole numbers."""
+def parse_unsigned(digits: str) -> int:
+    """A hook for json: the number. Raises ValueError for a sign: the safetensors library rejects even -0."""
     if digits.startswith("-"):
         raise ValueError(f"it holds {digits[:20]}; whole numbers from 0 are needed")
     return int(digits)
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """What a safetensors file holds, by name, after every claim of its header was checked against the file's size.
+    """The tensors of a safetensors file by name, after everything in the header was checked against the size of the file.
 
     Raises: CheckpointError, with the file and what is wrong in it.
     """
@@ -167,16 +131,16 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError(f"it has {size} bytes, and its header claims {length}")
-            header = parse_json(stream.read(length), MAX_HEADER_BYTES, object_pairs_hook=no_duplicates, parse_int=from_0_up)
+            header = parse_json(stream.read(length), MAX_HEADER_BYTES, object_pairs_hook=no_duplicates, parse_int=parse_unsigned)
         about = header.pop("__metadata__", None)
         if about is not None and not (isinstance(about, dict) and all(isinstance(text, str) for text in about.values())):
-            raise ValueError("its __metadata__ is no object of texts")
-        "".join((about or {}).values()).encode()
+            raise ValueError("its __metadata__ is not an object with texts as values")
+        "".join((about or {}).values()).encode()  # raises ValueError for a lone surrogate
         tensors = {name: read_entry(name, entry, file, 8 + length) for name, entry in header.items()}
         end = 8 + length
         for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.num_bytes)):
             if tensor.start != end:
-                raise ValueError(f"{tensor.name} begins at byte {tensor.start}, not at {end} where the one before it ends")
+                raise ValueError(f"{tensor.name} begins at byte {tensor.start}, but the tensor before it ends at {end}")
             end += tensor.num_bytes
         if end != size:
             what = "it is cut off" if end > size else "there is something after its tensors"
@@ -191,43 +155,32 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_entry(name: str, entry: object, file: Path, offset: int) -> StoredTensor:
-    """One line of a header. Raises ValueError when it contradicts itself."""
+    """One tensor of a header. Raises ValueError if the entry contradicts itself."""
     if len(name) > MAX_NAME:
-        raise ValueError(f"the name {name[:MAX_LISTED_NAME]}... has {len(name)} letters, and {MAX_NAME} is the limit")
+        raise ValueError(f"the name {listed([name])} has {len(name)} letters, and {MAX_NAME} is the limit")
     if not name.isprintable():
         raise ValueError(f"the name {name!r} has characters that cannot be shown")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError(f"{name} is not described by dtype, shape and data_offsets")
-    dtype, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
-    for key, numbers, most in (("shape", shape, MAX_DIMENSIONS), ("data_offsets", place, 2)):
-        is_list = isinstance(numbers, list) and len(numbers) <= most
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    for key, numbers, limit in (("shape", shape, MAX_DIMENSIONS), ("data_offsets", offsets, 2)):
+        is_list = isinstance(numbers, list) and len(numbers) <= limit
         if not is_list or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
-            raise ValueError(f"{name} has {key} {reprlib.repr(numbers)}; at most {most} whole numbers from 0 are needed")
+            raise ValueError(f"{name} has {key} {reprlib.repr(numbers)}; at most {limit} whole numbers from 0 are needed")
     if not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(f"{name} has dtype {reprlib.repr(dtype)}, which is none of {', '.join(BITS)}")
     num_bytes, rest = divmod(math.prod(shape) * BITS[dtype], 8)
-    if len(place) != 2 or rest or place[1] - place[0] != num_bytes:
-        raise ValueError(f"{name} is {dtype} {shape}, {num_bytes} bytes, but lies at {place}")
-    return StoredTensor(name, file, dtype, tuple(shape), offset + place[0], num_bytes)
-
-
-def has_weights(folder: Path, error_class: type[PaliGemmaError] = CheckpointError) -> bool:
-    """Whether a folder holds weights, be they damaged or a link to nothing. Raises: as files.stat_path."""
-    places = (folder / SINGLE_NAME, folder / INDEX_NAME)
-    return any(stat_path(place, error_class) is not None or place.is_symlink() for place in places)
-
-
-def has_adapter(folder: Path, error_class: type[PaliGemmaError] = CheckpointError) -> bool:
-    """Whether a folder holds a LoRA adapter, by itself or beside the weights of its base. Raises: as files.stat_path."""
-    return stat_path(folder / ADAPTER_CONFIG_NAME, error_class) is not None
+    if len(offsets) != 2 or rest or offsets[1] - offsets[0] != num_bytes:
+        raise ValueError(f"{name} is {dtype} {shape}, {num_bytes} bytes, but lies at {offsets}")
+    return StoredTensor(name, file, dtype, tuple(shape), offset + offsets[0], num_bytes)
 
 
 def find_files(folder: Path) -> list[Path]:
-    """The safetensors files that belong to the checkpoint: the single one, else those of the index, as in transformers.
+    """The safetensors files of a checkpoint: the single file if there is one, else the files that the index names.
 
-    An index beside a single file is left from an older save, whose shards transformers removes.
+    If both exist, the index is left over from an older save and is ignored, as transformers does.
 
-    Raises: CheckpointError when there are none, when the index is wrong or files that it names are missing.
+    Raises: CheckpointError if there are no weights, the index is wrong, or files that it names are missing.
     """
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     if not has_weights(folder):
@@ -252,7 +205,7 @@ def find_files(folder: Path) -> list[Path]:
 
 
 def read_index(index: Path) -> list[str]:
-    """The file names of an index, each once. Raises CheckpointError when one of them leads out of the folder."""
+    """The file names in an index, each once. Raises CheckpointError if one of them leads out of the folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map. Download it again.", path=index)
@@ -262,103 +215,13 @@ def read_index(index: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def models_in(folder: Path) -> list[str]:
-    """The folders in a folder that are models or adapters: a Trainer's checkpoint-500, model/ of finetune.py, snapshots/...
-
-    In the order of the numbers in their names, so that the last is the newest.
-    """
-    places = [*names_in(folder), *(f"snapshots/{name}" for name in names_in(folder / "snapshots"))][:MOST_FOLDERS]
-    settings = (CONFIG_NAME, ADAPTER_CONFIG_NAME)
-    found = [place for place in places if any(os.path.isfile(folder / place / name) for name in settings)]
-    return sorted(found, key=lambda place: [(int(n or -1), word) for word, n in re.findall(r"(\D+)(\d{0,18})", place)])
-
-
-def explain_no_weights(folder: Path) -> str:
-    """Why there is nothing to load, by what lies in the folder instead."""
-    cached = next((place.name for place in (folder, *folder.parents) if place.name.startswith("models--")), None)
-    inner = models_in(folder)
-    if cached is not None:
-        name = cached.removeprefix("models--").replace("--", "/")
-        own = f", or its folder {folder / inner[-1]}" if inner else ""
-        return f"{folder} belongs to the hub's cache of {name} and is not the model itself. Name {name}{own}."
-    if inner:
-        return f"{folder} is not a model, but holds {listed(inner)}. Name one of them, such as {folder / inner[-1]}."
-    return f"{folder} {explain_names(names_in(folder))}"
-
-
-def explain_names(names: list[str]) -> str:
-    """The same by the names of files alone, to be put after the name of a folder or of a hub model."""
-    pickles = [name for name in names if name.endswith(PICKLES) and not NOT_WEIGHTS.fullmatch(name)]
-    arrays = [name for name in names if name.endswith(".npz") and name != CODEC_NAME]
-    shards = [name for name in names if name.endswith(".safetensors")]
-    foreign = [name for name in names if name.endswith(FOREIGN) or name == "onnx"]
-    pieces = [name for name in names if PIECES.fullmatch(name)]
-    cached = [name.removeprefix("models--").replace("--", "/") for name in names if name.startswith("models--")]
-    inner = sorted({name.rpartition("/")[0] for name in shards})
-    if inner and "" not in inner:  # only of a hub model are the names in its folders known
-        return f"is not a model itself, but has some in its folders: {listed(inner)}. Download one of them and name it there."
-    if ADAPTER_NAME in shards:
-        return f"holds an adapter, {ADAPTER_NAME}, without its {ADAPTER_CONFIG_NAME}. Copy that into it."
-    if shards:
-        return f"holds {listed(shards)}, but neither {SINGLE_NAME} nor {INDEX_NAME}. Download the index as well."
-    if pieces:
-        return f"holds weights in pieces of several processes, {listed(pieces)}. {JOIN_PIECES}"
-    if ADAPTER_PICKLE in pickles:
-        return f"holds an adapter only as {ADAPTER_PICKLE}. {NO_PICKLE} {CONVERT_ADAPTER}"
-    if pickles:
-        return f"holds only {listed(pickles)}. {NO_PICKLE} {CONVERT_PICKLE}"
-    if arrays:
-        return f"holds {listed(arrays)}. {CONVERT_ARRAYS}"
-    if foreign:
-        return f"holds {listed(foreign)}. {ONLY_SAFETENSORS}"
-    if cached:
-        return f"is the hub's cache. Name a model in it by its id: {listed(cached)}."
-    weights = f"neither {SINGLE_NAME} nor {INDEX_NAME}"
-    if CONFIG_NAME in names:
-        return f"holds no weights: {weights}. Download the checkpoint again."
-    return f"is not a model: {CONFIG_NAME} is missing, and there are no weights, {weights}. Name another folder."
-
-
-def explain_no_adapter(folder: Path) -> str:
-    """What a folder with adapter_config.json lacks."""
-    if has_weights(folder):
-        return (
-            f"{folder} holds a whole model and an {ADAPTER_CONFIG_NAME}, but no {ADAPTER_NAME}. Delete {ADAPTER_CONFIG_NAME} if "
-            "the adapter is merged already, else copy the adapter into the folder."
-        )
-    if stat_path(folder / ADAPTER_PICKLE) is not None:
-        return f"{folder} holds an adapter only as {ADAPTER_PICKLE}. {NO_PICKLE} {CONVERT_ADAPTER}"
-    return f"{folder / ADAPTER_NAME} is missing. Download the adapter again, or name another folder."
-
-
-def explain_file(file: Path) -> str:
-    """What a file is that was given in place of a model's folder, and what to do."""
-    suffix = file.suffix.lower()
-    if is_file(file):  # opening a pipe would wait for its writer
-        with suppress(OSError), open(file, "rb") as stream:
-            suffix = ".gguf" if stream.read(4) == b"GGUF" else suffix
-    if file.name == CODEC_NAME:
-        return f"{file} is a mask codec. Give it as --mask_codec, and a model's folder as the model."
-    if any(os.path.isfile(file.parent / name) for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
-        return f"{file} is a file of a model. Name its folder, {file.parent}."
-    if suffix in FOREIGN:
-        return f"{file} is {'a file of llama.cpp' if suffix == '.gguf' else 'a model of another program'}. {ONLY_SAFETENSORS}"
-    if suffix == ".npz":
-        return f"{file} is an archive of arrays. {CONVERT_ARRAYS}"
-    if suffix in PICKLES:
-        return f"{file} is a pickle. {NO_PICKLE} {CONVERT_PICKLE}"
-    if suffix in (".zip", ".tar", ".gz", ".tgz", ".xz", ".zst", ".7z"):
-        return f"{file} is an archive. Unpack it and name the folder with config.json and the weights."
-    return f"{file} is a file. Name the folder with config.json and the weights."
-
-
 def fingerprint(folders: Iterable[Path], contents: Mapping[Path, bytes]) -> str:
     """A hash that changes when the files of a model change, for example by training.
 
-    Only the first bytes of each tensor are hashed, because training changes all of a tensor's values.
+    Only the first bytes of each tensor are hashed, because training changes all values of a tensor.
 
     Args:
-        folders: of the model or, for an adapter, of its base model and of the adapter.
+        folders: the folder of the model; for an adapter, that of its base model and that of the adapter.
         contents: files that were read before; they are not read again.
     Raises: CheckpointError, AccessError.
     """
@@ -382,36 +245,39 @@ def fingerprint(folders: Iterable[Path], contents: Mapping[Path, bytes]) -> str:
     return digest.hexdigest()
 
 
-def read_parts(tensor: StoredTensor, pin: bool = False) -> Iterator[Tensor]:
-    """The values of a stored tensor in order, PART_ELEMENTS at a time (the last may be fewer), each time in the same buffer.
+# Tensors
 
-    So a part is valid until the next one is asked for, and a tensor of any size passes through little memory.
+
+def read_chunks(tensor: StoredTensor, pin: bool = False) -> Iterator[Tensor]:
+    """The values of a stored tensor in order, CHUNK_ELEMENTS at a time (the last chunk may be shorter).
+
+    All chunks share one buffer: a chunk is valid until the next one is requested, and any tensor can be read in little memory.
     """
     dtype = DTYPES[tensor.dtype]
-    size = PART_ELEMENTS * dtype.itemsize
+    size = CHUNK_ELEMENTS * dtype.itemsize
     buffer = torch.empty(min(size, tensor.num_bytes), dtype=torch.uint8, pin_memory=pin)
     with open(tensor.file, "rb") as stream:
         stream.seek(tensor.start)
         for start in range(0, tensor.num_bytes, size):
-            part = buffer[: tensor.num_bytes - start]
-            if stream.readinto(memoryview(part.numpy())) != len(part):
+            chunk = buffer[: tensor.num_bytes - start]
+            if stream.readinto(memoryview(chunk.numpy())) != len(chunk):
                 raise CheckpointError(f"{tensor.file} became shorter while it was read. Load it again.", path=tensor.file)
-            yield part.view(dtype)
+            yield chunk.view(dtype)
 
 
 def is_equal(first: StoredTensor, second: StoredTensor) -> bool:
-    """Whether two stored tensors hold the same values, be it as floats of two dtypes."""
+    """Whether two stored tensors hold the same values, even if they are stored in two different float dtypes."""
     if first.shape != second.shape:
         return False
-    if first.dtype == second.dtype:  # bytes can be compared, whatever they stand for
+    if first.dtype == second.dtype:  # then the bytes can be compared
         first, second = (replace(x, dtype="U8", shape=(x.num_bytes,)) for x in (first, second))
     elif not {first.dtype, second.dtype} <= set(FLOATS):
         return False
-    return all(bool((a == b).all()) for a, b in zip(read_parts(first), read_parts(second), strict=True))
+    return all(bool((a == b).all()) for a, b in zip(read_chunks(first), read_chunks(second), strict=True))
 
 
 def check_equal(first: StoredTensor, second: StoredTensor) -> None:
-    """Raises CheckpointError unless two stored tensors are one and the same."""
+    """Raises CheckpointError unless two stored tensors, which are the same parameter, hold the same values."""
     if not is_equal(first, second):
         raise CheckpointError(
             f"{first.name} in {first.file.name} and {second.name} in {second.file.name} are the same parameter with "
@@ -420,25 +286,98 @@ def check_equal(first: StoredTensor, second: StoredTensor) -> None:
         )
 
 
+class TensorReader:
+    """Reads stored tensors onto a device. A file is mapped once, when the first of its tensors can be mapped."""
+
+    def __init__(self, device: torch.device, allow_nonfinite: bool):
+        self.device = device
+        self.allow_nonfinite = allow_nonfinite
+        self.mapped: dict[Path, safe_open] = {}
+
+    def read(self, tensor: StoredTensor, dtype: torch.dtype, is_kept: bool = True) -> Tensor:
+        """The tensor in `dtype`.
+
+        On the CPU it is a view of the mapped file if the file has this dtype and `is_kept` is true. Otherwise it is copied
+        through a small buffer: mapped pages count as memory of this process until the whole file is unmapped, so a tensor that is
+        only read in order to be quantised must not be mapped.
+        """
+        if dtype.is_floating_point and tensor.dtype not in FLOATS:
+            text = f"{tensor.file}: {tensor.name} is {tensor.dtype}, and floats are needed. Take the plain one, not quantised."
+            raise CheckpointError(text, path=tensor.file)
+        stored = DTYPES[tensor.dtype]
+        is_mappable = self.device.type == "cpu" and stored == dtype and tensor.start % stored.itemsize == 0
+        try:
+            x = self.map(tensor) if is_kept and is_mappable else self.copy(tensor, dtype)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{tensor.file} cannot be read: {error}. Download it again.", path=tensor.file) from error
+        if dtype.is_floating_point and not self.allow_nonfinite:
+            check_values(x, tensor)
+        return x
+
+    def map(self, tensor: StoredTensor) -> Tensor:
+        if tensor.file not in self.mapped:
+            self.mapped[tensor.file] = safe_open(tensor.file, framework="pt", device="cpu")
+        return self.mapped[tensor.file].get_tensor(tensor.name)
+
+    def copy(self, tensor: StoredTensor, dtype: torch.dtype) -> Tensor:
+        target = torch.empty(tensor.shape, dtype=dtype, device=self.device)
+        flat, start = target.view(-1), 0
+        for chunk in read_chunks(tensor, pin=self.device.type == "cuda"):
+            flat[start : start + len(chunk)].copy_(chunk)
+            start += len(chunk)
+        return target
+
+
+def check_values(x: Tensor, tensor: StoredTensor) -> None:
+    """Raises CheckpointError for NaN and infinity, and warns of a matrix whose values are all equal.
+
+    It runs at the speed of memory: the product of the matrix and a vector of ones reads the matrix once, with all vector units of
+    the machine, and every NaN or infinity shows in the sum of its row. In bfloat16 this is twice as fast as min and max. Only if
+    a sum is not finite, or all sums are equal, are min and max of the matrix computed as well.
+
+    Args:
+        tensor: where x comes from, for the message.
+    """
+    if x.numel() == 0:
+        return
+    if x.dim() == 2:
+        sums = torch.mv(x, torch.ones(x.shape[1], dtype=x.dtype, device=x.device))  # [O]
+        low, high = torch.stack(torch.aminmax(sums)).tolist()
+        if math.isfinite(low) and math.isfinite(high) and low != high:
+            return
+    low, high = torch.stack(torch.aminmax(x)).tolist()
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise CheckpointError(
+            f"{tensor.file}: {tensor.name} holds NaN or infinity as {str(x.dtype).removeprefix('torch.')}. Download it again; "
+            "fp16 cannot hold numbers above 65504, bf16 can; --allow_nonfinite loads it all the same.",
+            path=tensor.file,
+        )
+    if low == high and x.dim() == 2 and x.numel() > 1:
+        log.warning("%s: every value of %s is %g.", tensor.file, tensor.name, low)
+
+
+# Writing
+
+
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """One safetensors file, written tensor by tensor and brought to the disk."""
+    """Writes one safetensors file, tensor by tensor."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
-        place = [end, end + tensor.nbytes]
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
-        end = place[1]
+        offsets = [end, end + tensor.nbytes]
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        end = offsets[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            for part in tensor.detach().reshape(-1).split(PART_ELEMENTS):
-                stream.write(memoryview(part.cpu().view(torch.uint8).numpy()))
+            for chunk in tensor.detach().reshape(-1).split(CHUNK_ELEMENTS):
+                stream.write(memoryview(chunk.cpu().view(torch.uint8).numpy()))
 
 
 def write_shards(state: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
-    """The weights as model.safetensors or, where that would be too large, as several files and their index."""
+    """Writes model.safetensors or, if it would be larger than max_shard_bytes, several files and their index."""
     shards, size = [{}], 0
     for name, tensor in state.items():
         if shards[-1] and size + tensor.nbytes > max_shard_bytes:
@@ -460,12 +399,12 @@ def write_shards(state: dict[str, Tensor], folder: Path, max_shard_bytes: int) -
 
 
 def replace_files(source: Path, folder: Path) -> None:
-    """Moves a written checkpoint over the one that is there, so that an interruption never leaves a mixture that loads.
+    """Moves a newly written checkpoint over the old one. An interruption never leaves a mixture that could be loaded.
 
-    Weights first; an index that is no longer true goes before the shards it needs; config.json comes last. Shards that are
-    replaced under their old names lose their index before, so that until the new one is there nothing loads.
+    Weights are moved first and config.json last. An outdated index is deleted before its shards. If shards are overwritten under
+    the same names, the old index is deleted first, so that nothing can be loaded until the new index is in place.
     """
-    sync_folder(source)  # a disk that turns out to be full must be noticed before the first old file is replaced
+    sync_folder(source)  # a full disk must be noticed before the first old file is replaced
     names = sorted(path.name for path in source.iterdir() if path.name != CONFIG_NAME)  # shards sort before their index
     if any(stat_path(folder / name) is not None for name in names if name not in (SINGLE_NAME, INDEX_NAME)):
         (folder / INDEX_NAME).unlink(missing_ok=True)

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paligemma.checkpoints.safetensors_files import SPELLINGS
 from paligemma.layers import patterns
+from paligemma.parameter_names import all_spellings
 
 PARTS = {"language": "language_model", "vision": "vision_tower"}
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
@@ -47,18 +47,6 @@ MOST_PATTERNS = 2048  # the largest model has 485 matrices
 MOST_EXPRESSIONS = 32  # of them, those that are more than a name
 
 
-def their_name(name: str) -> str:
-    """The name of our module in the PaliGemma of transformers 5, by which PEFT knows it."""
-    shorter = name.replace("language_model.model.", "language_model.").replace("vision_tower.vision_model.", "vision_tower.")
-    return f"model.{shorter}"
-
-
-@lru_cache(maxsize=4096)
-def spelled(name: str) -> tuple[str, ...]:
-    """A module's name in every spelling."""
-    return (name, *(theirs + name.removeprefix(ours) for theirs, ours in SPELLINGS if name.startswith(ours)))
-
-
 @lru_cache(maxsize=2 * MOST_PATTERNS)
 def parsed_key(key: str) -> tuple[bool, re.Pattern | None, patterns.Pattern | None]:
     """A key of rank_pattern or alpha_pattern: whether it means whole names, and what it is made of.
@@ -78,8 +66,8 @@ def fits(key: str, name: str) -> bool:
     """Whether a key means a module, in any spelling of its name: the key is an expression for the name's end, as in PEFT."""
     is_whole, words, expression = parsed_key(key)
     if expression is not None:
-        return any(expression.fullmatch(full) for full in spelled(name))
-    for full in spelled(name):
+        return any(expression.fullmatch(full) for full in all_spellings(name))
+    for full in all_spellings(name):
         start = len(full) - len(words.pattern)
         begins_well = start == 0 or (start > 0 and full[start - 1] == "." and not is_whole)
         if begins_well and words.fullmatch(full, start):

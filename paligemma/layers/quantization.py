@@ -22,11 +22,14 @@ Checked in tests/layers/test_quantization.py. Shapes: N outputs, K inputs, R row
 import functools
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paligemma.errors import CheckpointError, UsageError
 from paligemma.layers import kernels
 from paligemma.modeling_gemma import GemmaAttention, GemmaEmbedding, GemmaMLP, GemmaRMSNorm, KVCache
 
@@ -35,6 +38,7 @@ KINDS = ("int8", "int4")
 # does not know, with random matrices in its place, but refuses an entry without one.
 FORMAT = "paligemma_rows"
 LAYOUT = 1
+CONFIG_KEYS = ("quantization_config", "quantization", "compression_config")  # of transformers, MLX, compressed-tensors
 BLOCK = 16  # outputs that lie together
 GROUP = {"int8": 64, "int4": 32}  # inputs: K is padded to a multiple; int4 has a scale for each
 SCALE_FRACTIONS = (1.05, 0.95, 0.9, 0.85, 0.8)  # of the scale that just reaches the largest weight, which is tried first
@@ -558,3 +562,57 @@ def use_fast_products(model: nn.Module, least_parameters: int = WORTHWHILE) -> N
             module.__class__ = FAST[type(module)]
         elif type(module) in FUSED:
             module.__class__ = FUSED[type(module)]
+
+
+# ---------------------------------------------------------------- config.json
+
+
+class Quantization(NamedTuple):
+    """What is quantised in a model: kind ("int8", "int4" or None), the vision tower too?, and whether the files hold it so."""
+
+    kind: str | None
+    with_vision: bool
+    is_stored: bool
+
+
+def choose(raw: dict, folder: Path, quantize: str | None, with_vision: bool) -> Quantization:
+    """How a model will be quantised.
+
+    Args:
+        raw: content of config.json in `folder`.
+        quantize, with_vision: what the caller asks for.
+    Raises: CheckpointError for the formats of other programs, UsageError for an unknown kind, or for a kind that contradicts the
+        files.
+    """
+    if quantize is not None and quantize not in KINDS:
+        raise UsageError(f"quantize is {quantize!r}. {' or '.join(KINDS)} is needed.")
+    parts = [part for part in (raw, raw.get("text_config"), raw.get("vision_config")) if isinstance(part, dict)]
+    entries = {key: part[key] for part in parts for key in CONFIG_KEYS if part.get(key)}
+    if not entries:
+        return Quantization(quantize, with_vision, False)
+    entry = raw.get("quantization_config")
+    names = (entry.get("format"), entry.get("quant_method")) if isinstance(entry, dict) else ()  # older folders have the second
+    if len(entries) > 1 or FORMAT not in names:
+        key, entry = next(iter(entries.items()))
+        method = entry.get("quant_method", entry.get("format")) if isinstance(entry, dict) else entry
+        text = f"{folder} is quantised by another program ({key} in config.json{f': {method!r:.60}' if method else ''})."
+        raise CheckpointError(f"{text} Take the plain checkpoint and --quantize int8.", path=folder)
+    kind = entry.get("kind")
+    if kind not in KINDS or entry.get("layout") != LAYOUT:
+        known = f"{', '.join(KINDS)} in layout {LAYOUT}"
+        raise CheckpointError(
+            f"{folder} is quantised as {entry}, and this version reads {known}. Quantise it again.", path=folder
+        )
+    if quantize not in (None, kind):
+        raise UsageError(f"{folder} is stored as {kind} and cannot become {quantize}. Take the plain checkpoint.")
+    return Quantization(kind, entry.get("vision") is True, True)
+
+
+def config_entry(model: nn.Module) -> dict | None:
+    """The "quantization_config" for config.json, which `choose` reads; None for a model that is not quantised."""
+    kinds = {name: module.kind for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    if not kinds:
+        return None
+    (kind,) = set(kinds.values())
+    has_vision = any(name.startswith("vision_tower.") for name in kinds)
+    return {"format": FORMAT, "kind": kind, "layout": LAYOUT, "vision": has_vision}

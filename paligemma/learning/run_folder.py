@@ -99,7 +99,7 @@ def check_settings(folder: Path, now: dict) -> None:
     Args:
         now: from settings_of.
     """
-    from paligemma.checkpoints.safetensors_files import read_json
+    from paligemma.files import read_json
     from paligemma.learning.training import checkpoints
 
     if not (checkpoints(folder / "checkpoints") and stat_path(folder / "settings.json", OutputError)):

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paligemma import files
-from paligemma.checkpoints.safetensors_files import CODEC_NAME
 from paligemma.errors import CheckpointError, listed
+from paligemma.files import CODEC_NAME
 from paligemma.objects.masks import paste
 from paligemma.objects.outputs import ParsedObject
 from paligemma.vocabulary import NUM_CODES

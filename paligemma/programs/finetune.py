@@ -517,7 +517,8 @@ class Run:
             adapter: settings of the adapter that was trained; None if the model itself was trained.
         """
         from paligemma.checkpoints import weights
-        from paligemma.checkpoints.safetensors_files import SIDE_FILES
+        from paligemma.checkpoints.adapters import save_adapter
+        from paligemma.checkpoints.file_names import SIDE_FILES
         from paligemma.layers import lora
 
         plain = plain_model(self.trainer.model, self.dtype)
@@ -536,7 +537,7 @@ class Run:
             name = self.flags.model_path
             if name is None or is_folder(expand(name)):  # from wherever the adapter will be used
                 name = os.path.realpath(checkpoint.base)
-            weights.save_adapter(parts, adapter, self.folder / "adapter", name, self.flags.revision)
+            save_adapter(parts, adapter, self.folder / "adapter", name, self.flags.revision)
         note(f"the result is in {result}. Try it: {commandline.command()} --model_path {result} "
              "--image_file_path PICTURE --prompt PREFIX")
 

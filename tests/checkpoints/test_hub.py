@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from paligemma.checkpoints import hub, weights
+from paligemma.checkpoints import adapters, hub, weights
 from paligemma.errors import CheckpointError, PaliGemmaError
 from paligemma.files import BUNDLED
 from paligemma.layers import lora
@@ -262,7 +262,7 @@ def test_model_adapter_and_processor_are_loaded_by_their_ids(ask, tmp_path):
     lora.inject(model, lora.LoraConfig(r=2), lora.targets(model))
     for _, layer in lora.adapted(model):
         torch.nn.init.ones_(layer.lora_B.weight)
-    weights.save_adapter(lora.adapter_state(model), lora.LoraConfig(r=2), tmp_path / "tuned", "owner/tiny")
+    adapters.save_adapter(lora.adapter_state(model), lora.LoraConfig(r=2), tmp_path / "tuned", "owner/tiny")
     for folder, repo in ((base, "owner/tiny"), (tmp_path / "tuned", "owner/tuned")):
         REPOS[repo] = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert ask("owner/tiny", what="model")["sum"] == plain
@@ -421,9 +421,9 @@ def test_a_name_of_the_cache_gives_its_id():
     ("names", "says"),
     [
         (["training_args.bin", "optimizer.pt", "rng_state_0.pth"], "holds no weights: neither"),
-        (["zero_to_fp32.py", "global_step500", "training_args.bin"], "in pieces of several processes, global_step500, zero_to"),
-        (["pytorch_model_fsdp_0", "optimizer_0"], "in pieces .* merge-weights. for FSDP"),
-        (["onnx"], "holds onnx. Only safetensors are read here"),
+        (["zero_to_fp32.py", "global_step500", "training_args.bin"], "saved in parts, global_step500, zero_to"),
+        (["pytorch_model_fsdp_0", "optimizer_0"], "in parts.* merge-weights. for FSDP"),
+        (["onnx"], "holds onnx. Only safetensors files are read"),
         (["flax_model.msgpack"], "holds flax_model.msgpack. Only safetensors"),
     ],
 )
@@ -457,7 +457,7 @@ def test_the_bundled_model_is_recommended_by_its_place(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     place = str(BUNDLED)
     assert f"Did you mean the folder {place}?" in hub.explain(OSError("no route"), "paligemma/bundled", None).message
-    assert f"there is still {place}" in hub.explain(OSError("no route"), "google/x", None).message
+    assert f"Without a network, use {place}" in hub.explain(OSError("no route"), "google/x", None).message
 
 
 @pytest.mark.parametrize(
@@ -467,7 +467,7 @@ def test_the_bundled_model_is_recommended_by_its_place(monkeypatch, tmp_path):
         ("model", b"GGUF....", "a file of llama.cpp. Only safetensors"),
         ("paligemma.npz", b"PK", "convert_paligemma_weights_to_hf.py"),
         ("vae-oid.npz", b"PK", "Give it as --mask_codec"),
-        ("pytorch_model.bin", b"PK", "Unpickling runs whatever"),
+        ("pytorch_model.bin", b"PK", "Unpickling runs any code"),
         ("model.tar.gz", b"", "an archive. Unpack it"),
         ("notes.txt", b"", "is a file. Name the folder"),
     ],

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from paligemma.checkpoints import safetensors_files
 from paligemma.errors import CheckpointError, PaliGemmaError
+from paligemma.files import read_json
 
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 
@@ -36,7 +37,7 @@ def test_a_header_says_what_the_library_says(tmp_path):
     header = safetensors_files.read_header(file)
     assert {name: list(stored.shape) for name, stored in header.items()} == {"a": [2, 3], "b": [5], "c": [0, 4], "d": []}
     for name, stored in header.items():
-        assert torch.equal(torch.cat([torch.empty(0), *safetensors_files.read_parts(stored)]), tensors[name].flatten().float())
+        assert torch.equal(torch.cat([torch.empty(0), *safetensors_files.read_chunks(stored)]), tensors[name].flatten().float())
 
 
 @pytest.mark.parametrize(
@@ -76,8 +77,8 @@ def test_a_header_says_what_the_library_says(tmp_path):
         ({"a\ud800": ENTRY}, b"x" * 24, None, "surrogates not allowed"),
         ({"a": ENTRY | {"\ud800": 1}}, b"x" * 24, None, "surrogates not allowed"),
         (with_entry() | {"__metadata__": {"format": "a\ud800"}}, b"x" * 24, None, "surrogates not allowed"),
-        (with_entry() | {"__metadata__": []}, b"x" * 24, None, "no object of texts"),
-        (with_entry() | {"__metadata__": {"step": 3}}, b"x" * 24, None, "no object of texts"),
+        (with_entry() | {"__metadata__": []}, b"x" * 24, None, "not an object with texts"),
+        (with_entry() | {"__metadata__": {"step": 3}}, b"x" * 24, None, "not an object with texts"),
         (with_entry(data_offsets=[8, 32]), b"x" * 32, None, "begins at"),
         ({"w": ENTRY, "v": ENTRY}, b"x" * 24, None, "begins at"),
         (b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "w": {}}', b"x" * 4, None, "w occurs twice"),
@@ -136,7 +137,7 @@ def test_random_edits_raise_nothing_but_our_errors(tmp_path, edits, cut):
         return
     for stored in header.values():  # what passes is safe to read
         if stored.dtype in safetensors_files.DTYPES:
-            assert sum(len(part) for part in safetensors_files.read_parts(stored)) == torch.Size(stored.shape).numel()
+            assert sum(len(part) for part in safetensors_files.read_chunks(stored)) == torch.Size(stored.shape).numel()
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_broken_json_is_told_with_line_and_column(tmp_path, text, says):
     file = tmp_path / "config.json"
     file.write_bytes(text)
     with pytest.raises(CheckpointError, match=says):
-        safetensors_files.read_json(file)
+        read_json(file)
 
 
 def test_settings_of_absurd_size_are_not_read(tmp_path):
@@ -164,7 +165,7 @@ def test_settings_of_absurd_size_are_not_read(tmp_path):
     file.touch()
     os.truncate(file, 10**12)  # a hole: it takes no room
     with pytest.raises(CheckpointError, match="1000000000000 bytes"):
-        safetensors_files.read_json(file)
+        read_json(file)
 
 
 def write_index(folder, weight_map: object) -> None:
@@ -218,7 +219,7 @@ def test_a_single_file_is_complete_whatever_index_was_left_beside_it(tmp_path, c
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("pytorch_model.bin", "never done here.*safetensors"),
+        ("pytorch_model.bin", "never read.*safetensors"),
         ("pt_224.npz", "big_vision"),
         ("model-00001-of-00002.safetensors", "Download the index"),
         ("readme.txt", "no weights"),
@@ -247,17 +248,17 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(tmp_path):
 
 
 def test_parts_come_in_order_whatever_their_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors_files, "PART_ELEMENTS", 7)
+    monkeypatch.setattr(safetensors_files, "CHUNK_ELEMENTS", 7)
     tensor = torch.rand(5, 6)
     save_file({"first": torch.rand(3), "w": tensor}, tmp_path / "model.safetensors")
     stored = safetensors_files.read_header(tmp_path / "model.safetensors")["w"]
-    parts = [part.clone() for part in safetensors_files.read_parts(stored)]
+    parts = [part.clone() for part in safetensors_files.read_chunks(stored)]
     assert [len(part) for part in parts] == [7, 7, 7, 7, 2]
     assert torch.equal(torch.cat(parts), tensor.flatten())
 
 
 def test_what_is_written_the_library_reads(tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors_files, "PART_ELEMENTS", 7)
+    monkeypatch.setattr(safetensors_files, "CHUNK_ELEMENTS", 7)
     tensors = {
         "matrix": torch.rand(5, 6).bfloat16(), "turned": torch.rand(3, 4).T, "one": torch.tensor(2.0), "none": torch.empty(0, 3),
         "bytes": torch.arange(9, dtype=torch.uint8), "half": torch.rand(3).half(),

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from paligemma.checkpoints import hub, safetensors_files, weights
+from paligemma.checkpoints import file_names, hub, safetensors_files, weights
 from paligemma.generation import generate
 from paligemma.objects import mask_codec
 from paligemma.opened import open_checkpoint
@@ -117,7 +117,7 @@ class Headers(Fuzzer):
                 assert set(theirs.keys()) == set(stored), "other names than the library's"
         except SafetensorError as error:
             raise AssertionError(f"the library refuses it: {error}") from error
-        reader = weights.TensorReader(torch.device("cpu"), allow_nonfinite=True)
+        reader = safetensors_files.TensorReader(torch.device("cpu"), allow_nonfinite=True)
         for tensor in stored.values():
             if tensor.dtype in safetensors_files.DTYPES:
                 reader.read(tensor, safetensors_files.DTYPES[tensor.dtype])
@@ -138,11 +138,11 @@ class Indexes(Fuzzer):
             self.index["weight_map"][f"t{number}"] = name
 
     def sound(self) -> Files:
-        return {safetensors_files.INDEX_NAME: as_json(self.index)}
+        return {file_names.INDEX_NAME: as_json(self.index)}
 
     def known(self) -> list[Callable[[], Files]]:
         def of(data: bytes) -> Callable[[], Files]:
-            return lambda: {safetensors_files.INDEX_NAME: data}
+            return lambda: {file_names.INDEX_NAME: data}
 
         names = (
             "../x.safetensors", "/etc/passwd", "a\\b.safetensors", "a\0.safetensors", "a" * 300 + ".safetensors",
@@ -151,13 +151,13 @@ class Indexes(Fuzzer):
         many = {f"t{i}": f"m{i}.safetensors" for i in range(20_000)}
         return [
             *(of(as_json({"weight_map": {"t0": name}})) for name in names),
-            lambda: {safetensors_files.INDEX_NAME: as_json({"weight_map": many})},
+            lambda: {file_names.INDEX_NAME: as_json({"weight_map": many})},
             of(as_json({"weight_map": {"t0": [1]}})), of(as_json({"weight_map": {}})), of(as_json({"weight_map": []})),
             of(b"[" * 100_000), of(b""), of(b'{"weight_map":' * 3000), of(b"\xff"),
         ]  # fmt: skip
 
     def make(self, random: Random) -> Files:
-        return {safetensors_files.INDEX_NAME: damaged_json(random, self.index)}
+        return {file_names.INDEX_NAME: damaged_json(random, self.index)}
 
     def check(self, files: Files, folder: Path) -> None:
         links_to(self.valid, folder)

@@ -10,10 +10,11 @@ from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from paligemma.checkpoints import weights
+from paligemma.checkpoints import adapters, weights
 from paligemma.errors import CheckpointError, OutputError, UsageError
 from paligemma.layers import lora
 from paligemma.modeling_paligemma import suffix_loss
+from paligemma.parameter_names import peft_name
 from tests.tiny import FAMILIES, gap, in_double, make_batch, make_model, make_reference, reference_logits, widen
 
 BATCH = make_batch([(1, 5, 3), (2, 3, 2)], "right")
@@ -49,7 +50,7 @@ def peft_adapter(folder, base, model, **options):
 def our_adapter(folder, base, model, names=None):
     lora.inject(model, CONFIG, names or lora.targets(model))
     give_numbers(model)
-    weights.save_adapter(lora.adapter_state(model), CONFIG, folder, str(base))
+    adapters.save_adapter(lora.adapter_state(model), CONFIG, folder, str(base))
     return model
 
 
@@ -106,7 +107,7 @@ def test_gradients_equal_those_of_peft(tmp_path):
         suffix_loss(theirs(**BATCH, position_ids=positions).logits, LABELS, "token").backward()
     expected = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters() if "lora_" in name}
     found = {
-        f"base_model.model.{lora.their_name(name)}.{matrix}.weight": getattr(layer, matrix).weight.grad
+        f"base_model.model.{peft_name(name)}.{matrix}.weight": getattr(layer, matrix).weight.grad
         for name, layer in lora.adapted(model)
         for matrix in ("lora_A", "lora_B")
     }
@@ -151,7 +152,7 @@ def test_the_language_model_is_the_default_and_the_tower_only_on_request():
 def test_the_revision_of_the_base_is_kept(tmp_path):
     model = save_base(tmp_path / "base", "gemma")
     lora.inject(model, CONFIG, lora.targets(model))
-    weights.save_adapter(lora.adapter_state(model), CONFIG, tmp_path / "adapter", "google/base", "bfloat16")
+    adapters.save_adapter(lora.adapter_state(model), CONFIG, tmp_path / "adapter", "google/base", "bfloat16")
     raw = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (raw["base_model_name_or_path"], raw["revision"]) == ("google/base", "bfloat16")
     assert PeftConfig.from_pretrained(tmp_path / "adapter").revision == "bfloat16"
@@ -164,7 +165,7 @@ def test_target_modules_mean_the_same_modules_to_peft(parts):
     written = CONFIG.to_peft(None, names)["target_modules"]
     theirs = get_peft_model(make_reference(model), PeftConfig(r=3, target_modules=written))
     hit = {name.removeprefix("base_model.model.") for name, module in theirs.named_modules() if hasattr(module, "lora_A")}
-    assert hit == {lora.their_name(name) for name in names}
+    assert hit == {peft_name(name) for name in names}
 
 
 def test_only_a_and_b_are_trained():
@@ -258,9 +259,9 @@ EMBEDDING = "base_model.model.model.language_model.embed_tokens"
     [
         (lambda t: t.pop(f"{FIRST}.lora_B.weight"), r"q_proj are \[3, 40\] and missing"),
         (lambda t: t.update({f"{FIRST}.lora_A.weight": torch.zeros(3, 41)}), r"\[3, 41\]"),
-        (lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(2, 2)}), "matrices of layers only. Train it without"),
+        (lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(2, 2)}), "supported. Train it without"),
         (lambda t: t.update({f"{EMBEDDING}.weight": torch.zeros(9, 40)}), "holds .*embed_tokens.weight.*or merge it with"),
-        (lambda t: t.update({f"{EMBEDDING}.lora_embedding_A": torch.zeros(3, 9)}), "holds .*lora_embedding_A, .*layers only"),
+        (lambda t: t.update({f"{EMBEDDING}.lora_embedding_A": torch.zeros(3, 9)}), "holds .*lora_embedding_A, .*supported"),
         (lambda t: t.update({f"{FIRST}.x": torch.zeros(2, 2)}), "neither an A nor a B"),
         (lambda t: t.update({f"{FIRST[:-7]}.x_proj.lora_A.weight": torch.zeros(3, 40)}), "does not have"),
         (lambda t: t.update({f"{FIRST}.lora_A.weight": torch.full((3, 40), torch.nan)}), "NaN"),
@@ -305,7 +306,7 @@ def test_an_adapter_answers_on_the_command_line(tmp_path):
     base = Path(__file__).resolve().parents[2] / "paligemma" / "bundled"
     model = weights.load_model(base)
     lora.inject(model, CONFIG, lora.targets(model))
-    weights.save_adapter(lora.adapter_state(model), CONFIG, tmp_path, str(base))
+    adapters.save_adapter(lora.adapter_state(model), CONFIG, tmp_path, str(base))
     given = [f"--model_path={tmp_path}", "--prompt=caption en", f"--image_file_path={base.parent.parent / 'examples/shapes.png'}"]
     assert inference.commandline.run(inference.Flags, inference.program, given) == 0
 
@@ -522,4 +523,4 @@ def test_a_model_is_not_saved_beside_an_adapter_nor_an_adapter_beside_a_model(fo
     with pytest.raises(OutputError, match="holds an adapter"):
         weights.save_model(model, folder)
     with pytest.raises(OutputError, match="holds a whole model"):
-        weights.save_adapter({}, CONFIG, tmp_path / "base", None)
+        adapters.save_adapter({}, CONFIG, tmp_path / "base", None)

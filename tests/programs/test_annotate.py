@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from paligemma import tasks
-from paligemma.checkpoints import weights
+from paligemma.checkpoints import adapters, weights
 from paligemma.errors import ImageError, UsageError
 from paligemma.layers import lora
 from paligemma.pictures import decoding, folders
@@ -393,14 +393,14 @@ def test_other_settings_are_refused_with_what_differs(run, flags, named):
 def test_an_adapter_answers_and_is_another_model_than_its_base(run, model, world):
     adapted = weights.load_model(model)
     lora.inject(adapted, config := lora.LoraConfig(2, 4), lora.targets(adapted))
-    weights.save_adapter(lora.adapter_state(adapted), config, world / "mine", str(model))
+    adapters.save_adapter(lora.adapter_state(adapted), config, world / "mine", str(model))
     assert run("photos", "--task=caption", f"--model_path={world / 'mine'}")[0] == 0
     assert images() == PHOTOS
     assert run("photos", "--task=caption")[0] == 2
     with torch.no_grad():
         for _, layer in lora.adapted(adapted):
             layer.lora_B.weight.fill_(1)
-    weights.save_adapter(lora.adapter_state(adapted), config, world / "mine", str(model))
+    adapters.save_adapter(lora.adapter_state(adapted), config, world / "mine", str(model))
     assert run("photos", "--task=caption", f"--model_path={world / 'mine'}")[0] == 2
 
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from paligemma.checkpoints import weights
+from paligemma.checkpoints import adapters, weights
 from paligemma.configuration import PaliGemmaConfig
 from paligemma.errors import DatasetError, UsageError
 from paligemma.layers import lora
@@ -510,7 +510,7 @@ def test_of_a_model_with_an_adapter_beside_it_only_the_files_of_the_processor_ar
     shutil.copytree(model, folder)
     adapted = weights.load_model(model)
     lora.inject(adapted, lora.LoraConfig(r=2), lora.targets(adapted))
-    weights.save_adapter(lora.adapter_state(adapted), lora.LoraConfig(r=2), tmp_path / "adapter", None)
+    adapters.save_adapter(lora.adapter_state(adapted), lora.LoraConfig(r=2), tmp_path / "adapter", None)
     for file in (tmp_path / "adapter").iterdir():
         shutil.copy(file, folder)
     (folder / "trainer_state.json").write_text("{}")

@@ -1,0 +1,50 @@
+"""Four spellings of the same parameter names, one model: the table of prefixes, and the conversion in both directions.
+
+The same matrix is called, for example,
+    language_model.model.layers.0.self_attn.q_proj.weight          in files of the hub, and in this project
+    model.language_model.layers.0.self_attn.q_proj.weight          in files of transformers 4.52 and later, and by PEFT
+and, in the vision tower,
+    vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight      in files of the hub, and in this project
+    model.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight    in files of transformers 4.52 and later 4.x
+    model.vision_tower.encoder.layers.0.mlp.fc1.weight             in state dicts of transformers 5, and by PEFT
+    vision_tower.encoder.layers.0.mlp.fc1.weight                   in files of transformers 5
+Checked in tests/checkpoints/test_weights.py, with one test per spelling, and in tests/layers/test_lora.py.
+"""
+
+import re
+from functools import lru_cache
+
+# (prefix in the file, our prefix, which is that of the hub). The first prefix that matches counts, so longer ones come first.
+SPELLINGS = (
+    ("model.vision_tower.vision_model.", "vision_tower.vision_model."),  # files of transformers 4.52 and later 4.x
+    ("model.vision_tower.", "vision_tower.vision_model."),  # state dicts of transformers 5
+    ("model.language_model.", "language_model.model."),  # both of them
+    ("model.multi_modal_projector.", "multi_modal_projector."),  # both of them
+    ("vision_tower.vision_model.", "vision_tower.vision_model."),  # the hub
+    ("vision_tower.", "vision_tower.vision_model."),  # files of transformers 5
+    # The output matrix is the embedding. Some files hold the matrix twice, some only under this name.
+    ("language_model.lm_head.", "lm_head."),
+)
+WRAPPERS = re.compile(r"^(?:base_model\.model\.|module\.)+")  # prefixes that PEFT and DistributedDataParallel add
+
+
+def canonical_name(name: str) -> str:
+    """Our name of a parameter, whatever program wrote the file."""
+    name = name.replace("_orig_mod.", "")  # torch.compile adds it in front of every compiled part
+    name = WRAPPERS.sub("", name, count=1)
+    for theirs, ours in SPELLINGS:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+@lru_cache(maxsize=4096)
+def all_spellings(name: str) -> tuple[str, ...]:
+    """The name of one of our modules or parameters in every spelling, ours first."""
+    return (name, *(theirs + name.removeprefix(ours) for theirs, ours in SPELLINGS if name.startswith(ours)))
+
+
+def peft_name(name: str) -> str:
+    """The name that PEFT gives to one of our modules: the one in the state dict of transformers 5."""
+    shorter = name.replace("language_model.model.", "language_model.").replace("vision_tower.vision_model.", "vision_tower.")
+    return f"model.{shorter}"
