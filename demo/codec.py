@@ -1,22 +1,25 @@
-"""Trains the demo's mask codec, paligemma/bundled/vae-oid.npz, in the form of PaliGemma's: two million parameters, from nothing.
+"""Trains the demo's mask codec, paligemma/bundled/vae-oid.npz: PaliGemma's architecture, two million parameters, from nothing.
 
-    python -m demo.codec [--steps N] [--out FILE]      the last line says how much of a mask comes back
+    python -m demo.codec [--steps N] [--out FILE]      the last line is the IoU of masks and their reconstructions
 
-Half of the masks are the demo's six shapes, some of them turned; the others are ellipses, blobs, polygons and rings, so that the
-codec is one for masks in general and not a list of six. Each is drawn at some size without smoothing, as a mask of a picture
-is, and cropped as masks.crop does it.
+Half of the masks are the demo's six shapes, some of them rotated; the others are ellipses, blobs, polygons and rings, so that the
+codec learns masks in general and not a list of six. Each mask is drawn at a random size without smoothing, like the mask of a
+picture, and cropped as masks.crop does it.
 
-First encoder and decoder learn alone to copy masks. Then the codebook starts as 128 centres of what the encoder says
-(k-means), and all three go on together: the decoder sees the nearest codes, the encoder gets the gradient as if there were none
-between (straight through), each code follows the mean of the vectors that it stands for, and a code that stands for none starts
-again at a vector of the batch. Mean square error; the target is -1 outside, 1 inside.
+First, encoder and decoder learn alone to copy masks. Then the codebook starts as the 128 centres of the encoder's outputs
+(k-means), and all three are trained together: the decoder gets the nearest code vectors; the encoder gets the gradient as if
+there were no quantisation (straight-through); each code vector follows the mean of the encoder outputs that are nearest to it;
+and a code that is nearest to none starts again at an output of the batch. The loss is the mean square error; targets are -1
+outside, 1 inside.
 
-1500 steps took 219 seconds of one core. Mean IoU of 200 unseen masks of a kind with what came back (the file holds float16,
-3.8 MB):
+1500 steps took 219 seconds on one core. The table shows the mean IoU of a mask and its reconstruction, over 200 unseen masks per
+kind (the file stores float16, 3.8 MB):
 
     circle  square  triangle  star   heart  cross    ellipse  blob   polygon  ring
     0.987   1.000   0.987     0.963  0.980  0.984    0.980    0.963  0.942    0.954
-    0.987   0.969   0.961     0.937  0.967  0.953    turned by any angle up to a right one
+    0.987   0.969   0.961     0.937  0.967  0.953    rotated by any angle up to 90 degrees
+
+Shapes: M masks, D = 512 width of a code vector.
 """
 
 import argparse
@@ -46,13 +49,13 @@ from paligemma.objects.mask_codec import Codebook, MaskCodec, load_codec
 from paligemma.objects.masks import MASK_SIDE, resize
 from paligemma.vocabulary import NUM_CODES
 
-COPYING = 0.3  # the share of all steps before there are codes
-FOLLOWING = 0.98  # how much of a code's past stays at a step
+COPYING = 0.3  # share of the steps without a codebook, in which encoder and decoder learn to copy masks
+DECAY = 0.98  # decay of the moving averages of a code
 OTHERS = ("ellipse", "blob", "polygon", "ring")
 
 
 def other_outline(kind: str, rng: np.random.Generator) -> np.ndarray:
-    """Corners of a random shape of this kind, float[N, 2], of any size."""
+    """Corners of a random shape of this kind, float[corners, 2] as x and y, of any size."""
     if kind == "polygon":
         angle = np.sort(rng.uniform(0, 2 * np.pi, int(rng.integers(3, 10))))
         return np.stack([np.cos(angle), np.sin(angle)], axis=1) * rng.uniform(0.4, 1, (len(angle), 1))
@@ -69,17 +72,17 @@ def turn(points: np.ndarray, angle: float) -> np.ndarray:
 
 
 def draw_mask(kind: str, rng: np.random.Generator, turned: float = 0.0) -> np.ndarray:
-    """float32[64, 64] from 0 to 1: the crop of a shape of 20 to 260 pixels, whose box was rounded to pixels.
+    """float32[64, 64] from 0 to 1: the crop of a shape of 20 to 260 pixels whose box was rounded to pixels.
 
     Args:
-        turned: by at most this angle, radians.
+        turned: the shape is rotated by a random angle up to this one, in radians.
     """
     points = shapes.outline(kind) if kind in shapes.KINDS else other_outline(kind, rng)
     points = turn(points, rng.uniform(-turned, turned))
     points = (points - points.min(axis=0)) / np.ptp(points, axis=0)
     width, height = (int(np.exp(rng.uniform(np.log(20), np.log(260)))) for _ in range(2))
     width = height if kind in shapes.KINDS else width
-    margins = rng.uniform(-0.5, 0.5, (2, 2))  # by which rounding moved the box's corners, pixels
+    margins = rng.uniform(-0.5, 0.5, (2, 2))  # pixels by which rounding moved the box's corners
     corners = margins[0] + points * (np.array([width, height]) + margins[1] - margins[0])
     mask = Image.new("L", (width, height))
     ImageDraw.Draw(mask).polygon([tuple(corner) for corner in corners - 0.5], fill=1)
@@ -91,7 +94,7 @@ def draw_mask(kind: str, rng: np.random.Generator, turned: float = 0.0) -> np.nd
 
 
 def draw_masks(rng: np.random.Generator, count: int) -> Tensor:
-    """float32[N, 64, 64], half of them the demo's shapes, a third of these turned by up to a right angle."""
+    """float32[M, 64, 64]: half of them are the demo's shapes, and a third of these are rotated by up to 90 degrees."""
     drawn = []
     for index in range(count):
         kind = str(rng.choice(shapes.KINDS if index % 2 else OTHERS))
@@ -100,25 +103,25 @@ def draw_masks(rng: np.random.Generator, count: int) -> Tensor:
 
 
 def encode(codec: MaskCodec, masks: Tensor) -> Tensor:
-    """What the encoder says, float32[N, E, 4, 4]: in bfloat16, which is twice as fast on newer processors."""
+    """The encoder's output, float32[M, D, 4, 4], computed in bfloat16, which is twice as fast on newer processors."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return codec.encoder(2 * masks[:, None] - 1).float()
 
 
 def vectors_of(x: Tensor) -> Tensor:
-    """float[N, E, 4, 4] -> float[16 * N, E]."""
+    """float[M, D, 4, 4] -> float[16 * M, D]."""
     return x.detach().flatten(2).transpose(1, 2).flatten(0, 1)
 
 
-class Codes:
-    """The codebook in training, float32[128, E], changed in place; and what each code stood for lately."""
+class TrainedCodebook:
+    """The codebook in training, float32[128, D], changed in place, with moving averages of the vectors nearest to each code."""
 
     def __init__(self, codebook: Codebook):
         self.codebook, self.table = codebook, codebook._embedding.data
         self.counts, self.sums = torch.ones(NUM_CODES), self.table.clone()
 
     def start(self, vectors: Tensor, rounds: int = 12) -> None:
-        """k-means over float[n, E]."""
+        """Sets the codes to the centres of k-means over vectors, float[count, D]."""
         self.table.copy_(vectors[torch.randperm(len(vectors))[:NUM_CODES]])
         for _ in range(rounds):
             nearest = torch.cdist(vectors, self.table).argmin(1)
@@ -128,10 +131,10 @@ class Codes:
         self.counts, self.sums = torch.ones(NUM_CODES), self.table.clone()
 
     def follow(self, vectors: Tensor, codes: Tensor) -> None:
-        """Each code moves to the mean of its vectors, float[n, E]; one that lost them all starts again at one of them."""
+        """Moves each code to the mean of its vectors, float[count, D]; a code without vectors starts again at a random one."""
         used = torch.bincount(codes, minlength=NUM_CODES)
-        self.counts.lerp_(used.float(), 1 - FOLLOWING)
-        self.sums.lerp_(torch.zeros_like(self.table).index_add(0, codes, vectors), 1 - FOLLOWING)
+        self.counts.lerp_(used.float(), 1 - DECAY)
+        self.sums.lerp_(torch.zeros_like(self.table).index_add(0, codes, vectors), 1 - DECAY)
         lost = (self.counts < 0.03).nonzero()[:, 0]
         if len(lost):
             self.sums[lost] = vectors[torch.randint(len(vectors), (len(lost),))]
@@ -139,19 +142,19 @@ class Codes:
         self.table.copy_(self.sums / self.counts[:, None])
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest codes with the gradient of x, float[N, E, 4, 4], and the penalty for being far from them."""
-        said = self.codebook.nearest(x.detach())
-        nearest = self.codebook(said).detach()
-        self.follow(vectors_of(x), said.flatten())
+        """The nearest code vectors with the gradient of x, float[M, D, 4, 4], and the penalty for the distance from them."""
+        indices = self.codebook.nearest(x.detach())
+        nearest = self.codebook(indices).detach()
+        self.follow(vectors_of(x), indices.flatten())
         return x + (nearest - x).detach(), 0.25 * (x - nearest).square().mean() / nearest.var()
 
 
 def train(steps: int, batch: int, seed: int, rate: float) -> MaskCodec:
-    """Prints a line every 100 steps."""
+    """Trains a codec; prints a line every 100 steps."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 0])
     codec = MaskCodec().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's types
-    codes = Codes(codec._vq_vae)
+    codes = TrainedCodebook(codec._vq_vae)
     learned = [*codec.encoder.parameters(), *codec.decoder.parameters()]
     optimiser = torch.optim.AdamW(learned, rate, betas=(0.9, 0.98), weight_decay=1e-3)
     began, losses, copying = time.process_time(), [], round(COPYING * steps)
@@ -160,11 +163,11 @@ def train(steps: int, batch: int, seed: int, rate: float) -> MaskCodec:
             codes.start(vectors_of(encode(codec, draw_masks(rng, 600))))
         masks = draw_masks(rng, batch)
         x = encode(codec, masks)
-        # While there are no codes, nothing but the penalty keeps the vectors from growing.
-        seen, penalty = codes(x) if step >= copying else (x, 1e-3 * x.square().mean())
+        # As long as there are no codes, only the penalty keeps the vectors from growing.
+        quantised, penalty = codes(x) if step >= copying else (x, 1e-3 * x.square().mean())
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            back = codec.decoder(seen)[:, 0].float()
-        loss = F.mse_loss(back, 2 * masks - 1)
+            decoded = codec.decoder(quantised)[:, 0].float()
+        loss = F.mse_loss(decoded, 2 * masks - 1)
         (loss + penalty).backward()
         for group in optimiser.param_groups:
             group["lr"] = rate * min(1.0, step / 50 + 0.02, 2.5 * (1 - step / steps))
@@ -179,13 +182,13 @@ def train(steps: int, batch: int, seed: int, rate: float) -> MaskCodec:
 
 
 def round_trip(codec: MaskCodec, masks: Tensor) -> np.ndarray:
-    """IoU, float[N], of masks with what comes back of them through sixteen codes."""
-    true, back = masks > 0.5, codec.decode(codec.encode(masks)) > 0
-    return ((true & back).sum((1, 2)) / (true | back).sum((1, 2))).numpy()
+    """IoU, float[M], of masks with their reconstructions from sixteen codes."""
+    true, decoded = masks > 0.5, codec.decode(codec.encode(masks)) > 0
+    return ((true & decoded).sum((1, 2)) / (true | decoded).sum((1, 2))).numpy()
 
 
 def report(codec: MaskCodec, seed: int = 1000, count: int = 200) -> dict[str, float]:
-    """Mean IoU of unseen masks by kind, the demo's shapes upright, then its shapes turned."""
+    """Mean IoU of unseen masks by kind, first the demo's shapes upright, then its shapes rotated."""
     rng = np.random.default_rng(seed)
     sets = {kind: (kind, 0.0) for kind in shapes.KINDS} | {"turned " + kind: (kind, np.pi / 2) for kind in shapes.KINDS}
     sets |= {kind: (kind, np.pi / 2) for kind in OTHERS}

@@ -1,16 +1,17 @@
-"""Measures a checkpoint on scenes that it has not seen: exact answers, exact captions, boxes, masks, and what their scores say.
+"""Measures a checkpoint on scenes that it has not seen: exact answers and captions, boxes, masks, and average precision.
 
     python -m demo.evaluate [--model FOLDER] [--count PICTURES] [--seed S] [--quantize int8] [--grammar]
 
-Each picture is asked the questions of shapes.ASKED. An answer or caption counts if it is right to the letter. A `detect` scores
-the sum of IoU over boxes of the same label, matched best first, divided by the larger of the numbers of true and said boxes; a
-`segment` the same of its masks, if the checkpoint has a codec; `several` is one or the other. `ocr` asks for words that training
-used, `letters` for random ones, `blank` where nothing is written. Training draws its scenes from other seeds.
+The model answers the questions of shapes.ASKED about each picture. An answer or caption counts if it is right to the letter.
+The score of a `detect` is the sum of the IoU of boxes with the same label, matched best first, divided by the number of true or
+of generated boxes, whichever is larger. The score of a `segment` is the same for its masks, if the checkpoint has a codec; a
+`several` is one of the two. `ocr` questions have words that were in training, `letters` random letters, `blank` no text in the
+picture. Training draws its scenes from other seeds.
 
-Then all boxes of `detect` together, as COCO counts them: average precision over the IoU from 0.50 to 0.95. Each word of each
-question is a picture of its own there, so that a box counts only for the word it was said for. Boxes are taken with and without
-their scores, and as the locations said or as the expected values, whose errors stand beside each other, too.
-One line a measure; the last line is JSON, with the curves that notes/boxes_figures.py draws.
+Then COCO's average precision, over the IoU from 0.50 to 0.95, is computed for all boxes of `detect` together. Each (question,
+label) pair is a separate image for COCO, so that a box counts only for the label that it was generated for. Boxes are evaluated
+with and without their scores, and with generated or expected coordinates; the mean errors of both kinds of coordinates are
+printed, too. The output is one line per measure; the last line is JSON, with the curves that notes/boxes_figures.py draws.
 """
 
 import argparse
@@ -35,8 +36,8 @@ from paligemma.tasks import OBJECT_TASKS, Annotator, Request, Result, in_order
 ROOT = Path(__file__).resolve().parent.parent
 ANSWERS = ("color", "shape", "count", "exists", "where")
 SIZE = 224  # pixels of a picture's side
-ROWS = 96  # questions in flight
-CURVES = ("0.50", "0.75")  # the IoU of the curves that are kept
+ROWS = 96  # questions that are decoded at the same time
+CURVES = ("0.50", "0.75")  # the IoUs whose precision-recall curves are stored
 MAX_NEW_TOKENS = 112  # a caption is shorter, and so are four boxes with masks
 
 
@@ -45,7 +46,7 @@ class Question:
     """One of a scene's questions.
 
     Args:
-        kind: of shapes.QUESTIONS.
+        kind: a key of shapes.QUESTIONS.
         prefix, suffix: the question and its answer.
         true: the objects of `detect` and `segment`, with the boxes and masks of the scene itself, not those of its tokens.
     """
@@ -66,7 +67,7 @@ class Question:
 
 
 def truth(scene: shapes.Scene, prefix: str) -> list[ParsedObject]:
-    """What a `detect` or `segment` should find; for other questions nothing."""
+    """The objects that a `detect` or `segment` should find; [] for other questions."""
     task, _, words = prefix.partition(" ")
     named = shapes.named(scene, words.split(" ; ")) if task in OBJECT_TASKS else []
     masks = [shapes.silhouette(shape, SIZE) if task == "segment" else None for shape, _ in named]
@@ -77,7 +78,7 @@ def truth(scene: shapes.Scene, prefix: str) -> list[ParsedObject]:
 
 
 def questions(count: int, seed: int) -> list[tuple[shapes.Scene, list[Question]]]:
-    """The scenes of `shapes.py --seed`, each with its questions."""
+    """The scenes that demo.shapes draws from this seed, each with its questions."""
     scenes = []
     for index in range(count):
         rng = np.random.default_rng([seed, index])
@@ -91,7 +92,7 @@ def questions(count: int, seed: int) -> list[tuple[shapes.Scene, list[Question]]
 
 
 def answers(annotator: Annotator, asked: list[tuple[shapes.Scene, list[Question]]]) -> list[Result]:
-    """What the model says to each question, in the order of `asked`."""
+    """The answers of the model to all questions, in the order of `asked`."""
 
     def requests():
         for scene, scene_questions in asked:
@@ -114,58 +115,58 @@ def mask_overlap(a: ParsedObject, b: ParsedObject) -> float:
 
 
 def matches(
-    said: list[ParsedObject], true: list[ParsedObject], overlap: Callable[[ParsedObject, ParsedObject], float]
+    generated: list[ParsedObject], true: list[ParsedObject], overlap: Callable[[ParsedObject, ParsedObject], float]
 ) -> list[tuple[float, ParsedObject, ParsedObject]]:
-    """Pairs of the same label, (overlap, said, true), the best first; each object is in one pair at most."""
-    pairs = [(overlap(a, b), i, j) for i, a in enumerate(said) for j, b in enumerate(true) if a.label == b.label]
+    """Pairs of the same label, (overlap, generated, true), the best first; each object is in one pair at most."""
+    pairs = [(overlap(a, b), i, j) for i, a in enumerate(generated) for j, b in enumerate(true) if a.label == b.label]
     found, used = [], set()
     for value, i, j in sorted(pairs, reverse=True):
-        if not used & {("said", i), ("true", j)}:
-            used |= {("said", i), ("true", j)}
-            found.append((value, said[i], true[j]))
+        if not used & {("generated", i), ("true", j)}:
+            used |= {("generated", i), ("true", j)}
+            found.append((value, generated[i], true[j]))
     return found
 
 
 def objects_score(
-    said: list[ParsedObject], true: list[ParsedObject], overlap: Callable[[ParsedObject, ParsedObject], float]
+    generated: list[ParsedObject], true: list[ParsedObject], overlap: Callable[[ParsedObject, ParsedObject], float]
 ) -> float:
-    """1 for the right objects and no others, 0 for none right."""
-    return sum(value for value, _, _ in matches(said, true, overlap)) / max(len(said), len(true), 1)
+    """From 0 (no object is right) to 1 (exactly the right objects)."""
+    return sum(value for value, _, _ in matches(generated, true, overlap)) / max(len(generated), len(true), 1)
 
 
 def score(question: Question, result: Result) -> float:
-    """0 to 1."""
+    """The score of one answer, from 0 to 1."""
     if not question.true:
         return float(result.text.strip() == question.suffix)
-    said = result.parsed.objects if result.parsed else []
-    return objects_score(said, question.true, mask_overlap if question.task == "segment" else box_overlap)
+    generated = result.parsed.objects if result.parsed else []
+    return objects_score(generated, question.true, mask_overlap if question.task == "segment" else box_overlap)
 
 
 # Detection
 
 
 def average_precision(
-    said: list[list[ParsedObject]], true: list[list[ParsedObject]]
+    generated: list[list[ParsedObject]], true: list[list[ParsedObject]]
 ) -> tuple[float, float, dict[str, list[float]]]:
-    """Average precision over the IoU from 0.50 to 0.95, that at 0.50, and precision at recall 0, 0.01, ... 1, by IoU.
+    """(average precision over the IoU from 0.50 to 0.95, average precision at 0.50, {IoU: precision at recall 0, 0.01, ... 1}).
 
     Args:
-        said, true: the objects of each question. A box without a score counts as if it had 1.
+        generated, true: the objects of each question. A box without a score counts as if its score were 1.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     found, wanted = [], []
-    for number, (a, b) in enumerate(zip(said, true, strict=True)):
+    for number, (a, b) in enumerate(zip(generated, true, strict=True)):
         for word in dict.fromkeys(one.label for one in [*b, *a]):
             for objects, rows in ((a, found), (b, wanted)):
                 named = [as_json(replace(one, label="", mask=None), 1000, 1000) for one in objects if one.label == word]
                 rows.append({"image": f"{number} {word}", "width": 1000, "height": 1000, "objects": named})
     reference = coco(collect(wanted))
     results = coco_results(collect(found), reference)
-    if not results:  # COCOeval cannot judge nothing
+    if not results:  # COCOeval fails on an empty list
         return 0.0, 0.0, {iou: [0.0] * 101 for iou in CURVES}
-    with contextlib.redirect_stdout(io.StringIO()):  # it talks
+    with contextlib.redirect_stdout(io.StringIO()):  # COCOeval prints its progress
         index = COCO()
         index.dataset = reference
         index.createIndex()
@@ -178,40 +179,40 @@ def average_precision(
     return float(judge.stats[0]), float(judge.stats[1]), {iou: curves[iou] for iou in CURVES}
 
 
-def detection(said: list[list[ParsedObject]], true: list[list[ParsedObject]]) -> dict:
-    """What scores and expected values add: average precision and curves with and without, and the error of a coordinate."""
-    expected = [[replace(one, box=one.expected or one.box) for one in objects] for objects in said]
-    bare = [[replace(one, score=None) for one in objects] for objects in said]
-    ways = {"plain": bare, "scores": said, "scores_and_expected": expected}
+def detection(generated: list[list[ParsedObject]], true: list[list[ParsedObject]]) -> dict:
+    """Average precision and curves with and without scores and expected coordinates, and the mean error of a coordinate."""
+    expected = [[replace(one, box=one.expected or one.box) for one in objects] for objects in generated]
+    bare = [[replace(one, score=None) for one in objects] for objects in generated]
+    ways = {"plain": bare, "scores": generated, "scores_and_expected": expected}
     result: dict = {"map": {}, "map_50": {}, "curves": {}}
     for name, objects in ways.items():
         result["map"][name], result["map_50"][name], result["curves"][name] = average_precision(objects, true)
-    pairs = [pair for a, b in zip(said, true, strict=True) for pair in matches(a, b, box_overlap) if pair[0] >= 0.5]
+    pairs = [pair for a, b in zip(generated, true, strict=True) for pair in matches(a, b, box_overlap) if pair[0] >= 0.5]
     sides = ("y_min", "x_min", "y_max", "x_max")
     for name, box in (("bin", lambda found: found.box), ("expected", lambda found: found.expected or found.box)):
         errors = [abs(getattr(box(a), side) - getattr(b.box, side)) for _, a, b in pairs for side in sides]
         result[f"{name}_error"] = float(np.mean(errors)) if errors else None
-    return result | {"boxes": sum(map(len, said)), "true_boxes": sum(map(len, true)), "matched": len(pairs)}
+    return result | {"boxes": sum(map(len, generated)), "true_boxes": sum(map(len, true)), "matched": len(pairs)}
 
 
 def report_detection(result: dict) -> None:
     for name, key in (("mAP", "map"), ("AP at 0.50", "map_50")):
         values = result[key]
         print(f"{name:11}{values['plain']:6.1%} without scores, {values['scores']:.1%} with scores, "
-              f"{values['scores_and_expected']:.1%} of expected boxes with scores")  # fmt: skip
+              f"{values['scores_and_expected']:.1%} with scores and expected boxes")  # fmt: skip
     errors = [result[name] * 1000 for name in ("bin_error", "expected_error")]
-    print(f"coordinate error, thousandths of the side: {errors[0]:.2f} of the bin, {errors[1]:.2f} of the expected value")
+    print(f"coordinate error in thousandths of the side: {errors[0]:.2f} generated, {errors[1]:.2f} expected")
 
 
 def rounded(value: object) -> object:
-    """The numbers in dicts, to four places after the point."""
+    """The value with all floats in it, also those in nested dicts, rounded to five decimals."""
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     return round(value, 5) if isinstance(value, float) else value
 
 
 def annotator(options: argparse.Namespace) -> Annotator:
-    """The checkpoint, with its codec if it has one."""
+    """The checkpoint, ready to annotate; with its mask codec if it has one."""
     from paligemma.objects.mask_codec import find_codec, load_codec
     from paligemma.programs.options import ModelFlags
 
@@ -230,14 +231,14 @@ def annotator(options: argparse.Namespace) -> Annotator:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measures a checkpoint on unseen scenes.")
-    parser.add_argument("--model", default=str(ROOT / "paligemma" / "bundled"), help="folder or hub id")
+    parser.add_argument("--model", default=str(ROOT / "paligemma" / "bundled"), help="folder or hub id of the checkpoint")
     parser.add_argument("--count", type=int, default=300, help="number of pictures")
-    parser.add_argument("--seed", type=int, default=1000, help="of the scenes; training used others")
-    parser.add_argument("--dtype", default=None, help="bf16, fp16 or fp32; as stored if not given")
+    parser.add_argument("--seed", type=int, default=1000, help="seed of the scenes; training used other seeds")
+    parser.add_argument("--dtype", default=None, help="bf16, fp16 or fp32 (default: as stored)")
     parser.add_argument("--quantize", default=None, help="int8 or int4, as in inference.py")
-    parser.add_argument("--grammar", action="store_true", help="hold detect and segment to valid answers")
+    parser.add_argument("--grammar", action="store_true", help="constrain detect and segment to valid answers")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--show", type=int, default=0, help="print that many wrong answers")
+    parser.add_argument("--show", type=int, default=0, help="number of wrong answers to print")
     options = parser.parse_args()
 
     no_map = lacks_pycocotools()
@@ -256,7 +257,7 @@ def main() -> None:
         scores[question.kind].append(value)
         if value < 0.5 and shown < options.show:
             shown += 1
-            print(f"  {question.prefix!r}: said {result.text!r}, right is {question.suffix!r}")
+            print(f"  {question.prefix!r}: generated {result.text!r}, right is {question.suffix!r}")
     for kind in dict.fromkeys(shapes.ASKED):
         if scores[kind]:
             print(f"{kind:8} {np.mean(scores[kind]):6.1%} of {len(scores[kind])}")
@@ -267,8 +268,8 @@ def main() -> None:
     summary |= {"quantize": options.quantize, "grammar": options.grammar}
     if not no_map:
         boxed = [(question, result) for question, result in zip(flat, results, strict=True) if question.task == "detect"]
-        said = [result.parsed.objects if result.parsed else [] for _, result in boxed]
-        summary["detection"] = detection(said, [question.true for question, _ in boxed])
+        generated = [result.parsed.objects if result.parsed else [] for _, result in boxed]
+        summary["detection"] = detection(generated, [question.true for question, _ in boxed])
         report_detection(summary["detection"])
     print(json.dumps(rounded(summary | {"seconds": time.perf_counter() - start})))
 

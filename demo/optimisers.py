@@ -1,7 +1,7 @@
-"""How the demo's stages move their weights: Muon for the matrices of layers, AdamW for all else, on processes of one core each.
+"""The optimisers of the demo's training: Muon for the matrices of layers, AdamW for all other weights, on one core per process.
 
-The learning rate follows the time that the processor has worked, so that a stage does the same work whatever else the machine
-does, and may be stopped for a while. The processes average their gradients.
+The learning rate is a function of the CPU time used so far. So a stage does the same amount of work whatever else runs on the
+machine, and it may be paused. The processes average their gradients.
 """
 
 import argparse
@@ -15,13 +15,14 @@ from torch import Tensor, distributed, nn
 
 from paligemma.files import open_atomic
 
-WARMUP, PLATEAU = 0.03, 0.4  # the shares of a stage at which the learning rate is at its peak, and begins to fall
+WARMUP, PLATEAU = 0.03, 0.4  # shares of a stage: the learning rate reaches its peak; it begins to fall
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: each matrix moves in all its directions alike (Jordan, 2024: kellerjordan.github.io/posts/muon).
+    """Momentum with orthogonalised updates (Jordan, 2024: kellerjordan.github.io/posts/muon).
 
-    As torch.optim.Muon, but for all matrices of one shape at a time, and each process orthogonalises its share of them.
+    This is torch.optim.Muon, except that it handles all matrices of one shape at once, and each process orthogonalises its
+    share of them.
     """
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
@@ -29,7 +30,7 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
-        """The nearest matrices whose singular values are all about 1, by Newton and Schulz's iteration; x is [N, r, c]."""
+        """The nearest matrices whose singular values are all about 1, by Newton-Schulz iteration. x is [count, rows, columns]."""
         is_tall = x.shape[1] > x.shape[2]
         x = x.mT if is_tall else x
         x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
@@ -51,7 +52,7 @@ class Muon(torch.optim.Optimizer):
                     speed = self.state[parameter].setdefault("speed", torch.zeros_like(parameter))
                     speed.lerp_(parameter.grad, 1 - group["momentum"])
                     pushes.append(parameter.grad.lerp(speed, group["momentum"]))
-                moves = torch.zeros(len(alike), rows, columns)  # each process does its share; the sum has them all
+                moves = torch.zeros(len(alike), rows, columns)  # each process fills its share; all_reduce adds them up
                 mine = slice(distributed.get_rank(), None, distributed.get_world_size())
                 if len(moves[mine]):
                     moves[mine] = self.orthogonalise(torch.stack(pushes)[mine]) * max(1, rows / columns) ** 0.5
@@ -61,11 +62,11 @@ class Muon(torch.optim.Optimizer):
 
 
 class Trainer:
-    """Two optimisers, a learning rate that follows the processor's time, a log.
+    """Two optimisers, a learning rate that depends on the CPU time used, and a log.
 
     Args:
-        modules: what learns; parameters of a `vision_tower` in it move at `options.tower_rate` of the rate.
-        options: minutes, muon_lr, adam_lr, tower_rate, and final, the rate at the end relative to its peak.
+        modules: the modules to train; parameters of a `vision_tower` in it have `options.tower_rate` times the learning rate.
+        options: minutes, muon_lr, adam_lr, tower_rate, and final (the learning rate at the end, relative to its peak).
     """
 
     def __init__(self, modules: nn.Module, options: argparse.Namespace):
@@ -90,10 +91,10 @@ class Trainer:
     def step(self, loss: Tensor) -> None:
         """One update with the mean gradient of all processes.
 
-        The rate rises until WARMUP, stays until PLATEAU, and falls to `final` of it at the end.
+        The learning rate rises until WARMUP, stays until PLATEAU, and falls to `final` times its peak at the end.
         """
         if os.getppid() != self.parent:
-            raise SystemExit("the process that started this one is gone.")
+            raise SystemExit("the process that started this one has ended.")
         loss.backward()
         grads = [p.grad for p in self.parameters]
         flat = torch.cat([torch.full((1,), self.clock), *(grad.flatten() for grad in grads)]) / distributed.get_world_size()
@@ -112,7 +113,7 @@ class Trainer:
         self.steps += 1
 
     def log(self, options: argparse.Namespace, numbers: dict[str, float]) -> None:
-        """One more line of runs/log.jsonl."""
+        """Appends a line to runs/log.jsonl, and prints it."""
         spent = {"minutes": self.progress * self.seconds / 60, "steps": self.steps, **numbers}
         line = {"stage": options.name, "pixels": options.pixels} | {name: round(value, 4) for name, value in spent.items()}
         with (options.runs / "log.jsonl").open("a") as file:
@@ -121,13 +122,13 @@ class Trainer:
 
 
 def save(folder: Path, name: str, state: dict) -> None:
-    """Writes the file whole, or leaves the old one."""
+    """Writes the file completely, or leaves the old one as it was."""
     with open_atomic(folder / name) as stream:
         torch.save(state, stream)
 
 
 def init(module: nn.Module) -> None:
-    """Small normal weights; the tower's position embedding, too."""
+    """Initialises weights with small normal values, the tower's position embedding included."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.init.normal_(child.weight, std=child.in_features**-0.5 * 0.8)

@@ -1,18 +1,18 @@
-"""Draws scenes of coloured shapes and asks questions about them: what the demo checkpoint learns from and is measured on.
+"""Draws scenes of coloured shapes and asks questions about them: the training and test data of the demo checkpoint.
 
-    python -m demo.shapes --out DIR --count N --seed S      N pictures and DIR/annotations.jsonl, one question a line
+    python -m demo.shapes --out DIR --count N --seed S      N pictures and DIR/annotations.jsonl, one question per line
 
-A scene has one to four shapes that do not touch, on a flat, graded, striped or noisy background, and often a word in capital
-letters. Every question has exactly one right answer, and the picture decides it:
-- no two shapes stand in the same column, so "from left to right", the order of captions and of boxes, is never in doubt;
-- "the circle" is asked about only where there is one circle;
-- "where" is asked only of shapes that lie well inside one of the nine fields of a 3 x 3 grid.
+A scene has one to four shapes that do not touch, on a background that is flat, a gradient, striped or noisy, and often a word
+in capital letters. Every question has exactly one right answer, and the picture decides it:
+- No two shapes are in the same column, so the order of captions and boxes, from left to right, is unambiguous.
+- Questions about "the circle" are asked only if there is exactly one circle.
+- "where" questions are asked only about shapes well inside one of the nine fields of a 3 x 3 grid.
 
-`detect` and `segment` of what is not there are answered with nothing. Every shape of a kind fills its box in the same way, so
-it has the same sixteen codes wherever it is: those that the encoder of paligemma/bundled/vae-oid.npz gives to its outline.
+The answer to `detect` or `segment` of something absent is empty. All shapes of a kind fill their boxes in the same way, so they
+all have the same sixteen codes: those that the encoder of paligemma/bundled/vae-oid.npz computes for the outline.
 
-The same seed draws the same scenes. Coordinates are fractions of the picture's side, x to the right, y down. numpy and PIL,
-torch only once codes are needed; the fonts lie in fonts/ beside this file.
+The same seed draws the same scenes. Coordinates are fractions of the picture's side, x to the right, y down. The module needs
+numpy and PIL, and torch only for mask codes; the fonts are in demo/fonts/.
 """
 
 import argparse
@@ -36,7 +36,7 @@ COLORS = {
     "blue": (45, 85, 220), "purple": (140, 55, 185), "black": (18, 18, 20), "white": (248, 248, 246),
 }  # fmt: skip
 KINDS = ("circle", "square", "triangle", "star", "heart", "cross")
-SMALLEST, LARGEST = 0.17, 0.36  # side of a shape's box
+MIN_SIDE, MAX_SIDE = 0.17, 0.36  # of a shape's box
 GAP = 0.02  # least distance of two boxes
 COLUMN_GAP = 0.08  # least horizontal distance of two centres
 FIELD_MARGIN = 0.04  # least distance of a centre from the lines of the 3 x 3 grid, for "where"
@@ -51,9 +51,9 @@ WORDS = """
     RIVER ROAD ROOM SALE SALT SCHOOL SHOE SHOP SLOW SOUTH STOP SUN TAXI TEA TICKET TOWN TRAIN TREE UP VIDEO WATER WEST WINE YARD
     YES ZERO ZONE ZOO
 """.split()
-WITH_WORD, MADE_UP = 0.8, 0.35  # the share of scenes where a word is tried, and of words that are random letters
-LOWEST, HIGHEST = 0.1, 0.16  # height of the letters
-CONTRAST = 110  # least distance of a word's colour from the background's two, in RGB
+WITH_WORD, MADE_UP = 0.8, 0.35  # share of scenes that get a word if there is room; share of words that are random letters
+MIN_HEIGHT, MAX_HEIGHT = 0.1, 0.16  # of the letters
+CONTRAST = 110  # least RGB distance of a word's colour from both colours of the background
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Word:
-    """Capital letters. The box begins where the pen does, a little to the left of the ink, and ends with it."""
+    """Capital letters. The box begins at the pen position, a little to the left of the ink, and ends where the ink ends."""
 
     text: str
     font: str  # one of FONTS
@@ -96,9 +96,9 @@ class Word:
         return (right - left) / (bottom - top) * self.height
 
     def centers(self) -> list[tuple[float, float]]:
-        """The middle of each letter, x and y."""
-        long = face(self.font, 200)
-        ends = [long.getlength(self.text[:count]) / long.getlength(self.text) for count in range(len(self.text) + 1)]
+        """The centre of each letter, (x, y)."""
+        font = face(self.font, 200)
+        ends = [font.getlength(self.text[:count]) / font.getlength(self.text) for count in range(len(self.text) + 1)]
         middles = [(a + b) / 2 for a, b in pairwise(ends)]
         return [(self.x + middle * self.width, self.y + self.height / 2) for middle in middles]
 
@@ -106,10 +106,10 @@ class Word:
 @dataclass(frozen=True)
 class Scene:
     shapes: tuple[Shape, ...]  # from left to right
-    background: str  # flat, graded, striped or noisy
+    background: str  # flat, graded (a gradient), striped or noisy
     tones: tuple[tuple[int, int, int], tuple[int, int, int]]  # its two colours
-    angle: float  # of the gradient or the stripes, radians
-    waves: float  # stripes across the picture
+    angle: float  # direction of the gradient or the stripes, radians
+    waves: float  # number of stripes across the picture
     noise_seed: int
     word: Word | None = None
 
@@ -122,7 +122,7 @@ def face(font: str, size: int) -> ImageFont.FreeTypeFont:
 
 @cache
 def outline(kind: str) -> np.ndarray:
-    """The corners of a shape, float[N, 2] as x and y, scaled so that it touches all four sides of the unit square."""
+    """The corners of a shape, float[corners, 2] as x and y, scaled so that the shape touches all sides of the unit square."""
     if kind == "square":
         points = np.array([(0, 0), (1, 0), (1, 1), (0, 1)], dtype=float)
     elif kind == "triangle":
@@ -148,10 +148,10 @@ def outline(kind: str) -> np.ndarray:
 
 
 def place(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
-    """x, y and side of `count` boxes that keep their distance, from left to right. Draws until it fits."""
+    """(x, y, side) of `count` random boxes that keep their distance, from left to right. Draws again until they fit."""
     while True:
-        largest = LARGEST if count < 4 else 0.3
-        side = rng.uniform(SMALLEST, largest, count)
+        largest = MAX_SIDE if count < 4 else 0.3
+        side = rng.uniform(MIN_SIDE, largest, count)
         x, y = rng.uniform(0.01, 0.99 - side), rng.uniform(0.01, 0.99 - side)
         order = np.argsort(x + side / 2)
         x, y, side = x[order], y[order], side[order]
@@ -164,25 +164,26 @@ def place(rng: np.random.Generator, count: int) -> list[tuple[float, float, floa
 
 
 def place_word(scene: Scene, rng: np.random.Generator) -> Word | None:
-    """A random word beside the shapes, in a colour that can be read; None for some scenes, and where there is no room."""
+    """A random word outside the shapes, in a readable colour; None for some scenes, and if there is no room."""
     if rng.random() >= WITH_WORD:
         return None
     is_made_up = rng.random() < MADE_UP
     text = "".join(rng.choice(list(LETTERS), rng.integers(2, 6))) if is_made_up else str(rng.choice(WORDS))
     readable = [rgb for rgb in COLORS.values() if np.linalg.norm(np.array(scene.tones) - np.array(rgb), axis=-1).min() > CONTRAST]
-    word = Word(text, str(rng.choice(FONTS)), tuple(rng.choice(readable).tolist()), 0, 0, float(rng.uniform(LOWEST, HIGHEST)))
+    font, rgb = str(rng.choice(FONTS)), tuple(rng.choice(readable).tolist())
+    word = Word(text, font, rgb, 0, 0, float(rng.uniform(MIN_HEIGHT, MAX_HEIGHT)))
     width = word.width
     for _ in range(40):
         x, y = (float(v) for v in rng.uniform(0.02, 1.0, 2))
         is_inside = x + width < 0.98 and y + word.height < 0.98
-        gaps = ((one.x - x - width, x - one.x - one.side, one.y - y - word.height, y - one.y - one.side) for one in scene.shapes)
+        gaps = ((s.x - x - width, x - s.x - s.side, s.y - y - word.height, y - s.y - s.side) for s in scene.shapes)
         if is_inside and all(max(gap) >= GAP for gap in gaps):
             return replace(word, x=x, y=y)
     return None
 
 
 def make_scene(rng: np.random.Generator) -> Scene:
-    """A random scene. A third of the shapes repeat the kind or colour of one before, so that there is something to count."""
+    """A random scene. A third of the shapes repeat the kind or colour of another one, which gives something to count."""
     boxes = place(rng, int(rng.integers(1, 5)))
     shapes: list[Shape] = []
     for x, y, side in boxes:
@@ -192,7 +193,7 @@ def make_scene(rng: np.random.Generator) -> Scene:
             kind, color = (other.kind, color) if rng.random() < 0.6 else (kind, other.color)
         rgb = np.clip(np.array(COLORS[color]) + rng.integers(-14, 15, 3), 0, 255)
         shapes.append(Shape(kind, color, tuple(rgb.tolist()), x, y, side))
-    while True:  # two dull tones, neither close to the colour of a shape
+    while True:  # two dull tones, both far from the colours of all shapes
         tone = rng.uniform(55, 225) + rng.uniform(-28, 28, 3)
         tones = np.clip(np.stack([tone, tone + rng.uniform(-30, 30) + rng.uniform(-12, 12, 3)]), 0, 255)
         used = np.array([shape.rgb for shape in shapes])
@@ -202,12 +203,12 @@ def make_scene(rng: np.random.Generator) -> Scene:
     first, second = (tuple(tone.astype(int).tolist()) for tone in tones)
     angle, waves = float(rng.uniform(0, 2 * np.pi)), float(rng.uniform(3, 9))
     scene = Scene(tuple(shapes), background, (first, second), angle, waves, int(rng.integers(2**31)))
-    # Words came when there were measures of scenes without: what a seed draws beside them is still the same.
+    # Words were added later. A separate generator draws them, so that each seed still gives the same shapes and background.
     return replace(scene, word=place_word(scene, rng.spawn(1)[0]))
 
 
 def draw_background(scene: Scene, size: int) -> Image.Image:
-    """The picture before there are shapes on it."""
+    """The picture without shapes."""
     first, second = (np.array(tone, dtype=np.float32) for tone in scene.tones)
     if scene.background == "flat":
         return Image.new("RGB", (size, size), scene.tones[0])
@@ -224,14 +225,14 @@ def draw_background(scene: Scene, size: int) -> Image.Image:
 
 
 def draw(scene: Scene, size: int = 224) -> Image.Image:
-    """The scene as an RGB picture of `size` x `size` pixels, edges smoothed."""
+    """The scene as an RGB picture of `size` x `size` pixels with smooth edges."""
     picture = draw_background(scene, size)
     for shape in scene.shapes:
         left, top = int(shape.x * size), int(shape.y * size)
         side = int(np.ceil((max(shape.x, shape.y) % (1 / size) + shape.side) * size)) + 1
         corners = outline(shape.kind) * shape.side * size + (shape.x * size - left, shape.y * size - top)
         mask = Image.new("L", (side * SUPERSAMPLING, side * SUPERSAMPLING))
-        # PIL fills the pixels that a corner lies in: half a small pixel less on each side keeps the shape inside its box.
+        # PIL fills every pixel that contains a corner; shifting by half a (supersampled) pixel keeps the shape inside its box.
         ImageDraw.Draw(mask).polygon([tuple(point) for point in corners * SUPERSAMPLING - 0.5], fill=255)
         picture.paste(shape.rgb, (left, top), mask.reduce(SUPERSAMPLING))
     if scene.word:
@@ -240,7 +241,7 @@ def draw(scene: Scene, size: int = 224) -> Image.Image:
 
 
 def draw_word(picture: Image.Image, word: Word) -> None:
-    """Puts the letters on the picture, edges smoothed."""
+    """Draws the letters into the picture with smooth edges."""
     size = picture.width
     left, top, right, bottom = face(word.font, 200).getbbox(word.text)
     scale = word.height * size * SUPERSAMPLING / (bottom - top)
@@ -265,12 +266,16 @@ def article(name: str) -> str:
 
 
 def only_one(shapes: tuple[Shape, ...], rng: np.random.Generator, *, by: tuple[str, ...]) -> tuple[Shape, str] | None:
-    """A shape and a word that means no other: its kind ("circle"), color ("red shape") or name ("red circle"), as `by` allows."""
+    """A random shape and a word for it that fits no other shape; None if there is none.
+
+    Args:
+        by: the words to try: "kind" ("circle"), "color" ("red shape"), "name" ("red circle").
+    """
     words = {"kind": lambda shape: shape.kind, "color": lambda shape: f"{shape.color} shape", "name": lambda shape: shape.name}
     found = []
     for way in by:
-        said = [words[way](shape) for shape in shapes]
-        found += [(shape, word) for shape, word in zip(shapes, said, strict=True) if said.count(word) == 1]
+        named = [words[way](shape) for shape in shapes]
+        found += [(shape, word) for shape, word in zip(shapes, named, strict=True) if named.count(word) == 1]
     return found[rng.integers(len(found))] if found else None
 
 
@@ -303,7 +308,7 @@ def ask_count(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
 
 
 def absent(scene: Scene, pick: Shape, rng: np.random.Generator) -> str:
-    """A word for something that is not there: a kind, "red shape", or what has the kind or the colour of one that is."""
+    """A word for something absent: a kind, "red shape", or a name with the kind or the colour of a shape in the scene."""
     there = {word for shape in scene.shapes for word in (shape.kind, f"{shape.color} shape", shape.name)}
     far = [word for word in KINDS if word not in there], [word for word in COLORS if f"{word} shape" not in there]
     near = [f"{color} {pick.kind}" for color in COLORS] + [f"{pick.color} {kind}" for kind in KINDS]
@@ -314,7 +319,7 @@ def absent(scene: Scene, pick: Shape, rng: np.random.Generator) -> str:
 
 
 def ask_exists(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    """Half the answers are yes; half of the others are almost right, a kind and a colour that are there, but not together."""
+    """Half of the answers are yes. Half of the others ask for a kind and a colour that are there, but not together."""
     pick = scene.shapes[rng.integers(len(scene.shapes))]
     if rng.random() < 0.5:
         word = str(rng.choice([pick.kind, f"{pick.color} shape", pick.name, pick.name]))
@@ -335,13 +340,13 @@ def ask_where(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
 
 
 def loc(v: float) -> str:
-    """A coordinate from 0 to 1 as one of the 1024 tokens."""
+    """The <loc> token of a coordinate from 0 to 1."""
     last = NUM_LOCATIONS - 1
     return LOCATION_TOKENS[min(max(round(v * last), 0), last)]
 
 
 def pick_words(scene: Scene, rng: np.random.Generator) -> list[str]:
-    """What to look for: one word, two, or "shape" for all."""
+    """Labels to look for: one, two, or "shape" for all shapes."""
     way = rng.random()
     pick = scene.shapes[rng.integers(len(scene.shapes))]
     if way < 0.25:
@@ -355,7 +360,7 @@ def pick_words(scene: Scene, rng: np.random.Generator) -> list[str]:
 
 
 def named(scene: Scene, words: list[str]) -> list[tuple[Shape, str]]:
-    """The shapes that are meant, each with its word: in the order of the words and, for one word, from left to right."""
+    """The shapes that the words name, each with its word, in the order of the words; for one word, from left to right."""
     return [(shape, word) for word in words for shape in scene.shapes if word in ("shape", shape.kind, shape.name)]
 
 
@@ -365,7 +370,7 @@ def box_tokens(shape: Shape) -> str:
 
 @cache
 def mask_tokens(kind: str) -> str:
-    """The sixteen codes of a kind of shape, as the shipped codec encodes its outline."""
+    """The sixteen code tokens of a kind of shape, as the bundled codec encodes its outline."""
     import torch
 
     from paligemma.objects.mask_codec import load_codec
@@ -394,21 +399,21 @@ def ask_segment(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | Non
 
 
 def missing(scene: Scene, pick: Shape, rng: np.random.Generator) -> str:
-    """A word for something to look for that is not there."""
-    while (word := absent(scene, pick, rng)).endswith(" shape"):  # nobody looks for these where they are
+    """A label of something absent."""
+    while (word := absent(scene, pick, rng)).endswith(" shape"):  # detect and segment are never asked about "red shape"
         pass
     return word
 
 
 def ask_absent(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    """`detect` or `segment` of what is not there."""
+    """`detect` or `segment` of something absent."""
     pick = scene.shapes[rng.integers(len(scene.shapes))]
     task = str(rng.choice(["detect", "segment"]))
     return f"{task} {missing(scene, pick, rng)}", ""
 
 
 def ask_several(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    """`detect` or `segment` of two to four kinds or names, one of which may not be there."""
+    """`detect` or `segment` of two to four kinds or names, one of which may be absent."""
     task = str(rng.choice(["detect", "segment"]))
     by_kind = rng.random() < 0.5
     there = sorted({shape.kind if by_kind else shape.name for shape in scene.shapes})
@@ -424,12 +429,12 @@ def ask_ocr(scene: Scene, _rng: np.random.Generator) -> tuple[str, str] | None:
 
 
 def ask_letters(scene: Scene, _rng: np.random.Generator) -> tuple[str, str] | None:
-    """`ocr` of what is no word, so that it must be read letter by letter."""
+    """`ocr` of random letters, which must be read one by one."""
     return ("ocr", scene.word.text) if scene.word and scene.word.text not in WORDS else None
 
 
 def ask_blank(scene: Scene, _rng: np.random.Generator) -> tuple[str, str] | None:
-    """`ocr` where nothing is written."""
+    """`ocr` of a picture without text."""
     return None if scene.word else ("ocr", "")
 
 
@@ -438,7 +443,8 @@ QUESTIONS: dict[str, Callable[[Scene, np.random.Generator], tuple[str, str] | No
     "where": ask_where, "detect": ask_detect, "segment": ask_segment, "absent": ask_absent, "several": ask_several,
     "ocr": ask_ocr, "letters": ask_letters, "blank": ask_blank,
 }  # fmt: skip
-# Asked of each picture that is written or measured. What was added later stands last, so that the others are still the same.
+# The questions about each picture that is written or measured. New kinds are added at the end, so that the random draws of the
+# others stay the same.
 ASKED = (
     "caption", "color", "shape", "count", "exists", "where", "detect", "count", "exists", "detect", "segment", "absent",
     "several", "ocr", "letters", "blank",
@@ -446,13 +452,13 @@ ASKED = (
 
 
 def ask(scene: Scene, rng: np.random.Generator, kinds: list[str]) -> list[tuple[str, str]]:
-    """Questions (prefix, suffix) of these kinds, in this order; kinds that the scene cannot answer and repeats are left out."""
+    """Questions (prefix, suffix) of these kinds, in this order; without repetitions and kinds that do not fit the scene."""
     found = dict.fromkeys(QUESTIONS[kind](scene, rng) for kind in kinds)
     return [question for question in found if question is not None]
 
 
 def write(out: Path, count: int, seed: int, size: int) -> None:
-    """Pictures 000000.png, ... and annotations.jsonl, which appears last and whole."""
+    """Writes pictures 000000.png, ..., then annotations.jsonl in one step, so that it is always complete."""
     out.mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(count):
@@ -474,7 +480,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="side of a picture in pixels")
     options = parser.parse_args()
     if options.count < 0 or options.seed < 0 or options.size < 16:
-        parser.error("--count and --seed start at 0, --size at 16.")
+        parser.error("--count and --seed must be at least 0, and --size at least 16.")
     write(options.out, options.count, options.seed, options.size)
     print(f"{options.count} pictures and their questions are in {options.out}.")
 

@@ -1,8 +1,8 @@
-"""Makes the demo's tokenizer, small but in the form of PaliGemma's, and the other small files of a checkpoint folder.
+"""Makes the demo's tokenizer, a small one in PaliGemma's format, and the other small files of a checkpoint folder.
 
-BPE over characters, `▁` for a space and none put before the text, the 256 bytes for characters that it has never seen; then, as
-added tokens, <loc0000> to <loc1023> for coordinates, <seg000> to <seg127> for the codes of masks, and <image>.
-pad 0, eos 1, bos 2, unk 3, mask 4. transformers reads the same files.
+It is a BPE over characters. `▁` represents a space, and no space is added before the text. Characters that it has never seen
+are encoded as bytes (256 tokens). The added tokens are <loc0000> to <loc1023> for coordinates, <seg000> to <seg127> for mask
+codes, and <image>. The ids of the special tokens: pad 0, eos 1, bos 2, unk 3, mask 4. transformers reads the same files.
 """
 
 import json
@@ -21,7 +21,8 @@ SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
 def corpus(scenes: int = 2000) -> list[str]:
     """Questions and answers about random scenes, without their coordinates.
 
-    What came when the words had their numbers, `segment` and `ocr`, is spelled with pieces that were there; capital letters are.
+    `segment` and the kinds of `ocr` questions were added after the vocabulary was fixed: their prompts and capital letters are
+    spelled with the pieces that it has.
     """
     kinds = [kind for kind in shapes.QUESTIONS if kind not in ("segment", "absent", "several", "ocr", "letters", "blank")]
     rng = np.random.default_rng(0)
@@ -33,7 +34,7 @@ def corpus(scenes: int = 2000) -> list[str]:
 
 
 def make_tokenizer() -> Tokenizer:
-    """Merges are learned within words, so that every word of the demo becomes one token and no token spans two."""
+    """The tokenizer. Merges are learned within words: every word of the demo is one token, and no token spans two words."""
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Replace(" ", "▁")
     trained.pre_tokenizer = pre_tokenizers.Split(Regex("▁?[a-z]+"), "isolated")
@@ -61,7 +62,7 @@ def make_tokenizer() -> Tokenizer:
 
 
 def write_files(folder: Path, tokenizer: Tokenizer, image_size: int, num_image_tokens: int) -> None:
-    """All of a checkpoint folder but config.json and the weights."""
+    """Writes all files of a checkpoint folder except config.json and the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>", "mask_token": "<mask>"}

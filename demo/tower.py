@@ -1,10 +1,11 @@
 """Stage 0 of the recipe: a vision tower that learns from pictures and their captions, before there is a decoder.
 
-SigLIP's two towers and its loss (siglip_contrastive.py): which of the batch's captions belongs to which of its pictures?
-A caption names the shapes from left to right and the word, if there is one. That asks for what is in a picture and little for
-where, and a tower that has seen a hundred thousand pictures instead of ten thousand million needs a stronger teacher. So a linear
-head, thrown away after training, says beside it of each patch which shape covers it, where the edges of that shape's box are,
-and which letters stand there. (SigLIP 2, arXiv:2502.14786, section 2, adds losses on patches to the contrastive one, too.)
+The stage trains SigLIP's two towers with its loss (siglip_contrastive.py): which of the batch's captions belongs to which of
+its pictures? A caption names the shapes from left to right, and the word, if there is one. This trains what is in a picture,
+but hardly where it is. SigLIP saw ten thousand million pictures, this tower sees a hundred thousand, so it needs a second loss:
+from the vector of each patch, a linear head predicts which shape covers the patch, where the edges of that shape's box are, and
+which letters are in it. The head is removed after training. (SigLIP 2, arXiv:2502.14786, section 2, also adds losses on patches
+to the contrastive loss.)
 """
 
 import argparse
@@ -26,19 +27,19 @@ PATCH = 14
 VISION = {
     "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 3, "patch_size": PATCH,
 }  # fmt: skip
-CAPTION_LENGTH = 40  # tokens; the longest has 36
+CAPTION_LENGTH = 40  # tokens; the longest caption has 36
 TEXT = {
     "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 3,
     "max_position_embeddings": CAPTION_LENGTH, "projection_size": VISION["hidden_size"],
 }  # fmt: skip
 DRAWN_SIZES = (112, 112, 160, 224)
-IS_COVERED = 0.25  # a patch belongs to a shape whose box covers that much of it
-SLOTS = 3  # letters in one patch, at most
+IS_COVERED = 0.25  # a patch belongs to a shape whose box covers at least this share of it
+MAX_LETTERS = 3  # in one patch
 COLORS, KINDS = list(shapes.COLORS), list(shapes.KINDS)
 
 
 def pixels_of(scene: shapes.Scene, side: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8[3, R, R], as the processor makes them: drawn at some size, resized by PIL's bicubic filter."""
+    """uint8[3, H, W], as the processor makes them: drawn at a random size, then resized with PIL's bicubic filter."""
     picture = shapes.draw(scene, int(rng.choice(DRAWN_SIZES)))
     if picture.width != side:
         picture = picture.resize((side, side), Image.Resampling.BICUBIC)
@@ -46,14 +47,16 @@ def pixels_of(scene: shapes.Scene, side: int, rng: np.random.Generator) -> np.nd
 
 
 def patch_targets(scene: shapes.Scene, grid: int) -> tuple[np.ndarray, np.ndarray]:
-    """What the patch head has to say of each of grid x grid patches.
+    """The targets of the patch head for each of grid x grid patches.
 
-    Returns: int64[P, 4 + SLOTS], whether a shape covers it, its colour, kind and rank, and the letters whose middles it holds,
-        1 = A, 0 = none; float32[P, 4], the shape's box less the patch's centre.
+    Returns:
+        int64[P, 4 + MAX_LETTERS]: whether a shape covers the patch; the shape's colour, kind and rank from left to right; the
+            letters whose centres lie in the patch, 1 = A, 0 = none.
+        float32[P, 4]: the shape's box minus the patch's centre.
     """
     edge = np.arange(grid) / grid
     centre = edge + 0.5 / grid
-    words = np.zeros((grid, grid, 4 + SLOTS), dtype=np.int64)
+    words = np.zeros((grid, grid, 4 + MAX_LETTERS), dtype=np.int64)
     boxes = np.zeros((grid, grid, 4), dtype=np.float32)
     best = np.full((grid, grid), IS_COVERED)
     for rank, shape in enumerate(scene.shapes):
@@ -72,11 +75,11 @@ def patch_targets(scene: shapes.Scene, grid: int) -> tuple[np.ndarray, np.ndarra
         slots = words[int(y * grid), int(x * grid), 4:]
         free = np.flatnonzero(slots == 0)[:1]
         slots[free] = shapes.LETTERS.index(letter) + 1
-    return words.reshape(-1, 4 + SLOTS), boxes.reshape(-1, 4)
+    return words.reshape(-1, 4 + MAX_LETTERS), boxes.reshape(-1, 4)
 
 
 def draw_batch(rng: np.random.Generator, count: int, side: int) -> tuple[list[shapes.Scene], Tensor, Tensor, Tensor]:
-    """New scenes, their pixels float32[I, 3, R, R] in [-1, 1], and what the patch head has to say of them."""
+    """New scenes, their pixels float32[I, 3, H, W] in [-1, 1], and the targets of the patch head."""
     scenes = [shapes.make_scene(rng) for _ in range(count)]
     pixels = torch.from_numpy(np.stack([pixels_of(scene, side, rng) for scene in scenes])).float() / 127.5 - 1
     targets = zip(*(patch_targets(scene, side // PATCH) for scene in scenes), strict=True)
@@ -85,15 +88,15 @@ def draw_batch(rng: np.random.Generator, count: int, side: int) -> tuple[list[sh
 
 
 class PatchHead(nn.Linear):
-    """Thrown away after training: from a patch's vector, what is there. Teaches the tower faster than captions and answers do."""
+    """Predicts from a patch's vector what the patch shows. Trains the tower faster than captions and answers; not kept."""
 
-    sizes = (1, len(COLORS), len(KINDS), 4, 4, SLOTS * (len(shapes.LETTERS) + 1))
+    sizes = (1, len(COLORS), len(KINDS), 4, 4, MAX_LETTERS * (len(shapes.LETTERS) + 1))
 
     def __init__(self, width: int):
         super().__init__(width, sum(self.sizes))
 
     def loss(self, x: Tensor, words: Tensor, boxes: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """A scalar, and the share of patches told rightly; the boxes' mean error is in shares of the side."""
+        """The loss, and for each target the share of patches predicted correctly ("box": mean error in shares of the side)."""
         covered, color, kind, rank, box, letters = self(x).float().split(self.sizes, dim=-1)
         is_covered = words[..., 0].bool()
         loss = F.binary_cross_entropy_with_logits(covered[..., 0], words[..., 0].float())
@@ -104,24 +107,24 @@ class PatchHead(nn.Linear):
         distance = (box[is_covered] - boxes[is_covered]).abs()
         right["box"] = distance.mean().item()
         loss = loss + F.smooth_l1_loss(box[is_covered] * 10, boxes[is_covered] * 10, beta=0.2)
-        letters, true = letters.unflatten(-1, (SLOTS, -1)), words[..., 4:]
+        letters, true = letters.unflatten(-1, (MAX_LETTERS, -1)), words[..., 4:]
         has_letters = true[..., 0] > 0
-        for some, weight in ((has_letters, 1.0), (~has_letters, 0.5)):
-            if some.any():
-                loss = loss + weight * F.cross_entropy(letters[some].flatten(0, 1), true[some].flatten())
+        for chosen, weight in ((has_letters, 1.0), (~has_letters, 0.5)):
+            if chosen.any():
+                loss = loss + weight * F.cross_entropy(letters[chosen].flatten(0, 1), true[chosen].flatten())
         if has_letters.any():
             right["letters"] = (letters.argmax(-1) == true)[has_letters].all(-1).float().mean().item()
         return loss, right
 
 
 def caption(scene: shapes.Scene) -> str:
-    """What the text tower reads."""
+    """The text for the text tower: the caption, and the word if there is one."""
     words = shapes.ask_caption(scene, np.random.default_rng())[1]
     return f"{words} ; {scene.word.text}" if scene.word else words
 
 
 class Captions:
-    """From scenes to int64[T, L], padded to one length."""
+    """Tokenised captions of scenes, int64[B, L], padded to one length."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -132,7 +135,7 @@ class Captions:
 
 
 def train_contrastive(options: argparse.Namespace, rng: np.random.Generator) -> None:
-    """Both towers and the patch head; what is kept is the vision tower and, for the next stages, the head."""
+    """Trains both towers and the patch head; keeps the vision tower and, for the next stages, the head."""
     tokenizer = Tokenizer.from_file(str(options.runs / "tokenizer.json"))
     vision, text = VISION | {"image_size": options.pixels}, TEXT | {"vocab_size": tokenizer.get_vocab_size()}
     siglip = SiglipModel(SiglipVisionConfig(**vision), SiglipTextConfig(**text))

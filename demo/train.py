@@ -1,4 +1,4 @@
-"""Trains the demo checkpoint, 3.5 million parameters, from nothing, in the stages of PaliGemma's recipe. All of it: recipe.sh.
+"""Trains the demo checkpoint, 3.5 million parameters, from nothing, in the stages of PaliGemma's recipe; recipe.sh runs them all.
 
     python -m demo.train contrastive --name tower   --pixels 84 ...      0  the vision tower alone, on captions (tower.py)
     python -m demo.train shared      --name joint   --pixels 84 ...      1  tower and decoder, on all tasks
@@ -6,19 +6,22 @@
     python -m demo.train prefix      --name last    --pixels 112 ...        then as it will be used
     python -m demo.train export      --start last.pt
 
-shared  The picture is read once for all questions about it, a dozen and more; they see it, it does not see them.
-prefix  One question a row, and the picture sees it: the prefix-LM pass that generation does. Slower, so it comes last.
+shared  The picture is read once for all its questions, a dozen or more. They attend to the picture, but it does not attend to
+        them.
+prefix  There is one question per row, and the picture attends to it: the prefix-LM pass that generation does. It is slower, so it
+        comes last.
 
-Each stage goes on from the state of another one, `--start`. A position embedding for fewer patches is stretched (bilinearly, as
-big_vision does for PaliGemma's stages). Everything is computed in bfloat16, on weights in float32. Each answer counts as one in
-the loss, however long it is, and each object of a `detect` or `segment` as one; a word that is read counts as three.
+Each stage continues from the state of another stage, `--start`. A position embedding for fewer patches is interpolated
+(bilinearly, as big_vision does for PaliGemma's stages). Everything is computed in bfloat16, with weights in float32. In the
+loss, each answer has weight 1, however long it is. In a `detect` or `segment`, each object has weight 1. An `ocr` answer has
+weight 3.
 
-The learning rate follows the time that the processor has worked, so minutes are those of each of two cores. How it went on scenes
-that are all new: shares of answers with every token right behind a right beginning, mean error of a coordinate in pixels of 112.
+The learning rate depends on the CPU time used, and `minutes` are minutes on two cores. The table shows the results on new
+scenes: shares of answers with every token right under teacher forcing, and the mean error of a coordinate in pixels (of 112).
 
     stage   minutes  steps  caption  color  shape  count  exists  where   ocr  pixels
-    tower       9.8   1022   of patches: color 1.00, shape 0.99, letters 0.23; captions found among 48: 0.98;  1.4
-    letters     8.6    895   of patches: color 1.00, shape 0.99, letters 0.45; captions found among 48: 0.98;  1.2
+    tower       9.8   1022   patches: color 1.00, shape 0.99, letters 0.23; caption retrieved among 48: 0.98;  1.4
+    letters     8.6    895   patches: color 1.00, shape 0.99, letters 0.45; caption retrieved among 48: 0.98;  1.2
     joint         7    250     0.53   0.88   0.99   0.78    0.94   0.42  0.05    13.8
                  14    475     0.75   0.97   0.99   0.85    0.96   0.80  0.14     7.4
                  28    976     0.96   1.00   1.00   0.95    0.99   0.96  0.60     2.4
@@ -31,24 +34,26 @@ that are all new: shares of answers with every token right behind a right beginn
                  40   3100     0.97   0.99   1.00   0.97    1.00   0.99  0.92     1.2
                  58   4393     0.99   1.00   1.00   0.97    0.99   0.98  0.97     0.7
 
-Then, said greedily about 300 pictures each of unseen seeds (evaluate.py):
+Greedy decoding on 300 pictures per unseen seed (evaluate.py):
 
     seed        answers  captions  detect  segment  words  letters
-    after polish
+    after `polish`
       1000       98.7 %    98.0 %   0.870    0.821  85.0 %   13.0 %
       2000       98.7 %    98.3 %   0.852    0.800  82.6 %    9.8 %
       3000       98.4 %    98.7 %   0.841    0.791  85.3 %   16.0 %
-    after words
+    after `words`
       1000       99.3 %    99.0 %   0.941    0.909  97.6 %   47.8 %
       2000       99.3 %    98.7 %   0.943    0.899  95.5 %   41.5 %
       3000       99.1 %    99.0 %   0.925    0.888  98.4 %   46.7 %
 
-An hour on two cores ends with `higher`. The last hour, in which every word is asked about, halves the error of boxes, too: what
-it brings is more updates, at a rate that rises once more and then falls to nothing. In its middle all looks worse than before it.
+The stages up to `higher` take an hour on two cores. The stage `words`, one more hour, asks for every word that is in a picture.
+It also halves the error of boxes, because of its many updates, with a learning rate that rises once more and then falls to
+zero. Halfway through it, all numbers are worse than before it.
 
-What was different in this run from what recipe.sh does now: in the stage tower 60 of 100 scenes were to have a word, in the
-others 80; up to joint two `segment` were asked of each picture, not one; in last and polish words had no precedence; and words
-began with the weights of polish in bfloat16. Masks are learned in minutes: the codes of a kind are always the same.
+This run differed from what recipe.sh does now. In `tower`, 60 of 100 scenes were to have a word, in the other stages 80. Up to
+`joint`, there were two `segment` questions per picture, not one. In `last` and `polish`, questions about words had no
+precedence. And `words` began with the weights of `polish` in bfloat16. Masks are learned in minutes, because all shapes of a
+kind have the same codes.
 """
 
 import argparse
@@ -63,22 +68,22 @@ from paligemma.files import BUNDLED
 if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["contrastive", "shared", "prefix", "export"])
-    parser.add_argument("--name", default="stage", help="of the stage in the log, and of its state, RUNS/NAME.pt")
-    parser.add_argument("--pixels", type=int, default=112, help="side of a picture; each 14 x 14 of them become one token")
-    parser.add_argument("--minutes", type=float, default=15, help="of each processor")
-    parser.add_argument("--start", help="state of an earlier stage, in RUNS; or checkpoint, the weights that ship")
-    parser.add_argument("--questions", type=int, default=4, help="of each picture, in the stage prefix")
-    parser.add_argument("--bins", type=float, default=25, help="width of the bell around a <loc>; at the end a fifth")
-    parser.add_argument("--head_weight", type=float, default=0.2, help="of the patch head's loss")
-    parser.add_argument("--batch", type=int, default=20, help="pictures a step and process")
-    parser.add_argument("--processes", type=int, default=2, help="one core each")
+    parser.add_argument("--name", default="stage", help="name of the stage in the log, and of its state, RUNS/NAME.pt")
+    parser.add_argument("--pixels", type=int, default=112, help="side of a picture; 14 x 14 pixels become one token")
+    parser.add_argument("--minutes", type=float, default=15, help="CPU minutes per process")
+    parser.add_argument("--start", help="state of an earlier stage in RUNS, or `checkpoint`: the bundled weights")
+    parser.add_argument("--questions", type=int, default=4, help="questions per picture in the stage prefix")
+    parser.add_argument("--bins", type=float, default=25, help="standard deviation of <loc> targets; a fifth of it at the end")
+    parser.add_argument("--head_weight", type=float, default=0.2, help="weight of the patch head's loss")
+    parser.add_argument("--batch", type=int, default=20, help="pictures per step and process")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes, one core each")
     parser.add_argument("--port", type=int, default=29511)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--muon_lr", type=float, default=0.02)
     parser.add_argument("--adam_lr", type=float, default=2e-3)
-    parser.add_argument("--tower_rate", type=float, default=0.25, help="learning rate of the tower, relative; 0: it stays")
-    parser.add_argument("--final", type=float, default=0.0, help="learning rate at the end, relative")
-    parser.add_argument("--out", type=Path, default=BUNDLED, help="folder, for export")
+    parser.add_argument("--tower_rate", type=float, default=0.25, help="relative learning rate of the tower; 0 freezes it")
+    parser.add_argument("--final", type=float, default=0.0, help="learning rate at the end, relative to its peak")
+    parser.add_argument("--out", type=Path, default=BUNDLED, help="folder for export")
     parser.add_argument("--runs", type=Path, default=BUNDLED.parents[1] / "runs")
     options = parser.parse_args()
 
@@ -105,30 +110,30 @@ TEXT: dict[str, Any] = {
 QUESTIONS = {
     "caption": 1, "color": 1, "shape": 1, "count": 2, "exists": 2, "where": 2, "detect": 2, "segment": 1, "absent": 1,
     "several": 2, "ocr": 1, "letters": 1, "blank": 1,
-}  # fmt: skip  # tries a picture
-OF_OCR = 3.0  # what a word counts
-OF_CODE = 0.1  # what a code of a mask weighs beside a coordinate: they are the same for all shapes of a kind
-GROUPS = 8  # of rows by length, since an answer with masks is ten times as long as most
+}  # fmt: skip  # how often each kind of question is tried per picture
+OCR_WEIGHT = 3.0  # weight of an OCR answer in the loss; other answers have 1
+CODE_WEIGHT = 0.1  # weight of a mask code relative to a coordinate: the codes are the same for all shapes of a kind
+GROUPS = 8  # the rows of a batch are grouped by length, because an answer with masks is ten times as long as most others
 
 
 @dataclass
 class Pack:
-    """Questions with their answers as tensors, one a row, without the picture; U is the length of the longest row.
+    """Questions with their answers as tensors, one per row, without the picture's tokens; L is the length of the longest row.
 
-    A position's target is the token after it, if that is of an answer, else -100.
+    The target of a position is the next token if it belongs to an answer, else -100.
     """
 
-    picture: Tensor  # int64[N], which of the batch's pictures each row is about
-    ids: Tensor  # int64[N, U]
-    is_token: Tensor  # int64[N, U], 0 = padding, which is on the right
-    is_answer: Tensor  # int64[N, U], 1 = of the answer
-    targets: Tensor  # int64[N, U]
-    weights: Tensor  # float32[N, U], of an answer's tokens
-    kinds: Tensor  # int64[N], what kind of question it is, as an index of QUESTIONS
+    picture: Tensor  # int64[B], index of the picture that each row is about
+    ids: Tensor  # int64[B, L]
+    is_token: Tensor  # int64[B, L], 0 = padding, which is on the right
+    is_answer: Tensor  # int64[B, L], 1 = token of the answer
+    targets: Tensor  # int64[B, L]
+    weights: Tensor  # float32[B, L], weights of the targets in the loss; 0 outside of answers
+    kinds: Tensor  # int64[B], kind of question, as an index into QUESTIONS
 
 
 class Packer:
-    """From questions to a Pack."""
+    """Turns questions into a Pack."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
@@ -138,14 +143,14 @@ class Packer:
         self.prefixes: dict[str, list[int]] = {}
 
     def weigh(self, kind: str, answer: list[int]) -> list[float]:
-        """How much each token of an answer counts."""
-        shares = [OF_CODE if token in self.segs else 1.0 for token in answer]
+        """The weight in the loss of each token of an answer."""
+        shares = [CODE_WEIGHT if token in self.segs else 1.0 for token in answer]
         boxes = sum(token in self.locs for token in answer) // 4
-        total = OF_OCR if kind in ("ocr", "letters") else max(1, boxes)
+        total = OCR_WEIGHT if kind in ("ocr", "letters") else max(1, boxes)
         return [share * total / sum(shares) for share in shares]
 
     def __call__(self, rows: list[tuple[int, str, str, str]]) -> Pack:
-        """rows: of each question the number of its picture, its kind, prefix and suffix."""
+        """Args: rows: for each question the index of its picture, its kind, its prefix and its suffix."""
         columns: list[list] = [[], [], [], [], []]
         for _, kind, prefix, suffix in rows:
             if prefix not in self.prefixes:
@@ -167,10 +172,11 @@ class Packer:
 
 
 class SharedPicture:
-    """Stands in for a KVCache where many questions share a picture: its keys and values, read once, serve each of them.
+    """Replaces a KVCache when many questions share a picture: its keys and values are computed once and used by all of them.
 
-    Gradients flow back through it. First the pictures are read, [I, K, P, E] a layer; then, with `picture` set to int64[N], rows
-    of questions, each of which finds its picture's before its own.
+    Gradients flow back through it. First the pictures are read; their keys and values have the shape [I, K, P, E] per layer.
+    Then `picture` is set to int64[B], and rows of questions are read: the keys and values of a row's picture are put before its
+    own.
     """
 
     def __init__(self):
@@ -186,9 +192,9 @@ class SharedPicture:
 
 
 class Smooth:
-    """Cross entropy in which a neighbouring <loc> is nearly right: its target is a bell of `bins` around the true one.
+    """Cross entropy with soft targets for <loc> tokens: a Gaussian around the true bin, with a standard deviation of `bins`.
 
-    The bins themselves stay exact, and so do the tokens that the model reads; only the wish is softened, less and less.
+    Only the targets are softened, and less and less so during a stage; the tokens that the model reads stay exact.
     """
 
     def __init__(self, first_loc: int):
@@ -200,35 +206,35 @@ class Smooth:
             self.bins, self.table = bins, torch.softmax(-0.5 * ((at - at[:, None]) / bins) ** 2, dim=-1)
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        surprise = -logits.log_softmax(-1)
-        loss = surprise.gather(1, targets[:, None])[:, 0]
+        nats = -logits.log_softmax(-1)
+        loss = nats.gather(1, targets[:, None])[:, 0]
         is_loc = (targets >= self.first_loc) & (targets < self.first_loc + 1024)
-        wished = self.table[targets[is_loc] - self.first_loc]
-        soft = (surprise[is_loc, self.first_loc : self.first_loc + 1024] * wished).sum(-1)
+        wanted = self.table[targets[is_loc] - self.first_loc]
+        soft = (nats[is_loc, self.first_loc : self.first_loc + 1024] * wanted).sum(-1)
         return loss.masked_scatter(is_loc, soft)
 
 
 @torch.no_grad()
 def scores(logits: Tensor, pack: Pack, chosen: Tensor, first_loc: int) -> dict[str, float]:
-    """Share of answers with every token right, by kind of question (greedy decoding would say them), and the error of boxes."""
-    said, targets = logits.argmax(-1), pack.targets[chosen]
+    """By kind of question, the share of answers with every token right under teacher forcing; and the mean error of boxes."""
+    predicted, targets = logits.argmax(-1), pack.targets[chosen]
     row = torch.arange(len(pack.ids))[:, None].expand_as(pack.ids)[chosen]
-    is_right = torch.zeros(len(pack.ids)).index_add(0, row, (said != targets).float()) == 0
+    is_right = torch.zeros(len(pack.ids)).index_add(0, row, (predicted != targets).float()) == 0
     found = {kind: (pack.kinds == i) for i, kind in enumerate(QUESTIONS)}
     result = {kind: is_right[mine].float().mean().item() for kind, mine in found.items() if mine.any()}
-    for kind in ("detect", "segment", "several"):  # no bin is right to the letter
+    for kind in ("detect", "segment", "several"):  # coordinates are hardly ever exact
         result.pop(kind, None)
     is_loc = (targets >= first_loc) & (targets < first_loc + 1024)
     is_seg = (targets >= first_loc + 1024) & (targets < first_loc + 1152)
     if is_seg.any():
-        result["codes"] = (said == targets)[is_seg].float().mean().item()
+        result["codes"] = (predicted == targets)[is_seg].float().mean().item()
     if is_loc.any():
-        result["location"] = (said - targets)[is_loc].abs().clamp(max=1023).float().mean().item() / 1023
+        result["location"] = (predicted - targets)[is_loc].abs().clamp(max=1023).float().mean().item() / 1023
     return result
 
 
 def new_model(tokenizer: Tokenizer, pixels: int) -> PaliGemmaForConditionalGeneration:
-    """First weights. Neighbouring <loc> tokens start with vectors that are alike: sums of waves over the coordinate."""
+    """A model with initial weights. The vectors of neighbouring <loc> tokens start similar: sine waves over the coordinate."""
     vision = VISION | {"image_size": pixels}
     raw = {"model_type": "paligemma", "vision_config": vision, "image_token_index": tokenizer.token_to_id("<image>")}
     vocabulary = math.ceil(tokenizer.get_vocab_size() / 64) * 64
@@ -244,14 +250,14 @@ def new_model(tokenizer: Tokenizer, pixels: int) -> PaliGemmaForConditionalGener
 
 
 def stretch(positions: Tensor, patches: int) -> Tensor:
-    """A position embedding [P, D] for another number of patches, both of them squares."""
+    """A position embedding [P, D], interpolated for another number of patches; both numbers are squares."""
     old, new = math.isqrt(len(positions)), math.isqrt(patches)
     grid = positions.T.reshape(1, -1, old, old)  # [1, D, H, W]
     return F.interpolate(grid, size=(new, new), mode="bilinear", align_corners=False)[0].flatten(1).T
 
 
 class Joint:
-    """What all stages with a decoder share: the model, the patch head as a small extra loss, scenes, the log."""
+    """The common part of all stages with a decoder: the model, the patch head as a small extra loss, scenes, the log."""
 
     def __init__(self, options: argparse.Namespace, rng: np.random.Generator):
         self.options, self.rng = options, rng
@@ -267,7 +273,7 @@ class Joint:
         self.recent: dict[str, list[float]] = {}
 
     def batch(self) -> tuple[Tensor, Tensor, list[list[tuple[int, str, str, str]]]]:
-        """What the decoder sees of new scenes [I, P, D], the loss of the patch head, and each scene's questions."""
+        """New scenes: their image features [I, P, D], the loss of the patch head, and the questions about each scene."""
         scenes, pixels, words, boxes = draw_batch(self.rng, self.options.batch, self.options.pixels)
         rows = []
         for number, scene in enumerate(scenes):
@@ -281,9 +287,9 @@ class Joint:
         return self.model.multi_modal_projector(x), self.head.loss(x, words, boxes)[0], rows
 
     def load(self, start: str) -> None:
-        """The state of a stage, of the contrastive one the tower and the head; or the weights of the shipped checkpoint."""
+        """Loads the state of a stage (tower and head, if it is a contrastive one), or the weights of the bundled checkpoint."""
         if start == "checkpoint":
-            return self.model.load_state_dict(load_file(BUNDLED / "model.safetensors"))  # copied, and so float32 again
+            return self.model.load_state_dict(load_file(BUNDLED / "model.safetensors"))  # copies into float32
         state = torch.load(self.options.runs / start, weights_only=True)
         name = "model.vision_tower.vision_model."
         if not any(key.startswith("model.") for key in state):
@@ -296,12 +302,12 @@ class Joint:
         self.both.load_state_dict(state)
 
     def groups(self, rows: list[tuple[int, str, str, str]]) -> list[Pack]:
-        """Rows of alike length go through the decoder together."""
+        """Groups of rows with similar lengths, which go through the decoder together."""
         rows = sorted(rows, key=lambda row: (len(row[3]), len(row[2])))
         return [self.packer([rows[i] for i in part]) for part in np.array_split(np.arange(len(rows)), GROUPS)]
 
     def loss(self, x: Tensor, pack: Pack, progress: float) -> Tensor:
-        """The weighted sum over answer tokens, of the decoder's vectors [N, U, D]."""
+        """The weighted sum of the loss over answer tokens. Args: x: the decoder's output, [B, L, D]."""
         chosen = pack.weights > 0
         logits = self.model.language_model.logits(x[chosen])
         self.smooth.narrow(self.options.bins * 0.2**progress)
@@ -310,25 +316,25 @@ class Joint:
         return (self.smooth(logits, pack.targets[chosen]) * pack.weights[chosen]).sum()
 
     def shared(self, features: Tensor, packs: list[Pack], progress: float) -> Tensor:
-        """The loss of questions that see their picture, while it does not see them. A mean over answers, as they count."""
+        """The loss of questions that attend to their picture, which does not attend to them; a weighted mean over answers."""
         decoder, p = self.model.language_model.model, features.shape[1]
         cache = SharedPicture()
         decoder(features, torch.arange(1, p + 1).expand(len(features), p), None, cache)
         total, count = torch.zeros(()), 0.0
         for pack in packs:
             cache.picture = pack.picture
-            # The picture's tokens stand before the row's, so the mask is that of a whole row without the picture's own queries.
-            n, u = pack.ids.shape
-            is_token = torch.cat([torch.ones(n, p, dtype=torch.int64), pack.is_token], dim=1)
-            is_answer = torch.cat([torch.zeros(n, p, dtype=torch.int64), pack.is_answer], dim=1)
-            mask = prefix_lm_mask(is_token, is_answer)[:, :, p:]  # [N, 1, U, P+U]
-            positions = torch.arange(p + 1, p + u + 1).expand(n, u)
+            # The picture's tokens come before the row's, so the mask is that of a whole row without the queries of the picture.
+            rows, length = pack.ids.shape
+            is_token = torch.cat([torch.ones(rows, p, dtype=torch.int64), pack.is_token], dim=1)
+            is_answer = torch.cat([torch.zeros(rows, p, dtype=torch.int64), pack.is_answer], dim=1)
+            mask = prefix_lm_mask(is_token, is_answer)[:, :, p:]  # [B, 1, L, P+L]
+            positions = torch.arange(p + 1, p + length + 1).expand(rows, length)
             x = decoder(decoder.embed_tokens(pack.ids).to(features.dtype), positions, mask, cache)
             total, count = total + self.loss(x, pack, progress), count + float(pack.weights.sum())
         return total / count
 
     def prefix(self, features: Tensor, packs: list[Pack], progress: float) -> Tensor:
-        """The loss of rows of picture, question and answer: the pass as it is used."""
+        """The loss of rows of picture, question and answer: the same pass as in inference."""
         decoder, p = self.model.language_model.model, features.shape[1]
         total, count = torch.zeros(()), 0.0
         for pack in packs:
@@ -340,7 +346,7 @@ class Joint:
         return total / count
 
     def finish_step(self, trainer: Trainer, loss: Tensor, extra: Tensor) -> None:
-        """One update; every 25 of them a line of means since the last one, and the state on disk."""
+        """Makes an update. Every 25 updates, logs the means since the last line and saves the state."""
         trainer.step(loss + self.options.head_weight * extra)
         self.recent.setdefault("loss", []).append(loss.item())
         self.recent.setdefault("head", []).append(extra.item())
@@ -351,17 +357,17 @@ class Joint:
 
 
 def is_unread(question: tuple[int, str, str, str]) -> bool:
-    """Whether a question is not about a word: those are the hardest, so none of them is left out."""
+    """False for questions about words. They are the hardest, so none of them is left out."""
     return question[1] not in ("ocr", "letters")
 
 
 def train_joint(options: argparse.Namespace, rng: np.random.Generator) -> None:
-    """The stages shared and prefix."""
+    """Trains the stages `shared` and `prefix`."""
     joint = Joint(options, rng)
     joint.load(options.start)
     trainer = Trainer(joint.both, options)
     while trainer.progress < 1:
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # short rows: the flash kernel is slower
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # for short rows, the flash kernel is slower
             features, extra, rows = joint.batch()
             if options.stage == "prefix":
                 rows = [sorted((row[j] for j in rng.permutation(len(row))), key=is_unread)[: options.questions] for row in rows]
@@ -371,7 +377,7 @@ def train_joint(options: argparse.Namespace, rng: np.random.Generator) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """The state of a stage as a checkpoint folder in bfloat16, as the hub has it."""
+    """Writes the state of a stage as a checkpoint folder in bfloat16, in the hub's layout."""
     from paligemma.checkpoints.weights import save_model
 
     joint = Joint(options, np.random.default_rng(0))
@@ -384,9 +390,9 @@ def export(options: argparse.Namespace) -> None:
 def run(rank: int, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{options.port}"
-    patience = timedelta(days=1)  # a process may be stopped for a while and go on
+    patience = timedelta(days=1)  # a process may be paused and continue
     distributed.init_process_group("gloo", rank=rank, world_size=options.processes, init_method=address, timeout=patience)
-    torch.manual_seed(options.seed)  # the same first weights in all processes, but other scenes
+    torch.manual_seed(options.seed)  # the same initial weights in all processes; the scenes differ
     STAGES[options.stage](options, np.random.default_rng([options.seed, rank, list(STAGES).index(options.stage)]))
     distributed.destroy_process_group()
 
@@ -396,7 +402,7 @@ STAGES = {"contrastive": train_contrastive, "shared": train_joint, "prefix": tra
 
 def main(options: argparse.Namespace) -> None:
     options.runs.mkdir(parents=True, exist_ok=True)
-    if not (options.runs / "tokenizer.json").exists():  # made once: all processes and stages must mean the same by an id
+    if not (options.runs / "tokenizer.json").exists():  # made once, because all processes and stages must use the same ids
         make_tokenizer().save(str(options.runs / "tokenizer.json"))
     if options.stage == "export":
         return export(options)

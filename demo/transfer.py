@@ -1,11 +1,12 @@
-"""Writes data for a fine-tune to what the demo checkpoint cannot do: to tell which shape is the largest.
+"""Writes data to fine-tune the demo checkpoint on a task that it cannot do: to tell which shape is the largest.
 
     python -m demo.transfer --out runs/largest
     python -m paligemma finetune --config runs/largest/finetune.yaml --output runs/largest/full
     python -m paligemma finetune --config runs/largest/finetune.yaml --output runs/largest/lora --method lora --learning_rate 5e-3
 
-The question was never asked in training, and nothing that was asked needs sizes to be compared. The scenes are those of shapes.py
-with two shapes or more, of seeds that nothing else uses; where the two largest differ by less than a tenth, nobody is asked.
+The question was not in the demo's training, and no question in it required sizes to be compared. The scenes are those of
+shapes.py with two shapes or more, from seeds that nothing else uses. A scene whose two largest shapes differ by less than a
+tenth is left out.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from paligemma.files import write_atomic
 
 QUESTION = "answer en what is the largest shape?"
 SEEDS = {"train": 3000, "valid": 4000}
-CLEAR = 1.1  # the largest side over the next
+CLEAR = 1.1  # least ratio of the largest side to the second largest
 SETTINGS = """\
 train: {folder}/train.jsonl
 valid: {folder}/valid.jsonl
@@ -32,7 +33,7 @@ max_text_tokens: 64
 
 
 def scenes(seed: int) -> Iterator[tuple[shapes.Scene, str]]:
-    """Scenes in which one shape is clearly the largest, and that shape's name, without end."""
+    """An endless series of scenes in which one shape is clearly the largest, each with the name of that shape."""
     for index in count():
         scene = shapes.make_scene(np.random.default_rng([seed, index]))
         largest, *others = sorted(scene.shapes, key=lambda shape: -shape.side)
@@ -41,7 +42,7 @@ def scenes(seed: int) -> Iterator[tuple[shapes.Scene, str]]:
 
 
 def write_split(out: Path, name: str, number: int, size: int) -> None:
-    """`number` pictures and OUT/NAME.jsonl, which appears last and whole."""
+    """Writes `number` pictures, then OUT/NAME.jsonl in one step, so that it is always complete."""
     (out / name).mkdir(parents=True, exist_ok=True)
     lines = []
     for index, (scene, largest) in enumerate(islice(scenes(SEEDS[name]), number)):
@@ -54,15 +55,15 @@ def write_split(out: Path, name: str, number: int, size: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes pictures and answers for a fine-tune of the demo checkpoint.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures, the JSONL files and finetune.yaml")
-    parser.add_argument("--count", type=int, default=800, help="pictures to learn from; a quarter as many to be scored on")
+    parser.add_argument("--count", type=int, default=800, help="number of training pictures; a quarter as many for validation")
     parser.add_argument("--size", type=int, default=112, help="side of a picture in pixels")
     options = parser.parse_args()
     if options.count < 4 or options.size < 16:
-        parser.error("--count starts at 4, --size at 16.")
+        parser.error("--count must be at least 4, and --size at least 16.")
     for name, number in (("train", options.count), ("valid", options.count // 4)):
         write_split(options.out, name, number, options.size)
     (options.out / "finetune.yaml").write_text(SETTINGS.format(folder=options.out), encoding="utf-8")
-    print(f"{options.count} examples to learn from and {options.count // 4} to be scored on are in {options.out}.")
+    print(f"{options.count} training examples and {options.count // 4} validation examples are in {options.out}.")
 
 
 if __name__ == "__main__":

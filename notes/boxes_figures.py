@@ -2,7 +2,7 @@
 
 scores.svg  precision against recall of the demo checkpoint's boxes, with and without scores, from
             benchmarks/results/detection.json: python -m demo.evaluate | tail -1 > benchmarks/results/detection.json
-codec.png   masks of three shapes, what the codec makes of them, and what comes back
+codec.png   the masks of three shapes, their codes, and the masks that the codec decodes from them
 """
 
 import argparse
@@ -28,8 +28,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "detection.json"
 IOU = "0.75"
 CURVES = {
     "scores_and_expected": ("expected boxes, with scores", BLUE),
-    "scores": ("boxes as said, with scores", ORANGE),
-    "plain": ("boxes as said, no scores", SOFT),
+    "scores": ("generated boxes, with scores", ORANGE),
+    "plain": ("generated boxes, no scores", SOFT),
 }
 TICKS = [0, 0.2, 0.4, 0.6, 0.8, 1]
 
@@ -38,13 +38,13 @@ def draw_scores() -> None:
     detection = read_json(RESULTS)["detection"]
     drawing = Drawing(640, 400)
     axes = Axes(drawing, (60, 50, 610, 340), x=(0, 1), y=(0, 1))
-    axes.frame(TICKS, TICKS, f"recall: share of the {detection['true_boxes']} boxes that are found, IoU {IOU} and more",
-               "precision: share of right ones among the boxes that are kept")  # fmt: skip
+    axes.frame(TICKS, TICKS, f"recall: share of the {detection['true_boxes']} boxes that are found, IoU {IOU} or more",
+               "precision: share of right boxes among those that are kept")  # fmt: skip
     legend = []
-    for name, (words, color) in CURVES.items():
+    for name, (title, color) in CURVES.items():
         points = [(i / 100, precision) for i, precision in enumerate(detection["curves"][name][IOU])]
         axes.curve([point for point in points if point[1] > 0], color)
-        legend.append((axes.at(0, 0.36)[1] + 17 * len(legend), f"{words}: mAP {detection['map'][name]:.3f}", color))
+        legend.append((axes.at(0, 0.36)[1] + 17 * len(legend), f"{title}: mAP {detection['map'][name]:.3f}", color))
     drawing.labels(axes.box[0] + 20, legend)
     drawing.save(HERE / "scores.svg")
 
@@ -60,7 +60,7 @@ def examples() -> list[tuple[shapes.Shape, np.ndarray, NormalizedBox]]:
 
 
 def draw_codec() -> None:
-    """A row for each shape: its mask, the 64 x 64 crop, the sixteen codes, what they decode to; and prints the overlaps."""
+    """codec.png: for each shape its mask, the 64 x 64 crop, the sixteen codes, and the decoded mask. Prints the overlaps."""
     import torch
 
     codec = load_codec(ROOT / "paligemma" / "bundled" / "vae-oid.npz")
@@ -71,18 +71,18 @@ def draw_codec() -> None:
         cropped = crop(mask, box)
         codes = codec.encode(torch.from_numpy(cropped)[None])
         decoded = codec.decode(codes)[0].detach().numpy()
-        back = paste(decoded, box, *mask.shape)
+        pasted = paste(decoded, box, *mask.shape)
         found = ParsedObject(shape.kind, box, codes=tuple(codes[0].tolist()))
         suffix = to_suffix([found])
         assert parse_text(suffix).objects[0].codes == found.codes
-        print(f"{suffix}\n  the mask that comes back overlaps with the true one: IoU {mask_iou(back, mask):.3f}")
+        print(f"{suffix}\n  overlap of the decoded mask with the true mask: IoU {mask_iou(pasted, mask):.3f}")
         top = gap + row * (side + gap)
         for column, values in ((0, mask), (1, cropped), (3, decoded / 2 + 0.5)):
             levels = Image.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8))
             page.paste(levels.resize((side, side), Image.Resampling.NEAREST), (gap + column * (side + gap), top))
         left = gap + 2 * (side + gap)
-        for place, code in enumerate(found.codes):
-            x, y = left + place % 4 * side // 4, top + place // 4 * side // 4
+        for index, code in enumerate(found.codes):
+            x, y = left + index % 4 * side // 4, top + index // 4 * side // 4
             pen.rectangle([x, y, x + side // 4 - 2, y + side // 4 - 2], fill="#e8eef6")
             pen.text((x + side // 8, y + side // 8), str(code), "#222222", ImageFont.load_default(15), anchor="mm")
     page.save(HERE / "codec.png", optimize=True)
@@ -93,7 +93,7 @@ def main() -> None:
     precision = numbers["map"]
     print(f"mAP {precision['plain']:.3f} without scores, {precision['scores']:.3f} with, {precision['scores_and_expected']:.3f} "
           "with expected coordinates")  # fmt: skip
-    print(f"mean error of a coordinate, thousandths of the side: {numbers['bin_error'] * 1e3:.2f} as said, "
+    print(f"mean error of a coordinate, in thousandths of the picture's side: {numbers['bin_error'] * 1e3:.2f} generated, "
           f"{numbers['expected_error'] * 1e3:.2f} expected")  # fmt: skip
     draw_scores()
     draw_codec()

@@ -1,6 +1,6 @@
-"""Prints the numbers of decoding.md and draws its figure: `python -m notes.decoding_figures`. Counts, measures nothing.
+"""Prints the numbers of decoding.md and draws its first figure: `python -m notes.decoding_figures`. It measures nothing.
 
-roofline.svg  one matrix product of the decoder for more and more rows, from benchmarks/results/products.json
+roofline.svg  the time of one matrix product of the decoder against the number of rows, from benchmarks/results/products.json
 """
 
 import argparse
@@ -27,7 +27,7 @@ PROMPT, ANSWER = 266, 20  # tokens
 
 
 def count_work(config: PaliGemmaConfig) -> None:
-    """Prints what one token and one prompt cost, counted on a model without memory."""
+    """Prints what one token and one prompt cost, counted on the meta device (shapes without memory)."""
     for kind in (None, *quantization.KINDS):
         model = empty_model(config).to(torch.bfloat16)
         for name in quantization.targets(model) if kind else ():
@@ -35,15 +35,15 @@ def count_work(config: PaliGemmaConfig) -> None:
         weights = roofline.decode_bytes(model.language_model)
         products = roofline.prefill_products(config, 0, 1)
         print(f"one token, {kind or 'bf16'}: {weights / 1e9:.2f} GB read, {products / 1e9:.2f} G multiply-adds, "
-              f"{products / weights:.1f} for each byte")  # fmt: skip
+              f"{products / weights:.1f} per byte")  # fmt: skip
     products = roofline.prefill_products(config, 1, PROMPT)
     print(f"one picture and prompt, {PROMPT} tokens: {products / 1e9:.0f} G multiply-adds")
     cached = roofline.prefill_products(config, 1, PROMPT) + (ANSWER - 1) * roofline.prefill_products(config, 0, 1)
     plain = sum(roofline.prefill_products(config, 0 if i else 1, PROMPT + i) for i in range(ANSWER))
-    blind = sum(roofline.prefill_products(config, 1, PROMPT + i) for i in range(ANSWER))
+    repeated = sum(roofline.prefill_products(config, 1, PROMPT + i) for i in range(ANSWER))
     print(
         f"an answer of {ANSWER} tokens: {cached / 1e9:.0f} G multiply-adds with a cache, {plain / cached:.0f} times as many "
-        f"without, {blind / cached:.0f} times with the tower in every step, too"
+        f"without, {repeated / cached:.0f} times with the vision tower in every step as well"
     )
 
 
@@ -53,10 +53,10 @@ def draw_roofline() -> None:
     counts = [int(rows) for rows in document["rows"]]
     floors = document["floors"]
     reading = weights * 2 / floors["read_GB_per_s"] / 1e6  # ms for bfloat16
-    multiplying = weights / max(rate for name, rate in floors.items() if name.endswith("_Gmadd_per_s")) / 1e6  # ms a row
+    multiplying = weights / max(rate for name, rate in floors.items() if name.endswith("_Gmadd_per_s")) / 1e6  # ms per row
     drawing = Drawing(720, 400)
     axes = Axes(drawing, (60, 50, 580, 340), x=(1, counts[-1]), y=(0.3, 400), is_log=(True, True))
-    axes.frame(counts, [0.3, 1, 3, 10, 30, 100, 300], "rows at a time (1 = decoding, 266 = picture and prompt)", "milliseconds")
+    axes.frame(counts, [0.3, 1, 3, 10, 30, 100, 300], "rows at once (1 = decoding, 266 = picture and prompt)", "milliseconds")
     axes.curve([(rows, max(reading, rows * multiplying)) for rows in range(1, counts[-1] + 1)], SOFT, "5 4")
     ends = [(axes.at(counts[-1], counts[-1] * multiplying)[1], "floor of bf16", SOFT)]
     for name, color in CURVES.items():

@@ -1,9 +1,10 @@
-"""Makes the mistakes of finetuning.md on purpose and prints what they cost: `python -m notes.finetuning_figures`.
+"""Makes the mistakes of finetuning.md on purpose and prints their effects: `python -m notes.finetuning_figures`.
 
-mistakes.svg  the loss that training shows, and the share of right answers behind it, of each run
+mistakes.svg  for each run, the training loss and the share of right answers
 
-Every run starts from the demo checkpoint and learns "what is the largest shape?" (demo/transfer.py) with the trainer of
-finetune.py. A mistake is one line that is different. A quarter of an hour on two cores; --quick only shows that it works.
+Every run starts from the demo checkpoint and learns "what is the largest shape?" (demo/transfer.py) with the trainer that
+`paligemma finetune` uses. Each mistake is one different line. All runs take a quarter of an hour on two cores; --quick only shows
+that the script works.
 """
 
 import argparse
@@ -17,9 +18,9 @@ from pathlib import Path
 
 if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few updates, and nothing is kept")
-    parser.add_argument("--only", help="make this run anew, and keep the others as they are")
-    parser.add_argument("--stored", action="store_true", help="run nothing: print and draw what mistakes.json holds")
+    parser.add_argument("--quick", action="store_true", help="make only a few updates, and store nothing")
+    parser.add_argument("--only", help="repeat this run only, and keep the stored results of the others")
+    parser.add_argument("--stored", action="store_true", help="run nothing; print and draw the results stored in mistakes.json")
     options = parser.parse_args()
 
 import numpy as np
@@ -43,10 +44,10 @@ CHECKPOINT = ROOT / "paligemma" / "bundled"
 RESULTS = HERE / "mistakes.json"
 IMAGE_TOKEN = weights.ModelFiles(CHECKPOINT).config.image_token_index
 PLAN = training.Plan(steps=200, batch_size=8, rows=8, learning_rate=5e-4)
-OLD_SCENES = 24  # whose other questions say what was forgotten
+OLD_SCENES = 24  # scenes with questions that the checkpoint knew before; they measure what it forgot
 
 
-def as_it_comes(batch: dict) -> dict:
+def unchanged(batch: dict) -> dict:
     return batch
 
 
@@ -56,7 +57,7 @@ def leak(batch: dict) -> dict:
 
 
 def no_end(batch: dict) -> dict:
-    """The last token of each row, <eos>, is not asked for: as if the text had been cut at some length."""
+    """The loss ignores the last token of each row, <eos>, as if the text had been cut at some length."""
     labels = batch["labels"].clone()
     last = (batch["attention_mask"].cumsum(1) * (labels != -100)).argmax(1)
     labels[torch.arange(len(labels)), last] = -100
@@ -64,56 +65,56 @@ def no_end(batch: dict) -> dict:
 
 
 def with_prompt(batch: dict) -> dict:
-    """The loss counts prompt tokens, too."""
+    """The loss also counts the tokens of the prompt."""
     is_text = (batch["attention_mask"] == 1) & (batch["input_ids"] != IMAGE_TOKEN)
     return batch | {"labels": torch.where(is_text, batch["input_ids"], -100)}
 
 
 def causal(batch: dict) -> dict:
-    """The whole row is marked as answer: picture and prompt see backwards only, as in an ordinary decoder."""
+    """The whole row is marked as answer: picture and prompt attend only to earlier tokens, as in an ordinary decoder."""
     return batch | {"token_type_ids": torch.ones_like(batch["token_type_ids"])}
 
 
 @dataclass(frozen=True)
 class Way:
-    """One run. Args: name: in the table; spoil: what it does to a batch; the others as its plan and model have them."""
+    """One run: its name in the table, how it changes a batch, and its settings."""
 
     name: str
-    spoil: Callable[[dict], dict] = as_it_comes
+    change: Callable[[dict], dict] = unchanged
     plan: training.Plan = PLAN
     method: str = "full"
-    is_rounded: bool = False  # weights are bfloat16 after each update
-    count: int | None = None  # of examples to learn from; all if not given
-    with_old: bool = False  # as many of the questions that the checkpoint was trained on in each batch
-    seen: bool = False  # scored on what it learned from
+    is_rounded: bool = False  # round the weights to bfloat16 after each update
+    count: int | None = None  # number of training examples; None = all
+    with_old: bool = False  # add as many questions that the checkpoint was trained on to each batch
+    on_train: bool = False  # compute the score on the training examples
 
 
 WAYS = [
-    Way("as it should be"),
-    Way("adapter (LoRA)", plan=replace(PLAN, learning_rate=5e-3), method="lora"),
-    Way("with as many old questions", with_old=True),
+    Way("correct"),
+    Way("LoRA adapter", plan=replace(PLAN, learning_rate=5e-3), method="lora"),
+    Way("plus as many old questions", with_old=True),
     Way("the prompt sees the answer", leak),
-    Way("the answer has no end", no_end),
-    Way("picture and prompt look back only", causal),
-    Way("loss on the prompt, too", with_prompt),
-    Way("rate ten times as high", plan=replace(PLAN, learning_rate=5e-3)),
-    Way("rate of a hundredth", plan=replace(PLAN, learning_rate=5e-6)),
-    Way("rate of a hundredth, weights in bfloat16", plan=replace(PLAN, learning_rate=5e-6), is_rounded=True),
-    Way("40 examples, over and over", count=40),
-    Way("40 examples, scored on themselves", count=40, seen=True),
+    Way("the answer has no <eos>", no_end),
+    Way("causal mask for the whole row", causal),
+    Way("loss also on the prompt", with_prompt),
+    Way("learning rate times 10", plan=replace(PLAN, learning_rate=5e-3)),
+    Way("learning rate / 100", plan=replace(PLAN, learning_rate=5e-6)),
+    Way("learning rate / 100, bfloat16 weights", plan=replace(PLAN, learning_rate=5e-6), is_rounded=True),
+    Way("only 40 examples", count=40),
+    Way("only 40 examples, scored on the same", count=40, on_train=True),
 ]
 
 
 @dataclass
-class Found:
-    """What a run showed and what it came to."""
+class Outcome:
+    """The measurements of one run."""
 
     losses: list[float] = field(default_factory=list)
     valid_loss: float = 0.0
     exact: float = 0.0
-    old: float = 0.0  # share of right answers to what the checkpoint knew before
-    moved: float = 0.0  # share of the trained weights that are other numbers than before
-    said: list[str] = field(default_factory=list)
+    old: float = 0.0  # share of right answers to questions that the checkpoint was trained on
+    changed: float = 0.0  # share of the trained weights that differ from those at the start
+    generated: list[str] = field(default_factory=list)  # three answers
 
 
 def old_example(seed: tuple[int, int]) -> tuple[Image.Image, str, str]:
@@ -127,15 +128,15 @@ def old_example(seed: tuple[int, int]) -> tuple[Image.Image, str, str]:
 def old_questions(model: torch.nn.Module, processor: PaliGemmaProcessor, count: int) -> float:
     """Share of right answers to the questions that the checkpoint was trained on."""
     asked = evaluate.questions(count, seed=1000)
-    asked = [(scene, [one for one in questions if one.kind in evaluate.ANSWERS]) for scene, questions in asked]
-    said = evaluate.answers(Annotator(model, processor, codec=None, rows=32, max_new_tokens=24), asked)
+    asked = [(scene, [question for question in questions if question.kind in evaluate.ANSWERS]) for scene, questions in asked]
+    results = evaluate.answers(Annotator(model, processor, codec=None, rows=32, max_new_tokens=24), asked)
     flat = [question for _, questions in asked for question in questions]
-    return sum(evaluate.score(question, result) for question, result in zip(flat, said, strict=True)) / len(flat)
+    return sum(evaluate.score(question, result) for question, result in zip(flat, results, strict=True)) / len(flat)
 
 
 def run(
     way: Way, train: dataset.Split, valid: dataset.Split, processor: PaliGemmaProcessor, options: argparse.Namespace
-) -> Found:
+) -> Outcome:
     model = weights.load_model(CHECKPOINT, dtype=torch.bfloat16)
     if way.method == "lora":
         torch.manual_seed(0)
@@ -150,35 +151,35 @@ def run(
         rows = [examples[place] for place in places]
         if way.with_old:
             rows += [old_example(seed) for seed in places]
-        return way.spoil(processor(*map(list, zip(*rows, strict=True)), notes=[]))
+        return way.change(processor(*map(list, zip(*rows, strict=True)), notes=[]))
 
     trainer = training.Trainer(model, plan, make_batch, count)
     before = {name: parameter.detach().clone() for name, parameter in trainer.named.items()}
-    found = Found()
+    found = Outcome()
     for _ in range(plan.steps):
         found.losses.append(round(trainer.update().loss, 5))
         if way.is_rounded:
             for parameter in trainer.named.values():
                 parameter.data.copy_(parameter.data.bfloat16())
-    moved = sum(int((parameter != before[name]).sum()) for name, parameter in trainer.named.items())
-    found.moved = round(moved / sum(parameter.numel() for parameter in trainer.named.values()), 4)
+    changed = sum(int((parameter != before[name]).sum()) for name, parameter in trainer.named.items())
+    found.changed = round(changed / sum(parameter.numel() for parameter in trainer.named.values()), 4)
     plain = plain_model(model, weights, torch.bfloat16)
-    scored = dataset.Examples(train if way.seen else valid, processor)
-    judge = Judge(scored, None, rows=32, count=way.count if way.seen else options.scored, scores=["exact"])
+    scored = dataset.Examples(train if way.on_train else valid, processor)
+    judge = Judge(scored, None, rows=32, count=way.count if way.on_train else options.scored, scores=["exact"])
     numbers = judge(plain)
     found.valid_loss, found.exact = round(numbers["valid_loss"], 4), round(numbers["exact"], 4)
-    found.said = [result.text for result in judge.ask(plain)[:3]]
+    found.generated = [result.text for result in judge.ask(plain)[:3]]
     found.old = round(old_questions(plain, processor, options.old), 4)
     return found
 
 
 def draw_mistakes() -> None:
-    """Left the losses that training shows, right what each run came to."""
+    """mistakes.svg: on the left the training loss, on the right the share of right answers of each run."""
     results = read_json(RESULTS)
     drawing = Drawing(980, 60 + 30 * len(results))
     most = max(len(found["losses"]) for found in results.values())
     axes = Axes(drawing, (60, 50, 380, 10 + 30 * len(results)), (0, most), (0, 3))
-    axes.frame([0, most / 2, most], [0, 1, 2, 3], "updates", "training loss, nats a token")
+    axes.frame([0, most / 2, most], [0, 1, 2, 3], "updates", "training loss, nats per token")
     drawing.text(970, 38, "right answers to the new question, and to the old ones", anchor="end")
     for number, (name, found) in enumerate(results.items()):
         color = (BLUE, GREEN, ORANGE, PURPLE)[number] if number < 4 else FAINT
@@ -193,11 +194,11 @@ def draw_mistakes() -> None:
 
 
 def report(results: dict[str, dict]) -> None:
-    print(f"{'':42}{'train loss':>10}{'valid loss':>11}{'exact':>8}{'old':>7}{'moved':>8}  says")
+    print(f"{'':42}{'train loss':>10}{'valid loss':>11}{'exact':>8}{'old':>7}{'changed':>9}  generated")
     for name, found in results.items():
         last = found["losses"][-20:]
         print(f"{name:42}{sum(last) / len(last):10.3f}{found['valid_loss']:11.3f}{found['exact']:8.1%}{found['old']:7.1%}"
-              f"{found['moved']:8.1%}  {found['said'][0][:40]!r}")  # fmt: skip
+              f"{found['changed']:9.1%}  {found['generated'][0][:40]!r}")  # fmt: skip
 
 
 def main(options: argparse.Namespace) -> None:

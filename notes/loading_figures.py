@@ -1,8 +1,8 @@
-"""Shows and measures what loading.md says, on Linux: `python -m notes.loading_figures`. It takes 0.5 GB of disk for a moment.
+"""Prints the numbers of loading.md, on Linux: `python -m notes.loading_figures`. It needs 0.5 GB of disk space for a moment.
 
-First the beginning of the bundled checkpoint's file. Then a random model of 0.23 billion parameters in bfloat16 is written and
-loaded in four ways, each in a process of its own, and the kernel is asked how much memory that process has of its own
-("anonymous"), and how much of what it sees are pages of the file.
+It first prints the beginning of the bundled checkpoint's file. Then it writes a random model of 0.23 billion parameters in
+bfloat16 and loads it in four ways, each in a process of its own. For each process the kernel reports how much memory is its own
+("anonymous"), and how much consists of pages of the file.
 """
 
 import argparse
@@ -25,14 +25,14 @@ NAIVE = "a copy of each"
 
 
 def memory() -> dict[str, float]:
-    """MB of this process: its own, pages of files, and the most that both were together so far."""
+    """MB of this process: its own memory, pages of files, and the peak of their sum."""
     lines = Path("/proc/self/status").read_text().splitlines()
     found = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines if line.startswith(("Rss", "VmHWM"))}
     return {"own": found["RssAnon"], "file": found["RssFile"], "peak": found["VmHWM"]}
 
 
 def write_model(folder: Path) -> None:
-    """A Gemma-like decoder with a small tower, random."""
+    """Writes a random Gemma-like decoder with a small vision tower."""
     import torch
 
     from paligemma.checkpoints.weights import save_model
@@ -51,7 +51,7 @@ def write_model(folder: Path) -> None:
 
 
 def show_file(file: Path, count: int) -> None:
-    """The first tensors of a safetensors file, as its header has them."""
+    """Prints the first tensors of a safetensors file, as its header describes them."""
     from paligemma.checkpoints.safetensors_files import read_header
 
     tensors = sorted(read_header(file).values(), key=lambda tensor: tensor.start)
@@ -61,14 +61,14 @@ def show_file(file: Path, count: int) -> None:
 
 
 def load(folder: str, way: str) -> None:
-    """Prints, as JSON, what loading in one of the ways took."""
+    """Loads the model in one of the ways and prints the memory that it took, as JSON."""
     import torch
 
     from paligemma.checkpoints.weights import load_model
 
     torch.zeros(1)
     before = memory()
-    if way == NAIVE:  # what many programs do: a model in float32, a dict of all tensors, load_state_dict
+    if way == NAIVE:  # as many programs do: a model in float32, a dict of all tensors, load_state_dict
         from safetensors.torch import load_file
 
         from paligemma.checkpoints.weights import ModelFiles
@@ -93,7 +93,7 @@ def main() -> None:
         load(*options.load)
         return
     show_file(ROOT / "paligemma" / "bundled" / "model.safetensors", 5)
-    print(f"\n{'way':16}{'weights':>9}{'own':>9}{'of file':>9}{'peak':>9}   MB")
+    print(f"\n{'way':16}{'weights':>9}{'own':>9}{'file':>9}{'peak':>9}   MB")
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
         for way in (*WAYS, NAIVE):

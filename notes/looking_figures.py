@@ -1,10 +1,10 @@
 """Draws the figures of looking.md and prints its numbers, with the demo checkpoint: `python -m notes.looking_figures`.
 
-looking.png      a caption explained: what `--explain` writes
+looking.png      the explanation of a caption, as `--explain` draws it
 maps.png         two answers and their two maps: roll-out of attention, and gradient
-dependence.svg   what the picture adds to answers that were read off it, and to answers that were not
+dependence.svg   how much the picture adds to answers that need it, and to answers that do not
 
-Scenes are of a seed that neither training nor the choice of the maps has seen.
+The seed of the scenes was used neither in training nor when the maps were designed.
 """
 
 import argparse
@@ -35,9 +35,9 @@ ROOT = HERE.parent
 PICTURE = ROOT / "examples" / "shapes.png"
 SCENES, SEED = 50, 40_001
 ERASED = 16  # patches, of 64
-NEED_NO_LOOK = ("answer en is there a shape?", "answer en is there a dog?")  # every picture has shapes, and none a dog
+NEED_NO_LOOK = ("answer en is there a shape?", "answer en is there a dog?")  # every picture has shapes, no picture has a dog
 NEED_A_LOOK = ("caption", "color", "shape", "where", "detect")
-LOW, HIGH = -2.0, 14.0  # nats that the figure shows
+LOW, HIGH = -2.0, 14.0  # the range of nats in the figure
 SIDE = 280  # of a picture in a figure, pixels
 
 
@@ -53,13 +53,13 @@ class Demo:
         return [int(tokens) for tokens in steps]
 
     def explain(self, picture: Image.Image, question: str, answer: list[int] | None = None) -> Explanation:
-        """Of an answer, by default of the model's own."""
+        """Explains an answer; by default the answer that the model generates."""
         ids = self.ask(picture, question) if answer is None else answer
         return explain(self.model, self.processor, self.processor(picture, question), ids)
 
 
 def scenes() -> Iterator[tuple[int, shapes.Scene, Image.Image]]:
-    """The first scenes with at least two shapes, and their numbers."""
+    """(number, scene, picture) of the first SCENES scenes with at least two shapes."""
     number = count = 0
     while count < SCENES:
         scene = shapes.make_scene(np.random.default_rng([SEED, number]))
@@ -69,21 +69,21 @@ def scenes() -> Iterator[tuple[int, shapes.Scene, Image.Image]]:
         number += 1
 
 
-# Where
+# Which patches
 
 
-def aims(scene: shapes.Scene, number: int) -> Iterator[tuple[str, str, list[tuple[shapes.Shape, slice]]]]:
-    """Kind of question, question, and which words of the answer are about which shape."""
+def targets_of(scene: shapes.Scene, number: int) -> Iterator[tuple[str, str, list[tuple[shapes.Shape, slice]]]]:
+    """(kind, question, targets): a target is a shape, with the words of the answer that are about it."""
     every = slice(None)
     for kind, ways in (("color", ("kind",)), ("shape", ("color",)), ("where", ("kind", "color", "name"))):
         question = shapes.QUESTIONS[kind](scene, np.random.default_rng(number))
-        if question:  # the same draw again says which shape it is about
+        if question:  # the same random draw again yields the shape that the question is about
             yield kind, question[0], [(shapes.only_one(scene.shapes, np.random.default_rng(number), by=ways)[0], every)]
     names = [shape.name for shape in scene.shapes]
     alone = [shape for shape in scene.shapes if names.count(shape.name) == 1]
     if alone:
         yield "detect", f"detect {alone[0].name}", [(alone[0], every)]
-    # "a red circle, a blue star and ...": of three or four words each the second and third are colour and kind.
+    # In "a red circle, a blue star and ...", the colour and the kind follow "a".
     caption = shapes.ask_caption(scene, np.random.default_rng())[1].split()
     places = [place for place, word in enumerate(caption) if word in shapes.COLORS]
     yield "caption", "caption en", [(s, slice(p, p + 2)) for s, p in zip(scene.shapes, places, strict=True)]
@@ -108,11 +108,11 @@ def is_hit(values: Tensor, shape: shapes.Shape) -> bool:
 
 
 def measure_maps(demo: Demo) -> None:
-    """Prints how often, and by how much, the maps lie on the shape that the words are about."""
+    """Prints how often the hottest patch, and how much of the mass, lies on the shape that the words are about."""
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     chances = []
     for number, scene, picture in scenes():
-        for kind, question, targets in aims(scene, number):
+        for kind, question, targets in targets_of(scene, number):
             words = demo.explain(picture, question).words
             for shape, places in targets:
                 own = words[places]
@@ -124,7 +124,8 @@ def measure_maps(demo: Demo) -> None:
                     values = sum(getattr(word, name) for word in own)
                     mass = float((values * area).sum() / values.sum())
                     found.setdefault((kind, name), []).append((is_hit(values, shape), mass / float(area.mean())))
-    print(f"a shape's box covers {np.mean(chances):.0%} of the picture; hottest patch in the box / mass there, times chance")
+    print(f"a shape's box covers {np.mean(chances):.0%} of the picture")
+    print("answers whose hottest patch is in the box / mass in the box, where 1.0 is chance:")
     for kind in ("color", "shape", "where", "caption", "detect"):
         parts = []
         for name in ("roll_out", "gradient"):
@@ -135,7 +136,7 @@ def measure_maps(demo: Demo) -> None:
 
 @torch.no_grad()
 def loss_without(demo: Demo, picture: Image.Image, question: str, ids: list[int], choices: list[Tensor]) -> list[float]:
-    """By how many nats an answer becomes less likely when the vectors of some patches are replaced by the mean of all."""
+    """For each choice of patches: by how many nats the answer becomes less likely when the mean of all replaces their vectors."""
     inputs = demo.processor(picture, question)
     types = torch.cat((inputs["token_type_ids"], torch.ones(1, len(ids), dtype=torch.int64)), dim=1)
     row = {"input_ids": torch.cat((inputs["input_ids"], torch.tensor([ids])), dim=1), "token_type_ids": types}
@@ -150,10 +151,10 @@ def loss_without(demo: Demo, picture: Image.Image, question: str, ids: list[int]
 
 
 def measure_erasing(demo: Demo) -> None:
-    """Prints what answers lose without the patches that each map finds hottest, and without as many others."""
+    """Prints the mean loss of answers without the hottest patches of each map, and without as many random patches."""
     losses, draw = [], torch.Generator().manual_seed(0)
     for number, scene, picture in scenes():
-        for kind, question, _ in aims(scene, number):
+        for kind, question, _ in targets_of(scene, number):
             if kind not in ("color", "shape", "where"):
                 continue
             ids = demo.ask(picture, question)
@@ -165,16 +166,16 @@ def measure_erasing(demo: Demo) -> None:
             losses.append(loss_without(demo, picture, question, ids, [*choices, torch.randperm(64, generator=draw)[:ERASED]]))
     rolled, gradient, drawn = np.mean(losses, axis=0)
     print(
-        f"erasing {ERASED} of 64 patches costs {len(losses)} answers, in nats: "
-        f"hottest by gradient {gradient:.1f}, by roll-out {rolled:.1f}, at random {drawn:.1f}"
+        f"mean loss of {len(losses)} answers in nats when {ERASED} of 64 patches are erased: "
+        f"hottest by gradient {gradient:.1f}, by roll-out {rolled:.1f}, random {drawn:.1f}"
     )
 
 
-# From the picture at all
+# Does the answer depend on the picture at all
 
 
 def dependences(demo: Demo) -> dict[str, list[float]]:
-    """What the picture adds to three kinds of answers, in nats."""
+    """How many nats the picture adds to each answer, for three kinds of answers."""
     found: dict[str, list[float]] = {"needs the picture": [], '"no" or "0"': [], "needs no look": []}
     for number, scene, picture in scenes():
         found["needs no look"] += [demo.explain(picture, question).dependence for question in NEED_NO_LOOK]
@@ -191,18 +192,18 @@ def dependences(demo: Demo) -> dict[str, list[float]]:
 
 
 def draw_dependence(demo: Demo) -> None:
-    """dependence.svg, and how often the warning is given."""
+    """dependence.svg; prints how often the warning appears."""
     found = dependences(demo)
     drawing = Drawing(640, 330)
     axes = Axes(drawing, (60, 50, 470, 270), x=(LOW, HIGH), y=(0, 1))
     ticks = list(range(-2, 15, 2)), [0, 0.25, 0.5, 0.75, 1]
-    axes.frame(*ticks, "nats that the picture adds to the answer", "share of answers below")
+    axes.frame(*ticks, "nats that the picture adds to the answer", "share of answers with fewer nats")
     axes.curve([(MIN_DEPENDENCE, 0), (MIN_DEPENDENCE, 1)], SOFT, "4 4")
     labels = []
     for (name, values), color in zip(found.items(), (GREEN, ORANGE, BLUE), strict=True):
         warned = sum(value < MIN_DEPENDENCE for value in values)
-        median = round(np.median(values), 1) + 0.0  # no minus before a zero
-        print(f"{name:17} {len(values):3} answers, median {median:+5.1f} nats, {warned / len(values):4.0%} warned about")
+        median = round(np.median(values), 1) + 0.0  # + 0.0 turns -0.0 into 0.0
+        print(f"{name:17} {len(values):3} answers, median {median:+5.1f} nats, {warned / len(values):4.0%} with a warning")
         levels = [(value, np.mean(np.array(values) <= value)) for value in np.linspace(LOW, HIGH, 321)]
         axes.curve(levels, color)
         labels.append((axes.at(*levels[-1])[1], name, color))
@@ -216,7 +217,7 @@ def draw_dependence(demo: Demo) -> None:
 
 
 def draw_maps(demo: Demo, picture: Image.Image) -> None:
-    """maps.png: the picture, and the two maps of two answers."""
+    """maps.png: the picture and both maps, for two answers."""
     small = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     sheet = Image.new("RGB", (3 * (SIDE + 12) - 12, 2 * (SIDE + 32)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -228,7 +229,7 @@ def draw_maps(demo: Demo, picture: Image.Image) -> None:
             left = column * (SIDE + 12)
             sheet.paste(with_boxes(panel, [word]), (left, top))
             draw.text((left + SIDE / 2, top + SIDE + 15), title, "black", ImageFont.load_default(15), anchor="mm")
-        print(f'"{question}": "{found.text}", of the roll-out {word.share:.0%} ends in the picture')
+        print(f'"{question}": "{found.text}", {word.share:.0%} of the roll-out ends in the picture')
     sheet.quantize(192).save(HERE / "maps.png", optimize=True)
 
 

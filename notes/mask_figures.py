@@ -1,8 +1,8 @@
 """Draws the figures of mask.md and prints its numbers: `python -m notes.mask_figures`. Half a minute on one core.
 
-mask.svg       prefix_lm_mask of one short row, as modeling_paligemma.py makes it
-influence.svg  measured: one token of a small random model is changed, and every logit that moves is marked
-leak.svg       measured: a small model is trained on answers that nobody can foretell, once with and once without the border
+mask.svg       the result of prefix_lm_mask (modeling_paligemma.py) for one short row
+influence.svg  measured: one input token of a small random model is changed, and every position whose logits change is marked
+leak.svg       measured: a small model is trained on unpredictable answers, once with and once without the border
 """
 
 import argparse
@@ -24,10 +24,10 @@ from paligemma.vocabulary import IGNORE_INDEX
 HERE = Path(__file__).resolve().parent
 ROW = ["<image>", "<image>", "<image>", "<image>", "<bos>", "caption", "en", "\\n", "a", "red", "heart"]
 PREFIX = 8  # tokens of ROW before the answer
-IMAGE, WORDS = 40, 16  # id of <image>; how many different words the unforeseeable answers are made of
+IMAGE, WORDS = 40, 16  # id of <image>; number of different words in the random answers
 CELL = 24
 BATCH, PROMPT, ANSWER, STEPS = 32, 4, 6, 240
-BORDERS = {  # how token_type_ids are set, and what comes of it
+BORDERS = {  # name: the values of token_type_ids
     "prefix-LM": "0 for picture and prompt, 1 for the answer",
     "causal": "1 everywhere",
     "no border": "0 everywhere",
@@ -35,7 +35,7 @@ BORDERS = {  # how token_type_ids are set, and what comes of it
 
 
 def small_model(seed: int) -> PaliGemmaForConditionalGeneration:
-    """Two layers, four picture tokens, weights of a size that makes every effect visible."""
+    """A model with two layers and four image tokens, and weights large enough to make every effect visible."""
     vision = SiglipVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
     )
@@ -60,7 +60,7 @@ def types_for(border: str, length: int, prefix: int) -> Tensor:
 
 
 def draw_grid(drawing: Drawing, left: float, top: float, cells: Tensor, color: str) -> None:
-    """One square a cell of bool[L, L], filled where it is True."""
+    """One square per cell of bool[L, L]; coloured where it is True."""
     for i, row in enumerate(cells.tolist()):
         for j, is_set in enumerate(row):
             drawing.rect(left + j * CELL, top + i * CELL, CELL - 2, CELL - 2, color if is_set else FAINT)
@@ -80,15 +80,15 @@ def draw_mask() -> None:
     drawing.line([(left + edge, top), (left + edge, top + length * CELL)], ORANGE, 2)
     right = left + length * CELL + 14
     drawing.text(right, top + 80, "picture and prompt:")
-    drawing.text(right, top + 98, "all see all of it")
-    drawing.text(right, top + edge + 34, "answer: sees the prompt")
-    drawing.text(right, top + edge + 52, "and what it has said")
+    drawing.text(right, top + 98, "attend to each other")
+    drawing.text(right, top + edge + 34, "answer: attends to the")
+    drawing.text(right, top + edge + 52, "prompt and to itself so far")
     drawing.save(HERE / "mask.svg")
 
 
 @torch.no_grad()
 def influence(border: str) -> Tensor:
-    """bool[L, L]: whether the logits of position i move when position j is changed. Nothing here looks at a mask."""
+    """bool[L, L]: whether the logits of position i change when the token at position j changes. No mask is looked at."""
     model, length = small_model(seed=0).eval(), len(ROW)
     draw = torch.Generator().manual_seed(1)
     pictures = ROW.count("<image>")
@@ -97,7 +97,7 @@ def influence(border: str) -> Tensor:
     features = torch.randn(1, pictures, 64, generator=draw)  # [1, P, D]
     types = types_for(border, length, PREFIX)
     before = model(ids, token_type_ids=types, image_features=features)[0]  # [L, V]
-    moved = []
+    changed = []
     for j in range(length):
         other_ids, other_features = ids.clone(), features.clone()
         if j < pictures:
@@ -105,8 +105,8 @@ def influence(border: str) -> Tensor:
         else:
             other_ids[0, j] = 3 + (ids[0, j] - 2) % (IMAGE - 3)
         after = model(other_ids, token_type_ids=types, image_features=other_features)[0]  # [L, V]
-        moved.append((after != before).any(-1))
-    return torch.stack(moved, dim=1)
+        changed.append((after != before).any(-1))
+    return torch.stack(changed, dim=1)
 
 
 def draw_influence() -> None:
@@ -121,15 +121,15 @@ def draw_influence() -> None:
         drawing.line([(left + edge, top), (left + edge, top + length * CELL)], ORANGE, 2)
         drawing.text(left, top - 30, border, size=15)
         drawing.text(left, top - 11, setting, size=12, fill=SOFT)
-        backwards, forwards = cells[PREFIX:, PREFIX:].triu(1).sum(), cells[:PREFIX, :PREFIX].triu(1).sum()
+        answer, prefix = cells[PREFIX:, PREFIX:].triu(1).sum(), cells[:PREFIX, :PREFIX].triu(1).sum()
         print(
-            f"{border:9}  a later word moves logits of the answer in {int(backwards)} of 3 pairs, "
-            f"of picture and prompt in {int(forwards)} of {PREFIX * (PREFIX - 1) // 2}"
+            f"{border:9}  a later token changes earlier logits in the answer in {int(answer)} of 3 pairs, "
+            f"in picture and prompt in {int(prefix)} of {PREFIX * (PREFIX - 1) // 2}"
         )
     drawing.save(HERE / "influence.svg")
 
 
-def unforeseeable(draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def random_batch(draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """A batch of random prompts and random answers: input_ids and labels int64[B, L], picture vectors [B, P, D]."""
     ids = torch.randint(3, 3 + WORDS, (BATCH, 4 + PROMPT + ANSWER), generator=draw)
     ids[:, :4] = IMAGE
@@ -139,12 +139,12 @@ def unforeseeable(draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def train(border: str) -> tuple[list[float], PaliGemmaForConditionalGeneration]:
-    """The loss of every step, nats a word, and the trained model."""
+    """The loss of every step in nats per word, and the trained model."""
     model, draw, losses = small_model(seed=0).train(), torch.Generator().manual_seed(2), []
     optimiser = torch.optim.AdamW(model.language_model.parameters(), lr=2e-3)
     types = types_for(border, 4 + PROMPT + ANSWER, 4 + PROMPT)
     for _ in range(STEPS):
-        ids, labels, features = unforeseeable(draw)
+        ids, labels, features = random_batch(draw)
         loss = suffix_loss(model(ids, token_type_ids=types.expand_as(ids), image_features=features), labels)
         optimiser.zero_grad()
         loss.backward()
@@ -153,27 +153,28 @@ def train(border: str) -> tuple[list[float], PaliGemmaForConditionalGeneration]:
     return losses, model.eval()
 
 
-def said_right(model: PaliGemmaForConditionalGeneration) -> float:
-    """The share of words that the model says right when it has to write the answer itself."""
-    ids, _, features = unforeseeable(torch.Generator().manual_seed(3))
+def share_right(model: PaliGemmaForConditionalGeneration) -> float:
+    """The share of right words when the model generates the answer itself."""
+    ids, _, features = random_batch(torch.Generator().manual_seed(3))
     prompt = {"input_ids": ids[:, : 4 + PROMPT], "image_features": features}
     prompt["token_type_ids"] = torch.zeros_like(prompt["input_ids"])
-    said = torch.stack(list(generate(model, prompt, max_new_tokens=ANSWER, eos_token_id=None)), dim=1)  # [B, L]
-    return (said == ids[:, 4 + PROMPT :]).float().mean().item()
+    generated = torch.stack(list(generate(model, prompt, max_new_tokens=ANSWER, eos_token_id=None)), dim=1)  # [B, L]
+    return (generated == ids[:, 4 + PROMPT :]).float().mean().item()
 
 
 def draw_leak() -> None:
     drawing = Drawing(690, 330)
     axes = Axes(drawing, (60, 50, 470, 270), x=(0, STEPS), y=(0, 5))
-    axes.frame([0, 60, 120, 180, 240], [0, 1, 2, 3, 4, 5], "steps of training", "loss, nats a word")
+    axes.frame([0, 60, 120, 180, 240], [0, 1, 2, 3, 4, 5], "training steps", "loss, nats per word")
     chance = math.log(WORDS)
     axes.curve([(0, chance), (STEPS, chance)], SOFT, "4 4")
-    drawing.text(478, axes.at(0, chance)[1] - 16, f"ln {WORDS}: nobody can do better", fill=SOFT, size=12)
+    drawing.text(478, axes.at(0, chance)[1] - 16, f"ln {WORDS}: the best possible loss", fill=SOFT, size=12)
     for border, color in (("prefix-LM", BLUE), ("no border", ORANGE)):
         losses, model = train(border)
         axes.curve(list(enumerate(losses)), color)
         drawing.text(478, axes.at(0, losses[-1])[1] + 5, border, fill=color)
-        print(f"{border:9}  loss after {STEPS} steps {losses[-1]:.2f} nats; words said right {said_right(model):.0%} (chance 6%)")
+        share = share_right(model)
+        print(f"{border:9}  loss after {STEPS} steps {losses[-1]:.2f} nats; right words {share:.0%} (chance 6%)")
     drawing.save(HERE / "leak.svg")
 
 

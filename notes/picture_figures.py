@@ -1,8 +1,8 @@
 """Draws the figures of picture.md and prints its numbers, with the demo checkpoint: `python -m notes.picture_figures`.
 
 patches.png  the picture as the tower sees it, cut into patches, and one patch enlarged
-scale.svg    captions that are right when the picture's vectors are multiplied by a factor, on scenes of an unseen seed
-matters.png  which patches an answer depends on: each and its neighbours in turn are replaced by the mean of all
+scale.svg    the share of right captions when the picture's vectors are multiplied by a factor, on unseen scenes
+matters.png  the patches that an answer depends on: each patch and its neighbours in turn are replaced by the mean of all
 """
 
 import argparse
@@ -34,9 +34,9 @@ PALE = (215, 215, 215)
 
 
 def patch_grid(model: PaliGemmaForConditionalGeneration, pixels: Tensor) -> Image.Image:
-    """The pixels float32[3, R, R] in [-1, 1] as a picture of SIDE, with the lines between patches."""
+    """The pixels, float32[3, H, W] in [-1, 1], as a picture of SIDE pixels with lines between the patches."""
     vision = model.config.vision_config
-    array = ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()  # [R, R, 3]
+    array = ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()  # [H, W, 3]
     picture = Image.fromarray(array).resize((SIDE, SIDE), Image.Resampling.NEAREST)
     draw, step = ImageDraw.Draw(picture), SIDE * vision.patch_size // vision.image_size
     for place in range(step, SIDE, step):
@@ -46,12 +46,12 @@ def patch_grid(model: PaliGemmaForConditionalGeneration, pixels: Tensor) -> Imag
 
 
 def draw_patches(model: PaliGemmaForConditionalGeneration, pixels: Tensor) -> None:
-    """patches.png, and proof that cutting and embedding is one matrix product."""
+    """patches.png; prints that cutting and embedding patches is one matrix product."""
     vision = model.config.vision_config
     size, across = vision.patch_size, vision.image_size // vision.patch_size
     grid = patch_grid(model, pixels)
     cuts = F.unfold(pixels[None], kernel_size=size, stride=size)[0].T  # [P, 3*14*14], in reading order
-    number = int(cuts.unflatten(1, (3, -1)).var(dim=2).sum(dim=1).argmax())  # the patch with the most to see
+    number = int(cuts.unflatten(1, (3, -1)).var(dim=2).sum(dim=1).argmax())  # the patch with the most variation
     row, column = divmod(number, across)
     step = SIDE // across
     sheet = Image.new("RGB", (SIDE + 290, SIDE), "white")
@@ -78,7 +78,7 @@ def draw_patches(model: PaliGemmaForConditionalGeneration, pixels: Tensor) -> No
 
 
 def right_captions(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, factors: list[float]) -> list[float]:
-    """The share of captions that are right to the letter, for each factor on the picture's vectors."""
+    """For each factor on the picture's vectors, the share of captions that are right to the letter."""
     scenes = [shapes.make_scene(np.random.default_rng([SEED, index])) for index in range(SCENES)]
     truths = [shapes.ask_caption(scene, np.random.default_rng())[1] for scene in scenes]
     inputs = processor([shapes.draw(scene) for scene in scenes], ["caption en"] * SCENES)
@@ -86,23 +86,23 @@ def right_captions(model: PaliGemmaForConditionalGeneration, processor: PaliGemm
     shares = []
     for factor in factors:
         steps = generate(model, inputs | {"image_features": features * factor}, max_new_tokens=40)
-        said = torch.stack(list(steps), dim=1)  # [B, L]
-        shares.append(sum(processor.decode(ids) == truth for ids, truth in zip(said, truths, strict=True)) / SCENES)
+        generated = torch.stack(list(steps), dim=1)  # [B, L]
+        shares.append(sum(processor.decode(ids) == truth for ids, truth in zip(generated, truths, strict=True)) / SCENES)
     return shares
 
 
 def draw_scale(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, pixels: Tensor) -> None:
-    """scale.svg, and how long the two kinds of vectors are."""
+    """scale.svg; prints the mean norm of the vectors of words and of patches."""
     root = model.config.text_config.hidden_size**0.5
     words = processor([], "caption en what color is the heart?")["input_ids"]
     lengths = model.language_model.model.embed_tokens(words).norm(dim=-1), model.encode_images(pixels[None]).norm(dim=-1)
-    print(f"length of a vector at the decoder's door: words {lengths[0].mean():.1f}, patches {lengths[1].mean():.1f}")
+    print(f"mean norm of the vectors that enter the decoder: words {lengths[0].mean():.1f}, patches {lengths[1].mean():.1f}")
     factors = sorted([1 / root, 0.25, 0.5, 0.7, 1.0, 1.5, 2.0, 4.0, root])
     shares = right_captions(model, processor, factors)
     drawing = Drawing(640, 330)
     axes = Axes(drawing, (60, 50, 600, 270), x=(factors[0] / 1.2, factors[-1] * 1.2), y=(0, 1), is_log=(True, False))
     ticks = [0.1, 0.25, 0.5, 1, 2, 4, 10], [0, 0.25, 0.5, 0.75, 1]
-    axes.frame(*ticks, "factor on the picture's vectors", "captions exactly right")
+    axes.frame(*ticks, "factor on the picture's vectors", "share of captions that are exactly right")
     axes.curve(list(zip(factors, shares, strict=True)), SOFT)
     for factor, right in zip(factors, shares, strict=True):
         name = {1 / root: "1 / sqrt(D)", root: "sqrt(D)"}.get(factor, f"{factor:g}")
@@ -116,14 +116,14 @@ def draw_scale(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaPro
 
 @torch.no_grad()
 def importance(
-    model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, picture: Image.Image, reach: int
+    model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, picture: Image.Image, radius: int
 ) -> Tensor:
-    """float[P]: by how many nats the answer becomes less likely without each patch and its neighbours up to `reach` away."""
+    """float[P]: by how many nats the answer becomes less likely without each patch and its neighbours up to `radius` away."""
     inputs = processor(picture, QUESTION)
     features = model.encode_images(inputs.pop("pixel_values"))  # [1, P, D]
     count, across = features.shape[1], math.isqrt(features.shape[1])
     row, column = torch.arange(count) // across, torch.arange(count) % across
-    is_near = ((row[:, None] - row).abs() <= reach) & ((column[:, None] - column).abs() <= reach)  # [P, P]
+    is_near = ((row[:, None] - row).abs() <= radius) & ((column[:, None] - column).abs() <= radius)  # [P, P]
     without = torch.where(is_near[..., None], features.mean(dim=1), features)  # [P, P, D]
     rows = {key: value.expand(count + 1, -1) for key, value in inputs.items()}
     logprobs = model(**rows, image_features=torch.cat((without, features)))[:, -1].log_softmax(-1)  # [P + 1, V]
@@ -133,9 +133,9 @@ def importance(
 
 
 def draw_importance(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, picture: Image.Image) -> None:
-    """matters.png: the picture beside the same in grey, orange where an answer comes from."""
-    for reach, words in ((0, "one patch"), (1, "a patch and its neighbours")):
-        loss = importance(model, processor, picture, reach)
+    """matters.png: the picture, and the same in grey with the patches that the answer depends on in orange."""
+    for radius, words in ((0, "one patch"), (1, "a patch and its neighbours")):
+        loss = importance(model, processor, picture, radius)
         across = math.isqrt(len(loss))
         place = int(loss.argmax())
         print(f'"{QUESTION}" without {words}: "{ANSWER}" loses up to {loss[place]:.2f} nats, '
@@ -156,7 +156,7 @@ def main() -> None:
     folder = ROOT / "paligemma" / "bundled"
     model, processor = load_model(folder, dtype="fp32"), PaliGemmaProcessor.from_pretrained(folder)
     picture = load_image(PICTURE)
-    pixels = processor(picture, "caption en")["pixel_values"][0]  # [3, R, R]
+    pixels = processor(picture, "caption en")["pixel_values"][0]  # [3, H, W]
     with torch.no_grad():
         draw_patches(model, pixels)
         draw_scale(model, processor, pixels)

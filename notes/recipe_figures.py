@@ -1,7 +1,8 @@
 """Draws recipe.svg from the log of the run that made the demo checkpoint, demo/recipe.jsonl: `python -m notes.recipe_figures`.
 
-Every scene of training is new, so the share of right answers in a step is that of scenes the model has not seen. It is that of
-single tokens behind a right beginning; demo/evaluate.py lets the model speak, and its numbers are lower.
+Every training scene is new, so the share of right answers in a step is measured on scenes that the model has not seen. It is
+counted with teacher forcing (each token is predicted after the right tokens before it). demo/evaluate.py lets the model generate
+the whole answer, so its numbers are lower.
 """
 
 import argparse
@@ -19,14 +20,14 @@ LOG = ROOT / "demo" / "recipe.jsonl"
 ANSWERS = ("color", "shape", "count", "exists", "where")
 BEFORE = ("tower", "letters")  # the stages without a decoder
 STAGES = {
-    "tower": "0: captions", "letters": "0, on", "joint": "1: all tasks", "higher": "2: 112 px", "last": "2: as used",
+    "tower": "0: captions", "letters": "0: letters", "joint": "1: all tasks", "higher": "2: 112 px", "last": "2: as used",
     "polish": "", "words": "2: with every word",
 }  # fmt: skip
 WIDTH, TOP, BOTTOM = 860, 74, 354
 
 
 def read_log() -> list[dict]:
-    """The lines with `at`, the minutes since the beginning of the whole."""
+    """The lines of the log, each with `at`, the minutes since the beginning of the first stage."""
     lines, before, stage = [], 0.0, None
     for line in map(parse_json, LOG.read_text(encoding="utf-8").splitlines()):
         if stage is not None and line["stage"] != stage:
@@ -38,7 +39,7 @@ def read_log() -> list[dict]:
 
 def curves(lines: list[dict]) -> dict[str, tuple[list[tuple[float, float]], str]]:
     """Named curves from 0 to 1 with their colours."""
-    first, then = ([line for line in lines if (line["stage"] in BEFORE) == is_it] for is_it in (True, False))
+    first, then = ([line for line in lines if (line["stage"] in BEFORE) == is_before] for is_before in (True, False))
 
     def points(part: list[dict], names: tuple[str, ...]) -> list[tuple[float, float]]:
         found = [(line["at"], [line[name] for name in names if name in line]) for line in part]
@@ -55,7 +56,7 @@ def curves(lines: list[dict]) -> dict[str, tuple[list[tuple[float, float]], str]
 
 
 def smooth(points: list[tuple[float, float]], width: float = 1.0) -> list[tuple[float, float]]:
-    """Means over `width` minutes, since a line of the log holds few captions and words."""
+    """Means over `width` minutes, because each line of the log counts only a few captions and words."""
     result = []
     for at, _ in points:
         near = [value for other, value in points if abs(other - at) <= width / 2]
@@ -68,13 +69,13 @@ def draw_recipe() -> None:
     end = lines[-1]["at"]
     drawing = Drawing(WIDTH, BOTTOM + 60)
     axes = Axes(drawing, (50, TOP, WIDTH - 150, BOTTOM), (0, end), (0, 1))
-    axes.frame([tick for tick in range(0, int(end) + 1, 10)], [0, 0.2, 0.4, 0.6, 0.8, 1], "minutes of each of two cores",
-               "share that is right, of scenes that are new")  # fmt: skip
+    axes.frame([tick for tick in range(0, int(end) + 1, 10)], [0, 0.2, 0.4, 0.6, 0.8, 1], "minutes on two cores",
+               "share of right answers, on new scenes")  # fmt: skip
     for number, (stage, title) in enumerate(STAGES.items()):
         mine = [line["at"] for line in lines if line["stage"] == stage]
         if mine:
             x = axes.at(mine[0], 0)[0]
-            y = 18 + number % 2 * 16  # the first ones are short, so that names beside each other would meet
+            y = 18 + number % 2 * 16  # the first stages are short: alternating heights keep their names apart
             drawing.line([(x, y - 8), (x, BOTTOM)], SOFT, 1, "2 4")
             drawing.text(x + 4, y, title, size=11, fill=SOFT)
     ends = []

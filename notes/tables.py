@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-OURS, THEIRS = ("ours bf16", "ours int8", "ours int4"), "transformers bf16"  # what benchmarks/ calls them
-SIGLIP = {  # So400m/14, the tower of all of them
+OURS, THEIRS = ("ours bf16", "ours int8", "ours int4"), "transformers bf16"  # their names in benchmarks/results
+SIGLIP = {  # So400m/14, the vision tower of all published sizes
     "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "patch_size": 14,
 }  # fmt: skip
-DECODERS = {  # the numbers of the four published sizes: config.json of the hub, and Google's big_vision for 10B and 28B
+DECODERS = {  # the four published sizes, from the hub's config.json and, for 10B and 28B, from Google's big_vision
     "PaliGemma 3B": {
         "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,
         "num_attention_heads": 8, "num_key_value_heads": 1,
@@ -56,7 +56,7 @@ def gigabytes(count: float) -> str:
 
 
 def checkpoint_table() -> str:
-    """Sizes of the published models, counted on models without memory (torch's meta device)."""
+    """Sizes of the published models, counted on torch's meta device (shapes without memory)."""
     import torch
 
     from paligemma.checkpoints.weights import empty_model
@@ -84,22 +84,23 @@ def checkpoint_table() -> str:
 
 
 def result(name: str) -> dict | None:
-    """What a script of benchmarks/ stored with --save; None if it did not."""
+    """What a script of benchmarks/ stored with --save; None if there is no such file."""
     file = RESULTS / f"{name}.json"
     if not file.exists():
         return None
     document = read_json(file)
-    document["command"] = re.sub(r"(--model|--python|--gguf) \S*/", r"\1 ", document["command"])  # where it lay does not matter
+    # without the folders of the machine that measured
+    document["command"] = re.sub(r"(--model|--python|--gguf) \S*/", r"\1 ", document["command"])
     return document
 
 
 def faster(ways: dict, name: str) -> str:
-    """How many times as fast as transformers a way is."""
+    """How many times as fast as transformers a variant is; "" if it was not measured."""
     return f"{ways[name]['ratio']['median']:.2f}" if name in ways else ""
 
 
 def speed_lines(suffix: str) -> list[str]:
-    """Rows of the table of speed for one machine; `suffix` is that of its files in benchmarks/results."""
+    """Rows of the speed table for one machine. Args: suffix: of its files in benchmarks/results, such as "-cuda"."""
     lines = []
     for name, words, key in (
         ("decode", "one more token", "ways"),
@@ -112,7 +113,7 @@ def speed_lines(suffix: str) -> list[str]:
     if document := result("batch" + suffix):
         best = document["best_pictures_per_s"]
         cells = [f"{best[side] / best[THEIRS]:.2f}" if side in best else "" for side in OURS]
-        lines.append(f"| captions a second, best batch | {' | '.join(cells)} | `{document['command']}` |")
+        lines.append(f"| captions per second, best batch | {' | '.join(cells)} | `{document['command']}` |")
     if document := result("decode" + suffix):
         shares = [document["ways"].get(side, {}).get("GB_per_s", 0) / document["floors"]["read_GB_per_s"] for side in OURS]
         cells = [f"{share:.0%}" if share else "" for share in shares]
@@ -125,7 +126,7 @@ def speed_lines(suffix: str) -> list[str]:
 
 
 def speed_table() -> str:
-    """Ratios of benchmarks/results, one table for each machine that was measured."""
+    """The ratios in benchmarks/results, one table for each machine that was measured."""
     parts = []
     for suffix in ("", "-cuda"):
         if lines := speed_lines(suffix):
@@ -144,11 +145,11 @@ def speed_table() -> str:
 
 
 def steps_table() -> str:
-    """Milliseconds for one token of benchmarks/results/decode.json, the slowest first; "" while nothing was stored."""
+    """Milliseconds per token from benchmarks/results/decode.json, the slowest first; "" if nothing is stored."""
     document = result("decode")
     if document is None:
         return ""
-    lines = ["| | ms a token | lowest and highest | floor | times as fast |", "|---|---|---|---|---|"]
+    lines = ["| | ms per token | lowest and highest | floor | times as fast |", "|---|---|---|---|---|"]
     for name, row in sorted(document["ways"].items(), key=lambda item: -item[1]["ms"]["median"]):
         ms, ratio = row["ms"], row["ratio"]["median"]
         cells = name, f"{ms['median']:.0f}", f"{ms['low']:.0f} to {ms['high']:.0f}", f"{row['floor']:.0f}", f"{ratio:.2f}"
@@ -157,11 +158,11 @@ def steps_table() -> str:
 
 
 def llama_table() -> str:
-    """Milliseconds for one token of llama.cpp and of our model of as many bits, of results/llama.json; "" while there is none."""
+    """Milliseconds per token of llama.cpp and of ours at the same bit width, from results/llama.json; "" if nothing is stored."""
     document = result("llama")
     if document is None:
         return ""
-    lines = ["| | ms a token | lowest and highest | times as fast as llama.cpp |", "|---|---|---|---|"]
+    lines = ["| | ms per token | lowest and highest | times as fast as llama.cpp |", "|---|---|---|---|"]
     for name, row in document["ways"].items():
         ms, ratio = row["ms"], row["ratio"]["median"]
         cells = name, f"{ms['median']:.0f}", f"{ms['low']:.0f} to {ms['high']:.0f}", f"{ratio:.2f}"
@@ -171,7 +172,7 @@ def llama_table() -> str:
 
 
 def products_table() -> str:
-    """Milliseconds of one matrix product by operator and number of rows, of benchmarks/results/products.json."""
+    """Milliseconds of one matrix product by operator and number of rows, from benchmarks/results/products.json."""
     document = result("products")
     if document is None:
         return ""

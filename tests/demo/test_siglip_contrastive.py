@@ -103,7 +103,7 @@ def test_zero_shot_finds_the_text_of_each_picture_after_a_little_training():
 
 
 def test_texts_that_are_too_long_are_refused():
-    with pytest.raises(ValueError, match="texts of 13 tokens"):
+    with pytest.raises(ValueError, match="the texts have 13 tokens"):
         make_model()(torch.zeros(1, 3, 28, 28), torch.zeros(1, 13, dtype=torch.int64))
 
 
