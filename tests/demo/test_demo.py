@@ -401,7 +401,7 @@ def evaluated(monkeypatch, capsys, *flags) -> tuple[list[str], dict, str]:
 def test_evaluate_prints_a_line_a_measure_and_ends_with_json(monkeypatch, capsys):
     lines, result, _ = evaluated(monkeypatch, capsys)
     assert re.fullmatch(r"caption +\d+\.\d% of 2", lines[0])
-    assert re.fullmatch(r"mAP +\d+\.\d% without scores, \d+\.\d% with scores, \d+\.\d% of expected boxes with scores", lines[-3])
+    assert re.fullmatch(r"mAP +\d+\.\d% without scores, \d+\.\d% with scores, \d+\.\d% with scores and expected boxes", lines[-3])
     assert {"answer", "caption", "detect", "questions", "seed", "detection"} <= result.keys()
     assert len(result["detection"]["curves"]["plain"]["0.75"]) == 101
 
@@ -609,7 +609,7 @@ def test_the_codec_uses_its_codebook_and_is_small(mask_codec):
 def test_a_code_follows_what_it_stands_for_and_one_that_stands_for_nothing_starts_again():
     torch.manual_seed(0)
     codebook = Codebook()
-    codes, vectors, table = codec.Codes(codebook), torch.randn(8, CODE_WIDTH), codebook._embedding
+    codes, vectors, table = codec.TrainedCodebook(codebook), torch.randn(8, CODE_WIDTH), codebook._embedding
     for _ in range(400):  # a code is given up after 170 steps without a vector
         codes.follow(vectors, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))
     torch.testing.assert_close(table[0], vectors[:4].mean(0), rtol=0, atol=0.01)
