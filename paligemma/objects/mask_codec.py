@@ -1,12 +1,13 @@
-"""Sixteen codes <-> the mask of a box: the VQ-VAE behind PaliGemma's <seg> tokens, both ways.
+"""The VQ-VAE of PaliGemma's <seg> tokens: encodes the mask of a box as sixteen codes, and decodes them.
 
-A mask of 64 x 64 is folded into a grid of 4 x 4 vectors, and each is replaced by the nearest of a codebook's 128: sixteen
-numbers, row by row, which the language model says as <seg000> to <seg127>. The decoder unfolds them again.
+The encoder turns a mask of 64 x 64 pixels into a grid of 4 x 4 vectors. Each vector is replaced by the nearest of the 128 vectors
+in a codebook. Its sixteen indices, row by row, are the tokens <seg000> to <seg127> of an answer. The decoder turns them back into
+a mask.
 
-Weights are a file in the names and shapes of Google's vae-oid.npz; parameters here have the same names, so loading renames
-nothing. Sources: VQ-VAE (arXiv:1711.00937), google-research/big_vision (evaluators/proj/paligemma/transfers/segmentation.py),
-whose decoder's numbers are in tests/oracle/segdecoder. Checked in tests/objects/test_mask_codec.py.
-Shapes: N masks, E = 512 width of a code, 64 x 64 pixels, 4 x 4 codes.
+The weights are in a file with the names and shapes of Google's vae-oid.npz. The parameters here have the same names, so loading
+renames nothing. Sources: VQ-VAE (arXiv:1711.00937), google-research/big_vision (evaluators/proj/paligemma/transfers/
+segmentation.py); tests/oracle/segdecoder has outputs of that decoder. Checked in tests/objects/test_mask_codec.py.
+Shapes: M masks.
 """
 
 import io
@@ -28,44 +29,43 @@ from torch import Tensor, nn
 
 from paligemma import files
 from paligemma.errors import CheckpointError, listed
-from paligemma.files import CODEC_NAME
 from paligemma.objects.masks import paste
 from paligemma.objects.outputs import ParsedObject
 from paligemma.vocabulary import NUM_CODES
 
 CODE_WIDTH = 512
-GRID = 4  # codes a row, and rows
-MOST_FILE_BYTES = 64 << 20  # Google's has 8 MB
-BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of other methods zipfile unpacks more than was asked for, up to all
-MOST_HEADER_BYTES = 10_000  # of an array, before its numbers
+GRID = 4  # the codes form 4 rows of 4
+MAX_FILE_BYTES = 64 << 20  # Google's file has 8 MB
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # with other methods, zipfile may decompress more bytes than were asked for
+MAX_HEADER_BYTES = 10_000  # of the header of one array
 NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-# What zipfile, zlib and numpy's header parser raise on a file that is no sound npz. RuntimeError: it has a password,
-# or is packed in a way that zipfile does not know.
-DAMAGES = (
+# What zipfile, zlib and numpy's header parser raise for a file that is not a valid npz. RuntimeError: the file has a password, or
+# a compression method that zipfile does not know.
+FORMAT_ERRORS = (
     OSError, ValueError, TypeError, ArithmeticError, LookupError, EOFError, SyntaxError, MemoryError, RuntimeError, struct.error,
     zipfile.BadZipFile, zlib.error, tokenize.TokenError,
 )  # fmt: skip
 
 
 class Codebook(nn.Module):
-    """The 128 vectors that the grid may hold."""
+    """The 128 vectors of 512 numbers that stand for the codes."""
 
     def __init__(self):
         super().__init__()
         self._embedding = nn.Parameter(torch.empty(NUM_CODES, CODE_WIDTH).normal_(std=CODE_WIDTH**-0.5))
 
     def forward(self, codes: Tensor) -> Tensor:
-        """int64[N, 16] -> float[N, E, 4, 4], row by row."""
+        """The vectors of codes: int64[M, 16] -> float[M, 512, 4, 4], row by row."""
         return F.embedding(codes, self._embedding).transpose(1, 2).unflatten(2, (GRID, GRID))
 
     def nearest(self, x: Tensor) -> Tensor:
-        """float[N, E, 4, 4] -> int64[N, 16], each the code at the least distance."""
+        """The codes with the nearest vectors: float[M, 512, 4, 4] -> int64[M, 16], row by row."""
         x = x.flatten(2).transpose(1, 2)
         return (self._embedding.square().sum(1) - 2 * x @ self._embedding.T).argmin(-1)
 
 
 class ResidualBlock(nn.Module):
-    """Adds to its input what three convolutions make of it; no ReLU before the first or after the sum."""
+    """x + three convolutions of x, without a ReLU before the first convolution and after the sum."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -80,7 +80,7 @@ class ResidualBlock(nn.Module):
 
 
 class MaskCodec(nn.Module):
-    """Encoder, codebook and decoder. Fresh weights are random: `load_codec` gives a trained one."""
+    """Encoder, codebook and decoder, with random weights. `load_codec` returns a trained one."""
 
     def __init__(self):
         super().__init__()
@@ -97,31 +97,31 @@ class MaskCodec(nn.Module):
         )
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Masks, float32[N, 64, 64], as the decoder leaves them: about -1 outside and 1 inside, not clipped.
+        """Masks, float32[M, 64, 64]: about -1 outside and 1 inside, not clipped.
 
         Args:
-            codes: int64[N, 16].
-        Raises: ValueError for other shapes or numbers.
+            codes: int64[M, 16].
+        Raises: ValueError for other shapes, and for codes that do not exist.
         """
         if codes.dim() != 2 or codes.shape[1] != GRID**2 or (codes.numel() and not 0 <= codes.min() <= codes.max() < NUM_CODES):
-            raise ValueError(f"codes are {list(codes.shape)}; [N, {GRID**2}] with numbers from 0 to {NUM_CODES - 1} is needed.")
+            raise ValueError(f"codes are {list(codes.shape)}; [M, {GRID**2}] with numbers from 0 to {NUM_CODES - 1} is needed.")
         return self.decoder(self._vq_vae(codes))[:, 0]
 
     def encode(self, masks: Tensor) -> Tensor:
-        """The codes, int64[N, 16], of masks float32[N, 64, 64] from 0 (outside) to 1, as masks.crop makes them."""
+        """The codes, int64[M, 16], of masks, float32[M, 64, 64] from 0 (outside) to 1, as masks.crop returns them."""
         return self._vq_vae.nearest(self.encoder(2 * masks[:, None] - 1))
 
 
 def read_array(stream: IO[bytes], shape: tuple[int, ...]) -> Tensor:
-    """The array of that shape in an npy file, as float32. Raises: ValueError for another one, before memory is taken for it.
+    """The array in an npy file, as float32. Raises: ValueError if it has another shape, before any memory is allocated for it.
 
-    numpy's own reader believes the header: it would make room for any shape, and unpack 2 MB to 2 GB.
+    numpy's own reader trusts the header: it would allocate memory for any shape, and decompress a file of 2 MB into 2 GB.
     """
-    data = io.BytesIO(stream.read(MOST_HEADER_BYTES + 8 * math.prod(shape) + 1))
+    data = io.BytesIO(stream.read(MAX_HEADER_BYTES + 8 * math.prod(shape) + 1))
     version = np.lib.format.read_magic(data)
     if version not in NPY_HEADERS:
         raise ValueError(f"an array is in version {version} of the npy format")
-    found, is_by_columns, dtype = NPY_HEADERS[version](data, max_header_size=MOST_HEADER_BYTES)
+    found, is_fortran_order, dtype = NPY_HEADERS[version](data, max_header_size=MAX_HEADER_BYTES)
     if dtype.kind not in "biuf":
         raise ValueError(f"an array holds {dtype}, not numbers")
     if found != shape:
@@ -131,15 +131,15 @@ def read_array(stream: IO[bytes], shape: tuple[int, ...]) -> Tensor:
         raise ValueError("an array holds NaN or infinity")
     if values.size != math.prod(shape):
         raise ValueError(f"an array has {values.size} numbers, not {math.prod(shape)}")
-    return torch.from_numpy(values.reshape(shape, order="F" if is_by_columns else "C").astype(np.float32))
+    return torch.from_numpy(values.reshape(shape, order="F" if is_fortran_order else "C").astype(np.float32))
 
 
 def read_arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """These arrays of an npz file as float32, whatever else is in it. Nothing of a file is ever executed (pickle is never used).
+    """The named arrays of an npz file, as float32; others are ignored. Pickle is never used, so no code of the file can run.
 
     Raises: CheckpointError.
     """
-    content = files.read_regular(path, MOST_FILE_BYTES)
+    content = files.read_regular(path, MAX_FILE_BYTES)
     found, name = {}, None
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -147,29 +147,29 @@ def read_arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
             for name in (name for name in shapes if f"{name}.npy" in counts):
                 if counts[f"{name}.npy"] > 1:
                     raise ValueError("the array is there twice")
-                if archive.getinfo(f"{name}.npy").compress_type not in BOUNDED:
+                if archive.getinfo(f"{name}.npy").compress_type not in METHODS:
                     raise ValueError("the array is packed with LZMA or bzip2, which numpy never does")
                 with archive.open(f"{name}.npy") as stream:
                     found[name] = read_array(stream, shapes[name])
-    except DAMAGES as error:
+    except FORMAT_ERRORS as error:
         reason = "".join(str(error).splitlines()[:1])[:200] or type(error).__name__
         where = f"{name}: {reason}" if name else reason
-        what = f"is not a mask codec ({where}). An npz file of arrays is needed. Fetch {CODEC_NAME} again"
+        what = f"is not a mask codec ({where}). An npz file of arrays is needed. Fetch {files.CODEC_NAME} again"
         what = files.describe_placeholder(content) or what
         raise CheckpointError(f"{path} {what}.", path=path) from error
     missing = [name for name in shapes if name not in found]
     if missing:
         raise CheckpointError(
-            f"{path} lacks {listed(missing)}. All {len(shapes)} arrays of {CODEC_NAME} are needed. Take the whole file.",
+            f"{path} lacks {listed(missing)}. All {len(shapes)} arrays of {files.CODEC_NAME} are needed. Take the whole file.",
             path=path,
         )
     return found
 
 
 def load_codec(path: str | Path) -> MaskCodec:
-    """The codec in a file like vae-oid.npz, in float32 on the CPU, ready for use; arrays that it does not need are ignored.
+    """The trained codec of a file like vae-oid.npz, in float32 on the CPU; arrays that it does not need are ignored.
 
-    Raises: CheckpointError if an array is missing or of another shape, or the file is not such a file.
+    Raises: CheckpointError if the file is not a valid npz file, or if an array is missing or has another shape.
     """
     codec = MaskCodec()
     shapes = {name: tuple(parameter.shape) for name, parameter in codec.state_dict().items()}
@@ -178,24 +178,25 @@ def load_codec(path: str | Path) -> MaskCodec:
 
 
 def find_codec(folder: Path, given: str | Path | None = None) -> Path | None:
-    """The codec's file: the one that was given, or vae-oid.npz in a checkpoint's folder, or none.
+    """The path of the codec: `given`, otherwise vae-oid.npz in a checkpoint's folder, otherwise None.
 
-    Raises: CheckpointError if the given one does not exist.
+    Raises: CheckpointError if `given` does not exist.
     """
     if given is not None:
         if not files.is_file(files.expand(given)):
-            raise CheckpointError(f"{given} is not a file. A mask codec ({CODEC_NAME}) is needed. Correct the path.", path=given)
+            text = f"{given} is not a file. A mask codec ({files.CODEC_NAME}) is needed. Correct the path."
+            raise CheckpointError(text, path=given)
         return files.expand(given)
-    path = Path(folder) / CODEC_NAME
+    path = Path(folder) / files.CODEC_NAME
     return path if files.is_file(path) else None
 
 
 @torch.no_grad()
 def with_masks(objects: Sequence[ParsedObject], codec: MaskCodec, width: int, height: int) -> list[ParsedObject]:
-    """The objects of one picture, those that have a box and codes with their mask, all decoded in one go.
+    """The objects of one picture, with masks for those that have a box and codes. All masks are decoded in one batch.
 
     Args:
-        width, height: of the picture, in pixels.
+        width, height: size of the picture in pixels.
     """
     coded = [i for i, found in enumerate(objects) if found.codes is not None and found.box is not None]
     codes = torch.tensor([objects[i].codes for i in coded], dtype=torch.int64).view(-1, GRID**2)

@@ -1,12 +1,11 @@
-"""A mask in its forms: 64 x 64 numbers of a box, the pixels of a picture, COCO run lengths, polygons. numpy and PIL only.
+"""Converts masks: 64 x 64 values in a box, pixels of a picture, COCO run lengths, polygons. Uses numpy and PIL only.
 
 `paste` and `crop` follow Google's code for the `segment` task step by step (google-research/big_vision: the evaluator and the
-preprocessing of refcoco-seg), where copies of it in the wild differ by a pixel or more: corners of a decoded box are cut to
-whole pixels, those of a training target are rounded; a decoded mask is resized first and compared with 0 after it.
+preprocessing of refcoco-seg). Other ports of that code differ by a pixel or more. The corners of a decoded box are truncated to
+whole pixels, but the corners of a training target are rounded. A decoded mask is first resized and then compared with 0.
 
-A mask is bool[H, W]. A box has y_min, x_min, y_max, x_max as fractions of the picture. Polygons are COCO's: [x, y, x, y, ...] in
-pixels, x to the right, y down, (0, 0) the picture's corner, so that the first pixel's centre is (0.5, 0.5).
-Checked in tests/objects/test_masks.py.
+A mask is bool[H, W]. Polygons are COCO's: [x, y, x, y, ...] in pixels, x to the right, y down. (0, 0) is the corner of the
+picture, so the centre of the first pixel is (0.5, 0.5). Checked in tests/objects/test_masks.py.
 """
 
 import heapq
@@ -18,14 +17,14 @@ from PIL import Image
 
 from paligemma.errors import DatasetError
 
-MASK_SIDE = 64  # of what the codec reads and writes
-MOST_PIXELS = 1 << 28  # of a mask that others wrote; the largest picture that is read by default has 50 million
-SIMPLIFICATION = 0.01  # the share of a mask's area by which its polygons may differ from its outline
-STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # x, y: right, down, left, up; each is a turn to the right of the one before
+MASK_SIDE = 64  # the codec reads and writes masks of 64 x 64
+MAX_PIXELS = 1 << 28  # of a mask in a file; the largest picture that is read by default has 50 million
+SIMPLIFICATION = 0.01  # by this share of a mask's area, its polygons may differ from its outline
+STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # x, y: right, down, left, up; each is the previous one turned to the right
 
 
-class Corners(Protocol):
-    """What is needed of a box; outputs.NormalizedBox is one."""
+class Box(Protocol):
+    """Corners in fractions of the picture, as in outputs.NormalizedBox. That file imports this one."""
 
     y_min: float
     x_min: float
@@ -34,16 +33,16 @@ class Corners(Protocol):
 
 
 def resize(values: np.ndarray, width: int, height: int) -> np.ndarray:
-    """float32[height, width]: bilinear where it grows; where it shrinks each pixel is a mean of all that it covers."""
+    """float32[height, width], by bilinear interpolation. If the mask shrinks, each pixel is the mean of those it covers."""
     picture = Image.fromarray(values.astype(np.float32))
     return np.array(picture.resize((width, height), Image.Resampling.BILINEAR))
 
 
-def paste(mask: np.ndarray, box: Corners, height: int, width: int) -> np.ndarray:
-    """bool[height, width]: a decoded mask in its place; nothing of it where the box holds no pixel.
+def paste(mask: np.ndarray, box: Box, height: int, width: int) -> np.ndarray:
+    """A decoded mask at its place in the picture, bool[height, width]. It is empty if the box contains no pixel.
 
     Args:
-        mask: float[64, 64] as the decoder gives it, about -1 to 1; above 0 is inside, and that is asked after resizing.
+        mask: float[64, 64] from the decoder, about -1 to 1. Values above 0 after resizing are inside.
     """
     top, bottom = (min(max(int(y * height), 0), height) for y in (box.y_min, box.y_max))
     left, right = (min(max(int(x * width), 0), width) for x in (box.x_min, box.x_max))
@@ -53,12 +52,12 @@ def paste(mask: np.ndarray, box: Corners, height: int, width: int) -> np.ndarray
     return pasted
 
 
-def crop(mask: np.ndarray, box: Corners) -> np.ndarray:
-    """float32[64, 64] from 0 to 1: what the encoder reads of a picture's mask.
+def crop(mask: np.ndarray, box: Box) -> np.ndarray:
+    """The encoder's input, float32[64, 64] from 0 to 1: the part of a picture's mask in the box.
 
     Args:
         mask: bool[H, W].
-    Raises: DatasetError if the box, rounded to pixels, is empty: there is nothing to encode.
+    Raises: DatasetError if the box, rounded to pixels, is empty.
     """
     height, width = mask.shape
     top, bottom = (min(max(round(y * height), 0), height) for y in (box.y_min, box.y_max))
@@ -71,27 +70,28 @@ def crop(mask: np.ndarray, box: Corners) -> np.ndarray:
     return resize(mask[top:bottom, left:right], MASK_SIDE, MASK_SIDE)
 
 
-# COCO's run lengths: how many pixels out, in, out, ... of the mask, column after column. As a string each number takes
-# characters of five bits, lowest first, 32 = more follow, each plus 48; from the fourth on it is the difference to the number
-# two before it, which is mostly small, since neighbouring columns are alike.
+# COCO's run lengths are the numbers of pixels outside, inside, outside, ... of the mask, column by column. From the fourth number
+# on, the string stores the difference to the number two places before, which is usually small, since neighbouring columns are
+# similar. Each number is split into groups of five bits, lowest first. The bit 32 is set if another group follows; the character
+# is the one with the code 48 + group.
 
 
 def run_lengths(mask: np.ndarray) -> list[int]:
-    """Pixels outside, inside, outside, ... column by column; the first number is 0 if the first pixel is inside."""
+    """The numbers of pixels outside, inside, outside, ... column by column. The first is 0 if the first pixel is inside."""
     flat = np.concatenate([[False], np.asarray(mask, dtype=bool).ravel(order="F")])
     changes = np.flatnonzero(flat[1:] != flat[:-1])
     return np.diff(changes, prepend=0, append=flat.size - 1).tolist()
 
 
 def to_rle(mask: np.ndarray) -> dict:
-    """{"size": [height, width], "counts": text}, as pycocotools encodes it; COCO files and evaluators take it."""
+    """{"size": [height, width], "counts": text}, equal to pycocotools' encoding, for COCO files and evaluators."""
     runs = run_lengths(mask)
     text = ""
     for i, run in enumerate(runs):
         value = run - runs[i - 2] if i > 2 else run
         while True:
             five, value = value & 31, value >> 5
-            is_last = value == (-1 if five & 16 else 0)  # the fifth bit of the last character is the sign
+            is_last = value == (-1 if five & 16 else 0)  # the fifth bit of the last group is the sign
             text += chr(48 + (five if is_last else five | 32))
             if is_last:
                 break
@@ -101,17 +101,17 @@ def to_rle(mask: np.ndarray) -> dict:
 def read_counts(text: str) -> list[int]:
     """The run lengths in a COCO string.
 
-    Raises: ValueError for other characters, for a number beyond MOST_PIXELS, and if it ends within a number.
+    Raises: ValueError for invalid characters, for a number above MAX_PIXELS, and if the string ends within a number.
     """
     runs: list[int] = []
     value = shift = 0
     for character in text:
         five = ord(character) - 48
         if not 0 <= five < 64:
-            raise ValueError(f"{character!r} is no character of it")
+            raise ValueError(f"{character!r} is not a character of COCO's run lengths")
         value |= (five & 31) << shift
         shift += 5
-        if shift > MOST_PIXELS.bit_length() + 5:  # the numbers of Python grow, and with them the time
+        if shift > MAX_PIXELS.bit_length() + 5:  # Python's integers are unbounded: without a limit, this takes quadratic time
             raise ValueError("it holds a number that is larger than any mask")
         if five & 32:
             continue
@@ -127,15 +127,15 @@ def read_counts(text: str) -> list[int]:
 def from_rle(rle: dict) -> np.ndarray:
     """bool[H, W] of {"size": [height, width], "counts": text, bytes, or a list of run lengths}.
 
-    Raises: DatasetError if it has another form, if the runs do not make up the mask, and for more than MOST_PIXELS.
+    Raises: DatasetError if it has another form, if the runs do not sum to height * width, and for more than MAX_PIXELS.
     """
     try:
         height, width = map(index, rle["size"])
         counts = rle["counts"]
         counts = counts.decode("ascii") if isinstance(counts, bytes) else counts
         runs = read_counts(counts) if isinstance(counts, str) else [*map(index, counts)]
-        if not all(0 <= number <= MOST_PIXELS for number in (height, width, height * width, *runs)):
-            raise ValueError(f"a number or the product of the sides is not from 0 to {MOST_PIXELS}")
+        if not all(0 <= number <= MAX_PIXELS for number in (height, width, height * width, *runs)):
+            raise ValueError(f"a number or the product of the sides is not from 0 to {MAX_PIXELS}")
     except (ValueError, TypeError, KeyError) as error:
         raise DatasetError(f"Run lengths cannot be read ({error}). COCO's RLE is needed. Write this mask anew.") from error
     if sum(runs) != height * width:
@@ -151,28 +151,28 @@ def from_rle(rle: dict) -> np.ndarray:
 
 
 def trace(mask: np.ndarray) -> list[np.ndarray]:
-    """The closed outlines of a mask, float[N, 2] as x and y: clockwise around what is inside, the other way around holes.
+    """The closed outlines of a mask, each float[points, 2] with x and y: clockwise around regions, counterclockwise around holes.
 
-    An outline runs through the middle between a pixel inside and its neighbour outside, so every pixel's centre is on the right
-    side of it, and a diagonal edge is a straight line and no staircase. Its corners are cut by an eighth of a pixel. Pixels that
-    touch at a corner only are apart.
+    An outline passes midway between a pixel inside and its neighbour outside. All pixel centres are therefore on the correct side
+    of it, and a diagonal edge is a straight line instead of a staircase. Corners lose an eighth of a pixel. Pixels that touch at
+    a corner only belong to separate regions.
     """
     height, width = mask.shape
     inside = np.pad(np.asarray(mask, dtype=bool), 1).astype(np.int8)
     down, right = inside[1:] - inside[:-1], inside[:, 1:] - inside[:, :-1]
-    # Steps of one pixel along an outline, by direction and the corner from which they start; the inside is on their right.
+    # Steps of one pixel along an outline, by direction and by the corner where they start. The region is on their right.
     steps = np.zeros((4, height + 1, width + 1), dtype=bool)
     steps[0], steps[1] = down[:, 1:] == 1, right[1:] == -1
     steps[2, :, 1:], steps[3, 1:] = down[:, 1:-1] == -1, right[1:-1] == 1
     outlines = []
-    for y, x in np.argwhere(steps[0]).tolist():  # every outline has steps to the right
+    for y, x in np.argwhere(steps[0]).tolist():  # every outline has a step to the right
         direction, middles = 0, []
         while steps[direction, y, x]:
             steps[direction, y, x] = False
             dx, dy = STEPS[direction]
             middles.append((x + dx / 2, y + dy / 2))
             x, y = x + dx, y + dy
-            turns = [(direction + turn) % 4 for turn in (1, 0, 3)]  # to the right first: stay with this pixel
+            turns = [(direction + turn) % 4 for turn in (1, 0, 3)]  # turn right first, to stay at the same pixel
             direction = next((turn for turn in turns if steps[turn, y, x]), direction)
         if middles:
             outlines.append(np.array(middles))
@@ -180,23 +180,23 @@ def trace(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def area(outline: np.ndarray) -> float:
-    """In square pixels, by the shoelace formula; that of a hole is negative."""
+    """The area inside an outline in square pixels, by the shoelace formula; the area of a hole is negative."""
     x, y = outline.T
     return float(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
 
 
 def surrounds(outline: np.ndarray, point: np.ndarray) -> bool:
-    """Whether a ray from the point to the right crosses the outline an odd number of times."""
+    """Whether the point is inside: a ray from it to the right crosses the outline an odd number of times."""
     here, there = outline - point, np.roll(outline, -1, axis=0) - point
     (x, y), (next_x, next_y) = (ends[(here[:, 1] <= 0) != (there[:, 1] <= 0)].T for ends in (here, there))
     return bool(np.count_nonzero(x - y * (next_x - x) / (next_y - y) > 0) % 2)
 
 
 def simplify(outline: np.ndarray, allowed: float) -> np.ndarray:
-    """The outline with fewer points: again and again the one is left out that changes the least area (Visvalingam, 1993).
+    """The outline with fewer points: repeatedly removes the point whose removal changes the area least (Visvalingam, 1993).
 
     Args:
-        allowed: square pixels; the changes sum to no more than that.
+        allowed: limit for the sum of all changes, in square pixels.
     """
     points = outline.tolist()
     before, after = ([(i + step) % len(points) for i in range(len(points))] for step in (-1, 1))
@@ -210,7 +210,7 @@ def simplify(outline: np.ndarray, allowed: float) -> np.ndarray:
     heapq.heapify(queue)
     while len(sizes) > 4:
         size, i = heapq.heappop(queue)
-        if sizes.get(i) != size:  # it was left out, or measured anew since
+        if sizes.get(i) != size:  # an old entry: the point was removed, or its triangle has changed
             continue
         allowed -= size
         if allowed < 0:
@@ -224,38 +224,39 @@ def simplify(outline: np.ndarray, allowed: float) -> np.ndarray:
 
 
 def cut_out(outer: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """One outline of both: on the shortest way between two of their points to the hole, around it, and back on the same way."""
+    """One outline for both: from the nearest pair of points straight to the hole, around it, and back on the same line."""
     distance = ((outer[:, None] - hole) ** 2).sum(-1)
     i, j = np.unravel_index(distance.argmin(), distance.shape)
     return np.concatenate([outer[: i + 1], hole[j:], hole[: j + 1], outer[i:]])
 
 
 def to_polygons(mask: np.ndarray, simplification: float = SIMPLIFICATION) -> list[list[float]]:
-    """COCO's polygons of a mask, [x, y, x, y, ...] in pixels, one for each of its pieces, the largest first; `fill` undoes it.
+    """COCO's polygons of a mask, [x, y, x, y, ...] in pixels, one per region, the largest first; `fill` is the inverse.
 
-    COCO has no holes: each is joined to the outline around it by a way without width.
+    COCO has no holes: each hole is joined to the outline around it by a line without width.
 
     Args:
-        simplification: the share of the mask's area by which all its outlines together may be changed to save points.
+        simplification: all outlines together may change by this share of the mask's area, to save points.
     """
     outlines = trace(mask)
-    a_point = simplification * np.count_nonzero(mask) / max(sum(map(len, outlines)), 1)  # square pixels that it may change
+    allowed_per_point = simplification * np.count_nonzero(mask) / max(sum(map(len, outlines)), 1)  # square pixels
     outers = sorted((outline for outline in outlines if area(outline) > 0), key=area)
-    polygons = [simplify(outer, a_point * len(outer)) for outer in outers]
+    polygons = [simplify(outer, allowed_per_point * len(outer)) for outer in outers]
     for hole in (outline for outline in outlines if area(outline) < 0):
-        around = next(i for i, outer in enumerate(outers) if surrounds(outer, hole[0]))  # the smallest that does
-        polygons[around] = cut_out(polygons[around], simplify(hole, a_point * len(hole)))
+        # Outlines are sorted by area, so this is the smallest one around the hole.
+        around = next(i for i, outer in enumerate(outers) if surrounds(outer, hole[0]))
+        polygons[around] = cut_out(polygons[around], simplify(hole, allowed_per_point * len(hole)))
     return [polygon.ravel().tolist() for polygon in reversed(polygons)]
 
 
 def fill(polygons: list[list[float]], height: int, width: int) -> np.ndarray:
-    """bool[height, width]: the pixels whose centres lie in one of the polygons; where a polygon overlaps itself is outside."""
+    """bool[height, width]: pixels whose centres lie in a polygon. Where a polygon overlaps itself is outside."""
     covered = np.zeros((height, width), dtype=bool)
     for polygon in polygons:
         x, y = np.array(polygon, dtype=float).reshape(-1, 2).T
         next_x, next_y = np.roll(x, -1), np.roll(y, -1)
         centre = np.arange(height)[:, None] + 0.5
-        row, edge = np.nonzero((y <= centre) != (next_y <= centre))  # the edges that cross the line through a row's centres
+        row, edge = np.nonzero((y <= centre) != (next_y <= centre))  # edges that cross the line through a row's pixel centres
         at = x[edge] + (row + 0.5 - y[edge]) * (next_x - x)[edge] / (next_y - y)[edge]
         crossed = np.zeros((height, width + 1), dtype=np.int64)
         np.add.at(crossed, (row, np.clip(np.ceil(at - 0.5), 0, width).astype(int)), 1)

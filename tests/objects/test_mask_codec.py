@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from paligemma.errors import CheckpointError
+from paligemma.files import CODEC_NAME
 from paligemma.objects import mask_codec
-from paligemma.objects.mask_codec import CODEC_NAME, MaskCodec, find_codec, load_codec, with_masks
+from paligemma.objects.mask_codec import MaskCodec, find_codec, load_codec, with_masks
 from paligemma.objects.outputs import NormalizedBox, ParsedObject
 
 ORACLE = Path(__file__).parents[1] / "oracle" / "segdecoder"
@@ -108,7 +109,7 @@ def test_no_masks_are_no_codes_and_back(google):
 
 @pytest.mark.parametrize("codes", [torch.zeros(2, 15, dtype=torch.int64), torch.full((1, 16), 128), torch.full((1, 16), -1)])
 def test_codes_that_do_not_exist_are_refused(google, codes):
-    with pytest.raises(ValueError, match=r"\[N, 16\] with numbers from 0 to 127"):
+    with pytest.raises(ValueError, match=r"\[M, 16\] with numbers from 0 to 127"):
         google.decode(codes)
 
 
@@ -231,7 +232,7 @@ def test_a_codec_is_a_regular_file_of_some_size(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="is a pipe"):
         load_codec(tmp_path / "pipe.npz")
     np.savez(tmp_path / CODEC_NAME, **random_arrays())
-    monkeypatch.setattr(mask_codec, "MOST_FILE_BYTES", 1000)
+    monkeypatch.setattr(mask_codec, "MAX_FILE_BYTES", 1000)
     with pytest.raises(CheckpointError, match="1000 is the limit"):
         load_codec(tmp_path / CODEC_NAME)
 

@@ -125,7 +125,7 @@ def test_run_lengths_go_down_the_columns_and_start_outside():
 
 @pytest.mark.parametrize(
     ("counts", "message"),
-    [([1, 2], "sum to 3, but 2 x 3 has 6"), ([8, -2], "not from"), ("6o", "ends within a number"), ("6é", "'é' is no character")],
+    [([1, 2], "sum to 3, but 2 x 3 has 6"), ([8, -2], "not from"), ("6o", "ends within a number"), ("6é", "'é' is not")],
 )
 def test_run_lengths_of_another_mask_are_refused_on_one_line(counts, message):
     with pytest.raises(DatasetError, match=message) as raised:
