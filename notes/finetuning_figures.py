@@ -33,8 +33,8 @@ from paligemma.files import read_json
 from paligemma.layers import lora
 from paligemma.learning import curves, dataset, training
 from paligemma.learning.evaluation import Judge
+from paligemma.learning.run import merged_model
 from paligemma.processing_paligemma import PaliGemmaProcessor
-from paligemma.programs.finetune import plain_model
 from paligemma.svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing
 from paligemma.tasks import Annotator
 
@@ -43,7 +43,7 @@ ROOT = HERE.parent
 CHECKPOINT = ROOT / "paligemma" / "bundled"
 RESULTS = HERE / "mistakes.json"
 IMAGE_TOKEN = weights.ModelFiles(CHECKPOINT).config.image_token_index
-PLAN = training.Plan(steps=200, batch_size=8, rows=8, learning_rate=5e-4)
+PLAN = training.Plan(steps=200, batch_size=8, micro_batch_size=8, learning_rate=5e-4)
 OLD_SCENES = 24  # scenes with questions that the checkpoint knew before; they measure what it forgot
 
 
@@ -163,9 +163,9 @@ def run(
                 parameter.data.copy_(parameter.data.bfloat16())
     changed = sum(int((parameter != before[name]).sum()) for name, parameter in trainer.named.items())
     found.changed = round(changed / sum(parameter.numel() for parameter in trainer.named.values()), 4)
-    plain = plain_model(model, weights, torch.bfloat16)
+    plain = merged_model(model, torch.bfloat16)
     scored = dataset.Examples(train if way.on_train else valid, processor)
-    judge = Judge(scored, None, rows=32, count=way.count if way.on_train else options.scored, scores=["exact"])
+    judge = Judge(scored, None, batch_size=32, count=way.count if way.on_train else options.scored, scores=["exact"])
     numbers = judge(plain)
     found.valid_loss, found.exact = round(numbers["valid_loss"], 4), round(numbers["exact"], 4)
     found.generated = [result.text for result in judge.ask(plain)[:3]]

@@ -32,7 +32,7 @@ FLOORS = [
     {"__main__"},
 ]
 UPWARD = {  # not yet as it should be
-    ("pictures.folders", "programs.options"), ("learning.run_folder", "programs.commandline"),
+    ("pictures.folders", "programs.options"),
 }  # fmt: skip
 
 

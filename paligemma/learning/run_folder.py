@@ -1,43 +1,45 @@
-"""The folder of a fine-tune: its settings, its log, its curves, and that nothing of it is lost or half-written.
+"""The output folder of a fine-tune: settings, log, curves, checkpoints, and the checks that keep a run from overwriting another.
 
-Imports torch only where checkpoints are looked for. Checked in tests/programs/test_finetune.py.
+Imports no torch. Checked in tests/programs/test_finetune.py.
 """
 
 import json
+import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from paligemma.errors import OutputError, UsageError
-from paligemma.files import check_outputs, expand, is_file, open_atomic, parse_json, stat_path, write_atomic
-from paligemma.programs.commandline import note
+from paligemma.files import check_outputs, expand, is_file, names_in, open_atomic, parse_json, read_json, stat_path, write_atomic
+from paligemma.learning.processes import from_first
 
-FREE_TO_CHANGE = (  # when a run goes on: what has no influence on the weights
+log = logging.getLogger(__name__)
+FREE_TO_CHANGE = (  # flags that may differ in a resumed run, because they do not change the weights
     "config", "output", "resume", "device", "evaluate_every", "save_every", "num_scored", "scores", "tensorboard", "debug",
     "verbose", "preview", "skip_bad",
-    "train", "valid", "image_dir", "mask_codec", "model_path", "base_model", "revision",  # known by what is in them
+    # Files and folders are compared by their content (fingerprints), not by their paths.
+    "train", "valid", "image_dir", "mask_codec", "model_path", "base_model", "revision",
 )  # fmt: skip
-MOST_LOG_BYTES = 1 << 16  # of a line of metrics.jsonl
-WRITTEN = ("settings.json", "metrics.jsonl", "progress.svg", "preview.png")
-WRITTEN_FOLDERS = ("checkpoints", "model", "adapter")
-ADJUSTABLE = ("dtype", "clip")  # and the learning rates: the way out of updates that are no numbers
-
-
-# Files
-
+ADJUSTABLE = ("dtype", "clip")  # and the learning rates: may be changed, for instance after updates that were not finite
+MAX_LOG_LINE_BYTES = 1 << 16
 NO_ROOM = "Make room, or name another --output."
+FILES = ("settings.json", "metrics.jsonl", "progress.svg", "preview.png")
+FOLDERS = ("checkpoints", "model", "adapter")
+STATE_NAME = "state.json"  # the last file of a checkpoint to be written
+STEP_FOLDER = re.compile(r"step_\d{8}")
 
 
 def make_folder(folder: Path) -> None:
-    """Raises: OutputError."""
+    """Makes the output folder if it does not exist. Raises: OutputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # a ValueError: a NUL in the name
+    except (OSError, ValueError) as error:  # a ValueError: the name contains a NUL
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"{folder} cannot be made: {reason}. Name another --output.") from error
 
@@ -48,109 +50,124 @@ def copy_file(source: Path, file: Path) -> None:
         shutil.copyfileobj(original, copy)
 
 
-# Whose folder it is
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first."""
+    names = [name for name in names_in(folder) if STEP_FOLDER.fullmatch(name)]
+    return [folder / name for name in names if stat_path(folder / name / STATE_NAME, OutputError)]
 
 
-def check_inputs(folder: Path, read: Iterable[tuple[str, str | None]]) -> None:
-    """Makes sure that no file that a run reads is one that it writes.
+# Protection of earlier runs
+
+
+def check_inputs(folder: Path, inputs: Iterable[tuple[str, str | None]]) -> None:
+    """Makes sure that no input file of a run is one of its output files.
 
     Args:
-        read: what a file is ("--train"), and its path or None.
-    Raises: UsageError; OutputError where the folder could not be written to.
+        inputs: the flag of each file ("--train"), and its path or None.
+    Raises: UsageError; OutputError if the folder could not be written to.
     """
-    given = [(what, expand(file)) for what, file in read if file]
-    check_outputs([], given, [("--output", folder / name) for name in WRITTEN])
-    for what, file in given:
-        for name in WRITTEN_FOLDERS:
+    given = [(flag, expand(file)) for flag, file in inputs if file]
+    check_outputs([], given, [("--output", folder / name) for name in FILES])
+    for flag, file in given:
+        for name in FOLDERS:
             is_inside = False
-            with suppress(ValueError):  # a NUL in the name: there is no such file
+            with suppress(ValueError):  # a NUL in the name: no such file can exist
                 is_inside = Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder / name))
             if is_inside:
-                raise UsageError(f"{what} {file} lies in {folder / name}, which a run replaces. Name another --output.")
+                raise UsageError(f"{flag} {file} lies in {folder / name}, which a run replaces. Name another --output.")
+
+
+def check_unused(folder: Path, resume: bool) -> None:
+    """Makes sure that a run does not overwrite an earlier one. Raises: UsageError if it would."""
+    is_finished, is_started = stat_path(folder / "model", OutputError) is not None, bool(checkpoints(folder / "checkpoints"))
+    if (is_started or is_finished) and not resume:
+        raise UsageError(f"{folder} already holds a run. Name another --output, or continue with --resume.")
+    if is_finished and not is_started:
+        raise UsageError(f"{folder} holds the result of a run whose checkpoints are gone. Name another --output.")
+    if resume and not is_started:
+        log.warning("%s holds no checkpoint yet; the run starts from the beginning.", folder)
 
 
 def settings_of(flags: Any, data: str, model: str) -> dict:
-    """What must be the same for a run to go on.
+    """The settings that must be the same in a resumed run.
 
     Args:
         flags: a dataclass.
-        data, model: fingerprints of the examples and of the model to begin with.
+        data, model: fingerprints of the examples and of the starting model.
     """
     settings = {name: value for name, value in asdict(flags).items() if name not in FREE_TO_CHANGE}
     return settings | {"data": data, "model": model}
 
 
-def check_taken(folder: Path, resume: bool) -> None:
-    """Sees to it that no run is lost to this one. Raises: UsageError for a folder that holds one already."""
-    from paligemma.learning.training import checkpoints
-
-    is_ended, is_begun = stat_path(folder / "model", OutputError) is not None, bool(checkpoints(folder / "checkpoints"))
-    if (is_begun or is_ended) and not resume:
-        raise UsageError(f"{folder} holds a run already. Name another --output, or continue with --resume.")
-    if is_ended and not is_begun:
-        raise UsageError(f"{folder} holds the result of a run whose checkpoints are gone. Name another --output.")
-    if resume and not is_begun:
-        note(f"{folder} holds no checkpoint yet; the run begins.")
-
-
-def check_settings(folder: Path, now: dict) -> None:
-    """Sees to it that a run goes on as it began. Raises: UsageError for other settings, other data or another model.
+def check_settings(folder: Path, settings: dict) -> None:
+    """Makes sure that a run continues with the settings it was started with, as far as they change the weights.
 
     Args:
-        now: from settings_of.
+        settings: from settings_of.
+    Raises: UsageError for other settings, other data or another model.
     """
-    from paligemma.files import read_json
-    from paligemma.learning.training import checkpoints
-
     if not (checkpoints(folder / "checkpoints") and stat_path(folder / "settings.json", OutputError)):
         return
     before = read_json(folder / "settings.json")
-    common = [name for name in now if name in before]  # an older version of this program may have had fewer
-    changed = {name: f"{name} was {before[name]!r} and is {now[name]!r}" for name in common if before[name] != now[name]}
+    common = [name for name in settings if name in before]  # an older version of this program may have had fewer
+    changed = {
+        name: f"{name} was {before[name]!r} and is {settings[name]!r}" for name in common if before[name] != settings[name]
+    }
     adjusted = [changed.pop(name) for name in [*changed] if name in ADJUSTABLE or name.startswith("learning_rate")]
     if changed:
-        raise UsageError(f"{folder} ran with other settings: {'; '.join(changed.values())}. Take the same, or another --output.")
+        text = "; ".join(changed.values())
+        raise UsageError(f"{folder} was started with other settings: {text}. Use the same settings, or another --output.")
     if adjusted:
-        note(f"continues with other settings: {'; '.join(adjusted)}.")
+        log.warning("the run continues with other settings: %s.", "; ".join(adjusted))
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Makes the folder, and holds it against other runs. Raises: OutputError where one of them holds it."""
-    make_folder(folder)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(ImportError):  # not there on Windows
-            import fcntl
+def claim(folder: Path, settings: dict) -> Iterator[None]:
+    """Makes the folder, locks it against other runs, and writes settings.json.
 
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    Raises: UsageError if the folder has other settings (check_settings), OutputError if another run has locked it.
+    """
+    with ExitStack() as stack:
+
+        def start() -> None:
+            make_folder(folder)
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            try:
+                with suppress(ImportError):  # Windows has no fcntl
+                    import fcntl
+
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                text = f"{folder} is being written by another run. Wait for it, or name another --output."
+                raise OutputError(text) from error
+            check_settings(folder, settings)
+            write_atomic(folder / "settings.json", json.dumps(settings, indent=1) + "\n", NO_ROOM)
+
+        from_first(start)
         yield
-    except BlockingIOError as error:
-        raise OutputError(f"{folder} is being written by another run. Wait for it, or name another --output.") from error
-    finally:
-        os.close(descriptor)
 
 
 # The log
 
 
 def read_log(file: Path, step: int) -> list[dict]:
-    """The lines of a metrics.jsonl up to this step. A line that was cut off, or that this program did not write, is left out."""
+    """The lines of a metrics.jsonl up to this step, without incomplete lines and lines that this program did not write."""
     lines = []
     with suppress(OSError):
         if is_file(file, OutputError):
             with open(file, "rb") as stream:
-                while text := stream.readline(MOST_LOG_BYTES):  # of a longer one, parts that are no JSON
+                while text := stream.readline(MAX_LOG_LINE_BYTES):  # a longer line is read in parts, which fail to parse
                     with suppress(ValueError):
                         lines.append(parse_json(text))
     lines = [line for line in lines if is_log_line(line)]
-    is_old = any(line["step"] == 0 for line in lines)  # before, the first update was step 0
-    lines = [line | {"step": line["step"] + is_old} for line in lines]
+    counts_from_0 = any(line["step"] == 0 for line in lines)  # older versions numbered the first update 0
+    lines = [line | {"step": line["step"] + counts_from_0} for line in lines]
     return [line for line in lines if 0 < line["step"] <= step]
 
 
 def is_log_line(line: object) -> bool:
-    """Whether it holds what `Log.write` writes: the step, and numbers, null, true, false, or what was scored."""
+    """Whether this is a line of `Log.write`: the step, and numbers, null, true, false, or the text of "scored"."""
 
     def is_written(name: str, value: object) -> bool:
         if isinstance(value, float):
@@ -162,10 +179,10 @@ def is_log_line(line: object) -> bool:
 
 
 class Log:
-    """metrics.jsonl and progress.svg, and TensorBoard's log if it is wanted.
+    """metrics.jsonl, progress.svg and, if requested, a log for TensorBoard.
 
     Args:
-        step: number of updates done; lines of later ones, from a run that was killed after its last checkpoint, are dropped.
+        step: number of updates so far. Lines of later updates, which a run wrote after its last checkpoint, are removed.
     """
 
     def __init__(self, folder: Path, step: int, with_tensorboard: bool):
@@ -179,7 +196,7 @@ class Log:
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, line: dict) -> None:
-        """Numbers that are none become null, as JSON has it. Raises: OutputError."""
+        """Adds a line. NaN and infinity are written as null, because JSON has neither. Raises: OutputError."""
         line = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in line.items()}
         self.lines.append(line)
         try:
@@ -193,9 +210,10 @@ class Log:
                     self.tensorboard.add_scalar(name, value, line["step"])
 
     def draw(self) -> None:
+        """Draws progress.svg. A failure is only a warning, because the numbers are in metrics.jsonl."""
         from paligemma.learning.curves import draw_curves
 
         try:
             draw_curves(self.lines, self.folder / "progress.svg")
-        except OutputError as error:  # the numbers are in metrics.jsonl
-            note(error.message)
+        except OutputError as error:
+            log.warning(error.message)

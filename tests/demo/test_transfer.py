@@ -12,6 +12,7 @@ from paligemma.files import BUNDLED
 from paligemma.learning import dataset
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.programs import finetune
+from paligemma.programs.config_file import read_config
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
@@ -38,7 +39,7 @@ def test_what_is_written_passes_every_check(tmp_path, monkeypatch):
         dataset.check_pictures(split)
         dataset.check_texts(split, PaliGemmaProcessor.from_pretrained(BUNDLED), 64)
     assert (len(train.examples), len(valid.examples)) == (8, 2)
-    assert train.faults == valid.faults == train.doubts == valid.doubts == dataset.compare(train, valid) == []
-    given = finetune.read_config(str(tmp_path / "finetune.yaml"))
+    assert train.faults == valid.faults == train.warnings == valid.warnings == dataset.compare(train, valid) == []
+    given = read_config(str(tmp_path / "finetune.yaml"), finetune.SETTINGS)
     assert f"--train={tmp_path}/train.jsonl" in given
     assert json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])["prefix"] == transfer.QUESTION

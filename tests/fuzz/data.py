@@ -216,24 +216,24 @@ class Yaml(Fuzzer):
     name, codes = "yaml", (2, 3)
 
     def sound(self) -> Files:
-        return {"a.yaml": b"rows: 2\nscores: [exact, vqa]\n# a comment\nlora_alpha: 16\n"}
+        return {"a.yaml": b"seed: 2\nscores: [exact, vqa]\n# a comment\nlora_alpha: 16\n"}
 
     def known(self) -> list[Callable[[], Files]]:
         levels = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
             f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
         )
         made = [
-            levels, f"scores: [{levels.splitlines()[0][4:]}, *a0]", "rows: !!int ''", "rows: !!bool maybe", "rows: !!float x",
-            "rows: !!timestamp x", "rows: !!python/object/apply:os.system [ls]", "rows: !!binary x", "rows: !!set {a, b}",
-            "rows: !!omap [a: 1]", "rows: !!pairs [a: 1]", "rows: !!null x", "rows: 0x" + "f" * 5000, "rows: 0b" + "1" * 20_000,
-            "rows: " + "9" * 5000, "rows: " + "1:" * 5000 + "1", "? [a]\n: 1", "{a: 1}: 2", "? {a: 1}\n: 2", "&a [*a]",
-            "rows: &a [*a]", "rows: &a {b: *a}", "<<: *a", "<<: {rows: 2}", "<<: [1]", "rows: 2000-13-45", "rows: 2000-01-01",
-            "[" * 100_000, "a: " * 10_000, "- " * 10_000, "rows: |\n" + " a\n" * 10_000, "rows: \"\\ud800\"", "rows: \"\\x00\"",
-            "%YAML 9.9\n---\nrows: 2", "%TAG ! x\n---\n!a b", "--- a\n--- b", "rows: 1e999", "rows: .nan", "lora_alpha: .inf",
-            "train: [a, [b]]", "train: [null]", "train: {a: 1}", "null: 1", "1: 1", "true: 1", "rows: 2\nrows: 3",
-            "debug: [true]", "=: 1", "rows: =", "\t", "a\tb", "\ufeffrows: 2", "rows: 2 # \U0001f600", "{" * 3000 + "}" * 3000,
-            "x" * 10**6, "config: a.yaml", "train: \"a\\nb\"", "rows: " + "x" * 10**6, "x" * 300 + ": 1",
-            "learning_rate_language_model: Xwhere", "rows: !", "rows: ! 2", "rows: !x 2",
+            levels, f"scores: [{levels.splitlines()[0][4:]}, *a0]", "seed: !!int ''", "seed: !!bool maybe", "seed: !!float x",
+            "seed: !!timestamp x", "seed: !!python/object/apply:os.system [ls]", "seed: !!binary x", "seed: !!set {a, b}",
+            "seed: !!omap [a: 1]", "seed: !!pairs [a: 1]", "seed: !!null x", "seed: 0x" + "f" * 5000, "seed: 0b" + "1" * 20_000,
+            "seed: " + "9" * 5000, "seed: " + "1:" * 5000 + "1", "? [a]\n: 1", "{a: 1}: 2", "? {a: 1}\n: 2", "&a [*a]",
+            "seed: &a [*a]", "seed: &a {b: *a}", "<<: *a", "<<: {seed: 2}", "<<: [1]", "seed: 2000-13-45", "seed: 2000-01-01",
+            "[" * 100_000, "a: " * 10_000, "- " * 10_000, "seed: |\n" + " a\n" * 10_000, "seed: \"\\ud800\"", "seed: \"\\x00\"",
+            "%YAML 9.9\n---\nseed: 2", "%TAG ! x\n---\n!a b", "--- a\n--- b", "seed: 1e999", "seed: .nan", "lora_alpha: .inf",
+            "train: [a, [b]]", "train: [null]", "train: {a: 1}", "null: 1", "1: 1", "true: 1", "seed: 2\nseed: 3",
+            "debug: [true]", "=: 1", "seed: =", "\t", "a\tb", "\ufeffseed: 2", "seed: 2 # \U0001f600", "{" * 3000 + "}" * 3000,
+            "x" * 10**6, "config: a.yaml", "train: \"a\\nb\"", "seed: " + "x" * 10**6, "x" * 300 + ": 1",
+            "learning_rate_language_model: Xwhere", "seed: !", "seed: ! 2", "seed: !x 2",
         ]  # fmt: skip
         return [of("a.yaml", value.encode("utf-8", "surrogatepass")) for value in made] + [
             of("a.yaml", b"\xff\xfe"),
@@ -276,7 +276,7 @@ class Runs(Fuzzer):
     """What a fine-tune left in its folder, when it goes on."""
 
     name, codes = "runs", (2, 4)
-    settings = {"train": "a", "rows": 4, "learning_rate": 0.1, "data": "d", "model": "m"}
+    settings = {"train": "a", "micro_batch_size": 4, "learning_rate": 0.1, "data": "d", "model": "m"}
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -286,7 +286,7 @@ class Runs(Fuzzer):
         self.trainer = training.Trainer(model, training.Plan(steps=4), lambda _: {}, 8)
         self.trainer.save(folder / "checkpoints")
         self.step = next((folder / "checkpoints").iterdir())
-        self.state = json.loads((self.step / training.STATE_NAME).read_text())
+        self.state = json.loads((self.step / run_folder.STATE_NAME).read_text())
         self.metrics = [{"step": 0, "loss": 1.5, "grad_norm": 0.1, "learning_rate": 1e-5}, {"step": 0, "exact": 0.5}]
 
     def sound(self) -> Files:
@@ -310,9 +310,9 @@ class Runs(Fuzzer):
                 b"",
                 b"[]",
                 b"[" * 10**5,
-                b'{"rows": 1e999}',
-                b'{"rows": ' + HUGE.encode() + b"}",
-                b'{"rows": "' + b"x" * 10**6 + b'"}',
+                b'{"micro_batch_size": 1e999}',
+                b'{"micro_batch_size": ' + HUGE.encode() + b"}",
+                b'{"micro_batch_size": "' + b"x" * 10**6 + b'"}',
             )
         ]
         return made
@@ -336,7 +336,7 @@ class Runs(Fuzzer):
         run_folder.check_settings(folder, self.settings)
         before = [parameter.detach().clone() for parameter in self.trainer.named.values()]
         try:
-            self.trainer.restore(training.checkpoints(folder / "checkpoints")[-1])
+            self.trainer.restore(run_folder.checkpoints(folder / "checkpoints")[-1])
             step_now = self.trainer.step
             assert 0 <= self.trainer.updates <= step_now and self.trainer.bad_steps >= 0, "numbers that no run has"
         finally:

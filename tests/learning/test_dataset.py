@@ -1,4 +1,4 @@
-"""What a JSONL of examples may hold, which line is at fault when it does not, and what is doubtful about the rest."""
+"""What a JSONL of examples may hold, which line is at fault when it does not, and which warnings the others get."""
 
 import gc
 import json
@@ -90,8 +90,8 @@ def test_fields_beside_the_three_are_allowed(folder):
         (GOOD | {"suffix": ["cat"]}, "suffix is a list"),
         (GOOD | {"prefix": 3}, "prefix is a number"),
         (GOOD | {"image": {"bytes": "x"}}, "image is an object"),
-        (GOOD | {"suffix": float("nan")}, "NaN is not a number of JSON"),
-        (json.dumps(GOOD)[:-1] + ', "suffix": "other"}', "'suffix' is there twice"),
+        (GOOD | {"suffix": float("nan")}, "NaN is not a JSON number"),
+        (json.dumps(GOOD)[:-1] + ', "suffix": "other"}', "'suffix' is given twice"),
         ({"x" * 1000: 1}, "no 'image'; it has 'x{60}[.]{3}'"),
         ({f"k{i}": 1 for i in range(1000)}, "'k5' and 994 more"),
         (GOOD | {"image": "../" + "a" * 5000}, "outside the dataset"),
@@ -137,21 +137,21 @@ OTHER = "\n".join(json.dumps({"img": "a", "q": "b"}) for i in range(1002))
         (json.dumps(COCO, indent=1), "is a COCO file"),
         (json.dumps(dict(reversed(COCO.items()))), "is a COCO file"),
         (json.dumps(COCO | {"annotations": [{"id": i} for i in range(200_000)]}), "is a COCO file"),
-        (json.dumps(GOOD, indent=2) + "\n" + json.dumps(GOOD, indent=2), "spread over several lines.*jq -c"),
+        (json.dumps(GOOD, indent=2) + "\n" + json.dumps(GOOD, indent=2), "extend over several lines.*jq -c"),
         ("image,prefix,suffix\n" + "a.png,detect cat,x\n" * 1000, "is a table .CSV."),
         ("image: a.png\nprefix: x\n", "is YAML"),
         ("- image: a.png\n", "is YAML"),
         ("<annotation><folder/></annotation>", "is HTML or XML"),
-        ("\n".join(json.dumps({"messages": [i]}) for i in range(1002)), "All 1002 have the same fault: a chat"),
-        (OTHER, "All 1002 have the same fault: no 'image'; it has 'img', 'q'"),
-        ("\n".join(json.dumps(GOOD | {"image": f"/data/{i}.png"}) for i in range(1002)), "All 1002 have .* is an absolute name"),
+        ("\n".join(json.dumps({"messages": [i]}) for i in range(1002)), "All 1002 lines have the same fault: a chat"),
+        (OTHER, "All 1002 lines have the same fault: no 'image'; it has 'img', 'q'"),
+        ("\n".join(json.dumps(GOOD | {"image": f"/data/{i}.png"}) for i in range(1002)), "All 1002 lines .* an absolute name"),
         ("\n".join(json.dumps({"messages": [i, "\u4e00"]}, ensure_ascii=False) for i in range(9000)), "All 9000 .*: a chat"),
-        ("\n".join(f"{json.dumps(GOOD | {'suffix': 'x' * i})}," for i in range(1002)), "has a comma at the ends of its lines"),
+        ("\n".join(f"{json.dumps(GOOD | {'suffix': 'x' * i})}," for i in range(1002)), "has a comma at the end of each line"),
         (json.dumps([{"image": "a.png", "conversations": []}]), "is one JSON array, and not of examples: a chat"),
         (json.dumps({"version": "1", "images": [], "annotations": []}, indent=1), "is a COCO file"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12345\n", "git lfs pull"),
-        (b"\x89PNG\r\n" + b"x\n" * 1000, "is no text in UTF-8"),
-        (b"a.png" + b"\0" * 500, "is no text in UTF-8"),
+        (b"\x89PNG\r\n" + b"x\n" * 1000, "is not text in UTF-8"),
+        (b"a.png" + b"\0" * 500, "is not text in UTF-8"),
         (LINE.encode("utf-16"), "is text in UTF-16"),
         (LINE.encode("utf-16-le"), "is text in UTF-16"),
         (b"PAR1" + bytes(100), "is a Parquet table"),
@@ -179,7 +179,7 @@ def test_lines_without_end_take_no_memory(folder):
     (folder / "train.jsonl").write_bytes(b"[" * (5 << 20) + b"\n" + LINE.encode() + b"\n" + LINE.encode())
     split = dataset.read_split(folder / "train.jsonl")
     assert [fault.line for fault in split.faults] == [1] and [example.line for example in split.examples] == [2, 3]
-    assert max(map(len, dataset.read_lines(folder / "train.jsonl"))) <= dataset.MOST_LINE_BYTES + 2
+    assert max(map(len, dataset.read_lines(folder / "train.jsonl"))) <= dataset.MAX_LINE_BYTES + 2
 
 
 @pytest.mark.parametrize("name", ["pipe", "folder", "dangling", "loop", "x" * 300])
@@ -203,7 +203,7 @@ def test_names_are_relative_to_another_folder_if_it_is_named(folder):
     assert [example.image for example in split.examples] == [folder / "a.png", folder / "b.png"]
     assert [fault.line for fault in split.faults] == [2] and "outside" in split.faults[0].text
     assert len(dataset.read_split(file).examples) == 2  # a.png is looked for in lists, where it is not
-    with pytest.raises(DatasetError, match="is no folder"):
+    with pytest.raises(DatasetError, match="is not a folder"):
         dataset.read_split(file, image_dir=folder / "none")
 
 
@@ -225,14 +225,14 @@ def test_links_may_not_leave_the_folder(folder, tmp_path_factory):
     assert [example.image.name for example in again.examples] == ["a.png", "in.png"]
 
 
-def test_a_nearly_black_picture_is_a_doubt_unless_it_is_stretched(folder):
+def test_a_nearly_black_picture_is_a_warning_unless_it_is_stretched(folder):
     Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(folder / "12bit.png")
     for stretch, count in ((False, 1), (True, 0)):
         split = dataset.read_split(write(folder, GOOD, GOOD | {"image": "12bit.png"}))
         split.options = {"stretch": stretch}
         dataset.check_pictures(split)
-        assert len(split.examples) == 2 and len(split.doubts) == count
-        assert all("1 of 2 pictures" in doubt.text and "--stretch" in doubt.text for doubt in split.doubts)
+        assert len(split.examples) == 2 and len(split.warnings) == count
+        assert all("1 of 2 pictures" in warning.text and "--stretch" in warning.text for warning in split.warnings)
 
 
 def test_links_of_the_hubs_cache_are_followed(tmp_path):
@@ -254,14 +254,14 @@ def test_boxes_over_the_budget_are_given_room_and_not_left_out(folder, processor
     needed = split.faults[0].tokens
     assert 300 > needed > 150 and f"take {needed} tokens, over the 60 allowed" in split.faults[0].text
     with pytest.raises(DatasetError, match=f"1 line cannot be used.* --max_text_tokens {needed}[.]") as caught:
-        dataset.require_usable([split], skip_bad=False, room=1000)
+        dataset.require_usable([split], skip_bad=False, max_tokens=1000)
     assert "--skip_bad" not in caught.value.message
     assert checked(split.file, processor, needed).faults == []  # the number is the one that is needed
     with pytest.raises(DatasetError, match=f"longest needs {needed} tokens, and the model has room for 100"):
-        dataset.require_usable([split], skip_bad=False, room=100)
+        dataset.require_usable([split], skip_bad=False, max_tokens=100)
     mixed = checked(write(folder, GOOD, busy, "{"), processor, 60)
     with pytest.raises(DatasetError, match="--max_text_tokens .*Fix the others, or continue without them: --skip_bad"):
-        dataset.require_usable([mixed], skip_bad=False, room=1000)
+        dataset.require_usable([mixed], skip_bad=False, max_tokens=1000)
 
 
 def test_a_line_that_is_too_long_to_be_tokenised_is_a_fault_like_any_other(folder, processor):
@@ -375,40 +375,40 @@ def test_an_answer_that_would_be_cut_is_a_fault_with_its_length(folder, processo
         ("<loc0100><loc0200><loc0300> cat", "fewer than four"),
         (f"{BOX}<seg001> cat", "fewer than sixteen"),
         (f"{BOX}{'<seg001>' * 17} cat", "more than sixteen"),
-        ("<loc1024><loc0200><loc0300><loc0400> cat", "<loc1024> is no token"),
-        ("<loc12> cat", "<loc12> is no token"),
-        (f"{BOX}<seg128> cat", "<seg128> is no token"),
+        ("<loc1024><loc0200><loc0300><loc0400> cat", "<loc1024> is not a token"),
+        ("<loc12> cat", "<loc12> is not a token"),
+        (f"{BOX}<seg128> cat", "<seg128> is not a token"),
     ],
 )
-def test_odd_places_are_doubted_but_kept(folder, processor, suffix, says):
+def test_odd_locations_are_warned_about_but_kept(folder, processor, suffix, says):
     split = checked(write(folder, *[GOOD] * 9, GOOD | {"suffix": suffix}), processor)
     assert len(split.examples) == 10 and split.faults == []
-    assert any(says in text and text.startswith("10: ") for text in texts(split.doubts))
+    assert any(says in text and text.startswith("10: ") for text in texts(split.warnings))
 
 
 @pytest.mark.parametrize("suffix", [f"{BOX} cat", f"{BOX}{'<seg127>' * 16} cat ; {BOX} dog", "<b>no box</b>", "a cat", ""])
-def test_good_answers_are_not_doubted(suffix):
-    assert dataset.doubts_of("what?", suffix) == []
+def test_good_answers_are_not_warned_about(suffix):
+    assert dataset.text_warnings("what?", suffix) == []
 
 
-def test_a_file_with_boxes_in_another_order_is_doubted_as_a_whole(folder, processor):
+def test_a_file_with_boxes_in_another_order_is_warned_about_as_a_whole(folder, processor):
     wrong = GOOD | {"suffix": "<loc0600><loc0500><loc0100><loc0200> cat"}  # centre, then width and height
     split = checked(write(folder, GOOD, GOOD, wrong), processor)
-    assert texts(split.doubts)[0].startswith("0: 1 of 3 boxes have their corners exchanged: are they x, y, width, height")
+    assert texts(split.warnings)[0].startswith("0: 1 of 3 boxes have swapped corners: are they x, y, width, height")
 
 
-def test_what_is_learned_otherwise_than_meant_is_doubted(folder, processor):
+def test_what_is_learned_otherwise_than_meant_is_warned_about(folder, processor):
     lines = [GOOD | {"prefix": "<image>detect cat"}, GOOD | {"suffix": f"{BOX} cat<eos>"}, GOOD | {"suffix": f" {BOX} cat"}]
-    said = texts(checked(write(folder, *lines), processor).doubts)
-    assert said[0].startswith("1: <image> is read as letters") and said[1].startswith("2: <eos> is read as letters")
+    said = texts(checked(write(folder, *lines), processor).warnings)
+    assert said[0].startswith("1: <image> is treated as plain text") and said[1].startswith("2: <eos> is treated as plain text")
     assert said[2] == "3: the suffix begins or ends with white space, which would be learned"
 
 
-def test_boxes_of_one_question_in_several_lines_are_doubted(folder, processor):
+def test_boxes_of_one_question_in_several_lines_are_warned_about(folder, processor):
     other = GOOD | {"suffix": "<loc0500><loc0200><loc0600><loc0400> cat"}
-    (doubt,) = checked(write(folder, GOOD, GOOD, other), processor).doubts
-    assert doubt.text.startswith("1 question has boxes in several lines; put them into one answer")
-    assert checked(write(folder, GOOD, GOOD, other | {"prefix": "detect dog"}), processor).doubts == []
+    (warning,) = checked(write(folder, GOOD, GOOD, other), processor).warnings
+    assert warning.text.startswith("1 question has boxes in several lines; join them into one answer")
+    assert checked(write(folder, GOOD, GOOD, other | {"prefix": "detect dog"}), processor).warnings == []
 
 
 def test_colours_that_cannot_be_shown_are_a_fault_of_the_line(folder, processor):
@@ -419,23 +419,23 @@ def test_colours_that_cannot_be_shown_are_a_fault_of_the_line(folder, processor)
 
 def test_empty_answers_are_counted(folder, processor):
     split = checked(write(folder, GOOD, GOOD | {"suffix": ""}, GOOD | {"suffix": "  "}), processor)
-    assert texts(split.doubts) == ["0: 2 of 3 answers are empty; they teach the model to find nothing"]
+    assert texts(split.warnings) == ["0: 2 of 3 answers are empty; they teach the model to find nothing"]
 
 
 def test_pictures_in_both_splits_are_found_by_what_they_show(folder, processor):
     (folder / "copy.png").write_bytes((folder / "a.png").read_bytes())
     train = checked(write(folder, GOOD), processor)
     valid = checked(write(folder, GOOD | {"image": "b.png"}, GOOD | {"image": "copy.png"}, name="valid.jsonl"), processor)
-    (doubt,) = dataset.compare(train, valid)
-    assert "1 of 2 pictures are in train.jsonl, too (first in line 2)" in doubt.text
+    (warning,) = dataset.compare(train, valid)
+    assert "1 of 2 pictures are in train.jsonl, too (first in line 2)" in warning.text
 
 
-def test_a_prompt_that_only_the_other_split_has_is_doubted(folder, processor):
+def test_a_prompt_that_only_the_other_split_has_is_warned_about(folder, processor):
     train = checked(write(folder, GOOD), processor)
     valid = checked(write(folder, GOOD | {"image": "b.png", "prefix": "detect cats"}, name="valid.jsonl"), processor)
-    (doubt,) = dataset.compare(train, valid)
-    assert "1 prompt is not in train.jsonl, such as 'detect cats'" in doubt.text
-    free = [GOOD | {"prefix": f"answer en question {i}?"} for i in range(dataset.FEW_PREFIXES + 1)]
+    (warning,) = dataset.compare(train, valid)
+    assert "1 prompt is not in train.jsonl, such as 'detect cats'" in warning.text
+    free = [GOOD | {"prefix": f"answer en question {i}?"} for i in range(dataset.MAX_PROMPTS + 1)]
     assert dataset.compare(checked(write(folder, *free), processor), valid) == []
 
 
@@ -461,5 +461,5 @@ def test_files_that_are_missing_or_empty_are_refused(folder):
     with pytest.raises(DatasetError, match="is empty"):
         dataset.read_split(write(folder, "", ""))
     split = dataset.read_split(write(folder, "{"))
-    with pytest.raises(DatasetError, match="no line that can be used. The first: not JSON"):
+    with pytest.raises(DatasetError, match="no usable line. The first fault: not JSON"):
         dataset.require_usable([split], skip_bad=True)

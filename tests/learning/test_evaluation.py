@@ -33,7 +33,7 @@ def judge(processor, tmp_path):
         examples = [dataset.Example(tmp_path / "a.png", prefix, suffix, i + 1) for i, (prefix, suffix) in enumerate(lines)]
         split = dataset.Split(tmp_path / "x.jsonl", examples, [], [], [])
         options = {"codec": None} | options
-        made = Judge(dataset.Examples(split, processor), rows=2, **{"count": 100} | options)
+        made = Judge(dataset.Examples(split, processor), batch_size=2, **{"count": 100} | options)
         if said is None:
             return made
         common = {"image": "a.png", "task": "ask", "asked": "", "prompt": "", "width": 64, "height": 64}
@@ -73,7 +73,7 @@ def test_boxes_of_one_question_in_several_lines_are_all_right(judge):
     [(f"{BOX} cat", ["exact"], "map"), ("cat", ["map"], "exact, vqa"), ("", ["exact", "miou"], "exact, vqa")],
 )
 def test_scores_that_have_nothing_to_measure_are_refused(judge, right, asked, measured):
-    with pytest.raises(UsageError, match="nothing to score. These answers have " + measured):
+    with pytest.raises(UsageError, match="nothing to score. The possible scores of these answers are " + measured):
         judge([("what", right)], scores=asked, codec=CODEC)
 
 
@@ -117,7 +117,7 @@ def test_a_sorted_file_is_scored_all_over_and_not_at_its_beginning(judge):
     """The second half is another kind of question, as in files that were put together from several."""
     lines = [(f"color {i}", "red") for i in range(500)] + [(f"detect {i}", f"{BOX} cat") for i in range(500)]
     made = judge(lines, count=100)
-    kinds = [prefix.split()[0] for _, prefix in made.answers]
+    kinds = [prefix.split()[0] for _, prefix in made.references]
     assert (kinds.count("color"), kinds.count("detect")) == (50, 50) and made.scores == ["exact", "anls", "map"]
     assert made.lines == dataset.spread(1000, 100) and made.scored == "100 of 1000 lines, spread evenly"
 
@@ -133,11 +133,11 @@ def test_the_loss_is_taken_on_the_spread_lines(judge, monkeypatch):
     made, seen = judge([(f"color {i}", "red") for i in range(50)], count=5), []
     monkeypatch.setattr(made.examples, "batch", lambda places: seen.extend(place[1] for place in places) or {"labels": None})
     monkeypatch.setattr(evaluation, "answer_losses", lambda *_: (torch.ones(1), torch.zeros(1, dtype=torch.long)))
-    monkeypatch.setattr(evaluation, "weights_of", lambda *_: (torch.full((1,), 5 / 3), 1.0))  # three batches, a mean over five
+    monkeypatch.setattr(evaluation, "token_weights", lambda *_: (torch.full((1,), 5 / 3), 1.0))  # three batches, a mean over five
     assert made.loss(None) == pytest.approx(1) and seen == dataset.spread(50, 5)
 
 
-def test_each_process_asks_its_share_and_all_answers_come_in_their_order(judge, monkeypatch):
+def test_each_process_answers_its_share_and_all_answers_come_in_their_order(judge, monkeypatch):
     class Echo:
         """Answers each question with itself, the last one first."""
 
@@ -153,9 +153,9 @@ def test_each_process_asks_its_share_and_all_answers_come_in_their_order(judge, 
     both = [judge([(question, "x") for question in questions]) for _ in range(2)]
     shares = []
     for rank, one in enumerate(both):
-        one.rank, one.world = rank, 2
-        one.of_all = lambda mine: shares.append(mine) or [mine * 2, mine * 2]  # enough of something
+        one.rank, one.world_size = rank, 2
+        monkeypatch.setattr(evaluation.processes, "gather", lambda mine: shares.append(mine) or [mine * 2, mine * 2])
         one.ask(None)
     assert [[result.text for result in share] for share in shares] == [questions[::2], questions[1::2]]
-    both[0].of_all = lambda _: shares
+    monkeypatch.setattr(evaluation.processes, "gather", lambda _: shares)
     assert [result.text for result in both[0].ask(None)] == questions

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from paligemma.errors import CheckpointError, OutputError, UsageError
-from paligemma.learning import training
+from paligemma.learning import run_folder, training
 from paligemma.modeling_paligemma import suffix_loss
 from tests.tiny import FAMILIES, in_double, make_batch, make_model, make_pair, positions, widen
 
@@ -46,7 +46,7 @@ def toy_batch(examples):
 def make_trainer(family="gemma", parts=training.ALL, **plan):
     model = make_model(family)
     training.trainable(model, parts)
-    settings = {"steps": 8, "batch_size": 4, "rows": 2, "learning_rate": 1e-2, "dtype": torch.float32} | plan
+    settings = {"steps": 8, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2, "dtype": torch.float32} | plan
     return training.Trainer(model, training.Plan(**settings), toy_batch, COUNT)
 
 
@@ -85,9 +85,9 @@ def test_loss_and_gradients_equal_those_of_transformers(family):
 def test_weights_give_the_means_of_suffix_loss(reduction):
     model, batch = make_model("gemma"), with_labels(make_batch(ROWS))
     losses, row = training.answer_losses(model, batch)
-    of_token, total = training.weights_of(batch["labels"], reduction)
+    weight, total = training.token_weights(batch["labels"], reduction)
     expected = suffix_loss(model(**{key: value for key, value in batch.items() if key != "labels"}), batch["labels"], reduction)
-    torch.testing.assert_close((losses * of_token[row]).sum() / total, expected, rtol=0, atol=SAME)
+    torch.testing.assert_close((losses * weight[row]).sum() / total, expected, rtol=0, atol=SAME)
 
 
 def test_an_answer_token_never_reaches_what_comes_before_it():
@@ -205,8 +205,8 @@ def test_a_batch_larger_than_the_dataset_takes_from_the_next_epochs():
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("reduction", ["example", "token"])
-def test_accumulated_passes_are_one_batch(reduction):
-    whole, parts = make_trainer(rows=4, reduction=reduction), make_trainer(rows=1, reduction=reduction)
+def test_accumulated_micro_batches_are_one_batch(reduction):
+    whole, parts = make_trainer(micro_batch_size=4, reduction=reduction), make_trainer(micro_batch_size=1, reduction=reduction)
     for _ in range(2):
         one, many = whole.update(), parts.update()
         assert many.loss == pytest.approx(one.loss, abs=SAME) and many.grad_norm == pytest.approx(one.grad_norm, abs=SAME)
@@ -230,7 +230,7 @@ def test_long_gradients_are_shortened_and_others_are_not(clip, monkeypatch):
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("reduction", ["example", "token"])
 def test_the_gradient_is_that_of_the_mean_over_the_whole_batch(reduction):
-    trainer = make_trainer(batch_size=6, rows=2, reduction=reduction)
+    trainer = make_trainer(batch_size=6, micro_batch_size=2, reduction=reduction)
     batch = toy_batch(training.examples_of(0, COUNT, 6, 0))
     labels = batch.pop("labels")
     loss = suffix_loss(trainer.model(**batch), labels, reduction)
@@ -239,8 +239,8 @@ def test_the_gradient_is_that_of_the_mean_over_the_whole_batch(reduction):
     assert done.loss == pytest.approx(loss.item(), abs=SAME) and done.grad_norm == pytest.approx(expected.item(), abs=SAME)
 
 
-def test_pictures_of_one_pass_are_in_memory_at_a_time():
-    trainer, alive, most = make_trainer(batch_size=8, rows=2), weakref.WeakSet(), []
+def test_only_the_pictures_of_one_micro_batch_are_in_memory():
+    trainer, alive, most = make_trainer(batch_size=8, micro_batch_size=2), weakref.WeakSet(), []
 
     def make_batch(examples):
         batch = toy_batch(examples)
@@ -260,7 +260,7 @@ def test_the_loss_falls():
     assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
 
 
-def test_a_step_whose_numbers_are_none_is_skipped_and_a_run_of_them_ends():
+def test_an_update_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run():
     trainer = make_trainer(steps=40)
     trainer.update()
     before, clean = weights(trainer), trainer.make_batch
@@ -279,7 +279,7 @@ def test_a_step_whose_numbers_are_none_is_skipped_and_a_run_of_them_ends():
 # Stopping and going on
 
 
-def test_a_run_goes_on_bit_for_bit(tmp_path):
+def test_a_resumed_run_is_bit_for_bit_an_uninterrupted_one(tmp_path):
     whole = make_trainer()
     expected = [whole.update() for _ in range(8)]
     first = make_trainer()
@@ -314,7 +314,7 @@ def make_dropping():
 
 def test_each_update_drops_other_inputs(monkeypatch):
     trainer, drawn = make_dropping(), []
-    monkeypatch.setattr(trainer, "passes", lambda: iter(()))
+    monkeypatch.setattr(trainer, "micro_batches", lambda: iter(()))
     for _ in range(3):
         trainer.update()
         drawn.append(float(torch.rand(())))  # goes on from the seed of the update, as dropout does
@@ -337,7 +337,7 @@ def test_old_checkpoints_go_and_half_ones_do_not_count(tmp_path):
         trainer.save(tmp_path, keep=2)
     (tmp_path / "step_00000009.tmp").mkdir()
     (tmp_path / "step_00000008").mkdir()  # no state: it was never whole
-    assert [path.name for path in training.checkpoints(tmp_path)] == ["step_00000003", "step_00000004"]
+    assert [path.name for path in run_folder.checkpoints(tmp_path)] == ["step_00000003", "step_00000004"]
     trainer.save(tmp_path)
     assert not list(tmp_path.glob("*.tmp"))  # it may be as large as the others
 
@@ -453,7 +453,7 @@ WORKER = """
 import contextlib, sys, torch
 from torch import distributed
 torch.set_num_threads(1)
-from paligemma.learning import training
+from paligemma.learning import run_folder, training
 from tests.learning import test_training
 from pathlib import Path
 distributed.init_process_group("gloo")
@@ -463,11 +463,11 @@ stack.enter_context(test_training.in_double())
 model = test_training.make_model({family!r})
 training.trainable(model, training.ALL)
 training.shard(model, torch.device("cpu"))
-plan = training.Plan(steps=8, batch_size=4, rows=2, learning_rate=1e-2, dtype=torch.float32)
+plan = training.Plan(steps=8, batch_size=4, micro_batch_size=2, learning_rate=1e-2, dtype=torch.float32)
 trainer = training.Trainer(model, plan, test_training.toy_batch, test_training.COUNT)
 folder = Path(sys.argv[1])
-if training.checkpoints(folder):
-    trainer.restore(training.checkpoints(folder)[-1])
+if run_folder.checkpoints(folder):
+    trainer.restore(run_folder.checkpoints(folder)[-1])
 updates = [trainer.update() for _ in range(4)]
 trainer.save(folder)
 stack.close()
@@ -506,5 +506,5 @@ def test_two_processes_see_the_losses_of_one_and_take_over_from_it(tmp_path, fam
     # Two go on with the checkpoint of one, and one with theirs.
     subprocess.run([*command, str(tmp_path)], check=True, env=environment, timeout=240)
     require_same(tmp_path, later)
-    back.restore(training.checkpoints(both)[-1])
+    back.restore(run_folder.checkpoints(both)[-1])
     assert [update.loss for update in updates_of(back)] == pytest.approx([update.loss for update in later], rel=1e-8)

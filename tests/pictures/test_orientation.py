@@ -266,8 +266,9 @@ def test_evaluation_asks_about_upright_pictures(files, model, processor, seen):
     folder, pictures = files
     right = expected(processor, pictures)
     seen.clear()
-    judge = evaluation.Judge(Examples(read_split(folder / "lines.jsonl"), processor), None, rows=4, count=99, scores=["map"])
-    judge.longest = 1
+    examples = Examples(read_split(folder / "lines.jsonl"), processor)
+    judge = evaluation.Judge(examples, None, batch_size=4, count=99, scores=["map"])
+    judge.max_new_tokens = 1
     judge.ask(weights.load_model(model))
     assert same(seen, right)
 

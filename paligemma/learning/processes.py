@@ -1,0 +1,126 @@
+"""The processes of one run: rank, world size, and what they do together. Without torchrun there is one process, of rank 0.
+
+torchrun describes the group in environment variables. So `rank` and `is_first` work before torch is imported, and before `group`
+connects the processes. Checked in tests/learning/test_processes.py.
+"""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from paligemma.errors import DeviceError, PaliGemmaError
+
+if TYPE_CHECKING:
+    import torch
+
+Value = TypeVar("Value")
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets all four
+MAX_WAIT = timedelta(days=1)  # the other processes wait while the first one checks the pictures of a large dataset
+LOST_CONNECTION = re.compile("Connection (closed|reset) by peer|Timed out waiting|NCCL")
+REPORT_DELAY_S = 3
+
+
+def world_size() -> int:
+    """The number of processes in the run."""
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in VARIABLES) else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and writes files for all."""
+    return rank() == 0
+
+
+def num_on_this_machine() -> int:
+    """The number of processes of the run that share this machine's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
+
+
+@contextmanager
+def group(device: "torch.device") -> Iterator[None]:
+    """Inside, the processes are connected. Raises: DeviceError if another process has ended."""
+    if world_size() == 1:
+        yield
+        return
+    import torch
+    from torch import distributed
+
+    if device.type == "cuda" and device.index is None:  # one GPU for each process
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=MAX_WAIT)
+    try:
+        yield
+    except PaliGemmaError:
+        # Most errors happen in all processes. The first one reports its error at once, and torchrun then ends the others: only
+        # an error that the first process does not have is reported by another one.
+        if not is_first():
+            time.sleep(REPORT_DELAY_S)
+        raise
+    except RuntimeError as error:
+        if not LOST_CONNECTION.search(str(error)):
+            raise
+        raise DeviceError("another process has ended; its message is above. Continue with --resume.") from error
+
+
+def barrier() -> None:
+    """Waits until all processes have called it."""
+    if world_size() > 1:
+        from torch import distributed
+
+        distributed.barrier()
+
+
+def sums(*values: float) -> list[float]:
+    """The sum of each value over all processes."""
+    import torch
+
+    numbers = torch.tensor(values, dtype=torch.float64)
+    if world_size() > 1:
+        torch.distributed.all_reduce(numbers)
+    return numbers.tolist()
+
+
+def gather(value: Value) -> list[Value]:
+    """The values of all processes, in the order of their ranks."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        from torch import distributed
+
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def from_first(make: Callable[[], Value]) -> Value:
+    """What make() returns in the first process, sent to all others. A PaliGemmaError that it raises is raised in all."""
+    if world_size() == 1:
+        return make()
+    from torch import distributed
+
+    sent: list = [None, None]
+    if is_first():
+        try:
+            sent[0] = make()
+        except PaliGemmaError as error:
+            sent[1] = error
+    distributed.broadcast_object_list(sent)
+    if sent[1] is not None:
+        raise sent[1]
+    return sent[0]
+
+
+def leave(code: int) -> int:
+    """The exit code, for a process of its own. One of several exits here, because threads of torch.distributed sometimes call
+    abort() while the interpreter shuts down."""
+    if world_size() > 1:
+        sys.stderr.flush()
+        os._exit(code)
+    return code

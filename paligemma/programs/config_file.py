@@ -1,0 +1,66 @@
+"""The settings of a YAML file, as command-line arguments. Checked in tests/programs/test_finetune.py."""
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from paligemma.errors import UsageError
+from paligemma.files import expand, read_regular
+from paligemma.programs.commandline import suggestion
+
+if TYPE_CHECKING:
+    import yaml
+
+MAX_BYTES = 1 << 16
+MAX_NAME_LENGTH = 80  # characters of a name in a message
+ADVICE = "Write a line `name: value` for each setting."
+
+
+def read_config(file: str, known: Collection[str]) -> list[str]:
+    """The settings of a YAML file as arguments, "--name=value". Settings that are null are left out.
+
+    The file holds one mapping of names to values, or to lists of values. Values stay text until the flags convert them. Aliases,
+    tags and deeper nesting are refused before anything is built, so the work is linear in the size of the file, which is limited.
+
+    Args:
+        known: the names of all settings.
+    Raises: UsageError if the file is not such a YAML file, and for a name that is unknown or given twice.
+    """
+    root, settings = read_mapping(file), {}
+    for key, value in root.value if root else ():
+        where = f"{file}:{key.start_mark.line + 1}"
+        name = key.value[:MAX_NAME_LENGTH] if key.id == "scalar" else f"a {key.id}"
+        if name not in known:
+            raise UsageError(f"{where}: unknown setting {name}.{suggestion(name, list(known), '')} --help lists all.")
+        if name in settings:
+            raise UsageError(f"{where}: {name} is given twice. Remove one of the two.")
+        if isinstance(value.value, list) and value.id == "mapping":
+            raise UsageError(f"{where}: {name} is a mapping, but one value, or several with commas, is needed.")
+        is_null = value.tag.endswith(":null")
+        settings[name] = None if is_null else value.value if value.id == "scalar" else ",".join(one.value for one in value.value)
+    return [f"--{name}={text}" for name, text in settings.items() if text is not None]
+
+
+def read_mapping(file: str) -> "yaml.MappingNode | None":
+    """The mapping of a YAML file, whose values are texts or lists of texts; None if the file is empty. Raises: UsageError."""
+    import yaml
+
+    depth = 0
+    try:
+        text = read_regular(expand(file), MAX_BYTES, UsageError, "Name a YAML file of settings.").decode("utf-8-sig")
+        for event in yaml.parse(text, yaml.SafeLoader):
+            where = f"{file}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
+            if getattr(event, "anchor", None) is not None or getattr(event, "tag", None) is not None:
+                raise UsageError(f"{where}: aliases (& and *) and tags (!) are not allowed. {ADVICE}")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 2:
+                raise UsageError(f"{where}: a value may be a list, but not a list of lists or mappings. {ADVICE}")
+        root = yaml.compose(text, yaml.SafeLoader)
+    except (ValueError, RecursionError, OverflowError, yaml.YAMLError) as error:  # not UTF-8; an escape such as \UFFFFFFFF
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise UsageError(f"{file}{place} is not YAML. {ADVICE}") from error
+    if isinstance(root, yaml.ScalarNode) and root.tag.endswith(":null"):  # "---" and nothing else
+        return None
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise UsageError(f"{file} holds a {'list' if isinstance(root, yaml.SequenceNode) else 'text'}. {ADVICE}")
+    return root
