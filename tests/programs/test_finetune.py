@@ -316,7 +316,7 @@ def test_a_result_that_was_cut_off_is_made_whole(model, data, whole, tmp_path, c
         (tmp_path / "run" / "model" / name).write_bytes(files[name][:100])
     given = [*arguments(model, data, tmp_path / "run"), "--resume"]
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder.shutil, "copyfile", full_disk)
+        patch.setattr(run_folder.shutil, "copyfileobj", full_disk)
         code, said = run(capsys, *given)
     assert code == 7 and "cannot be written: No space left on device. Make room and continue with --resume." in said
     assert run(capsys, *given)[0] == 0
