@@ -35,6 +35,7 @@ from paligemma import files, machine
 from paligemma.errors import ImageError, PaliGemmaError, PromptError, UsageError, counted
 from paligemma.pictures import folders
 from paligemma.pictures.folders import Loaded, one_picture
+from paligemma.pictures.names import split_pictures
 from paligemma.programs import commandline, verbs
 from paligemma.programs.commandline import note, write
 from paligemma.programs.options import (
@@ -46,7 +47,6 @@ from paligemma.programs.options import (
     picture_options,
     read_picture,
     require,
-    split_pictures,
 )
 from paligemma.tasks import ANSWER_TOKENS, Annotator, Request, checkpoint_kind, in_order, prompt, task_warning
 

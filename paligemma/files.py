@@ -219,10 +219,15 @@ def parse_json_file(
 # Checks before writing
 
 
+def name_key(name: str) -> str:
+    """A key that is equal for names that some disks store as one file: it ignores case and the Unicode form."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def file_key(path: str | os.PathLike) -> tuple:
     """A key for the file that a path names: equal for all spellings of the path and for links to the file, hard links included.
 
-    The file need not exist. If it does not, names that differ only in case have the same key: some disks store them as one file.
+    The file need not exist. If it does not, the name counts as in name_key.
 
     Raises: OutputError as in stat_path.
     """
@@ -231,7 +236,7 @@ def file_key(path: str | os.PathLike) -> tuple:
         return status.st_dev, status.st_ino
     folder, name = os.path.split(os.path.realpath(path))  # realpath: a broken link has the key of the path it points to
     status = stat_path(folder, OutputError)
-    return folder if status is None else (status.st_dev, status.st_ino), unicodedata.normalize("NFC", name).casefold()
+    return folder if status is None else (status.st_dev, status.st_ino), name_key(name)
 
 
 def check_writable(path: str | os.PathLike, makes_folders: bool = False) -> None:

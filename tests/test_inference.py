@@ -151,40 +151,6 @@ def test_running_imports_neither_transformers_nor_the_hub(world):
 # Pictures and prompts
 
 
-def test_pictures_are_split_at_commas_but_not_within_names(world, monkeypatch):
-    monkeypatch.chdir(world)
-    for name in ("a,b.png", "c.png", "d,e,f.png"):
-        (world / name).touch()
-    split = options.split_pictures
-    assert split("c.png") == ["c.png"]
-    assert split("c.png,a,b.png") == ["c.png", "a,b.png"]
-    assert split("d,e,f.png,c.png,missing.png") == ["d,e,f.png", "c.png", "missing.png"]
-    assert split("https://x.org/a?b=1,2,c.png,-") == ["https://x.org/a?b=1,2", "c.png", "-"]
-    assert split("https://x.org/a,https://x.org/b") == ["https://x.org/a", "https://x.org/b"]
-    assert split("data:image/png;base64,AAAA,c.png") == ["data:image/png;base64,AAAA", "c.png"]
-
-
-@pytest.mark.parametrize("text", ["a.png,,b.png", "a.png,", ",", "-,-"])
-def test_a_comma_without_a_name_or_two_stdins_are_refused(text):
-    with pytest.raises(UsageError):
-        options.split_pictures(text)
-
-
-def test_names_with_commas_are_found_in_folders_with_commas_and_thousands_of_names_take_few_looks(tmp_path, monkeypatch):
-    (tmp_path / "a,b" / "c,d").mkdir(parents=True)
-    (tmp_path / "a,b" / "c,d" / "e,f.png").touch()
-    monkeypatch.chdir(tmp_path)
-    assert options.split_pictures("x.png,a,b/c,d/e,f.png,a,b/c,d") == ["x.png", "a,b/c,d/e,f.png", "a,b/c,d"]
-    looks = []
-    monkeypatch.setattr(options.os.path, "exists", lambda name: looks.append(name) or False)
-    names = [f"n{i}.png" for i in range(1500)] + [f"sub/n{i}.png" for i in range(1500)]
-    assert options.split_pictures(",".join(names)) == names
-    assert len(looks) < 50 * len(names)  # all ends of 3,000 names would be 4.5 million
-    looks.clear()
-    short = ["a"] * 20_000
-    assert options.split_pictures(",".join(short)) == short and len(looks) < 4 * len(short)
-
-
 def test_a_prompt_is_the_bytes_that_were_typed():
     assert inference.as_utf8("日本".encode().decode("ascii", "surrogateescape")) == "日本"
     assert inference.as_utf8("日本") == "日本"
@@ -741,7 +707,7 @@ def test_a_terminal_gets_a_table_and_colours_only_if_it_wants_them(monkeypatch, 
 
 
 def test_a_label_moves_no_cursor():
-    from paligemma.objects.drawing import listing, table
+    from paligemma.objects.tables import listing, table
 
     found = [ParsedObject("cat\x1b[2J\n", NormalizedBox(0, 0, 1, 1), score=0.5)]
     assert "\x1b" not in table(found, 9, 9, False) + listing(found, 9, 9)

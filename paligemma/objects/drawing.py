@@ -1,9 +1,8 @@
-"""What was found, drawn into its picture, or set as a table for a terminal. Pillow and numpy, no torch.
+"""Draws objects into their picture: boxes, masks, labels and scores. Needs Pillow and numpy, but not torch.
 
-`draw` scales lines and letters with the picture, gives every label a colour that people with any colour vision can tell from the
-next, dashes each edge that the model is unsure of and marks how far off it may be, and places labels inside the picture so that
-they cover each other as little as possible. `table` shows the same objects in letters. `save` writes a picture that is complete
-or absent. Checked in tests/objects/test_drawing.py.
+`draw` scales lines and letters with the picture. Each label has a colour, and people with any colour vision can tell neighbouring
+colours apart. An edge that the model is unsure of is dashed and gets an error bar. Labels lie inside the picture and cover each
+other as little as possible. Checked in tests/objects/test_drawing.py.
 """
 
 import math
@@ -25,31 +24,30 @@ from paligemma.pictures.images import load_image
 Color = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom lie outside
 
-# Okabe and Ito's colours (jfly.uni-koeln.de/color), made to be told apart with any colour vision; black is left out.
+# The colours of Okabe and Ito (jfly.uni-koeln.de/color) without black. People with any colour vision can distinguish them.
 PALETTE: tuple[Color, ...] = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
 )  # fmt: skip
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
-LINES, LETTERS = 1 / 190, 1 / 34  # width of a line, size of a letter, of the side of a square as large as the picture
-USUAL_LETTER, SMALLEST_LETTER = 12, 7  # pixels: the least where there is room; what a label is shrunk to before it is cut
-MOST_LETTERS = 200  # of a label; the rest is cut
-LABEL_SHARE = 0.25  # of the picture, which labels may cover together; then they shrink, then the last ones are left out
-FILL = 90  # how opaque a mask is, of 255
-SEAM = 110  # how opaque the dark line around a frame is, of 255
-UNSURE = 2  # standard deviation of an edge from which it is marked as unsure, in widths of the line
-DASH, GAP, CAP = 4, 3, 3  # lengths of a dash, of the gap after it and of half a whisker's cap, in widths of the line
+LINES, LETTERS = 1 / 190, 1 / 34  # line width and letter size as fractions of sqrt(width * height) of the picture
+USUAL_LETTER = 12  # pixels: letters are at least this large if there is room
+MIN_LETTER = 7  # pixels: labels that need more room are shrunk to this size before they are cut
+MAX_LABEL = 200  # characters of a label that are drawn
+LABEL_SHARE = 0.25  # of the picture that all labels may cover; beyond it they shrink, then the last ones are left out
+FILL = 90  # opacity of a mask, of 255
+SEAM = 110  # opacity of the dark line around a frame, of 255
+UNSURE = 2  # edges with a larger standard deviation, in line widths, are marked as unsure
+DASH, GAP, CAP = 4, 3, 3  # length of a dash, of the gap after it, and of half an error bar's cap, in line widths
 SUPERSAMPLING = 4
-JOINER = "\u200d"  # invisible, but what makes one emoji of several
-BLOCKS = " ▏▎▍▌▋▊▉█"
-SOFTWARE = 305  # the EXIF tag of what wrote a picture
-BAR = 10  # letters of a full bar
+JOINER = "\u200d"  # zero-width joiner: invisible, combines several emoji into one
+SOFTWARE = 305  # the EXIF tag that names the program that wrote a picture
 
 
 # Colours
 
 
 def palette(labels: Iterable[str]) -> dict[str, Color]:
-    """A colour for each label, in the order in which they first come; beyond seven, the same ones darker."""
+    """A colour for each label, given in the order in which the labels first appear; after seven, darker ones follow."""
     colors: dict[str, Color] = {}
     for label in labels:
         if label not in colors:
@@ -59,19 +57,19 @@ def palette(labels: Iterable[str]) -> dict[str, Color]:
 
 
 def luminance(color: Color) -> float:
-    """How bright a colour is to an eye, 0 to 1 (WCAG 2, relative luminance)."""
+    """The relative luminance of WCAG 2, from 0 to 1: how bright the eye sees the colour."""
     linear = [level / 3294 if level <= 10 else ((level / 255 + 0.055) / 1.055) ** 2.4 for level in color]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def contrast(one: Color, other: Color) -> float:
-    """From 1, the same, to 21, black on white (WCAG 2); text wants 4.5."""
+    """The contrast ratio of WCAG 2, from 1 (equal) to 21 (black on white). Readable text needs 4.5."""
     light, dark = sorted((luminance(one), luminance(other)), reverse=True)
     return (light + 0.05) / (dark + 0.05)
 
 
-def ink(ground: Color) -> Color:
-    """Black or white, whichever is easier to read on that ground."""
+def text_color(ground: Color) -> Color:
+    """Black or white, whichever is easier to read on this ground."""
     return max(BLACK, WHITE, key=lambda color: contrast(color, ground))
 
 
@@ -79,7 +77,7 @@ def ink(ground: Color) -> Color:
 
 
 def rectangle(box: NormalizedBox, width: int, height: int) -> Rectangle:
-    """The box in whole pixels of the picture, at least one of each, inside it."""
+    """The box in whole pixels, inside the picture and at least one pixel wide and high."""
 
     def side(low: float, high: float, length: int) -> tuple[int, int]:
         first = min(max(round(low * length), 0), length - 1)
@@ -90,7 +88,7 @@ def rectangle(box: NormalizedBox, width: int, height: int) -> Rectangle:
 
 
 def strokes(rectangle: Rectangle, line: int, is_dashed: Sequence[bool]) -> list[Rectangle]:
-    """What a frame is drawn of: its left, upper, right and lower side, each whole or in dashes."""
+    """The rectangles that make up a frame: its left, upper, right and lower side, each as one line or as dashes."""
     left, top, right, bottom = rectangle
     sides = [
         (left, top, min(left + line, right), bottom), (left, top, right, min(top + line, bottom)),
@@ -107,11 +105,11 @@ def strokes(rectangle: Rectangle, line: int, is_dashed: Sequence[bool]) -> list[
     return found
 
 
-def whiskers(box: NormalizedBox, spread: Sequence[float], line: int, size: tuple[int, int]) -> list[Rectangle]:
-    """An error bar across the middle of each edge with a spread: from one standard deviation before it to one after it.
+def error_bars(box: NormalizedBox, spread: Sequence[float], line: int, size: tuple[int, int]) -> list[Rectangle]:
+    """The rectangles of the error bars: one across the middle of each unsure edge, one standard deviation to both sides.
 
     Args:
-        spread: standard deviations of the left, upper, right and lower edge, in fractions of the picture's sides; 0 = no bar.
+        spread: standard deviations of the left, upper, right and lower edge in fractions of the picture's sides; 0 = no bar.
         size: width and height of the picture.
     """
     width, height, cap = *size, CAP * line
@@ -120,7 +118,7 @@ def whiskers(box: NormalizedBox, spread: Sequence[float], line: int, size: tuple
     found = []
     for number, ((edge, middle, length), deviation) in enumerate(zip(edges, spread, strict=True)):
         if deviation:
-            ends = (min(max(end, -1), 2) * length for end in (edge - deviation, edge + deviation))  # near the picture
+            ends = (min(max(end, -1), 2) * length for end in (edge - deviation, edge + deviation))  # a bar may end far outside
             (low, high), at = map(round, ends), middle - line // 2
             bar = (at, low, at + line, high)
             caps = [(at - cap, end, at + line + cap, end + line) for end in (low, high - line)]
@@ -136,15 +134,16 @@ def draw_box(
     spread: Sequence[float] = (0, 0, 0, 0),
     has_seam: bool = True,
 ) -> None:
-    """A frame whose outer side is the box's, with a faint dark seam that sets it off from a ground of its own colour.
+    """Draws a frame just inside the box. A faint dark seam separates it from a background of the same colour.
 
     Args:
-        spread: see `whiskers`; an edge that may be off by more than UNSURE lines is dashed and gets an error bar.
+        line: the line width in pixels.
+        spread: as in error_bars; an edge with more than UNSURE line widths is dashed and gets an error bar.
     """
     width, height = picture.size
     marked = [value if value * side > UNSURE * line else 0 for value, side in zip(spread, (width, height) * 2, strict=True)]
     parts = strokes(rectangle(box, width, height), line, [value > 0 for value in marked])
-    parts += whiskers(box, marked, line, picture.size)
+    parts += error_bars(box, marked, line, picture.size)
     if has_seam:
         seam = max(1, line // 3)
         x, y = (min(part[axis] for part in parts) - seam for axis in (0, 1))
@@ -158,7 +157,7 @@ def draw_box(
 
 
 def draw_mask(picture: Image.Image, mask: np.ndarray, color: Color, line: int, fill: int = FILL) -> None:
-    """Colours what a mask, bool[H, W] of the picture, covers, as opaque as fill says (of 255), and draws its outline."""
+    """Fills the mask, bool[H, W] of the picture's size, with the colour (opacity fill / 255) and draws its outline."""
     if mask.shape != (picture.height, picture.width) or not mask.any():
         return
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -179,19 +178,19 @@ def draw_mask(picture: Image.Image, mask: np.ndarray, color: Color, line: int, f
 
 
 def clean(text: str) -> str:
-    """Text on one line that can be drawn and printed: no control characters, no halves of letters, nothing invisible."""
+    """The text on one line, without control characters, lone surrogates and invisible characters."""
     kept = (letter if letter.isprintable() or letter == JOINER else "" if category(letter) == "Cf" else " " for letter in text)
     return " ".join("".join(kept).split())
 
 
 def caption(found: ParsedObject) -> str:
-    """What stands beside a box: the label in full and the score."""
-    label = found.label[:MOST_LETTERS]
+    """The text next to a box: the label and the score."""
+    label = found.label[:MAX_LABEL]
     return clean(f"{label} {found.score:.2f}" if found.score is not None else label)
 
 
 def measure(text: str, size: float, letters: Lettering) -> tuple[int, int, int]:
-    """Width and height of a label of this text and letter size, and the space around the text."""
+    """Width and height in pixels of a label with this text and letter size, and the margin around the text."""
     space = max(1, round(size / 3))
     size *= SUPERSAMPLING
     width, height = letters.width(text, size) / SUPERSAMPLING, sum(letters.height(text, size)) / SUPERSAMPLING
@@ -199,13 +198,13 @@ def measure(text: str, size: float, letters: Lettering) -> tuple[int, int, int]:
 
 
 def fit(text: str, size: float, width: int, height: int, letters: Lettering) -> tuple[str, float] | None:
-    """The text and the letter size with which a label fits: smaller first, then cut; None if nothing does."""
+    """The text and letter size with which a label fits: first the letters shrink, then the text is cut; None if nothing fits."""
     while True:
         label = measure(text, size, letters)
         if label[0] <= width and label[1] <= height:
             return text, size
-        if size > SMALLEST_LETTER:
-            size = max(SMALLEST_LETTER, size * 0.85)
+        if size > MIN_LETTER:
+            size = max(MIN_LETTER, size * 0.85)
         elif label[1] <= height and len(text) > 2:
             text = text[: -2 if text.endswith("…") else -1].rstrip() + "…"
         else:
@@ -219,8 +218,14 @@ def overlap(one: Rectangle, other: Rectangle) -> int:
     return max(width, 0) * max(height, 0)
 
 
-def place(box: Rectangle, label: tuple[int, int], taken: list[Rectangle], width: int, height: int) -> Rectangle:
-    """Where a label goes: the first of its places that covers least of the labels already there; always within the picture."""
+def place_label(box: Rectangle, label: tuple[int, int], taken: list[Rectangle], width: int, height: int) -> Rectangle:
+    """The place of a label near its box: of several candidates inside the picture, the one that covers earlier labels least.
+
+    Args:
+        label: width and height of the label.
+        taken: the places of the earlier labels.
+        width, height: of the picture.
+    """
     left, top, right, bottom = box
     wide, high = label
     spots = [(left, top - high), (left, top), (right - wide, top - high), (left, bottom), (right - wide, bottom)]
@@ -235,10 +240,10 @@ def place(box: Rectangle, label: tuple[int, int], taken: list[Rectangle], width:
 
 
 def draw_label(picture: Image.Image, text: str, size: float, spot: Rectangle, color: Color, letters: Lettering) -> None:
-    """A plate in the colour of the box with the text on it, drawn larger and shrunk, for even letters and round corners."""
+    """Draws the text on a plate in the colour of its box: four times as large, then shrunk, for smooth letters and corners."""
     width, height, space = spot[2] - spot[0], spot[3] - spot[1], measure(text, size, letters)[2] * SUPERSAMPLING
     plate = Image.new("RGB", (width * SUPERSAMPLING, height * SUPERSAMPLING), color)
-    letters.write(plate, (space, space // 3), text, size * SUPERSAMPLING, ink(color))
+    letters.write(plate, (space, space // 3), text, size * SUPERSAMPLING, text_color(color))
     shape = Image.new("L", plate.size, 0)
     ImageDraw.Draw(shape).rounded_rectangle((0, 0, plate.width - 1, plate.height - 1), radius=space * 2 // 3, fill=245)
     plate, shape = (image.resize((width, height), Image.Resampling.BOX) for image in (plate, shape))
@@ -246,7 +251,7 @@ def draw_label(picture: Image.Image, text: str, size: float, spot: Rectangle, co
 
 
 def draw_labels(picture: Image.Image, boxed: Sequence[ParsedObject], colors: dict[str, Color], letters: Lettering) -> int:
-    """Draws labels beside boxes until they cover LABEL_SHARE of the picture. Returns: how many are left out."""
+    """Draws labels next to boxes until they cover LABEL_SHARE of the picture. Returns: the number of labels left out."""
     named = [found for found in boxed if caption(found)]
     num_pixels = picture.width * picture.height
     size, room = max(USUAL_LETTER, math.sqrt(num_pixels) * LETTERS), num_pixels * LABEL_SHARE
@@ -255,15 +260,15 @@ def draw_labels(picture: Image.Image, boxed: Sequence[ParsedObject], colors: dic
         width, height, _ = measure(caption(found), size, letters)
         return width * height
 
-    while size > SMALLEST_LETTER and sum(map(area, named)) > room:
-        size = max(SMALLEST_LETTER, size * 0.85)
+    while size > MIN_LETTER and sum(map(area, named)) > room:
+        size = max(MIN_LETTER, size * 0.85)
     taken: list[Rectangle] = []
     for found in named:
         fitting = fit(caption(found), size, *picture.size, letters)
         label = measure(*fitting, letters)[:2] if fitting else picture.size
         if label[0] * label[1] + sum(overlap(spot, spot) for spot in taken) > room:
             return len(named) - len(taken)
-        spot = place(rectangle(found.box, *picture.size), label, taken, *picture.size)
+        spot = place_label(rectangle(found.box, *picture.size), label, taken, *picture.size)
         taken.append(spot)
         draw_label(picture, *fitting, spot=spot, color=colors[found.label], letters=letters)
     return 0
@@ -274,10 +279,10 @@ class Style:
     """How objects are drawn.
 
     Args:
-        line_width: of boxes, in pixels; None = by the size of the picture.
-        has_labels: whether names and scores stand beside the boxes.
-        is_plain: frames and outlines only: masks are not filled, and unsure edges look like sure ones.
-        font: a font file for labels, asked before those that lettering.py finds.
+        line_width: of boxes, in pixels; None = chosen by the size of the picture.
+        has_labels: whether labels and scores are drawn next to the boxes.
+        is_plain: draw frames and outlines only: masks are not filled, and unsure edges look like sure ones.
+        font: a font file for labels, which is used before the fonts that lettering.py finds.
     """
 
     line_width: int | None = None
@@ -289,13 +294,13 @@ class Style:
 def draw(
     picture: Image.Image, objects: Sequence[ParsedObject], style: Style = Style(), notes: list[str] | None = None
 ) -> Image.Image:  # fmt: skip
-    """A copy of the picture, RGB and of the same size, with what was found: masks, boxes, labels and scores.
+    """A copy of the picture, RGB and of the same size, with masks, boxes, labels and scores drawn into it.
 
-    Objects without a box are left out. The smaller a box, the later it is drawn, so that larger ones do not cover it.
+    Objects without a box are left out. Smaller boxes are drawn later, so that larger ones do not cover them.
 
     Args:
-        picture: as load_image gives it, or read by it first: upright, as the model saw it.
-        notes: gets a sentence for each thing that could not be drawn.
+        picture: goes through load_image first, so that it is upright, as the model saw it.
+        notes: gets a sentence for everything that could not be drawn.
     Raises: UsageError for a font that cannot be read.
     """
     out = load_image(picture).copy()
@@ -314,7 +319,7 @@ def draw(
         unknown = letters.missing("".join(caption(found) for found in boxed))
         if notes is not None and num_missing:
             size = f"{out.width} x {out.height} pixels have"
-            notes.append(f"{size} no room for {num_missing} of the labels: they are left out of the drawing.")
+            notes.append(f"{size} no room for {num_missing} of the labels, which are left out.")
         if notes is not None and unknown:
             notes.append(
                 f"no font here has {unknown[:20]}: drawn as {UNKNOWN}. Install one (Debian and Ubuntu: apt install "
@@ -324,81 +329,28 @@ def draw(
 
 
 def save(picture: Image.Image, path: str | Path, source: str = "") -> None:
-    """Writes the picture in the format of the name's ending, beside its place first. Raises: OutputError.
+    """Writes the picture in the format of the file's suffix; the file is complete or unchanged. Raises: OutputError.
 
     Args:
-        source: of what it is a drawing; kept in the file, where its format has room for that, in a form that names nothing.
+        source: the name of the picture that was drawn on. If the format has EXIF, the file gets a hash of it, see source_mark.
     """
     path = Path(path)
     exif = Image.Exif()
-    exif[SOFTWARE] = mark(source)
+    exif[SOFTWARE] = source_mark(source)
     with open_atomic(path) as file:
         picture.save(file, format=Image.registered_extensions()[path.suffix.lower()], quality=95, exif=exif)
 
 
-def mark(source: str) -> str:
-    """What a drawing of that source carries."""
+def source_mark(source: str) -> str:
+    """The EXIF text in a drawing of this source: a hash, so that the file does not reveal the name."""
     return f"paligemma {blake2b(source.encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()}"
 
 
-def mark_of(path: str | Path) -> str | None:
-    """The mark of a drawing that `save` wrote; None of any other file."""
+def read_mark(path: str | Path) -> str | None:
+    """The source_mark of a drawing that `save` wrote; None for any other file."""
     try:
         with Image.open(path) as picture:
             found = str(picture.getexif().get(SOFTWARE, ""))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # no picture, or one that is damaged
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # not a picture, or damaged
         return None
     return found if re.fullmatch("paligemma [0-9a-f]{16}", found) else None
-
-
-# Letters
-
-
-def bar(score: float) -> str:
-    """The score as a bar of at most ten letters, in eighths of one."""
-    eighths = round(min(max(score, 0), 1) * BAR * 8)
-    return ("█" * (eighths // 8) + BLOCKS[eighths % 8]).strip().ljust(BAR)
-
-
-def shown_width(text: str) -> int:
-    """Columns that a terminal gives a text: two for the wide letters of East Asia, none for marks that sit on others."""
-    import unicodedata
-
-    return sum(
-        0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text
-    )
-
-
-def table(objects: Sequence[ParsedObject], width: int, height: int, is_colored: bool) -> str:
-    """Objects for a terminal, one a line: label, score, the score as a bar, corners of the box in pixels, share of the mask."""
-    boxed = [found for found in objects if found.box is not None]
-    colors = palette(found.label for found in objects)
-    labels = [clean(found.label) or "(no label)" for found in boxed]
-    widest = max(map(shown_width, labels), default=0)
-    lines = []
-    for found, label in zip(boxed, labels, strict=True):
-        dot, dim, end = "", "", ""
-        if is_colored:
-            dot, dim, end = "\x1b[38;2;{};{};{}m".format(*colors[found.label]), "\x1b[2m", "\x1b[0m"
-        x_min, y_min, x_max, y_max = (round(value) for value in found.box.xyxy(width, height))
-        parts = [f"{dot}■{end} {label}{' ' * (widest - shown_width(label))}"]
-        if found.score is not None:
-            parts.append(f"{found.score:.2f} {dot}{bar(found.score)}{end}")
-        digits = len(str(max(width, height)))
-        parts.append(f"{x_min:>{digits}},{y_min:>{digits}} {dim}to{end} {x_max:>{digits}},{y_max:>{digits}}")
-        if found.mask is not None:
-            parts.append(f"{dim}mask{end} {found.mask.mean():.1%}")
-        if found.problems:
-            parts.append(f"{dim}{', '.join(found.problems)}{end}")
-        lines.append("  ".join(parts).rstrip())
-    return "".join(line + "\n" for line in lines)
-
-
-def listing(objects: Sequence[ParsedObject], width: int, height: int) -> str:
-    """Objects for programs, one a line, separated by tabs: label, score, x_min, y_min, x_max, y_max in pixels."""
-    lines = []
-    for found in objects:
-        if found.box is not None:
-            corners = (f"{value:.1f}" for value in found.box.xyxy(width, height))
-            lines.append("\t".join([clean(found.label), "" if found.score is None else f"{found.score:.4f}", *corners]))
-    return "".join(line + "\n" for line in lines)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from paligemma import files
 from paligemma.errors import DatasetError, ImageError, PaliGemmaError
-from paligemma.programs.options import PICTURE_SUFFIXES, is_address
+from paligemma.pictures.names import PICTURE_SUFFIXES, is_address
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -155,10 +155,10 @@ def make_save_dir(flags: Flags) -> None:
 
 def check_drawings(flags: Flags, folder: Path) -> None:
     """Raises: UsageError for a folder within that of the pictures, which is passed over, with other pictures than drawings."""
-    from paligemma.objects.drawing import mark_of
+    from paligemma.objects.drawing import read_mark
 
     for picture in islice(folders.in_folder(str(folder)), MOST_CHECKED):
-        if mark_of(picture) is None:
+        if read_mark(picture) is None:
             advice = "it would not be asked about. Choose another folder."
             raise UsageError(f"{picture} is no drawing of this program and lies in --save_dir {flags.save_dir}: {advice}")
 
@@ -179,7 +179,7 @@ def save_drawing(flags: Flags, row: dict, picture: "Image.Image", reading: "Pars
 
     path, source = drawing_name(flags, row), f"{row['image']}\0{row['prompt']}"
     make_folder(path.parent)
-    if os.path.lexists(path) and drawing.mark_of(path) != drawing.mark(source):
+    if os.path.lexists(path) and drawing.read_mark(path) != drawing.source_mark(source):
         path = path.with_name(f"{path.stem}.{digest(source)}.png")
     notes: list[str] = []
     drawing.save(drawing.draw(picture, reading.objects, flags.style, notes), path, source)

@@ -17,19 +17,10 @@ from typing import TYPE_CHECKING
 from paligemma import files, machine
 from paligemma.errors import ImageError, PaliGemmaError, UsageError, counted
 from paligemma.pictures import folders
+from paligemma.pictures.names import PICTURE_SUFFIXES, file_of, is_address, looks_like_picture
 from paligemma.programs.commandline import Interrupted, Words, note
 from paligemma.programs.journal import PART, Journal
-from paligemma.programs.options import (
-    PICTURE_SUFFIXES,
-    ModelFlags,
-    PictureFlags,
-    ResultFlags,
-    file_of,
-    is_address,
-    looks_like_picture,
-    picture_options,
-    require,
-)
+from paligemma.programs.options import ModelFlags, PictureFlags, ResultFlags, picture_options, require
 from paligemma.tasks import ANSWER_TOKENS, OBJECT_TASKS, REQUIRED_TEXT, Annotator, Request, Result, check_task, prompt
 
 if TYPE_CHECKING:

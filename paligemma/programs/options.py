@@ -8,15 +8,12 @@ import math
 import os
 import re
 import sys
-import unicodedata
-from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paligemma import files, machine
 from paligemma.errors import ImageError, UsageError
+from paligemma.pictures.names import is_address
 from paligemma.programs.commandline import command, note
 from paligemma.tasks import check_language
 
@@ -27,11 +24,9 @@ if TYPE_CHECKING:
     from paligemma.objects.drawing import Style
     from paligemma.opened import Checkpoint
 
-LONGEST_NAME = 255  # letters between two slashes: what Linux, macOS and Windows allow at most
 STDIN_BYTES = 64 << 20  # a picture piped in is read up to here
 SMALL_MODEL = 32 << 20  # bytes: smaller models run faster on one thread
 WIDEST_LINE = 100  # pixels
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".mpo")
 
 
 # Flags
@@ -220,82 +215,9 @@ class DrawingFlags:
 # Pictures
 
 
-def is_address(name: str) -> bool:
-    return name[:8].lower().startswith(("data:", "http://", "https://", "file://"))
-
-
-def file_of(name: str) -> Path | None:
-    """The file that a picture of that name is read from; None for one that is in no file of this machine."""
-    if name == "-":
-        return Path("/dev/stdin")
-    if name[:7].lower() == "file://":
-        return files.split_file_address(name)[1]
-    return None if is_address(name) else files.expand(name)
-
-
 def picture_options(flags: PictureFlags) -> dict:
     """The flags as load_image takes them."""
     return {field.name: getattr(flags, field.name) for field in fields(PictureFlags)}
-
-
-def looks_like_picture(word: str) -> bool:
-    """Whether a word on a command line is the name of a picture: an address, -, what is there, or what ends like one."""
-    is_there = os.path.exists(files.expand_text(word.partition(",")[0])) or os.path.exists(files.expand_text(word))
-    return word == "-" or is_address(word) or is_there or word.lower().endswith(PICTURE_SUFFIXES)
-
-
-def key_of(name: str) -> str:
-    """What is equal for names that may be one on some disk."""
-    return unicodedata.normalize("NFC", name).casefold()
-
-
-def may_be_longer(folder: str, start: str, listed: dict[str, list[str] | None]) -> bool:
-    """Whether a folder holds a name that goes on with a comma after this start; `listed` keeps what was listed before."""
-    if folder not in listed:
-        try:
-            listed[folder] = sorted(key_of(name) for name in os.listdir(folder or ".") if "," in name)
-        except (OSError, ValueError):
-            listed[folder] = None
-    names, start = listed[folder], key_of(f"{start},")
-    if names is None:
-        return True
-    place = bisect_left(names, start)
-    return place < len(names) and names[place].startswith(start)
-
-
-def longest_name(parts: Sequence[str], listed: dict[str, list[str] | None]) -> int:
-    """How many of the parts, with commas between them, are the longest name of something that exists; 1 if none is."""
-    name, found = parts[0], 1
-    for count, part in enumerate(parts, 1):
-        name += f",{part}" if count > 1 else ""
-        folder, slash, last = files.expand_text(name).rpartition("/")
-        if len(last) > LONGEST_NAME or ("/" in part and not os.path.isdir(folder + slash)):
-            break  # what is longer begins with this, and cannot exist either
-        found = count if os.path.exists(folder + slash + last) else found
-        if not may_be_longer(folder + slash, last, listed):
-            break
-    return found
-
-
-def split_pictures(text: str) -> list[str]:
-    """The names between the commas; commas of a file that exists, of an address or of a data: URI stay in their name."""
-    parts, names, listed = text.split(","), [], {}
-    start = 0
-    while start < len(parts):
-        if parts[start].startswith("data:"):
-            end = start + 2
-        elif is_address(parts[start]):
-            following = range(start + 1, len(parts))
-            end = next((i for i in following if ":" in parts[i] or parts[i] == "-" or os.path.exists(parts[i])), len(parts))
-        else:
-            end = start + longest_name(parts[start : start + LONGEST_NAME], listed)
-        names.append(",".join(parts[start:end]))
-        start = end
-    if "" in names:
-        raise UsageError(f"{text!r} has a comma with no picture before or after it. Remove the comma.")
-    if names.count("-") > 1:
-        raise UsageError(f"{text!r} names stdin twice, which can be read only once. Give - once.")
-    return names
 
 
 def read_stdin() -> bytes:

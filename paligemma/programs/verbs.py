@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from paligemma import files
 from paligemma.errors import PaliGemmaError, UsageError
+from paligemma.pictures.names import file_of, is_address, looks_like_picture, split_pictures
 from paligemma.programs import commandline
 from paligemma.programs.commandline import PROGRAMS, command, note, suggestion
-from paligemma.programs.options import file_of, is_address, looks_like_picture, split_pictures
 from paligemma.tasks import OBJECT_TASKS, REQUIRED_TEXT, TASKS, Result, check_task, split_objects
 
 if TYPE_CHECKING:
@@ -239,9 +239,9 @@ def check_outputs(job: Job, written: Outputs, others: Iterable[tuple[str, str | 
 def check_derived(flag: str, file: str) -> None:
     """Raises: UsageError for a name that was made of another and is there already, unless a drawing of this program has it."""
     if os.path.lexists(file) and not file.lower().endswith(".bmp"):  # which has no room for a mark
-        from paligemma.objects.drawing import mark_of
+        from paligemma.objects.drawing import read_mark
 
-        if mark_of(file) is None:
+        if read_mark(file) is None:
             raise UsageError(f"--{flag} would overwrite {file}, which is no drawing of this program. Give another name.")
 
 
@@ -344,7 +344,7 @@ class Desk:
             note(f"note: nothing found in {result.image}.")
         elif result.parsed.status == "unparsable":
             note(f"note: the answer about {result.image} holds no box: {result.text!r}.")
-        from paligemma.objects.drawing import listing, table
+        from paligemma.objects.tables import listing, table
 
         if is_fancy():
             title = f"{commandline.printable(result.image)}\n" if head else ""

@@ -13,7 +13,7 @@ from random import Random
 import numpy as np
 from PIL import Image
 
-from paligemma.pictures import fetch, folders
+from paligemma.pictures import fetch, folders, names
 from paligemma.pictures.images import MAX_PIXELS, load_image
 from paligemma.programs import options
 from tests.fuzz.harness import Files, Fuzzer
@@ -263,7 +263,7 @@ class Addresses(Fuzzer):
         name = files["name"].decode("utf-8", "surrogatepass")
         errors = []
         for read in (
-            partial(load_image, notes=[]), partial(folders.load, side=28), options.looks_like_picture, options.split_pictures,
+            partial(load_image, notes=[]), partial(folders.load, side=28), names.looks_like_picture, names.split_pictures,
             lambda name: next(folders.expand(name), None), lambda name: folders.check_words([name]),
             lambda name: options.read_picture(name, options.PictureFlags()) if name != "-" else None,
         ):  # fmt: skip

@@ -17,7 +17,7 @@ from PIL import Image
 
 from paligemma import inference, tasks
 from paligemma.errors import PaliGemmaError
-from paligemma.objects import drawing, exports, masks, outputs
+from paligemma.objects import drawing, exports, masks, outputs, tables
 from paligemma.objects.grammar import Grammar
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.programs import annotate, cluster, commandline, finetune, verbs
@@ -147,8 +147,8 @@ class Answers(Fuzzer):
         for kind, name in (("coco", "a.json"), ("csv", "a.csv"), ("voc", "a.xml"), ("yolo", "a.txt")):
             exports.export(rows, kind, folder / kind / name)
         objects = reading.objects[:50]
-        drawing.listing(reading.objects, 40, 30)
-        drawing.table(reading.objects, 40, 30, is_colored=False)
+        tables.listing(reading.objects, 40, 30)
+        tables.table(reading.objects, 40, 30, is_colored=False)
         drawing.draw(self.picture, objects)
         try:
             answer.encode()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from paligemma.errors import OutputError
-from paligemma.objects import drawing, lettering
+from paligemma.objects import drawing, lettering, tables
 from paligemma.objects.outputs import NormalizedBox, ParsedObject
 
 GREY = (128, 128, 128)
@@ -49,7 +49,7 @@ def test_any_objects_on_any_picture_are_drawn_without_a_change_of_size(width, he
     before = picture.tobytes()
     out = drawing.draw(picture, objects)
     assert (out.mode, out.size) == ("RGB", (width, height)) and picture.tobytes() == before
-    lines = drawing.table(objects, width, height, True) + drawing.listing(objects, width, height)
+    lines = tables.table(objects, width, height, True) + tables.listing(objects, width, height)
     assert lines.count("\n") == 2 * sum(found.box is not None for found in objects)
 
 
@@ -80,14 +80,14 @@ def test_labels_never_leave_the_picture(corner, width, height):
     letters = lettering.lettering()
     label = drawing.fit("a label 0.50", 12, width, height, letters)
     box = drawing.rectangle(NormalizedBox(corner[1], corner[0], corner[1], corner[0]), width, height)
-    spot = drawing.place(box, drawing.measure(*label, letters)[:2], [], width, height)
+    spot = drawing.place_label(box, drawing.measure(*label, letters)[:2], [], width, height)
     assert 0 <= spot[0] < spot[2] <= width and 0 <= spot[1] < spot[3] <= height
 
 
 def test_labels_of_equal_boxes_do_not_cover_each_other():
     taken = []
     for _ in range(6):
-        spot = drawing.place((40, 60, 200, 160), (90, 16), taken, 300, 200)
+        spot = drawing.place_label((40, 60, 200, 160), (90, 16), taken, 300, 200)
         assert not any(drawing.overlap(spot, other) for other in taken)
         taken.append(spot)
 
@@ -98,7 +98,7 @@ def test_a_label_shrinks_then_is_cut_then_left_out():
     text, size = drawing.fit("a cat on a mat", 12, 70, 200, letters)
     assert text == "a cat on a mat" and size < 12
     text, size = drawing.fit("a cat on a mat", 12, 40, 200, letters)
-    assert text.endswith("…") and size == drawing.SMALLEST_LETTER
+    assert text.endswith("…") and size == drawing.MIN_LETTER
     assert drawing.fit("a cat on a mat", 12, 300, 4, letters) is None and drawing.fit("a cat", 12, 3, 100, letters) is None
 
 
@@ -145,7 +145,7 @@ def test_labels_leave_most_of_a_small_picture_free_and_say_so():
     style = drawing.Style(has_labels=False)
     covered = changed(drawing.draw(blank(40, 40), objects, notes=notes), drawing.draw(blank(40, 40), objects, style))
     assert covered.mean() <= drawing.LABEL_SHARE
-    assert notes == ["40 x 40 pixels have no room for 2 of the labels: they are left out of the drawing."]
+    assert notes == ["40 x 40 pixels have no room for 2 of the labels, which are left out."]
     notes = []
     drawing.draw(blank(800, 800), objects, notes=notes)
     assert notes == []
@@ -169,7 +169,7 @@ def test_a_letter_that_no_font_has_is_said(monkeypatch):
 
 def test_a_very_long_label_takes_no_longer_than_a_long_one():
     found = ParsedObject("a" * 1_000_000, NormalizedBox(0.2, 0.2, 0.8, 0.8), score=0.5)
-    assert len(drawing.caption(found)) <= drawing.MOST_LETTERS + len(" 0.50")
+    assert len(drawing.caption(found)) <= drawing.MAX_LABEL + len(" 0.50")
     drawing.draw(blank(), [found])
 
 
@@ -197,7 +197,7 @@ def test_labels_have_their_own_colours_and_equal_labels_the_same():
 
 def test_text_on_every_colour_can_be_read():
     for color in drawing.palette(map(str, range(21))).values():
-        assert drawing.contrast(drawing.ink(color), color) >= 4.5
+        assert drawing.contrast(drawing.text_color(color), color) >= 4.5
     assert drawing.contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
 
 
@@ -245,26 +245,3 @@ def test_a_file_that_cannot_be_written_is_7_and_leaves_what_was_there(tmp_path, 
     assert error.value.code == 7 and (tmp_path / "out.png").read_bytes() == before and os.listdir(tmp_path) == ["out.png"]
     with pytest.raises(OutputError):
         drawing.save(blank(), tmp_path / "gone" / "out.png")
-
-
-# Letters
-
-
-def test_bars_are_as_long_as_the_score():
-    assert [drawing.bar(score) for score in (0, 0.5, 1, 7, 0.0625)] == [" " * 10, "█████     ", "█" * 10, "█" * 10, "▋         "]
-
-
-def test_a_table_is_aligned_whatever_letters_labels_have():
-    objects = [ParsedObject(label, NormalizedBox(0, 0, 0.5, 0.5), score=0.5) for label in ("cat", "日本", "e\u0301", "")]
-    lines = drawing.table(objects, 100, 100, False).splitlines()
-    places = [drawing.shown_width(line[: line.index("0.50")]) for line in lines]
-    assert len(set(places)) == 1 and "(no label)" in lines[3]
-
-
-def test_a_listing_has_six_columns_and_no_object_without_a_box():
-    objects = [
-        ParsedObject("a\tcat\n", NormalizedBox(0.2, 0.1, 1, 0.5), score=0.25),
-        ParsedObject("dog", None),
-        ParsedObject("x", NormalizedBox(0, 0, 1, 1)),
-    ]
-    assert drawing.listing(objects, 200, 100) == "a cat\t0.2500\t40.0\t10.0\t200.0\t50.0\nx\t\t0.0\t0.0\t200.0\t100.0\n"
