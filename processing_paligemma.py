@@ -1,12 +1,13 @@
-"""The processor: pictures and text become the tensors that the model takes, and token ids become text.
+"""The processor: turns pictures and text into the tensors that the model takes, and token ids into text.
 
-The row of one prompt, and its token_type_ids:
+One row of a batch, and its token_type_ids:
 
-    <image> * (pictures * P)  <bos>  prompt  \\n   answer  <eos>
-       0    ...                 0    0 ...   0   1 ...   1         (an answer is given for training only)
+    <image> ... <image>   <bos>   prompt    \\n    answer    <eos>
+    0       ...       0   0       0 ... 0   0     1 ... 1   1
 
-The image tokens always come first. The newline is a token of its own. Rows are padded on the left to the longest one.
-No token id is written in this file: checkpoints/processor_files.py reads and checks them. tokenization.py has text <-> ids.
+Each picture has P image tokens, which come first, wherever the prompt mentions a picture. The newline is a token of its own. The
+answer (suffix) is given for training only. Rows are padded on the left to the longest one. No token id is written in this file:
+checkpoints/processor_files.py reads them from the checkpoint and checks them. tokenization.py turns text into ids and back.
 
 Sources: PaliGemma (arXiv:2407.07726, section 3.2), big_vision's configs/proj/paligemma/transfers/common.py (the newline),
 transformers' PaliGemmaProcessor (equal pixels and ids). Checked in tests/test_processing_paligemma.py.
@@ -41,20 +42,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SPELLING = "Write processor(pictures, prompts, suffixes), or processor(images=..., text=..., suffix=...)."
-HARMLESS = {"return_tensors": ("pt",), "padding": (True, "longest")}  # arguments of transformers that ask for what is done anyway
+HARMLESS = {"return_tensors": ("pt",), "padding": (True, "longest")}  # options of transformers that this processor always follows
 
 
 # A row
 
 
 def build_row(ids: dict[str, int], num_image_tokens: int, prompt: list[int], answer: list[int] | None) -> tuple[list, list]:
-    """The token ids of one row in its two parts, before and after the bar: (images and prompt, answer)."""
+    """The token ids of one row in two parts: images and prompt (token type 0), and the answer (token type 1)."""
     prefix = [ids["image_token_id"]] * num_image_tokens + [ids["bos_token_id"]] + prompt + [ids["newline_token_id"]]
     return prefix, [] if answer is None else answer + [ids["eos_token_id"]]
 
 
 def pad_rows(rows: list[tuple[list, list]], pad_token_id: int) -> dict[str, np.ndarray]:
-    """Rows of build_row as input_ids, attention_mask and token_type_ids, int64[B, L], padded on the left."""
+    """A batch of rows from build_row: input_ids, attention_mask and token_type_ids, int64[B, L], padded on the left."""
     longest = max(len(prefix) + len(answer) for prefix, answer in rows)
     batch = {
         "input_ids": np.full((len(rows), longest), pad_token_id, dtype=np.int64),  # [B, L]
@@ -75,8 +76,8 @@ def pad_rows(rows: list[tuple[list, list]], pad_token_id: int) -> dict[str, np.n
 def build_pixel_table(scale: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
     """float32[C, 256]: the model's input for each of the 256 levels of a channel, (level * scale - mean) / std.
 
-    The operations and their order are those of transformers, so the results are equal bit by bit. With the table they are
-    computed for 3 * 256 levels and not for every pixel.
+    The operations and their order are the same as in transformers, so the results are equal bit by bit. The table saves time:
+    they are computed for 3 * 256 levels instead of for every pixel.
     """
     levels = (np.arange(256, dtype=np.float64) * scale[:, None]).astype(np.float32)  # [C, 256]
     return (levels - mean[:, None]) / std[:, None]
@@ -85,7 +86,7 @@ def build_pixel_table(scale: np.ndarray, mean: np.ndarray, std: np.ndarray) -> n
 def to_square(picture: object, side: int, notes: list[str] | None) -> Image.Image:
     """Any picture as 8-bit RGB, resized to side * side pixels with Pillow's bicubic filter. Its aspect ratio is not kept.
 
-    A picture that load_image returned is only resized: loading it a second time could turn it a second time.
+    A picture that load_image returned is only resized, so that its orientation cannot be corrected twice.
     """
     if is_finished(picture):
         return resize_to_square(picture, side)
@@ -119,10 +120,10 @@ def as_texts(values: Any, what: str) -> list[str]:
 
 
 def strip_prompt(prompt: str, num_images: int, notes: list[str]) -> str:
-    """The prompt as the model was trained with it: no white space at its ends.
+    """The prompt without white space at its ends, because the model was trained without.
 
-    transformers needs one <image> per picture at the beginning of the text. These, and only exactly these, are removed here,
-    because every row gets its image tokens anyway.
+    transformers needs one <image> per picture at the beginning of the text. Exactly that many are removed here, because
+    build_row adds the image tokens. With any other number, every <image> is ordinary text.
     """
     placeholders = IMAGE_TOKEN * num_images
     if prompt.startswith(placeholders) and not prompt.startswith(placeholders + IMAGE_TOKEN):
@@ -165,7 +166,7 @@ def images_of_rows(images: object, num_rows: int, is_one_row: bool) -> list[list
 
 
 def check_arguments(images: Any, text: Any, options: dict[str, object]) -> None:
-    """Raises: TypeError for the order (text, pictures) of early transformers, and for options other than HARMLESS ones."""
+    """Raises: TypeError if text comes before pictures, as in early versions of transformers, and for options not in HARMLESS."""
     first, second = (value[0] if isinstance(value, list | tuple) and value else value for value in (images, text))
     pictures = Image.Image | os.PathLike | bytes
     if isinstance(first, str) and (isinstance(second, pictures) or hasattr(second, "read") or getattr(second, "ndim", 0) > 1):
@@ -180,9 +181,9 @@ def check_arguments(images: Any, text: Any, options: dict[str, object]) -> None:
 
 
 class PaliGemmaProcessor(PromptTokenizer):
-    """Makes the model's inputs from pictures and prompts; encode, decode and stream are those of PromptTokenizer.
+    """Makes the model's inputs from pictures and prompts: processor(picture, "caption en"). `from_pretrained` makes a processor.
 
-    `from_pretrained` makes one.
+    encode, decode, stream and the ids of special tokens are inherited from PromptTokenizer.
 
     Args:
         tokenizer, ids, context: see PromptTokenizer.
@@ -213,7 +214,7 @@ class PaliGemmaProcessor(PromptTokenizer):
     def from_pretrained(
         cls, path_or_hub_id: str | Path, *, revision: str | None = None, base_model: str | Path | None = None
     ) -> "PaliGemmaProcessor":
-        """The processor of a model. For an adapter: the processor of its base model, but files in the adapter's folder go first.
+        """The processor of a model. For an adapter: that of its base model, but files in the adapter's own folder are preferred.
 
         Args: as of weights.load_model.
         Raises: TokenizerError or CheckpointError if files are missing, broken, or contradict each other; AccessError.
@@ -224,7 +225,7 @@ class PaliGemmaProcessor(PromptTokenizer):
 
     @classmethod
     def from_files(cls, model: "ModelFiles") -> "PaliGemmaProcessor":
-        """The processor of a model whose files were found; see from_pretrained."""
+        """Like from_pretrained, for a model whose files were found already."""
         return cls(**read_processor_files(model))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -248,14 +249,15 @@ class PaliGemmaProcessor(PromptTokenizer):
         """The model's inputs for a batch: processor(picture, "caption en").
 
         Args:
-            images: one picture (used for every prompt), a list (for one prompt: all its pictures; for a list of prompts: one
-                picture each), a list of lists (several pictures each), or None. A picture is anything that load_image reads: a
-                path, an address, bytes, an open file, a PIL image, an array or a tensor.
-            text: a prompt or a list of prompts. The newline is added here. White space at both ends is removed. One <image> per
-                picture at the beginning, as transformers needs it, is allowed.
-            suffix: the answers, for training, one per prompt; used unchanged.
-            notes: a list that receives one sentence for everything that was changed. Without it they are logged as warnings.
-            options: return_tensors="pt" and padding=True or "longest", which change nothing.
+            images: one picture (used for every prompt), a list of pictures (all for one prompt, or one for each prompt of a
+                list), a list of lists (several for each prompt), or None. A picture is anything that load_image reads: a path,
+                an address, bytes, an open file, a PIL image, an array or a tensor.
+            text: a prompt or a list of prompts. White space at both ends is removed and the newline is added. One <image> per
+                picture may stand at the beginning, as transformers needs it.
+            suffix: the answers for training, one per prompt. They are not changed.
+            notes: a list; one sentence is appended for everything that was changed. Without it, the sentences are logged as
+                warnings.
+            options: return_tensors="pt" and padding=True or "longest" are allowed, because this is what the processor does.
         Returns: input_ids, attention_mask, token_type_ids int64[B, L], padded on the left; pixel_values float32[I, C, H, W] in
             the order of the rows, if there are pictures; with suffixes also labels int64[B, L], IGNORE_INDEX outside of answers.
         Raises: PromptError, ImageError, AccessError; TypeError for other options, and for text before pictures.

@@ -56,15 +56,6 @@ class TextStream:
         return self.decoder.decode(b"", final=True)
 
 
-def unused_ids(tokenizer: Tokenizer, num_rows: int) -> list[int]:
-    """The ids below `num_rows` that no token has."""
-    size = tokenizer.get_vocab_size()
-    after_size = [number for number in range(size, num_rows) if tokenizer.id_to_token(number) is None]
-    if len(after_size) == num_rows - size:  # then the tokens have exactly the ids 0 to size - 1
-        return after_size
-    return [number for number in range(num_rows) if tokenizer.id_to_token(number) is None]
-
-
 class PromptTokenizer:
     """Encodes prompts and decodes answers.
 
@@ -91,15 +82,15 @@ class PromptTokenizer:
         self.code_ids = range(self.added_ids[CODE_TOKENS[0]], self.added_ids[CODE_TOKENS[-1]] + 1)
         decoder = tokenizer.get_added_tokens_decoder().items()
         special = {number: token.content for number, token in decoder if token.special and token.content not in self.added_ids}
-        self.control_ids = frozenset(special)  # ids that have no text
+        self.control_ids = frozenset(special)  # ids without text
         reserved = {self.image_token_id, self.pad_token_id, self.bos_token_id, self.eos_token_id}
-        self.control_tokens = {number: token for number, token in special.items() if number in reserved}
-        # Splits a control token after its first character, so that the tokenizer does not recognise it.
-        cuts = (f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in self.control_tokens.values() if len(t) > 1)
+        self.reserved_tokens = {number: token for number, token in special.items() if number in reserved}
+        # Splits a reserved token after its first character, so that the tokenizer does not recognise it.
+        cuts = (f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in self.reserved_tokens.values() if len(t) > 1)
         self.cut = re.compile("|".join(cuts))
 
     def encode(self, text: str, notes: list[str] | None = None) -> list[int]:
-        """The ids of a text, unchanged; <image>, bos, eos and pad in it become ordinary characters.
+        """The ids of a text as it is: nothing is added, and <image>, bos, eos and pad in it are ordinary characters.
 
         Raises: PromptError if the text is not valid UTF-8, or too long for the model.
         """
@@ -110,7 +101,7 @@ class PromptTokenizer:
         if self.is_too_long(text):
             most = self.context * self.longest_token
             raise PromptError(f"the text has {len(text)} characters, but at most {most} can fit. Shorten it.")
-        typed = [token for token in self.control_tokens.values() if token in text]
+        typed = [token for token in self.reserved_tokens.values() if token in text]
         if typed and notes is not None:
             notes.append(f"{', '.join(typed)} in the text is taken as letters, not as a token of the model.")
         return [number for number, _ in self.ids_with_ends(text)]
@@ -125,14 +116,14 @@ class PromptTokenizer:
         yield from self.encode_characters(text[start:], start)
 
     def encode_characters(self, text: str, start: int) -> list[tuple[int, int]]:
-        """ids_with_ends of a part without <loc> and <seg>, which begins at `start`. No id is that of a control token."""
-        parts = self.cut.split(text) if any(token in text for token in self.control_tokens.values()) else [text]
+        """Like ids_with_ends, for a part without <loc> and <seg> that begins at `start`. Returns no id of a reserved token."""
+        parts = self.cut.split(text) if any(token in text for token in self.reserved_tokens.values()) else [text]
         ids = []
-        for part in parts:
+        for part in filter(None, parts):
             encoding = self.tokenizer.encode(part, add_special_tokens=False)
-            if self.control_tokens.keys().isdisjoint(encoding.ids):
+            if self.reserved_tokens.keys().isdisjoint(encoding.ids):
                 ids += [(number, start + end) for number, (_, end) in zip(encoding.ids, encoding.offsets, strict=True)]
-            else:  # the merges themselves can produce a control token; bytes are never merged
+            else:  # the merges themselves can produce a reserved token; bytes are never merged
                 byte_ids = (self.tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in part.encode())
                 ids += [(number, start + len(part)) for number in byte_ids]
             start += len(part)
@@ -170,4 +161,7 @@ class PromptTokenizer:
 
     def unused_ids(self, num_rows: int) -> list[int]:
         """The ids below `num_rows` (vocab_size of text_config) that no token has, and that a model must not generate."""
-        return unused_ids(self.tokenizer, num_rows)
+        is_unused = [self.tokenizer.id_to_token(number) is None for number in range(self.vocab_size, num_rows)]
+        # If these are all unused, the tokens have exactly the ids 0 to vocab_size - 1, and looking at those would take long.
+        start = self.vocab_size if all(is_unused) else 0
+        return [number for number in range(start, num_rows) if self.tokenizer.id_to_token(number) is None]

@@ -1,5 +1,6 @@
 """The processor: pixels and ids equal to transformers', control tokens that cannot be typed, text from ids."""
 
+import base64
 import io
 import json
 import math
@@ -255,10 +256,13 @@ def test_pictures_are_given_to_rows_as_documented(processor):
         assert torch.equal(batch["pixel_values"], torch.stack(expected)) if order else "pixel_values" not in batch
 
 
-def test_a_picture_may_be_a_path_bytes_or_an_array(processor):
+def test_a_picture_may_be_a_path_an_address_bytes_an_open_file_or_an_array(processor):
     path = ROOT / "examples" / "cat.png"
     pixels = processor.pixels([path])
-    for source in (str(path), path.read_bytes(), np.asarray(Image.open(path)), Image.open(path)):
+    data = path.read_bytes()
+    addresses = path.as_uri(), "data:image/png;base64," + base64.b64encode(data).decode()
+    array = np.array(Image.open(path))
+    for source in (str(path), *addresses, data, io.BytesIO(data), array, torch.from_numpy(array), Image.open(path)):
         assert torch.equal(processor(source, "caption en")["pixel_values"], pixels)
 
 
@@ -394,7 +398,7 @@ def test_a_typed_control_token_is_letters(processor, token):
     assert token in notes[0]
     own = {processor.image_token_id: PATCHES, processor.bos_token_id: 1, processor.eos_token_id: 1}
     ids = batch["input_ids"][0].tolist()
-    for number in processor.control_tokens:
+    for number in processor.reserved_tokens:
         assert ids.count(number) == own.get(number, 0)
     assert processor.decode(processor.encode(f"what is {token}?")) == f"what is {token}?"
 

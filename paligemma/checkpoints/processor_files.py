@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from paligemma import files
 from paligemma.errors import CheckpointError, OutputError, TokenizerError, one_line
-from paligemma.tokenization import SPACE, PromptTokenizer, unused_ids
+from paligemma.tokenization import SPACE, PromptTokenizer
 from paligemma.vocabulary import CODE_TOKENS, IMAGE_TOKEN, LOCATION_TOKENS
 
 if TYPE_CHECKING:
@@ -55,9 +55,8 @@ def read_processor_files(model: "ModelFiles") -> dict[str, Any]:
     tokenizer = read_tokenizer(tokenizer_folder)
     add_missing_tokens(tokenizer)
     ids = find_ids(tokenizer, settings["tokenizer_config.json"], model, tokenizer_folder)
-    check_ids(tokenizer, model.config.text_config.vocab_size, tokenizer_folder / "tokenizer.json")
     context = model.config.text_config.max_position_embeddings
-    check_round_trip(PromptTokenizer(tokenizer, ids, context), tokenizer_folder / "tokenizer.json")
+    check_tokenizer(PromptTokenizer(tokenizer, ids, context), model.config.text_config.vocab_size, tokenizer_folder)
     return {
         "tokenizer": tokenizer,
         "ids": ids,
@@ -277,23 +276,21 @@ def find_ids(tokenizer: Tokenizer, tokenizer_config: dict, model: "ModelFiles", 
     return ids | {"newline_token_id": newline[0]}
 
 
-def check_ids(tokenizer: Tokenizer, num_rows: int, path: Path) -> None:
-    """Raises: TokenizerError unless <loc> and <seg> have consecutive ids and all ids fit the `num_rows` rows of the embedding."""
+def check_tokenizer(tokenizer: PromptTokenizer, num_rows: int, folder: Path) -> None:
+    """Raises: TokenizerError unless <loc> and <seg> have consecutive ids, all ids fit the `num_rows` rows of the embedding, and a
+    text with two spaces and with characters of several bytes is the same after decoding."""
+    path = folder / "tokenizer.json"
     for kind, tokens in (("<loc>", LOCATION_TOKENS), ("<seg>", CODE_TOKENS)):
-        ids = [tokenizer.token_to_id(token) for token in tokens]
+        ids = [tokenizer.added_ids[token] for token in tokens]
         if ids != list(range(ids[0], ids[0] + len(ids))):
             raise TokenizerError(f"{path}: the ids of the {kind} tokens are not consecutive. Is it PaliGemma's?", path=path)
     problem = None
-    if tokenizer.get_vocab_size() > num_rows:
-        problem = f"has {tokenizer.get_vocab_size()} tokens, but the model's embedding only {num_rows} rows"
-    elif num_rows - len(unused_ids(tokenizer, num_rows)) < tokenizer.get_vocab_size():
+    if tokenizer.vocab_size > num_rows:
+        problem = f"has {tokenizer.vocab_size} tokens, but the model's embedding only {num_rows} rows"
+    elif num_rows - len(tokenizer.unused_ids(num_rows)) < tokenizer.vocab_size:
         problem = f"gives one id to two tokens, or an id above the {num_rows} rows of the model's embedding"
     if problem is not None:
         raise TokenizerError(f"{path} {problem}. They belong to different models: download them again.", path=path)
-
-
-def check_round_trip(tokenizer: PromptTokenizer, path: Path) -> None:
-    """Raises: TokenizerError if a text with two spaces, and characters of several bytes, is not the same after decoding."""
     text = " two  spaces \u00e9\U0001f600"
     decoded = tokenizer.decode(tokenizer.encode(text))
     if decoded != text:
