@@ -20,6 +20,7 @@ TYPE_CHECKING = False  # type checkers take it for True, as typing.TYPE_CHECKING
 if TYPE_CHECKING:  # the names of _SOURCES, for type checkers and editors
     from paligemma import errors
     from paligemma.checkpoints.weights import load_model, save_model
+    from paligemma.configuration import PaliGemmaConfig
     from paligemma.errors import (
         AccessError,
         CheckpointError,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:  # the names of _SOURCES, for type checkers and editors
         Model,
         load,
     )
-    from paligemma.modeling_paligemma import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+    from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
     from paligemma.pictures.images import load_image
     from paligemma.processing_paligemma import PaliGemmaProcessor
     from paligemma.tasks import Annotator, Request, Result
@@ -58,11 +59,12 @@ __all__ = [
 if not TYPE_CHECKING:  # a type checker that saw __getattr__ would accept every name
     _SOURCES = {
         "checkpoints.weights": ("load_model", "save_model"),
+        "configuration": ("PaliGemmaConfig",),
         "errors": tuple(name for name in __all__ if name.endswith("Error")),
         "explanation": ("Explanation",),
         "generation": ("Sampling", "generate", "generate_many"),
         "model": ("EXAMPLE_PICTURE", "DetectedObject", "DetectionResult", "EncodedPicture", "Model", "load"),
-        "modeling_paligemma": ("PaliGemmaConfig", "PaliGemmaForConditionalGeneration"),
+        "modeling_paligemma": ("PaliGemmaForConditionalGeneration",),
         "pictures.images": ("load_image",),
         "processing_paligemma": ("PaliGemmaProcessor",),
         "tasks": ("Annotator", "Request", "Result"),

@@ -62,7 +62,7 @@ class PaliGemmaError(Exception):
         if code is not None:
             self.code = code
 
-    def to_json(self, is_whole: bool = False) -> dict:
+    def to_json(self, is_whole: bool = False) -> dict[str, int | str | None]:
         """The error as an object, for --json and for rows of results. Message and path are shortened unless `is_whole`."""
         message, path = self.message, self.path
         if not is_whole:

@@ -24,13 +24,16 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paligemma.errors import PromptError
 from paligemma.generation import only_row
-from paligemma.modeling_gemma import rotate
+from paligemma.modeling_gemma import GemmaAttention, rotate
+from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
+from paligemma.modeling_siglip import SiglipAttention
 from paligemma.objects.outputs import NormalizedBox, group_objects, split_ids
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tokenization import SPACE
@@ -125,7 +128,7 @@ class Explanation:
             return None
         return f"this answer hardly depends on the picture: it is {as_ratio(self.dependence)} as likely as with a blank one."
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """The explanation as a dict for json.dumps.
 
         Maps are lists of rows from top to bottom, boxes [x_min, y_min, x_max, y_max] from 0 to 1; the tokens of a word are
@@ -169,7 +172,8 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, c
 
 @torch.no_grad()
 def decoder_weights(
-    attention: nn.Module, x: Tensor, _position_ids: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, _cache: None
+    attention: GemmaAttention, x: Tensor, _position_ids: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None,
+    _cache: None,
 ) -> Tensor:
     """The attention weights float32[B, N, L, L] of a GemmaAttention, from the arguments of its forward (without a KV cache)."""
     q, k = (project(x).unflatten(-1, (-1, attention.width)).transpose(1, 2) for project in (attention.q_proj, attention.k_proj))
@@ -177,19 +181,19 @@ def decoder_weights(
 
 
 @torch.no_grad()
-def tower_weights(attention: nn.Module, x: Tensor) -> Tensor:
+def tower_weights(attention: SiglipAttention, x: Tensor) -> Tensor:
     """The attention weights float32[I, N, P, P] of a SiglipAttention, from the argument of its forward."""
     q, k = (project(x).unflatten(-1, (attention.heads, -1)).transpose(1, 2) for project in (attention.q_proj, attention.k_proj))
     return attention_weights(q, k, None, q.shape[-1] ** -0.5, None)
 
 
 @contextmanager
-def recording(modules: Iterable[nn.Module]) -> Iterator[list[tuple]]:
+def recording(modules: Iterable[nn.Module]) -> Iterator[list[tuple[Any, ...]]]:
     """In the `with` block, every call of one of the modules by this thread appends (module, its arguments...) to the list."""
-    calls: list[tuple] = []
+    calls: list[tuple[Any, ...]] = []
     thread = threading.get_ident()
 
-    def record(module: nn.Module, args: tuple) -> None:
+    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
         if threading.get_ident() == thread:  # other threads may use the same model
             calls.append((module, *args))
 
@@ -232,7 +236,8 @@ def split_words(token_ids: list[int], processor: PaliGemmaProcessor) -> list[tup
     """
     found: list[tuple[str, range, NormalizedBox | None]] = list(find_objects(token_ids, processor))
     in_objects = {position for _, positions, _ in found for position in positions}
-    stream, spans = processor.stream(), []
+    stream = processor.stream()
+    spans: list[range] = []
     texts = [stream.put(number) for number in token_ids]  # a character of several byte tokens appears with the last of them
     for position, number in enumerate(token_ids):
         if position in in_objects or number in processor.control_ids:
@@ -254,7 +259,7 @@ def token_text(number: int, processor: PaliGemmaProcessor) -> str:
 # The analysis
 
 
-def answer_logits(model: nn.Module, row: dict, features: Tensor) -> Tensor:
+def answer_logits(model: PaliGemmaForConditionalGeneration, row: dict[str, Any], features: Tensor) -> Tensor:
     """The logits float32[T, V] at each position that predicts a token of the answer.
 
     Args:
@@ -267,7 +272,7 @@ def answer_logits(model: nn.Module, row: dict, features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def roll_outs(tower_calls: list[tuple], decoder_calls: list[tuple], rows: Tensor, num_patches: int) -> Tensor:
+def roll_outs(tower_calls: list[tuple[Any, ...]], decoder_calls: list[tuple[Any, ...]], rows: Tensor, num_patches: int) -> Tensor:
     """The attention maps float32[U, P]: attention followed from each word to the patches, without prompt and answer.
 
     Args:
@@ -303,7 +308,7 @@ def flat_picture(pixel_values: Tensor) -> Tensor:
     return pixel_values.mean((2, 3), keepdim=True).expand_as(pixel_values)
 
 
-def check_request(inputs: dict, token_ids: Sequence[int], model: nn.Module) -> dict:
+def check_request(inputs: dict[str, Any], token_ids: Sequence[int], model: PaliGemmaForConditionalGeneration) -> dict[str, Any]:
     """The row of the question.
 
     Raises: PromptError unless it has one picture, as pixels, and the answer fits into the context after the prompt.
@@ -360,7 +365,9 @@ def word_starts(spans: Sequence[range], num_prompt: int, length: int) -> Tensor:
     return starts
 
 
-def explain(model: nn.Module, processor: PaliGemmaProcessor, inputs: dict, token_ids: Sequence[int]) -> Explanation:
+def explain(
+    model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, inputs: dict[str, Any], token_ids: Sequence[int]
+) -> Explanation:
     """The explanation of an answer: two forward passes over picture, prompt and answer, and one backward pass per word.
 
     Args:
@@ -380,10 +387,12 @@ def explain(model: nn.Module, processor: PaliGemmaProcessor, inputs: dict, token
     }
     # Quantised weights have no autograd graph: gradients would flow through the residual connections only, and be wrong.
     has_gradient = all(tensor.is_floating_point() for tensor in (*decoder.parameters(), *decoder.buffers()))
-    with torch.no_grad(), recording(layer.self_attn for layer in model.vision_tower.vision_model.encoder.layers) as tower_calls:
+    tower_modules = [module for module in model.vision_tower.modules() if isinstance(module, SiglipAttention)]
+    decoder_modules = [module for module in decoder.modules() if isinstance(module, GemmaAttention)]
+    with torch.no_grad(), recording(tower_modules) as tower_calls:
         features = model.encode_images(pixels)  # [1, P, D]
     features.requires_grad_(has_gradient)
-    with torch.set_grad_enabled(has_gradient), recording(layer.self_attn for layer in decoder.model.layers) as decoder_calls:
+    with torch.set_grad_enabled(has_gradient), recording(decoder_modules) as decoder_calls:
         logits = answer_logits(model, row, features)  # [T, V]
         chosen = logits.gather(1, row["input_ids"][0, num_prompt:, None])[:, 0]  # [T]
     with torch.no_grad():

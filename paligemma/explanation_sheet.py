@@ -164,9 +164,9 @@ def draw_explanation(picture: Image.Image, explanation: Explanation) -> Image.Im
     picture = load_image(picture)
     card_width = (WIDTH - 2 * MARGIN - 2 * PAD * CARDS - (CARDS - 1) * GAP) // CARDS
     ratio = min(max(picture.height / picture.width, 0.4), 2.0)  # a very wide or very high picture is drawn distorted
-    small = picture.resize((card_width, round(card_width * ratio)), Image.Resampling.LANCZOS)
+    small: Image.Image = picture.resize((card_width, round(card_width * ratio)), Image.Resampling.LANCZOS)
     head_height = 300
-    large = picture.resize((round(head_height / ratio), head_height), Image.Resampling.LANCZOS)
+    large: Image.Image = picture.resize((round(head_height / ratio), head_height), Image.Resampling.LANCZOS)
     card_height = small.height + 2 * PAD + 58 + 21 * BARS
     rows = -(-len(explanation.words) // CARDS)
     sheet = Image.new("RGB", (WIDTH, 2 * MARGIN + head_height + rows * (card_height + GAP)), SHEET)

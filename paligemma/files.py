@@ -14,12 +14,12 @@ import threading
 import unicodedata
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from heapq import nlargest
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from paligemma.errors import AccessError, CheckpointError, OutputError, PaliGemmaError, UsageError
 
@@ -43,7 +43,7 @@ def expand_text(name: str) -> str:
         return name
 
 
-def expand(name: str | os.PathLike) -> Path:
+def expand(name: str | os.PathLike[str]) -> Path:
     """The path with ~ and ~user replaced. The ~user of an unknown user stays as it is, like any other name."""
     return Path(expand_text(os.fspath(name)))
 
@@ -55,7 +55,7 @@ def split_file_address(address: str) -> tuple[str, Path]:
     return "" if host.lower() == "localhost" else host, Path(urllib.parse.unquote(slash + path))
 
 
-def stat_path(path: str | os.PathLike, error_class: type[PaliGemmaError] = CheckpointError) -> os.stat_result | None:
+def stat_path(path: str | os.PathLike[str], error_class: type[PaliGemmaError] = CheckpointError) -> os.stat_result | None:
     """The status of the file at a path (links followed), or None if there is none.
 
     Raises: error_class if the system cannot tell: the name is too long or holds a NUL, links form a loop, or a folder may not be
@@ -68,32 +68,31 @@ def stat_path(path: str | os.PathLike, error_class: type[PaliGemmaError] = Check
     except PermissionError as error:
         raise not_permitted(path, error_class) from error
     except (OSError, ValueError) as error:
-        reason = {errno.ELOOP: "its links form a loop", errno.ENAMETOOLONG: "the name is too long"}.get(
-            getattr(error, "errno", None), getattr(error, "strerror", None) or error
-        )
+        known = {errno.ELOOP: "its links form a loop", errno.ENAMETOOLONG: "the name is too long"}
+        reason = known.get(getattr(error, "errno", None) or 0) or getattr(error, "strerror", None) or error
         name = ascii(os.fspath(path))[1:-1] if isinstance(error, ValueError) else os.fspath(path)  # a NUL, a lone surrogate
         raise error_class(f"{name} cannot be opened: {reason}. Check the path.", path=path) from error
 
 
-def not_permitted(path: str | os.PathLike, error_class: type[PaliGemmaError]) -> PaliGemmaError:
+def not_permitted(path: str | os.PathLike[str], error_class: type[PaliGemmaError]) -> PaliGemmaError:
     """The error for a file that may not be read: an AccessError if error_class is CheckpointError, else of error_class."""
     denied = AccessError if error_class is CheckpointError else error_class
     return denied(f"{path} may not be read by this user. Change its permissions.", path=path)
 
 
-def is_file(path: str | os.PathLike, error_class: type[PaliGemmaError] = CheckpointError) -> bool:
+def is_file(path: str | os.PathLike[str], error_class: type[PaliGemmaError] = CheckpointError) -> bool:
     """Whether the path is a regular file or a link to one. Raises: as stat_path."""
     status = stat_path(path, error_class)
     return status is not None and stat.S_ISREG(status.st_mode)
 
 
-def is_folder(path: str | os.PathLike, error_class: type[PaliGemmaError] = CheckpointError) -> bool:
+def is_folder(path: str | os.PathLike[str], error_class: type[PaliGemmaError] = CheckpointError) -> bool:
     """Whether the path is a folder or a link to one. Raises: as stat_path."""
     status = stat_path(path, error_class)
     return status is not None and stat.S_ISDIR(status.st_mode)
 
 
-def names_in(folder: str | os.PathLike) -> list[str]:
+def names_in(folder: str | os.PathLike[str]) -> list[str]:
     """The first MAX_NAMES names in a folder, sorted. The list is empty if the folder does not exist or cannot be read."""
     try:
         with os.scandir(folder) as entries:
@@ -174,7 +173,7 @@ def json_kind(value: object) -> str:
     return "an object" if isinstance(value, dict) else kinds.get(type(value), "a number")
 
 
-def parse_json(content: bytes | str, max_bytes: int = MAX_JSON_BYTES, **hooks: Callable) -> dict:
+def parse_json(content: bytes | str, max_bytes: int = MAX_JSON_BYTES, **hooks: Any) -> dict[str, Any]:
     """The object in a JSON text: a whole file, or one line of a JSONL file.
 
     Args:
@@ -199,14 +198,14 @@ def parse_json(content: bytes | str, max_bytes: int = MAX_JSON_BYTES, **hooks: C
     return value
 
 
-def read_json(path: Path, error_class: type[PaliGemmaError] = CheckpointError, max_bytes: int = MAX_JSON_BYTES) -> dict:
+def read_json(path: Path, error_class: type[PaliGemmaError] = CheckpointError, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file. Raises: error_class, with line and column, for anything else; AccessError as in stat_path."""
     return parse_json_file(read_regular(path, max_bytes, error_class), path, error_class, max_bytes)
 
 
 def parse_json_file(
     content: bytes, path: Path, error_class: type[PaliGemmaError] = CheckpointError, max_bytes: int = MAX_JSON_BYTES
-) -> dict:
+) -> dict[str, Any]:
     """The object in the content of a JSON file that was read before. Raises: as read_json."""
     try:
         return parse_json(content, max_bytes)
@@ -224,7 +223,7 @@ def name_key(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def file_key(path: str | os.PathLike) -> tuple:
+def file_key(path: str | os.PathLike[str]) -> tuple[object, object]:
     """A key for the file that a path names: equal for all spellings of the path and for links to the file, hard links included.
 
     The file need not exist. If it does not, the name counts as in name_key.
@@ -239,7 +238,7 @@ def file_key(path: str | os.PathLike) -> tuple:
     return folder if status is None else (status.st_dev, status.st_ino), name_key(name)
 
 
-def check_writable(path: str | os.PathLike, makes_folders: bool = False) -> None:
+def check_writable(path: str | os.PathLike[str], makes_folders: bool = False) -> None:
     """Checks, as far as possible without writing, that a file can be written later. Raises: OutputError.
 
     Args:
@@ -262,7 +261,7 @@ def check_writable(path: str | os.PathLike, makes_folders: bool = False) -> None
 
 def check_outputs(
     outputs: Iterable[tuple[str, Path]],
-    inputs: Iterable[tuple[str, str | os.PathLike]] = (),
+    inputs: Iterable[tuple[str, str | os.PathLike[str]]] = (),
     nested: Iterable[tuple[str, Path]] = (),
 ) -> None:
     """Checks that all output files can be written, are different files, and are not inputs.
@@ -274,7 +273,7 @@ def check_outputs(
     Raises: UsageError if two of the paths name the same file, or an output is the file that stdout or stderr is redirected to;
         OutputError as in check_writable.
     """
-    taken: dict[tuple, tuple[str, Path]] = {}
+    taken: dict[tuple[object, object], tuple[str, Path]] = {}
     for name, path, makes_folders in (*((*output, False) for output in outputs), *((*output, True) for output in nested)):
         check_writable(path, makes_folders)
         key = file_key(path)
@@ -288,16 +287,16 @@ def check_outputs(
             status = os.fstat(number)
             if output := taken.get((status.st_dev, status.st_ino)):
                 raise UsageError(f"{what} goes to {output[1]} already, and {output[0]} would overwrite it. Give another name.")
-    for what, path in inputs if taken else ():
+    for what, read in inputs if taken else ():
         with suppress(OutputError):  # no file can have this name
-            if output := taken.get(file_key(path)):
-                raise UsageError(f"{output[0]} {output[1]} would overwrite {what} {path}. Give another name.")
+            if output := taken.get(file_key(read)):
+                raise UsageError(f"{output[0]} {output[1]} would overwrite {what} {read}. Give another name.")
 
 
 # Atomic writes. Whatever replaces a file is written by these functions.
 
 
-def sync(path: str | os.PathLike) -> None:
+def sync(path: str | os.PathLike[str]) -> None:
     """Flushes one file, or the list of names of one folder, to the disk. Raises: OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -202,7 +202,7 @@ class Model:
         'an orange cross, a yellow circle and a purple heart'
         """
         results = self._run("caption", picture, "", sampling, max_new_tokens, language=language)
-        return one_or_all(picture, [result.text for result, _ in results])
+        return unlisted(picture, [result.text for result, _ in results])
 
     @overload
     def ask(
@@ -224,7 +224,7 @@ class Model:
         'purple'
         """
         results = self._run("ask", picture, question, sampling, max_new_tokens, language=language)
-        return one_or_all(picture, [result.text for result, _ in results])
+        return unlisted(picture, [result.text for result, _ in results])
 
     @overload
     def detect(
@@ -253,7 +253,7 @@ class Model:
         """
         options = {"uses_grammar": grammar, "min_score": min_score}
         results = self._run("detect", picture, joined(labels), sampling, max_new_tokens, **options)
-        return one_or_all(picture, [DetectionResult(*pair) for pair in results])
+        return unlisted(picture, [DetectionResult(*pair) for pair in results])
 
     @overload
     def segment(
@@ -280,7 +280,7 @@ class Model:
             warnings.warn(text, stacklevel=2)
         options = {"uses_grammar": grammar, "min_score": min_score}
         results = self._run("segment", picture, joined(labels), sampling, max_new_tokens, **options)
-        return one_or_all(picture, [DetectionResult(*pair) for pair in results])
+        return unlisted(picture, [DetectionResult(*pair) for pair in results])
 
     @overload
     def ocr(self, picture: Picture, *, sampling: Sampling | None = ..., max_new_tokens: int | None = ...) -> str: ...
@@ -294,7 +294,7 @@ class Model:
     ) -> str | list[str]:
         """The text in the picture. (The bundled model cannot read.)"""
         results = self._run("ocr", picture, "", sampling, max_new_tokens)
-        return one_or_all(picture, [result.text for result, _ in results])
+        return unlisted(picture, [result.text for result, _ in results])
 
     @overload
     def count(
@@ -314,7 +314,7 @@ class Model:
         1
         """
         results = self._run("count", picture, what, sampling, max_new_tokens)
-        return one_or_all(picture, [result.count for result, _ in results])
+        return unlisted(picture, [result.count for result, _ in results])
 
     def stream(
         self, picture: Picture, prompt: str, *, sampling: Sampling | None = None, max_new_tokens: int = STREAM_TOKENS
@@ -348,7 +348,7 @@ class Model:
         torch.Size([64, 192])
         """
         values = [self.look(each).features[0].float().cpu() for each in as_list(picture)]
-        return one_or_all(picture, values)
+        return unlisted(picture, values)
 
     def look(self, picture: Picture) -> "EncodedPicture":
         """The picture, encoded once, so that each of several questions about it runs the decoder only.
@@ -427,7 +427,7 @@ class EncodedPicture:
     """
 
     def __init__(self, model: Model, picture: Any):
-        self.picture = load_image(picture)
+        self.picture: Image.Image = load_image(picture)
         self._model = model
         with torch.no_grad(), machine.memory_errors("looking at the picture"):
             self._features: Tensor | None = model.network.encode_images(model.processor.pixels([self.picture]))
@@ -505,7 +505,7 @@ def as_list(picture: Any) -> list[Any]:
     return list(picture) if isinstance(picture, list | tuple) else [picture]
 
 
-def one_or_all(picture: Any, values: list[T]) -> Any:
+def unlisted(picture: Any, values: list[T]) -> T | list[T]:
     """All values if a list or tuple of pictures was given, else the only one."""
     return values if isinstance(picture, list | tuple) else values[0]
 
@@ -567,14 +567,15 @@ def load(
     <paligemma.Model bundled: 3.49 million parameters, torch.bfloat16, cpu>
     """
     found = machine.find_device(device)
-    checkpoint = open_checkpoint(name, revision=revision, base_model=base_model)
-    codec = find_codec(checkpoint.base, mask_codec)
+    own, base, codec_file = (None if path is None else os.fspath(path) for path in (name, base_model, mask_codec))
+    checkpoint = open_checkpoint(own, revision=revision, base_model=base)
+    codec = find_codec(checkpoint.base, codec_file)
     with machine.memory_errors("loading the weights"):
         network = checkpoint.load(device=found, dtype=dtype, quantize=quantize, quantize_vision=quantize_vision)
     return Model(
         network,
         checkpoint.processor,
-        name="bundled" if name is None else Path(name).name if os.path.isdir(name) else str(name),
+        name="bundled" if own is None else Path(own).name if os.path.isdir(own) else own,
         kind=checkpoint.kind,
         codec=None if codec is None else load_codec(codec),
         batch_size=batch_size,

@@ -193,9 +193,9 @@ class Result:
         """The probability of the whole answer, 0 to 1."""
         return math.exp(sum(self.logprobs))
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """The result as the programs write it: one object of --json, one row of annotate."""
-        row = {"image": self.image, "task": self.task, "asked": self.asked, "prompt": self.prompt}
+        row: dict[str, Any] = {"image": self.image, "task": self.task, "asked": self.asked, "prompt": self.prompt}
         if self.error is not None:
             return row | {"error": self.error.to_json()}
         row |= {"width": self.width, "height": self.height, "text": self.text}
@@ -221,7 +221,7 @@ class RequestQueue:
     """
 
     def __init__(self, requests: Iterable[Request]):
-        self.source = pairwise(chain(enumerate(requests), [None]))
+        self.source = pairwise(chain[Numbered | None](enumerate(requests), [None]))
         self.waiting: deque[tuple[Numbered, Numbered | None]] = deque()  # requests that were put back
         self.is_broken = False  # whether `requests` raised; an iterator that raised cannot be continued
 
@@ -232,12 +232,14 @@ class RequestQueue:
         if self.waiting:
             return self.waiting.popleft()
         try:
-            return next(self.source)
+            entry, following = next(self.source)
         except StopIteration:
             raise
         except BaseException:
             self.is_broken = True
             raise
+        assert entry is not None  # None comes last
+        return entry, following
 
     def is_empty(self) -> bool:
         self.put_back(islice(self, not self.waiting))
@@ -368,7 +370,8 @@ class Annotator:
         def resized(original: "Image.Image") -> "tuple[Image.Image, tuple[int, int]]":
             return resize_to_square(original, self.processor.image_size), original.size
 
-        source, loaded = object(), (None, None)  # of the last request whose picture had to be loaded
+        source: object = object()  # of the last request whose picture had to be loaded
+        loaded: tuple[Image.Image | PaliGemmaError | None, tuple[int, int] | None] = (None, None)
         for request in requests:
             picture = request.picture
             if request.image_features is not None or isinstance(picture, PaliGemmaError) or is_finished(picture):

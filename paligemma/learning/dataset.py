@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -166,7 +166,7 @@ def short(text: object) -> str:
 def parse_line(text: bytes, folder: Path, line: int) -> Example:
     """The example in a line. Raises: ValueError, whose message is the fault."""
     try:
-        record = parse_json(text, MAX_LINE_BYTES, **HOOKS)
+        record: Any = parse_json(text, MAX_LINE_BYTES, **HOOKS)
     except JSONFault as fault:
         raise ValueError(f"{fault} (column {fault.column})") from fault
     if record.twice:

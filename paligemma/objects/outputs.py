@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from paligemma.errors import DatasetError
 from paligemma.vocabulary import CODE_TOKENS, CODES_PER_MASK, LOCATION_OR_CODE, LOCATION_TOKENS, LOCATIONS_PER_BOX, NUM_LOCATIONS
@@ -295,7 +295,8 @@ def parse(
 
 def split_ids(ids: list[int], processor: "PromptTokenizer") -> Iterator[Lexeme]:
     """One lexeme per token. The byte tokens of one character form one lexeme; control tokens (<bos>, <pad>, ...) form none."""
-    stream, pending = processor.stream(), ()
+    stream = processor.stream()
+    pending: tuple[int, ...] = ()
     for token, number in enumerate([*ids, processor.eos_token_id]):
         is_text = not (number in processor.location_ids or number in processor.code_ids or number in processor.control_ids)
         text = stream.put(number) if is_text else stream.end()
@@ -328,7 +329,8 @@ def parse_ids(
     Raises: ValueError if logprobs or moments have another length than ids.
     """
     ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    logprobs = logprobs.tolist() if hasattr(logprobs, "tolist") else logprobs
+    if logprobs is not None and hasattr(logprobs, "tolist"):
+        logprobs = logprobs.tolist()
     for name, values in (("logprobs", logprobs), ("moments", moments)):
         if values is not None and len(values) != len(ids):
             raise ValueError(f"{len(values)} {name} came for {len(ids)} ids. Pass one for each id.")
@@ -373,13 +375,13 @@ def to_suffix(objects: Iterable[ParsedObject]) -> str:
     return " ; ".join(texts)
 
 
-def as_json(found: ParsedObject, width: int, height: int) -> dict:
+def as_json(found: ParsedObject, width: int, height: int) -> dict[str, Any]:
     """The object as the programs write it, for a picture of this size; unknown values are left out.
 
     Returns: label, box [x_min, y_min, x_max, y_max] in pixels, box_normalized (the same, 0 to 1), score, expected_box (pixels),
         spread (pixels, x y x y), codes, mask (COCO's run lengths), problems.
     """
-    row: dict = {"label": found.label}
+    row: dict[str, Any] = {"label": found.label}
     if found.box is not None:
         row["box"] = [round(value, 2) for value in found.box.xyxy(width, height)]
         row["box_normalized"] = [round(value, 5) for value in found.box.xyxy(1, 1)]
