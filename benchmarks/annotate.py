@@ -83,7 +83,7 @@ def ours(options: argparse.Namespace, asked: list[tuple[Path, str]], folder: Pat
         max_tokens_to_generate=LONGEST,
     )
     checkpoint = flags.open()
-    annotator = job.make_annotator(flags, checkpoint, flags.load(checkpoint))
+    annotator = job.make_annotator(flags, checkpoint)
     eos = checkpoint.config.eos_token_id
 
     def run() -> dict:

@@ -29,7 +29,8 @@ from paligemma.objects.outputs import NormalizedBox, ParsedAnswer, ParsedObject
 from paligemma.pictures import folders, images
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.programs import commandline, options, verbs
-from paligemma.tasks import Result
+from paligemma.programs.results import ResultWriter
+from paligemma.tasks import Annotator, Result
 from tests.tiny_checkpoint import CONTEXT, make_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -410,7 +411,7 @@ def test_verbs_answer_in_typed_json(verb):
 
 def test_words_behind_a_verb_are_objects_and_pictures_in_any_number():
     def job(*words):
-        job = verbs.read_words(words)
+        job = verbs.parse_words(words)
         return [Path(name).name for name in job.pictures], list(job.texts)
 
     assert job("detect", SHAPES, "cat ; dog", "bird") == (["shapes.png"], ["cat ; dog ; bird"])
@@ -456,12 +457,12 @@ def test_a_bug_over_one_picture_ends_nothing(verb, monkeypatch):
 
 
 def test_pictures_that_wait_for_an_earlier_answer_are_small(verb, monkeypatch, tmp_path):
-    sides, run = [], inference.Annotator.run
+    sides, run = [], Annotator.run
 
     def watched(self, requests):
         return run(self, [sides.append(max(request.picture.size)) or request for request in requests])
 
-    monkeypatch.setattr(inference.Annotator, "run", watched)
+    monkeypatch.setattr(Annotator, "run", watched)
     Image.new("RGB", (900, 700)).save(tmp_path / "big.png")
     code, out, _ = verb("detect", SHAPES, "big.png", CAT, "circle", "--save", "out.png", "--json")
     assert code == 0 and max(sides[1:]) <= 224 and Image.open("out-2.png").size == (900, 700)
@@ -482,7 +483,7 @@ def test_a_picture_that_changes_before_it_is_drawn_is_its_error(verb, monkeypatc
 def test_a_single_bad_picture_is_its_error_before_the_model_is_touched(verb, tmp_path):
     for name, code in (("gone.png", 3), (str(tmp_path), 3)):
         assert verb("detect", name, "cat", "--model_path=no such model")[0] == code
-    assert "annotate.py" in verb("caption", str(tmp_path))[2]
+    assert "-m paligemma annotate" in verb("caption", str(tmp_path))[2]
 
 
 def test_save_draws_into_a_copy_of_the_picture(verb, tmp_path):
@@ -513,8 +514,8 @@ def test_masks_come_as_run_lengths_and_as_polygons(capsys):
         "",
     )
     result = Result(image="a.png", task="segment", asked="cat", prompt="segment cat", width=40, height=30, parsed=reading)
-    job = verbs.read_words(("segment", SHAPES, "cat"))
-    verbs.Desk(job, Flags(words=("segment", SHAPES, "cat"), json=True), {"model": "m"}).take(result, None)
+    flags = Flags(words=("segment", SHAPES, "cat"), json=True)
+    ResultWriter(flags.query, flags, flags.style, {"model": "m"}).write(result, None)
     row = json.loads(capsys.readouterr().out)
     cat, dog = row["objects"]
     assert cat["mask"]["size"] == [30, 40] and "polygons" not in dog and row["model"] == "m"
@@ -551,7 +552,7 @@ def test_pictures_whose_files_would_have_one_name_are_told_apart(verb, tmp_path)
         (["1.png", "circle", "--save=link.png"], "--save link.png would overwrite the picture 1.png"),
         (["file://localhost{}/1.png", "circle", "--save=link.png"], "--save link.png would overwrite the picture"),
         (["1.png", "circle", "--export=classes.txt"], "--export would write classes.txt twice"),
-        ([SHAPES, "1.png", "circle", "--save=photo.png"], "photo-1.png, which is no drawing of this program"),
+        ([SHAPES, "1.png", "circle", "--save=photo.png"], "photo-1.png, which this program did not draw"),
         (["1.png", "circle", "--explain=hard.png"], "--explain hard.png would overwrite the picture 1.png"),
         (["1.png", "circle", "--model_path=m", "--export=m/config.json"], "would overwrite a file of the model"),
     ],
@@ -582,7 +583,7 @@ def test_a_drawing_of_this_program_is_drawn_again(verb):
 def test_a_prompt_about_very_many_pictures_is_refused_before_they_are_read(ask, monkeypatch):
     monkeypatch.setattr(inference, "read_picture", lambda *_: pytest.fail("it was read"))
     code, _, err = ask(picture=",".join(["cat.png"] * 65))
-    assert code == 2 and "65 came" in err and "Use a verb" in err
+    assert code == 2 and "65 were given" in err and "Use a verb" in err
 
 
 @pytest.mark.parametrize("name", ["", ".png", "out/.png", "..png", "png", ".json", "a.json/"])
@@ -625,7 +626,7 @@ def test_the_picture_itself_is_never_overwritten(verb, tmp_path):
         (["cat.png"], "{command} caption cat.png"),
         (["detect"], "detect needs a picture: {command} detect PICTURE TEXT."),
         (["detect", SHAPES], "needs something to look for"),
-        (["detect", "cat"], "'cat' is none that is there"), (["caption", SHAPES, "cat"], "takes no text"),
+        (["detect", "cat"], "'cat' is not an existing picture"), (["caption", SHAPES, "cat"], "takes no text"),
         (["caption", "-", "-"], "only once"), (["caption", SHAPES, "--save=x.png"], "goes with detect and segment"),
         (["detect", SHAPES, "a", "--mask_codec=x"], "goes with segment"), (["ocr", SHAPES, "--language=fr"], "means nothing"),
         (["detect", SHAPES, "a", "--prompt=b"], "exclude each other"), (["--grammar"], "goes with a verb"),
@@ -638,7 +639,7 @@ def test_verbs_without_sense_are_2_in_one_line(verb, argv, message):
 
 
 def test_words_are_checked_before_fire_is_imported():
-    with pytest.raises(UsageError, match="no verb"):
+    with pytest.raises(UsageError, match="not a verb"):
         Flags.check_words(("detct",))
 
 

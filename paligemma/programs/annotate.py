@@ -207,7 +207,7 @@ def work(flags: Flags, checkpoint: "Checkpoint", journal: Journal) -> None:
     first = next(left, None)
     if first is None:
         return
-    annotator = job.make_annotator(flags, checkpoint, flags.load(checkpoint))
+    annotator = job.make_annotator(flags, checkpoint)
     with commandline.interruptible(), job.progress(known, total) as bar:
         for row, loaded, result in job.answer(annotator, chain([first], left), flags, flags.save_dir is not None):
             if flags.save_dir is not None and result.parsed is not None:

@@ -93,7 +93,7 @@ class Worker:
         self.fault: PaliGemmaError | None = None
         try:
             checkpoint = flags.open()
-            self.annotator = job.make_annotator(flags, checkpoint, flags.load(checkpoint))
+            self.annotator = job.make_annotator(flags, checkpoint)
         except PaliGemmaError as error:
             self.fault = error
 

@@ -29,7 +29,7 @@ from itertools import pairwise
 from typing import get_args
 
 import paligemma
-from paligemma.errors import DeviceError, OutputError, PaliGemmaError, UsageError, shorten, unexpected
+from paligemma.errors import DeviceError, OutputError, PaliGemmaError, PromptError, UsageError, shorten, unexpected
 
 PROGRAMS = ("finetune", "annotate", "cluster")  # modules of paligemma.programs that are started by their name
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -75,6 +75,14 @@ def as_typed(text: str) -> str:
 
 
 # Arguments
+
+
+def as_utf8(text: str) -> str:
+    """The text as the bytes that were typed, independent of the locale's encoding. Raises: PromptError if they are not UTF-8."""
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError as error:
+        raise PromptError("the prompt is not valid UTF-8. Type it in a terminal that uses UTF-8.") from error
 
 
 def base_type(parameter: inspect.Parameter) -> type:
@@ -188,7 +196,8 @@ def help_text(flags: type, about: str | None = None) -> str:
     lines = [as_typed(about.strip())]
     for part in flags.__mro__[:-1]:
         title = "Flags" if part is flags else inspect.getdoc(part).splitlines()[0].rstrip(".")
-        lines += ["", f"{title}:", *described(part, parameters)]
+        if texts := described(part, parameters):
+            lines += ["", f"{title}:", *texts]
     return "\n".join(lines) + "\n"
 
 
@@ -246,6 +255,12 @@ def note(text: str, is_whole: bool = False) -> None:
     text = printable(" ".join(text.splitlines()))
     with contextlib.suppress(OSError):  # with stderr gone there is no other place to say it
         print(text if is_whole else shorten(text), file=sys.stderr, flush=True)
+
+
+def print_notes(*texts: str) -> None:
+    """Prints each text as a line "note: ..." on stderr."""
+    for text in texts:
+        note(f"note: {text}")
 
 
 def relay_logs(is_verbose: bool) -> None:

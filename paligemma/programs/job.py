@@ -20,20 +20,19 @@ from paligemma.pictures import folders
 from paligemma.pictures.names import PICTURE_SUFFIXES, file_of, is_address, looks_like_picture
 from paligemma.programs.commandline import Interrupted, Words, note
 from paligemma.programs.journal import PART, Journal
-from paligemma.programs.options import ModelFlags, PictureFlags, ResultFlags, picture_options, require
-from paligemma.tasks import ANSWER_TOKENS, OBJECT_TASKS, REQUIRED_TEXT, Annotator, Request, Result, check_task, prompt
+from paligemma.programs.options import AnswerFlags, ModelFlags, PictureFlags, picture_options, require
+from paligemma.tasks import OBJECT_TASKS, REQUIRED_TEXT, TASKS, Annotator, Request, Result, check_task, prompt
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
     from paligemma.opened import Checkpoint
 
 READERS = 8  # threads that decode pictures, where there are as many cores; a GPU is busy with what about four read
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobFlags(ModelFlags, PictureFlags, ResultFlags):
+class JobFlags(ModelFlags, PictureFlags, AnswerFlags):
     """What is asked, about which pictures, and where the rows go.
 
     Args:
@@ -63,7 +62,7 @@ class JobFlags(ModelFlags, PictureFlags, ResultFlags):
     debug: bool = False
 
     def __post_init__(self):
-        for group in (ModelFlags, PictureFlags, ResultFlags):
+        for group in (ModelFlags, PictureFlags, AnswerFlags):
             group.__post_init__(self)
         require(
             self,
@@ -86,6 +85,11 @@ class JobFlags(ModelFlags, PictureFlags, ResultFlags):
     @property
     def chosen_task(self) -> str:
         return self.task or "caption"
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that may be asked."""
+        return (self.chosen_task,) if self.questions is None else TASKS
 
     @property
     def has_text_as_word(self) -> bool:
@@ -188,18 +192,11 @@ def check_pictures(flags: JobFlags, without: Iterable[str] = ()) -> str:
 # What decides the answers
 
 
-def longest_answer(flags: JobFlags) -> int:
-    """In tokens."""
-    if flags.max_tokens_to_generate is not None:
-        return flags.max_tokens_to_generate
-    return max(ANSWER_TOKENS.values()) if flags.questions is not None else ANSWER_TOKENS[flags.chosen_task]
-
-
 def settings(flags: JobFlags, checkpoint: "Checkpoint") -> dict:
     """What decides the answers, for the header of the rows: all of it that is not in the rows themselves."""
     from paligemma.objects.mask_codec import find_codec
 
-    decisive = [field.name for group in (PictureFlags, ResultFlags) for field in fields(group)]
+    decisive = [field.name for group in (PictureFlags, AnswerFlags) for field in fields(group)]
     asked = {"task": "questions"} if flags.questions is not None else {"task": flags.chosen_task, "text": flags.asked}
     codec = find_codec(checkpoint.base, flags.mask_codec)
     if not flags.stretch:  # files of rows that were begun before there was such a flag go on
@@ -208,27 +205,13 @@ def settings(flags: JobFlags, checkpoint: "Checkpoint") -> dict:
         asked
         | {"model": f"{Path(checkpoint.name).name} {checkpoint.fingerprint}"}
         | {name: getattr(flags, name) for name in ("dtype", "quantize", "quantize_vision", *decisive)}
-        | {"max_tokens_to_generate": longest_answer(flags), "mask_codec": None if codec is None else codec.name}
+        | {"max_tokens_to_generate": flags.max_new_tokens(flags.tasks), "mask_codec": None if codec is None else codec.name}
     )
 
 
-def make_annotator(flags: JobFlags, checkpoint: "Checkpoint", model: "PaliGemmaForConditionalGeneration") -> Annotator:
-    """The model, ready for requests as the flags want them."""
-    from paligemma.objects.mask_codec import find_codec, load_codec
-
-    codec = find_codec(checkpoint.base, flags.mask_codec)
-    return Annotator(
-        model,
-        checkpoint.processor,
-        codec=None if codec is None else load_codec(codec),
-        rows=flags.rows,
-        max_new_tokens=longest_answer(flags),
-        uses_grammar=flags.grammar,
-        min_score=flags.min_score,
-        kind=checkpoint.kind,
-        language=flags.language,
-        denominator=flags.denominator,
-    )
+def make_annotator(flags: JobFlags, checkpoint: "Checkpoint") -> Annotator:
+    """The model of a job with its weights, ready for requests."""
+    return flags.annotator(checkpoint, flags.load(checkpoint), flags.load_codec(checkpoint), flags.rows, flags.tasks)
 
 
 # Rows

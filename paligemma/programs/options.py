@@ -8,20 +8,23 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from paligemma import files, machine
 from paligemma.errors import ImageError, UsageError
 from paligemma.pictures.names import is_address
-from paligemma.programs.commandline import command, note
-from paligemma.tasks import check_language
+from paligemma.programs.commandline import command, print_notes
+from paligemma.tasks import ANSWER_TOKENS, Annotator, check_language
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from paligemma.generation import Sampling
     from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
     from paligemma.objects.drawing import Style
+    from paligemma.objects.mask_codec import MaskCodec
     from paligemma.opened import Checkpoint
 
 STDIN_BYTES = 64 << 20  # a picture piped in is read up to here
@@ -140,16 +143,16 @@ class PictureFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResultFlags:
-    """What is asked and how answers are read.
+class AnswerFlags:
+    """What is asked, and how answers are read.
 
     Args:
         language: of captions and answers: en, fr, zh
-        grammar: hold detect and segment to valid objects with the labels asked for
+        grammar: with detect and segment, generate only valid objects with the given labels
         min_score: leave out objects with a lower score, 0 to 1
-        denominator: what a location is divided by: 1023 as the official code does, or 1024
-        mask_codec: vae-oid.npz, which decodes the masks of segment; looked for in the model's folder if not given
-        max_tokens_to_generate: the longest answer; if not given, what the task may need
+        denominator: divide locations by 1023, as the official code does, or by 1024
+        mask_codec: vae-oid.npz, which decodes the masks of segment; by default the one in the model's folder
+        max_tokens_to_generate: the most tokens of an answer; by default what the task may need
     """
 
     language: str = "en"
@@ -169,6 +172,82 @@ class ResultFlags:
             ("max_tokens_to_generate", longest is None or longest >= 1, "a whole number from 1 up"),
         )
         check_language(self.language)
+
+    def max_new_tokens(self, tasks: Iterable[str]) -> int:
+        """The most tokens of an answer to any of these tasks."""
+        return self.max_tokens_to_generate or max(ANSWER_TOKENS[task] for task in tasks)
+
+    def load_codec(self, checkpoint: "Checkpoint") -> "MaskCodec | None":
+        """The decoder of masks, or None if there is none in the model's folder. Raises: CheckpointError."""
+        from paligemma.objects.mask_codec import find_codec, load_codec
+
+        file = find_codec(checkpoint.base, self.mask_codec)
+        return None if file is None else load_codec(file)
+
+    def annotator(
+        self, checkpoint: "Checkpoint", model: "PaliGemmaForConditionalGeneration", codec: "MaskCodec | None", rows: int,
+        tasks: Iterable[str], sampling: "Sampling | None" = None,
+    ) -> Annotator:  # fmt: skip
+        """The Annotator that answers requests about these tasks, `rows` of them at a time."""
+        return Annotator(
+            model,
+            checkpoint.processor,
+            codec=codec,
+            rows=rows,
+            max_new_tokens=self.max_new_tokens(tasks),
+            uses_grammar=self.grammar,
+            min_score=self.min_score,
+            kind=checkpoint.kind,
+            language=self.language,
+            denominator=self.denominator,
+            sampling=sampling,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags:
+    """How tokens are chosen.
+
+    Args:
+        do_sample: draw each token at random; by default the most likely token is taken
+        temperature: with --do_sample: lower is more predictable, higher more varied; 0 is greedy
+        top_p: with --do_sample: draw from the fewest tokens whose probabilities sum to at least this
+        top_k: with --do_sample: draw from this many of the most likely tokens
+        seed: of the random numbers; the same seed gives the same answer
+    """
+
+    do_sample: bool = False
+    temperature: float = 0.8
+    top_p: float = 0.9
+    top_k: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self):
+        require(
+            self,
+            ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "a number from 0 (greedy) up"),
+            ("top_p", 0 < self.top_p <= 1, "a number above 0 and up to 1"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "a whole number from 1 up"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
+        )
+
+    def sampling(self) -> "Sampling":
+        """The flags as generation.py takes them. A seed that is needed and not given is drawn, so that --json can print it."""
+        from paligemma.generation import Sampling
+
+        if not self.do_sample:
+            return Sampling(seed=self.seed)
+        import secrets
+
+        seed = secrets.randbelow(2**31) if self.seed is None else self.seed
+        return Sampling(self.temperature, self.top_p, self.top_k, seed)
+
+    def note_unused(self) -> None:
+        """Notes flags that change nothing, because decoding is greedy."""
+        names = ("temperature", "top_p", "top_k", "seed")
+        changed = [f"--{name}" for name in names if getattr(self, name) != getattr(SamplingFlags, name)]
+        if changed and not self.do_sample:
+            print_notes(f"{', '.join(changed)} without --do_sample changes nothing.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,10 +319,11 @@ def find_picture(name: str) -> str | bytes:
 
 def read_picture(name: str, flags: PictureFlags) -> "Image.Image":
     """The picture of that name, upright and RGB; what was converted or chosen becomes notes. Raises: ImageError, AccessError."""
+    from paligemma.pictures.folders import one_picture
     from paligemma.pictures.images import load_image
 
     notes: list[str] = []
-    picture = load_image(find_picture(name), notes=notes, **picture_options(flags))
-    for text in notes:
-        note(f"note: {text}")
+    with one_picture(name):
+        picture = load_image(find_picture(name), notes=notes, **picture_options(flags))
+    print_notes(*notes)
     return picture

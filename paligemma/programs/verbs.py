@@ -1,37 +1,57 @@
-"""`inference.py detect street.jpg car person --save out.png`: what the words mean, which flags go with them, and their help.
+"""Verbs: `inference.py detect street.jpg car person --save out.png`. What the words mean, which flags a verb takes, and the run.
 
-A verb is a task of tasks.py. The words behind it that look like pictures are pictures, the rest is the question, or names of
-objects. Reading order: HELP, read_words and check_flags (all of which comes before torch is imported), Desk (what is done with
-the results). Checked in tests/test_inference.py.
+A verb is a task of tasks.py. Of the words after it, those that look like pictures are pictures; the rest is the question, or the
+names of objects. Reading order: HELP, parse_words and VerbFlags (both run before torch is imported), run.
+Checked in tests/test_inference.py.
 """
 
-import json
 import os
-import re
-import sys
-from collections.abc import Iterable
+import time
+from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from paligemma import files
-from paligemma.errors import PaliGemmaError, UsageError
-from paligemma.pictures.names import file_of, is_address, looks_like_picture, split_pictures
-from paligemma.programs import commandline
-from paligemma.programs.commandline import PROGRAMS, command, note, suggestion
-from paligemma.tasks import OBJECT_TASKS, REQUIRED_TEXT, TASKS, Result, check_task, split_objects
+from paligemma.errors import ImageError, PaliGemmaError, UsageError, counted
+from paligemma.pictures import folders
+from paligemma.pictures.folders import Loaded
+from paligemma.pictures.names import is_address, looks_like_picture, split_pictures
+from paligemma.programs.commandline import PROGRAMS, Words, as_utf8, command, note, print_notes, suggestion
+from paligemma.programs.options import (
+    AnswerFlags,
+    DrawingFlags,
+    ModelFlags,
+    PictureFlags,
+    SamplingFlags,
+    find_picture,
+    picture_options,
+    read_picture,
+)
+from paligemma.programs.results import OutputFlags, Query, ResultWriter, save_explanation
+from paligemma.tasks import (
+    OBJECT_TASKS,
+    REQUIRED_TEXT,
+    TASKS,
+    Request,
+    check_task,
+    checkpoint_kind,
+    in_order,
+    prompt,
+    split_objects,
+    task_warning,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from paligemma.objects.drawing import Style
+    from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
+    from paligemma.opened import Checkpoint
 
-DRAWABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
-LINE_END = re.compile("[\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # and what separates columns
-EXPORTABLE = {".json": "coco", ".xml": "voc", ".txt": "yolo", ".csv": "csv"}
-# Which verbs a flag means something to; flags that are not here go with each of them, or with none (CLASSIC).
-FITS = {
+ROWS = 4  # requests that are answered at the same time
+VERBS_OF_FLAG = {  # the verbs that take a flag; a flag that is not listed here works with every verb
     "save": OBJECT_TASKS,
     "line_width": OBJECT_TASKS,
     "no_labels": OBJECT_TASKS,
@@ -44,10 +64,10 @@ FITS = {
     "mask_codec": ("segment",),
     "language": ("caption", "ask"),
 }
-CLASSIC = ("prompt", "image_file_path", "stream", "truncate_prompt")
+WITHOUT_VERB = ("prompt", "image_file_path", "stream", "truncate_prompt")  # flags that no verb takes
 
 HELP = {
-    "caption": """Says in a sentence what a picture shows.
+    "caption": """Describes a picture in a sentence.
 
   python inference.py caption cat.jpg
   python inference.py caption cat.jpg --language fr
@@ -65,10 +85,10 @@ HELP = {
   python inference.py detect street.jpg "traffic light ; person" --save boxes.png
   python inference.py detect street.jpg car --min_score 0.3 --json
   python inference.py detect photos/*.jpg car --export cars.json       COCO; .xml Pascal VOC, .txt YOLO, .csv a table
-  python inference.py detect street.jpg car --grammar                  only whole boxes with the label asked for
+  python inference.py detect street.jpg car --grammar                  only valid boxes with one of the labels
 
-On a terminal it prints a table; elsewhere a line for each object, separated by tabs: label, score, x_min, y_min, x_max, y_max
-in pixels of the picture as it is. A score is the probability of the box by the model's own account.
+On a terminal it prints a table. Elsewhere it prints a line for each object, separated by tabs: label, score, x_min, y_min,
+x_max, y_max, in pixels of the original picture. The score is the probability that the model gives to the tokens of the box.
 """,
     "segment": """Finds objects and their outlines.
 
@@ -76,13 +96,13 @@ in pixels of the picture as it is. A score is the probability of the box by the 
   python inference.py segment cat.jpg "cat ; table" --json              masks as COCO run lengths and as polygons
   python inference.py segment cat.jpg cat --mask_codec vae-oid.npz
 
-It prints what detect prints. Masks need vae-oid.npz in the model's folder, or where --mask_codec says.
+It prints the same lines as detect. To decode masks it needs vae-oid.npz, in the model's folder or named by --mask_codec.
 """,
     "ocr": """Reads the text in a picture.
 
   python inference.py ocr receipt.jpg
 """,
-    "count": """Counts things.
+    "count": """Counts objects.
 
   python inference.py count street.jpg cars
   python inference.py count street.jpg "red cars ; people" --json
@@ -90,76 +110,17 @@ It prints what detect prints. Masks need vae-oid.npz in the model's folder, or w
 }
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the words ask for: each of the texts about each of the pictures.
 
-    Args:
-        task: the verb.
-        pictures: names.
-        texts: questions, or objects with " ; " between them; one empty text where the task needs none.
-        notes: which words could have been taken for something else.
-    """
-
-    task: str
-    pictures: tuple[str, ...]
-    texts: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def is_single(self) -> bool:
-        return len(self.pictures) == len(self.texts) == 1
+# The words
 
 
-def read_words(words: tuple[str, ...]) -> Job:
-    """The words behind the program's name, understood. Raises: UsageError."""
-    task, *rest = words
-    if task not in TASKS:
-        close = suggestion(task, [*TASKS, *PROGRAMS], dashes="")
-        for program in PROGRAMS:
-            close = close.replace(f" {program}?", f" {command(program)}?")
-        if not close and looks_like_picture(task):
-            close = f" Write one before the picture: {command()} caption {task}."
-        raise UsageError(
-            f"{task!r} belongs to no flag and is no verb.{close} Verbs are {', '.join(TASKS)}; put text with spaces in quotes."
-        )
-    rule = f"{command()} {task} PICTURE{' TEXT' if task in REQUIRED_TEXT else ''}"
-    if not rest:
-        raise UsageError(f"{task} needs a picture: {rule}.")
-    if not looks_like_picture(rest[0]):
-        raise UsageError(f"{task} needs a picture first, and {rest[0]!r} is none that is there: {rule}.")
-    count = next((i for i, word in enumerate(rest) if i and not is_further_picture(word, task)), len(rest))
-    # A file named "cat" must not be taken for a second picture where a text is needed.
-    if count == len(rest) > 1 and task in REQUIRED_TEXT and is_bare(rest[-1]):
-        count -= 1
-    pictures = [name for word in rest[:count] for name in split_pictures(word)]
-    if pictures.count("-") > 1:
-        raise UsageError("- stands twice, but stdin can be read only once. Give it once.")
-    said = rest[count:]
-    notes = [
-        f"{word!r} is taken for {REQUIRED_TEXT[task]}, not for the file of that name."
-        for word in said
-        if task in REQUIRED_TEXT and is_bare(word) and os.path.isfile(files.expand(word))
-    ]
-    text = " ; ".join(split_objects(" ; ".join(said))) if task in OBJECT_TASKS else " ".join(said)
-    if task in REQUIRED_TEXT and not text.replace(";", "").strip():
-        listed = ", ".join(map(repr, pictures))
-        taken = f"{listed} is taken for a picture" if len(pictures) == 1 else f"{listed} are taken for pictures"
-        raise UsageError(f"{task} needs {REQUIRED_TEXT[task]}, and {taken}. Put it after the picture: {rule}.")
-    check_task(task, text)
-    return Job(task, tuple(pictures), tuple(split_objects(text)) if task == "count" else (text,), tuple(notes))
-
-
-def is_further_picture(word: str, task: str) -> bool:
-    """Whether a word after the first picture is one, too. The name of a folder may be what is looked for, and so may that of
-    any file without an ending, unless a picture is in it."""
-    if not looks_like_picture(word) or os.path.isdir(files.expand(word)):
-        return False
-    return task not in REQUIRED_TEXT or not is_bare(word) or holds_picture(word)
+def is_bare(word: str) -> bool:
+    """Whether the name of a file could as well be a text: it has neither a folder nor a suffix, as in "cat"."""
+    return word != "-" and not is_address(word) and not set("/,.") & set(word)
 
 
 def holds_picture(file: str) -> bool:
-    """Whether a file begins like a picture."""
+    """Whether the first bytes of a file are those of a picture."""
     from paligemma.pictures.decoding import sniff
 
     with suppress(PaliGemmaError, OSError):
@@ -169,198 +130,194 @@ def holds_picture(file: str) -> bool:
     return False
 
 
-def is_bare(word: str) -> bool:
-    """Whether a word that is a file's name could as well be a text: it has no folder and no ending in it."""
-    return word != "-" and not is_address(word) and not set("/,.") & set(word)
+def is_further_picture(word: str, task: str) -> bool:
+    """Whether a word after the first picture is another picture.
+
+    The name of a folder, or of a file without a suffix, is taken for a text, unless the file holds a picture.
+    """
+    if not looks_like_picture(word) or os.path.isdir(files.expand(word)):
+        return False
+    return task not in REQUIRED_TEXT or not is_bare(word) or holds_picture(word)
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """The files that a job writes.
+def unknown_verb(word: str) -> UsageError:
+    """The error for a first word that is no verb."""
+    hint = suggestion(word, [*TASKS, *PROGRAMS], dashes="")
+    for program in PROGRAMS:
+        hint = hint.replace(f" {program}?", f" {command(program)}?")
+    if not hint and looks_like_picture(word):
+        hint = f" Write a verb before the picture: {command()} caption {word}."
+    return UsageError(f"{word!r} is not a verb.{hint} Verbs are {', '.join(TASKS)}; put text with spaces in quotes.")
+
+
+def parse_words(words: tuple[str, ...]) -> Query:
+    """What the words of the command line ask. Raises: UsageError."""
+    task, *rest = words
+    if task not in TASKS:
+        raise unknown_verb(task)
+    usage = f"{command()} {task} PICTURE{' TEXT' if task in REQUIRED_TEXT else ''}"
+    if not rest:
+        raise UsageError(f"{task} needs a picture: {usage}.")
+    if not looks_like_picture(rest[0]):
+        raise UsageError(f"{task} needs a picture first, and {rest[0]!r} is not an existing picture: {usage}.")
+    count = next((i for i, word in enumerate(rest) if i and not is_further_picture(word, task)), len(rest))
+    # A file named "cat" must not be taken for a second picture where a text is needed.
+    if count == len(rest) > 1 and task in REQUIRED_TEXT and is_bare(rest[-1]):
+        count -= 1
+    pictures = [name for word in rest[:count] for name in split_pictures(word)]
+    if pictures.count("-") > 1:
+        raise UsageError("- is given twice, but stdin can be read only once. Give it once.")
+    text_words = rest[count:]
+    notes = [
+        f"{word!r} is taken for {REQUIRED_TEXT[task]}, not for the file of that name."
+        for word in text_words
+        if task in REQUIRED_TEXT and is_bare(word) and os.path.isfile(files.expand(word))
+    ]
+    text = " ; ".join(split_objects(" ; ".join(text_words))) if task in OBJECT_TASKS else " ".join(text_words)
+    if task in REQUIRED_TEXT and not text.replace(";", "").strip():
+        listed = ", ".join(map(repr, pictures))
+        taken = f"{listed} is taken for a picture" if len(pictures) == 1 else f"{listed} are taken for pictures"
+        raise UsageError(f"{task} needs {REQUIRED_TEXT[task]}, and {taken}. Put it after the picture: {usage}.")
+    check_task(task, text)
+    return Query(task, tuple(pictures), tuple(split_objects(text)) if task == "count" else (text,), tuple(notes))
+
+
+# The flags
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerbFlags(ModelFlags, PictureFlags, AnswerFlags, SamplingFlags, OutputFlags, DrawingFlags):
+    """What a verb is told.
 
     Args:
-        save: a drawing of each picture.
-        explain: a drawing of each answer.
-        export: one file, or one for each picture and what goes with them.
+        words: the verb, the pictures, the text
     """
 
-    save: tuple[str, ...] = ()
-    explain: tuple[str, ...] = ()
-    export: tuple[str, ...] = ()
+    words: Words = ()
+
+    check_words = staticmethod(parse_words)
+
+    def __post_init__(self):
+        for group in (ModelFlags, PictureFlags, AnswerFlags, SamplingFlags, OutputFlags, DrawingFlags):
+            group.__post_init__(self)
+        given = {each.name for each in fields(self) if getattr(self, each.name) != each.default}
+        if self.words:
+            self.check_verb(self.words[0], given)
+            self.check_drawing("save")
+        elif early := [name for name in VERBS_OF_FLAG if name in given]:
+            name, verb = early[0], VERBS_OF_FLAG[early[0]][0]
+            raise UsageError(f"--{name} goes with a verb. Write {command()} {verb} PICTURE ... --{name} ...")
+
+    def check_verb(self, verb: str, given: set[str]) -> None:
+        """Raises: UsageError if one of the given flags does not go with the verb."""
+        for name in WITHOUT_VERB:
+            if name in given:
+                raise UsageError(f"--{name} and the verb {verb} exclude each other. Drop one.")
+        for name, verbs in VERBS_OF_FLAG.items():
+            if name in given and verb not in verbs:
+                raise UsageError(f"--{name} means nothing to {verb}. It goes with {' and '.join(verbs)}.")
+
+    @cached_property
+    def query(self) -> Query:
+        """What the words ask. Raises: UsageError, PromptError."""
+        return parse_words(tuple(map(as_utf8, self.words)))
+
+    def open(self) -> "Checkpoint":
+        """As ModelFlags.open; also checks that no output would overwrite a file of the model."""
+        checkpoint = super().open()
+        self.check_files(self.query, checkpoint.files)
+        return checkpoint
+
+    def load(self, checkpoint: "Checkpoint") -> "PaliGemmaForConditionalGeneration":
+        """As ModelFlags.load; --verbose prints how long it took."""
+        import torch
+
+        start = time.perf_counter()
+        model = super().load(checkpoint)
+        if self.verbose:
+            spent = time.perf_counter() - start
+            note(f"loaded {checkpoint.name} in {spent:.2f} s: {model.dtype}, {model.device}, threads: {torch.get_num_threads()}")
+        return model
 
 
-def save_names(file: str, count: int) -> tuple[str, ...]:
-    """Where the drawings go: the file itself, or, of several pictures, out-1.png, out-2.png and so on."""
-    file = str(files.expand(file))
-    if count == 1:
-        return (file,)
-    stem, suffix = os.path.splitext(file)
-    return tuple(f"{stem}-{i + 1}{suffix}" for i in range(count))
+# The run
 
 
-def outputs(job: Job, save: str | None, export: str | None, explain: str | None) -> Outputs:
-    """What the flags of those names mean to a job. Raises: UsageError for a name with another ending."""
-    for name, file, endings in (("save", save, DRAWABLE), ("export", export, EXPORTABLE), ("explain", explain, DRAWABLE)):
-        if file is not None and os.path.splitext(file)[1].lower() not in endings:  # ".png" is a name without an ending
-            raise UsageError(f"--{name} is {file!r}, but a name that ends in {', '.join(endings)} is needed.")
-    exported: list[Path] = []
-    if export is not None:
-        from paligemma.objects.exports import files_of
-
-        kind = EXPORTABLE[os.path.splitext(export)[1].lower()]
-        exported = files_of(kind, files.expand(export), dict.fromkeys(job.pictures))
-    return Outputs(
-        save_names(save, len(job.pictures)) if save is not None else (),
-        save_names(explain, len(job.pictures) * len(job.texts)) if explain is not None else (),
-        tuple(map(str, exported)),
-    )
+def print_query(flags: VerbFlags, query: Query) -> None:
+    """Notes on how the words were understood, and on whether the checkpoint knows the task."""
+    print_notes(*query.notes)
+    if flags.verbose:
+        pictures = f"{counted(len(query.pictures), 'picture')} {', '.join(query.pictures)}"
+        print_notes(f"{query.task} {' ; '.join(query.texts)} in the {pictures}")
+    if warning := task_warning(query.task, checkpoint_kind(flags.model_path or "")):
+        print_notes(warning)
 
 
-def check_outputs(job: Job, written: Outputs, others: Iterable[tuple[str, str | Path]] = ()) -> None:
-    """Makes sure that no file that a job writes is another one, or one that it reads.
+def plain_prompt(flags: VerbFlags, query: Query) -> str | None:
+    """The prompt, if there is one answer and it is only text, so that it can be streamed; else None."""
+    if query.num_results > 1 or query.task not in ("caption", "ask", "ocr") or flags.json:
+        return None
+    return prompt(query.task, query.texts[0], checkpoint_kind(flags.model_path or ""), flags.language)
 
-    Args:
-        others: what else it reads: what it is ("the mask codec"), and its path.
-    Raises: UsageError; OutputError for a file that could not be written later.
+
+def load_picture(name: str, flags: VerbFlags, side: int) -> Loaded:
+    """The picture resized to the model's input, so that many can wait in memory; or the error."""
+    try:
+        source = find_picture(name)
+    except ImageError as error:
+        return Loaded(error)
+    loaded = folders.load(source, side, keeps_original=bool(flags.save or flags.explain), **picture_options(flags))
+    print_notes(*loaded.notes)
+    return loaded
+
+
+def first_picture(name: str, flags: VerbFlags) -> Loaded:
+    """The first picture, read before the model is loaded: what is wrong with it is reported without delay. Raises: UsageError."""
+    try:
+        picture: Image.Image | PaliGemmaError = read_picture(name, flags)
+    except UsageError:
+        raise
+    except PaliGemmaError as error:
+        picture = error
+    return Loaded(picture, original=lambda: picture)
+
+
+def run(flags: VerbFlags, query: Query) -> None:
+    """Answers the query and writes the results. A picture that cannot be read does not stop the others.
+
+    Raises: PaliGemmaError; that of a result, if it is the only one, else one with exit code 8 after the last result.
     """
-    single = [("--save", file) for file in written.save] + [("--explain", file) for file in written.explain]
-    exported = [("--export", Path(file)) for file in written.export]
-    read = [("the picture", file) for file in map(file_of, job.pictures) if file is not None]
-    read += [(what, files.expand(file)) for what, file in others]
-    if len(exported) == 1:
-        single += exported
-        exported = []
-    files.check_outputs([(flag, Path(file)) for flag, file in single], read, exported)
-    for flag, names in (("save", written.save), ("explain", written.explain)):
-        for file in names if len(names) > 1 else ():
-            check_derived(flag, file)
+    first = first_picture(query.pictures[0], flags)
+    if query.num_results == 1 and isinstance(first.picture, PaliGemmaError):
+        raise first.picture
+    checkpoint = flags.open()
+    codec = flags.load_codec(checkpoint) if query.task == "segment" else None
+    if query.task == "segment" and codec is None:
+        print_notes("boxes only, because vae-oid.npz, which decodes masks, is not in the model's folder; see --mask_codec.")
+    sampling = flags.sampling()
+    rows = min(ROWS, query.num_results)
+    annotator = flags.annotator(checkpoint, flags.load(checkpoint), codec, rows, [query.task], sampling)
+    writer = ResultWriter(query, flags, flags.style, {"model": checkpoint.name, "seed": sampling.seed})
+    waiting: deque[Loaded] = deque()  # the pictures of the requests that have no result yet
 
+    def requests() -> Iterator[Request]:
+        for i, name in enumerate(query.pictures):
+            loaded = load_picture(name, flags, checkpoint.processor.image_size) if i else first
+            for text in query.texts:
+                waiting.append(loaded)
+                yield Request(picture=loaded.picture, task=query.task, text=text, image=name, size=loaded.size)
 
-def check_derived(flag: str, file: str) -> None:
-    """Raises: UsageError for a name that was made of another and is there already, unless a drawing of this program has it."""
-    if os.path.lexists(file) and not file.lower().endswith(".bmp"):  # which has no room for a mark
-        from paligemma.objects.drawing import read_mark
-
-        if read_mark(file) is None:
-            raise UsageError(f"--{flag} would overwrite {file}, which is no drawing of this program. Give another name.")
-
-
-def check_flags(job: Job, given: set[str]) -> None:
-    """Raises: UsageError for a flag that means nothing to the verb."""
-    for name in CLASSIC:
-        if name in given:
-            raise UsageError(f"--{name} and the verb {job.task} exclude each other. Drop one.")
-    for name, verbs in FITS.items():
-        if name in given and job.task not in verbs:
-            raise UsageError(f"--{name} means nothing to {job.task}. It goes with {' and '.join(verbs)}.")
-
-
-# Results
-
-
-class ResultWishes(Protocol):
-    """The flags that say where results go."""
-
-    json: bool
-    style: "Style"
-    save: str | None
-    export: str | None
-
-
-def is_fancy() -> bool:
-    """Whether stdout is a terminal that shows bars."""
-    return sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf")
-
-
-def has_colors() -> bool:
-    """Whether that terminal wants colours (no-color.org)."""
-    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-def with_polygons(result: Result) -> dict:
-    """The result's JSON, with each mask as polygons, too: x, y, x, y, ... in pixels."""
-    row = result.to_json()
-    masks = [found.mask for found in result.parsed.objects] if result.parsed else []
-    if any(mask is not None for mask in masks):
-        from paligemma.objects.masks import to_polygons
-
-        for found, mask in zip(row["objects"], masks, strict=True):
-            if mask is not None:
-                found["polygons"] = to_polygons(mask)
-    return row
-
-
-class Desk:
-    """Puts results where the flags want them: on stdout, into drawings, into a file of annotations.
-
-    Args:
-        job: what was asked.
-        flags: where results go.
-        extra: goes into each JSON object.
-    """
-
-    def __init__(self, job: Job, flags: ResultWishes, extra: dict):
-        self.job = job
-        self.flags = flags
-        self.extra = extra
-        self.rows: list[dict] = []
-        self.drawings = iter(save_names(flags.save, len(job.pictures)) if flags.save else ())
-        self.num_failed = 0
-
-    def take(self, result: Result, picture: "Image.Image | None", more: dict | None = None) -> None:
-        """Deals with one result; `picture` is what is drawn on, `more` goes into its JSON. Raises: the error of the only one."""
-        drawing = next(self.drawings, None)
-        if result.error is not None:
-            if self.job.is_single:
-                raise result.error
-            self.num_failed += 1
-            note(f"error: {result.error.message}")
-        if self.flags.json:
-            commandline.write(json.dumps(with_polygons(result) | self.extra | (more or {})) + "\n")
-        elif result.error is None:
-            self.say(result)
-        if result.error is not None:
-            return
-        if self.flags.export:
-            self.rows.append(result.to_json())
-        if drawing is not None:
-            from paligemma.objects.drawing import draw, save
-
-            notes: list[str] = []
-            save(draw(picture, result.parsed.objects, self.flags.style, notes), drawing)
-            for text in (*notes, f"the drawing is in {drawing}."):
-                note(f"note: {text}")
-
-    def say(self, result: Result) -> None:
-        """Text for people, or a line for each thing found for programs, behind what tells the results apart."""
-        several = [self.job.pictures, self.job.texts]
-        parts = zip((result.image, result.asked), several, strict=True)
-        head = [LINE_END.sub(" ", name) for name, values in parts if len(values) > 1]
-        if result.parsed is None or self.job.task not in OBJECT_TASKS:
-            said = result.text if result.count is None else str(result.count)
-            commandline.write("\t".join([*head, " ".join(said.split()) if head else said]) + "\n")
-            return
-        if result.parsed.status == "nothing":
-            note(f"note: nothing found in {result.image}.")
-        elif result.parsed.status == "unparsable":
-            note(f"note: the answer about {result.image} holds no box: {result.text!r}.")
-        from paligemma.objects.tables import listing, table
-
-        if is_fancy():
-            title = f"{commandline.printable(result.image)}\n" if head else ""
-            commandline.put(title + table(result.parsed.objects, result.width, result.height, has_colors()))
-        else:
-            lines = listing(result.parsed.objects, result.width, result.height).splitlines(keepends=True)
-            commandline.write("".join("\t".join([*head, line]) for line in lines))
-
-    def close(self) -> None:
-        """What is left to do after the last result. Raises: OutputError; PaliGemmaError with code 8 when results failed."""
-        if self.flags.export:
-            from paligemma.objects.exports import export
-
-            kind = EXPORTABLE[os.path.splitext(self.flags.export)[1].lower()]
-            written = export(self.rows, kind, files.expand(self.flags.export), self.job.pictures)
-            note(f"note: {kind} is in {', '.join(map(str, written[:3]))}{' and so on' if len(written) > 3 else ''}.")
-        if self.num_failed:
-            count = len(self.job.pictures) * len(self.job.texts)
-            raise PaliGemmaError(f"{self.num_failed} of {count} answers failed; the others are there.", code=8)
+    explanations = iter(flags.explanations(query))
+    for result in in_order(annotator.run(requests()), query.num_results):
+        loaded, more, picture = waiting.popleft(), {}, None
+        explanation = next(explanations, None)
+        if result.error is None and (flags.save or flags.explain):
+            try:
+                picture = loaded.original()
+            except PaliGemmaError as error:
+                result = replace(result, error=error)
+        if explanation is not None and result.error is None:
+            inputs = checkpoint.processor(picture, result.prompt, notes=[])
+            more = save_explanation(annotator.model, checkpoint.processor, inputs, picture, result.token_ids, explanation)
+        writer.write(result, picture, more)
+    writer.close()
