@@ -20,6 +20,7 @@ E width of one head, V vocabulary size.
 
 import functools
 import logging
+import threading
 from collections.abc import Callable
 
 import torch
@@ -35,6 +36,8 @@ WARM_UP = 3  # normal steps before recording: libraries initialise in them, and 
 COMPILE_AFTER = 20_000  # steps of one shape. They take about as long as compiling may take, so the total time at most doubles
 COMPILED_SHAPES = 256  # torch refuses to compile more shapes than its recompile_limit, which is raised to this number
 CAPPED_TOKENS = 1024  # tokens of 448 px. For shorter prompts the full score matrix is small: plain attention, nothing to compile
+
+RECORDING = threading.Lock()  # torch records every graph on the same stream of the process: one thread at a time
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +129,8 @@ class Step:
     def record(self) -> None:
         """Records the step; if that fails, steps continue without a graph."""
         try:
-            self.replay, self.logits = record(self.work, self.pool)
+            with RECORDING:
+                self.replay, self.logits = record(self.work, self.pool)
         except RuntimeError as error:
             warn_once(f"decoding is not recorded as a CUDA graph: {str(error).strip().splitlines()[0]}")
             self.can_record = False

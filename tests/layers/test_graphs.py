@@ -7,6 +7,9 @@ torch.compile(fullgraph=True) refuses it, and a model on the meta device has no 
 
 import math
 import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -466,3 +469,23 @@ def test_one_picture_of_many_tokens_makes_no_scores_of_all_by_all(family, monkey
         model.prefill(cache, ids, token_type_ids=torch.zeros_like(ids))
     assert tokens * 64 <= largest.size <= max(tokens * 64, 8 * heads * tokens)  # queries, or the scores of a block
     assert largest.size < tokens * tokens
+
+
+# Threads
+
+
+def test_threads_record_one_after_the_other_and_get_the_answers_of_one(recorder, monkeypatch):
+    model, batch, inside, together = recorded(), make_batch(ROWS, "right"), threading.Semaphore(1), []
+    tokens = script(3, 8)
+
+    def record(work, pool):
+        together.append(not inside.acquire(blocking=False))
+        time.sleep(0.01)
+        inside.release()
+        return recorder.record(work, pool)
+
+    monkeypatch.setattr(graphs, "record", record)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: answer(model, batch, tokens)[0], range(4)))
+    assert together == [False] * len(together) and len(together) >= 4
+    assert all(logits.equal(answer(model, batch, tokens)[0]) for logits in answers)
