@@ -1,8 +1,10 @@
-"""Every shape comment of the modeling files and of generation.py is true, and every line that bears one is run here.
+"""Every shape comment of the modeling files and of generation.py is true, and every line that has one is run here.
 
 A comment such as `# [B, N, L, E]` or `# [..., E/2], [..., E/2]` at the end of a line claims the shapes of what the line
 assigns or returns. Tiny models run in which every letter of a file stands for another number, under a tracer that compares each
-claim when its statement is done. Letters are those of the file's header; in modeling_siglip.py they mean the tower's numbers.
+claim when its statement is done. In modeling_siglip.py the letters have the numbers of the vision tower.
+
+A letter means the same in every file: LEGEND is the table in docs/reading.md, and the header of each file agrees with it.
 """
 
 import ast
@@ -27,6 +29,15 @@ from tests.tiny import fill
 ROOT = Path(__file__).parent.parent
 SIGLIP, GEMMA, PALIGEMMA, GENERATION = "modeling_siglip.py", "modeling_gemma.py", "modeling_paligemma.py", "generation.py"
 BRACKETS = re.compile(r"#\s*(\[[^][]*\](?:\s*,\s*\[[^][]*\])*)\s*$")
+
+
+# What each letter stands for in every file: a word or two that must be among those of its header.
+LEGEND = {
+    "B": "rows", "I": "images", "C": "channels", "H": "pixels", "W": "pixels", "P": "patches", "L": "tokens", "S": "slots|keys",
+    "D": "width|model", "F": "MLP", "N": "query heads", "K": "key/value heads", "E": "width of one head", "V": "vocabulary",
+    "M": "masks", "O": "outputs", "X": "inputs", "G": "groups", "R": "rank", "A": "candidates", "Q": "bins",
+    "T": "tokens of the answer", "U": "words of the answer", "J": "texts", "Z": "width of a code",
+}  # fmt: skip
 
 
 # The checker
@@ -274,6 +285,62 @@ def test_every_letter_is_explained_in_the_header(name):
     legend = header[header.index("Shapes") :]
     letters = {letter for claim in read_claims(ROOT / name) for letter in letters_in(claim)}
     assert {letter for letter in letters if not re.search(rf"\b{letter}\b", legend)} == set()
+
+
+# One legend
+
+
+def headers() -> dict[str, str]:
+    """The `Shapes:` paragraph of each file that has one, up to the end of its first sentence or to an empty line."""
+    files = [path for folder in ("paligemma", "demo", "notes", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    found = {}
+    for path in files:
+        header = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        if start := re.search(r"(?:^|\. )Shapes: ", header, re.MULTILINE):
+            text = re.split(r"\.(?:\s|$)|\n\n", header[start.end() :])[0]
+            found[str(path.relative_to(ROOT))] = " ".join(text.split())
+    return found
+
+
+NOT_YET = {"paligemma/layers/quantization.py", "paligemma/layers/lora.py", "paligemma/objects/mask_codec.py"}
+
+
+def meanings(text: str) -> list[tuple[str, str]]:
+    """("H", "pixels"), ... of "C channels, H W pixels"."""
+    clauses = re.findall(r"(?:^|[ ,(])((?:[A-Z] )+)([^,]+)", text)
+    return [(letter, meaning) for letters, meaning in clauses for letter in letters.split()]
+
+
+def test_a_letter_means_the_same_in_every_file():
+    wrong = [
+        f"{name}: {letter} {meaning}"
+        for name, text in headers().items()
+        for letter, meaning in meanings(text)
+        if name not in NOT_YET and not re.search(LEGEND.get(letter, "no such letter"), meaning)
+    ]
+    assert len(headers()) > 10 and wrong == []
+
+
+def test_the_legend_is_the_table_that_people_read():
+    page = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8").split("## Shape letters")[1].split("\n##")[0]
+    cells = [cell.strip() for row in page.splitlines() if row.startswith("| ") for cell in row.strip("|").split("|")]
+    pairs = [(letter, meaning) for letters, meaning in zip(cells[::2], cells[1::2], strict=True) if letters not in ("", "letter")
+             for letter in letters.split(", ")]  # fmt: skip
+    assert sorted(letter for letter, _ in pairs) == sorted(LEGEND)
+    assert [(letter, meaning) for letter, meaning in pairs if not re.search(LEGEND[letter], meaning)] == []
+
+
+def test_shape_comments_use_no_other_letter_and_the_header_explains_it():
+    unknown = []
+    for folder in ("paligemma", "demo", "notes", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            name, source = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
+            known = dict(meanings(headers().get(name, ""))) if folder == "paligemma" else LEGEND
+            for line, text in enumerate(source.splitlines(), start=1):
+                shapes = re.search(r"  # (\[[A-Z0-9.][^\]]*\](?:, \[[^\]]*\])*)", text)
+                letters = set(re.findall("[A-Z]", shapes[1])) if shapes else set()
+                unknown += [f"{name}:{line}: {letter}" for letter in letters if letter not in known and name not in NOT_YET]
+    assert unknown == []
 
 
 def check_source(tmp_path, body, letters, call=True):
