@@ -33,9 +33,9 @@ BRACKETS = re.compile(r"#\s*(\[[^][]*\](?:\s*,\s*\[[^][]*\])*)\s*$")
 
 # What each letter stands for in every file: a word or two that must be among those of its header.
 LEGEND = {
-    "B": "rows|texts", "I": "images", "C": "channels", "H": "pixels", "W": "pixels", "P": "patches", "L": "tokens", "S": "slots|keys",
-    "D": "width|model", "F": "MLP", "N": "query heads", "K": "key/value heads", "E": "width of one head", "V": "vocabulary",
-    "M": "masks", "O": "outputs", "X": "inputs", "G": "groups", "R": "rank", "A": "candidates", "Q": "bins",
+    "B": "rows|texts", "I": "images", "C": "channels", "H": "pixels", "W": "pixels", "P": "patches", "L": "tokens",
+    "S": "slots|keys", "D": "width|model", "F": "MLP", "N": "query heads", "K": "key/value heads", "E": "width of one head",
+    "V": "vocabulary", "M": "masks", "O": "outputs", "X": "inputs", "G": "groups", "R": "rank", "A": "candidates", "Q": "bins",
     "T": "tokens of the answer|answer tokens", "U": "words of the answer", "Z": "width of a code",
 }  # fmt: skip
 
