@@ -1,6 +1,6 @@
-"""Draws figures as SVG: text files that stay small, sharp at any size, and equal on every machine.
+"""Draws figures as SVG files: they are small, sharp at any size, and the same on every machine.
 
-Coordinates are pixels from the upper left corner. `Axes` turns numbers into pixels and draws the frame of a plot.
+Coordinates are pixels from the upper left corner. `Axes` converts numbers to pixels and draws the frame of a plot.
 """
 
 import math
@@ -11,12 +11,12 @@ from pathlib import Path
 from paligemma.files import write_atomic
 
 INK, SOFT, FAINT = "#222222", "#777777", "#e3e3e3"
-BLUE, ORANGE, GREEN, PURPLE = "#2f6db3", "#d9781f", "#3c8d53", "#8456a8"  # told apart by people who see no red or green, too
+BLUE, ORANGE, GREEN, PURPLE = "#2f6db3", "#d9781f", "#3c8d53", "#8456a8"  # colour-blind people can distinguish them
 
 
 @dataclass
 class Drawing:
-    """A white sheet and what lies on it, in the order in which it was drawn."""
+    """A white sheet and the parts drawn on it; later parts cover earlier ones."""
 
     width: int
     height: int
@@ -29,7 +29,7 @@ class Drawing:
     def text(
         self, x: float, y: float, words: str, *, anchor: str = "start", size: int = 13, fill: str = INK, turn: int = 0
     ) -> None:
-        """Words whose baseline is at y; `anchor` is start, middle or end, `turn` degrees clockwise."""
+        """Draws words with their baseline at y. `anchor` is start, middle or end; `turn` is in degrees, clockwise."""
         turned = f' transform="rotate({turn} {x:g} {y:g})"' if turn else ""
         style = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}" fill="{fill}"'
         self.parts.append(f"<text {style}{turned}>{escape(words)}</text>")
@@ -43,7 +43,7 @@ class Drawing:
         self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" fill="{color}"/>')
 
     def labels(self, x: float, named: list[tuple[float, str, str]], gap: float = 15) -> None:
-        """Words beside the ends of curves, (y, words, colour) each, moved down where they would overlap."""
+        """Draws the labels (y, words, colour) of curves at their right ends, moved down where they would overlap."""
         free = 0.0
         for y, words, color in sorted(named):
             free = max(y + 4, free)
@@ -51,7 +51,7 @@ class Drawing:
             free += gap
 
     def save(self, path: Path) -> None:
-        """Raises: OutputError."""
+        """Writes the SVG file. Raises: OutputError."""
         head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" width="{self.width}"'
         sheet = f'<rect width="{self.width}" height="{self.height}" fill="white"/>'
         body = "\n".join([f'{head} font-family="Helvetica, Arial, sans-serif">', sheet, *self.parts, "</svg>", ""])
@@ -65,7 +65,7 @@ class Axes:
     Args:
         box: left, top, right, bottom in pixels.
         x, y: the smallest and the largest number on each axis.
-        is_log: for x and for y, whether equal steps are equal factors.
+        is_log: for x and for y, whether the axis is logarithmic.
     """
 
     drawing: Drawing
@@ -75,7 +75,7 @@ class Axes:
     is_log: tuple[bool, bool] = (False, False)
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """The pixel of a point."""
+        """The pixel position of a point."""
         left, top, right, bottom = self.box
         across, up = share(x, *self.x, self.is_log[0]), share(y, *self.y, self.is_log[1])
         return left + (right - left) * across, bottom + (top - bottom) * up
@@ -99,7 +99,7 @@ class Axes:
 
 
 def share(value: float, low: float, high: float, is_log: bool) -> float:
-    """Where a number lies between the ends of an axis: 0 at the low end, 1 at the high one."""
+    """The position of a number on an axis, from 0 at the low end to 1 at the high end."""
     if is_log:
         value, low, high = math.log(value), math.log(low), math.log(high)
     return (value - low) / (high - low)

@@ -31,7 +31,7 @@ from paligemma.errors import DatasetError, PaliGemmaError, PromptError, counted
 from paligemma.files import JSONFault, is_file, is_folder, json_kind, parse_json, stat_path
 from paligemma.learning.augmentation import zoom
 from paligemma.objects.outputs import CUT_BOX, CUT_MASK, LONG_MASK, NO_AREA, SWAPPED, parse_text
-from paligemma.pictures.folders import one_picture
+from paligemma.pictures.folders import picture_errors
 from paligemma.pictures.images import load_image, resize_to_square
 from paligemma.pictures.rgb import NEARLY_BLACK
 from paligemma.pictures.sources import read_file
@@ -330,7 +330,7 @@ def check_picture(path: Path, folder: Path, options: dict) -> tuple[bytes, str |
         return b"", fault, False
     notes: list[str] = []
     try:
-        with one_picture(str(path)):
+        with picture_errors(str(path)):
             load_image(path, notes=notes, then=lambda picture: picture.size, **options)
             is_dark = any(text.endswith(NEARLY_BLACK) for text in notes)
             return hashlib.sha256(read_file(path)).digest(), None, is_dark

@@ -1,9 +1,8 @@
-"""Rows with objects as the files of other tools: COCO, Pascal VOC, YOLO, a table; and objects as supervision's Detections.
+"""Writes objects in the formats of other tools: COCO, Pascal VOC, YOLO, CSV; or converts them to supervision's Detections.
 
-A row is what `annotate.py` writes and --json prints: image (a name), width, height, objects (outputs.as_json). Rows about one
-picture are put together; rows with an error, or of a task that finds no objects, are passed over, as are objects without a box.
-Every file is written beside its place and renamed, so that nobody reads half of one. Imports neither torch nor numpy, unless
-there are masks. Checked in tests/objects/test_exports.py.
+The input are rows as `annotate` writes and --json prints them: image (a name), width, height, objects (outputs.as_json). Rows
+about the same picture are merged. Rows with an error or without objects, and objects without a box, are skipped. No reader ever
+sees a partial file. torch is never imported, and numpy only if there are masks. Checked in tests/objects/test_exports.py.
 """
 
 import csv
@@ -11,7 +10,6 @@ import io
 import json
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,24 +19,24 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from paligemma.errors import DatasetError, DeviceError
-from paligemma.files import output_errors, write_atomic
+from paligemma.files import name_key, output_errors, write_atomic
 from paligemma.objects.outputs import ParsedObject
 
 if TYPE_CHECKING:
     import supervision
 
-UNNAMED = "object"  # the class of what has no label, such as a refcoco checkpoint's answers
+UNNAMED = "object"  # the class of objects without a label, as in the answers of a refcoco checkpoint
 NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-NOT_IN_NAMES = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # what no file's name can hold; \udc80 to \udcff are its raw bytes
+NOT_IN_NAMES = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # not possible in file names; \udc80 to \udcff stand for raw bytes
 RUN_LENGTHS = re.compile("(?:[P-o]{0,6}[0-O])*")  # of a COCO string, each below 2^34
-LONGEST_NAME = 200  # bytes of a step of a path; 255 are the limit, and endings are added
-FORMULA = ("=", "+", "-", "@", "\t", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # how one begins; the last four are wide
+MAX_NAME = 200  # bytes of one path component; disks allow 255, and suffixes are added
+FORMULA = ("=", "+", "-", "@", "\t", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the first characters; four are full-width
 COLUMNS = ("image", "label", "score", "x_min", "y_min", "x_max", "y_max", "width", "height")
 
 
 @dataclass
 class Picture:
-    """What was found in one picture; the objects are those of its rows."""
+    """The objects of all rows about one picture."""
 
     name: str
     width: int
@@ -47,12 +45,12 @@ class Picture:
 
 
 def are_numbers(value: object, count: int) -> bool:
-    """Whether it is a list of so many finite numbers."""
+    """Whether the value is a list of `count` finite numbers."""
     return isinstance(value, list) and len(value) == count and all(type(x) in (int, float) and abs(x) < 1e12 for x in value)
 
 
 def is_object(found: object) -> bool:
-    """Whether it is what outputs.as_json writes of an object, as far as an export reads it."""
+    """Whether an object has the form that outputs.as_json writes, in the fields that an export reads."""
     if not (isinstance(found, dict) and isinstance(found.get("label"), str)):
         return False
     if found.get("score") is not None and not are_numbers([found["score"]], 1):
@@ -67,9 +65,9 @@ def is_object(found: object) -> bool:
 
 
 def collect(rows: Iterable[dict]) -> list[Picture]:
-    """The pictures in the order in which they first appear, also those without any object.
+    """The pictures in the order in which they first appear, including those without objects.
 
-    Raises: DatasetError for a row with objects that is not as as_json writes it: others may have edited the file.
+    Raises: DatasetError for a row whose objects do not have the form of outputs.as_json: the file may have been edited.
     """
     pictures: dict[str, Picture] = {}
     for row in rows:
@@ -89,7 +87,7 @@ def name_of(found: dict) -> str:
 
 
 def class_names(pictures: list[Picture]) -> list[str]:
-    """Every label once, in the order in which they first appear."""
+    """The different labels, in the order in which they first appear."""
     return list(dict.fromkeys(name_of(found) for picture in pictures for found in picture.objects))
 
 
@@ -104,7 +102,7 @@ def put(path: Path, text: str) -> None:
 
 
 def coco_shape(found: dict) -> dict:
-    """bbox [x, y, width, height] in pixels, area, and with a mask its run lengths."""
+    """The fields bbox ([x, y, width, height] in pixels), area and, for an object with a mask, segmentation (run lengths)."""
     x, y, x_end, y_end = found["box"]
     shape = {"bbox": [x, y, round(x_end - x, 2), round(y_end - y, 2)]}
     if "mask" not in found:
@@ -115,7 +113,7 @@ def coco_shape(found: dict) -> dict:
 
 
 def coco(pictures: list[Picture]) -> dict:
-    """What an annotation file holds: images, categories and annotations, ids from 1 up; an annotation keeps its score."""
+    """The content of an annotation file: images, categories and annotations with ids from 1. Annotations keep their score."""
     numbers = {name: number for number, name in enumerate(class_names(pictures), 1)}
     images, annotations = [], []
     for image_id, picture in enumerate(pictures, 1):
@@ -129,12 +127,12 @@ def coco(pictures: list[Picture]) -> dict:
 
 
 def coco_results(pictures: list[Picture], truth: dict) -> list[dict]:
-    """What a result file holds, for COCOeval: the objects under the ids of an annotation file. Without a score it is 1.
+    """The content of a result file for COCOeval, with the ids of an annotation file. An object without a score gets score 1.
 
     Args:
-        truth: the content of the annotation file, in which pictures are found by file name, with or without folders, and
-            categories by name. Labels that are no category there are left out, as they can match nothing.
-    Raises: DatasetError for a picture that the annotation file does not have.
+        truth: the content of the annotation file. Pictures are looked up by file name, with or without folders, and categories
+            by name. Objects whose label is not one of its categories are left out, because they cannot match anything.
+    Raises: DatasetError for a picture that is not in the annotation file.
     """
     ids = {os.path.basename(image["file_name"]): image["id"] for image in truth["images"]}
     ids |= {image["file_name"]: image["id"] for image in truth["images"]}
@@ -148,16 +146,16 @@ def coco_results(pictures: list[Picture], truth: dict) -> list[dict]:
             if name_of(found) in numbers:
                 owner = {"image_id": image_id, "category_id": numbers[name_of(found)], "score": found.get("score", 1.0)}
                 shape = coco_shape(found)
-                shape.pop("area")  # COCOeval counts it itself
+                shape.pop("area")  # COCOeval computes it
                 results.append(owner | shape)
     return results
 
 
-# Pascal VOC, YOLO, a table
+# Pascal VOC, YOLO, CSV
 
 
 def voc(picture: Picture) -> str:
-    """An XML file in the form of Pascal VOC; its pixels count from 1, and a box ends with the last pixel inside."""
+    """The XML file of Pascal VOC. Its pixels are numbered from 1, and the maximum of a box is the last pixel inside."""
     root = ElementTree.Element("annotation")
     ElementTree.SubElement(root, "filename").text = NOT_IN_XML.sub("?", os.path.basename(picture.name))
     size = ElementTree.SubElement(root, "size")
@@ -179,7 +177,7 @@ def voc(picture: Picture) -> str:
 
 
 def yolo(picture: Picture, classes: dict[str, int]) -> str:
-    """A line for each object: the number of its class, centre x and y, width and height, in fractions of the picture."""
+    """One line per object: class number, then x and y of the centre, width and height as fractions of the picture."""
     lines = []
     for found in picture.objects:
         x, y, x_end, y_end = found["box_normalized"]
@@ -188,20 +186,20 @@ def yolo(picture: Picture, classes: dict[str, int]) -> str:
     return "".join(lines)
 
 
-def cell(text: str) -> str:
-    """A text as a cell that no spreadsheet takes for a formula: one that begins like a formula gets an apostrophe before it."""
-    text = text.replace("\r", " ")  # which csv leaves without quotes, so that the line would end there
+def csv_cell(text: str) -> str:
+    """The text, with an apostrophe before it if a spreadsheet would take it for a formula."""
+    text = text.replace("\r", " ")  # the csv module does not quote it, so the line would end here
     return f"'{text}" if text.lstrip(" ").startswith(FORMULA) else text
 
 
-def table(pictures: list[Picture]) -> str:
-    """CSV with the columns of COLUMNS, boxes in pixels; see `cell` for what is changed in names and labels."""
+def csv_table(pictures: list[Picture]) -> str:
+    """CSV with the columns COLUMNS, boxes in pixels. Names and labels are changed as in csv_cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for picture in pictures:
         for found in picture.objects:
-            texts = cell(picture.name), cell(found["label"])
+            texts = csv_cell(picture.name), csv_cell(found["label"])
             writer.writerow([*texts, found.get("score"), *found["box"], picture.width, picture.height])
     return text.getvalue()
 
@@ -209,33 +207,37 @@ def table(pictures: list[Picture]) -> str:
 # Files
 
 
-def steps(name: str) -> list[str]:
-    """A picture's name as the folders and the file of a path that lies below any folder, and that any disk takes."""
+def path_parts(name: str) -> list[str]:
+    """The name of a picture (a path, an address, a data: URI) as components of a relative path.
+
+    The path never leads out of the folder that it is joined to, and its components are short enough for any disk.
+    """
     if name.startswith("data:"):
         return [f"data-{digest(name)}"]
     name = re.sub("^(https?|file)://", "", name).replace("\\", "/")
-    kept = [re.sub(r"^\.\.$", "__", NOT_IN_NAMES.sub("_", step)) for step in name.split("/") if step not in ("", ".")]
-    return [step if len(os.fsencode(step)) <= LONGEST_NAME else f"{step[:40]}-{digest(step)}" for step in kept] or ["picture"]
+    kept = [re.sub(r"^\.\.$", "__", NOT_IN_NAMES.sub("_", part)) for part in name.split("/") if part not in ("", ".")]
+    return [part if len(os.fsencode(part)) <= MAX_NAME else f"{part[:40]}-{digest(part)}" for part in kept] or ["picture"]
 
 
 def digest(name: str) -> str:
-    """Tells a name from others, in eight letters."""
+    """A hash of the name, in eight characters."""
     return blake2b(name.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
 
 
-def places(names: Iterable[str], folder: Path, ending: str, taken: Iterable[Path] = ()) -> list[Path]:
-    """A file for each picture, below the folder as the picture lies below the folder that all of them have in common.
+def output_files(names: Iterable[str], folder: Path, suffix: str, taken: Iterable[Path] = ()) -> list[Path]:
+    """One output file per picture. In `folder` the files keep the structure that the pictures have below their common parent.
 
     Args:
-        names: of the pictures; different ones.
-        taken: files that others have.
-    Returns: paths that differ in more than case, none of them a folder of another; 1.jpg and 1.png become 1.txt and 1.png.txt.
+        names: of the pictures, all different.
+        taken: paths that are used already.
+    Returns: paths that differ not only in case, and of which none is a folder of another. 1.jpg and 1.png become 1.txt and
+        1.png.txt.
     """
 
     def known(path: Path) -> str:
-        return unicodedata.normalize("NFC", str(path)).casefold()
+        return name_key(str(path))
 
-    parts = [steps(name) for name in names]
+    parts = [path_parts(name) for name in names]
     common = len(os.path.commonprefix([part[:-1] for part in parts]))
     others = {*map(known, taken)}
     paths = []
@@ -246,44 +248,45 @@ def places(names: Iterable[str], folder: Path, ending: str, taken: Iterable[Path
     counts: Counter[str] = Counter()
     files = []
     for path in paths:
-        free = [path.with_suffix(ending), path.with_name(path.name + ending)]
+        free = [path.with_suffix(suffix), path.with_name(path.name + suffix)]
         while free and known(free[0]) in used:
             free.pop(0)
-        while not free or known(free[0]) in used:  # counting goes on where it stopped, so that many equal names take no time
+        while not free or known(free[0]) in used:  # the count is kept, so that many equal names take no time
             counts[known(path)] += 1
-            free = [path.with_name(f"{path.name}-{counts[known(path)] + 1}{ending}")]
+            free = [path.with_name(f"{path.name}-{counts[known(path)] + 1}{suffix}")]
         used.add(known(free[0]))
         files.append(free[0])
     return files
 
 
 def files_of(kind: str, path: str | Path, names: Iterable[str]) -> list[Path]:
-    """The files that `export` writes for pictures of these names: one each, or one for all; of "yolo" the classes last."""
+    """The files that `export` writes for these pictures: one per picture or one for all; for "yolo", classes.txt comes last."""
     path, names = Path(path), list(names)
     if kind in ("coco", "csv"):
         return [path]
     is_single = bool(path.suffix) and len(names) == 1
     folder = path.parent if is_single else path.with_suffix("")
     classes = [folder / "classes.txt"] if kind == "yolo" else []
-    return [*([path] if is_single else places(names, folder, {"voc": ".xml", "yolo": ".txt"}[kind], classes)), *classes]
+    return [*([path] if is_single else output_files(names, folder, {"voc": ".xml", "yolo": ".txt"}[kind], classes)), *classes]
 
 
 def export(rows: Iterable[dict], kind: str, path: str | Path, names: Iterable[str] = ()) -> list[Path]:
-    """Writes the rows as files of another tool.
+    """Writes the objects of rows in the format of another tool.
 
     Args:
         kind: "coco" (annotations), "csv", "voc" or "yolo".
-        path: the file of coco and csv. Of voc and yolo the folder, which gets a file for each picture; but with an ending the
-            file itself if there is one picture, and else the folder of that name without the ending. YOLO's classes.txt lies
-            in the folder.
-        names: the pictures that were asked about, if files are to be named as if all had rows.
+        path: for coco and csv, the file. For voc and yolo, the folder, which gets one file per picture. If the path of a voc or
+            yolo export has a suffix, it is the file itself for a single picture; for several pictures, the path without the
+            suffix is the folder. YOLO's classes.txt is written into the folder.
+        names: all pictures that were asked about, also those without rows. With them, the names of the files do not depend on
+            which pictures succeeded.
     Returns: the files. Raises: OutputError.
     """
     pictures = collect(rows)
     names = list(dict.fromkeys(names)) or [picture.name for picture in pictures]
     files = files_of(kind, path, names)
     if kind in ("coco", "csv"):
-        put(files[0], json.dumps(coco(pictures)) + "\n" if kind == "coco" else table(pictures))
+        put(files[0], json.dumps(coco(pictures)) + "\n" if kind == "coco" else csv_table(pictures))
         return files
     classes = {name: number for number, name in enumerate(class_names(pictures))}
     file_of, written = dict(zip(names, files[: len(names)], strict=True)), []
@@ -298,9 +301,9 @@ def export(rows: Iterable[dict], kind: str, path: str | Path, names: Iterable[st
 
 
 def to_supervision(objects: Iterable[ParsedObject], width: int, height: int) -> "supervision.Detections":
-    """The objects with a box as Detections, for supervision's drawing, tracking and counting; labels under data["class_name"].
+    """The objects with a box as Detections, for drawing, tracking and counting with supervision. Labels: data["class_name"].
 
-    Confidences and masks are there if every object has one. Raises: DeviceError if supervision is not installed.
+    Confidences and masks are set if every object has one. Raises: DeviceError if supervision is not installed.
     """
     try:
         import supervision

@@ -1,8 +1,8 @@
-"""Text of any script, drawn with Pillow: each character in the first font that has it. Imports errors only.
+"""Draws text of any script with Pillow: each character in the first font that has it. Imports only errors.py of this project.
 
-Pillow's own font has the letters of English and little else. What it lacks is taken from DejaVu Sans, which comes with this
-project (the other alphabets of Europe, Arabic, Hebrew), then from the fonts of the system: on Linux those that fontconfig finds,
-on macOS the ones that come with it. A font that the user names is asked first. Checked in tests/objects/test_lettering.py.
+The fonts are tried in this order: the font that the user names; Pillow's own font, which has little more than English; DejaVu
+Sans, which comes with this project (the other alphabets of Europe, Arabic, Hebrew); the fonts of the system, on Linux those that
+fontconfig finds, on macOS those that come with it. Checked in tests/objects/test_lettering.py.
 """
 
 import math
@@ -19,15 +19,15 @@ from PIL import Image, ImageDraw, ImageFont
 from paligemma.errors import UsageError
 
 SYSTEM_FONTS = ("Arial Unicode.ttf", "PingFang.ttc", "Apple Color Emoji.ttc")  # of macOS; Pillow knows their folders
-PICTURE_SIZES = (109, 136, 160, 128, 96, 64)  # sizes, in pixels, in which fonts of coloured emoji hold their pictures
-PROBE = 32  # pixels: the size at which fonts are asked what they have
+PICTURE_SIZES = (109, 136, 160, 128, 96, 64)  # pixels: the sizes in which fonts store coloured emoji
+PROBE_SIZE = 32  # pixels: the size at which fonts are searched for a character
 NO_CHARACTER = "\U0010fffe"  # a code point that no font has
-UNKNOWN = "?"  # drawn for what no font has
+UNKNOWN = "?"  # drawn for a character that no font has
 
 
 @lru_cache(maxsize=256)
 def opened(file: str | None, size: float) -> ImageFont.FreeTypeFont:
-    """Pillow's object for a font at this size; None is Pillow's own font. Raises: OSError."""
+    """Pillow's object for a font file at this size; None means Pillow's own font. Raises: OSError."""
     return ImageFont.load_default(size) if file is None else ImageFont.truetype(file, size)
 
 
@@ -35,20 +35,20 @@ class Font:
     """One font at any size.
 
     Args:
-        file: a path, or a name in the system's font folders; None for Pillow's own font.
-    Raises: OSError if it is no font.
+        file: a path, or a file name in the system's font folders; None for Pillow's own font.
+    Raises: OSError if the file is not a font.
     """
 
     def __init__(self, file: str | None):
         if file and os.path.dirname(file) and not os.path.isfile(file):
-            raise OSError(f"{file} is not there")  # Pillow would look for the last word of it in the system's folders
+            raise OSError(f"{file} does not exist")  # Pillow would search the system's font folders for the base name
         self.file = file
-        self.picture_size = None  # pixels, of a font that holds pictures instead of outlines: the only size that it has
-        if file is not None and not self.has_size(PROBE):
+        self.picture_size = None  # pixels: the only size of a font that stores pictures instead of outlines
+        if file is not None and not self.has_size(PROBE_SIZE):
             self.picture_size = next((size for size in PICTURE_SIZES if self.has_size(size)), None)
             if self.picture_size is None:
                 raise OSError(f"{file} has no size that can be drawn")
-        self.nothing = self.pixels(NO_CHARACTER)
+        self.missing_glyph = self.pixels(NO_CHARACTER)
         self.known: dict[str, bool] = {}
 
     def has_size(self, size: int) -> bool:
@@ -61,27 +61,27 @@ class Font:
         return True
 
     def at(self, size: float) -> ImageFont.FreeTypeFont:
-        """Pillow's font object: of this size or, for a font of pictures, of the one it has."""
+        """Pillow's font object at this size or, if the font stores pictures, at its only size."""
         return opened(self.file, self.picture_size or size)
 
     def pixels(self, character: str) -> tuple[tuple[int, int], bytes]:
-        """The size and the grey levels of a character's shape."""
-        mask = self.at(PROBE).getmask(character)
+        """The size and the grey levels of a character's glyph."""
+        mask = self.at(PROBE_SIZE).getmask(character)
         return mask.size, bytes(mask)
 
     def has(self, text: str) -> bool:
-        """Whether every character has a shape of its own."""
+        """Whether the font has a glyph for every character."""
         for character in set(text) - self.known.keys():
-            self.known[character] = self.pixels(character) != self.nothing
+            self.known[character] = self.pixels(character) != self.missing_glyph
         return all(self.known[character] for character in text)
 
     def scale(self, size: float) -> float:
-        """What lengths of `at(size)` are multiplied by."""
+        """The factor from lengths of `at(size)` to lengths at `size`."""
         return size / self.picture_size if self.picture_size else 1
 
 
 def clusters(text: str) -> list[str]:
-    """Characters, each together with the marks, joiners and skin tones that belong to it."""
+    """The text divided into characters, each with the marks, joiners and skin tones that belong to it."""
     found: list[str] = []
     for character in text:
         is_mark = unicodedata.category(character)[0] == "M" or character == "\u200d" or "\U0001f3fb" <= character <= "\U0001f3ff"
@@ -96,7 +96,7 @@ class Lettering:
     """Measures and draws text.
 
     Args:
-        file: a font to take first. Raises: UsageError if it cannot be read as one.
+        file: a font file that is tried first. Raises: UsageError if it cannot be read as a font.
     """
 
     def __init__(self, file: str | None = None):
@@ -104,21 +104,21 @@ class Lettering:
         if file is not None:
             try:
                 self.fonts.insert(0, Font(file))
-            except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            except (OSError, ValueError) as error:  # ValueError: the name holds a NUL
                 raise UsageError(f"--font {file} is not a font that can be read. Give a .ttf, .otf or .ttc file.") from error
         for name in (str(Path(__file__).with_name("DejaVuSans.ttf")), *SYSTEM_FONTS):
             self.add(name)
         self.choices: dict[str, Font | None] = {}
 
     def add(self, file: str) -> None:
-        """Takes a font in as the last one, if it is there."""
+        """Adds a font as the last one; does nothing if there is no such font."""
         try:
             self.fonts.append(Font(file))
         except OSError:
             return
 
     def choose(self, cluster: str) -> Font | None:
-        """The font for a character and its marks; None if there is none."""
+        """The font for a character and its marks; None if no font has the character."""
         if cluster not in self.choices:
             wanted = cluster.replace("\u200d", "").replace("\ufe0f", "").replace("\ufe0e", "")
             found = next((font for font in self.fonts if font.has(wanted)), None)
@@ -130,12 +130,12 @@ class Lettering:
         return self.choices[cluster]
 
     def missing(self, text: str) -> str:
-        """The characters that no font has, each once."""
+        """The different characters that no font has."""
         pieces = clusters(unicodedata.normalize("NFC", text))
         return "".join(dict.fromkeys(cluster[0] for cluster in pieces if self.choose(cluster) is None))
 
     def runs(self, text: str) -> list[tuple[Font, str]]:
-        """The text in pieces of one font each; a word is one piece if any font has all of it."""
+        """The text divided into pieces of one font each. A word is not divided if one font has all of its characters."""
         pieces = []
         for word in re.split("( )", unicodedata.normalize("NFC", text)):
             whole = next((font for font in self.fonts if font.has(word)), None)
@@ -144,23 +144,24 @@ class Lettering:
         return [(font, "".join(piece for _, piece in group)) for font, group in groupby(pieces, key=lambda piece: piece[0])]
 
     def width(self, text: str, size: float) -> float:
-        """In pixels, of text in letters of this size."""
+        """The width in pixels of text at this letter size."""
         return sum(font.at(size).getlength(piece) * font.scale(size) for font, piece in self.runs(text))
 
     def height(self, text: str, size: float) -> tuple[float, float]:
-        """Pixels above and below the line that the letters stand on."""
+        """The height in pixels of text above and below its baseline."""
         metrics = [[font.scale(size) * value for value in font.at(size).getmetrics()] for font, _ in self.runs(text or " ")]
         return max(above for above, _ in metrics), max(below for _, below in metrics)
 
     def write(
         self, picture: Image.Image, place: tuple[float, float], text: str, size: float, fill: object, anchor: str = "la"
     ) -> None:  # fmt: skip
-        """Draws text into a picture, RGB.
+        """Draws text into an RGB picture.
 
         Args:
-            place: x and y, in pixels.
+            place: x and y in pixels.
             fill: a colour, as Pillow takes it.
-            anchor: what lies at the place: l the left or r the right end, then a the upper edge or m the middle.
+            anchor: which point of the text is at the place: "l" for the left or "r" for the right end, then "a" for the upper
+                edge or "m" for the middle.
         """
         x, y = place
         above, below = self.height(text, size)
@@ -176,7 +177,7 @@ class Lettering:
 
 
 def paste_pictures(picture: Image.Image, font: Font, text: str, size: float, place: tuple[float, float]) -> None:
-    """Draws emoji in their own colours; the place is the left end of the line that they stand on."""
+    """Draws emoji in their own colours; `place` is the left end of the baseline."""
     letters, scale = font.at(size), font.scale(size)
     above, below = letters.getmetrics()
     drawn = Image.new("RGBA", (max(1, math.ceil(letters.getlength(text))), above + below))
@@ -187,7 +188,7 @@ def paste_pictures(picture: Image.Image, font: Font, text: str, size: float, pla
 
 @lru_cache(maxsize=1024)
 def system_font(character: str) -> str:
-    """The file of a font that has the character, as fontconfig knows it; "" without fontconfig."""
+    """The file of a system font that has the character, according to fontconfig; "" if fontconfig is not installed."""
     command = ["fc-match", "--format=%{file}", f":charset={ord(character):x}"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
@@ -197,5 +198,5 @@ def system_font(character: str) -> str:
 
 @lru_cache(maxsize=8)
 def lettering(file: str | None = None) -> Lettering:
-    """The one Lettering of a font file, or of none."""
+    """The Lettering whose first font is this file (None: no file), made once."""
     return Lettering(file)

@@ -1,13 +1,14 @@
-"""The bytes behind an http(s) address, with a limit on everything: time, size, redirects, and where they may lead.
+"""Downloads the bytes at an http(s) address, with limits on time, size, redirects, and the servers they may lead to.
 
-A server may drip one byte a second, never end, or redirect to a machine inside the own network. So one clock runs over the
-whole download and cuts the connection when it is over; reading stops at the size limit whatever the headers promised; and
-the name of the server is looked up once, checked, and the connection made to the very address that was checked (else the
-second look-up could answer differently). An address inside the own network may be typed, but neither may a public server
-redirect to one, nor may one come from data such as a list of pictures. Proxies are not used: with one, nothing of this could
-be checked.
+A server may send one byte per second, never finish, or redirect to a machine in the local network. So:
+    - one timer runs for the whole download and closes the connection when the time is up;
+    - reading stops at the size limit, whatever the headers promise;
+    - a host is resolved once, its IP address is checked, and the connection uses exactly this IP address. A second look-up could
+      return another one.
+A user may type an address in the local network. But a public server must not redirect to one, and a dataset, such as a list of
+pictures, must not contain one. Proxies are not used, because none of this could be checked through a proxy.
 
-Checked in tests/pictures/test_fetch.py. The network modules are imported when the first address is read.
+The network modules are imported when the first address is read. Checked in tests/pictures/test_fetch.py.
 """
 
 import os
@@ -27,17 +28,17 @@ if TYPE_CHECKING:
 MAX_DOWNLOAD_BYTES = 32 << 20
 MAX_REDIRECTS = 3
 TIMEOUT_S = 30.0
-UNQUOTED = "/%:@!$&'()*+,;=~[]"  # what may stand in an address as it is
-IN_DATA = "What stands in data may name public addresses only. Type this one yourself if you trust it, or download it first."
-REDIRECTED = "A public server may not redirect to it. Type that address yourself if you trust it."
+UNQUOTED = "/%:@!$&'()*+,;=~[]"  # characters of an address that are not percent-encoded
+IN_DATA = "Addresses in a data file must be public. Type this address yourself if you trust it, or download the picture first."
+REDIRECTED = "A public server must not redirect to it. Type that address yourself if you trust it."
 REDIRECTS = (301, 302, 303, 307, 308)
 
 
 class Deadline:
-    """Cuts the connection when the time is up: a timeout of the socket alone would begin anew with every byte.
+    """Closes the connection when the time is up. A socket's own timeout would start again with every byte.
 
     Args:
-        seconds: from now on, for everything.
+        seconds: time for the whole download, from now.
     """
 
     def __init__(self, seconds: float):
@@ -62,7 +63,7 @@ class Deadline:
             self.socket.close()
 
     def left(self) -> float:
-        """Seconds that remain. Raises: TimeoutError when none do."""
+        """The seconds that remain. Raises: TimeoutError if the time is up."""
         left = self.end - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -70,7 +71,7 @@ class Deadline:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is reachable by everyone, also when IPv6 wraps an IPv4 one."""
+    """Whether an IP address is public. An IPv4 address inside an IPv6 one is checked, too."""
     import ipaddress
 
     ip = ipaddress.ip_address(address.partition("%")[0])
@@ -79,17 +80,17 @@ def is_public(address: str) -> bool:
     low = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     if ip.ipv4_mapped is not None or ip in ipaddress.ip_network("64:ff9b::/96"):
         return is_public(str(low))
-    # Everything that is given out to the public lies in 2000::/3 (RFC 4291); of that, 3fff::/20 is for documentation.
+    # All public addresses lie in 2000::/3 (RFC 4291); 3fff::/20 in it is reserved for documentation.
     if ip not in ipaddress.ip_network("2000::/3") or ip in ipaddress.ip_network("3fff::/20"):
         return False
     if ip.sixtofour is not None:
         return is_public(str(ip.sixtofour))
-    is_isatap = int(ip) >> 32 & 0xFFFFFFFF in (0x00005EFE, 0x02005EFE)  # RFC 5214: an IPv4 address in the lower half
+    is_isatap = int(ip) >> 32 & 0xFFFFFFFF in (0x00005EFE, 0x02005EFE)  # RFC 5214: the lower half holds an IPv4 address
     return ip.is_global and not (is_isatap and not is_public(str(low)))
 
 
 def look_up(host: str, port: int, deadline: Deadline) -> list[str]:
-    """The addresses of a host. A look-up cannot be cut off, so a thread waits for it, and is left behind when the time is up.
+    """The IP addresses of a host. A look-up cannot be interrupted, so a thread does it and is abandoned when the time is up.
 
     Raises: TimeoutError, OSError, UnicodeError.
     """
@@ -114,18 +115,18 @@ def look_up(host: str, port: int, deadline: Deadline) -> list[str]:
 
 
 def connect(host: str, port: int, deadline: Deadline, refusal: str | None) -> tuple["socket.socket", bool]:
-    """A connection to the first address of a host that answers, and whether that address is public.
+    """A connection to the first IP address of a host that answers, and whether this address is public.
 
     Args:
-        refusal: why the address must be public; None if it may be inside the own network.
-    Raises: AccessError when only addresses in the own network are found and a public one is needed; OSError.
+        refusal: the reason why the address must be public, for the message; None if it may be in the local network.
+    Raises: AccessError if a public address is needed and the host has none; OSError.
     """
     import socket
 
     found = look_up(host, port, deadline)
     allowed = [address for address in found if refusal is None or is_public(address)]
     if not allowed:
-        raise AccessError(f"{one_line(host)} ({found[0]}) is inside the own network. {refusal}", path=host)
+        raise AccessError(f"{one_line(host)} ({found[0]}) is in the local network. {refusal}", path=host)
     for address in allowed:
         try:
             connection = socket.create_connection((address, port), timeout=deadline.left())
@@ -140,7 +141,7 @@ def connect(host: str, port: int, deadline: Deadline, refusal: str | None) -> tu
 def open_connection(
     url: urllib.parse.SplitResult, deadline: Deadline, refusal: str | None
 ) -> tuple["http.client.HTTPConnection", bool]:
-    """A connection to the server of an address, encrypted if it says https, and whether the server is public."""
+    """A connection to the server of an address, encrypted for https, and whether the server is public."""
     import http.client
 
     host = url.hostname if url.hostname.isascii() else url.hostname.encode("idna").decode()
@@ -154,12 +155,12 @@ def open_connection(
         connection.sock = context.wrap_socket(connection.sock, server_hostname=host, do_handshake_on_connect=False)
         deadline.socket = connection.sock
         connection.sock.do_handshake()
-        connection.default_port = 443  # so that the Host header names the port only where it is another one
+        connection.default_port = 443  # so that the Host header names only other ports
     return connection, is_open_to_all
 
 
 def read_body(response: "http.client.HTTPResponse", name: str, deadline: Deadline) -> bytes:
-    """The body, unless it is too large or breaks off. Raises: AccessError, TimeoutError."""
+    """The body of a response. Raises: AccessError if it is too large or incomplete; TimeoutError."""
     promised = response.length
     too_large = f"{name} is larger than {MAX_DOWNLOAD_BYTES >> 20} MB. Download a smaller version of the picture."
     if promised is not None and promised > MAX_DOWNLOAD_BYTES:
@@ -169,14 +170,14 @@ def read_body(response: "http.client.HTTPResponse", name: str, deadline: Deadlin
         body += part
         if len(body) > MAX_DOWNLOAD_BYTES:
             raise AccessError(too_large, path=name)
-    deadline.left()  # a connection that was cut looks like one that ended
+    deadline.left()  # a connection closed by the timer looks like one that ended normally
     if promised is not None and len(body) < promised:
         raise AccessError(f"{name} broke off after {len(body)} of {promised} bytes. Try again.", path=name)
     return bytes(body)
 
 
 def split(address: str) -> urllib.parse.SplitResult:
-    """The parts of an address. Raises: AccessError unless it is http(s) and names a server."""
+    """The parts of an address. Raises: AccessError unless it begins with http(s) and names a server."""
     try:
         url = urllib.parse.urlsplit(address)
         is_fine = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
@@ -189,14 +190,14 @@ def split(address: str) -> urllib.parse.SplitResult:
 
 
 def shorten(address: str) -> str:
-    """An address for messages, without the password in it."""
+    """The address for messages: one line, shortened, without a password."""
     scheme, slashes, rest = address.partition("://")
     server, slash, path = rest.partition("/")
     return one_line(f"{scheme}{slashes}{server.rpartition('@')[2]}{slash}{path}")
 
 
 def follow(address: str, deadline: Deadline, may_be_private: bool) -> tuple[bytes, str]:
-    """The body and its type, at the end of at most 3 redirects."""
+    """The body and its content type, after at most MAX_REDIRECTS redirects."""
     name, refusal = shorten(address), None if may_be_private else IN_DATA
     for _ in range(MAX_REDIRECTS + 1):
         url = split(address)
@@ -218,13 +219,13 @@ def follow(address: str, deadline: Deadline, may_be_private: bool) -> tuple[byte
 
 
 def fetch(address: str, *, may_be_private: bool = True, timeout_s: float = TIMEOUT_S) -> tuple[bytes, str]:
-    """What a GET of an http(s) address answers: the body and its type, such as "image/png" ("" if not said).
+    """The response to a GET of an http(s) address: the body and its content type, such as "image/png"; "" if there is none.
 
     Args:
-        may_be_private: whether the address may be inside the own network, as one that a user typed may.
-        timeout_s: for everything: looking up the name, connecting, redirects, reading.
-    Raises: AccessError for any status but 200, more than 3 redirects or one into the own network, more than 32 MB, and
-        when the whole takes longer than `timeout_s`.
+        may_be_private: whether the address may be in the local network. True for an address that a user typed.
+        timeout_s: time for the whole download: looking up the host, connecting, redirects, reading.
+    Raises: AccessError for a status other than 200, more than 3 redirects, a redirect into the local network, more than 32 MB,
+        or a download that takes longer than `timeout_s`.
     """
     import http.client
 

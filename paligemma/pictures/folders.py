@@ -1,8 +1,8 @@
-"""Many pictures: which they are, and reading them while the model is busy with others. Imports images when it reads.
+"""Lists many pictures (of folders, patterns and lists), and reads them ahead in threads while the model runs.
 
-Names are made one after the other, folder by folder, so that a million pictures take no more memory than the names of the
-largest folder. Reading is a few threads that stay a few pictures ahead: Pillow lets other threads run while it decodes.
-Checked in tests/pictures/test_folders.py.
+Names are produced one at a time, folder by folder, so that a million pictures take no more memory than the names of the largest
+folder. A few threads read a few pictures ahead; Pillow lets other threads run while it decodes. images.py is imported when the
+first picture is read. Checked in tests/pictures/test_folders.py.
 """
 
 import glob
@@ -31,33 +31,36 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 P = TypeVar("P")
-LONGEST_LINE = 64 << 20  # characters; a picture as a data: URI may be as long
-UTF16 = ("\udcff\udcfe", "\udcfe\udcff")  # how such a file begins, read as UTF-8
+MAX_LINE = 64 << 20  # characters; a line may hold a picture as a data: URI
+UTF16 = ("\udcff\udcfe", "\udcfe\udcff")  # the beginning of a UTF-16 file that is read as UTF-8
+NEEDED = 'An object with "image" and "prefix", both text, is needed.'
 
 
-# Which
+# Finding pictures
 
 
 def identity(folder: str) -> tuple[int, int]:
-    """What a folder is, by whatever name it is reached. Raises: OSError."""
+    """A key for a folder that does not depend on the path by which it is reached. Raises: OSError."""
     status = os.stat(folder)
     return status.st_dev, status.st_ino
 
 
 def is_folder(entry: os.DirEntry) -> bool:
-    """Whether it is a folder or a link to one."""
+    """Whether the entry is a folder or a link to one."""
     try:
         return entry.is_dir()
-    except OSError:  # links in a circle
+    except OSError:  # its links form a loop
         return False
 
 
 def in_folder(folder: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[str]:
-    """The pictures in a folder and its folders, in the order of their names; what ends like none, or is hidden, is passed over.
+    """The pictures in a folder and in the folders below it, ordered by name.
+
+    Hidden files, and files without a picture's suffix, are skipped.
 
     Args:
-        seen: identities of folders that are not to be listed; nor is one that is met twice, through a link.
-    Yields: paths that begin with `folder`; also a folder that cannot be listed, so that reading it says so.
+        seen: identities of folders that are skipped. A folder that is reached twice, through a link, is listed only once.
+    Yields: paths that begin with `folder`. A folder that cannot be listed is yielded itself: reading it raises the error.
     """
     left, seen = [folder], set(seen)
     while left:
@@ -85,18 +88,18 @@ def in_folder(folder: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[s
 
 
 def matches(pattern: str) -> Iterator[str]:
-    """The paths that a pattern matches. Several ** in a row mean one, but glob takes exponential time for them."""
+    """The paths that match a pattern. Repeated ** are reduced to one, because glob takes exponential time for them."""
     try:
         os.lstat(pattern)
     except OSError:
         pass
-    except ValueError:  # a NUL or half a character, which no name holds
+    except ValueError:  # a NUL or a lone surrogate, which no file name can hold
         return iter(())
     return glob.iglob(re.sub(r"(?<![^/])\*\*(/+\*\*)+(?![^/])", "**", pattern), recursive=True)
 
 
 def lies_in(folder: str, seen: Collection[tuple[int, int]]) -> bool:
-    """Whether a folder is one of those identities, or in one of them."""
+    """Whether a folder has one of these identities or lies in a folder that has."""
     place = Path(os.path.realpath(folder))
     with suppress(OSError):
         return bool(seen) and any(identity(str(above)) in seen for above in (place, *place.parents))
@@ -104,17 +107,21 @@ def lies_in(folder: str, seen: Collection[tuple[int, int]]) -> bool:
 
 
 def expand(word: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[str]:
-    """The pictures that a word means: a folder, a file, an address, or a pattern with * ? [ ] and ** for any depth."""
+    """The pictures of a folder, a file, an address, or a pattern with * ? [ ] and ** for any depth.
+
+    Args:
+        seen: as in in_folder.
+    """
     if is_address(word):
         yield word
         return
-    word = os.fspath(files.expand(word))  # "photos/" and "./photos" are photos
+    word = os.fspath(files.expand(word))  # "photos/" and "./photos" become "photos"
     if os.path.isdir(word):
         yield from in_folder(word, seen)
     elif os.path.lexists(word) or not glob.has_magic(word):
         yield word
     else:
-        inside: dict[str, bool] = {}  # folder -> whether it is one of `seen`, or in one
+        inside: dict[str, bool] = {}  # folder -> whether it lies in one of `seen`
         for match in matches(word):
             folder = os.path.dirname(match)
             if folder not in inside:
@@ -124,7 +131,7 @@ def expand(word: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[str]:
 
 
 def check_words(words: Iterable[str]) -> None:
-    """Raises: ImageError for a word that means no file at all. What is in the files is seen later, one by one."""
+    """Raises: ImageError for a word that names no file. The content of the files is checked when they are read."""
     for word in words:
         place = str(files.expand(word))
         if is_address(word) or os.path.lexists(place):
@@ -137,10 +144,10 @@ def check_words(words: Iterable[str]) -> None:
             raise ImageError(f"no file matches {word}. Check the pattern, and put it in quotes.", path=word)
 
 
-def read_text_lines(path: str) -> Iterator[str]:
-    """The lines of a list, without their ends and the empty ones. Raises: DatasetError.
+def read_text_lines(path: str) -> Iterator[tuple[int, str]]:
+    """The lines of a text file and their numbers, without line ends; empty lines are skipped. Raises: DatasetError.
 
-    It is read several times, which a pipe cannot be.
+    A pipe is refused, because lists are read several times.
     """
     place = files.expand(path)
     if not files.is_file(place, DatasetError):
@@ -149,23 +156,23 @@ def read_text_lines(path: str) -> Iterator[str]:
     try:
         with open(place, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
             for number in count(1):
-                line = file.readline(LONGEST_LINE)
+                line = file.readline(MAX_LINE)
                 if number == 1 and line.startswith(UTF16):
                     raise DatasetError(f"{path} is in UTF-16, and UTF-8 is needed. Save it as UTF-8.", path=path)
-                if len(line) == LONGEST_LINE:
-                    too_long = f"line {number} of {path} is longer than {LONGEST_LINE >> 20} million characters"
-                    raise DatasetError(f"{too_long}. It is no list: name another file.", path=path)
+                if len(line) == MAX_LINE:
+                    too_long = f"line {number} of {path} is longer than {MAX_LINE >> 20} million characters"
+                    raise DatasetError(f"{too_long}. This is not a list: name another file.", path=path)
                 if not line:
                     return
                 if text := line.rstrip("\r\n"):
-                    yield text
+                    yield number, text
     except OSError as error:
         raise DatasetError(f"{path} cannot be read: {error.strerror}. Name a text file.", path=path) from error
 
 
 def in_list(path: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[str]:
-    """The pictures of a list, one a line, as they stand there; a folder stands for its pictures. Raises: DatasetError."""
-    for line in read_text_lines(path):
+    """The pictures of a list with one name per line; a folder is replaced by its pictures. Raises: DatasetError."""
+    for _, line in read_text_lines(path):
         if is_address(line) or not os.path.isdir(line):
             yield line
         else:
@@ -174,21 +181,19 @@ def in_list(path: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[str]:
 
 def questions(path: str) -> Iterator[tuple[str, str]]:
     """The image and the prompt of every line {"image": "x.jpg", "prefix": "detect cat", ...}. Raises: DatasetError."""
-    for number, line in enumerate(read_text_lines(path), 1):
+    for number, line in read_text_lines(path):
         try:
-            record = files.parse_json(line)
-            image, prefix = record["image"], record["prefix"]
-            is_fine = isinstance(image, str) and isinstance(prefix, str) and image
-        except (ValueError, KeyError):
-            is_fine = False
-        if not is_fine:
-            needed = 'An object with "image" and "prefix", both text, is needed.'
-            raise DatasetError(f"line {number} of {path} is no question. {needed}", path=path)
+            record = files.parse_json(line, MAX_LINE)
+        except files.JSONFault as fault:
+            raise DatasetError(f"{path}:{number}:{fault.column} is {fault}. {NEEDED}", path=path) from fault
+        image, prefix = record.get("image"), record.get("prefix")
+        if not (isinstance(image, str) and isinstance(prefix, str) and image):
+            raise DatasetError(f"{path}:{number} lacks an image or a prefix. {NEEDED}", path=path)
         yield image, prefix
 
 
 def shard_of(name: str, count: int) -> int:
-    """Which of `count` equal shares a picture belongs to, from 1; the same on every machine and in every order."""
+    """The number, from 1 to `count`, of the share that a picture belongs to. It depends on the name only."""
     return int.from_bytes(blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") % count + 1
 
 
@@ -197,13 +202,13 @@ def shard_of(name: str, count: int) -> int:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A picture for the model, or the error that says why there is none.
+    """A picture for the model, or the error that was raised when it was read.
 
     Args:
-        picture: squeezed to the model's square, so that little memory waits.
-        size: width and height of the picture itself; None if there is none.
-        original: reads the picture itself once more, if that is wanted later; kept, it would take far more memory than its file.
-        notes: what was converted or chosen.
+        picture: resized to the square that the model takes, so that pictures in the queue use little memory; or the error.
+        size: width and height of the original picture; None after an error.
+        original: reads the original picture again. Keeping it would take far more memory than its file.
+        notes: what was converted or chosen, see load_image.
     """
 
     picture: "Image.Image | PaliGemmaError"
@@ -212,16 +217,16 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
 
 
-def version_of(place: str) -> tuple[int, int, int] | None:
-    """What changes when a file does; None for an address, or when there is no file.
+def file_version(place: str) -> tuple[int, int, int] | None:
+    """Inode, size and modification time of a file, to notice a change; None for an address or a missing file.
 
-    Raises: ImageError for a folder, which is asked for only if it could not be listed.
+    Raises: ImageError for a folder. in_folder yields a folder only if it could not be listed.
     """
     if is_address(place):
         return None
     try:
         status = os.stat(place)
-    except (OSError, ValueError):  # load_image finds the words for it
+    except (OSError, ValueError):  # load_image will raise the error
         return None
     if stat.S_ISDIR(status.st_mode):
         raise ImageError(f"the folder {place} cannot be listed. Change its permissions.", path=place)
@@ -229,10 +234,11 @@ def version_of(place: str) -> tuple[int, int, int] | None:
 
 
 @contextmanager
-def one_picture(place: object) -> Iterator[None]:
-    """Makes every exception within an error of ours, for a fault in a decoder, or in this program, must not end a run of many.
+def picture_errors(place: object) -> Iterator[None]:
+    """Turns every exception inside the block into a PaliGemmaError, so that one bad picture does not stop a long run.
 
-    Raises: PaliGemmaError; those of ours as they are, any other as one that says where to report it.
+    Raises: a PaliGemmaError unchanged; any other exception, which is a bug here or in a decoder, as an ImageError that asks for
+        a report.
     """
     try:
         yield
@@ -246,29 +252,28 @@ def one_picture(place: object) -> Iterator[None]:
 
 
 def load(place: str | bytes, side: int, keeps_original: bool = False, is_typed: bool = True, **options: object) -> Loaded:
-    """Reads a picture and squeezes it as the processor does: it then has nothing left to do, and its pixels are the same.
-
-    Whatever goes wrong is this picture's error and ends nothing else.
+    """Reads a picture and resizes it as the processor does. Nothing is raised: an error is returned as `picture`.
 
     Args:
         place: a path or an address, or the bytes of a file.
-        side: of the model's square.
+        side: of the square that the model takes, in pixels.
+        keeps_original: whether to provide `original`.
         is_typed: whether a user typed the place, see load_image.
-        options: of load_image.
+        options: for load_image.
     """
     from paligemma.pictures.images import load_image, resize_to_square
     from paligemma.pictures.sources import read_bytes
 
     notes: list[str] = []
     try:
-        with one_picture(place):
-            before = version_of(place) if isinstance(place, str) else None
+        with picture_errors(place):
+            before = file_version(place) if isinstance(place, str) else None
             source = place
-            if keeps_original and isinstance(place, str) and is_address(place):  # not to be fetched twice
+            if keeps_original and isinstance(place, str) and is_address(place):  # so that it is downloaded only once
                 source = {"bytes": read_bytes(place, is_typed)[0], "path": place}
             resize = lambda picture: (resize_to_square(picture, side), picture.size)  # noqa: E731
             small, size = load_image(source, is_typed=is_typed, notes=notes, then=resize, **options)
-            if isinstance(place, str) and version_of(place) != before:
+            if isinstance(place, str) and file_version(place) != before:
                 raise ImageError(f"{place} changed while it was read. Ask again with --retry_failed.", path=place)
     except PaliGemmaError as error:
         return Loaded(error)
@@ -276,22 +281,22 @@ def load(place: str | bytes, side: int, keeps_original: bool = False, is_typed: 
 
 
 def load_again(source: object, before: tuple[int, int, int] | None, is_typed: bool, options: dict) -> "Image.Image":
-    """The picture itself, once more. Raises: PaliGemmaError, also if the file is another one than before."""
+    """The original picture, read again. Raises: PaliGemmaError, also if the file has changed."""
     from paligemma.pictures.images import load_image
 
-    with one_picture(source):
+    with picture_errors(source):
         picture = load_image(source, is_typed=is_typed, **options)
-    if isinstance(source, str) and version_of(source) != before:
+    if isinstance(source, str) and file_version(source) != before:
         raise ImageError(f"{source} changed while it was asked about. Ask again.", path=source)
     return picture
 
 
 class Readers:
-    """Threads that read. They end with the program: one that waits for a slow server holds nothing up.
+    """A pool of daemon threads: unlike those of ThreadPoolExecutor, they do not delay the program's end when a server is slow.
 
     Args:
-        read: called with what is submitted.
-        count: of the threads.
+        read: the function that is called with each submitted place.
+        count: number of threads.
     """
 
     def __init__(self, read: Callable[[P], Loaded], count: int):
@@ -301,7 +306,7 @@ class Readers:
             threading.Thread(target=self.work, name="reader", daemon=True).start()
 
     def submit(self, place: P) -> Future:
-        """What `read` returns for a place, later."""
+        """A future for what `read` returns for this place."""
         future: Future = Future()
         self.tasks.put((place, future))
         return future
@@ -315,7 +320,7 @@ class Readers:
                 future.set_exception(error)
 
     def close(self) -> None:
-        """What has not begun is not read; what has begun is not waited for."""
+        """Cancels the tasks that have not begun; does not wait for the others."""
         with suppress(queue.Empty):
             while True:
                 self.tasks.get_nowait()
@@ -326,13 +331,13 @@ class Readers:
 def read_ahead(
     items: Iterable[T], place: Callable[[T], P], read: Callable[[P], Loaded], threads: int, ahead: int
 ) -> Iterator[tuple[T, Loaded]]:
-    """Every item with its picture, in order. Items in a row about the same place share one picture object.
+    """Each item with its picture, in order. Consecutive items with the same place share one picture object.
 
     Args:
-        items: taken one by one, `ahead` before they are asked for.
-        place: where the picture of an item is, as `read` takes it.
-        read: called in `threads` threads.
-        ahead: how many pictures are read, or being read, before they are asked for.
+        items: taken one at a time.
+        place: returns the place of an item's picture, as `read` takes it.
+        read: reads a picture; called in `threads` threads.
+        ahead: how many items are taken, and their pictures read, before they are asked for.
     """
     pool = Readers(read, threads)
     waiting: deque = deque()

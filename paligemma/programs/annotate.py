@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from paligemma import files
 from paligemma.errors import AccessError, ImageError, OutputError, UsageError
-from paligemma.objects.exports import digest, export, steps
+from paligemma.objects.exports import digest, export, path_parts
 from paligemma.pictures import folders
 from paligemma.programs import commandline, job
 from paligemma.programs.commandline import note
@@ -125,7 +125,7 @@ def drawing_name(flags: Flags, row: dict) -> Path:
 
     Several questions about one picture have a drawing each.
     """
-    path = files.expand(flags.save_dir).joinpath(*steps(row["image"]))
+    path = files.expand(flags.save_dir).joinpath(*path_parts(row["image"]))
     question = f".{key('', row['prompt']).hex()[:8]}" if flags.questions is not None else ""
     return path.with_name(f"{path.name}{question}.png")
 
@@ -146,7 +146,7 @@ def make_save_dir(flags: Flags) -> None:
     files.check_writable(folder / "1.png")
     homes = flags.pictures or [os.path.dirname(flags.questions or "") or "."] * (flags.questions is not None)
     for word in map(files.expand, homes):
-        places = [files.file_key(place) for place in (folder, folder.joinpath(*steps(str(word))))]
+        places = [files.file_key(place) for place in (folder, folder.joinpath(*path_parts(str(word))))]
         if os.path.isdir(word) and files.file_key(word) in places:
             raise UsageError(f"--save_dir {flags.save_dir} would put drawings among the pictures. Choose another folder.")
         if os.path.isdir(word) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(word)):

@@ -319,11 +319,11 @@ def find_picture(name: str) -> str | bytes:
 
 def read_picture(name: str, flags: PictureFlags) -> "Image.Image":
     """The picture of that name, upright and RGB; what was converted or chosen becomes notes. Raises: ImageError, AccessError."""
-    from paligemma.pictures.folders import one_picture
+    from paligemma.pictures.folders import picture_errors
     from paligemma.pictures.images import load_image
 
     notes: list[str] = []
-    with one_picture(name):
+    with picture_errors(name):
         picture = load_image(find_picture(name), notes=notes, **picture_options(flags))
     print_notes(*notes)
     return picture

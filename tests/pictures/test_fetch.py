@@ -184,7 +184,7 @@ def test_odd_characters_in_an_address_stay_in_one_line(server):
     refusal("http://" + "\u00e4" * 100 + ".invalid/")
 
 
-# Addresses inside the own network (FAULTS 33)
+# Addresses in the local network (FAULTS 33)
 
 PRIVATE = [
     "127.0.0.1", "127.8.8.8", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1",
@@ -223,13 +223,13 @@ def pretended(server, monkeypatch):
 def test_a_public_server_may_not_redirect_into_the_own_network(pretended, goal):
     names, dialled = pretended
     names["::ffff:169.254.169.254"] = ["::ffff:169.254.169.254"]
-    assert "inside the own network" in refusal(f"http://public.example/redirect?{goal}")
+    assert "in the local network" in refusal(f"http://public.example/redirect?{goal}")
     assert dialled == ["93.184.216.34"]
 
 
 @pytest.mark.usefixtures("pretended")
 def test_nor_over_a_detour():
-    assert "inside the own network" in refusal(
+    assert "in the local network" in refusal(
         "http://127.0.0.1/redirect?http://public.example/redirect?http://public.example/redirect?http://127.0.0.1/200"
     )
 
@@ -243,14 +243,14 @@ def test_an_address_in_the_own_network_may_be_typed_and_may_redirect_within():
 def test_what_stands_in_data_must_be_public(server):
     seen = len(server.seen)
     for address in (f"{server.url}/200", f"http://localhost:{server.server_port}/200", f"http://2130706433:{server.server_port}/"):
-        assert "inside the own network. What stands in data" in refusal(address, may_be_private=False)
+        assert "in the local network. Addresses in a data file" in refusal(address, may_be_private=False)
     assert len(server.seen) == seen
 
 
 def test_data_may_lead_to_public_servers_only_at_every_redirect(pretended):
     names, dialled = pretended
     assert fetch.fetch("http://public.example/200", may_be_private=False)[0] == BODY
-    assert "inside the own network" in refusal("http://public.example/redirect?http://127.0.0.1/200", may_be_private=False)
+    assert "in the local network" in refusal("http://public.example/redirect?http://127.0.0.1/200", may_be_private=False)
     names["mixed.example"] = ["10.0.0.1", "8.8.8.8"]
     assert fetch.fetch("http://mixed.example/200", may_be_private=False)[0] == BODY
     assert dialled == ["93.184.216.34", "93.184.216.34", "8.8.8.8"]

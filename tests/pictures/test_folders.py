@@ -128,7 +128,7 @@ def test_a_list_in_another_encoding_or_without_lines_is_refused(monkeypatch):
         Path("list.txt").write_bytes("\ufeffphotos/a.jpg\n".encode(order))
         with pytest.raises(DatasetError, match="is in UTF-16"):
             list(folders.in_list("list.txt"))
-    monkeypatch.setattr(folders, "LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr(folders, "MAX_LINE", 1 << 20)
     Path("list.txt").write_bytes(b"a.jpg\n" + b"x" * (1 << 21))
     with pytest.raises(DatasetError, match="line 2 of list.txt is longer than 1 million"):
         list(folders.in_list("list.txt"))
@@ -148,11 +148,20 @@ def test_questions_are_lines_of_image_and_prefix():
     assert list(folders.questions("q.jsonl")) == [("a.jpg", "detect cat"), ("b.jpg", "")]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "1", '{"image": "a"}', '{"image": 1, "prefix": ""}', '{"image": "", "prefix": ""}'])
-def test_a_line_that_is_no_question_is_named(line):
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"image": }', ":11 is not JSON: Expecting value"),
+        ("[]", ":1 is a list, not an object"),
+        ("1", ":1 is a number, not an object"),
+        *((text, " lacks an image or a prefix") for text in ('{"image": "a"}', '{"image": 1, "prefix": ""}')),
+        ('{"image": "", "prefix": ""}', " lacks an image or a prefix"),
+    ],
+)
+def test_a_line_that_is_no_question_is_named(line, says):
     with open("q.jsonl", "w") as file:
-        file.write('{"image": "a.jpg", "prefix": ""}\n' + line + "\n")
-    with pytest.raises(DatasetError, match="line 2 of q.jsonl is no question"):
+        file.write('{"image": "a.jpg", "prefix": ""}\n\n' + line + "\n")
+    with pytest.raises(DatasetError, match=f"q.jsonl:3{says}.*An object with"):
         list(folders.questions("q.jsonl"))
 
 
