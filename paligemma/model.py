@@ -1,12 +1,12 @@
-"""The front door: `paligemma.load()` returns a model with one method per task, for one picture or for a list of pictures.
+"""The Python interface: `paligemma.load()` returns a model with one method per task, for one picture or for a list of pictures.
 
-Each method writes the prompt that the checkpoint was trained on, runs the model, and returns text, a number or objects. It is
-built on tasks.Annotator, which returns errors as results and suits long runs; here an error is raised.
+Each method writes the prompt that the checkpoint was trained on, runs the model, and returns text, a number or objects. The
+methods raise the first error; tasks.Annotator, which they use, returns errors as results, so that a long run continues.
 
 Threads: one Model may be used from several threads at once. Each answer is then the same as the answer of one thread alone.
 Nothing is promised about speed: torch's operators already use several cores.
 
-Checked in tests/test_model.py, which also runs the examples below. Shapes: P patches per image, D model width, H W pixels.
+Checked in tests/test_model.py, which also runs the examples below. Shapes: C channels, H W pixels, P patches per image, D model width.
 """
 
 import io
@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from paligemma import files, machine
-from paligemma.errors import UsageError
+from paligemma.errors import UsageError, counted
 from paligemma.generation import Sampling, Step, generate_steps
 from paligemma.objects import drawing, exports
 from paligemma.objects.mask_codec import MaskCodec, find_codec, load_codec
@@ -103,10 +103,8 @@ class DetectionResult(Sequence[DetectedObject]):
         return len(self.objects)
 
     def __repr__(self) -> str:
-        return f"<DetectionResult: {len(self)} objects in {self.width} x {self.height} pixels{self._list()}>"
-
-    def _list(self) -> str:
-        return "".join(f"\n  {thing}" for thing in self.objects)
+        things = "".join(f"\n  {thing}" for thing in self.objects)
+        return f"<DetectionResult: {counted(len(self), 'object')} in {self.width} x {self.height} pixels{things}>"
 
     def draw(self, style: drawing.Style | None = None) -> Image.Image:
         """A copy of the picture with boxes, masks, labels and scores. A picture that is a path is read again.
@@ -144,24 +142,142 @@ class DetectionResult(Sequence[DetectedObject]):
         return exports.to_supervision(self._parsed, self.width, self.height)
 
 
-class Model:
-    """A PaliGemma model with one method per task. Made by `load`.
+class EncodedPicture:
+    """A picture and its image features: the methods of Model without their first argument. Made by Model.look.
 
-    Every method takes one picture and returns one answer; given a list or tuple of pictures, it returns a list of answers,
-    which are computed together, `batch_size` at a time. A picture is a path, an address, bytes, an open file, a PIL image, a
-    numpy array or a torch tensor ([H, W], [H, W, C] or [C, H, W]; uint8, or floats from 0 to 1). Keyword arguments that several
-    methods have:
-        language: of the answer: "en", "fr", "zh", ... It is not checked whether the checkpoint knows the language.
-        sampling: how tokens are chosen, see Sampling; greedy if not given. Picture i of a list draws from seed + i.
-        max_new_tokens: the most tokens of an answer; if not given, what the task may need (tasks.ANSWER_TOKENS).
-    Every method raises ImageError or AccessError for a picture that cannot be read, PromptError for a text that does not fit,
-    UsageError for arguments that make no sense, and DeviceError when memory runs out. It warns (UserWarning) when the checkpoint
-    was fine-tuned for another task.
+    Leaving the `with` block, or `close`, frees the features.
+
+    Attributes:
+        picture: the original, RGB and upright.
+        features: float[1, P, D] of encode_images, in the dtype and on the device of the model.
+    """
+
+    def __init__(self, model: "Model", picture: Any):
+        self.picture: Image.Image = load_image(picture)
+        self._model = model
+        with torch.no_grad(), machine.memory_errors("looking at the picture"):
+            self._features: Tensor | None = model.network.encode_images(model.processor.pixels([self.picture]))
+
+    @property
+    def features(self) -> Tensor:
+        if self._features is None:
+            raise UsageError("this picture was closed. Ask inside the `with` block, or call model.look(...) again.")
+        return self._features
+
+    def close(self) -> None:
+        self._features = None
+
+    def __enter__(self) -> "EncodedPicture":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def caption(
+        self, *, language: str = "en", sampling: Sampling | None = None, max_new_tokens: int | None = None
+    ) -> str:
+        """As Model.caption."""
+        return self._model.caption(self, language=language, sampling=sampling, max_new_tokens=max_new_tokens)
+
+    def ask(
+        self, question: str, *, language: str = "en", sampling: Sampling | None = None, max_new_tokens: int | None = None
+    ) -> str:
+        """As Model.ask."""
+        return self._model.ask(self, question, language=language, sampling=sampling, max_new_tokens=max_new_tokens)
+
+    def detect(
+        self, *labels: str, grammar: bool = False, min_score: float | None = None, sampling: Sampling | None = None,
+        max_new_tokens: int | None = None,
+    ) -> DetectionResult:  # fmt: skip
+        """As Model.detect."""
+        return self._model.detect(
+            self, *labels, grammar=grammar, min_score=min_score, sampling=sampling, max_new_tokens=max_new_tokens
+        )
+
+    def segment(
+        self, *labels: str, grammar: bool = False, min_score: float | None = None, sampling: Sampling | None = None,
+        max_new_tokens: int | None = None,
+    ) -> DetectionResult:  # fmt: skip
+        """As Model.segment."""
+        return self._model.segment(
+            self, *labels, grammar=grammar, min_score=min_score, sampling=sampling, max_new_tokens=max_new_tokens
+        )
+
+    def ocr(self, *, sampling: Sampling | None = None, max_new_tokens: int | None = None) -> str:
+        """As Model.ocr."""
+        return self._model.ocr(self, sampling=sampling, max_new_tokens=max_new_tokens)
+
+    def count(self, what: str, *, sampling: Sampling | None = None, max_new_tokens: int | None = None) -> int | None:
+        """As Model.count."""
+        return self._model.count(self, what, sampling=sampling, max_new_tokens=max_new_tokens)
+
+    def stream(
+        self, prompt: str, *, sampling: Sampling | None = None, max_new_tokens: int = STREAM_TOKENS
+    ) -> Iterator[str]:
+        """As Model.stream."""
+        return self._model.stream(self, prompt, sampling=sampling, max_new_tokens=max_new_tokens)
+
+    def embed(self) -> Tensor:
+        """As Model.embed."""
+        return self._model.embed(self)
+
+    def explain(self, prompt: str, answer: str | None = None) -> "Explanation":
+        """As Model.explain."""
+        return self._model.explain(self, prompt, answer)
+
+
+def as_list(picture: Any) -> list[Any]:
+    """The pictures of a list or tuple; one picture as a list."""
+    return list(picture) if isinstance(picture, list | tuple) else [picture]
+
+
+def unlisted(picture: Any, values: list[T]) -> T | list[T]:
+    """All values if a list or tuple of pictures was given, else the only one."""
+    return values if isinstance(picture, list | tuple) else values[0]
+
+
+def joined(labels: tuple[object, ...]) -> str:
+    """The labels as tasks.prompt takes them: "car ; person". Raises: UsageError for a label that is no text."""
+    if wrong := [label for label in labels if not isinstance(label, str)]:
+        raise UsageError(f"a label is {wrong[0]!r}. Pass each label as a text of its own: 'car', 'person'.")
+    return " ; ".join(map(str, labels))
+
+
+def reloadable(picture: Any) -> Any:
+    """The picture as it is, if it can be read again when it is drawn on (a path, bytes); otherwise loaded.
+
+    Raises: ImageError, AccessError.
+    """
+    is_file = isinstance(picture, str | os.PathLike) and not str(picture)[:8].lower().startswith(("http:", "https:", "data:"))
+    return picture if is_file or isinstance(picture, bytes | EncodedPicture) else load_image(picture)
+
+
+def request(picture: Any, task: str, text: str) -> Request:
+    """The request for tasks.Annotator."""
+    if isinstance(picture, EncodedPicture):
+        size = picture.picture.size
+        return Request(picture=picture.picture, task=task, text=text, size=size, image_features=picture.features)
+    return Request(picture=picture, task=task, text=text)
+
+
+class Model:
+    """A PaliGemma model with one method per task. Made by `load`. Several threads may use one Model at the same time.
+
+    A method that gets one picture returns one answer. A method that gets a list or tuple of pictures returns a list of answers,
+    of which it computes `batch_size` at a time. A picture is a path, an address, the bytes of a file, an open file, a PIL image,
+    or a numpy array or torch tensor of shape [H, W], [H, W, C] or [C, H, W] (uint8, or floats from 0 to 1). Several methods have
+    these keyword arguments:
+        language: language code of the answer: "en", "fr", "zh", ... It is not checked whether the checkpoint knows it.
+        sampling: how tokens are chosen, see Sampling; if not given, the most likely token. Picture i of a list uses seed + i.
+        max_new_tokens: the most tokens of an answer; if not given, as many as the task may need (tasks.ANSWER_TOKENS).
+    Every method raises ImageError or AccessError for a picture that cannot be read, PromptError for a text that does not fit into
+    the context, UsageError or GenerationError for invalid arguments, and DeviceError if memory runs out. A UserWarning says that
+    the checkpoint was fine-tuned for another task.
 
     Args:
         network: PaliGemmaForConditionalGeneration, on its device.
         processor: of the same checkpoint.
-        name: of the checkpoint, for people.
+        name: the name of the checkpoint, shown by repr().
         kind: what the checkpoint was trained for, from tasks.checkpoint_kind.
         codec: decodes the masks of `segment`; without a codec, its objects have no mask.
         batch_size: the number of pictures that are answered at once.
@@ -181,8 +297,8 @@ class Model:
         self.name, self.kind, self.codec, self.batch_size = name, kind, codec, batch_size
 
     def __repr__(self) -> str:
-        count = sum(parameter.numel() for parameter in self.network.parameters())
-        return f"<paligemma.Model {self.name}: {count / 1e6:.3g} million parameters, {self.network.dtype}, {self.network.device}>"
+        weights = machine.format_bytes(sum(tensor.nbytes for tensor in (*self.network.parameters(), *self.network.buffers())))
+        return f"<paligemma.Model {self.name}: {weights} of weights, {self.network.dtype}, {self.network.device}>"
 
     @overload
     def caption(
@@ -416,124 +532,6 @@ class Model:
         return results
 
 
-class EncodedPicture:
-    """A picture and its image features: the methods of Model without their first argument. Made by Model.look.
-
-    Leaving the `with` block, or `close`, frees the features.
-
-    Attributes:
-        picture: the original, RGB and upright.
-        features: float[1, P, D] of encode_images, in the dtype and on the device of the model.
-    """
-
-    def __init__(self, model: Model, picture: Any):
-        self.picture: Image.Image = load_image(picture)
-        self._model = model
-        with torch.no_grad(), machine.memory_errors("looking at the picture"):
-            self._features: Tensor | None = model.network.encode_images(model.processor.pixels([self.picture]))
-
-    @property
-    def features(self) -> Tensor:
-        if self._features is None:
-            raise UsageError("this picture was closed. Ask inside the `with` block, or call model.look(...) again.")
-        return self._features
-
-    def close(self) -> None:
-        self._features = None
-
-    def __enter__(self) -> "EncodedPicture":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def caption(
-        self, *, language: str = "en", sampling: Sampling | None = None, max_new_tokens: int | None = None
-    ) -> str:
-        """As Model.caption."""
-        return self._model.caption(self, language=language, sampling=sampling, max_new_tokens=max_new_tokens)
-
-    def ask(
-        self, question: str, *, language: str = "en", sampling: Sampling | None = None, max_new_tokens: int | None = None
-    ) -> str:
-        """As Model.ask."""
-        return self._model.ask(self, question, language=language, sampling=sampling, max_new_tokens=max_new_tokens)
-
-    def detect(
-        self, *labels: str, grammar: bool = False, min_score: float | None = None, sampling: Sampling | None = None,
-        max_new_tokens: int | None = None,
-    ) -> DetectionResult:  # fmt: skip
-        """As Model.detect."""
-        return self._model.detect(
-            self, *labels, grammar=grammar, min_score=min_score, sampling=sampling, max_new_tokens=max_new_tokens
-        )
-
-    def segment(
-        self, *labels: str, grammar: bool = False, min_score: float | None = None, sampling: Sampling | None = None,
-        max_new_tokens: int | None = None,
-    ) -> DetectionResult:  # fmt: skip
-        """As Model.segment."""
-        return self._model.segment(
-            self, *labels, grammar=grammar, min_score=min_score, sampling=sampling, max_new_tokens=max_new_tokens
-        )
-
-    def ocr(self, *, sampling: Sampling | None = None, max_new_tokens: int | None = None) -> str:
-        """As Model.ocr."""
-        return self._model.ocr(self, sampling=sampling, max_new_tokens=max_new_tokens)
-
-    def count(self, what: str, *, sampling: Sampling | None = None, max_new_tokens: int | None = None) -> int | None:
-        """As Model.count."""
-        return self._model.count(self, what, sampling=sampling, max_new_tokens=max_new_tokens)
-
-    def stream(
-        self, prompt: str, *, sampling: Sampling | None = None, max_new_tokens: int = STREAM_TOKENS
-    ) -> Iterator[str]:
-        """As Model.stream."""
-        return self._model.stream(self, prompt, sampling=sampling, max_new_tokens=max_new_tokens)
-
-    def embed(self) -> Tensor:
-        """As Model.embed."""
-        return self._model.embed(self)
-
-    def explain(self, prompt: str, answer: str | None = None) -> "Explanation":
-        """As Model.explain."""
-        return self._model.explain(self, prompt, answer)
-
-
-def as_list(picture: Any) -> list[Any]:
-    """The pictures of a list or tuple; one picture as a list."""
-    return list(picture) if isinstance(picture, list | tuple) else [picture]
-
-
-def unlisted(picture: Any, values: list[T]) -> T | list[T]:
-    """All values if a list or tuple of pictures was given, else the only one."""
-    return values if isinstance(picture, list | tuple) else values[0]
-
-
-def joined(labels: tuple[object, ...]) -> str:
-    """The labels as tasks.prompt takes them: "car ; person". Raises: UsageError for a label that is no text."""
-    if wrong := [label for label in labels if not isinstance(label, str)]:
-        raise UsageError(f"a label is {wrong[0]!r}. Pass each label as a text of its own: 'car', 'person'.")
-    return " ; ".join(map(str, labels))
-
-
-def reloadable(picture: Any) -> Any:
-    """The picture as it is, if it can be read again when it is drawn on (a path, bytes); otherwise loaded.
-
-    Raises: ImageError, AccessError.
-    """
-    is_file = isinstance(picture, str | os.PathLike) and not str(picture)[:8].lower().startswith(("http:", "https:", "data:"))
-    return picture if is_file or isinstance(picture, bytes | EncodedPicture) else load_image(picture)
-
-
-def request(picture: Any, task: str, text: str) -> Request:
-    """The request for tasks.Annotator."""
-    if isinstance(picture, EncodedPicture):
-        size = picture.picture.size
-        return Request(picture=picture.picture, task=task, text=text, size=size, image_features=picture.features)
-    return Request(picture=picture, task=task, text=text)
-
-
 def load(
     name: str | os.PathLike[str] | None = None,
     *,
@@ -564,7 +562,7 @@ def load(
     >>> import paligemma
     >>> model = paligemma.load()
     >>> model
-    <paligemma.Model bundled: 3.49 million parameters, torch.bfloat16, cpu>
+    <paligemma.Model bundled: 7.0 MB of weights, torch.bfloat16, cpu>
     """
     found = machine.find_device(device)
     own, base, codec_file = (None if path is None else os.fspath(path) for path in (name, base_model, mask_codec))
