@@ -6,7 +6,8 @@ methods raise the first error; tasks.Annotator, which they use, returns errors a
 Threads: one Model may be used from several threads at once. Each answer is then the same as the answer of one thread alone.
 Nothing is promised about speed: torch's operators already use several cores.
 
-Checked in tests/test_model.py, which also runs the examples below. Shapes: C channels, H W pixels, P patches per image, D model width.
+Checked in tests/test_model.py, which also runs the examples below.
+Shapes: C channels, H W pixels, P patches per image, D model width.
 """
 
 import io
