@@ -1,4 +1,4 @@
-"""One matrix product, by operator and by number of rows: where a token's time goes, and why `quantization.product` chooses.
+"""One matrix product, by operator and by number of rows: where a token's time goes, and why `fast_cpu.product` chooses.
 
     python -m benchmarks.products --size 16384x2048
 
@@ -8,7 +8,7 @@ multiply-adds / matrix rate, whatever the bytes. In between an operator shows wh
 in ms and how near it comes to the floor that binds it: GB/s of weights up to 8 rows, G multiply-adds/s above.
 
 Several copies of W are used in turn, more than any cache holds, as decoding meets each layer's weights once a token. Operators
-take turns, too, so that a busy machine slows all of them. What torch has is measured beside what quantization.py uses:
+take turns, too, so that a busy machine slows all of them. What torch has is measured next to what fast_cpu.py uses:
     F.linear           what everyone calls; with oneDNN ("mkldnn") and without
     through float32    the weight turned into float32 a few MB at a time, then sgemm
     ours               kernels.cpp: bfloat16 weights, int8, int4 (inputs rounded to 8 bits in groups)
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 # isort: off
 from benchmarks import turns
-from paligemma.layers import kernels
+from paligemma.layers import fast_cpu, int_formats, kernels
 from paligemma.layers import quantization
 # isort: on
 
@@ -60,12 +60,12 @@ def torch_int8(w: Tensor, engine: str) -> Callable[[Tensor], Tensor]:
 
 
 def int8_pack(w: Tensor) -> Callable[[Tensor], Tensor]:
-    q, scales = quantization.round_rows(w.float(), "int8")
+    q, scales = int_formats.round_rows(w.float(), "int8")
     return lambda x: torch._weight_int8pack_mm(x, q, scales[:, 0])
 
 
 def int4_pack(w: Tensor) -> Callable[[Tensor], Tensor]:
-    q, scales = quantization.round_rows(w.float(), "int4")
+    q, scales = int_formats.round_rows(w.float(), "int4")
     packed = torch._convert_weight_to_int4pack_for_cpu((q + 8).int(), 1)
     scales_and_zeros = torch.stack((scales, torch.zeros_like(scales)), 2).transpose(0, 1).contiguous()
     return lambda x: torch._weight_int4pack_mm_for_cpu(x, packed, 32, scales_and_zeros)
@@ -81,7 +81,7 @@ def ours(w: Tensor, kind: str) -> Callable[[Tensor], Tensor]:
 OPERATORS = {
     "F.linear bf16": (2, 266, lambda w: lambda x: F.linear(x, w)),
     "F.linear bf16, mkldnn off": (2, 16, lambda w: lambda x: without_mkldnn(x, w)),
-    "bf16 through float32": (2, 266, lambda w: lambda x: quantization.upcast_product(x, w)),
+    "bf16 through float32": (2, 266, lambda w: lambda x: fast_cpu.upcast_product(x, w)),
     "ours bf16": (2, 266, lambda w: lambda x: kernels.product("bf16", x, [(w, None, len(w))], torch.bfloat16)),
     "torch int8, fbgemm": (1, 266, lambda w: torch_int8(w, "fbgemm")),
     "torch int8, onednn": (1, 266, lambda w: torch_int8(w, "onednn")),

@@ -16,7 +16,7 @@ from paligemma import roofline
 from paligemma.checkpoints.weights import empty_model
 from paligemma.configuration import PaliGemmaConfig
 from paligemma.files import read_json
-from paligemma.layers import quantization
+from paligemma.layers import int_formats, quantization
 from paligemma.svg import BLUE, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing
 
 HERE = Path(__file__).resolve().parent
@@ -28,7 +28,7 @@ PROMPT, ANSWER = 266, 20  # tokens
 
 def count_work(config: PaliGemmaConfig) -> None:
     """Prints what one token and one prompt cost, counted on the meta device (shapes without memory)."""
-    for kind in (None, *quantization.KINDS):
+    for kind in (None, *int_formats.KINDS):
         model = empty_model(config).to(torch.bfloat16)
         for name in quantization.targets(model) if kind else ():
             model.set_submodule(name, quantization.empty_module(model.get_submodule(name), kind))

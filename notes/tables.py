@@ -60,7 +60,7 @@ def checkpoint_table() -> str:
     import torch
 
     from paligemma.checkpoints.weights import empty_model
-    from paligemma.layers import quantization
+    from paligemma.layers import int_formats, quantization
 
     lines = [
         "| model | hub id, after `google/` | parameters | bf16 | int8 | int4 | cache per token |",
@@ -70,7 +70,7 @@ def checkpoint_table() -> str:
         config = model_config(name)
         parameters = sum(parameter.numel() for parameter in empty_model(config).parameters())
         sizes = []
-        for kind in (None, *quantization.KINDS):
+        for kind in (None, *int_formats.KINDS):
             model = empty_model(config).to(torch.bfloat16)
             for target in quantization.targets(model) if kind else ():
                 model.set_submodule(target, quantization.empty_module(model.get_submodule(target), kind))

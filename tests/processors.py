@@ -60,7 +60,7 @@ VARIANTS = {"native": kernels.FLAGS} | {name: (*SHARED, *more) for name, (needs,
 
 def force(name: str) -> None:
     """Makes this process, in which torch has done nothing yet, and its children one of that class."""
-    from paligemma.layers import quantization
+    from paligemma.layers import fast_cpu
 
     os.environ.update(CLASSES[name].environment)
-    quantization.bf16_instructions = lambda: CLASSES[name].says
+    fast_cpu.bf16_instructions = lambda: CLASSES[name].says

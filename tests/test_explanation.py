@@ -14,7 +14,7 @@ from paligemma.checkpoints import weights
 from paligemma.configuration import PaliGemmaConfig
 from paligemma.errors import OutputError, PromptError, UsageError
 from paligemma.generation import generate, generate_steps
-from paligemma.layers import quantization
+from paligemma.layers import int_formats
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration, suffix_loss
 from paligemma.objects.outputs import NormalizedBox
 from paligemma.processing_paligemma import PaliGemmaProcessor, load_image
@@ -339,7 +339,7 @@ def test_two_pictures_and_two_rows_are_refused(processor):
         explanation.explain(model, processor, processor([picture, picture], ["what?", "who?"]), [70])
 
 
-@pytest.mark.parametrize("kind", quantization.KINDS)
+@pytest.mark.parametrize("kind", int_formats.KINDS)
 def test_quantised_models_have_roll_outs_and_likelihoods_but_no_gradient(kind, demo):
     model = weights.load_model(DEMO, dtype="fp32", quantize=kind)
     _, found = ask((model, demo[1]), "answer en what color is the heart?")

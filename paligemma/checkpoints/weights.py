@@ -45,7 +45,7 @@ from paligemma.checkpoints.safetensors_files import (
 from paligemma.configuration import PaliGemmaConfig, SiglipVisionConfig
 from paligemma.errors import CheckpointError, OutputError, UsageError, listed
 from paligemma.files import MAX_JSON_BYTES, names_in, parse_json_file, read_regular, staging_folder, stat_path
-from paligemma.layers import graphs, quantization
+from paligemma.layers import fast_cpu, graphs, quantization
 from paligemma.machine import find_device, memory_errors, require_memory
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 from paligemma.parameter_names import canonical_name
@@ -452,7 +452,7 @@ class ModelFiles:
         with memory_errors(f"loading {folder}"):
             fill(model, stored, TensorReader(device, allow_nonfinite), dtype, quantised, kind, adapter)
         if device.type == "cpu":
-            quantization.use_fast_products(model)
+            fast_cpu.accelerate(model)
         if device.type == "cuda":
             model = graphs.use_graphs(model)
         return model.eval()

@@ -20,7 +20,7 @@ from paligemma.checkpoints import weights
 from paligemma.checkpoints.safetensors_files import read_header
 from paligemma.configuration import PaliGemmaConfig
 from paligemma.errors import CheckpointError, DeviceError, OutputError, PaliGemmaError, UsageError
-from paligemma.layers import quantization
+from paligemma.layers import int_formats, quantization
 from tests.bounds import float32_bound
 from tests.tiny import FAMILIES, gap, make_batch, make_model, make_reference, raw_config, reference_logits
 
@@ -608,7 +608,7 @@ def test_published_models_have_the_published_parameters(name, side, parameters):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", quantization.KINDS)
+@pytest.mark.parametrize("kind", int_formats.KINDS)
 @pytest.mark.parametrize("with_vision", [False, True])
 def test_quantising_while_loading_equals_quantising_the_loaded_model(tmp_path, family, kind, with_vision):
     whole = weights.load_model(write_checkpoint(tmp_path, family=family))
@@ -619,7 +619,7 @@ def test_quantising_while_loading_equals_quantising_the_loaded_model(tmp_path, f
     state = model.state_dict()
     for name, module in whole.named_modules():
         if name in names:
-            packed, scales = quantization.quantize(module.weight.detach(), kind)
+            packed, scales = int_formats.quantize(module.weight.detach(), kind)
             assert torch.equal(state.pop(f"{name}.packed"), packed)
             assert torch.equal(state.pop(f"{name}.scales"), scales)
     for name, tensor in state.items():  # norms, biases, projector, and the tower if it was left alone
@@ -627,7 +627,7 @@ def test_quantising_while_loading_equals_quantising_the_loaded_model(tmp_path, f
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", quantization.KINDS)
+@pytest.mark.parametrize("kind", int_formats.KINDS)
 @pytest.mark.parametrize("with_vision", [False, True])
 def test_a_quantised_model_is_saved_and_mapped_back(tmp_path, dtype, kind, with_vision):
     model = weights.load_model(

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from paligemma.layers import kernels, quantization
-from paligemma.layers.quantization import BF16_ROWS, GROUP, KINDS, QuantizedLinear
+from paligemma.layers import fast_cpu, int_formats, kernels, quantization
+from paligemma.layers.fast_cpu import BF16_ROWS
+from paligemma.layers.int_formats import GROUP, KINDS
+from paligemma.layers.quantization import QuantizedLinear
 from paligemma.modeling_gemma import (
     GemmaConfig,
     GemmaEmbedding,
@@ -121,9 +123,9 @@ def test_int4_of_normal_weights_is_better_than_scale_by_the_largest():
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_the_kernel_rounds_as_torch_does(kind, n, k, monkeypatch):
     weight = random_linear(n, k).weight
-    packed, scales = quantization.quantize(weight, kind)
+    packed, scales = int_formats.quantize(weight, kind)
     monkeypatch.setattr(kernels, "library", lambda: None)
-    same_packed, same_scales = quantization.quantize(weight, kind)
+    same_packed, same_scales = int_formats.quantize(weight, kind)
     # Exact but for ties that fall the other way because sums are reordered or x * (1 / s) is fused: 1 in a million seen.
     assert (packed != same_packed).float().mean() < 1e-4
     assert (scales != same_scales).float().mean() < 1e-4
@@ -169,11 +171,11 @@ def test_an_input_that_is_no_number_reaches_every_output(kind, value, has_kernel
 
 def test_tiles_hold_what_the_header_draws():
     q = (torch.arange(16 * 64, dtype=torch.int32).view(16, 64) % 251 - 125).to(torch.int8)
-    tiles = quantization.to_tiles(q, "int8")
+    tiles = int_formats.to_tiles(q, "int8")
     assert tiles.shape == (1, 16, 64)
     assert tiles[0, 3, 4 * 5 + 2] == q[5, 4 * 3 + 2].item() + 128
     q = (torch.arange(16 * 32, dtype=torch.int32).view(16, 32) % 16 - 8).to(torch.int8)
-    tiles = quantization.to_tiles(q, "int4")
+    tiles = int_formats.to_tiles(q, "int4")
     assert tiles.shape == (1, 4, 64)
     assert tiles[0, 1, 4 * 7 + 3] == (q[7, 8 + 3].item() + 8) | (q[7, 8 + 4 + 3].item() + 8) << 4
 
@@ -182,8 +184,8 @@ def test_tiles_hold_what_the_header_draws():
 def test_layouts_turn_back(kind):
     low, high = (-127, 128) if kind == "int8" else (-8, 8)
     q = torch.randint(low, high, (48, 128), dtype=torch.int8)
-    assert torch.equal(quantization.from_tiles(quantization.to_tiles(q, kind), kind), q)
-    assert torch.equal(quantization.from_rows(quantization.to_rows(q, kind), kind), q)
+    assert torch.equal(int_formats.from_tiles(int_formats.to_tiles(q, kind), kind), q)
+    assert torch.equal(int_formats.from_rows(int_formats.to_rows(q, kind), kind), q)
 
 
 # ---------------------------------------------------------------- products
@@ -294,7 +296,7 @@ def test_fast_norm_is_the_norm(rows, has_kernels, monkeypatch):
     norm = GemmaRMSNorm(192, 1e-6).requires_grad_(False)
     norm.weight.normal_(std=0.1)
     norm, x = norm.bfloat16(), (torch.randn(192, rows) * 30).bfloat16().T  # not contiguous
-    norm.__class__ = quantization.FastRMSNorm
+    norm = fast_cpu.FastRMSNorm(norm)
     exact = F.rms_norm(x.double(), (192,), eps=1e-6) * (1 + norm.weight.double())
     # A sum of 192 squares, its root, and a few products; then the result is rounded.
     assert_within(norm(x), exact, (UNIT[torch.bfloat16] + 110 * UNIT[torch.float32]) * exact.abs() + 1e-30)
@@ -303,7 +305,7 @@ def test_fast_norm_is_the_norm(rows, has_kernels, monkeypatch):
 def test_upcast_product_is_the_product():
     linear, x = random_linear(37, 100, dtype=torch.bfloat16), torch.randn(2, 9, 100).bfloat16()
     exact = x.double() @ linear.weight.double().T
-    assert_within(quantization.upcast_product(x, linear.weight), exact, product_bound(x, linear.weight, torch.bfloat16))
+    assert_within(fast_cpu.upcast_product(x, linear.weight), exact, product_bound(x, linear.weight, torch.bfloat16))
 
 
 def attend_with_kernel(rows: int, kv_heads: int, heads: int, reach: int, mask: torch.Tensor | None, cap: float | None):
@@ -371,16 +373,16 @@ INSTRUCTIONS = pytest.mark.parametrize("instructions", BF16_ROWS)  # what the pr
 def test_products_of_one_input_are_the_products_one_by_one(kind, instructions, variant, monkeypatch):
     if variant is None:
         return
-    monkeypatch.setattr(quantization, "bf16_instructions", lambda: instructions)
+    monkeypatch.setattr(fast_cpu, "bf16_instructions", lambda: instructions)
     linears = [random_linear(n, 128, seed, dtype=torch.bfloat16) for seed, n in enumerate((300, 37, 64))]
     if kind == "bf16":
-        for linear in linears:
-            linear.__class__ = quantization.FastLinear
-    modules = tuple(linears) if kind == "bf16" else tuple(quantized(linear, kind) for linear in linears)
+        modules = tuple(fast_cpu.FastLinear(linear) for linear in linears)
+    else:
+        modules = tuple(quantized(linear, kind) for linear in linears)
     most = BF16_ROWS[instructions]
     for rows in (0, 1, 3, most - 1, most, most + 1, 90):
         x = torch.randn(rows, 1, 128).bfloat16()
-        y = quantization.joint_product(x, modules)
+        y = fast_cpu.joint_product(x, modules)
         if kind == "bf16" and not 0 < rows <= most:
             assert y is None  # torch is faster
             continue
@@ -393,7 +395,7 @@ def test_products_of_one_input_are_the_products_one_by_one(kind, instructions, v
 @pytest.mark.parametrize("kind", ["bf16", *KINDS])
 @needs_kernels
 def test_fast_mlp_is_as_exact_as_the_mlp(kind, instructions, has_kernels, monkeypatch):
-    monkeypatch.setattr(quantization, "bf16_instructions", lambda: instructions)
+    monkeypatch.setattr(fast_cpu, "bf16_instructions", lambda: instructions)
     if not has_kernels:
         monkeypatch.setattr(kernels, "library", lambda: None)
     torch.manual_seed(0)
@@ -403,13 +405,14 @@ def test_fast_mlp_is_as_exact_as_the_mlp(kind, instructions, has_kernels, monkey
         for name in ("gate_proj", "up_proj", "down_proj"):
             setattr(mlp, name, quantized(getattr(mlp, name), kind))
             getattr(exact_mlp, name).weight.copy_(getattr(mlp, name).weight_as_floats())
-    whole, most = nn.ModuleDict({"mlp": mlp}), BF16_ROWS[instructions]
+    plain_mlp, whole, most = copy.deepcopy(mlp), nn.ModuleDict({"mlp": mlp}), BF16_ROWS[instructions]
+    fast_cpu.accelerate(whole, min_parameters=0)
+    mlp = whole["mlp"]
+    assert type(mlp) is fast_cpu.FastMLP
     for rows in (0, 1, 3, most, most + 1, 90):
         x = (torch.randn(rows, 1, 96) * 3).bfloat16()
-        mlp.__class__ = GemmaMLP
-        plain, exact = mlp(x), exact_mlp(x.double())
-        quantization.use_fast_products(whole, least_parameters=0)
-        assert type(mlp) is quantization.FastGemmaMLP and mlp(x).shape == exact.shape
+        plain, exact = plain_mlp(x), exact_mlp(x.double())
+        assert mlp(x).shape == exact.shape
         # The plain one rounds gate, its GELU and up to bfloat16 first, the fast one no more than that: the errors are draws of
         # the same size, and the fast one's mean over thousands of numbers is no larger but for chance.
         if rows > 1:
@@ -466,9 +469,9 @@ def test_a_fast_step_is_as_exact_as_torchs(family, window, has_kernels, monkeypa
         monkeypatch.setattr(kernels, "library", lambda: None)
     plain = make_decoder(family)
     exact, fast = decode(copy.deepcopy(plain).double(), window), copy.deepcopy(plain)
-    quantization.use_fast_products(fast, least_parameters=0)
+    fast_cpu.accelerate(fast, min_parameters=0)
     layers = fast.language_model.model.layers
-    assert {type(layer.self_attn) for layer in layers} == {quantization.FastGemmaAttention}
+    assert {type(layer.self_attn) for layer in layers} == {fast_cpu.FastAttention}
     ours, torchs = gap(decode(fast, window), exact), gap(decode(plain, window), exact)
     # Both round to bfloat16, ours less often: two draws of the same size. Without kernels the operations are the same.
     assert ours <= 1.5 * torchs if kernels.library() else ours == torchs
@@ -484,7 +487,7 @@ def test_a_fast_step_of_a_quantised_decoder_is_that_of_its_weights(kind, family)
         module = quantized(model.get_submodule(name), kind)
         model.set_submodule(name, module)
         floats.get_submodule(name).weight.data = module.weight_as_floats()[:, : module.in_features]
-    quantization.use_fast_products(model, least_parameters=0)
+    fast_cpu.accelerate(model, min_parameters=0)
     # bfloat16 alone is off by 1e-2, inputs rounded to 8 bits by as much.
     assert gap(decode(model), decode(floats)) < 5e-2
 
@@ -574,10 +577,12 @@ def test_fast_products_keep_names_weights_and_gradients(compiled):
     names, x = list(model.state_dict()), torch.randn(3, 64).bfloat16()
     q_proj, embed = model.language_model.q_proj, model.language_model.embed_tokens
     expected = q_proj(x), embed.logits(x)
-    quantization.use_fast_products(model)
+    fast_cpu.accelerate(model)
     assert type(q_proj) is nn.Linear  # a small model is left alone
-    quantization.use_fast_products(model, least_parameters=0)
+    fast_cpu.accelerate(model, min_parameters=0)
     assert list(model.state_dict()) == names
+    assert model.language_model.q_proj.weight is q_proj.weight
+    q_proj, embed = model.language_model.q_proj, model.language_model.embed_tokens
     with torch.no_grad():
         torch.testing.assert_close(q_proj(x), expected[0], rtol=2**-7, atol=1e-3)  # a unit of bfloat16, on either side
         torch.testing.assert_close(embed.logits(x), expected[1].float(), rtol=2**-7, atol=1e-3, check_dtype=compiled is not None)
@@ -600,14 +605,14 @@ def test_fast_products_keep_names_weights_and_gradients(compiled):
 @needs_kernels
 @pytest.mark.parametrize("place", PLACES)
 def test_every_choice_of_product_gives_the_product(place, rows, instructions, has_kernels, monkeypatch):
-    monkeypatch.setattr(quantization, "bf16_instructions", lambda: instructions)
+    monkeypatch.setattr(fast_cpu, "bf16_instructions", lambda: instructions)
     if not has_kernels:
         monkeypatch.setattr(kernels, "library", lambda: None)
     linear, x = random_linear(37, 96, dtype=torch.bfloat16), PLACES[place](rows, 96).bfloat16()
     exact, bias = x.double() @ linear.weight.double().T, torch.ones(37).bfloat16()
     bound = product_bound(x, linear.weight, torch.bfloat16)
-    assert_within(quantization.product(x, linear.weight), exact, bound)
+    assert_within(fast_cpu.product(x, linear.weight), exact, bound)
     with_bias = exact + bias.double()
     # The sum is rounded with the bias, or before and after it is added.
     bound = bound + UNIT[torch.bfloat16] * (with_bias.abs() + bound)
-    assert_within(quantization.product(x, linear.weight, bias), with_bias, bound)
+    assert_within(fast_cpu.product(x, linear.weight, bias), with_bias, bound)

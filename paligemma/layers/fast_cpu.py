@@ -1,0 +1,191 @@
+"""Modules that compute faster on a CPU in bfloat16 or with quantised weights: `accelerate` puts them into a model.
+
+Each takes the place of one module of modeling_gemma.py or of nn.Linear, has its parameters under the same names, and overrides
+`forward` only. They use kernels.cpp where it was compiled and is faster than torch. `product` is the one place that chooses an
+operator for bfloat16 weights; it follows measurements with benchmarks/products.py.
+
+Checked in tests/layers/test_quantization.py. Shapes: as in modeling_gemma.py, and O outputs, X inputs of one matrix.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paligemma.layers import kernels
+from paligemma.layers.int_formats import GROUP, KERNEL_DTYPES, WORK
+from paligemma.layers.quantization import QuantizedLinear
+from paligemma.modeling_gemma import GemmaAttention, GemmaEmbedding, GemmaMLP, GemmaRMSNorm, KVCache
+
+# Up to how many rows of x our bfloat16 product is faster than torch's, by the bfloat16 instructions of the processor: products of
+# matrices (AMX), dot products of pairs of numbers, or none.
+BF16_ROWS = {"matrices": 4, "pairs": 32, "nothing": 64}
+MIN_PARAMETERS = 2**24  # smaller models stay in the processor's cache, and compiling a kernel would only delay their first start
+
+
+# Products in bfloat16
+
+
+@functools.cache
+def bf16_instructions() -> str:
+    """The bfloat16 instructions of this processor, as a key of BF16_ROWS; "matrices" if the system does not list them."""
+    flags = kernels.cpu_flags()
+    if not flags or not flags.isdisjoint({"amx_bf16", "bf16", "svebf16"}):
+        return "matrices"
+    return "pairs" if "avx512_bf16" in flags else "nothing"
+
+
+def upcast_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T computed in float32, with a few MB of the weight converted at a time."""
+    rows = x.flatten(0, -2).float()
+    y = x.new_empty(len(rows), len(weight))
+    step = max(1, WORK // weight.shape[1])
+    for start in range(0, len(weight), step):
+        y[:, start : start + step] = rows @ weight[start : start + step].float().T
+    return y.view(*x.shape[:-1], -1)
+
+
+def is_untrained_bf16(x: Tensor, weight: Tensor) -> bool:
+    """Whether both are bfloat16 on the CPU and no gradient is needed. Only then is there a choice of product."""
+    is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return (
+        x.dtype is weight.dtype is torch.bfloat16 and x.is_cpu and weight.is_cpu and not is_trained
+        and not torch.compiler.is_compiling()
+    )  # fmt: skip
+
+
+def suits_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether our bfloat16 product can compute x @ weight.T and is the fastest. Requires is_untrained_bf16(x, weight)."""
+    inputs = weight.shape[1]
+    if inputs % 32 or not weight.is_contiguous() or kernels.library() is None:
+        return False
+    return 0 < x.numel() <= BF16_ROWS[bf16_instructions()] * inputs
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, by the operator that is fastest for this processor, dtype and number of rows.
+
+    Times in ms for a weight [16384, 2048]:
+        rows of x                                          1     4    16    64   266
+        two Ice Lake cores, no bfloat16 instructions
+            F.linear                                     4.0    11    24    76   288
+            kernels.product                              2.5   3.5   8.2    25    95
+            upcast_product                                 -    12    16    27    80
+        two EPYC cores, dot products of pairs
+            F.linear                                     3.9   5.1   5.2    13    44
+            kernels.product                              1.6   3.6   4.6    13    58
+    """
+    if is_untrained_bf16(x, weight):
+        y = None
+        if suits_kernel(x, weight):
+            y = kernels.product("bf16", x, [(weight, None, len(weight))], torch.bfloat16)
+        elif bf16_instructions() == "nothing" and x.numel() >= 8 * weight.shape[1] and weight.is_contiguous():
+            y = upcast_product(x, weight)
+        if y is not None:
+            return y if bias is None else y + bias
+    return F.linear(x, weight, bias)
+
+
+# Modules
+
+
+class Fast(nn.Module):
+    """The base of the classes below: a module made of a plain one, whose parameters, submodules and settings it shares."""
+
+    def __init__(self, plain: nn.Module):
+        nn.Module.__init__(self)  # not the plain class's own, which would allocate parameters
+        self.__dict__.update(plain.__dict__)
+
+
+class FastLinear(Fast, nn.Linear):
+    """nn.Linear whose product is chosen by `product`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight, self.bias)
+
+
+class FastEmbedding(Fast, GemmaEmbedding):
+    """GemmaEmbedding whose logits are computed by `product`; for few rows they are float32, not rounded to bfloat16."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        w = self.weight
+        if is_untrained_bf16(x, w) and suits_kernel(x, w):
+            return kernels.product("bf16", x, [(w, None, len(w))], torch.float32)
+        return product(x, w)
+
+
+class FastRMSNorm(Fast, GemmaRMSNorm):
+    """GemmaRMSNorm in one kernel call instead of ten small operations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight
+        if w.numel() % 16 == 0 and is_untrained_bf16(x, w) and kernels.library() is not None:
+            return kernels.bf16_rms_norm(x, w, self.eps)
+        return super().forward(x)
+
+
+def joint_product(x: Tensor, modules: tuple[nn.Module, ...], is_gated: bool = False) -> Tensor | None:
+    """Outputs of several modules with the same input, computed in one call of kernels.product; None if that is not possible."""
+    first = modules[0]
+    if any(type(module) is not type(first) or module.bias is not None for module in modules):
+        return None
+    if type(first) is FastLinear:
+        weights = [module.weight for module in modules]
+        if all(is_untrained_bf16(x, w) and suits_kernel(x, w) for w in weights):
+            return kernels.product("bf16", x, [(w, None, len(w)) for w in weights], torch.bfloat16, is_gated)
+    if type(first) is QuantizedLinear and x.is_cpu and x.dtype in KERNEL_DTYPES and x.shape[-1] % GROUP[first.kind] == 0:
+        if all(module.is_tiled and module.kind == first.kind for module in modules) and kernels.library() is not None:
+            matrices = [(module.packed, module.scales, module.out_features) for module in modules]
+            return kernels.product(first.kind, x, matrices, x.dtype, is_gated)
+    return None
+
+
+class FastMLP(Fast, GemmaMLP):
+    """GemmaMLP with gelu(gate) * up in one kernel call. If torch computes the two products, the kernel does the gating only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated = joint_product(x, (self.gate_proj, self.up_proj), is_gated=True)  # [B, L, F]
+        if gated is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)  # [B, L, F], [B, L, F]
+            if gate.numel() % 16 or kernels.library() is None or not is_untrained_bf16(gate, up):
+                return self.down_proj(F.gelu(gate, approximate="tanh") * up)
+            gated = kernels.bf16_gate(gate, up)
+        return self.down_proj(gated)
+
+
+class FastAttention(Fast, GemmaAttention):
+    """GemmaAttention in three kernel calls if each row has one new token: q, k and v; the attention; the output projection."""
+
+    def forward(
+        self, x: Tensor, position_ids: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        qkv = None
+        if cache is not None and x.shape[1] == 1 and x.dtype is cache.keys.dtype is torch.bfloat16 and self.width % 32 == 0:
+            qkv = joint_product(x, (self.q_proj, self.k_proj, self.v_proj))  # [B, 1, (N + 2 K) E]
+        if qkv is None:
+            return super().forward(x, position_ids, rotation, mask, cache)
+        keys, values = cache.keys[self.layer], cache.values[self.layer]
+        slots = cache.slots_read
+        x = kernels.bf16_attend(qkv, position_ids, rotation, mask, keys, values, slots, self.scale, self.cap)  # [B, 1, N*E]
+        return self.o_proj(x)
+
+
+FAST_IN_BF16 = {nn.Linear: FastLinear, GemmaEmbedding: FastEmbedding, GemmaRMSNorm: FastRMSNorm}
+FAST_WITH_FAST_PARTS = {GemmaAttention: FastAttention, GemmaMLP: FastMLP}  # they also combine quantised matrices
+
+
+def accelerate(model: nn.Module, min_parameters: int = MIN_PARAMETERS) -> None:
+    """Replaces modules of a CPU model by their faster versions. Parameters are shared, and their names do not change.
+
+    Modules are matched by their exact class: a subclass, such as LoRALinear, computes something else. Norms, matrices and the
+    embedding are replaced if their weight is bfloat16. Models with fewer than min_parameters parameters stay as they are.
+    """
+    if sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers())) < min_parameters:
+        return
+    for name, module in list(model.named_modules()):
+        fast = FAST_WITH_FAST_PARTS.get(type(module))
+        if fast is None and type(module) in FAST_IN_BF16 and module.weight.dtype == torch.bfloat16:
+            fast = FAST_IN_BF16[type(module)]
+        if fast is not None:
+            model.set_submodule(name, fast(module))
