@@ -103,7 +103,7 @@ class PromptTokenizer:
             raise PromptError(f"the text has {len(text)} characters, but at most {most} can fit. Shorten it.")
         typed = [token for token in self.reserved_tokens.values() if token in text]
         if typed and notes is not None:
-            notes.append(f"{', '.join(typed)} in the text is taken as letters, not as a token of the model.")
+            notes.append(f"{', '.join(typed)} in the text is read as ordinary text, not as a token of the model.")
         return [number for number, _ in self.ids_with_ends(text)]
 
     def ids_with_ends(self, text: str) -> Iterator[tuple[int, int]]:

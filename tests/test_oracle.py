@@ -1,4 +1,4 @@
-"""The whole model against the numbers of Google's JAX code; what they are is told in oracle/README.md.
+"""The whole model against the outputs of Google's JAX code, which oracle/README.md describes.
 
 Google's numbers are float32, of one run that is stored. Ours are computed in float64, so that their distance is Google's rounding
 and the same on every processor: at most 2.4e-5 for a logit. The bound notices a norm epsilon of 1e-5 in place of 1e-6. Our own
@@ -21,7 +21,7 @@ from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration, pref
 from tests.bounds import exact_arithmetic
 
 FOLDERS = ["paligemma1", "paligemma2"]
-TRAINED = 512  # words; the rows behind them were appended and are compared with nothing
+TRAINED = 512  # tokens; the rows after them were appended and are not compared
 BOUND = 5e-5
 
 
@@ -77,7 +77,7 @@ def test_each_stage_of_the_tower_equals_jax(folder):
 
 @pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.usefixtures("exact")
-def test_what_enters_the_decoder_equals_jax(folder):
+def test_the_inputs_of_the_decoder_equal_jax(folder):
     model, expected, batch = load(folder), arrays(folder, "expected"), forward_batch(folder)
     embeds = model.embed(batch["input_ids"], model.encode_images(batch["pixel_values"]))
     equal(embeds[expected["valid"]], expected["inputs_embeds"][expected["valid"]])
@@ -97,7 +97,7 @@ def test_hidden_vectors_equal_jax(folder):
     seen = []
     model.language_model.model.register_forward_hook(lambda _module, _args, output: seen.append(output))
     model(**batch)
-    # Larger numbers than logits, up to 27, and a larger rounding.
+    # These numbers, up to 27, are larger than logits, and so is their rounding.
     equal(seen[0][expected["valid"]], expected["pre_logits"][expected["valid"]], bound=1e-4)
 
 
@@ -155,4 +155,4 @@ def test_our_float32_rounds_no_more_than_googles(folder):
     with exact_arithmetic():
         exact = load(folder)(**batch)[..., :TRAINED]
     ours, googles = ((logits - exact)[expected["valid"]].abs().max() for logits in (ours, expected["fwd_logits"]))
-    assert ours <= 4 * googles  # sums in other orders: two draws of the same size
+    assert ours <= 4 * googles  # the sums have different orders, so the two errors are random and of similar size

@@ -1,4 +1,4 @@
-"""The processor: pixels and ids equal to transformers', control tokens that cannot be typed, text from ids."""
+"""The processor: pixels and ids equal to transformers; names of control tokens in a prompt stay text; text from ids."""
 
 import base64
 import io
@@ -87,7 +87,7 @@ def picture(width: int = 37, height: int = 23, seed: int = 0) -> Image.Image:
 
 
 def assert_equal(ours: dict, theirs: dict) -> None:
-    """Equality of every bit; labels only where we made them, since transformers returns empty ones, too."""
+    """Bitwise equality. Labels are compared only if ours has some, because transformers always returns labels."""
     assert ours.keys() - {"labels"} == theirs.keys() - {"labels"}
     for name in ours:
         assert ours[name].dtype == theirs[name].dtype, name
@@ -112,7 +112,7 @@ def test_answers_and_labels_equal_transformers(processor, reference, suffix):
     assert ours.keys() == theirs.keys()
 
 
-def test_a_batch_with_several_pictures_a_row_equals_transformers(processor, reference):
+def test_a_batch_with_several_pictures_per_row_equals_transformers(processor, reference):
     rows = [[picture(seed=1)], [picture(seed=2), picture(50, 60, seed=3)], [picture(seed=4)]]
     prompts, suffixes = ["caption en", "answer en which of the two?", "ocr"], ["a cat", "left", "one two three"]
     texts = ["<image>" * len(row) + prompt for row, prompt in zip(rows, prompts, strict=True)]
@@ -162,7 +162,7 @@ def test_other_means_and_scales_equal_transformers(tmp_path):
     assert torch.equal(PaliGemmaProcessor.from_pretrained(tmp_path).pixels([picture()]), theirs)
 
 
-def test_what_transformers_saves_again_gives_the_same(reference, processor, tmp_path):
+def test_files_saved_by_transformers_5_give_the_same_processor(reference, processor, tmp_path):
     reference.save_pretrained(tmp_path)  # transformers 5 writes processor_config.json instead of preprocessor_config.json
     assert (tmp_path / "processor_config.json").exists()
     write_json(tmp_path, "config.json", write_processor_config(tmp_path))
@@ -213,7 +213,7 @@ def test_white_space_at_both_ends_is_dropped_with_a_note(processor):
 
 
 def test_the_newline_stays_a_token_of_its_own(tmp_path):
-    # A tokenizer whose merges would join it to the letter before it, as transformers' processor would let them.
+    # The merges of this tokenizer join the newline to the character before it. transformers' processor does not prevent that.
     tokenizer = tokenizer_json()
     tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if "\n" not in token["content"]]
     first = write_processor(tmp_path)
@@ -228,7 +228,7 @@ def test_the_newline_stays_a_token_of_its_own(tmp_path):
     assert processor(None, "cat")["input_ids"][0, -1] == processor.newline_token_id == vocab["\n"]
 
 
-# What may come as pictures and prompts
+# Kinds of arguments
 
 
 def test_pictures_are_given_to_rows_as_documented(processor):
@@ -266,7 +266,7 @@ def test_a_picture_may_be_a_path_an_address_bytes_an_open_file_or_an_array(proce
         assert torch.equal(processor(source, "caption en")["pixel_values"], pixels)
 
 
-def test_tokens_alone_are_the_batch_without_pixels(processor):
+def test_tokens_returns_the_batch_without_pixels(processor):
     whole = processor([[picture()], [picture(), picture()]], ["a", "b c"], ["d", "e"])
     alone = processor.tokens([1, 2], ["a", "b c"], ["d", "e"])
     del whole["pixel_values"]
@@ -299,13 +299,13 @@ def test_tokens_alone_are_the_batch_without_pixels(processor):
         (None, "a", "\ud83d", PromptError),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused_in_a_sentence(processor, images, prompts, suffixes, error):
+def test_invalid_arguments_are_refused_in_one_sentence(processor, images, prompts, suffixes, error):
     with pytest.raises(error) as caught:
         processor(images, prompts, suffixes)
     assert "\n" not in str(caught.value) and str(caught.value).endswith((".", "?"))
 
 
-def test_generators_arrays_and_open_files_stand_for_their_pictures(processor):
+def test_pictures_may_come_in_generators_arrays_and_open_files(processor):
     pictures = [picture(), picture(seed=1)]
     prompts, stack = ["a", "b"], np.stack([np.asarray(image) for image in pictures])
     expected = processor(pictures, prompts)["pixel_values"]
@@ -329,7 +329,7 @@ def test_arguments_may_come_by_the_names_of_transformers_in_any_order(processor)
 
 
 @pytest.mark.parametrize("options", [{"return_tensors": "pt"}, {"padding": True}, {"return_tensors": "pt", "padding": "longest"}])
-def test_options_of_transformers_that_change_nothing_are_taken(processor, options):
+def test_options_of_transformers_that_change_nothing_are_accepted(processor, options):
     assert_equal(processor(text="caption en", images=picture(), **options), processor(picture(), "caption en"))
 
 
@@ -368,7 +368,7 @@ def test_one_image_token_per_picture_at_the_beginning_is_allowed_as_in_transform
 
 
 @pytest.mark.parametrize("prompt", ["<image><image>caption en", "caption <image>en", "caption en<image>"])
-def test_any_other_image_token_stays_letters(processor, prompt):
+def test_any_other_image_token_is_ordinary_text(processor, prompt):
     notes = []
     batch = processor(picture(), prompt, notes=notes)
     assert (batch["input_ids"] == processor.image_token_id).sum() == PATCHES and "<image>" in notes[0]
@@ -383,16 +383,16 @@ def test_a_loaded_picture_is_not_loaded_again(processor, monkeypatch):
     assert torch.equal(processor(loaded, "caption en")["pixel_values"], expected)
 
 
-def test_notes_are_logged_if_nobody_collects_them(processor, caplog):
+def test_notes_are_logged_if_no_list_is_given(processor, caplog):
     processor(None, "<image> a")
-    assert "<image> in the text is taken as letters" in caplog.text
+    assert "<image> in the text is read as ordinary text" in caplog.text
 
 
-# Control tokens and places
+# Control tokens, locations and mask codes
 
 
 @pytest.mark.parametrize("token", ["<image>", "<bos>", "<eos>", "<pad>"])
-def test_a_typed_control_token_is_letters(processor, token):
+def test_a_control_token_in_a_prompt_is_ordinary_text(processor, token):
     notes = []
     batch = processor(picture(), f"what is {token}?", f"{token} is", notes=notes)
     assert token in notes[0]
@@ -403,7 +403,7 @@ def test_a_typed_control_token_is_letters(processor, token):
     assert processor.decode(processor.encode(f"what is {token}?")) == f"what is {token}?"
 
 
-OWN_TOKENS = {  # what fine-tunes add after <image>
+OWN_TOKENS = {  # tokens that fine-tuned models add after <image>
     "<mytask>": {"special": True},
     "[@BOS@]": {"special": True},
     "<left>": {"special": True, "lstrip": True},
@@ -424,7 +424,7 @@ OWN_PROMPTS = [
 
 
 def write_own_tokens(folder):
-    """A folder as a fine-tune leaves it: tokens of its own after <image>, then rows of the embedding without a token."""
+    """The folder of a fine-tuned model: own tokens after <image>, then rows of the embedding without a token."""
     config = write_processor(folder, image_size=SIDE)
     tokenizer = tokenizer_json()
     image = tokenizer["added_tokens"][-1]
@@ -436,7 +436,7 @@ def write_own_tokens(folder):
 
 
 @pytest.mark.parametrize("prompt", OWN_PROMPTS)
-def test_special_tokens_of_a_fine_tune_are_tokens_as_in_transformers(tmp_path, prompt):
+def test_special_tokens_of_a_fine_tuned_model_are_recognised_as_in_transformers(tmp_path, prompt):
     from transformers import PaliGemmaProcessor as Reference
 
     own = write_own_tokens(tmp_path)
@@ -451,7 +451,7 @@ def test_special_tokens_of_a_fine_tune_are_tokens_as_in_transformers(tmp_path, p
     )
 
 
-def test_a_control_token_beside_a_token_of_ones_own_is_letters(tmp_path):
+def test_a_control_token_next_to_an_own_token_is_ordinary_text(tmp_path):
     own = write_own_tokens(tmp_path)
     processor, notes = PaliGemmaProcessor.from_pretrained(tmp_path), []
     ids = processor.encode("<mytask> <image><eos> x", notes)
@@ -459,20 +459,21 @@ def test_a_control_token_beside_a_token_of_ones_own_is_letters(tmp_path):
     assert processor.decode(ids) == " <image><eos> x" and "<image>, <eos>" in notes[0].replace("<eos>, <image>", "<image>, <eos>")
 
 
-def test_ids_without_a_token_are_named_whatever_gaps_the_vocabulary_has(tmp_path):
+def test_unused_ids_are_found_also_in_gaps_of_the_vocabulary(tmp_path):
     own = write_own_tokens(tmp_path)
     rows = own[-1] + 20
     assert PaliGemmaProcessor.from_pretrained(tmp_path).unused_ids(rows) == list(range(own[-1] + 1, rows))
     tokenizer = tokenizer_json()
-    tokenizer["model"]["vocab"] |= {"<image>": tokenizer["added_tokens"][-1]["id"], "zz": rows - 1}  # in the model, and a gap
+    # <image> is in the BPE itself, and there is a gap after it.
+    tokenizer["model"]["vocab"] |= {"<image>": tokenizer["added_tokens"][-1]["id"], "zz": rows - 1}
     write_json(tmp_path, "tokenizer.json", tokenizer)
     gapped = PaliGemmaProcessor.from_pretrained(tmp_path)
     assert gapped.unused_ids(rows) == list(range(gapped.image_token_id + 1, rows - 1))
     assert gapped.decode([rows - 1, rows - 2, *gapped.encode("a cat")]) == "zza cat"
 
 
-@pytest.mark.parametrize("number", [10**6, 5])  # beyond the embedding, and one that another token has
-def test_a_vocabulary_with_ids_that_cannot_be_is_refused(tmp_path, number):
+@pytest.mark.parametrize("number", [10**6, 5])  # outside the embedding; the id of another token
+def test_a_vocabulary_with_impossible_ids_is_refused(tmp_path, number):
     write_processor(tmp_path)
     tokenizer = tokenizer_json()
     tokenizer["model"]["vocab"]["zz"] = number
@@ -480,7 +481,7 @@ def test_a_vocabulary_with_ids_that_cannot_be_is_refused(tmp_path, number):
     refusal(tmp_path, TokenizerError)
 
 
-def test_merges_cannot_put_a_control_token_together(tmp_path):
+def test_merges_cannot_produce_a_control_token(tmp_path):
     tokenizer = tokenizer_json()
     vocab, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
     config = write_processor(tmp_path)
@@ -494,13 +495,13 @@ def test_merges_cannot_put_a_control_token_together(tmp_path):
     write_json(tmp_path, "config.json", config | {"text_config": {"vocab_size": 5000}})
     processor = PaliGemmaProcessor.from_pretrained(tmp_path)
     plain = processor.tokenizer.encode("a <pad> b", add_special_tokens=False).ids
-    assert processor.pad_token_id in plain  # what it would be without us
+    assert processor.pad_token_id in plain  # the tokenizer alone would produce it
     assert processor.pad_token_id not in processor.encode("a <pad> b")
     assert processor.decode(processor.encode("a <pad> b")) == "a <pad> b"
 
 
 @pytest.mark.parametrize("is_special", [True, False])
-def test_places_are_single_tokens_whatever_the_file_says_of_them(tmp_path, is_special):
+def test_locations_and_codes_are_single_tokens_whether_special_or_not(tmp_path, is_special):
     config = write_processor(tmp_path)
     tokenizer = tokenizer_json()
     for token in tokenizer["added_tokens"]:
@@ -534,21 +535,21 @@ NAMES = set(LOCATION_TOKENS + CODE_TOKENS)
 # Text from ids
 
 
-def test_decode_keeps_places_and_drops_control_tokens(processor):
+def test_decode_keeps_locations_and_drops_control_tokens(processor):
     ids = processor(picture(), "detect red car", "<loc0001><loc0002><loc0003><loc0004> red car")["input_ids"][0]
     assert processor.decode(ids) == "detect red car\n<loc0001><loc0002><loc0003><loc0004> red car"
     assert processor.decode([]) == ""
-    assert processor.decode([processor.vocab_size, 10**9, -100]) == ""  # rows of the embedding without a token, labels
+    assert processor.decode([processor.vocab_size, 10**9, -100]) == ""  # ids without a token, and the label -100
 
 
-def test_a_letter_of_several_tokens_comes_whole(processor):
+def test_a_character_of_several_tokens_is_returned_whole(processor):
     ids = processor.encode("a\U0001f600\U0001f469b")
     stream = processor.stream()
     assert [stream.put(number) for number in ids] == ["a", "", "", "", "\U0001f600", "", "", "", "\U0001f469", "b"]
     assert stream.end() == ""
 
 
-def test_an_answer_that_ends_within_a_letter_shows_that(processor):
+def test_an_answer_that_ends_within_a_character_ends_with_a_replacement_character(processor):
     ids = processor.encode("a\U0001f600")[:-1]
     stream = processor.stream()
     assert "".join(stream.put(number) for number in ids) == "a"
@@ -556,15 +557,15 @@ def test_an_answer_that_ends_within_a_letter_shows_that(processor):
     assert processor.decode(ids) == "a\ufffd"
 
 
-def test_a_letter_that_is_never_finished_shows_before_the_next_token(processor):
+def test_an_incomplete_character_becomes_a_replacement_character_before_the_next_token(processor):
     first, second, *_ = processor.encode("\U0001f600")
     (letter,) = processor.encode("a")
     assert processor.decode([letter, first, second, letter]) == "a\ufffda"
     whole = processor.encode("\U0001f600")
-    assert processor.decode([*whole, first, letter]) == "\U0001f600\ufffda"  # the library would lose the whole letter, too
+    assert processor.decode([*whole, first, letter]) == "\U0001f600\ufffda"  # the library would lose the complete character, too
 
 
-def test_control_tokens_within_a_letter_do_not_break_it(processor):
+def test_control_tokens_within_a_character_are_ignored(processor):
     first, *rest = processor.encode("\U0001f600")
     assert processor.decode([first, processor.pad_token_id, *rest]) == "\U0001f600"
 
@@ -574,11 +575,11 @@ def test_control_tokens_within_a_letter_do_not_break_it(processor):
 @example(" leading and trailing ")
 @example("<image><bos></s><0x41> <loc0001><loc1024>")
 @example("\r\n\n\n\t \x00 e\u0301 \u200d \ufffd \ufeff")
-def test_any_text_comes_back_whole_piece_by_piece(processor, text):
+def test_any_text_is_decoded_to_itself_piece_by_piece(processor, text):
     ids = processor.encode(text)
     stream = processor.stream()
     pieces = [stream.put(number) for number in ids]
-    expected = text.replace("▁", " ")  # Gemma spells a space so, and cannot tell the two apart
+    expected = text.replace("▁", " ")  # Gemma writes a space like this and cannot distinguish the two
     assert "".join(pieces) + stream.end() == processor.decode(ids) == expected
     assert processor.control_ids.isdisjoint(ids)
     assert all(piece in expected for piece in pieces)
@@ -586,17 +587,17 @@ def test_any_text_comes_back_whole_piece_by_piece(processor, text):
 
 @settings(max_examples=100)
 @given(st.data())
-def test_any_ids_give_the_same_text_at_once_and_as_a_stream(processor, data):
+def test_any_ids_give_the_same_text_decoded_at_once_and_as_a_stream(processor, data):
     ids = data.draw(st.lists(st.one_of(st.integers(0, processor.vocab_size + 5), st.integers(11, 266)), max_size=30))
     stream = processor.stream()
     text = "".join(stream.put(number) for number in ids) + stream.end()
     assert text == processor.decode(ids) == processor.decode(torch.tensor(ids, dtype=torch.int64))
     theirs = processor.tokenizer.decode([n for n in ids if n not in processor.control_ids], skip_special_tokens=False)
-    if "\ufffd" not in theirs:  # bytes that make no letter: the library replaces all bytes of such a run, we the wrong ones
+    if "\ufffd" not in theirs:  # invalid bytes: the library replaces the whole run of bytes, we only the invalid ones
         assert text == theirs
 
 
-# Tokenizer files (FAULTS 67 to 73)
+# Tokenizer files
 
 
 def change(folder: Path, name: str, **changes: object) -> None:
@@ -611,7 +612,7 @@ def refusal(folder: Path, error: type = TokenizerError) -> str:
     return str(caught.value)
 
 
-def test_a_folder_without_tokenizer_files_is_told_both_names(tmp_path):
+def test_the_error_for_a_missing_tokenizer_names_both_files(tmp_path):
     write_processor(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     assert "neither tokenizer.json nor tokenizer.model" in refusal(tmp_path)
@@ -691,7 +692,7 @@ def test_any_token_may_pad(tmp_path, processor, settings, configured):
     assert set(ours["input_ids"][~is_token].tolist()) == {0 if settings["pad_token"] is None else 1}
 
 
-def test_ids_may_stand_in_generation_config_or_nowhere(tmp_path, processor):
+def test_ids_may_be_in_generation_config_or_missing(tmp_path, processor):
     config = write_processor(tmp_path)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         del config[name]
@@ -701,7 +702,7 @@ def test_ids_may_stand_in_generation_config_or_nowhere(tmp_path, processor):
     assert PaliGemmaProcessor.from_pretrained(tmp_path).eos_token_id == processor.eos_token_id
     write_json(tmp_path, "generation_config.json", {"eos_token_id": 107})
     assert "gives <eos> the id 1" in refusal(tmp_path)
-    write_json(tmp_path, "config.json", config | {"eos_token_id": 1})  # what a model stops at need not be what it was taught
+    write_json(tmp_path, "config.json", config | {"eos_token_id": 1})  # generation may stop at another id
     assert PaliGemmaProcessor.from_pretrained(tmp_path).eos_token_id == processor.eos_token_id
 
 
@@ -715,7 +716,7 @@ def test_names_of_the_tokens_come_from_tokenizer_config(tmp_path):
     assert PaliGemmaProcessor.from_pretrained(tmp_path).eos_token_id == 1
 
 
-def test_settings_that_would_add_cut_or_pad_change_nothing(tmp_path, processor):
+def test_settings_for_eos_truncation_and_padding_are_ignored(tmp_path, processor):
     write_processor(tmp_path)
     change(tmp_path, "tokenizer_config.json", add_bos_token=False, add_eos_token=True)
     padding = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0}
@@ -766,14 +767,14 @@ def test_settings_that_would_add_cut_or_pad_change_nothing(tmp_path, processor):
         ({"rescale_factor": {"a": 1}}, "rescale_factor is {'a': 1}"),
     ],
 )
-def test_a_preprocessor_that_contradicts_or_asks_for_more_is_refused(tmp_path, changes, words):
+def test_image_settings_that_contradict_the_model_or_are_not_implemented_are_refused(tmp_path, changes, words):
     write_processor(tmp_path)
     change(tmp_path, "preprocessor_config.json", **changes)
     message = refusal(tmp_path, CheckpointError)
     assert words in message and len(message) < 500
 
 
-def test_what_was_saved_with_an_adapter_goes_before_what_its_base_has(tmp_path):
+def test_files_of_an_adapter_replace_those_of_its_base(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()
     adapter.mkdir()
@@ -805,10 +806,10 @@ def test_an_error_names_the_file_that_was_read(tmp_path):
             PaliGemmaProcessor.from_pretrained(tmp_path)
 
 
-def test_a_large_file_that_is_no_tokenizer_is_not_parsed_by_python(tmp_path, monkeypatch):
+def test_a_large_invalid_tokenizer_json_is_not_parsed_in_python(tmp_path, monkeypatch):
     write_processor(tmp_path, num_words=1)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "junk": [' + "[]," * 1000 + "1]")
-    monkeypatch.setattr(files, "MAX_JSON_BYTES", 2000)  # of lists it takes 25 times as much memory
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 2000)  # parsed lists take 25 times as much memory
     monkeypatch.setattr(json, "loads", None)
     with pytest.raises(TokenizerError, match="is no tokenizer: .* at line 1 column"):
         read_tokenizer(tmp_path)
@@ -818,7 +819,7 @@ def test_without_preprocessor_config_the_size_comes_from_config(tmp_path):
     config = write_processor(tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
     assert PaliGemmaProcessor.from_pretrained(tmp_path).image_size == SIDE
-    write_json(tmp_path, "config.json", config | {"vision_config": {"patch_size": 14}})  # as the hub's of 224 pixels
+    write_json(tmp_path, "config.json", config | {"vision_config": {"patch_size": 14}})  # as on the hub, 224 pixels
     processor = PaliGemmaProcessor.from_pretrained(tmp_path)
     assert (processor.image_size, processor.num_image_tokens) == (224, 256)
 
@@ -834,7 +835,7 @@ def test_without_preprocessor_config_the_size_comes_from_config(tmp_path):
         ({"vision_config": {"image_size": 28, "patch_size": 0}}, "patch_size is 0"),
     ],
 )
-def test_a_config_that_makes_no_sense_is_refused(tmp_path, changes, words):
+def test_an_invalid_config_is_refused(tmp_path, changes, words):
     write_processor(tmp_path)
     change(tmp_path, "config.json", **changes)
     assert words in refusal(tmp_path, CheckpointError)
@@ -867,7 +868,7 @@ KEYS = {
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_settings_of_any_type_raise_nothing_but_our_errors(tmp_path, data):
-    for name in KEYS:  # what the example before left behind
+    for name in KEYS:  # files of the previous example
         (tmp_path / name).unlink(missing_ok=True)
     config = write_processor(tmp_path, num_words=1)
     name = data.draw(st.sampled_from(sorted(KEYS)))
@@ -905,7 +906,7 @@ def test_the_tiny_tokenizer_is_of_the_size_it_says(tmp_path):
     assert ids["image_token_index"] == ids["vocab_size"] - 1 < tokenizer_json(200)["added_tokens"][-1]["id"]
 
 
-# Tokenizers of strangers
+# Tokenizers of other forms
 
 
 def part(name, **value):
@@ -937,14 +938,14 @@ def model(**values):
         part("post_processor", type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True),
     ],
 )
-def test_a_tokenizer_of_other_parts_is_refused_in_one_line_and_nothing_else_is_printed(tmp_path, change, capfd):
+def test_a_tokenizer_with_other_components_is_refused_in_one_line_and_nothing_is_printed(tmp_path, change, capfd):
     write_processor(tmp_path)
     tokenizer = tokenizer_json()
     change(tokenizer)
     write_json(tmp_path, "tokenizer.json", tokenizer)
     message = refusal(tmp_path, TokenizerError)
     assert "tokenizer.json" in message and len(message) < 600
-    assert capfd.readouterr() == ("", "")  # Rust prints a panic by itself
+    assert capfd.readouterr() == ("", "")  # a panic in Rust would be printed
 
 
 def test_a_name_hidden_in_escapes_does_not_panic_either(tmp_path, capfd):
@@ -957,7 +958,7 @@ def test_a_name_hidden_in_escapes_does_not_panic_either(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_words_that_look_like_a_bad_part_are_words(tmp_path):
+def test_suspicious_names_among_the_tokens_are_accepted(tmp_path):
     write_processor(tmp_path)
     tokenizer = tokenizer_json()
     for token in ("Precompiled", "continuing_subword_prefix"):
@@ -989,7 +990,7 @@ LETTERS = ["\U0001f600", " ", "a", "cat ", "\n", "<loc0001>", "<image>", "<", "a
 
 
 @pytest.mark.parametrize("letters", LETTERS)
-def test_work_on_a_text_is_bounded_however_long_it_is(folder, letters):
+def test_the_work_for_a_long_text_is_bounded(folder, letters):
     processor = PaliGemmaProcessor.from_pretrained(folder)
     processor.context, text = 200, f"x{letters * (1_000_000 // len(letters))}x"
     counted = processor.tokenizer = Counted(processor.tokenizer)
@@ -1002,15 +1003,15 @@ def test_work_on_a_text_is_bounded_however_long_it_is(folder, letters):
 
 
 @pytest.mark.parametrize("text", [*PROMPTS, *LETTERS, "a  <seg001><seg0011> b<loc0001>", "cat " * 50])
-def test_a_text_is_shortened_to_as_many_tokens_as_fit(processor, text):
+def test_shorten_keeps_as_many_tokens_as_fit(processor, text):
     ids = processor.encode(text)
     assert processor.shorten(text, len(ids)) == text and processor.shorten(text, 0) == ""
     for count in range(1, len(ids)):
         short = processor.shorten(text, count)
-        assert text.startswith(short) and count - 4 < len(processor.encode(short)) <= count  # 4 bytes may make a character
+        assert text.startswith(short) and count - 4 < len(processor.encode(short)) <= count  # a character has up to 4 bytes
 
 
-# Texts of other types, and folders from Python
+# Texts of other types, and saving
 
 
 def test_a_label_may_be_a_number_and_a_prompt_an_array(processor):

@@ -1,4 +1,4 @@
-"""A small tokenizer of Gemma's form, and the files around it that a processor reads. Others' tests may import it.
+"""A small tokenizer like Gemma's, and the other files that a processor reads. For all tests.
 
 The form: BPE with byte fallback over text in which spaces were replaced by `▁`, no pre-tokenizer that matters, runs of
 newlines and of spaces as tokens of their own, and <loc0000> to <loc1023>, <seg000> to <seg127>, <image> at the end.
@@ -28,10 +28,10 @@ wer reitet so spät durch Nacht und Wind? où est le café?  <b>bold</b> "quoted
 
 @cache
 def trained(num_words: int) -> tuple[dict, list]:
-    """The vocabulary and the merges of a BPE with about `num_words` pieces beyond letters and bytes."""
+    """The vocabulary and the merges of a BPE with about `num_words` tokens in addition to characters and bytes."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # a piece never reaches over a space
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no token crosses a space
     first = SPECIAL + RUNS + BYTES
     trainer = trainers.BpeTrainer(vocab_size=len(first) + 80 + num_words, special_tokens=first, show_progress=False)
     tokenizer.train_from_iterator(TEXT.split("\n"), trainer)
@@ -40,7 +40,7 @@ def trained(num_words: int) -> tuple[dict, list]:
 
 
 def tokenizer_json(num_words: int = 200) -> dict:
-    """What stands in tokenizer.json; a test may damage it before it writes it."""
+    """The content of tokenizer.json. A test can damage it before writing it."""
     vocab, merges = trained(num_words)
     vocab = dict(vocab)
     for token in PLACES:
@@ -94,7 +94,7 @@ def write_json(folder: Path, name: str, value: object) -> None:
 
 
 def write_tokenizer(folder: Path, num_words: int = 200) -> dict:
-    """Writes the tokenizer's files. Returns what config.json must say of it: vocab_size and the ids."""
+    """Writes the tokenizer's files. Returns the entries that config.json needs: vocab_size and the ids."""
     tokenizer = tokenizer_json(num_words)
     write_json(folder, "tokenizer.json", tokenizer)
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>", "mask_token": "<mask>"}
@@ -108,7 +108,7 @@ def write_tokenizer(folder: Path, num_words: int = 200) -> dict:
 
 
 def write_preprocessor(folder: Path, image_size: int, patch_size: int = 14) -> None:
-    """Writes preprocessor_config.json as the hub has it."""
+    """Writes preprocessor_config.json as on the hub."""
     settings = {
         "do_convert_rgb": None,
         "do_normalize": True,
@@ -127,7 +127,7 @@ def write_preprocessor(folder: Path, image_size: int, patch_size: int = 14) -> N
 
 
 def write_processor(folder: Path, *, image_size: int = 28, num_words: int = 200) -> dict:
-    """Writes all files that PaliGemmaProcessor.from_pretrained reads. Returns the config.json, without a model's sizes."""
+    """Writes all files that PaliGemmaProcessor.from_pretrained reads. Returns config.json, without the sizes of a model."""
     ids = write_tokenizer(folder, num_words)
     write_preprocessor(folder, image_size)
     config = {

@@ -1,4 +1,4 @@
-"""Every form of config.json that people have: the numbers are transformers', and weights of that form load.
+"""Every form of config.json on the hub: its numbers are read as in transformers, and weights of that form load.
 
 transformers leaves fields out of a sub-config, each version others (tests/hub_configs/README.md says how the files were made).
 """
@@ -39,7 +39,7 @@ PARAMETERS = {  # with 257,216 rows in the embedding, by width of the decoder an
     (4608, 224): 27_650_487_024,
     (4608, 448): 27_651_371_760,
 }
-# What a tiny model has in place of a number that the file gives; a number that it leaves out stays out.
+# Numbers of a tiny model that replace those in the file. A number that the file leaves out stays out.
 TINY_TEXT = {
     "vocab_size": 160, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0,
@@ -56,14 +56,14 @@ def read(name: str) -> dict:
 
 
 def tiny_form(name: str) -> dict:
-    """The file with small numbers: the same fields are there, the same are not."""
+    """The config with small numbers; the same fields are present and absent."""
     raw = read(name) | {"image_token_index": 128, "projection_dim": 48}
     for part, numbers in (("text_config", TINY_TEXT), ("vision_config", TINY_VISION)):
         raw[part] = {key: numbers.get(key, value) for key, value in raw[part].items()}
     return raw
 
 
-FORMS = {json.dumps(tiny_form(name) | {"transformers_version": ""}, sort_keys=True): name for name in NAMES}  # equal ones once
+FORMS = {json.dumps(tiny_form(name) | {"transformers_version": ""}, sort_keys=True): name for name in NAMES}  # each form once
 
 
 def reference_config(raw: dict, folder: Path):
@@ -104,7 +104,7 @@ def test_the_model_has_the_published_number_of_parameters(name):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "num_attention_heads" not in read(name)["text_config"]])
-def test_a_number_that_equals_the_default_may_be_present(name):
+def test_a_field_with_its_default_may_be_present(name):
     raw = read(name)
     given = raw | {"text_config": raw["text_config"] | {"num_attention_heads": 8, "head_dim": 256}}
     assert PaliGemmaConfig.from_hf(given) == PaliGemmaConfig.from_hf(raw)
@@ -128,7 +128,7 @@ def test_weights_of_this_form_load_and_equal_transformers(tmp_path, name):
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": types, "pixel_values": pixels}
     with torch.no_grad():
         ours = weights.load_model(tmp_path)(**batch)
-    # The attention kernels differ and sums are long: 3e-5 in logits of up to 12 were seen.
+    # The attention kernels differ: the largest measured difference is 3e-5 in logits of up to 12.
     assert gap(ours, reference_logits(reference.eval(), batch), batch) < 2e-4
 
 
@@ -143,7 +143,7 @@ def test_the_processor_reads_the_same_numbers(tmp_path, name):
     assert (processor.image_size, processor.num_image_tokens) == (config.vision_config.image_size, config.num_image_tokens)
 
 
-def test_model_and_processor_take_an_absent_side_of_the_picture_from_the_weights(tmp_path):
+def test_model_and_processor_derive_a_missing_image_size_from_the_weights(tmp_path):
     ids = write_tokenizer(tmp_path, num_words=1)
     raw = raw_config("gemma", vocab_size=ids["vocab_size"]) | {"image_token_index": ids["image_token_index"]}
     raw["vision_config"]["image_size"] = 56
@@ -162,7 +162,7 @@ def test_model_and_processor_take_an_absent_side_of_the_picture_from_the_weights
 @pytest.mark.parametrize("part", ["text_config", "vision_config"])
 @pytest.mark.parametrize("family", ["gemma", "gemma2"])
 def test_any_field_may_be_absent(tmp_path, family, part):
-    raw = raw_config(family, hidden_size=48, num_attention_heads=16)  # which the defaults of the other fields divide
+    raw = raw_config(family, hidden_size=48, num_attention_heads=16)  # divisible by the defaults of the other fields
     raw["vision_config"]["image_size"] = 112
     for name in [name for name in raw[part] if name != "model_type"]:
         changed = copy.deepcopy(raw)
@@ -172,8 +172,8 @@ def test_any_field_may_be_absent(tmp_path, family, part):
 
 
 @pytest.mark.parametrize("family", ["gemma", "gemma2"])
-def test_a_default_that_the_weights_disprove_is_named(tmp_path, family):
-    raw = raw_config(family, num_attention_heads=48)  # which the defaults of key heads divide
+def test_a_default_that_contradicts_the_weights_is_named(tmp_path, family):
+    raw = raw_config(family, num_attention_heads=48)  # divisible by the default numbers of key heads
     model = fill(PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_hf(raw)), 0)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     for name in ("num_attention_heads", "num_key_value_heads", "num_hidden_layers", "intermediate_size", "vocab_size"):
@@ -186,7 +186,7 @@ def test_a_default_that_the_weights_disprove_is_named(tmp_path, family):
         assert says + str(raw["text_config"][name]) in caught.value.message and "\n" not in caught.value.message
 
 
-def test_a_field_of_the_tower_that_the_weights_disprove_is_named(tmp_path):
+def test_a_field_of_the_tower_that_contradicts_the_weights_is_named(tmp_path):
     raw = raw_config("gemma")
     model = fill(PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_hf(raw)), 0)
     save_file(model.state_dict(), tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Decoding held to valid answers: just those of the definition, in the processor's ids, whatever the model would rather say."""
+"""Constrained decoding: exactly the answers of the grammar's definition are possible, whatever the logits are."""
 
 import itertools
 import random
@@ -27,11 +27,11 @@ ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "paligemma" / "bundled"
 NORMALIZATION = (np.full(3, 1 / 255), np.full(3, 0.5, np.float32), np.full(3, 0.5, np.float32))
 LABELS = ["cat", "cat food", "a cat", "ca", "dog", "red  car", "person's hat", "Münze 5 €", "猫", "🦊-like"]
-LABELS += ["<loc12>", "<loc0012", "<eos>", "<seg>"]  # letters, not tokens
+LABELS += ["<loc12>", "<loc0012", "<eos>", "<seg>"]  # ordinary text, not tokens
 
 
 def merging_tokenizer() -> Tokenizer:
-    """One that merges over the ends of words, so that a label's ids depend on whether another object follows."""
+    """A tokenizer that merges across word boundaries, so that the ids of a label depend on whether another object follows."""
     plain = make_tokenizer()
     merges = [("t", "▁"), ("t▁", ";"), ("▁", ";"), ("r", "▁;"), (";", "▁"), ("▁", "d"), ("▁", "c"), ("▁c", "a")]
     vocab = {token: number for token, number in plain.get_vocab().items() if number < plain.token_to_id("<loc0000>")}
@@ -64,14 +64,14 @@ def processors(tmp_path_factory):
 NAMES = ["words", "letters", "merging", "demo"]
 
 
-# The definition, written a second time
+# A second implementation of the definition
 
 
 def suffix_of(objects) -> str:
-    """objects: (bins, codes, label)"""
+    """The answer that names these objects, each (locations, codes, label)."""
     return " ; ".join(
-        "".join(f"<loc{v:04d}>" for v in bins) + "".join(f"<seg{code:03d}>" for code in codes) + (f" {label}" if label else "")
-        for bins, codes, label in objects
+        "".join(f"<loc{v:04d}>" for v in box) + "".join(f"<seg{code:03d}>" for code in codes) + (f" {label}" if label else "")
+        for box, codes, label in objects
     )
 
 
@@ -81,30 +81,30 @@ def parse(text, labels, with_masks):
     for item in text.split(" ; ") if text else []:
         found = re.fullmatch(r"((?:<loc\d{4}>){4})((?:<seg\d{3}>){16})?(?: (.+))?", item)
         assert found, (item, text)
-        bins = tuple(int(v) for v in re.findall(r"\d{4}", found[1]))
+        locations = tuple(int(v) for v in re.findall(r"\d{4}", found[1]))
         codes = tuple(int(v) for v in re.findall(r"\d{3}", found[2] or ""))
-        assert bins[0] <= bins[2] and bins[1] <= bins[3]
+        assert locations[0] <= locations[2] and locations[1] <= locations[3]
         assert (len(codes) == 16) == with_masks
         assert (found[3] or "") in labels
-        objects.append((bins, codes, found[3] or ""))
-    assert len({(bins, label) for bins, _, label in objects}) == len(objects)
+        objects.append((locations, codes, found[3] or ""))
+    assert len({(locations, label) for locations, _, label in objects}) == len(objects)
     return objects
 
 
 def random_objects(draw, labels, with_masks, most=5):
-    """Few different numbers, so that boxes and sides repeat."""
+    """Random objects with few different numbers, so that boxes and sides are often equal."""
     objects, seen = [], set()
     for _ in range(draw.randint(0, most)):
         y, x = (sorted(draw.choice((0, 5, 1023, draw.randrange(1024))) for _ in range(2)) for _ in range(2))
-        bins, label = (y[0], x[0], y[1], x[1]), draw.choice(labels)
-        if (bins, label) not in seen:
-            seen.add((bins, label))
-            objects.append((bins, tuple(draw.choices(range(128), k=16)) if with_masks else (), label))
+        locations, label = (y[0], x[0], y[1], x[1]), draw.choice(labels)
+        if (locations, label) not in seen:
+            seen.add((locations, label))
+            objects.append((locations, tuple(draw.choices(range(128), k=16)) if with_masks else (), label))
     return objects
 
 
 def first_refused(grammar, ids, limit=10**6):
-    """The place of the first id that the grammar does not allow; None if it takes them all. At the end it must be over."""
+    """The index of the first id that the grammar does not allow; None if it allows all and only eos can follow."""
     state = grammar.start(limit)
     for i, token in enumerate(ids):
         if token not in state.allowed_tokens().tolist():
@@ -114,7 +114,7 @@ def first_refused(grammar, ids, limit=10**6):
     return None
 
 
-# What is accepted
+# Accepted answers
 
 
 @pytest.mark.parametrize("with_masks", [False, True])
@@ -127,7 +127,7 @@ def test_the_ids_of_every_valid_answer_are_accepted(processors, name, with_masks
         objects = random_objects(draw, labels, with_masks)
         ids = [*processor.encode(suffix_of(objects)), processor.eos_token_id]
         assert first_refused(grammar, ids) is None
-        # Nor does the number of tokens matter, as long as the longest label would have fitted where the last object begins.
+        # With the smallest limit at which the longest label fits where the last object begins, the answer is still accepted.
         last = len(processor.encode(suffix_of(objects[:-1]) + " ; ")) if len(objects) > 1 else 0
         limit = last + grammar.object_length if objects else 1
         assert first_refused(grammar, ids, limit) is None
@@ -135,13 +135,13 @@ def test_the_ids_of_every_valid_answer_are_accepted(processors, name, with_masks
             assert first_refused(grammar, ids, limit - 1) is not None
 
 
-def test_a_tokenizer_that_merges_over_word_ends_is_among_those():
+def test_one_of_the_tokenizers_merges_across_word_boundaries():
     processor = processor_of(merging_tokenizer())
     assert processor.encode(" cat") + processor.encode(" ; ") != processor.encode(" cat ; ")
     assert processor.encode(" cat ; ")[: len(processor.encode(" cat"))] != processor.encode(" cat")
 
 
-def test_an_object_without_a_label_is_accepted_where_none_is_asked_for(processors):
+def test_an_object_without_a_label_is_accepted_if_the_label_is_empty(processors):
     for processor in processors.values():
         grammar = Grammar.for_objects(processor, [""], with_masks=True, max_objects=1)
         ids = [*processor.encode("<loc0001><loc0002><loc0003><loc0004>" + "<seg001>" * 16), processor.eos_token_id]
@@ -167,7 +167,7 @@ BOX, OTHER = "<loc0100><loc0200><loc0300><loc0400>", "<loc0000><loc0200><loc0300
         (f"{BOX} cat ; {OTHER} dog", f"{BOX} cat ; {OTHER} dog"),
         (f"{BOX} cat ; {BOX} dog", f"{BOX} cat ; {BOX} dog"),
         (f"{BOX} cat ; {BOX} cat", f"{BOX} cat ; {BOX}"),
-        (f"{BOX} cat ; {BOX} dog ; {BOX} cat", f"{BOX} cat ; {BOX} dog ; <loc0100><loc0200><loc0300>"),  # no label is left for it
+        (f"{BOX} cat ; {BOX} dog ; {BOX} cat", f"{BOX} cat ; {BOX} dog ; <loc0100><loc0200><loc0300>"),  # the box has both labels
         ("<loc0100><loc0200><loc0099><loc0400> cat", "<loc0100><loc0200>"),
         ("<loc0100><loc0200><loc0100><loc0199> cat", "<loc0100><loc0200><loc0100>"),
         ("<loc0100><loc0200><loc0100><loc0200> cat", "<loc0100><loc0200><loc0100><loc0200> cat"),
@@ -178,13 +178,13 @@ BOX, OTHER = "<loc0100><loc0200><loc0300><loc0400>", "<loc0000><loc0200><loc0300
         (f"{BOX} cat{OTHER} dog", f"{BOX} cat"),
     ],
 )
-def test_what_is_accepted_up_to_where(processors, text, accepted):
+def test_an_answer_is_accepted_up_to_its_first_fault(processors, text, accepted):
     processor = processors["demo"]
     ids = [*processor.encode(text), processor.eos_token_id]
     refused = first_refused(Grammar.for_objects(processor, ["cat", "dog"]), ids)
-    said = processor.decode(ids[:refused])
-    # The first letters of a label that is not asked for may be those of one that is.
-    assert said.startswith(accepted) and (said == accepted or text == f"{BOX} cow")
+    generated = processor.decode(ids[:refused])
+    # A label that was not asked for can begin with the same tokens as one that was.
+    assert generated.startswith(accepted) and (generated == accepted or text == f"{BOX} cow")
     assert (refused is None) == (text == accepted and not text.endswith(("; ", ">")))
 
 
@@ -197,37 +197,37 @@ def test_a_mask_has_sixteen_codes(processors):
 
 
 def toy_language(grammar, labels, limit, most):
-    """Every answer of a grammar of two bins, built from the definition."""
-    bins = [b for b in itertools.product(range(2), repeat=4) if b[0] <= b[2] and b[1] <= b[3]]
-    pairs = list(itertools.product(bins, range(len(labels))))
+    """Every answer of a grammar with two locations, built from the definition."""
+    locations = [b for b in itertools.product(range(2), repeat=4) if b[0] <= b[2] and b[1] <= b[3]]
+    pairs = list(itertools.product(locations, range(len(labels))))
     language = {(grammar.eos,)}
     for count in range(1, most + 1):
         for objects in itertools.permutations(pairs, count):
-            said, fits = [], True
+            generated, fits = [], True
             for i, (box, label) in enumerate(objects):
-                fits = fits and len(said) + grammar.object_length <= limit
+                fits = fits and len(generated) + grammar.object_length <= limit
                 last, followed = labels[label]
-                said += [grammar.location_ids[v] for v in box] + list(last if i == count - 1 else followed)
+                generated += [grammar.location_ids[v] for v in box] + list(last if i == count - 1 else followed)
             if fits:
-                language.add(tuple(said))
+                language.add(tuple(generated))
     return language
 
 
 def all_answers(grammar, limit, most):
-    """Every answer that can be said, at most so many, found by saying each allowed id in turn."""
+    """Every answer that the grammar allows, found by trying each allowed id; there must be at most `most`."""
     answers, open_ends = set(), [()]
     while open_ends:
-        said = open_ends.pop()
+        generated = open_ends.pop()
         state = grammar.start(limit)
-        for token in said:
+        for token in generated:
             state.advance(token)
-        if state.is_over and said:
-            answers.add(said)
+        if state.is_over and generated:
+            answers.add(generated)
             assert len(answers) <= most
         else:
             allowed = state.allowed_tokens().tolist()
-            assert allowed and len(set(allowed)) == len(allowed) and len(said) < limit
-            open_ends += [(*said, token) for token in allowed]
+            assert allowed and len(set(allowed)) == len(allowed) and len(generated) < limit
+            open_ends += [(*generated, token) for token in allowed]
     return answers
 
 
@@ -235,17 +235,17 @@ def all_answers(grammar, limit, most):
     "labels, limit, most",
     [
         ([((5, 1), (5, 6))], 100, 3),
-        ([((5, 1), (5, 6)), ((5, 5, 1), (5, 5, 6))], 100, 2),  # one label begins as the other goes on
+        ([((5, 1), (5, 6)), ((5, 5, 1), (5, 5, 6))], 100, 2),  # two labels with the same first id
         ([((5, 1), (5, 6)), ((5, 6, 5, 1), (5, 6, 5, 6))], 100, 2),  # a label with the separator in it
         ([((5, 1), (7, 6)), ((7, 1), (5,))], 100, 2),  # the ids change when an object follows; one id is both
         ([((1,), (6,))], 100, 2),  # no label
-        ([((5, 1), (5, 6)), ((5, 5, 1), (5, 5, 6))], 13, 2),  # room for a second object only behind the shorter label
+        ([((5, 1), (5, 6)), ((5, 5, 1), (5, 5, 6))], 13, 2),  # a second object fits only after the shorter label
         ([((5, 1), (5, 6))], 6, 2),
-        ([((5, 1), (5, 6))], 5, 2),  # room for none
+        ([((5, 1), (5, 6))], 5, 2),  # no object fits
         ([((5, 1), (5, 6))], 1, 2),
     ],
 )
-def test_just_the_answers_of_the_definition_can_be_said(labels, limit, most):
+def test_exactly_the_answers_of_the_definition_are_allowed(labels, limit, most):
     endings = []
     for number, (last, followed) in enumerate(labels):
         endings += [Ending(number, last, True), Ending(number, followed, False)]
@@ -255,11 +255,11 @@ def test_just_the_answers_of_the_definition_can_be_said(labels, limit, most):
     assert len(expected) > 1 or limit < grammar.object_length
 
 
-# Whatever the model says
+# Any logits
 
 
 class Noise(torch.nn.Module):
-    """Says tokens by logits that `draw` makes up; nothing is read but the number of tokens so far."""
+    """A model whose logits are made by `draw`. It uses nothing of its inputs but the number of tokens so far."""
 
     def __init__(self, processor, draw):
         super().__init__()
@@ -292,7 +292,7 @@ def question(**more):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_answers_of_noise_are_valid_and_end_in_any_room(processors, name):
+def test_answers_from_random_logits_are_valid_and_end_within_any_limit(processors, name):
     processor, draw = processors[name], random.Random(1)
     model = Noise(processor, noise(0))
     sizes = [1, 2, 5, 6, 7, 8, 9, 12, 24, 25, 30, 60, 200]
@@ -316,8 +316,8 @@ def test_answers_of_noise_are_valid_and_end_in_any_room(processors, name):
     assert num_objects > 50
 
 
-def test_a_model_that_wants_one_location_only_comes_to_an_end(processors):
-    # The last corner is soon taken by all labels; beginnings that lead nowhere else must then be refused, too.
+def test_a_model_that_prefers_a_single_location_still_ends_its_answer(processors):
+    # Soon all labels have the box in the last corner. Then every beginning that leads only to this box must be refused, too.
     processor = processors["demo"]
     for wanted in (0, 1, 1022, 1023):
         logits = torch.zeros(processor.image_token_id + 16)
@@ -325,9 +325,9 @@ def test_a_model_that_wants_one_location_only_comes_to_an_end(processors):
         logits[processor.location_ids[wanted]] = 9.0
         model = Noise(processor, lambda rows, _, logits=logits: logits.repeat(rows, 1))
         grammar = Grammar.for_objects(processor, ["cat", "dog"], max_objects=40)
-        said = torch.cat(list(generate(model, question(), max_new_tokens=2000, eos_token_id=1, grammar=grammar))).tolist()
-        assert first_refused(grammar, said) is None
-        assert len(parse(processor.decode(said), ["cat", "dog"], False)) == 40
+        generated = torch.cat(list(generate(model, question(), max_new_tokens=2000, eos_token_id=1, grammar=grammar))).tolist()
+        assert first_refused(grammar, generated) is None
+        assert len(parse(processor.decode(generated), ["cat", "dog"], False)) == 40
 
 
 def test_an_answer_has_no_more_objects_than_allowed(processors):
@@ -337,11 +337,11 @@ def test_an_answer_has_no_more_objects_than_allowed(processors):
     model = Noise(processor, lambda rows, _: logits.repeat(rows, 1))
     for most in (1, 2, 7):
         grammar = Grammar.for_objects(processor, ["cat", "cat food"], max_objects=most)
-        said = torch.cat(list(generate(model, question(), max_new_tokens=500, eos_token_id=1, grammar=grammar))).tolist()
-        assert len(parse(processor.decode(said), ["cat", "cat food"], False)) == most
+        generated = torch.cat(list(generate(model, question(), max_new_tokens=500, eos_token_id=1, grammar=grammar))).tolist()
+        assert len(parse(processor.decode(generated), ["cat", "cat food"], False)) == most
 
 
-def test_the_best_allowed_token_is_taken_and_its_logprob_is_the_models_own(processors):
+def test_the_most_probable_allowed_token_is_chosen_with_the_models_own_logprob(processors):
     processor = processors["words"]
     draw, seen = noise(3), []
     model = Noise(processor, lambda *size: seen.append(draw(*size)) or seen[-1].clone())
@@ -352,43 +352,43 @@ def test_the_best_allowed_token_is_taken_and_its_logprob_is_the_models_own(proce
         logits[processor.image_token_id] = -torch.inf  # as without a grammar
         allowed = state.allowed_tokens()
         assert int(step.tokens) == int(allowed[logits[allowed].argmax()])
-        # Other sums in another order: an ulp or two of numbers near 8.
+        # The sums have another order: one or two ulps of numbers near 8.
         torch.testing.assert_close(step.logprobs[0], logits.log_softmax(-1)[step.tokens[0]], rtol=0, atol=4e-6)
         state.advance(int(step.tokens))
     assert state.is_over
 
 
-def test_draws_share_among_the_allowed_tokens_what_the_model_gave_them(processors):
+def test_samples_of_allowed_tokens_have_the_models_relative_probabilities(processors):
     # 4000 rows; four standard deviations of a share are at most 4 * sqrt(1/4 / 4000) = 0.032.
     processor = processors["demo"]
     logits = torch.zeros(processor.image_token_id + 16)
     first, eos = processor.location_ids.start, processor.eos_token_id
     logits[eos], logits[first + 7], logits[first + 9] = 8.0, 9.0, 9.5
-    logits[5] = 50.0  # what the model would rather say
+    logits[5] = 50.0  # a token that is not allowed
     model = Noise(processor, lambda rows, _: logits.repeat(rows, 1))
     inputs = {"input_ids": torch.tensor([[3]] * 4000)}
     grammar = Grammar.for_objects(processor, ["cat"])
-    said = next(generate(model, inputs, max_new_tokens=9, sampling=Sampling(temperature=1, seed=0), grammar=grammar))
+    generated = next(generate(model, inputs, max_new_tokens=9, sampling=Sampling(temperature=1, seed=0), grammar=grammar))
     ids = [eos, *processor.location_ids]
     expected = logits[ids].softmax(-1)
-    shares = torch.bincount(said, minlength=len(logits))[ids] / 4000
+    shares = torch.bincount(generated, minlength=len(logits))[ids] / 4000
     assert shares.sum() == 1
     torch.testing.assert_close(shares, expected, rtol=0, atol=0.032)
     cut = next(generate(model, inputs, max_new_tokens=9, sampling=Sampling(top_k=2, seed=0), grammar=grammar))
     assert set(cut.tolist()) == {first + 7, first + 9}
 
 
-def test_draws_of_a_row_do_not_depend_on_how_much_its_neighbours_are_allowed():
-    # An even spread of 2000 draws is off by at most one draw a token and end.
+def test_samples_of_a_row_do_not_depend_on_the_allowed_tokens_of_other_rows():
+    # With evenly spaced draws, a count can be wrong by at most one draw at each end of a token's interval.
     logits = torch.tensor([0.1, 0.2, 0.0, 0.3, 0.4]).log().expand(2000, -1)
     few, all_of_them = torch.tensor([3, 1]), torch.arange(5)
     draws = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
-    said = sample_allowed(logits, Sampling(temperature=1), draws, [few] * 1999 + [all_of_them])[:-1]
-    shares = torch.bincount(said, minlength=5) / 1999
+    generated = sample_allowed(logits, Sampling(temperature=1), draws, [few] * 1999 + [all_of_them])[:-1]
+    shares = torch.bincount(generated, minlength=5) / 1999
     torch.testing.assert_close(shares, torch.tensor([0, 0.4, 0, 0.6, 0]), rtol=0, atol=1.6e-3)
 
 
-def test_rows_without_a_grammar_are_free_beside_rows_with_one(processors):
+def test_rows_without_a_grammar_are_unconstrained_in_a_batch_with_constrained_rows(processors):
     processor = processors["words"]
     held = Grammar.for_objects(processor, ["cat"])
     requests = [question(grammar=held if i % 2 else None) for i in range(6)]
@@ -414,7 +414,7 @@ def demo():
     return load_model(DEMO, device="cpu", dtype=torch.float32), PaliGemmaProcessor.from_pretrained(DEMO)
 
 
-def test_a_valid_answer_stays_as_it_is_and_others_become_valid(demo):
+def test_a_valid_answer_is_not_changed_and_others_become_valid(demo):
     model, processor = demo
     picture = load_image(ROOT / "examples" / "shapes.png")
     questions = [["yellow circle"], ["circle"], ["circle", "square"], ["triangle"], ["cat"], ["orange cross", "purple heart"]]
@@ -433,7 +433,7 @@ def test_a_valid_answer_stays_as_it_is_and_others_become_valid(demo):
     assert num_same
 
 
-# What is refused
+# Refused arguments
 
 
 @pytest.mark.parametrize(
@@ -449,7 +449,7 @@ def test_a_valid_answer_stays_as_it_is_and_others_become_valid(demo):
         (["\ud800"], "not valid UTF-8"),
     ],
 )
-def test_labels_that_nobody_could_read_back_are_refused(processors, labels, message):
+def test_labels_that_could_not_be_parsed_again_are_refused(processors, labels, message):
     with pytest.raises(PromptError, match=message) as caught:
         Grammar.for_objects(processors["demo"], labels)
     assert "\n" not in caught.value.message
@@ -462,13 +462,13 @@ def test_a_bad_number_of_objects_is_refused(processors, most):
     assert caught.value.code == 2
 
 
-def test_labels_asked_twice_count_once(processors):
+def test_a_label_given_twice_counts_once(processors):
     grammar = Grammar.for_objects(processors["demo"], ["cat", " cat ", "cat"])
     assert grammar.num_labels == 1
     assert grammar == Grammar.for_objects(processors["demo"], ["cat"])
 
 
-def test_the_processor_knows_the_ids_of_the_places(processors):
+def test_the_processor_has_the_ids_of_locations_and_codes(processors):
     for processor in processors.values():
         ends = [processor.location_ids[0], processor.location_ids[-1], processor.code_ids[0], processor.code_ids[-1]]
         assert processor.encode("<loc0000><loc1023><seg000><seg127>") == ends

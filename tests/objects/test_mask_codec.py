@@ -1,4 +1,4 @@
-"""mask_codec.py: the architecture, Google's numbers, a file's faults, masks in their place."""
+"""mask_codec.py: its architecture, equality with Google's decoder, faults of files, masks pasted into pictures."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from paligemma.objects.mask_codec import MaskCodec, find_codec, load_codec, with
 from paligemma.objects.outputs import NormalizedBox, ParsedObject
 
 ORACLE = Path(__file__).parents[1] / "oracle" / "segdecoder"
-# Every array of vae-oid.npz that is needed. Written out, since the code derives them from modules.
+# Every array of vae-oid.npz that is needed, written out, because the code derives them from its modules.
 SHAPES = {
     "_vq_vae._embedding": (128, 512), "encoder.0": (16, 1, 4, 4), "encoder.2": (32, 16, 4, 4), "encoder.4": (64, 32, 4, 4),
     "encoder.6": (128, 64, 4, 4), "encoder.8.net.0": (128, 128, 3, 3), "encoder.8.net.2": (128, 128, 3, 3),
@@ -55,31 +55,31 @@ def fixture() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def google(tmp_path_factory) -> MaskCodec:
-    """The decoder whose numbers we have, with an encoder of our own: a file needs both."""
+    """The decoder of the oracle, with a random encoder: a file needs both."""
     path = tmp_path_factory.mktemp("google") / CODEC_NAME
     with np.load(ORACLE / "weights.npz") as file:
         np.savez(path, **random_arrays() | dict(file))
     return load_codec(path)
 
 
-def test_the_parameters_are_those_of_the_official_file():
+def test_the_parameters_equal_those_of_the_official_file():
     assert {name: tuple(value.shape) for name, value in MaskCodec().state_dict().items()} == expected_shapes()
 
 
 def test_the_decoder_equals_jax(google):
-    # Sums are ordered otherwise: 5.2e-6 is the largest gap in masks that reach from -4.1 to 6.4.
+    # Sums have another order: the largest difference is 5.2e-6 in masks from -4.1 to 6.4.
     torch.testing.assert_close(google.decode(fixture()["codes"].long()), fixture()["masks"], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("change", [lambda codes: codes.view(-1, 4, 4).mT.flatten(1), lambda codes: codes.flip(1)])
-def test_codes_in_another_order_are_noticed(google, change):
+def test_codes_in_another_order_give_another_mask(google, change):
     gap = google.decode(change(fixture()["codes"].long())) - fixture()["masks"]
     assert gap.abs().max() > 1
 
 
 @torch.no_grad()
-def test_the_encoder_is_what_its_description_says(google):
-    """Written out without modules: convolutions that halve, blocks that add, the nearest row of the codebook by subtraction."""
+def test_the_encoder_equals_its_description(google):
+    """Without modules: convolutions with stride 2, residual blocks, the nearest vector of the codebook by subtraction."""
     weights = {name: torch.from_numpy(value) for name, value in random_arrays().items()}
     weights |= {name: value for name, value in google.state_dict().items() if name.startswith("_")}
     conv, relu = torch.nn.functional.conv2d, torch.relu
@@ -95,14 +95,14 @@ def test_the_encoder_is_what_its_description_says(google):
         inner = relu(layer(x, f"encoder.{index}.net.0", padding=1))
         inner = relu(layer(inner, f"encoder.{index}.net.2", padding=1))
         x = x + layer(inner, f"encoder.{index}.net.4")
-    grid = layer(x, "encoder.10").permute(0, 2, 3, 1)  # rows, columns, width of a code
+    grid = layer(x, "encoder.10").permute(0, 2, 3, 1)  # rows, columns, numbers of a vector
     distances = ((grid[..., None, :] - weights["_vq_vae._embedding"]) ** 2).sum(-1)
     codes = google.encode(masks)
     assert codes.dtype == torch.int64 and len(codes.unique()) > 1
     assert codes.tolist() == distances.argmin(-1).flatten(1).tolist()
 
 
-def test_no_masks_are_no_codes_and_back(google):
+def test_an_empty_batch_is_encoded_and_decoded(google):
     assert google.encode(torch.zeros(0, 64, 64)).shape == (0, 16)
     assert google.decode(torch.zeros(0, 16, dtype=torch.int64)).shape == (0, 64, 64)
 
@@ -116,7 +116,7 @@ def test_codes_that_do_not_exist_are_refused(google, codes):
 # Files
 
 
-def test_half_precision_and_further_arrays_are_taken(tmp_path):
+def test_half_precision_and_unneeded_arrays_are_accepted(tmp_path):
     arrays = {name: value.astype(np.float16) for name, value in random_arrays().items()}
     further = {"_vq_vae._ema_w": np.zeros(3), "_vq_vae._ema_cluster_size": np.ones(128)}
     np.savez_compressed(tmp_path / CODEC_NAME, **arrays, **further)
@@ -127,12 +127,12 @@ def test_half_precision_and_further_arrays_are_taken(tmp_path):
 
 
 def npy(dtype: str, shape: str, numbers: bytes = b"") -> bytes:
-    """An npy file with that text in its header."""
+    """An npy file with this dtype and shape in its header."""
     header = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
     return b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + numbers
 
 
-ENTRIES = {  # of encoder.0.bias, where numpy's own reader fails in other ways or takes what the header claims
+ENTRIES = {  # for encoder.0.bias; numpy's own reader fails on these in other ways, or trusts the header
     "no npy": b"16 numbers",
     "object header": npy("'|O'", "(16,)"),
     "huge shape": npy("'<f4'", f"({1 << 30},)"),
@@ -203,7 +203,7 @@ def damaged(path: Path, damage: str) -> None:
         ("empty", "not a mask codec"),
     ],
 )  # fmt: skip
-def test_a_file_with_a_fault_is_told_on_one_line(tmp_path, damage, message):
+def test_a_faulty_file_is_an_error_of_one_line(tmp_path, damage, message):
     path = tmp_path / "codec.npz"
     damaged(path, damage)
     with pytest.raises(CheckpointError, match=message) as raised:
@@ -212,7 +212,7 @@ def test_a_file_with_a_fault_is_told_on_one_line(tmp_path, damage, message):
     assert "\n" not in text and str(path) in text and re.search(r"\. [A-Z].*\.$", text)
 
 
-def test_an_archive_that_unpacks_to_far_more_is_not_unpacked(tmp_path, monkeypatch):
+def test_an_entry_that_is_far_too_large_is_not_decompressed(tmp_path, monkeypatch):
     taken = []
     monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda _, count=-1: taken.append(count) or b"")
     with zipfile.ZipFile(tmp_path / "codec.npz", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -222,12 +222,12 @@ def test_an_archive_that_unpacks_to_far_more_is_not_unpacked(tmp_path, monkeypat
     assert len(taken) == 1 and 0 < taken[0] < 20_000
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_a_missing_file(tmp_path):
     with pytest.raises(CheckpointError, match=f"{CODEC_NAME} is missing"):
         load_codec(tmp_path / CODEC_NAME)
 
 
-def test_a_codec_is_a_regular_file_of_some_size(tmp_path, monkeypatch):
+def test_pipes_and_files_that_are_too_large_are_refused(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.npz")
     with pytest.raises(CheckpointError, match="is a pipe"):
         load_codec(tmp_path / "pipe.npz")
@@ -238,12 +238,12 @@ def test_a_codec_is_a_regular_file_of_some_size(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["~nosuchuser/x.npz", "x" * 300, "a\0b"])
-def test_a_name_of_any_form_is_refused(tmp_path, name):
+def test_an_impossible_name_is_refused(tmp_path, name):
     with pytest.raises(CheckpointError):
         find_codec(tmp_path, given=name)
 
 
-def test_the_codec_is_the_given_one_or_lies_beside_the_weights(tmp_path):
+def test_the_codec_is_the_given_one_or_the_one_in_the_folder(tmp_path):
     assert find_codec(tmp_path) is None
     (tmp_path / CODEC_NAME).touch()
     assert find_codec(tmp_path) == tmp_path / CODEC_NAME
@@ -256,7 +256,7 @@ def test_the_codec_is_the_given_one_or_lies_beside_the_weights(tmp_path):
 # Objects
 
 
-def test_objects_get_their_masks_and_the_others_stay(google):
+def test_objects_with_codes_get_masks_and_others_are_unchanged(google):
     box = NormalizedBox(y_min=0.25, x_min=0.5, y_max=0.75, x_max=1.0)
     codes = [tuple(row) for row in fixture()["codes"].tolist()]
     things = [
@@ -269,7 +269,7 @@ def test_objects_get_their_masks_and_the_others_stay(google):
     for index, row in ((0, 2), (3, 7)):
         expected = np.zeros((128, 128), dtype=bool)
         expected[32:96, 64:128] = fixture()["masks"][row].numpy() > 0
-        assert (found[index].mask != expected).sum() <= 1  # a value within the rounding of 0
+        assert (found[index].mask != expected).sum() <= 1  # one value is 0 up to rounding
         assert replace(found[index], mask=None) == things[index]
     assert found[1] is things[1] and found[2] is things[2]
     assert with_masks([], google, width=5, height=5) == []

@@ -1,4 +1,4 @@
-"""A picture with an orientation tag is turned upright once, in every program: the model gets what it gets of the upright one."""
+"""A picture with an orientation tag is rotated once in every program: the model gets the pixels of the upright picture."""
 
 import io
 import json
@@ -26,7 +26,7 @@ from tests.tiny_checkpoint import make_checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "paligemma" / "bundled"
 T = Image.Transpose
-TURNS = {  # what a viewer does to the stored picture, by the EXIF standard
+TURNS = {  # the operation on the stored picture, by the EXIF standard
     1: (),
     2: (T.FLIP_LEFT_RIGHT,),
     3: (T.ROTATE_180,),
@@ -41,7 +41,7 @@ CASES = [(kind, number) for kind in KINDS for number in TURNS]
 
 
 def stored(seed: int = 0) -> Image.Image:
-    """A picture without any symmetry, wider than high."""
+    """A picture without symmetry, wider than high."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (9, 14, 3), dtype=np.uint8)).resize((42, 27))
 
 
@@ -58,7 +58,7 @@ def tag(number: int) -> Image.Exif:
 
 
 def upright(kind: str, number: int, seed: int = 0) -> Image.Image:
-    """What is to be seen: the file without a tag, decoded by Pillow and turned by hand."""
+    """The expected picture: the file without a tag, decoded by Pillow and rotated here."""
     image = Image.open(io.BytesIO(saved(stored(seed), kind))).convert("RGB")
     for turn in TURNS[number]:
         image = image.transpose(turn)
@@ -77,7 +77,7 @@ def processor(model):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A picture of each case, all of them different, with a JSONL about them; and the upright pictures by the files' names."""
+    """A folder with a different picture for each case and a JSONL file about them; and {file name: upright picture}."""
     folder, pictures, lines = tmp_path_factory.mktemp("files"), {}, []
     for seed, (kind, number) in enumerate(CASES):
         name = f"{seed:02d}.{kind.lower()}" if kind != "JPEG" else f"{seed:02d}.jpg"
@@ -90,7 +90,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The pixel values that the model gets, of one picture each, in the order in which they are made."""
+    """The pixel values of each picture that the model gets, in order."""
     rows, pixels = [], PaliGemmaProcessor.pixels
 
     def record(*given: object, **options: object) -> torch.Tensor:
@@ -124,11 +124,11 @@ def test_a_file_an_opened_file_and_a_turned_picture_give_the_pixels_of_the_uprig
     opened = Image.open(io.BytesIO(data))
     for picture in (data, loaded, opened, Image.open(io.BytesIO(data)).convert("RGB"), ImageOps.exif_transpose(opened)):
         if kind == "TIFF" and isinstance(picture, Image.Image) and picture.format is None and picture is not loaded:
-            assert picture.size == right.size  # Pillow has turned it
+            assert picture.size == right.size  # Pillow has rotated it
         assert torch.equal(processor.pixels([picture]), values)
     unturned = load_image(data, ignore_exif=True)
     assert np.array_equal(np.asarray(unturned), np.asarray(upright(kind, 1)))
-    assert torch.equal(processor.pixels([unturned]), processor.pixels([upright(kind, 1)]))  # and not turned later either
+    assert torch.equal(processor.pixels([unturned]), processor.pixels([upright(kind, 1)]))  # it is not rotated later either
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
@@ -159,7 +159,7 @@ def test_xmp_and_the_raw_profile_of_a_png_count_as_exif_does(number, processor):
         ("WEBP", {"xmp": xmp(number)}),
         ("PNG", {"pnginfo": text_chunk("XML:com.adobe.xmp", xmp(number).decode())}),
         ("PNG", {"pnginfo": text_chunk("Raw profile type exif", profile)}),
-        ("JPEG", {"xmp": xmp(5), "exif": tag(number)}),  # EXIF comes first
+        ("JPEG", {"xmp": xmp(5), "exif": tag(number)}),  # EXIF is preferred
     ):
         data, values = saved(stored(), kind, **options), processor.pixels([upright(kind, number)])
         assert torch.equal(processor.pixels([data]), values)
@@ -175,7 +175,7 @@ def test_each_page_of_a_tiff_has_an_orientation_of_its_own(ignored):
     pages[0].save(buffer, "TIFF", save_all=True, append_images=pages[1:], tiffinfo={0x0112: 8})
     data = bytearray(buffer.getvalue())
     first = data.index(b"\x12\x01\x03\x00\x01\x00\x00\x00\x08")
-    data[first + 8] = 1  # the first page stands upright, the second does not
+    data[first + 8] = 1  # the first page is upright, the second is not
     for frame, number in ((0, 1), (1, 8)):
         right = upright("TIFF", 1 if ignored else number, seed=frame)
         assert np.array_equal(np.asarray(load_image(bytes(data), frame=frame, ignore_exif=ignored)), np.asarray(right))
@@ -187,7 +187,7 @@ def test_a_tag_that_is_no_orientation_turns_nothing(processor):
 
 
 def test_a_finished_picture_keeps_what_it_was_read_with(processor, monkeypatch):
-    """The second pass of the processor refused a picture that --max_pixels had let in."""
+    """The processor once loaded such a picture again and refused it, although --max_pixels allowed it."""
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
     data = saved(stored(), "PNG")
     with pytest.raises(ImageError, match="over the limit of 100"):
@@ -274,7 +274,7 @@ def test_evaluation_asks_about_upright_pictures(files, model, processor, seen):
 
 
 def test_the_demo_model_finds_the_cross_where_it_is(tmp_path, capsys):
-    """examples/shapes.png as a phone held sideways stores it; turned twice, its cross was at 80, 15."""
+    """examples/shapes.png, stored sideways as by a phone. When it was rotated twice, its cross was at 80, 15."""
     picture = Image.open(ROOT / "examples" / "shapes.png").convert("RGB").transpose(T.ROTATE_90)
     picture.save(tmp_path / "phone.jpg", exif=tag(6), quality=95)
     flags = [f"--model_path={DEMO}", "--only_cpu"]
