@@ -1,4 +1,4 @@
-"""Explanations: written-out attention is the model's own, maps and likelihoods are what they claim, the sheet can be drawn."""
+"""Explanations: recomputed attention equals the model's own, maps and likelihoods are right, the sheet can be drawn."""
 
 import json
 import math
@@ -70,7 +70,7 @@ def ask(demo, question):
 
 
 def attended(attention, weights, x):
-    """What an attention module gives back, from its weights float[B, N, L, L] written out."""
+    """The output of an attention module, computed from its attention weights float[B, N, L, L]."""
     width = getattr(attention, "width", None) or x.shape[-1] // attention.heads
     v = attention.v_proj(x).unflatten(-1, (-1, width)).transpose(1, 2)
     v = v.repeat_interleave(weights.shape[1] // v.shape[1], dim=1)
@@ -87,7 +87,7 @@ def outputs_of(modules):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("family", "window"), [("gemma", None), ("gemma2", None), ("gemma2", 3)])
-def test_decoder_weights_times_values_are_the_modules_own_output(family, window):
+def test_decoder_weights_times_values_equal_the_output_of_the_module(family, window):
     model = make_model(family, text={"sliding_window": window}, sliding_window="config" if window else None)
     modules = [layer.self_attn for layer in model.language_model.model.layers]
     outputs = outputs_of(modules)
@@ -102,7 +102,7 @@ def test_decoder_weights_times_values_are_the_modules_own_output(family, window)
 
 
 @torch.no_grad()
-def test_tower_weights_times_values_are_the_modules_own_output():
+def test_tower_weights_times_values_equal_the_output_of_the_module():
     model = make_model("gemma")
     modules = [layer.self_attn for layer in model.vision_tower.vision_model.encoder.layers]
     outputs = outputs_of(modules)
@@ -113,7 +113,7 @@ def test_tower_weights_times_values_are_the_modules_own_output():
         torch.testing.assert_close(attended(call[0], explanation.tower_weights(*call), call[1]), output, rtol=0, atol=5e-6)
 
 
-def test_recording_leaves_no_hook_behind():
+def test_recording_removes_its_hooks():
     model = make_model("gemma")
     with pytest.raises(KeyError), explanation.recording(model.modules()):
         raise KeyError
@@ -121,7 +121,7 @@ def test_recording_leaves_no_hook_behind():
 
 
 def test_roll_out_of_two_layers():
-    # One head. The last layer sends token 1 to token 0, the first sends token 0 to token 1; half stays where it is each time.
+    # One head. The last layer sends token 1 to token 0, the first sends token 0 to token 1; half of the weight stays each time.
     last = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])
     first = torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]]])
     rolled = explanation.roll_out(torch.tensor([[0.0, 1.0]]), [last, first])
@@ -131,7 +131,7 @@ def test_roll_out_of_two_layers():
 # The maps
 
 
-def test_a_words_mass_begins_one_place_before_each_of_its_tokens():
+def test_a_words_weight_starts_one_position_before_each_of_its_tokens():
     # A prompt of three tokens and an answer of three; its words are the tokens 0 and 1, and 2.
     starts = explanation.word_starts([range(0, 2), range(2, 3)], 3, 6)
     assert starts.tolist() == [[0, 0, 0.5, 0.5, 0, 0], [0, 0, 0, 0, 1, 0]]
@@ -149,7 +149,7 @@ def test_roll_outs_sum_to_one_over_all_tokens_and_to_the_share_over_the_picture(
     torch.testing.assert_close(decoder.sum(1), torch.ones(len(found.words)), rtol=0, atol=1e-5)
     for word, rows, patches in zip(found.words, decoder, tower, strict=True):
         assert 0 < word.share < 1
-        assert math.isclose(word.share, rows[:4].sum().item(), abs_tol=1e-5)  # the tower moves mass, and loses none
+        assert math.isclose(word.share, rows[:4].sum().item(), abs_tol=1e-5)  # the tower only moves it
         assert word.roll_out.flatten().tolist() == patches.tolist()
 
 
@@ -198,7 +198,7 @@ def test_gradient_maps_agree_with_finite_differences(family, processor):
         assert math.isclose(slopes.abs().sum().item(), word.gradient.flatten()[patch].item(), rel_tol=5e-3)
 
 
-def test_a_map_of_the_demo_lies_on_what_was_asked_for(demo):
+def test_a_gradient_map_of_the_demo_is_largest_on_the_object_of_the_question(demo):
     _, found = ask(demo, "answer en what color is the heart?")
     y, x, y_end, x_end = HEART
     row, column = divmod(int(found.words[0].gradient.argmax()), 8)
@@ -256,7 +256,7 @@ def test_an_answer_that_the_picture_makes_less_than_twice_as_likely_is_warned_ab
     assert (found.warning is not None) == is_warned
 
 
-def test_an_answer_read_off_the_picture_depends_on_it(demo):
+def test_a_caption_depends_on_the_picture(demo):
     _, found = ask(demo, "caption en")
     assert found.dependence > 10 and found.warning is None
 
@@ -300,18 +300,18 @@ def test_words_of_an_answer(answer, words, processor):
     ids = [*processor.encode(answer), processor.eos_token_id]
     found = explanation.split_words(ids, processor)
     assert [text for text, _, _ in found] == words
-    for text, places, box in found:  # the tokens of a word are those that say it
-        assert processor.decode(ids[places.start : places.stop]).endswith(text) or box is None
+    for text, positions, box in found:  # the tokens of a word spell it
+        assert processor.decode(ids[positions.start : positions.stop]).endswith(text) or box is None
     assert all(before[1].stop <= after[1].start for before, after in zip(found, found[1:], strict=False))
-    assert all(places.stop < len(ids) for _, places, _ in found)  # the eos belongs to no word
+    assert all(positions.stop < len(ids) for _, positions, _ in found)  # the eos belongs to no word
 
 
 def test_an_object_is_one_word_with_its_box(processor):
     ids = processor.encode("a <loc0000><loc0100><loc0511><loc1023>" + "<seg001>" * 16 + " cat ; dog")
-    _, (text, places, box), _ = explanation.split_words(ids, processor)
+    _, (text, positions, box), _ = explanation.split_words(ids, processor)
     assert (text, box) == ("cat", NormalizedBox(100 / 1023, 0, 1, 511 / 1023))
-    assert processor.decode(ids[places.start : places.stop]).endswith("<seg001> cat")
-    assert ids[places.start] == processor.location_ids.start
+    assert processor.decode(ids[positions.start : positions.stop]).endswith("<seg001> cat")
+    assert ids[positions.start] == processor.location_ids.start
 
 
 # What is refused, and what has no gradient
@@ -352,7 +352,7 @@ def test_quantised_models_have_roll_outs_and_likelihoods_but_no_gradient(kind, d
 # The sheet
 
 
-def test_the_heat_lies_where_the_map_says():
+def test_the_heat_map_is_red_where_the_map_is_large():
     values = torch.zeros(4, 4)
     values[1, 2] = 3.0
     found = np.asarray(explanation_sheet.heat_map(Image.new("RGB", (80, 40), "grey"), values)).astype(int)
@@ -362,7 +362,7 @@ def test_the_heat_lies_where_the_map_says():
     assert redness[30:, :30].max() == 0
 
 
-def test_a_map_of_nothing_leaves_the_picture_grey():
+def test_a_map_of_zeros_leaves_the_picture_grey():
     found = np.asarray(explanation_sheet.heat_map(Image.new("RGB", (8, 8), "blue"), torch.zeros(2, 2)))
     assert (found[..., 0] == found[..., 2]).all()
 
@@ -390,14 +390,14 @@ def test_an_answer_without_words_and_one_with_very_long_ones_are_drawn(processor
         assert explanation_sheet.draw_explanation(Image.new("RGB", (30, 20)), found).size[0] == explanation_sheet.WIDTH
 
 
-def test_text_is_cut_to_its_room():
+def test_text_is_cut_to_its_width():
     lines = explanation_sheet.wrapped("one two three four five six seven", 20, 90, 3)
     assert len(lines) == 3 and lines[0] == "one two" and lines[-1].endswith("…")
     assert all(explanation_sheet.lettering().width(line, 20) <= 90 for line in lines)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_json_holds_all_of_it(family, processor):
+def test_json_has_the_whole_explanation(family, processor):
     model, inputs, ids = tiny_case(family, processor)
     found = explanation.explain(model, processor, inputs, ids)
     data = json.loads(json.dumps(found.to_json(), allow_nan=False))
@@ -446,7 +446,7 @@ def test_verbs_explain_every_answer(tmp_path, capsys):
     assert [row["explanation"]["text"] for row in rows] == [row["text"] for row in rows] and len(rows) == 2
 
 
-def test_what_a_bad_picture_would_be_explained_with_is_left_out(tmp_path, capsys):
+def test_a_bad_picture_gets_no_explanation_file(tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     code, _, _ = run(
         capsys, "count", str(tmp_path / "bad.png"), str(PICTURE), "hearts", "--json", "--explain", str(tmp_path / "o.png")
@@ -459,16 +459,16 @@ def test_what_a_bad_picture_would_be_explained_with_is_left_out(tmp_path, capsys
     [
         ({"explain": "out.gif"}, UsageError, "--explain is 'out.gif', but a name that ends in .png"),
         ({"explain": "nowhere/out.png"}, OutputError, "there is no folder nowhere"),
-        ({"explain": "out.png", "image_file_path": "a.png,b.png"}, UsageError, "--explain looks at one picture"),
+        ({"explain": "out.png", "image_file_path": "a.png,b.png"}, UsageError, "--explain takes one picture"),
         ({"explain": str(PICTURE)}, UsageError, "would overwrite the picture"),
         ({"explain": str(PICTURE), "words": ("caption", str(PICTURE))}, UsageError, "would overwrite the picture"),
     ],
 )
-def test_what_cannot_be_explained_or_written_is_said_at_once(flags, error, message):
+def test_flags_that_cannot_be_explained_or_written_are_refused_at_once(flags, error, message):
     with pytest.raises(error, match=message):
         inference.Flags(**flags)
 
 
-def test_one_text_stands_once_among_the_alternatives():
+def test_alternatives_with_the_same_text_are_added_up():
     alternatives = [("cat", 0.5), ("dog", 0.2), (" cat", 0.15), ("\n", 0.05)]
     assert explanation_sheet.by_text(alternatives) == [("cat", 0.65), ("dog", 0.2), ("\\n", 0.05)]

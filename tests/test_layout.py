@@ -1,4 +1,4 @@
-"""The form of the repository: who imports whom, what stands where, what is never written."""
+"""The layout of the repository: which module imports which, what each folder holds, what no file may contain."""
 
 import ast
 import os
@@ -18,7 +18,7 @@ MODULES = {  # "errors", "pictures.images": the names below `paligemma`; the six
 }
 MODELING = SIX[:3]
 TO_BE_READ = [*MODELING, "generation"]  # the files that a learner reads from top to bottom
-# From the ground up: a module imports from its own floor and those below.
+# The lowest floor comes first: a module imports from its own floor and from lower ones.
 FLOORS = [
     {*MODELING, "configuration", "errors", "files", "parameter_names", "vocabulary"},
     {"machine", "roofline", "svg", "tokenization", "pictures", "layers"},
@@ -38,7 +38,7 @@ def tree(name):
 
 
 def imports_of(name):
-    """Everything that a file imports, wherever in it: own modules by their names in MODULES, others by their first word."""
+    """Everything that a file imports, inside functions too: own modules by their names in MODULES, others by their first word."""
     found = set()
     for node in ast.walk(tree(name)):
         if isinstance(node, ast.Import):
@@ -66,7 +66,7 @@ def floor(name):
     return next(number for number, names in enumerate(FLOORS) if name.split(".")[0] in names)
 
 
-def test_the_six_files_at_the_root_are_the_package_s():
+def test_the_package_links_to_the_six_files_at_the_root():
     for name in SIX:
         assert (ROOT / f"{name}.py").is_file() and not (ROOT / f"{name}.py").is_symlink()
         assert os.readlink(MODULES[name]) == f"../{name}.py"
@@ -84,7 +84,7 @@ def test_one_spelling_of_every_import():
             assert not {name.split(".")[0] for name in names} & own - set(sys.stdlib_module_names), f"{path}:{node.lineno}"
 
 
-def test_nothing_edits_the_path_of_imports():
+def test_no_file_edits_the_import_path():
     word = "sys." + "path"
     assert [path.name for path in texts() if path.suffix == ".py" and word in path.read_text(encoding="utf-8")] == []
 
@@ -96,12 +96,12 @@ def test_modeling_files_import_modeling_files_only(name):
     assert imports_of(name) - allowed <= {"torch", "dataclasses", "copy"}
 
 
-def test_tower_and_decoder_know_nothing_of_each_other():
+def test_tower_and_decoder_do_not_import_each_other():
     assert own_imports_of("modeling_siglip") == own_imports_of("modeling_gemma") == {"configuration"}
 
 
 @pytest.mark.parametrize("name", ["generation", "learning.training", "learning.evaluation", "objects.outputs", "objects.grammar"])
-def test_tools_take_a_model_and_import_none(name):
+def test_tools_take_a_model_as_an_argument_and_import_none(name):
     assert not own_imports_of(name) & {*MODELING, "checkpoints.weights"}
 
 
@@ -110,7 +110,7 @@ def test_imports_go_down():
     assert upward == set()
 
 
-def test_nothing_inside_imports_from_the_face():
+def test_no_module_of_the_package_imports_from_its_init():
     assert [(name, used) for name in MODULES for used in imports_of(name) if used.startswith("paligemma.")] == []
 
 
@@ -129,7 +129,7 @@ def test_running_never_imports_transformers():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_every_package_that_is_imported_is_one_that_can_be_installed():
+def test_every_imported_package_is_a_dependency():
     # Left: the name in the code, right: in requirements.txt or an extra.
     names = {"PIL": "pillow", "yaml": "pyyaml", "pillow_heif": "pillow-heif", "pyarrow": "ray"}
     lists = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("requirements.txt", "pyproject.toml"))
@@ -143,7 +143,7 @@ def test_every_package_that_is_imported_is_one_that_can_be_installed():
                 assert re.search(rf"(?<![\w-]){re.escape(names.get(name, name))}\b", lists), f"{path.name} imports {name}"
 
 
-def test_folders_say_what_they_hold_and_no_file_is_without_a_topic():
+def test_every_folder_has_a_docstring_and_every_file_a_topic():
     folders = ("paligemma", "tests", "demo", "notes", "benchmarks")
     for path in (path for folder in folders for path in (ROOT / folder).rglob("__init__.py")):
         body = ast.parse(path.read_text(encoding="utf-8")).body
@@ -153,7 +153,7 @@ def test_folders_say_what_they_hold_and_no_file_is_without_a_topic():
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_every_file_begins_by_saying_what_it_is(name):
+def test_every_file_begins_with_a_docstring(name):
     header = ast.get_docstring(tree(name))
     assert header and len(header.splitlines()[0]) > 40
 
@@ -181,10 +181,10 @@ def test_every_name_is_defined_above_its_first_use(name):
 
 
 @pytest.mark.parametrize("name", TO_BE_READ)
-def test_every_class_and_public_function_says_what_it_is(name):
+def test_every_class_and_public_function_has_a_docstring(name):
     nodes = [node for node in ast.walk(tree(name)) if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
     public = [node for node in nodes if isinstance(node, ast.ClassDef) or len(ast.unparse(node).splitlines()) > 12]
-    plain = {"__init__", "__post_init__", "forward"}  # the class above them says it
+    plain = {"__init__", "__post_init__", "forward"}  # described by their class
     assert [node.name for node in public if node.name not in plain and not ast.get_docstring(node)] == []
 
 
@@ -216,41 +216,41 @@ def texts():
     return sorted(path for path in found if path.is_file() and path.suffix in kinds and path.name != ".git")
 
 
-def test_no_load_passes_over_what_is_missing_and_no_test_is_skipped():
-    # ruff watches the rest of its kind: blind excepts, forgotten notes, arguments that nobody reads.
+def test_no_load_ignores_missing_tensors_and_no_test_is_skipped():
+    # ruff finds the other faults of this kind: blind excepts, forgotten notes, unused arguments.
     pattern = re.compile(r"load_state_dict\(.*strict=" + r"False|pytest\.mark\." + r"skip|pytest\." + r"skip\(")
     code = [path for path in texts() if path.suffix == ".py"]
     found = [f"{path.name}: {hit.group()}" for path in code if (hit := pattern.search(path.read_text(encoding="utf-8")))]
     assert found == []
 
 
-def test_no_path_of_a_machine_is_written_down():
-    # Put together from parts, for this file is read, too.
+def test_no_file_contains_a_path_of_one_machine():
+    # Put together from parts, because this file is searched, too.
     mine = ["/" + "home" + "/", "/" + "Users" + "/", "/" + "root" + "/", "/" + "work" + "/", ".." + "/shared", "fa" + "rm"]
     pattern = re.compile("|".join(rf"(?<![\w.]){re.escape(word)}" for word in mine))
     found = [f"{path.name}: {hit.group()}" for path in texts() if (hit := pattern.search(path.read_text(encoding="utf-8")))]
     assert found == []
 
 
-def test_ruff_has_nothing_to_say():
+def test_ruff_finds_nothing():
     done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout
 
 
 def mypy(*arguments):
-    """What the type checker says, at the oldest Python of pyproject.toml: (exit status, lines)."""
+    """The exit status and the output of the type checker, for the oldest Python of pyproject.toml."""
     command = [sys.executable, "-m", "mypy", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     return done.returncode, done.stdout + done.stderr
 
 
-def test_the_type_checker_has_nothing_to_say_about_the_oldest_python(tmp_path):
+def test_the_type_checker_finds_nothing_for_the_oldest_python(tmp_path):
     checked = [path for folder in ("paligemma", "demo") for path in (ROOT / folder).rglob("*.py")]
     assert mypy() == (0, f"Success: no issues found in {len(checked)} source files\n")
     settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (promised,) = re.findall(r'^requires-python = ">=(.+)"$', settings, re.MULTILINE)
     assert f'python_version = "{promised}"' in settings
-    # What Python 3.11 brought is an error: an argument, a name, a module.
+    # What Python 3.11 added is an error: an argument, a name, a module.
     newer = tmp_path / "newer.py"
     newer.write_text("int.from_bytes(b'1234')\nfrom datetime import UTC\nimport tomllib\nfrom typing import Self\n")
     code, said = mypy(str(newer))

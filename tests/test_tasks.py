@@ -1,4 +1,4 @@
-"""Prompts that fit the checkpoint, typed results, and a run that no single request can end."""
+"""Prompts that fit the checkpoint, typed results, and a run that continues when a request fails."""
 
 import gc
 import io
@@ -98,11 +98,11 @@ def test_a_task_without_its_text_is_refused(task, text, message):
         ("/x/paligemma-3b-pt-224/models--google--paligemma-3b-ft-docvqa-448/snapshots/0ab1", "docvqa"),
     ],
 )  # fmt: skip
-def test_a_public_name_says_what_a_checkpoint_was_trained_for(name, kind):
+def test_a_public_name_tells_what_a_checkpoint_was_trained_for(name, kind):
     assert tasks.checkpoint_kind(name) == kind
 
 
-def test_a_task_the_checkpoint_was_not_trained_for_is_doubted():
+def test_a_task_that_the_checkpoint_was_not_trained_for_has_a_warning():
     assert "docvqa" in tasks.task_warning("detect", "docvqa") and "vqav2" in tasks.task_warning("caption", "vqav2")
     known = [("detect", "mix"), ("ocr", "other"), ("count", "tallyqa"), ("segment", "refcoco-seg"), ("caption", "docci")]
     assert [tasks.task_warning(*pair) for pair in known] == [None] * len(known)
@@ -136,7 +136,7 @@ def test_results_are_typed(run):
     assert caption.text == "an orange cross, a yellow circle and a purple heart" and caption.score > 0.9
 
 
-def test_rows_of_json_hold_what_the_task_has(run):
+def test_json_rows_have_the_keys_of_their_task(run):
     asked = (("detect", "circle"), ("count", "stars"), ("ocr", ""))
     requests = [Request(picture=SHAPES, task=task, text=text) for task, text in asked]
     detect, count, ocr = (json.loads(json.dumps(result.to_json())) for result in run(requests))
@@ -147,7 +147,7 @@ def test_rows_of_json_hold_what_the_task_has(run):
     assert 130 < x_min < 150 < 290 < x_max < 300 and 40 < y_min < 50 < 195 < y_max < 205  # the circle, of 448 pixels
 
 
-def test_objects_below_the_least_score_are_left_out(run):
+def test_objects_below_the_minimum_score_are_left_out(run):
     request = Request(picture=SHAPES, task="detect", text="circle")
     score = run([request])[0].parsed.objects[0].score
     assert run([request], min_score=score - 1e-4)[0].parsed.status == "objects"
@@ -163,7 +163,7 @@ def answer_of(processor, text):
 MASKED = "<loc0000><loc0000><loc0512><loc1023>" + "".join(f"<seg{i:03d}>" for i in range(16)) + " cat"
 
 
-def test_masks_are_decoded_where_there_is_a_codec(model, processor):
+def test_masks_are_decoded_if_there_is_a_codec(model, processor):
     from paligemma.objects.mask_codec import MaskCodec
 
     torch.manual_seed(0)
@@ -174,20 +174,20 @@ def test_masks_are_decoded_where_there_is_a_codec(model, processor):
     assert found.mask.shape == (CAT.height, CAT.width) and not found.mask[CAT.height // 2 + 1 :].any()
 
 
-def test_the_size_of_the_original_counts_where_a_small_copy_was_asked_about(model, processor):
+def test_boxes_are_in_pixels_of_the_original_when_a_small_copy_was_given(model, processor):
     request = Request(picture=SHAPES.resize((112, 112)), task="detect", text="cat", size=(2000, 1000))
     result = Annotator(model, processor).parse(request, answer_of(processor, MASKED))
     assert (result.width, result.height) == (2000, 1000)
     assert result.to_json()["objects"][0]["box"][2] == 2000
 
 
-def test_the_denominator_can_be_that_of_other_readers(model, processor):
+def test_the_denominator_can_be_1024_as_in_other_code(model, processor):
     request = Request(picture=SHAPES, task="detect", text="cat")
     result = Annotator(model, processor, denominator=1024).parse(request, answer_of(processor, MASKED))
     assert result.parsed.objects[0].box.x_max == 1023 / 1024
 
 
-def test_a_prompt_in_the_users_words_is_said_as_it_is_and_boxes_in_its_answer_are_read(run):
+def test_a_users_own_prompt_is_used_word_for_word_and_boxes_in_its_answer_are_parsed(run):
     result = run([Request(picture=SHAPES, task="ask", prompt="detect circle")])[0]
     assert (result.prompt, result.parsed.objects[0].label) == ("detect circle", "circle")
 
@@ -202,13 +202,13 @@ def many(count):
     return [Request(picture=draw.choice((SHAPES, CAT)), task=task, text=text) for task, text in draw.choices(kinds, k=count)]
 
 
-def test_every_request_gets_what_it_gets_alone(run):
+def test_requests_that_run_together_get_the_answers_that_they_get_alone(run):
     requests = many(12)
     alone = [run([request], rows=1)[0] for request in requests]
     assert [(r.text, r.count) for r in run(requests, rows=5)] == [(r.text, r.count) for r in alone]
 
 
-def test_a_bad_request_is_a_result_and_ends_nothing(run):
+def test_a_bad_request_is_an_error_result_and_does_not_stop_the_run(run):
     bad = [
         Request(picture=ImageError("bad.png is broken.", path="bad.png"), task="caption", image="bad.png"),
         Request(picture=SHAPES, task="ask", text="x" * 3000),
@@ -225,19 +225,19 @@ def test_a_bad_request_is_a_result_and_ends_nothing(run):
     assert row["image"] == "bad.png" and row["prompt"] == "caption en" and "objects" not in row
 
 
-def test_nothing_but_bad_requests_and_no_request_at_all(run):
+def test_a_run_of_bad_requests_only_and_a_run_without_requests(run):
     assert [type(r.error) for r in run([Request(picture=ImageError("gone."), task="ocr")] * 3)] == [ImageError] * 3
     assert run([]) == []
 
 
-def test_requests_are_read_when_there_is_room(model, processor):
+def test_requests_are_read_only_when_a_row_is_free(model, processor):
     read = itertools.count()
     requests = (request for request in many(50) if next(read) >= 0)
     next(Annotator(model, processor, rows=2).run(requests))
-    assert next(read) <= 4  # two in flight, one ahead, and the count itself
+    assert next(read) <= 4  # two running, one look-ahead, and this call of next
 
 
-def test_a_picture_asked_about_often_is_looked_at_once(model, processor, monkeypatch):
+def test_a_picture_of_several_requests_is_encoded_once(model, processor, monkeypatch):
     looks = []
     tower = model.vision_tower.forward
     monkeypatch.setattr(model.vision_tower, "forward", lambda pixels: (looks.append(len(pixels)), tower(pixels))[1])
@@ -256,7 +256,7 @@ def test_a_result_does_not_keep_the_picture(run):
 
 
 def short_of_memory(monkeypatch, limit):
-    """Lets steps of more than so many rows run out of memory, and counts them."""
+    """Makes steps of more than `limit` rows run out of memory; returns a list to which each such step adds its rows."""
     step, failures = generation.RunningBatch.step, []
 
     def scarce(decoder):
@@ -269,7 +269,7 @@ def short_of_memory(monkeypatch, limit):
     return failures
 
 
-def test_running_out_of_memory_halves_the_rows_and_loses_nothing(run, monkeypatch):
+def test_running_out_of_memory_halves_the_rows_and_loses_no_result(run, monkeypatch):
     requests = many(10)
     expected = [result.text for result in run(requests)]
     failures = short_of_memory(monkeypatch, 1)
@@ -287,7 +287,7 @@ BAD = Request(picture=ImageError("bad.png is broken."), task="caption")
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
-def test_errors_of_requests_survive_a_shortage_of_memory_before_the_next_answer(run, monkeypatch, rows):
+def test_error_results_are_kept_when_memory_runs_out_before_the_next_answer(run, monkeypatch, rows):
     short_of_memory(monkeypatch, 1)
     requests = [BAD, *many(2), BAD, BAD, *many(3), BAD]
     results = run(requests, rows=rows)
@@ -299,7 +299,7 @@ NO_PROCESSOR = SimpleNamespace(image_size=14, location_ids=None, unused_ids=lamb
 
 
 class Scripted:
-    """Stands in for generate_many: texts of requests say what happens to them, and rows end in the order of a seeded draw."""
+    """A fake generate_many: the text of a request decides what happens to it, and rows end in a random, seeded order."""
 
     def __init__(self, draw):
         self.draw = draw
@@ -320,7 +320,7 @@ class Scripted:
 
 
 def scripted(texts, rows, seed, monkeypatch, source_fails=False):
-    """What a run of such requests hands out, the indices in their order and by index the errors, and what it raises."""
+    """Runs such requests. Returns the indices of the results in their order, the error of each index, and what the run raised."""
     annotator = Annotator(None, None, rows=rows)
 
     def make(request, _):
@@ -357,7 +357,7 @@ def scripted(texts, rows, seed, monkeypatch, source_fails=False):
     st.lists(st.sampled_from("good good bad broken heavy large dead nan".split()), max_size=14),
     st.integers(1, 5), st.integers(0, 3), st.booleans(),
 )  # fmt: skip
-def test_each_request_has_just_one_result_whatever_happens_to_others(texts, rows, seed, source_fails):
+def test_each_request_has_exactly_one_result_whatever_happens_to_others(texts, rows, seed, source_fails):
     with pytest.MonkeyPatch.context() as patch:
         indices, errors, raised = scripted(texts, rows, seed, patch, source_fails)
     assert len(indices) == len(set(indices))
@@ -370,7 +370,7 @@ def test_each_request_has_just_one_result_whatever_happens_to_others(texts, rows
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
-def test_what_could_not_be_asked_comes_out_before_a_run_ends_with_an_error(rows, monkeypatch):
+def test_error_results_are_yielded_before_the_run_raises(rows, monkeypatch):
     indices, errors, raised = scripted(["broken", "bad", "nan", "good"], rows, 0, monkeypatch)
     assert indices == [0, 1] and all(errors.values()) and isinstance(raised, GenerationError)
 
@@ -389,16 +389,16 @@ def test_errors_of_many_requests_do_not_wait_for_an_answer(monkeypatch):
     assert next(results)[0] == 0 and len(read) <= 6
 
 
-def test_a_run_that_is_dropped_says_nothing_more(monkeypatch):
+def test_a_closed_run_yields_nothing_more(monkeypatch):
     monkeypatch.setattr(generation, "generate_many", Scripted(random.Random(0)))
     annotator = Annotator(NO_MODEL, NO_PROCESSOR, rows=3)
     results = annotator.run([BAD] * 3)
     next(results)
-    results.close()  # would be a RuntimeError if it went on
+    results.close()  # a generator that yields after close() raises RuntimeError
 
 
 @pytest.mark.parametrize("indices", [[], [0, 2], [1], [0, 1]])
-def test_a_result_that_is_missing_is_noticed(indices):
+def test_a_missing_result_is_an_error(indices):
     with pytest.raises(RuntimeError, match="has no result"):
         list(tasks.in_order([(index, None) for index in indices], 3))
 
@@ -408,7 +408,7 @@ def test_results_come_in_the_order_of_their_requests():
     assert list(tasks.in_order(pairs, 3)) == ["a", "b", "c"]
 
 
-def test_other_faults_of_the_machine_end_the_run(run, monkeypatch):
+def test_other_errors_of_the_machine_end_the_run(run, monkeypatch):
     def broken(*_):
         raise RuntimeError("a kernel failed")
 
@@ -433,13 +433,13 @@ def test_a_request_takes_whatever_load_image_takes(run, tmp_path):
     assert [result.image for result in results[:3]] == [str(tmp_path / "a.png")] * 2 + [""]
 
 
-def test_what_is_no_picture_is_that_requests_error(run):
+def test_a_request_whose_picture_is_no_picture_gets_an_error_result(run):
     results = run([Request(picture=source, task="caption") for source in ("gone.png", 3, None, b"", SHAPES)])
     assert [type(result.error) for result in results] == [ImageError] * 4 + [type(None)]
     assert "gone.png does not exist" in results[0].error.message and results[0].image == "gone.png"
 
 
-def test_a_name_that_is_asked_about_twice_is_read_once(run, monkeypatch, tmp_path):
+def test_a_file_of_two_requests_is_read_once(run, monkeypatch, tmp_path):
     SHAPES.save(tmp_path / "a.png")
     read, names = sources.read_file, []
     monkeypatch.setattr(sources, "read_file", lambda path: names.append(path) or read(path))
