@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from paligemma.errors import AccessError, CheckpointError, OutputError, PaliGemmaError, UsageError
+from paligemma.errors import AccessError, CheckpointError, OutputError, PaliGemmaError, UsageError, one_line
 
 BUNDLED = Path(__file__).with_name("bundled")  # the checkpoint, the picture and the font that come with this code
 CODEC_NAME = "vae-oid.npz"  # the file with the mask codec, in the folder of a model
@@ -55,6 +55,11 @@ def split_file_address(address: str) -> tuple[str, Path]:
     return "" if host.lower() == "localhost" else host, Path(urllib.parse.unquote(slash + path))
 
 
+def shown(path: str | os.PathLike) -> str:
+    """A path for messages: one printable line."""
+    return one_line(os.fsdecode(path))
+
+
 def stat_path(path: str | os.PathLike[str], error_class: type[PaliGemmaError] = CheckpointError) -> os.stat_result | None:
     """The status of the file at a path (links followed), or None if there is none.
 
@@ -70,14 +75,13 @@ def stat_path(path: str | os.PathLike[str], error_class: type[PaliGemmaError] = 
     except (OSError, ValueError) as error:
         known = {errno.ELOOP: "its links form a loop", errno.ENAMETOOLONG: "the name is too long"}
         reason = known.get(getattr(error, "errno", None) or 0) or getattr(error, "strerror", None) or error
-        name = ascii(os.fspath(path))[1:-1] if isinstance(error, ValueError) else os.fspath(path)  # a NUL, a lone surrogate
-        raise error_class(f"{name} cannot be opened: {reason}. Check the path.", path=path) from error
+        raise error_class(f"{shown(path)} cannot be opened: {reason}. Check the path.", path=path) from error
 
 
 def not_permitted(path: str | os.PathLike[str], error_class: type[PaliGemmaError]) -> PaliGemmaError:
     """The error for a file that may not be read: an AccessError if error_class is CheckpointError, else of error_class."""
     denied = AccessError if error_class is CheckpointError else error_class
-    return denied(f"{path} may not be read by this user. Change its permissions.", path=path)
+    return denied(f"{shown(path)} may not be read by this user. Change its permissions.", path=path)
 
 
 def is_file(path: str | os.PathLike[str], error_class: type[PaliGemmaError] = CheckpointError) -> bool:
@@ -118,7 +122,7 @@ def similar_names(name: str, names: list[str]) -> list[str]:
 
 
 def read_regular(
-    path: Path,
+    path: str | os.PathLike,
     max_bytes: int,
     error_class: type[PaliGemmaError] = CheckpointError,
     advice: str = "Download it again, or name another folder.",
@@ -127,22 +131,22 @@ def read_regular(
 
     Raises: error_class if the file is missing, of another kind, too large or unreadable; AccessError as in stat_path.
     """
-    status = stat_path(path, error_class)
+    status, name = stat_path(path, error_class), shown(path)
     if status is None:
         what = "is a broken link" if os.path.islink(path) else "is missing"
-        raise error_class(f"{path} {what}. {advice}", path=path)
+        raise error_class(f"{name} {what}. {advice}", path=path)
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
-        raise error_class(f"{path} is {kind}, not a file. Replace it by a regular file.", path=path)
+        raise error_class(f"{name} is {kind}, not a regular file. {advice}", path=path)
     try:
         with open(path, "rb") as stream:
             content = stream.read(max_bytes + 1)
     except PermissionError as error:
         raise not_permitted(path, error_class) from error
     except OSError as error:
-        raise error_class(f"{path} cannot be read: {error.strerror}. Check the disk, or download it again.", path=path) from error
+        raise error_class(f"{name} cannot be read: {error.strerror}. Check the disk, or download it again.", path=path) from error
     if len(content) > max_bytes:
-        raise error_class(f"{path} has {status.st_size} bytes, and {max_bytes} is the limit. {advice}", path=path)
+        raise error_class(f"{name} has {status.st_size} bytes, and {max_bytes} is the limit. {advice}", path=path)
     return content
 
 
@@ -198,21 +202,24 @@ def parse_json(content: bytes | str, max_bytes: int = MAX_JSON_BYTES, **hooks: A
     return value
 
 
-def read_json(path: Path, error_class: type[PaliGemmaError] = CheckpointError, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The object in a JSON file. Raises: error_class, with line and column, for anything else; AccessError as in stat_path."""
-    return parse_json_file(read_regular(path, max_bytes, error_class), path, error_class, max_bytes)
-
-
 def parse_json_file(
     content: bytes, path: Path, error_class: type[PaliGemmaError] = CheckpointError, max_bytes: int = MAX_JSON_BYTES
 ) -> dict[str, Any]:
-    """The object in the content of a JSON file that was read before. Raises: as read_json."""
+    """The object in the content of a JSON file, which was read before.
+
+    Raises: error_class for anything else, with line and column.
+    """
     try:
         return parse_json(content, max_bytes)
     except JSONFault as fault:
         what = describe_placeholder(content)
         text = f"{path} {what}." if what else f"{path}:{fault.line}:{fault.column} is {fault}. Correct it, or download it again."
         raise error_class(text, path=path) from fault
+
+
+def read_json(path: Path, error_class: type[PaliGemmaError] = CheckpointError, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The object in a JSON file. Raises: error_class, with line and column, for anything else; AccessError as in stat_path."""
+    return parse_json_file(read_regular(path, max_bytes, error_class), path, error_class, max_bytes)
 
 
 # Checks before writing

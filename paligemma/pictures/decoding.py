@@ -13,8 +13,8 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 
 from PIL import Image, ImageFile, _imaging
@@ -71,44 +71,32 @@ Image.core.set_block_size(2**28)
 # Process-wide switches and errors
 
 
-class SharedSwitch:
-    """Turns a setting of the whole process on while at least one thread is inside `on`.
+class NoWarnings:
+    """Hides Python warnings while at least one thread is inside the block.
 
-    Args:
-        setting: makes the context manager that changes the setting and restores it.
+    Pillow warns of odd metadata, which does no harm, and of many pixels, which are checked here. warnings.catch_warnings alone is
+    not safe in threads: two blocks that overlap could leave its filter on for the whole process.
     """
 
-    def __init__(self, setting: Callable[[], AbstractContextManager]):
-        self.setting = setting
-        self.lock = threading.Lock()
-        self.count = 0
+    def __init__(self):
+        self.lock, self.depth = threading.Lock(), 0
 
-    @contextmanager
-    def on(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         with self.lock:
-            if self.count == 0:
-                self.active = self.setting()
-                self.active.__enter__()
-            self.count += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.count -= 1
-                if self.count == 0:
-                    self.active.__exit__(None, None, None)
+            if self.depth == 0:
+                self.filters = warnings.catch_warnings()
+                self.filters.__enter__()
+                warnings.simplefilter("ignore")
+            self.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.depth -= 1
+            if self.depth == 0:
+                self.filters.__exit__()
 
 
-@contextmanager
-def ignored_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-# Pillow warns of odd metadata, which does no harm, and of many pixels, which are checked here. catch_warnings alone is not safe
-# in threads: two that overlap could leave the filter on.
-NO_WARNINGS = SharedSwitch(ignored_warnings)
+NO_WARNINGS = NoWarnings()
 TRUNCATED_LOCK = threading.Lock()
 
 
@@ -137,7 +125,7 @@ def quiet_libtiff() -> None:
 def decoder_errors(name: str) -> Iterator[None]:
     """Turns whatever a decoder raises inside the block into an ImageError, and hides its warnings."""
     try:
-        with NO_WARNINGS.on():
+        with NO_WARNINGS:
             yield
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} has an enormous frame, over the limit of Pillow. Make it smaller.", path=name) from error
@@ -218,7 +206,7 @@ def open_header(data: bytes, name: str, max_pixels: int) -> Image.Image:
     if kind == "WEBP" and len(data) < int.from_bytes(data[4:8], "little"):
         raise ImageError(f"{name}: image data ends early (file cut off?). Copy or download it again.", path=name)
     try:
-        with NO_WARNINGS.on():
+        with NO_WARNINGS:
             if kind == "PPM":  # Pillow reads this header byte by byte, and its comments may be long
                 Image.open(io.BytesIO(data[:MAX_PPM_HEADER_BYTES]), formats=[kind])
             return Image.open(io.BytesIO(data), formats=[kind])
@@ -336,7 +324,7 @@ def is_turned_by_pillow(picture: Image.Image) -> bool:
 def orientation(picture: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 (upright) if there is none. Pillow looks into EXIF, then the text of a PNG, then XMP."""
     try:
-        with NO_WARNINGS.on():
+        with NO_WARNINGS:
             return picture.getexif().get(ORIENTATION, 1)
     except DECODER_ERRORS:
         return 1

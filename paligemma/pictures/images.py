@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageFile
 
 from paligemma.errors import ImageError, UsageError
+from paligemma.files import shown
 from paligemma.pictures.decoding import (
     MAX_PIXELS,
     check_size,
@@ -31,7 +32,7 @@ from paligemma.pictures.decoding import (
     orientation,
 )
 from paligemma.pictures.rgb import from_array, to_rgb
-from paligemma.pictures.sources import read_bytes, shown
+from paligemma.pictures.sources import read_bytes
 
 T = TypeVar("T")
 

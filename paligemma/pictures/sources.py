@@ -6,46 +6,24 @@ Checked in tests/pictures/test_images.py.
 import base64
 import os
 import re
-import stat
 import urllib.parse
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from paligemma.errors import AccessError, ImageError, one_line
-from paligemma.files import expand_text, names_in, similar_names, split_file_address
+from paligemma.files import expand_text, names_in, read_regular, shown, similar_names, split_file_address, stat_path
 from paligemma.pictures.decoding import describe, sniff
 from paligemma.pictures.fetch import MAX_DOWNLOAD_BYTES, fetch
 
 MAX_FILE_BYTES = 256 << 20
 
 
-def shown(path: str | os.PathLike) -> str:
-    """A path for messages: one printable line."""
-    return one_line(os.fsdecode(path))
-
-
 def read_file(path: str | os.PathLike) -> bytes:
-    """The bytes of a regular file. Raises: ImageError if it is none, or too large."""
-    name = shown(path)
-    try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise ImageError(f"{name} is a folder. A picture is needed: name a file in it.", path=name)
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{name} is not a regular file. Pipe the picture in, or save it to a file first.", path=name)
-        if status.st_size > MAX_FILE_BYTES:
-            size, most = status.st_size >> 20, MAX_FILE_BYTES >> 20
-            raise ImageError(f"{name} has {size} MB, and {most} is the limit. Make the picture smaller.", path=name)
-        with open(path, "rb") as file:
-            return file.read(MAX_FILE_BYTES)
-    except FileNotFoundError as error:
-        raise ImageError(explain_missing(Path(os.fsdecode(path))), path=name) from error
-    except PermissionError as error:
-        raise ImageError(f"{name} may not be read by this user. Change its permissions.", path=name) from error
-    except (OSError, ValueError) as error:  # links form a loop, the name is too long, or it holds a NUL
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ImageError(f"{name} cannot be opened: {reason}. Name another file.", path=name) from error
+    """The bytes of a regular file. Raises: ImageError if there is none, or it is too large."""
+    if stat_path(path, ImageError) is None:
+        raise ImageError(explain_missing(Path(os.fsdecode(path))), path=shown(path))
+    return read_regular(path, MAX_FILE_BYTES, ImageError, "Name another file.")
 
 
 def explain_missing(path: Path) -> str:
