@@ -1,8 +1,8 @@
-"""A picture cut or moved a little, and the boxes of its answer with it. Checked in tests/learning/test_augmentation.py.
+"""Augmentation: pictures are cropped or shifted a little, and the boxes of their answers move with them.
 
-A zoom shows a random window of the picture, which may reach beyond it (grey there), and which holds every box whole. So a mask,
-whose codes are relative to its box, stays as it is, and no object disappears that the answer names. Answers without boxes are
-about the whole picture, which then only becomes smaller, never cut.
+A zoom shows a random window of the picture. The window may extend beyond the picture, where it is grey, and contains every box
+entirely. So no object that the answer names disappears, and the codes of masks, which are relative to the box, stay valid. If the
+answer has no boxes, the window contains the whole picture. Checked in tests/learning/test_augmentation.py.
 """
 
 import random
@@ -12,17 +12,20 @@ from PIL import Image
 
 from paligemma.objects.outputs import NO_LABEL, NormalizedBox, ParsedObject, parse_text, to_suffix
 
-GREY = (128, 128, 128)  # 0 for the model
-SMALLEST, LARGEST = 0.6, 1.3  # sides of the window, relative to those of the picture
+GREY = (128, 128, 128)  # about 0 in pixel_values
+SMALLEST, LARGEST = 0.6, 1.3  # side of the window divided by the side of the picture
 
 
 def window(boxes: list[NormalizedBox], draw: random.Random) -> tuple[float, float, float, float]:
-    """A random window (y_min, x_min, y_max, x_max, in fractions of the picture, perhaps beyond 0 and 1) that holds all boxes."""
+    """A random window that contains all boxes.
+
+    Returns: y_min, x_min, y_max, x_max as fractions of the picture, possibly below 0 or above 1.
+    """
     sides = []
     for low, high in ((min(box.y_min for box in boxes), max(box.y_max for box in boxes)),
                       (min(box.x_min for box in boxes), max(box.x_max for box in boxes))):  # fmt: skip
         length = draw.uniform(max(SMALLEST, high - low), LARGEST)
-        # As far to either side as keeps the boxes inside; a window smaller than the picture stays within it if it can.
+        # The starts that keep all boxes inside. A window that is smaller than the picture stays within the picture if possible.
         first, last = high - length, low
         if length <= 1:
             first, last = max(first, 0.0), min(last, 1 - length)
@@ -33,12 +36,12 @@ def window(boxes: list[NormalizedBox], draw: random.Random) -> tuple[float, floa
 
 
 def zoom(picture: Image.Image, suffix: str, seed: tuple) -> tuple[Image.Image, str]:
-    """The picture through a random window, and the answer with its boxes moved; the same for the same seed.
+    """The part of the picture in a random window, and the answer with moved boxes; deterministic for equal seeds.
 
     Args:
         picture: RGB.
-        suffix: an answer; one that cannot be read whole leaves both as they are.
-        seed: numbers.
+        suffix: an answer. If it cannot be parsed completely, picture and answer are returned unchanged.
+        seed: a tuple of numbers.
     """
     reading = parse_text(suffix)
     if set(reading.problems) - {NO_LABEL} or any(found.box is None for found in reading.objects):
@@ -56,7 +59,7 @@ def zoom(picture: Image.Image, suffix: str, seed: tuple) -> tuple[Image.Image, s
 
 
 def moved(found: ParsedObject, edges: list[int], width: int, height: int) -> ParsedObject:
-    """The object as it lies in the window whose edges (left, top, right, bottom) are in pixels of the picture."""
+    """The object with its box relative to the window. `edges`: its left, top, right, bottom in pixels of the picture."""
     left, top, right, bottom = edges
     x_min, y_min, x_max, y_max = found.box.xyxy(width, height)
     wide, high = right - left, bottom - top

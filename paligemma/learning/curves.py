@@ -1,4 +1,4 @@
-"""The curves of a run as one SVG: loss and scores against updates. Checked in tests/programs/test_finetune.py."""
+"""The curves of a run in one SVG file: loss and scores over the number of updates. Checked in tests/programs/test_finetune.py."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from paligemma.svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawin
 
 WIDTH, HEIGHT, GAP = 760, 250, 74
 COLORS = (GREEN, ORANGE, PURPLE, BLUE, SOFT)
-SMOOTHING = 0.02  # share of the run over which the loss is averaged for the dark line
+SMOOTHING = 0.02  # the dark curve of the loss is a running mean over this share of the run
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -19,7 +19,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A running mean, each value weighing less the longer ago it was."""
+    """An exponential moving average."""
     keep = 1 - 1 / max(1.0, SMOOTHING * len(points))
     mean, weight, result = 0.0, 0.0, []
     for x, y in points:
@@ -29,7 +29,7 @@ def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def panel(drawing: Drawing, top: float, title: str, curves: dict[str, list], last: float, ends: tuple[float, float]) -> None:
-    """One plot: named curves, lists of (update, value), with their names at their right ends."""
+    """Draws one plot of curves, each a name and a list of (update, value), with the names at the right ends."""
     axes = Axes(drawing, (60, top, WIDTH - 130, top + HEIGHT), (0, max(1, last)), ends)
     axes.frame(ticks(0, max(1, last)), ticks(*ends), "updates", title)
     named = []
@@ -46,7 +46,7 @@ def panel(drawing: Drawing, top: float, title: str, curves: dict[str, list], las
 
 
 def draw_curves(lines: Sequence[dict], file: Path) -> None:
-    """Draws the lines of metrics.jsonl: above the losses, below the scores, if there are any."""
+    """Draws the lines of metrics.jsonl: one plot of the losses and, if there are scores, a second one below."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         for name, value in line.items():
@@ -59,9 +59,9 @@ def draw_curves(lines: Sequence[dict], file: Path) -> None:
     last = max(line["step"] for line in lines)
     drawing = Drawing(WIDTH, 50 + HEIGHT + GAP + (HEIGHT + GAP if curves else 0))
     highest = max(y for points in losses.values() for _, y in points)
-    panel(drawing, 40, "loss, nats a token", losses, last, (0.0, highest * 1.05 or 1.0))
+    panel(drawing, 40, "loss, nats per token", losses, last, (0.0, highest * 1.05 or 1.0))
     if curves:
         top = max(1.0, *(y for points in curves.values() for _, y in points))
         scored = next((line["scored"] for line in reversed(lines) if isinstance(line.get("scored"), str)), "examples")
-        panel(drawing, 40 + HEIGHT + GAP, f"scores on {scored}, not learned from", curves, last, (0.0, top))
+        panel(drawing, 40 + HEIGHT + GAP, f"scores on {scored} of the validation data", curves, last, (0.0, top))
     drawing.save(file)

@@ -1,4 +1,4 @@
-"""A page of examples as they will be learned, boxes and masks drawn from their tokens.
+"""A page of training examples as the model will see them, with boxes and masks drawn from the tokens of the answers.
 
 Checked in tests/programs/test_finetune.py.
 """
@@ -14,18 +14,18 @@ from paligemma.objects.lettering import lettering
 from paligemma.objects.mask_codec import MaskCodec, with_masks
 from paligemma.objects.outputs import parse_text
 
-MOST, COLUMNS = 12, 4  # pictures on the page, and side by side
-SIDE, LINE = 336, 20  # pixels of a picture's field and of a line of text below it
-LETTERS = 48  # of a line
+MAX_PICTURES, COLUMNS = 12, 4
+SIDE, LINE = 336, 20  # pixels: side of the square for a picture, height of a line of text below it
+MAX_LETTERS = 48  # per line
 
 
 def draw_preview(examples: Examples, codec: MaskCodec | None, file: Path) -> None:
-    """Draws examples from all over the file, augmented as they will be. Raises: OutputError.
+    """Draws examples that are spread evenly over the file, augmented as in the first epoch. Raises: OutputError.
 
     Args:
-        codec: decodes masks, if there is one.
+        codec: decodes masks, or None.
     """
-    shown_lines = spread(len(examples.lines), MOST)
+    shown_lines = spread(len(examples.lines), MAX_PICTURES)
     count = len(shown_lines)
     columns = min(COLUMNS, count)
     page = Image.new("RGB", (columns * SIDE, math.ceil(count / columns) * (SIDE + 2 * LINE + 8)), "white")
@@ -40,5 +40,5 @@ def draw_preview(examples: Examples, codec: MaskCodec | None, file: Path) -> Non
         answer = " ; ".join(found.label for found in objects) if objects else suffix or "(nothing)"
         for row, text in enumerate((prefix, answer)):
             place = x + 6, y + SIDE + row * LINE
-            lettering().write(page, place, drawing.clean(text)[:LETTERS], 13, "black" if row else "#555555")
+            lettering().write(page, place, drawing.clean(text)[:MAX_LETTERS], 13, "black" if row else "#555555")
     drawing.save(page, file)

@@ -79,16 +79,6 @@ def barrier() -> None:
         distributed.barrier()
 
 
-def sums(*values: float) -> list[float]:
-    """The sum of each value over all processes."""
-    import torch
-
-    numbers = torch.tensor(values, dtype=torch.float64)
-    if world_size() > 1:
-        torch.distributed.all_reduce(numbers)
-    return numbers.tolist()
-
-
 def gather(value: Value) -> list[Value]:
     """The values of all processes, in the order of their ranks."""
     values = [value] * world_size()
@@ -97,6 +87,11 @@ def gather(value: Value) -> list[Value]:
 
         distributed.all_gather_object(values, value)
     return values
+
+
+def sums(*values: float) -> list[float]:
+    """The sum of each value over all processes."""
+    return [sum(column) for column in zip(*gather(values), strict=True)]
 
 
 def from_first(make: Callable[[], Value]) -> Value:

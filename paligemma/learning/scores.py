@@ -1,7 +1,7 @@
-"""How good answers are, by the measures of the papers: exact match, VQA accuracy, ANLS, relaxed accuracy, CIDEr-D, mAP, mIoU.
+"""Scores of answers, as the papers define them: exact match, VQA accuracy, ANLS, relaxed accuracy, CIDEr-D, mAP, mIoU.
 
-Each function takes what was said and what is right, example by example, and returns one number from 0 to 1 (CIDEr-D: 0 to 10);
-higher is better. Text measures take a list of right answers an example, since people do not all say the same.
+Each function takes the predictions and the references of all examples and returns one number from 0 to 1 (CIDEr-D: 0 to 10);
+higher is better. For text scores, an example may have several references, because people give different answers.
 
 Sources: VQA (arXiv:1505.00468) and its evaluation code, ANLS (arXiv:1905.13648), relaxed accuracy (ChartQA, arXiv:2203.10244),
 CIDEr-D (arXiv:1411.5726), AP (COCO's evaluation, by pycocotools), mIoU of referring segmentation (PaliGemma, arXiv:2407.07726).
@@ -18,7 +18,8 @@ from paligemma.errors import DeviceError
 from paligemma.objects.outputs import ParsedObject
 
 Texts = Sequence[str]
-Rights = Sequence[Sequence[str]]
+References = Sequence[Sequence[str]]
+Objects = Sequence[Sequence[ParsedObject]]
 
 ARTICLES = ("a", "an", "the")
 NUMBER_WORDS = {"none": "0"} | {
@@ -27,7 +28,7 @@ NUMBER_WORDS = {"none": "0"} | {
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
 FULL_STOP = re.compile(r"\.(?!\d)")
-# The evaluation code of VQA puts apostrophes back that people leave out; of two, each may be the one that is missing.
+# VQA's evaluation code restores one missing apostrophe in these words; in a word with two, either may be missing.
 CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd
 how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
@@ -40,11 +41,10 @@ you'd've you'll you're you've
 
 
 def restored_apostrophes() -> dict[str, str]:
-    """Words with an apostrophe too few, and as they should be."""
+    """The correct spelling of every word that lacks one apostrophe."""
     table = {}
     for word in CONTRACTIONS.split():
-        places = [i for i, letter in enumerate(word) if letter == "'"]
-        table |= {word[:i] + word[i + 1 :]: word for i in places}
+        table |= {word[:i] + word[i + 1 :]: word for i, letter in enumerate(word) if letter == "'"}
     return table
 
 
@@ -58,14 +58,14 @@ def mean(values: Sequence[float]) -> float:
 # Texts
 
 
-def exact_match(said: Texts, right: Rights) -> float:
-    """Share of answers that are one of the right ones to the letter, white space at the ends aside."""
-    pairs = zip(said, right, strict=True)
-    return mean([float(text.strip() in {answer.strip() for answer in answers}) for text, answers in pairs])
+def exact_match(predictions: Texts, references: References) -> float:
+    """The share of predictions that equal one of their references, except for white space at the ends."""
+    pairs = zip(predictions, references, strict=True)
+    return mean([float(text.strip() in {reference.strip() for reference in group}) for text, group in pairs])
 
 
 def vqa_words(answer: str) -> str:
-    """An answer as VQA compares it: no articles, no punctuation, numbers as digits, apostrophes put back."""
+    """An answer normalised as in VQA: no articles, no punctuation, number words as digits, apostrophes restored."""
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     stripped = text
     for mark in PUNCTUATION:
@@ -75,29 +75,29 @@ def vqa_words(answer: str) -> str:
     return " ".join(APOSTROPHES.get(word, word) for word in words if word not in ARTICLES)
 
 
-def vqa_accuracy(said: Texts, right: Rights) -> float:
-    """VQA's accuracy: an answer is right if three people gave it, a third right if one did.
+def vqa_accuracy(predictions: Texts, references: References) -> float:
+    """VQA's accuracy: an answer scores 1 if at least three people gave it, 1/3 for each person if fewer did.
 
-    It is the mean over leaving out each person in turn. As in the official code, answers are compared letter by letter where all
-    people agree, and else as `vqa_words` has them. With a single right answer nobody would be left to agree with, and what was
-    said has to be that one, as `vqa_words` has both.
+    The score is averaged over all subsets that leave out one person. As in the official code, answers are normalised with
+    `vqa_words`, unless all people gave the same answer. If there is a single reference, the normalised prediction must equal the
+    normalised reference.
     """
     values = []
-    for text, answers in zip(said, right, strict=True):
-        if len(answers) == 1:
-            values.append(float(vqa_words(text) == vqa_words(answers[0])))
+    for text, group in zip(predictions, references, strict=True):
+        if len(group) == 1:
+            values.append(float(vqa_words(text) == vqa_words(group[0])))
             continue
-        ours, *theirs = (answer.replace("\n", " ").replace("\t", " ").strip() for answer in (text, *answers))
+        ours, *theirs = (answer.replace("\n", " ").replace("\t", " ").strip() for answer in (text, *group))
         if len(set(theirs)) > 1:
             ours, *theirs = map(vqa_words, (ours, *theirs))
         agreeing = theirs.count(ours)
-        # Leaving out one who agrees leaves one fewer to agree with.
+        # If the person left out is one of those who agree, one fewer agrees.
         values.append(mean([min(1.0, (agreeing - (answer == ours)) / 3) for answer in theirs]))
     return mean(values)
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Letters to insert, delete or exchange to make b of a (Levenshtein)."""
+    """The number of letters to insert, delete or replace to turn a into b (Levenshtein distance)."""
     row = list(range(len(b) + 1))
     for i, letter in enumerate(a, start=1):
         above, row = row, [i]
@@ -106,13 +106,16 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def anls(said: Texts, right: Rights, threshold: float = 0.5) -> float:
-    """1 - edit distance / length of the longer, case and runs of spaces aside; what is off by half or more counts as wrong."""
+def anls(predictions: Texts, references: References, threshold: float = 0.5) -> float:
+    """Average normalised Levenshtein similarity: 1 - edit distance / length of the longer text, or 0 if that is 0.5 or less.
+
+    Case and repeated spaces are ignored.
+    """
     values = []
-    for text, answers in zip(said, right, strict=True):
+    for text, group in zip(predictions, references, strict=True):
         ours, best = " ".join(text.lower().split()), 0.0
-        for answer in answers:
-            theirs = " ".join(answer.lower().split())
+        for reference in group:
+            theirs = " ".join(reference.lower().split())
             longest = max(len(ours), len(theirs))
             distance = edit_distance(ours, theirs) / longest if longest else 0.0
             best = max(best, 1 - distance if distance < threshold else 0.0)
@@ -121,7 +124,7 @@ def anls(said: Texts, right: Rights, threshold: float = 0.5) -> float:
 
 
 def as_number(text: str) -> float | None:
-    """The number a text is, a percent sign allowed ("25%" = 0.25), and as in ChartQA's code no comma ("1,200" is none)."""
+    """Parses a number, or returns None. Percent signs are allowed ("25%" = 0.25), commas are not, as in ChartQA's code."""
     text = text.strip()
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
@@ -130,8 +133,8 @@ def as_number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def relaxed_accuracy(said: Texts, right: Rights, tolerance: float = 0.05) -> float:
-    """ChartQA's accuracy: numbers may be 5 % off, all else has to be right to the letter, case aside."""
+def relaxed_accuracy(predictions: Texts, references: References, tolerance: float = 0.05) -> float:
+    """ChartQA's accuracy: numbers may differ by 5 %; all other texts must be equal, ignoring case."""
 
     def is_right(text: str, answer: str) -> bool:
         ours, theirs = as_number(text), as_number(answer)
@@ -139,47 +142,47 @@ def relaxed_accuracy(said: Texts, right: Rights, tolerance: float = 0.05) -> flo
             return abs(ours - theirs) / abs(theirs) <= tolerance
         return text.strip().lower() == answer.strip().lower()
 
-    pairs = zip(said, right, strict=True)
-    return mean([float(any(is_right(text, answer) for answer in answers)) for text, answers in pairs])
+    pairs = zip(predictions, references, strict=True)
+    return mean([float(any(is_right(text, reference) for reference in group)) for text, group in pairs])
 
 
 def caption_words(text: str) -> list[str]:
-    """Words in lower case without punctuation, close to what COCO's captions are cut into."""
+    """Words in lower case without punctuation, close to the tokens of COCO's caption evaluation."""
     return re.findall(r"[^\W_]+(?:['-][^\W_]+)*", text.lower())
 
 
 def ngrams(words: Sequence[str], longest: int = 4) -> list[Counter]:
-    """How often each run of 1, 2, 3 and 4 words occurs."""
+    """The counts of the n-grams for n = 1, 2, 3, 4."""
     return [Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)) for n in range(1, longest + 1)]
 
 
-def cider_d(said: Texts, right: Rights, *, sigma: float = 6.0) -> float:
-    """How much an answer has in common with the right ones, rare runs of words counting more than common ones.
+def cider_d(predictions: Texts, references: References, *, sigma: float = 6.0) -> float:
+    """The similarity of captions to their references, in which rare n-grams count more than common ones.
 
-    The mean cosine of the vectors of n-gram frequencies, each weighted by how few examples have that n-gram among their right
-    answers, clipped against repetition, and dampened where the lengths differ. Ten times that, as it is always reported.
+    It is the mean cosine similarity of TF-IDF vectors of n-grams. The IDF is computed from the references; counts are clipped, so
+    that repetition does not help, and a Gaussian penalises a difference in length. By convention the result is multiplied by 10.
     """
-    ours = [ngrams(caption_words(text)) for text in said]
-    theirs = [[ngrams(caption_words(answer)) for answer in answers] for answers in right]
+    ours = [ngrams(caption_words(text)) for text in predictions]
+    theirs = [[ngrams(caption_words(reference)) for reference in group] for group in references]
     documents = Counter(chain.from_iterable({gram for counts in refs for n in counts for gram in n} for refs in theirs))
 
     def weighted(counts: Counter) -> dict[tuple, float]:
         return {gram: count * (math.log(len(theirs)) - math.log(max(1, documents[gram]))) for gram, count in counts.items()}
 
     values = []
-    for candidate, references in zip(ours, theirs, strict=True):
+    for candidate, group in zip(ours, theirs, strict=True):
         total = 0.0
-        for reference in references:
-            # The length that the original measures is the number of pairs of words.
+        for reference in group:
+            # The original implementation measures length in bigrams.
             difference = candidate[1].total() - reference[1].total()
             damping = math.exp(-(difference**2) / (2 * sigma**2))
             total += sum(clipped_cosine(weighted(a), weighted(b)) for a, b in zip(candidate, reference, strict=True)) * damping
-        values.append(10 * total / len(candidate) / len(references))
+        values.append(10 * total / len(candidate) / len(group))
     return mean(values)
 
 
 def clipped_cosine(ours: dict[tuple, float], theirs: dict[tuple, float]) -> float:
-    """The cosine of two sparse vectors, what we say more often than they not counted again."""
+    """The cosine similarity of two sparse vectors, with the candidate's values clipped to those of the reference."""
     dot = sum(min(value, theirs[gram]) * theirs[gram] for gram, value in ours.items() if gram in theirs)
     norm = math.sqrt(sum(value**2 for value in ours.values()) * sum(value**2 for value in theirs.values()))
     return dot / norm if norm else dot
@@ -189,18 +192,18 @@ def clipped_cosine(ours: dict[tuple, float], theirs: dict[tuple, float]) -> floa
 
 
 def lacks_pycocotools() -> str | None:
-    """Why there is no average precision, and what to install; None where pycocotools is there and can be imported."""
+    """The message that pycocotools is missing and how to install it; None if it can be imported."""
     try:
-        import pycocotools.coco  # noqa: F401 - also one that was built for another numpy is of no use
+        import pycocotools.coco  # noqa: F401 - imported, because one that was built for another numpy cannot be used
     except (ImportError, ValueError):
         return "average precision (map) needs pycocotools. Install it: pip install pycocotools."
     return None
 
 
-def detection_map(said: Sequence[Sequence[ParsedObject]], right: Sequence[Sequence[ParsedObject]]) -> dict[str, float]:
-    """COCO's average precision, over labels; objects without a score count as equally sure.
+def detection_map(predictions: Objects, references: Objects) -> dict[str, float]:
+    """COCO's mean average precision over the labels; an object without a score counts as score 1.
 
-    Returns: "map", the mean over overlaps of 0.50, 0.55, ..., 0.95, and "map50", at 0.50 alone.
+    Returns: "map", the mean over the IoU thresholds 0.50, 0.55, ..., 0.95, and "map50", at the threshold 0.50.
     Raises: DeviceError if pycocotools is missing.
     """
     if why := lacks_pycocotools():
@@ -211,11 +214,11 @@ def detection_map(said: Sequence[Sequence[ParsedObject]], right: Sequence[Sequen
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    labels = sorted({found.label for objects in chain(said, right) for found in objects})
+    labels = sorted({found.label for objects in chain(predictions, references) for found in objects})
     if not labels:
-        return {"map": 1.0, "map50": 1.0}  # nothing was there, and nothing was said
+        return {"map": 1.0, "map50": 1.0}  # no objects in the references, none predicted
 
-    def entries(examples: Sequence[Sequence[ParsedObject]]) -> list[dict]:
+    def entries(examples: Objects) -> list[dict]:
         rows = []
         for image, objects in enumerate(examples, start=1):
             for found in objects:
@@ -227,15 +230,15 @@ def detection_map(said: Sequence[Sequence[ParsedObject]], right: Sequence[Sequen
                 rows.append(row | {"id": len(rows) + 1, "iscrowd": 0, "score": 1.0 if found.score is None else found.score})
         return rows
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints progress
         truth = COCO()
         truth.dataset = {
-            "images": [{"id": image} for image in range(1, len(right) + 1)],
+            "images": [{"id": image} for image in range(1, len(references) + 1)],
             "categories": [{"id": number, "name": label} for number, label in enumerate(labels, start=1)],
-            "annotations": entries(right),
+            "annotations": entries(references),
         }
         truth.createIndex()
-        found = entries(said)
+        found = entries(predictions)
         if not found:
             return {"map": 0.0, "map50": 0.0}
         evaluation = COCOeval(truth, truth.loadRes(found), "bbox")
@@ -245,14 +248,15 @@ def detection_map(said: Sequence[Sequence[ParsedObject]], right: Sequence[Sequen
     return {"map": max(0.0, float(evaluation.stats[0])), "map50": max(0.0, float(evaluation.stats[1]))}
 
 
-def segmentation_miou(said: Sequence[Sequence[ParsedObject]], right: Sequence[Sequence[ParsedObject]]) -> float:
-    """Mean overlap (intersection over union) of masks of the same label.
+def segmentation_miou(predictions: Objects, references: Objects) -> float:
+    """Mean IoU (intersection over union) of masks with the same label.
 
-    Where one mask is right, as for referring expressions, the first one said counts, as in big_vision's evaluator. Where several
-    are, each is held against the best that is left; the sum is divided by how many are right, or were said if that is more.
+    If there is one reference mask, as in referring expression segmentation, only the first predicted mask is scored, as in
+    big_vision's evaluator. If there are several, each is matched to the best remaining prediction; the sum of the IoUs is divided
+    by the number of references or of predictions, whichever is larger.
     """
     values = []
-    for ours, theirs in zip(said, right, strict=True):
+    for ours, theirs in zip(predictions, references, strict=True):
         wanted = [found for found in theirs if found.mask is not None]
         left = [found for found in ours if found.mask is not None]
         if len(wanted) == 1:
@@ -270,12 +274,12 @@ def segmentation_miou(said: Sequence[Sequence[ParsedObject]], right: Sequence[Se
 
 
 def mask_iou(a: object, b: object) -> float:
-    """Pixels that two masks, bool[H, W], share over pixels that they cover."""
+    """The IoU of two masks, bool[H, W]: shared pixels divided by covered pixels; 1 if both are empty."""
     union = int((a | b).sum())
     return int((a & b).sum()) / union if union else 1.0
 
 
-TEXT_SCORES: dict[str, Callable[[Texts, Rights], float]] = {
+TEXT_SCORES: dict[str, Callable[[Texts, References], float]] = {
     "exact": exact_match,
     "vqa": vqa_accuracy,
     "anls": anls,

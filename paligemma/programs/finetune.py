@@ -16,11 +16,8 @@ processes. Reading order: Flags, train. Checked in tests/programs/test_finetune.
 """
 
 import logging
-import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from itertools import pairwise
@@ -36,6 +33,7 @@ from paligemma.programs import commandline
 from paligemma.programs.commandline import note
 from paligemma.programs.config_file import read_config
 from paligemma.programs.options import PictureFlags, picture_options, require
+from paligemma.programs.progress import progress, show, stop_signals
 
 if TYPE_CHECKING:
     import torch
@@ -176,6 +174,7 @@ class Flags(PictureFlags):
             ("epochs", 0 < self.epochs <= 1_000_000, "a number above 0 and up to 1000000"),
             *((name, is_count(getattr(self, name)), f"a whole number from 1 to {MAX_COUNT}") for name in COUNTS),
             ("batch_size", self.batch_size <= 1_000_000, "a whole number from 1 to 1000000"),
+            ("lora_r", self.lora_r < 1 << 20, f"a whole number from 1 to {(1 << 20) - 1}"),
             *((name, is_rate(getattr(self, name)), "a number above 0 and below 1") for name in RATES),
             ("warmup", 0 <= self.warmup < 1, "a fraction from 0 to below 1"),
             ("weight_decay", 0 <= self.weight_decay < 1, "a number from 0 to below 1"),
@@ -232,60 +231,6 @@ SETTINGS = [field.name for field in fields(Flags) if field.name != "config"]
 def names(text: str | None) -> list[str]:
     """The names in a text that separates them by commas."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
-
-
-def show(text: str) -> None:
-    """Prints a line on stderr, in the first process only."""
-    if is_first():
-        note(text)
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Yields the list of received signals. The first one asks the run to stop after the current update and to save; at the second
-    one Interrupted is raised."""
-    received: list[int] = []
-
-    def receive(signum: int, _frame: object) -> None:
-        received.append(signum)
-        if len(received) > 1:
-            raise commandline.Interrupted(signum)
-        if is_first():
-            with suppress(OSError, ValueError):  # not print: the signal may have interrupted one
-                os.write(sys.stderr.fileno(), b"\nstops after this update and saves; a second signal stops at once.\n")
-
-    with commandline.handlers(receive):
-        yield received
-
-
-@contextmanager
-def progress(step: int, steps: int) -> Iterator:
-    """Yields a function that shows a line of metrics.jsonl: on a terminal as a progress bar, else about every 20th update."""
-    is_terminal = sys.stderr is not None and sys.stderr.isatty() and is_first()
-    interval, bar = max(1, steps // 20), None
-    if is_terminal:
-        from tqdm import tqdm
-
-        bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
-
-    def show_line(line: dict) -> None:
-        if "valid_loss" in line:
-            scores = (f"{name} {value:.4g}" for name, value in line.items() if name not in ("step", "scored"))
-            show(f"step {line['step']}: {', '.join(scores)} ({line['scored']})")
-            return
-        text = f"loss {line['loss']:.4f}, gradient {line['grad_norm']:.3g}"
-        text += f", {line['skipped']} skipped" if line["skipped"] else ""
-        if bar is not None:
-            bar.set_postfix_str(text)
-            bar.update()
-        elif line["step"] % interval == 0 or line["step"] == steps:
-            show(f"step {line['step']} of {steps}: {text}")
-
-    try:
-        yield show_line
-    finally:
-        if bar is not None:
-            bar.close()
 
 
 def train(flags: Flags, device: "torch.device") -> None:

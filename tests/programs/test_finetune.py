@@ -628,6 +628,7 @@ def test_a_quantised_model_is_refused(model, data, tmp_path, capsys, method):
         ("--micro_batch_size=0", "--micro_batch_size is 0"),
         ("--num_scored=0", "--num_scored is 0"),
         ("--lora_alpha=nan", "--lora_alpha is nan"),
+        ("--lora_r=1048576", "--lora_r is 1048576"),
         ("--output=", "--output is ''"),
         ("--dtype=fp16", "bf16 or fp32"),
     ],
