@@ -30,7 +30,7 @@ from paligemma.objects.outputs import ParsedObject
 from paligemma.opened import open_checkpoint
 from paligemma.pictures.images import load_image
 from paligemma.processing_paligemma import PaliGemmaProcessor
-from paligemma.tasks import ANSWER_TOKENS, OBJECT_TASKS, Annotator, Request, Result, in_order, task_warning
+from paligemma.tasks import MAX_ANSWER_TOKENS, OBJECT_TASKS, Annotator, Request, Result, in_order, task_warning
 
 if TYPE_CHECKING:
     import numpy as np
@@ -270,7 +270,7 @@ class Model:
     these keyword arguments:
         language: language code of the answer: "en", "fr", "zh", ... It is not checked whether the checkpoint knows it.
         sampling: how tokens are chosen, see Sampling; if not given, the most likely token. Picture i of a list uses seed + i.
-        max_new_tokens: the most tokens of an answer; if not given, as many as the task may need (tasks.ANSWER_TOKENS).
+        max_new_tokens: the most tokens of an answer; if not given, as many as the task may need (tasks.MAX_ANSWER_TOKENS).
     Every method raises ImageError or AccessError for a picture that cannot be read, PromptError for a text that does not fit into
     the context, UsageError or GenerationError for invalid arguments, and DeviceError if memory runs out. A UserWarning says that
     the checkpoint was fine-tuned for another task.
@@ -520,7 +520,7 @@ class Model:
             self.processor,
             codec=self.codec,
             rows=max(1, min(self.batch_size, len(pictures))),
-            max_new_tokens=ANSWER_TOKENS[task] if max_new_tokens is None else max_new_tokens,
+            max_new_tokens=MAX_ANSWER_TOKENS[task] if max_new_tokens is None else max_new_tokens,
             kind=self.kind,
             sampling=sampling,
             **options,

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # The most tokens of an answer, by task. An object takes five or six tokens; its mask takes sixteen more.
-ANSWER_TOKENS = {"caption": 128, "ask": 64, "detect": 256, "segment": 512, "ocr": 512, "count": 16}
-TASKS = tuple(ANSWER_TOKENS)
+MAX_ANSWER_TOKENS = {"caption": 128, "ask": 64, "detect": 256, "segment": 512, "ocr": 512, "count": 16}
+TASKS = tuple(MAX_ANSWER_TOKENS)
 OBJECT_TASKS = ("detect", "segment")
 REQUIRED_TEXT = {  # what the text of a task is, for the tasks that need one
     "ask": "a question",
@@ -211,24 +211,25 @@ class Result:
 # The run
 
 
-Numbered = tuple[int, Request]  # a request and its index in the sequence
+Numbered = tuple[int, Request]  # the index of a request in the sequence, and the request
+Entry = tuple[Numbered, Numbered | None]  # a request and its successor
 
 
 class RequestQueue:
-    """An iterator over requests, each with its successor: ((index, request), (index, request) | None).
+    """An iterator over requests, each with its index and its successor.
 
     Requests are read with a look-ahead of one. Requests that were put back are returned first.
     """
 
     def __init__(self, requests: Iterable[Request]):
         self.source = pairwise(chain[Numbered | None](enumerate(requests), [None]))
-        self.waiting: deque[tuple[Numbered, Numbered | None]] = deque()  # requests that were put back
+        self.waiting: deque[Entry] = deque()  # requests that were put back
         self.is_broken = False  # whether `requests` raised; an iterator that raised cannot be continued
 
     def __iter__(self) -> "RequestQueue":
         return self
 
-    def __next__(self) -> tuple[Numbered, Numbered | None]:
+    def __next__(self) -> Entry:
         if self.waiting:
             return self.waiting.popleft()
         try:
@@ -245,7 +246,7 @@ class RequestQueue:
         self.put_back(islice(self, not self.waiting))
         return not self.waiting
 
-    def put_back(self, entries: Iterable[tuple[Numbered, Numbered | None]]) -> None:
+    def put_back(self, entries: Iterable[Entry]) -> None:
         """Makes these entries the next ones, in their order."""
         self.waiting.extendleft(reversed(list(entries)))
 
@@ -276,7 +277,7 @@ class Annotator:
         processor: of the same checkpoint.
         codec: decodes the masks of `segment`; without a codec, objects keep the codes of their masks and have no mask.
         rows: the number of requests that run at once; it is halved when memory runs out.
-        max_new_tokens: the most tokens of an answer; ANSWER_TOKENS has what each task may need.
+        max_new_tokens: the most tokens of an answer; MAX_ANSWER_TOKENS has what each task may need.
         uses_grammar: constrain the answers of detect and segment to whole objects with the labels asked for.
         min_score: objects with a lower score are left out.
         kind: what the checkpoint was trained for, from checkpoint_kind.
@@ -331,7 +332,7 @@ class Annotator:
         failed: deque[tuple[int, Result]] = deque()  # results of requests that could not be started
         num_alone = 0  # requests in a row that ran out of memory although they ran alone
         while not queue.is_empty():
-            running: dict[int, tuple[Numbered, Numbered | None]] = {}
+            running: dict[int, Entry] = {}
             shortage = None
             try:
                 with machine.memory_errors("answering"):
@@ -390,10 +391,7 @@ class Annotator:
             yield replace(request, picture=loaded[0], size=request.size or loaded[1], image=name)
 
     def generate(
-        self,
-        queue: RequestQueue,
-        running: dict[int, tuple[Numbered, Numbered | None]],
-        failed: deque[tuple[int, Result]],
+        self, queue: RequestQueue, running: dict[int, Entry], failed: deque[tuple[int, Result]]
     ) -> Iterator[tuple[int, Result]]:
         """The results of one call of generate_many; `running` holds the requests that were started and have no result yet."""
         from paligemma.generation import Sampling, generate_many
@@ -429,10 +427,7 @@ class Annotator:
         return self.grammars[key]
 
     def model_inputs(
-        self,
-        queue: RequestQueue,
-        running: dict[int, tuple[Numbered, Numbered | None]],
-        failed: deque[tuple[int, Result]],
+        self, queue: RequestQueue, running: dict[int, Entry], failed: deque[tuple[int, Result]]
     ) -> Iterator[dict[str, Any]]:
         """The model's input for each request, built when a row is free. Requests that cannot be started go to `failed`.
 

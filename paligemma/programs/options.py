@@ -16,7 +16,7 @@ from paligemma import files, machine
 from paligemma.errors import ImageError, UsageError
 from paligemma.pictures.names import is_address
 from paligemma.programs.commandline import command, print_notes
-from paligemma.tasks import ANSWER_TOKENS, Annotator, check_language
+from paligemma.tasks import MAX_ANSWER_TOKENS, Annotator, check_language
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -175,7 +175,7 @@ class AnswerFlags:
 
     def max_new_tokens(self, tasks: Iterable[str]) -> int:
         """The most tokens of an answer to any of these tasks."""
-        return self.max_tokens_to_generate or max(ANSWER_TOKENS[task] for task in tasks)
+        return self.max_tokens_to_generate or max(MAX_ANSWER_TOKENS[task] for task in tasks)
 
     def load_codec(self, checkpoint: "Checkpoint") -> "MaskCodec | None":
         """The decoder of masks, or None if there is none in the model's folder. Raises: CheckpointError."""
