@@ -22,6 +22,7 @@ from pathlib import Path
 
 from benchmarks import turns
 from paligemma.files import parse_json, read_json
+from paligemma.vocabulary import IGNORE_INDEX
 
 ANSWER, VOCABULARY = 16, (10, 250)  # tokens of an answer; ids that mean something in every tokenizer
 LEARNING_RATE, RANK, ALPHA = 1e-4, 8, 16
@@ -52,7 +53,7 @@ def make_batch(config: dict, rows: int, step: int) -> dict:
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "token_type_ids": is_answer,
-        "labels": ids.masked_fill(is_answer == 0, -100),
+        "labels": ids.masked_fill(is_answer == 0, IGNORE_INDEX),
         "pixel_values": torch.rand(rows, 3, side, side, generator=draw) * 2 - 1,
     }
 

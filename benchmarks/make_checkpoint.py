@@ -16,7 +16,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paligemma.vocabulary import CODE_TOKENS, LOCATION_TOKENS, NUM_CODES, NUM_LOCATIONS
+from paligemma.vocabulary import CODE_TOKENS, IGNORE_INDEX, LOCATION_TOKENS, NUM_CODES, NUM_LOCATIONS
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ def make_config(family: str, size: str, resolution: int, layers: int | None) -> 
     return {
         "architectures": ["PaliGemmaForConditionalGeneration"],
         "model_type": "paligemma",
-        "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "ignore_index": -100, "image_token_index": image,
+        "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "ignore_index": IGNORE_INDEX, "image_token_index": image,
         "hidden_size": 2048, "projection_dim": text["hidden_size"], "vocab_size": text["vocab_size"],
         "torch_dtype": "bfloat16",
         "text_config": text,

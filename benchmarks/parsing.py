@@ -19,16 +19,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from paligemma.objects.outputs import NormalizedBox, parse_text
+from paligemma.vocabulary import CODE_TOKENS, LOCATION_TOKENS
 
 ROOT = Path(__file__).resolve().parent.parent
 CAT, DOG, ALL = (100, 200, 300, 400), (500, 20, 900, 1000), (0, 0, 1023, 1023)
-CODES = "".join(f"<seg{code:03d}>" for code in range(16))
+CODES = "".join(CODE_TOKENS[:16])
 SIZE, TOLERANCE = 1000, 2  # pixels
 Objects = list[tuple[str, tuple[float, ...]]]  # label and box
 
 
 def loc(box: tuple[int, ...]) -> str:
-    return "".join(f"<loc{value:04d}>" for value in box)
+    return "".join(LOCATION_TOKENS[value] for value in box)
 
 
 C, D = loc(CAT), loc(DOG)

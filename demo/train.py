@@ -101,7 +101,7 @@ from demo.tokenizer import make_tokenizer, write_files
 from demo.tower import VISION, PatchHead, draw_batch, train_contrastive
 from paligemma.configuration import PaliGemmaConfig
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration, prefix_lm_mask
-from paligemma.vocabulary import CODE_TOKENS, LOCATION_TOKENS
+from paligemma.vocabulary import CODE_TOKENS, IGNORE_INDEX, LOCATION_TOKENS
 
 TEXT: dict[str, Any] = {
     "model_type": "gemma", "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 3,
@@ -120,7 +120,7 @@ GROUPS = 8  # the rows of a batch are grouped by length, because an answer with 
 class Pack:
     """Questions with their answers as tensors, one per row, without the picture's tokens; L is the length of the longest row.
 
-    The target of a position is the next token if it belongs to an answer, else -100.
+    The target of a position is the next token if it belongs to an answer, else IGNORE_INDEX.
     """
 
     picture: Tensor  # int64[B], index of the picture that each row is about
@@ -160,12 +160,12 @@ class Packer:
             columns[0].append(start + answer[:-1])
             columns[1].append([1] * (n + a - 1))
             columns[2].append([0] * n + [1] * (a - 1))
-            columns[3].append([-100] * (n - 1) + answer)
+            columns[3].append([IGNORE_INDEX] * (n - 1) + answer)
             columns[4].append([0.0] * (n - 1) + self.weigh(kind, answer))
         longest = max(map(len, columns[0]))
         tensors = [
             torch.tensor([row + [fill] * (longest - len(row)) for row in column])
-            for column, fill in zip(columns, (0, 0, 0, -100, 0.0), strict=True)
+            for column, fill in zip(columns, (0, 0, 0, IGNORE_INDEX, 0.0), strict=True)
         ]
         picture, kinds = zip(*((number, list(QUESTIONS).index(kind)) for number, kind, _, _ in rows), strict=True)
         return Pack(torch.tensor(picture), *tensors, kinds=torch.tensor(kinds))

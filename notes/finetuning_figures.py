@@ -37,6 +37,7 @@ from paligemma.learning.run import merged_model
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing
 from paligemma.tasks import Annotator
+from paligemma.vocabulary import IGNORE_INDEX
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -59,15 +60,15 @@ def leak(batch: dict) -> dict:
 def no_end(batch: dict) -> dict:
     """The loss ignores the last token of each row, <eos>, as if the text had been cut at some length."""
     labels = batch["labels"].clone()
-    last = (batch["attention_mask"].cumsum(1) * (labels != -100)).argmax(1)
-    labels[torch.arange(len(labels)), last] = -100
+    last = (batch["attention_mask"].cumsum(1) * (labels != IGNORE_INDEX)).argmax(1)
+    labels[torch.arange(len(labels)), last] = IGNORE_INDEX
     return batch | {"labels": labels}
 
 
 def with_prompt(batch: dict) -> dict:
     """The loss also counts the tokens of the prompt."""
     is_text = (batch["attention_mask"] == 1) & (batch["input_ids"] != IMAGE_TOKEN)
-    return batch | {"labels": torch.where(is_text, batch["input_ids"], -100)}
+    return batch | {"labels": torch.where(is_text, batch["input_ids"], IGNORE_INDEX)}
 
 
 def causal(batch: dict) -> dict:

@@ -20,7 +20,7 @@ from paligemma.errors import PaliGemmaError
 from paligemma.objects import drawing, exports, masks, outputs, tables
 from paligemma.objects.grammar import Grammar
 from paligemma.processing_paligemma import PaliGemmaProcessor
-from paligemma.programs import annotate, cluster, commandline, finetune, verbs
+from paligemma.programs import annotate, cluster, commandline, finetune, options, verbs
 from tests.fuzz.harness import LONGEST_MESSAGE, Files, Fuzzer
 from tests.fuzz.mutations import text
 from tests.tiny_tokenizer import write_processor
@@ -168,8 +168,8 @@ class Answers(Fuzzer):
         for number in range(0, min(len(ids), 50), 7):
             ids[number] = draw.choice((0, 1, 2, 3, self.processor.image_token_id, 10**6, ids[0]))
         logprobs = [draw.choice((0.0, -1.5, -1e9, -float("inf"))) for _ in ids]
-        places = [draw.choice((None, (0.0, 0.0), (512.5, 500.0), (1023.0, 0.1))) for _ in ids]
-        reading = outputs.parse_ids(torch.tensor(ids, dtype=torch.int64), self.processor, logprobs, places)
+        moments = [draw.choice((None, (0.0, 0.0), (512.5, 500.0), (1023.0, 0.1))) for _ in ids]
+        reading = outputs.parse_ids(torch.tensor(ids, dtype=torch.int64), self.processor, logprobs, moments)
         json.dumps([outputs.as_json(found, 40, 30) for found in reading.objects])
         drawing.draw(self.picture, reading.objects[:50])
 
@@ -247,7 +247,7 @@ def reach(*_: object, **__: object) -> None:
 def as_program(program: str, argv: list[str], stdin: bytes, folder: Path) -> Iterator[None]:
     """Inside, this process looks as if a user had started a program in a folder, and whatever would load a model says so."""
     before = os.getcwd()
-    loaders = [(inference, "open_checkpoint"), (annotate, "Checkpoint"), (cluster, "Checkpoint"), (finetune, "train")]
+    loaders = [(options.ModelFlags, "open"), (finetune, "train")]
     with ExitStack() as stack:
         for module, name in loaders:
             stack.enter_context(mock.patch.object(module, name, reach))
