@@ -1,13 +1,16 @@
-"""`python -m paligemma`, and `paligemma` once it is installed: inference.py, or the program whose name comes first.
+"""`python -m paligemma`, and `paligemma` once it is installed: runs inference.py, or the program that the first word names.
 
     python -m paligemma detect street.jpg car person --save out.png
-    python -m paligemma finetune --data data.jsonl --output runs/mine
+    python -m paligemma finetune --train train.jsonl --output runs/mine
 
 Checked in tests/programs/test_commandline.py.
 """
 
 import importlib
 import sys
+
+if sys.version_info < (3, 10):
+    sys.exit("error: Python %d.%d is too old. This program needs 3.10 or newer." % sys.version_info[:2])
 
 from paligemma.programs import commandline
 

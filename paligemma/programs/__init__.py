@@ -1,1 +1,1 @@
-"""Command lines: what they share, and the programs besides inference.py."""
+"""The programs other than inference.py, and the code that all programs share: flags, help, errors, signals."""

@@ -1,22 +1,13 @@
-"""Asks a PaliGemma about many pictures, a row of JSON for each: `annotate.py photos --task detect cat --output cats.jsonl`.
+"""Asks about many pictures, one row of JSON each: `python -m paligemma annotate photos --task detect cat --output cats.jsonl`.
 
-The file of rows (journal.py) is all there is to a run: killed at any moment, the same command goes on where it ends, and the rows
-are then those of an uninterrupted run. Rows come in the order in which answers end. Exit code 8 means that the run is
-through and some rows are errors. Reading order: Flags, then program (what happens, in order).
-Checked in tests/programs/test_annotate.py.
+The file of rows (journal.py) holds the whole state of a run. If the run is killed, the same command resumes after the last row,
+and the rows are the same as those of an uninterrupted run. Rows are written in the order in which answers finish. Exit code 8:
+the run is complete and some rows are errors. Reading order: Flags, program. Checked in tests/programs/test_annotate.py.
 """
-
-import sys
-
-if sys.version_info < (3, 10):
-    sys.exit("error: Python %d.%d is too old. This program needs 3.10 or newer." % sys.version_info[:2])
-if __name__ == "__main__":
-    from paligemma.programs import commandline
-
-    commandline.leave_on_signals()  # before the rest is imported, which takes a while
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -41,28 +32,27 @@ if TYPE_CHECKING:
     from paligemma.objects.outputs import ParsedAnswer
     from paligemma.opened import Checkpoint
 
-EXPORTS = {"coco": "_coco.json", "csv": ".csv", "voc": "_voc", "yolo": "_yolo"}  # how files and folders are named
-
-MOST_CHECKED = 1000  # pictures that lie in --save_dir
+EXPORTS = {"coco": "_coco.json", "csv": ".csv", "voc": "_voc", "yolo": "_yolo"}  # ends of the names of files and folders
+MAX_CHECKED = 1000  # pictures in --save_dir that are checked to be drawings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(JobFlags, DrawingFlags):
-    """Asks a PaliGemma model about many pictures and writes a row of JSON for each.
+    """Asks a PaliGemma model about many pictures and writes one row of JSON for each.
 
-      python -m paligemma annotate photos --task detect "cat ; dog" --output pets.jsonl         a folder, with all folders in it
+      python -m paligemma annotate photos --task detect "cat ; dog" --output pets.jsonl         a folder and the folders in it
       python -m paligemma annotate "2024/**/*.jpg" more.png --task caption --output captions.jsonl
       python -m paligemma annotate --list names.txt --task ask "is it raining?" --output rain.jsonl
       python -m paligemma annotate photos --questions questions.jsonl --output answers.jsonl    lines {"image": .., "prefix": ..}
       python -m paligemma annotate photos --task ocr --output text.jsonl --shard 2/4      the second quarter, to text-2-of-4.jsonl
 
     If it is killed or interrupted, run the same command again: it resumes after the last row, and no row is lost or repeated.
-    A picture that cannot be read gets a row with its error. Exit code 8: all is asked, and some rows are errors.
+    A picture that cannot be read gets a row with its error. Exit code 8: the run is complete and some rows are errors.
 
     Args:
-        shard: i/n, which of n equal parts of the pictures to take; each has a file of its own
-        save_dir: a folder for pictures with boxes and masks drawn in, under the names of their sources
-        export: coco, voc, yolo or csv: when all is asked, the objects in that form too, beside the rows
+        shard: i/n: take the i-th of n equal parts of the pictures; each part has a file of its own
+        save_dir: folder for drawings of the objects, which are named after their pictures
+        export: coco, voc, yolo or csv: after the last row, also write the objects in this format, next to the rows
     """
 
     shard: str | None = None
@@ -92,27 +82,27 @@ class Flags(JobFlags, DrawingFlags):
 
     @property
     def file(self) -> Path:
-        """Where the rows go."""
+        """The file of the rows."""
         path = files.expand(self.output)
         return path.with_stem(f"{path.stem}-{self.part[0]}-of-{self.part[1]}") if self.part else path
 
     @property
     def exported(self) -> Path:
-        """The file or the folder of --export, beside the rows: results_coco.json, results.csv, results_voc, results_yolo."""
+        """The file or folder of --export, next to the rows: results_coco.json, results.csv, results_voc, results_yolo."""
         return self.file.with_name(self.file.stem.replace(".", "-") + EXPORTS[self.export])
 
 
 # Questions
 
 
-def without(flags: Flags) -> list[str]:
-    """The folders that are not listed: drawings are no pictures to be asked about."""
+def excluded_folders(flags: Flags) -> list[str]:
+    """The folders that are not searched for pictures: that of the drawings."""
     return [] if flags.save_dir is None else [str(files.expand(flags.save_dir))]
 
 
 def questions(flags: Flags, kind: str) -> Iterator[Question]:
-    """Those of this part."""
-    for question in job.questions(flags, kind, without(flags)):
+    """The questions of this shard."""
+    for question in job.questions(flags, kind, excluded_folders(flags)):
         if not flags.part or folders.shard_of(question.image, flags.part[1]) == flags.part[0]:
             yield question
 
@@ -121,9 +111,9 @@ def questions(flags: Flags, kind: str) -> Iterator[Question]:
 
 
 def drawing_name(flags: Flags, row: dict) -> Path:
-    """Where the drawing of a row goes: the picture's own path below --save_dir, never above it, with .png after it.
+    """The file of a row's drawing: the path of the picture, below --save_dir and never above it, followed by .png.
 
-    Several questions about one picture have a drawing each.
+    With --questions a picture may have several rows, so a hash of the prompt is added to the name.
     """
     path = files.expand(flags.save_dir).joinpath(*path_parts(row["image"]))
     question = f".{key('', row['prompt']).hex()[:8]}" if flags.questions is not None else ""
@@ -131,16 +121,19 @@ def drawing_name(flags: Flags, row: dict) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes it and those above it, if they are not there. Raises: OutputError."""
+    """Makes a folder and the folders above it. Raises: OutputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # a ValueError: a NUL in the name
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"{folder} cannot be made: {reason}. Choose another --save_dir.", path=folder) from error
 
 
 def make_save_dir(flags: Flags) -> None:
-    """Raises: OutputError if it cannot be made or written to, UsageError if drawings would come to lie among the pictures."""
+    """Makes --save_dir.
+
+    Raises: OutputError if it cannot be made or written to, UsageError if drawings would be written among the pictures.
+    """
     folder = files.expand(flags.save_dir)
     make_folder(folder)
     files.check_writable(folder / "1.png")
@@ -154,26 +147,26 @@ def make_save_dir(flags: Flags) -> None:
 
 
 def check_drawings(flags: Flags, folder: Path) -> None:
-    """Raises: UsageError for a folder within that of the pictures, which is passed over, with other pictures than drawings."""
+    """Raises: UsageError if --save_dir, which is not searched, lies in the folder of the pictures and holds such pictures."""
     from paligemma.objects.drawing import read_mark
 
-    for picture in islice(folders.in_folder(str(folder)), MOST_CHECKED):
+    for picture in islice(folders.in_folder(str(folder)), MAX_CHECKED):
         if read_mark(picture) is None:
-            advice = "it would not be asked about. Choose another folder."
-            raise UsageError(f"{picture} is no drawing of this program and lies in --save_dir {flags.save_dir}: {advice}")
+            advice = "the model would not be asked about it. Choose another folder."
+            raise UsageError(f"{picture} was not drawn by this program and lies in --save_dir {flags.save_dir}: {advice}")
 
 
 @lru_cache(maxsize=1000)
 def note_once(text: str) -> None:
-    """A note that many pictures would repeat."""
+    """Prints a text the first time that it comes: many pictures would repeat it."""
     note(text)
 
 
 def save_drawing(flags: Flags, row: dict, picture: "Image.Image", reading: "ParsedAnswer") -> None:
-    """Draws the objects of a row into its picture. Raises: OutputError.
+    """Draws the objects of a row into a copy of its picture. Raises: OutputError.
 
-    Where another picture's drawing, or any other file, has its name (./1.png and 1.png; A.png and a.png on some disks), it gets
-    one with a few more letters.
+    If another file already has the name, a hash is added: the drawing of another picture may have it (./1.png and 1.png; A.png
+    and a.png on some disks).
     """
     from paligemma.objects import drawing
 
@@ -188,7 +181,7 @@ def save_drawing(flags: Flags, row: dict, picture: "Image.Image", reading: "Pars
 
 
 def check_folder(flags: Flags) -> None:
-    """Raises: UsageError for a file that is read from the folder of --export; OutputError if that cannot be written."""
+    """Raises: UsageError if a file that is read lies in the folder of --export; OutputError if the folder cannot be written."""
     folder = flags.exported
     files.check_writable(folder / "1.txt", makes_folders=True)
     for name, file in (("list", flags.list), ("questions", flags.questions)):
@@ -200,7 +193,7 @@ def check_folder(flags: Flags) -> None:
 
 
 def work(flags: Flags, checkpoint: "Checkpoint", journal: Journal) -> None:
-    """Asks what has no row yet and writes rows as answers end."""
+    """Asks the questions that have no row yet and writes each row when its answer is complete."""
     known = len(journal.known)
     total = known + job.count_left(questions(flags, checkpoint.kind), journal) if job.is_watched() else None
     left = job.claim_left(questions(flags, checkpoint.kind), journal)
@@ -213,14 +206,14 @@ def work(flags: Flags, checkpoint: "Checkpoint", journal: Journal) -> None:
             if flags.save_dir is not None and result.parsed is not None:
                 try:
                     save_drawing(flags, row, loaded.original(), result.parsed)
-                except (ImageError, AccessError) as error:  # the file has changed or gone meanwhile
+                except (ImageError, AccessError) as error:  # the file was changed or deleted meanwhile
                     row = replace(result, error=error).to_json()
             journal.write(row)
             bar.update()
 
 
 def program(flags: Flags) -> None:
-    """Pictures, model, file, rows: in this order, so that what is wrong is said before the slow part."""
+    """Checks the outputs, the pictures and the model, so that faults are reported before the slow part; then runs."""
     commandline.relay_logs(flags.verbose)
     tables = [("--export", flags.exported)] if flags.export in ("coco", "csv") else []
     job.check_outputs(flags, flags.file, tables)
@@ -228,7 +221,7 @@ def program(flags: Flags) -> None:
         check_folder(flags)
     if flags.save_dir is not None:
         make_save_dir(flags)
-    job.check_pictures(flags, without(flags))
+    job.check_pictures(flags, excluded_folders(flags))
     checkpoint = flags.open()
     job.check_outputs(flags, flags.file, tables, checkpoint.files)
     about = None if flags.questions is not None else task_warning(flags.chosen_task, checkpoint.kind)

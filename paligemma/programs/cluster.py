@@ -1,20 +1,11 @@
-"""What annotate does, on many machines: `python -m paligemma cluster photos --task detect cat --output cats.jsonl --workers 8`.
+"""annotate on many machines: `python -m paligemma cluster photos --task detect cat --output cats.jsonl --workers 8`.
 
-Ray Data hands lists of questions to workers, each a process that holds the model, and brings their rows back here, where they go
-to the same resumable file as annotate.py's (journal.py). Workers get their rows from job.answer, as annotate.py does. One that
-dies is started again and its list asked again, so that no row is lost or repeated; should this process die, the same command goes
-on where the file ends. Without --address Ray runs on this machine alone, in a temporary folder, with no word to anybody.
-Needs Ray: pip install "ray[data]". Checked in tests/programs/test_cluster.py.
+Ray Data sends lists of questions to workers, which are processes with a model each. This process collects their rows and writes
+them to a resumable file, the same as that of annotate (journal.py). A worker makes its rows with job.answer, as annotate does.
+A worker that dies is started again and its list is asked again, so that no row is lost or repeated. If this process dies, the
+same command resumes after the last row. Without --address Ray runs on this machine only, in a temporary folder, and sends no
+usage reports. Needs Ray: pip install "ray[data]". Checked in tests/programs/test_cluster.py.
 """
-
-import sys
-
-if sys.version_info < (3, 10):
-    sys.exit("error: Python %d.%d is too old. This program needs 3.10 or newer." % sys.version_info[:2])
-if __name__ == "__main__":
-    from paligemma.programs import commandline
-
-    commandline.leave_on_signals()  # before the rest is imported, which takes a while
 
 import importlib.util
 import json
@@ -22,6 +13,7 @@ import logging
 import math
 import os
 import secrets
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -39,9 +31,9 @@ from paligemma.programs.options import require
 if TYPE_CHECKING:
     from paligemma.opened import Checkpoint
 
-LISTS_PER_WORKER = 4  # at least, so that a slow one does not keep the others waiting long
-ROUNDS_PER_LIST = 8  # a list is so many times as long as rows are in flight: at its end some of them stand empty
-STORE_BYTES = 256 << 20  # of memory that Ray shares out between processes; rows are small
+LISTS_PER_WORKER = 4  # at least, so that the others do not wait long for the last list of a slow worker
+ROUNDS_PER_LIST = 8  # the length of a list, in multiples of --rows; at the end of a list the batch is no longer full
+STORE_BYTES = 256 << 20  # of memory that Ray's processes share; rows are small
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +43,14 @@ class Flags(JobFlags):
       python -m paligemma cluster photos --task detect "cat ; dog" --output pets.jsonl --workers 2             on this machine
       python -m paligemma cluster photos --task caption --output captions.jsonl --workers 16 --address auto    on a Ray cluster
 
-    The rows are those of annotate.py, which may continue the file, make drawings and export it. On a cluster every machine
-    needs this code, the model and the pictures under the same paths. Needs Ray: pip install "ray[data]".
+    The rows are the same as those of annotate, which can continue the file, make drawings and export the objects. Every machine
+    of a cluster needs this code, the model and the pictures under the same paths. Needs Ray: pip install "ray[data]".
 
     Args:
-        workers: processes with a model each
-        address: of a Ray cluster; "auto" finds the one that this machine belongs to
-        cpus: cores of each worker; if not given, an equal share of this machine's
-        gpus: of each worker; 0.5 lets two share one; if not given, one where the cluster has any
+        workers: number of processes, each with a model of its own
+        address: address of a Ray cluster; "auto" finds the cluster that this machine belongs to
+        cpus: cores of each worker; by default an equal share of the cores of this machine
+        gpus: GPUs of each worker; with 0.5 two workers share one; by default 1 if the cluster has GPUs
     """
 
     workers: int = 1
@@ -78,13 +70,13 @@ class Flags(JobFlags):
 
 
 class Worker:
-    """A process with the model: lists of questions in, rows out. Both are JSON, so that a column may hold rows of any form.
+    """A process with the model: lists of questions in, rows out. Both are JSON, so that rows of any form fit one column.
 
-    What is wrong with the model comes back as a fault in place of rows. Raised here, Ray would try again without end.
+    If the model cannot be loaded, the error is returned in place of rows. If it were raised, Ray would retry forever.
 
     Args:
         flags: which model, and how pictures are read.
-        folder: where the names of pictures begin.
+        folder: the folder that relative names of pictures start from.
     """
 
     def __init__(self, flags: Flags, folder: str):
@@ -109,10 +101,10 @@ class Worker:
 
 @contextmanager
 def ray_running(flags: Flags) -> Iterator[None]:
-    """Connects to the cluster, or starts Ray on this machine and ends it again. Raises: AccessError."""
+    """Connects to the cluster, or starts Ray on this machine and stops it afterwards. Raises: AccessError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error" if flags.verbose else "fatal")
-    if flags.address is None:  # its processes know each other by a word; without one from us Ray would keep one in ~/.ray
+    if flags.address is None:  # Ray's processes authenticate with a token; without ours, Ray would store one in ~/.ray
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray.data
 
@@ -126,7 +118,7 @@ def ray_running(flags: Flags) -> Iterator[None]:
         try:
             ray.init(address=flags.address or "local", **options)
         except ConnectionError as error:
-            advice = "Start one with ray start --head; if it wants a token, set RAY_AUTH_MODE=token here, too."
+            advice = "Start one with ray start --head; if it needs a token, set RAY_AUTH_MODE=token here, too."
             raise AccessError(f"no Ray cluster answers at {flags.address}. {advice}", path=flags.address) from error
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -137,12 +129,12 @@ def ray_running(flags: Flags) -> Iterator[None]:
 
 
 def cpus_each(flags: Flags) -> int:
-    """Cores of a worker."""
+    """The number of cores of a worker."""
     return flags.cpus or max(1, machine.available_cores() // flags.workers)
 
 
 def gpus_each(flags: Flags) -> float:
-    """GPUs of a worker."""
+    """The number of GPUs of a worker."""
     import ray
 
     if flags.gpus is not None:
@@ -151,14 +143,14 @@ def gpus_each(flags: Flags) -> float:
 
 
 def in_lists(asked: Iterable[Question], length: int) -> Iterator[list[str]]:
-    """The questions as JSON, so many at a time."""
+    """The questions as JSON, in lists of `length`."""
     asked = iter(asked)
-    while some := list(islice(asked, length)):
-        yield [json.dumps(asdict(question)) for question in some]
+    while part := list(islice(asked, length)):
+        yield [json.dumps(asdict(question)) for question in part]
 
 
 def read_row(text: str) -> dict:
-    """A row as a worker sent it. Raises: PaliGemmaError for the fault that came in its place."""
+    """A row that a worker sent as JSON. Raises: the error of the worker, if it sent one in place of the row."""
     row = files.parse_json(text, LONGEST_LINE)
     if "fault" in row:
         raise PaliGemmaError(row["fault"]["message"], path=row["fault"]["path"], code=row["fault"]["code"])
@@ -166,7 +158,7 @@ def read_row(text: str) -> dict:
 
 
 def rows_of(flags: Flags, lists: Iterable[list[str]]) -> Iterator[dict]:
-    """The rows, in the order in which lists come back. Raises: PaliGemmaError for what a worker met, DeviceError for Ray."""
+    """The rows, in the order in which lists come back. Raises: PaliGemmaError from a worker, DeviceError if Ray fails."""
     import pyarrow
     import ray.data
 
@@ -174,7 +166,7 @@ def rows_of(flags: Flags, lists: Iterable[list[str]]) -> Iterator[dict]:
     rows = ray.data.from_arrow(tables).map_batches(
         Worker,
         fn_constructor_args=(flags, os.getcwd()),
-        batch_size=None,  # a list as it is
+        batch_size=None,  # the lists as they are
         compute=ray.data.ActorPoolStrategy(size=flags.workers),
         num_cpus=cpus_each(flags),
         num_gpus=gpus_each(flags),
@@ -188,14 +180,14 @@ def rows_of(flags: Flags, lists: Iterable[list[str]]) -> Iterator[dict]:
 
 
 def work(flags: Flags, checkpoint: "Checkpoint", journal: Journal) -> None:
-    """Asks what has no row yet and writes rows as lists come back."""
+    """Asks the questions that have no row yet and writes their rows when lists come back."""
     known = len(journal.known)
     left = job.count_left(job.questions(flags, checkpoint.kind), journal)
     if not left:
         return
     length = min(ROUNDS_PER_LIST * flags.rows, math.ceil(left / flags.workers / LISTS_PER_WORKER))
     lists = in_lists(job.claim_left(job.questions(flags, checkpoint.kind), journal), length)
-    # Once before, for Ray takes long to start, and once behind, for then it has taken SIGTERM for itself.
+    # interruptible() comes before ray_running, which is slow, and again after it, because Ray replaces the SIGTERM handler.
     with commandline.interruptible(), ray_running(flags), commandline.interruptible(), job.progress(known, known + left) as bar:
         for row in rows_of(flags, lists):
             journal.write(row)
@@ -203,7 +195,7 @@ def work(flags: Flags, checkpoint: "Checkpoint", journal: Journal) -> None:
 
 
 def program(flags: Flags) -> None:
-    """Ray, pictures, file, rows: in this order, so that what is wrong is said before the slow part."""
+    """Checks Ray, the outputs, the pictures and the model, so that faults are reported before the slow part; then runs."""
     commandline.relay_logs(flags.verbose)
     if not all(importlib.util.find_spec(name) for name in ("ray", "pyarrow")):
         annotate = commandline.command("annotate")

@@ -1,13 +1,13 @@
-"""A command line that Fire makes from a dataclass, with Fire's traps closed; errors as one line and an exit code.
+"""A command line made by Fire from a dataclass of flags; errors as one line and an exit code; signals; output.
 
-Left alone, Fire reads values as Python ("cat # dog" becomes "cat", "None" becomes None, `--do_sample false` a text that is
-true), takes "-" for a separator, and runs the whole job before it complains about a mistyped flag. Here every argument is
-first brought into the form --name=value and checked against the fields, and values are converted by their annotations
-(bool, int, float, str, each with or without None). All of this happens before anything slow is imported.
+Fire alone reads values as Python: "cat # dog" becomes "cat", "None" becomes None, and `--do_sample false` gives the string
+"false", which counts as true. It takes "-" for a separator, and it runs the whole job before it reports a mistyped flag.
+Therefore every argument is first brought into the form --name=value and checked against the fields, and values are converted by
+their annotations (bool, int, float, str, each with or without None). All of this happens before anything slow is imported.
 
 A program is `sys.exit(commandline.run(Flags, program))`. A field annotated `Words` takes the words that belong to no flag.
-Flags that programs share stand in a base class, and --help shows each class as a group under its docstring's first line.
-Exit codes: 0 fine, 1 a bug of ours, 130 Ctrl-C, 143 SIGTERM, 141 the reader of the output is gone; the others are in errors.py.
+Flags that programs share are in base classes; --help shows each class as a group, titled by the first line of its docstring.
+Exit codes: 0 success, 1 a bug of ours, 130 Ctrl-C, 143 SIGTERM, 141 the reader of the output has gone; errors.py has the others.
 Checked in tests/programs/test_commandline.py.
 """
 
@@ -34,13 +34,14 @@ from paligemma.errors import DeviceError, OutputError, PaliGemmaError, PromptErr
 PROGRAMS = ("finetune", "annotate", "cluster")  # modules of paligemma.programs that are started by their name
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-COLUMN = 34  # where the texts of --help begin
-KEPT = "\n\t\u200c\u200d\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u08e2"  # joiners, and Arabic signs, which show
-Words = tuple[str, ...]  # the annotation of the field for words without a flag; without such a field they are refused
+COLUMN = 34  # the texts of --help begin here
+# Characters of the categories Cc and Cf that `printable` keeps: newline, tab, joiners, and Arabic signs, which are visible.
+KEPT = "\n\t\u200c\u200d\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u08e2"
+Words = tuple[str, ...]  # the annotation of the field for words that belong to no flag; without such a field they are refused
 
 
 class Interrupted(BaseException):
-    """A signal that came during `interruptible`. Not an Exception, so that nothing takes it for a fault it can mend."""
+    """A signal came during `interruptible`. It is a BaseException, so that `except Exception` does not catch it."""
 
     def __init__(self, signum: int):
         super().__init__(signum)
@@ -51,10 +52,10 @@ class Interrupted(BaseException):
 
 
 def command(program: str = "") -> str:
-    """The words that start inference.py, or the program of that name, in the way in which this process was started.
+    """The words that start inference.py, or another program, in the way in which this process was started.
 
-    "paligemma" if it is installed, else "python -m paligemma", "python inference.py", or, as launch_inference.sh leaves it in
-    PALIGEMMA_COMMAND, "bash launch_inference.sh". Help and messages show these words, so that they can be copied.
+    They are "paligemma" if that was typed, "python -m paligemma" or "python inference.py" otherwise. launch_inference.sh passes
+    "bash launch_inference.sh" in the variable PALIGEMMA_COMMAND. Help and messages show these words, so that they can be copied.
     """
     script = os.path.basename(sys.argv[0])
     if script == "paligemma":
@@ -69,7 +70,7 @@ def command(program: str = "") -> str:
 
 
 def as_typed(text: str) -> str:
-    """The text, in which "python inference.py" and "python -m paligemma finetune" become the words that this user types."""
+    """The text with "python inference.py" and "python -m paligemma finetune" replaced by what this user types."""
     programs = "|".join(PROGRAMS)
     return re.sub(rf"python (?:inference\.py|-m paligemma(?: ({programs}))?)\b", lambda match: command(match[1] or ""), text)
 
@@ -86,7 +87,7 @@ def as_utf8(text: str) -> str:
 
 
 def base_type(parameter: inspect.Parameter) -> type:
-    """bool, int, float or str, or Words: the annotation without its `| None`."""
+    """The annotation without `| None`: bool, int, float, str or Words."""
     if parameter.annotation == Words:
         return Words
     kinds = [kind for kind in get_args(parameter.annotation) if kind is not type(None)]
@@ -94,7 +95,7 @@ def base_type(parameter: inspect.Parameter) -> type:
 
 
 def converter(name: str, kind: type) -> Callable[[str], object]:
-    """What Fire calls for the value of --name. Raises: UsageError for a value of another type."""
+    """The function that converts the value of --name for Fire. It raises UsageError for a value of another type."""
     if kind == Words:
         return lambda value: tuple(json.loads(value))
     needed = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
@@ -113,16 +114,16 @@ def converter(name: str, kind: type) -> Callable[[str], object]:
 
 def suggestion(name: str, names: list[str], dashes: str = "--") -> str:
     """" Did you mean --this?", or nothing."""
-    import difflib  # only a mistyped flag pays for it
+    import difflib  # only needed for a mistyped flag
 
     close = [known for known in names if name and known.startswith(name)] or difflib.get_close_matches(name, names, n=1)
     return f" Did you mean {dashes}{close[0]}?" if close else ""
 
 
 def separate(argv: list[str], flags: dict[str, type], takes_words: bool) -> tuple[dict[str, str], list[str]]:
-    """The value of each flag in argv, of a repeated one the last, and the words without a flag; behind -- all are such words.
+    """The value of each flag (the last one if it is repeated), and the words that belong to no flag; after -- all are such words.
 
-    Raises: UsageError for an unknown flag, a missing value, or a word where there must be none.
+    Raises: UsageError for an unknown flag, a missing value, or a word if the program takes none.
     """
     values: dict[str, str] = {}
     words: list[str] = []
@@ -139,7 +140,7 @@ def separate(argv: list[str], flags: dict[str, type], takes_words: bool) -> tupl
         name = name.replace("-", "_")
         positive = name.removeprefix("no").removeprefix("_")
         if name not in flags and flags.get(positive) is bool and not equals:
-            values[positive] = "false"  # --nojson and --no_json, as Fire has it
+            values[positive] = "false"  # --nojson and --no_json, as in Fire
         elif name not in flags or not argument.startswith("--"):
             raise UsageError(f"unknown flag {argument.partition('=')[0]}.{suggestion(name, list(flags))} --help lists all.")
         elif equals:
@@ -147,7 +148,7 @@ def separate(argv: list[str], flags: dict[str, type], takes_words: bool) -> tupl
         elif flags[name] is bool:
             values[name] = rest.popleft() if rest and rest[0].lower() in TRUE + FALSE else "true"
         elif not rest or rest[0].startswith("--"):
-            raise UsageError(f"--{name} needs a value. A value that starts with dashes is written --{name}=--so.")
+            raise UsageError(f"--{name} needs a value. Write --{name}=VALUE if the value starts with dashes.")
         else:
             values[name] = rest.popleft()
     if words and not takes_words:
@@ -158,7 +159,7 @@ def separate(argv: list[str], flags: dict[str, type], takes_words: bool) -> tupl
 
 
 def is_on(name: str, argv: list[str]) -> bool:
-    """Whether a yes-or-no flag is set, judged without parsing the rest, which may be what is wrong."""
+    """Whether a yes-or-no flag is set. The rest is not parsed, because it may be wrong."""
     state = False
     for argument, following in pairwise([*argv, ""]):
         if argument == f"--{name}":
@@ -169,7 +170,7 @@ def is_on(name: str, argv: list[str]) -> bool:
 
 
 def described(flags: type, parameters: dict[str, inspect.Parameter]) -> list[str]:
-    """The part of the help screen about the flags that this class itself adds: a line or two for each."""
+    """The lines of --help for the flags that this class adds to its bases."""
     from fire import docstrings
 
     documented = docstrings.parse(inspect.getdoc(flags)).args or []
@@ -181,7 +182,7 @@ def described(flags: type, parameters: dict[str, inspect.Parameter]) -> list[str
         text += "" if default is None or default is False else f" (default: {default})"
         value = {bool: "", int: " N", float: " X", str: " TEXT"}[base_type(parameters[name])]
         flag, wrapped = f"  --{name}{value}", textwrap.wrap(text, 78)
-        if len(flag) >= COLUMN:  # no room for the text beside it
+        if len(flag) >= COLUMN:  # the text begins on the next line
             lines.append(flag)
             flag = ""
         lines += [f"{flag:<{COLUMN}}{wrapped[0]}", *(" " * COLUMN + line for line in wrapped[1:])]
@@ -189,7 +190,7 @@ def described(flags: type, parameters: dict[str, inspect.Parameter]) -> list[str
 
 
 def help_text(flags: type, about: str | None = None) -> str:
-    """The help screen: `about` or what the docstring of the flags says, then each class's flags, those of its bases last."""
+    """The text of --help: `about`, or the docstring of the class, then its flags and those of its bases in groups."""
     parameters = dict(inspect.signature(flags).parameters)
     if about is None:
         about = inspect.getdoc(flags).partition("\nArgs:")[0]
@@ -204,8 +205,8 @@ def help_text(flags: type, about: str | None = None) -> str:
 def read_flags(flags: type, argv: list[str]) -> object:
     """The flags in argv as an instance of the class, made by Fire. Raises: UsageError.
 
-    If the class has a function check_words, it sees the words first: what it refuses is answered before Fire is imported. If it
-    has a function expand, that sees the arguments before anybody else, and may put more in front of them.
+    If the class has a function `check_words`, it is called with the words first, so that its errors are reported before Fire is
+    imported. If the class has a function `expand`, it is called with argv before that, and returns argv with added arguments.
     """
     argv = getattr(flags, "expand", list)(argv)
     kinds = {name: base_type(parameter) for name, parameter in inspect.signature(flags).parameters.items()}
@@ -214,10 +215,10 @@ def read_flags(flags: type, argv: list[str]) -> object:
     if words:
         getattr(flags, "check_words", lambda _: None)(tuple(words))
         values[place] = json.dumps(words)
-    import fire  # after the check, so that a mistyped flag is answered sooner
+    import fire  # after the checks, so that a mistyped flag is reported sooner
 
     decorated = fire.decorators.SetParseFns(**{name: converter(name, kind) for name, kind in kinds.items()})(flags)
-    # As --name=value each, so that nothing is left for Fire to guess.
+    # All in the form --name=value, so that Fire has nothing to guess.
     return fire.Fire(decorated, command=[f"--{name}={value}" for name, value in values.items()], serialize=lambda _: None)
 
 
@@ -225,17 +226,17 @@ def read_flags(flags: type, argv: list[str]) -> object:
 
 
 def printable(text: str) -> str:
-    """The text without what could make a terminal show another text than this one, or write its clipboard.
+    """The text without characters that could disguise it on a terminal or make the terminal write to the clipboard.
 
-    That is: control characters but newline and tab, characters that turn the direction of writing (U+202E) or have no width
-    (category Cf), and other line ends. What scripts and emoji need stays: KEPT.
+    These are control characters except newline and tab, characters that change the direction of writing (U+202E) or have no width
+    (category Cf), and other line ends. Those that scripts and emoji need are kept: KEPT.
     """
     hidden = ("Cc", "Cf", "Zl", "Zp")
     return "".join(c for c in text if c in KEPT or unicodedata.category(c) not in hidden)
 
 
 def put(text: str) -> None:
-    """Puts text on stdout at once, as it is. Raises: OutputError, BrokenPipeError."""
+    """Writes text to stdout unchanged, and flushes it. Raises: OutputError, BrokenPipeError."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -246,15 +247,15 @@ def put(text: str) -> None:
 
 
 def write(text: str) -> None:
-    """Puts text on stdout; on a terminal, without control characters."""
+    """Writes text to stdout; on a terminal without control characters."""
     put(printable(text) if sys.stdout.isatty() else text)
 
 
-def note(text: str, is_whole: bool = False) -> None:
-    """Says something besides the answer: one line on stderr, cut if it is long unless it `is_whole`."""
+def note(text: str, is_uncut: bool = False) -> None:
+    """Writes one line to stderr. A long line is shortened unless it `is_uncut`."""
     text = printable(" ".join(text.splitlines()))
-    with contextlib.suppress(OSError):  # with stderr gone there is no other place to say it
-        print(text if is_whole else shorten(text), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # if stderr cannot be written, there is no other place for it
+        print(text if is_uncut else shorten(text), file=sys.stderr, flush=True)
 
 
 def print_notes(*texts: str) -> None:
@@ -264,7 +265,7 @@ def print_notes(*texts: str) -> None:
 
 
 def relay_logs(is_verbose: bool) -> None:
-    """What library code logs becomes notes: warnings always, the rest, and Python's own warnings, when verbose."""
+    """Prints what library code logs: warnings always; other messages, and Python's own warnings, only if verbose."""
     import logging
 
     class Relay(logging.Handler):
@@ -276,23 +277,23 @@ def relay_logs(is_verbose: bool) -> None:
     logging.getLogger("py.warnings").disabled = not is_verbose
 
 
-def report(error: PaliGemmaError, as_json: bool, is_whole: bool) -> int:
-    """Says what went wrong, as a line and for --json also as an object; `is_whole`, with the traceback and uncut.
+def report(error: PaliGemmaError, as_json: bool, is_debug: bool) -> int:
+    """Prints an error as one line, with --json also as an object, with --debug uncut and with its traceback.
 
-    Never fails: where a stream cannot be written, there is nothing left to say it on. Returns the exit code.
+    It never fails: a stream that cannot be written is passed over. Returns: the exit code.
     """
-    if is_whole:
+    if is_debug:
         with contextlib.suppress(OSError):
             traceback.print_exception(error)
-    note(f"error: {error.message}", is_whole)
+    note(f"error: {error.message}", is_debug)
     if as_json:
         with contextlib.suppress(OSError, OutputError):
-            write(json.dumps({"error": error.to_json(is_whole)}) + "\n")
+            write(json.dumps({"error": error.to_json(is_debug)}) + "\n")
     return error.code
 
 
 def report_bug(_kind: type[BaseException], error: BaseException, _trail: object) -> None:
-    """sys.excepthook: an unexpected exception, in one line, with the traceback for those who ask. Python then exits with 1."""
+    """A sys.excepthook: prints an unexpected exception as one line, with --debug also its traceback. Python then exits with 1."""
     report(unexpected(error), is_on("json", sys.argv), is_on("debug", sys.argv))
 
 
@@ -301,7 +302,7 @@ def report_bug(_kind: type[BaseException], error: BaseException, _trail: object)
 
 @contextlib.contextmanager
 def handlers(handler: Callable) -> Iterator[None]:
-    """Ctrl-C and SIGTERM go to the handler, unless whoever started us (nohup) had them ignored."""
+    """Inside, Ctrl-C and SIGTERM call the handler, unless the process was started with them ignored (nohup)."""
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
     for signum in SIGNALS:
         if before[signum] is not signal.SIG_IGN:
@@ -314,19 +315,19 @@ def handlers(handler: Callable) -> Iterator[None]:
 
 
 def leave(signum: int, _frame: object) -> None:
-    """Ends the process at once. While libraries are imported an exception is not enough: some of them swallow it."""
+    """A signal handler that ends the process at once. An exception is not enough: some libraries swallow it when imported."""
     os._exit(128 + signum)
 
 
 def leave_on_signals() -> None:
-    """From now on, also while Python ends, a signal ends the process at once; for a program to call before its imports."""
+    """Makes signals end the process at once from now on, even while Python exits. To be called before slow imports."""
     for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, leave)
 
 
 def interruptible() -> contextlib.AbstractContextManager[None]:
-    """Inside, a signal raises Interrupted, so that what was said so far can be kept."""
+    """Inside, a signal raises Interrupted, so that the output generated so far can be saved."""
 
     def interrupt(signum: int, _frame: object) -> None:
         raise Interrupted(signum)
@@ -336,10 +337,10 @@ def interruptible() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def repeated_signals() -> Iterator[None]:
-    """Inside, a signal is sent again until somebody heeds it: input() sleeps through one that comes just before it waits."""
+    """Inside, a signal is repeated until it is handled, because input() misses a signal that arrives just before it blocks."""
     main, (ours, theirs) = threading.get_ident(), os.pipe()
-    os.set_blocking(theirs, False)  # as set_wakeup_fd demands
-    before = signal.set_wakeup_fd(theirs)  # Python writes each signal's number there, at once, whatever the program is doing
+    os.set_blocking(theirs, False)  # required by set_wakeup_fd
+    before = signal.set_wakeup_fd(theirs)  # Python writes the number of each signal to this pipe as soon as it arrives
 
     def repeat() -> None:
         while number := os.read(ours, 1):
@@ -356,19 +357,22 @@ def repeated_signals() -> Iterator[None]:
 
 
 def prepare_streams() -> None:
-    """Streams that fail on no character: out go escapes where the locale has none, or nothing where a stream is closed; in come
-    also bytes that are no characters, for the program to judge."""
+    """Makes the streams accept all characters.
+
+    Characters that the locale cannot encode are written as escapes; input bytes that it cannot decode become surrogates, which
+    `as_utf8` decodes; a closed output stream is replaced by os.devnull.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        with contextlib.suppress(AttributeError):  # a test's stand-in has no reconfigure
+        with contextlib.suppress(AttributeError):  # the streams of a test have no reconfigure
             getattr(sys, name).reconfigure(errors="backslashreplace")
     with contextlib.suppress(AttributeError):
         sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def run_guarded(flags: type, program: Callable, argv: list[str], topics: dict[str, str]) -> int:
-    """Runs the program; what it raises becomes a line and an exit code."""
+    """Runs the program, or prints its help or version; an error becomes one line and an exit code. Returns: the exit code."""
     style = is_on("json", argv), is_on("debug", argv)
     try:
         with handlers(leave):
@@ -382,7 +386,7 @@ def run_guarded(flags: type, program: Callable, argv: list[str], topics: dict[st
     except PaliGemmaError as error:
         return report(error, *style)
     except ModuleNotFoundError as error:
-        advice = "Install what requirements.txt names (pip install -r requirements.txt), or start with launch_inference.sh."
+        advice = "Install it with pip install -r requirements.txt, or use launch_inference.sh, which does."
         return report(DeviceError(f"the package {error.name!r} is not installed. {advice}", path=error.name), *style)
     except MemoryError as error:
         return report(unexpected(error), *style)
@@ -391,15 +395,15 @@ def run_guarded(flags: type, program: Callable, argv: list[str], topics: dict[st
 
 
 def run(flags: type, program: Callable, argv: list[str] | None = None, topics: dict[str, str] | None = None) -> int:
-    """Calls the program with the flags in argv (default: the process's own) and returns the exit code.
+    """Calls the program with the flags in argv (default: those of the process). Returns: the exit code.
 
     Args:
-        flags: a dataclass with keyword-only fields, one a flag; its docstring is the help, its __post_init__ checks ranges.
-        program: takes an instance of it.
-        topics: what --help says instead of the docstring's beginning if this word stands beside it.
+        flags: a dataclass with keyword-only fields, one per flag; its docstring is the help, its __post_init__ checks ranges.
+        program: is called with an instance of `flags`.
+        topics: word -> the beginning of --help if the word is in argv, in place of the docstring.
     """
     prepare_streams()
     try:
         return run_guarded(flags, program, sys.argv[1:] if argv is None else argv, topics or {})
     except BrokenPipeError:
-        return 141  # as a process that SIGPIPE has ended
+        return 141  # the exit code of a process that SIGPIPE ended

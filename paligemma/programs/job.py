@@ -1,7 +1,7 @@
-"""A job on many pictures: its flags, its questions, what decides its answers, and its rows. annotate.py does one on this machine,
-cluster.py on many, and both get their rows from `answer`, so that they are the same. Imports torch only when it runs.
+"""A job on many pictures: its flags, its questions, the settings that decide its answers, and its rows.
 
-Checked in tests/programs/test_annotate.py.
+annotate.py runs a job on this machine, cluster.py on many. Both get their rows from `answer`, so that the rows are the same.
+torch is imported only when a job runs. Checked in tests/programs/test_annotate.py.
 """
 
 import os
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from paligemma.opened import Checkpoint
 
-READERS = 8  # threads that decode pictures, where there are as many cores; a GPU is busy with what about four read
+READERS = 8  # threads that decode pictures, if there are as many cores; about four of them keep a GPU busy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +38,14 @@ class JobFlags(ModelFlags, PictureFlags, AnswerFlags):
     Args:
         words: folders, files, patterns, addresses; then the text
         task: caption, ask, detect, segment, ocr or count
-        text: the question, or the objects with semicolons between them; may also be the last word
+        text: the question, or the objects, separated by semicolons; it may also be the last word
         list: a file with the name of a picture in each line
-        questions: a JSONL file of lines {"image": "a.jpg", "prefix": "detect cat"}; each prefix is asked as it stands
+        questions: a JSONL file of lines {"image": "a.jpg", "prefix": "detect cat"}; each prefix is asked word for word
         output: the JSONL file of the rows; run again to resume after its last row
-        rows: how many pictures are in flight; more are faster, above all on a GPU, and take more memory
-        retry_failed: ask again where the row in the file is an error
+        rows: number of pictures that are processed together; more are faster, mainly on a GPU, and take more memory
+        retry_failed: ask again about each picture whose row is an error
         force: continue a file that was begun with other settings
-        verbose: also say what is of lesser interest
+        verbose: print more notes
         debug: print the traceback of an error
     """
 
@@ -74,7 +74,7 @@ class JobFlags(ModelFlags, PictureFlags, AnswerFlags):
         if self.questions is not None:
             for name in ("task", "text", "list"):
                 if getattr(self, name) is not None:
-                    raise UsageError(f"--questions brings its own pictures and prompts. Drop --{name}.")
+                    raise UsageError(f"--questions has its own pictures and prompts. Drop --{name}.")
             if len(self.words) > 1 or not all(os.path.isdir(files.expand(word)) for word in self.words):
                 raise UsageError("with --questions only one word may be given, the folder of its pictures. Drop the others.")
         else:
@@ -96,7 +96,8 @@ class JobFlags(ModelFlags, PictureFlags, AnswerFlags):
         is_needed = self.questions is None and self.chosen_task in REQUIRED_TEXT and self.text is None
         if not is_needed or not self.words:
             return False
-        could_be_text = len(self.words) > 1 and not set("/,.") & set(self.words[-1])  # a folder named cat is no reason to fail
+        # "cat" is taken for the text even if there is a folder of that name.
+        could_be_text = len(self.words) > 1 and not set("/,.") & set(self.words[-1])
         return could_be_text or not looks_like_picture(self.words[-1])
 
     @property
@@ -109,7 +110,7 @@ class JobFlags(ModelFlags, PictureFlags, AnswerFlags):
 
     @property
     def has_objects(self) -> bool:
-        """Whether answers may hold objects, to be drawn or exported."""
+        """Whether answers may contain objects, which can be drawn and exported."""
         return self.questions is not None or self.chosen_task in OBJECT_TASKS
 
 
@@ -118,13 +119,13 @@ class JobFlags(ModelFlags, PictureFlags, AnswerFlags):
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about one picture. Image and prompt make a row what it is.
+    """What is asked about one picture. The image and the prompt identify its row.
 
     Args:
-        image: the picture's name as it was given.
-        place: where it is.
-        is_typed: whether a user typed that place, or it is in a folder that was typed; else it comes from a list or a JSONL.
-        task, text: how the answer is to be read, see tasks.Request.
+        image: the name of the picture as it was given.
+        place: its path or address.
+        task, text: how the answer is read, see tasks.Request.
+        is_typed: whether a user typed the place or a folder that contains it; otherwise it comes from a list or a JSONL file.
     """
 
     image: str
@@ -136,7 +137,7 @@ class Question:
 
 
 def read_prompt(prefix: str) -> tuple[str, str]:
-    """Task and text of a prompt that somebody wrote, as far as they decide how the answer is read."""
+    """The task and the text of a prompt from a file of questions; they decide how the answer is read."""
     word, _, rest = prefix.strip().partition(" ")
     if word in OBJECT_TASKS and rest:
         return word, rest
@@ -144,10 +145,10 @@ def read_prompt(prefix: str) -> tuple[str, str]:
 
 
 def images(flags: JobFlags, without: Iterable[str] = ()) -> Iterator[tuple[str, bool]]:
-    """The names of the pictures, one by one, and whether they were typed; one that is meant by two words comes twice.
+    """The name of each picture, and whether it was typed. A picture that two words name is listed twice.
 
     Args:
-        without: folders whose pictures are not meant, such as that of the drawings.
+        without: folders that are not searched, such as that of the drawings.
     """
     seen = [folders.identity(folder) for folder in without if os.path.isdir(folder)]
     for word in flags.pictures:
@@ -157,10 +158,10 @@ def images(flags: JobFlags, without: Iterable[str] = ()) -> Iterator[tuple[str, 
 
 
 def questions(flags: JobFlags, kind: str, without: Iterable[str] = ()) -> Iterator[Question]:
-    """What is to be asked, in the order in which it is listed.
+    """The questions, in the order in which the pictures are listed.
 
     Args:
-        kind: of the checkpoint, see tasks.checkpoint_kind.
+        kind: what the checkpoint was trained for, see tasks.checkpoint_kind.
         without: see images.
     """
     if flags.questions is not None:
@@ -175,9 +176,9 @@ def questions(flags: JobFlags, kind: str, without: Iterable[str] = ()) -> Iterat
 
 
 def check_pictures(flags: JobFlags, without: Iterable[str] = ()) -> str:
-    """The name of the first picture, after a look at everything that can be seen without reading one.
+    """The name of the first picture, after all checks that need no picture to be read.
 
-    Raises: ImageError for words that mean no picture, DatasetError for a list that cannot be read or has a damaged line.
+    Raises: ImageError for words that name no picture, DatasetError for a list that cannot be read or has a damaged line.
     """
     if flags.questions is not None:
         names = [image for image, _ in folders.questions(flags.questions)][:1]
@@ -185,7 +186,7 @@ def check_pictures(flags: JobFlags, without: Iterable[str] = ()) -> str:
         folders.check_words(flags.pictures)
         names = [name for name, _ in islice(images(flags, without), 1)]
     if not names:
-        raise ImageError(f"there is no picture. In folders, names that end in {', '.join(PICTURE_SUFFIXES)} are looked for.")
+        raise ImageError(f"no picture was found. In folders, only names that end in {', '.join(PICTURE_SUFFIXES)} count.")
     return names[0]
 
 
@@ -193,13 +194,13 @@ def check_pictures(flags: JobFlags, without: Iterable[str] = ()) -> str:
 
 
 def settings(flags: JobFlags, checkpoint: "Checkpoint") -> dict:
-    """What decides the answers, for the header of the rows: all of it that is not in the rows themselves."""
+    """All settings that decide the answers and are not in the rows themselves. They go into the header of the file of rows."""
     from paligemma.objects.mask_codec import find_codec
 
     decisive = [field.name for group in (PictureFlags, AnswerFlags) for field in fields(group)]
     asked = {"task": "questions"} if flags.questions is not None else {"task": flags.chosen_task, "text": flags.asked}
     codec = find_codec(checkpoint.base, flags.mask_codec)
-    if not flags.stretch:  # files of rows that were begun before there was such a flag go on
+    if not flags.stretch:  # so that files that were begun before there was this flag can be continued
         decisive.remove("stretch")
     return (
         asked
@@ -220,9 +221,9 @@ def make_annotator(flags: JobFlags, checkpoint: "Checkpoint") -> Annotator:
 def answer(
     annotator: Annotator, asked: Iterable[Question], flags: JobFlags, keeps_original: bool = False
 ) -> Iterator[tuple[dict, folders.Loaded, Result]]:
-    """A row for every question, in the order in which they end, with the picture and the result behind it.
+    """A row for every question, with its picture and its result, in the order in which the answers finish.
 
-    A picture that cannot be read, or a question that cannot be asked, gets a row that says so.
+    A picture that cannot be read, or a question that cannot be asked, gets a row with the error.
     """
     in_flight: dict[int, folders.Loaded] = {}
     load = partial(
@@ -255,14 +256,14 @@ def answer(
         loaded = in_flight.pop(number)
         yield result.to_json() | ({"notes": loaded.notes} if loaded.notes else {}), loaded, result
     if in_flight:
-        raise RuntimeError(f"{len(in_flight)} questions have no row")  # a bug: better a stop than rows that are missing unseen
+        raise RuntimeError(f"{len(in_flight)} questions have no row")  # a bug of ours, which must not go unnoticed
 
 
 # Beginning and end
 
 
 def count_left(asked: Iterable[Question], journal: Journal) -> int:
-    """How many questions have no row yet. Lists them all."""
+    """The number of questions that have no row yet; all of them are listed for it."""
     return sum(not journal.knows(question.image, question.prompt) for question in asked)
 
 
@@ -272,13 +273,14 @@ def claim_left(asked: Iterable[Question], journal: Journal) -> Iterator[Question
 
 
 def is_watched() -> bool:
-    """Whether somebody sees a bar."""
+    """Whether stderr is a terminal, so that a progress bar is seen."""
     return sys.stderr.isatty()
 
 
 def progress(known: int, total: int | None) -> "tqdm":
-    """A bar of rows, where it is watched. The time left comes from all rows of this run (smoothing 0); those of earlier runs are
-    known and cost nothing.
+    """A progress bar of rows, if stderr is a terminal.
+
+    The time left is estimated from all rows of this run (smoothing 0). The `known` rows of earlier runs take no time.
     """
     from tqdm import tqdm
 
@@ -288,12 +290,12 @@ def progress(known: int, total: int | None) -> "tqdm":
 def check_outputs(
     flags: JobFlags, rows: Path, others: Iterable[tuple[str, Path]] = (), model: Iterable[tuple[str, Path]] = ()
 ) -> None:
-    """Makes sure that the files of a job can be written, and are neither each other nor any that is read.
+    """Checks that the files of a job can be written, are different files, and are not files that are read.
 
     Args:
         rows: the file of rows.
-        others: what else is written, and
-        model: the files of the model, as files.check_outputs takes them.
+        others: other output files, as files.check_outputs takes them.
+        model: the files of the model, likewise.
     Raises: UsageError, OutputError.
     """
     part = ("the file that --retry_failed makes", rows.with_name(rows.name + PART))
@@ -305,7 +307,7 @@ def check_outputs(
 
 @contextmanager
 def open_rows(flags: JobFlags, checkpoint: "Checkpoint", path: Path) -> Iterator[Journal]:
-    """The file of rows, opened as the flags want it; an interruption says how far it got. Raises: as Journal."""
+    """The file of rows, opened as the flags ask. After an interruption, prints how many rows it has. Raises: as Journal."""
     with Journal(path, settings(flags, checkpoint), is_forced=flags.force, retry_failed=flags.retry_failed) as journal:
         try:
             yield journal
@@ -316,7 +318,7 @@ def open_rows(flags: JobFlags, checkpoint: "Checkpoint", path: Path) -> Iterator
 
 
 def conclude(journal: Journal) -> None:
-    """Says what the file holds. Raises: PaliGemmaError with exit code 8 if some of it are errors."""
+    """Prints how many rows the file has. Raises: PaliGemmaError with exit code 8 if some rows are errors."""
     answered, failed = journal.num_answered, journal.num_failed
     if failed:
         advice = "--retry_failed asks them again."

@@ -1,12 +1,12 @@
-"""A JSONL file that only grows and may be killed at any moment: what it holds, and the next row. Imports errors and files only.
+"""An append-only JSONL file of rows. A program that is killed while it writes loses no row, and resumes where the file ends.
 
     {"journal": 1, "settings": {"task": "detect", "text": "cat"}}       a header: how the rows below it were made
-    {"image": "a/1.jpg", "prompt": "detect cat", "text": "<loc..."}     a row: one question about one picture, answered
-    {"image": "a/2.jpg", "prompt": "detect cat", "error": {...}}        or not
+    {"image": "a/1.jpg", "prompt": "detect cat", "text": "<loc..."}     a row: the answer to one question about one picture
+    {"image": "a/2.jpg", "prompt": "detect cat", "error": {...}}        a row: an error in place of the answer
 
-A row is known by its image and its prompt. One process writes at a time (flock); a row is written in one piece and handed to
-the system at once, so that a killed process loses none, and to the disk every few seconds, so that a power cut loses few. The
-half line that a kill can leave at the end is cut off when the file is opened again. Checked in tests/programs/test_journal.py.
+The image and the prompt identify a row. One process writes at a time (flock). Each row is passed to the system as soon as it is
+written, so that a killed process loses none, and flushed to the disk every few seconds, so that a power cut loses few. A kill can
+leave half a line at the end; it is cut off when the file is opened again. Checked in tests/programs/test_journal.py.
 """
 
 import json
@@ -23,14 +23,14 @@ from paligemma.errors import OutputError, UsageError
 from paligemma.files import move_into_place, parse_json
 
 FORMAT = 1
-BEGINNING = b'{"journal": '  # of every header, and so of every file
-LONGEST_LINE = 256 << 20  # bytes; a row of ours has far less
-PART = ".part"  # ends the name of the file that drop_failed writes
-SYNC_S = 5.0  # rows of at most so many seconds are lost with the power
+BEGINNING = b'{"journal": '  # every file begins with a header, and so with these bytes
+LONGEST_LINE = 256 << 20  # bytes; rows have far fewer
+PART = ".part"  # the suffix of the temporary file of drop_failed
+SYNC_S = 5.0  # a power cut loses the rows of at most this many seconds
 
 
 def key(image: str, prompt: str) -> bytes:
-    """What a row is known by, in 16 bytes, so that a million of them fit in memory."""
+    """The identity of a row as a hash of 16 bytes, so that a million of them fit in memory."""
     return blake2b(f"{image}\0{prompt}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -43,14 +43,14 @@ def to_line(record: dict) -> bytes:
 
 
 def read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, dict]]:
-    """Every whole line and what it says, headers too; a half line at the end is passed over.
+    """Every whole line, headers included, and its content as a dict. Half a line at the end is left out.
 
-    Raises: OutputError for a file that is no journal, or has a damaged line.
+    Raises: OutputError for a file that is not a journal, or has a damaged line.
     """
     beginning = file.read(len(BEGINNING))
     file.seek(0)
     if not BEGINNING.startswith(beginning):
-        raise OutputError(f"{path} is there and holds something else. Choose another --output.", path=path)
+        raise OutputError(f"{path} exists and is not a file of rows. Choose another --output.", path=path)
     for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE), b""), 1):
         if not line.endswith(b"\n") and len(line) < LONGEST_LINE:
             return
@@ -64,13 +64,13 @@ def read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[bytes, dict]]:
         except (ValueError, KeyError, TypeError, AttributeError):
             is_whole = False
         if not is_whole:
-            advice = "Delete that line; what it answered is then asked again."
+            advice = "Delete that line; its question is then asked again."
             raise OutputError(f"line {number} of {path} is damaged, or of another version. {advice}", path=path)
         yield line, record
 
 
 def rows(path: Path) -> Iterator[dict]:
-    """The rows of a file, one by one, answered or not. It may still be growing."""
+    """The rows of a file, those with errors included. Another process may be appending to it."""
     with open(path, "rb") as file:
         for _, record in read_lines(file, path):
             if not is_header(record):
@@ -82,7 +82,7 @@ def unwritable(path: Path, error: OSError) -> OutputError:
 
 
 def open_alone(path: Path, flags: int = 0) -> int:
-    """A descriptor for reading and appending, held by this process alone. Raises: OutputError."""
+    """A descriptor for reading and appending, locked for this process. Raises: OutputError."""
     import fcntl  # not there on Windows
 
     while True:
@@ -100,24 +100,25 @@ def open_alone(path: Path, flags: int = 0) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # while we waited for the lock, the file was replaced: look again
+        os.close(descriptor)  # the file was replaced before we had the lock: open the new one
 
 
 def differences(before: dict, now: dict) -> list[str]:
-    """A sentence part for every setting that is not as it was."""
+    """For each setting that has changed, the old and the new value, as a part of a sentence."""
     names = [name for name in before | now if before.get(name) != now.get(name)]
     return [f"{name} was {json.dumps(before.get(name))} and is {json.dumps(now.get(name))}" for name in names]
 
 
 class Journal:
-    """The file, open for more rows; a context manager.
+    """A file of rows, open for appending; a context manager.
 
     Args:
-        path: of the file, made if it is not there.
-        settings: what decides the answers, as JSON can hold it; must be what they were when the file was begun.
-        is_forced: go on even if they were others; the rows below a new header are those of the new ones.
-        retry_failed: take out the rows that hold an error, so that they count as missing.
-    Raises: UsageError for other settings; OutputError when the file cannot be written, is being written, or is no journal.
+        path: the file; it is made if it does not exist.
+        settings: the settings that decide the answers, as JSON values; the same as when the file was begun.
+        is_forced: continue the file even if the settings have changed; a new header is written before the new rows.
+        retry_failed: remove the rows with errors, so that their questions are asked again.
+    Raises: UsageError if the settings have changed; OutputError if the file cannot be written, is being written by another
+        process, or is not a journal.
     """
 
     def __init__(self, path: str | Path, settings: dict, *, is_forced: bool = False, retry_failed: bool = False):
@@ -147,7 +148,7 @@ class Journal:
             raise
 
     def read(self) -> dict | None:
-        """Takes in what the file holds. Returns: the settings of its last header; None for a new file."""
+        """Reads the file. Returns: the settings of its last header; None for a new file."""
         settings = None
         with open(self.descriptor, "rb", closefd=False) as file:
             for line, record in read_lines(file, self.path):
@@ -166,12 +167,12 @@ class Journal:
             self.num_answered += 1
 
     def drop_failed(self) -> None:
-        """Replaces the file by one without the rows that hold an error. Killed meanwhile, the old one is still there."""
+        """Replaces the file by one without the rows with errors. If the process is killed before that, the old file stays."""
         part = self.path.with_name(self.path.name + PART)
         self.known.clear()
         self.num_answered = self.num_failed = self.size = 0
         try:
-            descriptor = open_alone(part, os.O_TRUNC)  # locked before it gets its name, so that nobody comes between
+            descriptor = open_alone(part, os.O_TRUNC)  # locked before it gets its final name
             try:
                 with open(self.path, "rb") as old, open(descriptor, "ab", closefd=False) as new:
                     for line, record in read_lines(old, self.path):
@@ -191,17 +192,17 @@ class Journal:
         self.descriptor = descriptor
 
     def knows(self, image: str, prompt: str) -> bool:
-        """Whether this was asked already, by an earlier run or by this one."""
+        """Whether this question has been asked, by an earlier run or by this one."""
         return key(image, prompt) in self.known
 
     def claim(self, image: str, prompt: str) -> bool:
-        """Whether nobody has asked this yet; from now on somebody has."""
+        """Marks a question as asked. Returns: whether it was new."""
         is_new = not self.knows(image, prompt)
         self.known.add(key(image, prompt))
         return is_new
 
     def write(self, row: dict) -> None:
-        """Appends a row. Raises: OutputError when there is no room; the file then ends with the row before."""
+        """Appends a row. Raises: OutputError if the disk is full; the file then ends with the row before."""
         self.append(row)
         self.count(row)
         if time.monotonic() - self.synced > SYNC_S:
@@ -214,7 +215,7 @@ class Journal:
             while rest:
                 rest = rest[os.write(self.descriptor, rest) :]
             self.size += length
-        except BaseException as error:  # a signal, too: no half line stays
+        except BaseException as error:  # on a signal, too, no half line stays
             os.ftruncate(self.descriptor, self.size)
             if isinstance(error, OSError):
                 raise unwritable(self.path, error) from error

@@ -1,7 +1,7 @@
-"""What the programs have in common: flags for the model, the pictures and the results, and what becomes of them.
+"""Groups of flags that programs share: for the model, the pictures, the answers, sampling and drawings; and their use.
 
-Each group of flags is a dataclass that a program's own inherits from; `commandline` shows it as a group of --help. Checking a
-flag imports nothing slow. Checked in tests/test_inference.py.
+Each group is a dataclass from which the flags of a program inherit; --help shows it under the first line of its docstring.
+Checking a flag imports nothing slow. Checked in tests/test_inference.py.
 """
 
 import math
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from paligemma import files, machine
 from paligemma.errors import ImageError, UsageError
+from paligemma.pictures.folders import picture_errors
 from paligemma.pictures.names import is_address
 from paligemma.programs.commandline import command, print_notes
 from paligemma.tasks import MAX_ANSWER_TOKENS, Annotator, check_language
@@ -27,16 +28,16 @@ if TYPE_CHECKING:
     from paligemma.objects.mask_codec import MaskCodec
     from paligemma.opened import Checkpoint
 
-STDIN_BYTES = 64 << 20  # a picture piped in is read up to here
+STDIN_BYTES = 64 << 20  # the largest picture that is read from stdin
 SMALL_MODEL = 32 << 20  # bytes: smaller models run faster on one thread
-WIDEST_LINE = 100  # pixels
+MAX_LINE_WIDTH = 100  # pixels
 
 
 # Flags
 
 
 def require(flags: object, *rules: tuple[str, object, str]) -> None:
-    """Raises: UsageError for the first rule, (name of a flag, whether it is fine, what is needed), that is broken."""
+    """Raises: UsageError for the first rule that is broken. A rule is (name of a flag, whether it is kept, what is needed)."""
     for name, is_fine, needed in rules:
         if not is_fine:
             raise UsageError(f"--{name} is {getattr(flags, name)!r}, but {needed} is needed.")
@@ -47,13 +48,13 @@ class ModelFlags:
     """Which model, and where it runs.
 
     Args:
-        model_path: a folder in hub layout, or a hub id such as google/paligemma2-3b-mix-224
-        base_model: the model that an adapter belongs to, if it is not where the adapter says
+        model_path: a folder in hub layout, or a hub id such as google/paligemma2-3b-mix-224; by default the bundled model
+        base_model: the base model of an adapter; by default the one that the adapter names
         revision: branch, tag or commit of a hub id
         device: auto, cpu, cuda, cuda:N or mps
         only_cpu: do not use a GPU
-        dtype: bf16, fp16 or fp32; as stored if not given
-        quantize: int8 or int4: smaller and faster, a little less exact
+        dtype: bf16, fp16 or fp32; by default as stored
+        quantize: int8 or int4, which is smaller and faster, and a little less exact
         quantize_vision: quantize the vision tower too
         allow_nonfinite: load weights even if some are not finite (NaN or infinity)
     """
@@ -119,12 +120,12 @@ class PictureFlags:
     """How pictures are read.
 
     Args:
-        background: colour shown through transparent pixels; drop ignores transparency
-        frame: which frame of an animated picture
+        background: colour behind transparent pixels; "drop" ignores transparency
+        frame: which frame of an animated picture to use
         ignore_exif: do not turn the picture upright
-        max_pixels: refuse larger pictures
+        max_pixels: refuse pictures with more pixels
         allow_truncated: accept a picture whose file ends early
-        stretch: of pictures with more than 8 bits, show the darkest value as black and the brightest as white
+        stretch: in pictures with more than 8 bits, make the darkest value black and the brightest white
     """
 
     background: str = "white"
@@ -255,10 +256,10 @@ class DrawingFlags:
     """How drawings look.
 
     Args:
-        line_width: of boxes and outlines in pixels; by the size of the picture if not given
+        line_width: width of boxes and outlines in pixels; by default it depends on the size of the picture
         no_labels: leave out names and scores
-        plain: frames and outlines only: masks are not filled, edges that the model is unsure of look like the others
-        font: a font file for labels (.ttf, .otf, .ttc), asked before the fonts of the system
+        plain: draw boxes and outlines only: masks are not filled, and uncertain edges are not marked
+        font: a font file for labels (.ttf, .otf, .ttc), used before the fonts of the system
     """
 
     line_width: int | None = None
@@ -269,7 +270,7 @@ class DrawingFlags:
     def __post_init__(self):
         require(
             self,
-            ("line_width", self.line_width is None or 1 <= self.line_width <= WIDEST_LINE, f"1 to {WIDEST_LINE}"),
+            ("line_width", self.line_width is None or 1 <= self.line_width <= MAX_LINE_WIDTH, f"1 to {MAX_LINE_WIDTH}"),
             ("font", self.font != "", "a font file"),
         )
         if self.font is not None:
@@ -278,7 +279,7 @@ class DrawingFlags:
             lettering(self.font)
 
     def check_drawing(self, flag: str) -> None:
-        """Raises: UsageError if one of these is given without the flag that asks for drawings."""
+        """Raises: UsageError if one of these flags is given without the flag that asks for drawings."""
         if not getattr(self, flag):
             for each in fields(DrawingFlags):
                 if getattr(self, each.name) != each.default:
@@ -295,14 +296,14 @@ class DrawingFlags:
 
 
 def picture_options(flags: PictureFlags) -> dict:
-    """The flags as load_image takes them."""
+    """The flags as arguments of load_image."""
     return {field.name: getattr(flags, field.name) for field in fields(PictureFlags)}
 
 
 def read_stdin() -> bytes:
-    """The picture that is piped in."""
+    """The bytes of the picture on stdin. Raises: UsageError, ImageError."""
     if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError(f"- reads a picture from stdin, but nothing is piped in. Write: {command()} ... < cat.jpg")
+        raise UsageError(f"- means a picture on stdin, but stdin is a terminal or closed. Write: {command()} ... < cat.jpg")
     data = sys.stdin.buffer.read(STDIN_BYTES + 1)
     if len(data) > STDIN_BYTES:
         raise ImageError(f"the picture on stdin is larger than {STDIN_BYTES >> 20} MB. Make it smaller.", path="-")
@@ -310,7 +311,7 @@ def read_stdin() -> bytes:
 
 
 def find_picture(name: str) -> str | bytes:
-    """Where the picture of that name is, or, for -, its bytes. Raises: ImageError for a folder, UsageError."""
+    """The path or address of a picture; for - the bytes from stdin. Raises: ImageError for a folder, UsageError."""
     file = name if is_address(name) else files.expand_text(name)
     if os.path.isdir(file):
         raise ImageError(f"{name} is a folder. Name a picture in it, or give the folder to {command('annotate')}.", path=name)
@@ -318,8 +319,7 @@ def find_picture(name: str) -> str | bytes:
 
 
 def read_picture(name: str, flags: PictureFlags) -> "Image.Image":
-    """The picture of that name, upright and RGB; what was converted or chosen becomes notes. Raises: ImageError, AccessError."""
-    from paligemma.pictures.folders import picture_errors
+    """The picture, upright and RGB. Prints a note for each conversion. Raises: ImageError, AccessError, UsageError."""
     from paligemma.pictures.images import load_image
 
     notes: list[str] = []

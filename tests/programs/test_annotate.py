@@ -310,7 +310,7 @@ def test_drawings_are_not_asked_about(run):
 
 def test_no_picture_is_passed_over_because_it_lies_where_drawings_go(run):
     code, err = run("photos", "--task=detect", "cat", "--save_dir=photos/b")
-    assert code == 2 and "photos/b/1.png is no drawing" in err and drawings() == []
+    assert code == 2 and "photos/b/1.png was not drawn" in err and drawings() == []
 
 
 @pytest.mark.parametrize("folder", ["photos", "."])
@@ -599,12 +599,12 @@ def test_the_last_word_is_the_text_where_one_is_needed():
     [
         (["phots"], 3, "phots does not exist. Did you mean photos?"),
         (["photos/*.gif"], 3, "no file matches photos/*.gif"),
-        (["none"], 3, "there is no picture"),
+        (["none"], 3, "no picture was found"),
         (["--list=lost.txt"], 3, "lost.txt cannot be read"),
         (["--questions=broken.jsonl"], 3, "line 1 of broken.jsonl"),
         (["photos", "--output=no folder/x.jsonl"], 7, "there is no folder no folder"),
         (["photos", "--model_path=no_model"], 4, "no_model"),
-        (["photos", "--output=photos/a/1.png"], 7, "holds something else"),
+        (["photos", "--output=photos/a/1.png"], 7, "is not a file of rows"),
         (["photos", "--task=segment", "cat", "--mask_codec=lost.npz"], 4, "lost.npz"),
     ],
 )

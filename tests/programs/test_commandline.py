@@ -328,7 +328,7 @@ def test_a_missing_package_is_named(capsys):
         raise ModuleNotFoundError("No module named 'fire'", name="fire")
 
     assert run(program) == 6
-    assert "error: the package 'fire' is not installed. Install what requirements.txt names" in capsys.readouterr().err
+    assert "error: the package 'fire' is not installed. Install it with pip install -r" in capsys.readouterr().err
 
 
 def test_running_out_of_memory_is_6(capsys):

@@ -235,7 +235,7 @@ def test_a_writer_that_waited_through_a_replacement_sees_the_new_file(tmp_path, 
 def test_a_file_of_something_else_is_left_alone(tmp_path, content):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    with pytest.raises(OutputError, match="holds something else"):
+    with pytest.raises(OutputError, match="is not a file of rows"):
         Journal(path, SETTINGS)
     assert path.read_bytes() == content
 
