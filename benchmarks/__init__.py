@@ -1,1 +1,1 @@
-"""Speed and memory, in turn with transformers."""
+"""Benchmarks of speed, memory and quality, compared with transformers."""

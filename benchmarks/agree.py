@@ -1,13 +1,14 @@
-"""Do CPU and CUDA say the same, and all ways of computing on CUDA? Before anything is timed; only answers count here, no time.
+"""Do CPU and CUDA, and all variants on CUDA, give the same logits? Run it before the timed benchmarks; it measures no time.
 
-Small random models of both families, in float32, bfloat16, int8 and int4, a picture and a prompt:
-    device      logits of the whole row, and eight tokens through cache and decoding loop, against the CPU
-    recorded    logits of a step from a CUDA graph, three rows of unequal length, against the same step from Python
-    compiled    the same from a graph of what torch.compile made
-and attention by itself: torch's choice of kernel, with and without a mask, against scores written out; soft caps in
-flex_attention against soft caps written out; and the memory that 4096 tokens take, where float32 scores of all by all would show.
-A kernel that is fast and wrong shows here, and so does one that was never reached. Exit code 1 if anything is WRONG.
-On the CPU, --device cpu runs what can run there: graphs are refused, compiling would take minutes.
+It compares small random models of both families, in float32, bfloat16, int8 and int4, for a picture and a prompt:
+    device      logits of the whole row, and eight generated tokens, compared with the CPU
+    recorded    logits of a decoding step replayed from a CUDA graph, three rows of unequal length, compared with the plain step
+    compiled    the same for a CUDA graph of the compiled step (torch.compile)
+It also compares attention alone: torch's choice of kernel, with and without a mask, with the scores written out, and soft caps
+in flex_attention with soft caps written out. And it measures the memory of attention over 4096 tokens, which shows whether the
+full float32 score matrix is ever built. So it finds a kernel that is fast and wrong, and also one that was never used. The exit
+code is 1 if anything is WRONG. With --device cpu it runs what a CPU can run: no graphs, and nothing compiled, which would take
+minutes.
 """
 
 import argparse
@@ -17,9 +18,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+if __name__ == "__main__":  # --help and wrong flags are answered before the slow imports
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="to be compared with the CPU")
+    parser.add_argument("--device", default="cuda", help="device to compare with the CPU (default: cuda)")
     options = parser.parse_args()
 
 import torch
@@ -34,11 +35,11 @@ from paligemma.layers import graphs
 from paligemma.modeling_gemma import attention
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
-# Relative distance of all logits. float32 sums in another order differ by some 1e-6 and bfloat16 by 4e-3, the rounding of
-# its 8 bits; the quantised forms round their activations on some devices and not on others.
+# Largest relative distance of all logits. Sums in another order differ by about 1e-6 in float32 and by 4e-3, the rounding of 8
+# bits, in bfloat16. The quantised models round their activations on some devices and not on others.
 BOUNDS = {("fp32", None): 1e-4, ("bf16", None): 2e-2, ("bf16", "int8"): 5e-2, ("bf16", "int4"): 5e-2}
 CONTEXT, TOKENS, STEPS = 290, 8, 6
-LONG = 4096  # picture tokens of 896 px
+LONG = 4096  # image tokens at 896 px
 
 
 def distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
@@ -48,15 +49,15 @@ def distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 @torch.no_grad()
 def answers(model: torch.nn.Module, inputs: dict) -> tuple[torch.Tensor, list[int]]:
-    """Logits float32[L, V], and the greedy tokens."""
+    """The logits, float32[L, V], and the greedy tokens."""
     tokens = [int(token) for token in generate(model, inputs, max_new_tokens=TOKENS, eos_token_id=None)]
     return model(**inputs)[0].float().cpu(), tokens
 
 
 @torch.no_grad()
 def stepwise(model: torch.nn.Module, inputs: dict, uses_graphs: bool = True) -> tuple[torch.Tensor, list[graphs.Step]]:
-    """Logits float32[steps, rows, V] of some steps after prefill of three rows, and the steps that were recorded or compiled."""
-    kind = type(model) if uses_graphs else PaliGemmaForConditionalGeneration  # steps over a plain cache are not recorded
+    """Logits float32[steps, B, V] of STEPS steps after the prefill of three rows; and the recorded or compiled steps."""
+    kind = type(model) if uses_graphs else PaliGemmaForConditionalGeneration  # steps with a plain cache are not recorded
     cache = kind.new_cache(model, 3, inputs["input_ids"].shape[1] + STEPS)
     model.prefill(cache, **inputs)
     logits = [model.decode(cache, torch.tensor([500, 501, 502]) + i).cpu() for i in range(STEPS)]
@@ -64,29 +65,29 @@ def stepwise(model: torch.nn.Module, inputs: dict, uses_graphs: bool = True) -> 
 
 
 def compare_forms(folder: Path, family: str, device: str) -> Iterator[dict]:
-    """The rows of one family, form by form."""
+    """Compares one family in each dtype and quantisation; yields one result per comparison."""
     config = read_json(folder / "config.json")
     one, three = make_rows(config, 1, CONTEXT, 0), make_rows(config, 3, CONTEXT, 0)
     three["attention_mask"][1, -20:] = three["attention_mask"][2, -5:] = 0
     is_gpu = device.startswith("cuda")
     for (dtype, quantize), bound in BOUNDS.items():
         about = {"family": family, "form": quantize or dtype, "bound": bound}
-        expected, said = answers(load_model(folder, dtype=dtype, quantize=quantize), one)
+        expected, tokens = answers(load_model(folder, dtype=dtype, quantize=quantize), one)
         model = load_model(folder, device=device, dtype=dtype, quantize=quantize)
-        found, said_there = answers(model, one)
-        yield about | {"way": "device", "distance": distance(found, expected), "is_as_asked": said == said_there}
+        found, tokens_there = answers(model, one)
+        yield about | {"way": "device", "distance": distance(found, expected), "is_as_intended": tokens == tokens_there}
         plain, _ = stepwise(model, three, uses_graphs=False)
-        is_compiled_here = is_gpu and (dtype, quantize) in (("bf16", None), ("bf16", "int4"))  # each takes a quarter of a minute
+        is_compiled_here = is_gpu and (dtype, quantize) in (("bf16", None), ("bf16", "int4"))  # each takes 15 seconds
         for way, compile_after in (("recorded", 10**9), *([("compiled", 0)] if is_compiled_here else [])):
             model = graphs.use_graphs(model, compile_after)
             found, steps = stepwise(model, three)
             is_recorded = all(step.replay is not None for step in steps) or not is_gpu
             is_compiled = all((step.function is graphs.compiled_step()) for step in steps) or way == "recorded"
-            yield about | {"way": way, "distance": distance(found, plain), "is_as_asked": is_recorded and is_compiled}
+            yield about | {"way": way, "distance": distance(found, plain), "is_as_intended": is_recorded and is_compiled}
 
 
 def make_heads(device: str, dtype: torch.dtype, length: int, key_heads: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """q, k, v of two rows and eight query heads as wide as Gemma's, and the mask of a prompt of which the second row has less."""
+    """q, k, v of two rows with eight query heads of Gemma's width, and the mask of prompts of which the second is shorter."""
     draw = torch.Generator().manual_seed(0)
     shapes = [(2, 8, length, 256), (2, key_heads, length, 256), (2, key_heads, length, 256)]
     heads = [torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes]
@@ -103,7 +104,7 @@ def compare_attention(device: str) -> Iterator[dict]:
         for key_heads in (1, 4):
             heads, ragged = make_heads(device, dtype, 1100 if is_gpu else 40, key_heads)
             for mask, name in ((None, "open"), (ragged, "masked")):
-                about = {"family": f"{key_heads} key heads", "form": form, "bound": bound, "is_as_asked": True}
+                about = {"family": f"{key_heads} key heads", "form": form, "bound": bound, "is_as_intended": True}
                 chosen = attention(*heads, mask, 1 / 16, None)
                 with sdpa_kernel(SDPBackend.MATH):
                     written_out = attention(*heads, mask, 1 / 16, None)
@@ -114,27 +115,27 @@ def compare_attention(device: str) -> Iterator[dict]:
 
 @torch.no_grad()
 def measure_memory(device: str) -> Iterator[dict]:
-    """Bytes that attention of one long row takes at most, beside its inputs, as a share of one float32 matrix of all by all."""
+    """Peak memory of attention over one long row, without its inputs, as a share of one float32 score matrix [L, L]."""
     for name, key_heads, cap in (("open", 1, None), ("masked", 1, None), ("masked, capped", 4, 50.0)):
         heads, mask = make_heads(device, torch.bfloat16, LONG, key_heads)
         heads, mask = [head[:1].clone() for head in heads], mask[1:].clone() if name.startswith("masked") else None
         run = graphs.compiled_capped_attention() if cap else attention
         arguments = (*heads, mask, 1 / 16, cap)
-        run(*arguments)  # what compiling needs does not count
+        run(*arguments)  # so that the memory for compiling does not count
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run(*arguments)
         share = (torch.cuda.max_memory_allocated(device) - before) / (4 * LONG * LONG)
-        yield {"family": "4096 tokens", "form": "bf16", "way": name, "distance": share, "bound": 1.0, "is_as_asked": True}
+        yield {"family": "4096 tokens", "form": "bf16", "way": name, "distance": share, "bound": 1.0, "is_as_intended": True}
 
 
 def main(options: argparse.Namespace) -> None:
     device = options.device
-    torch.backends.cuda.matmul.allow_tf32 = False  # the default, said aloud: float32 is to mean float32
+    torch.backends.cuda.matmul.allow_tf32 = False  # the default, set explicitly: float32 must not mean TF32
     rows = []
 
     def note(row: dict) -> None:
-        row["is_fine"] = row["distance"] <= row["bound"] and row["is_as_asked"]
+        row["is_fine"] = row["distance"] <= row["bound"] and row["is_as_intended"]
         rows.append(row)
         line = f"{row['family']:14}{row['form']:6}{row['way']:16}{row['distance']:12.2e} of {row['bound']:.0e}"
         print(f"{line}   {'fine' if row['is_fine'] else 'WRONG'}", flush=True)

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Every benchmark of this folder on the CPU, one after another, the most telling first.
+# Runs every benchmark of this folder on the CPU, one after another, the most important first.
 #
 #   bash benchmarks/all.sh --model DIR [--save] [--quick]
 #
-# DIR is a checkpoint such as make_checkpoint.py writes; without one there it is made. Nothing else should run meanwhile.
-# Its quantised copies, DIR-int8 and DIR-int4, are made anew. With --save the JSON goes to results/ and the plot is drawn.
+# DIR is a checkpoint such as make_checkpoint.py writes; if it does not exist, it is made. Run nothing else meanwhile.
+# Its quantised copies, DIR-int8 and DIR-int4, are deleted and made again. With --save, the JSON is stored in results/ and the plot
+# is drawn.
 set -euo pipefail
 case " $* " in *" --help "* | *" -h "*) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;; esac
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -18,11 +19,11 @@ for ((i = 1; i <= $#; i++)); do
         --model=*) model=${!i#*=} ;;
         --save) save=(--save) ;;
         --quick) ;;
-        *) [ "${next:-}" = "$i" ] || { echo "all.sh: unknown argument ${!i}. --help says what there is." >&2; exit 2; } ;;
+        *) [ "${next:-}" = "$i" ] || { echo "all.sh: unknown argument ${!i}. --help lists the arguments." >&2; exit 2; } ;;
     esac
 done
 if [ -z "$model" ]; then
-    echo "Say which checkpoint: bash benchmarks/all.sh --model DIR" >&2
+    echo "all.sh: no checkpoint given. Name one: bash benchmarks/all.sh --model DIR" >&2
     exit 2
 fi
 [ -e "$model/config.json" ] || "$python" -m benchmarks.make_checkpoint --out "$model"

@@ -1,17 +1,19 @@
-"""Pictures a second of a folder: annotate.py's own loop beside the plain loop over transformers; and what a killed run loses.
+"""Pictures per second of a folder: the loop of `paligemma annotate` compared with a plain loop over transformers; lost rows.
 
     python -m benchmarks.annotate [--model CHECKPOINT] [--pictures 64] [--rows 16]
-    python -m benchmarks.annotate --kills 5         the same, and then 1,000 pictures, 10 of them bad, with 5 kills
+    python -m benchmarks.annotate --kills 5         the same, and then 1,000 pictures, 10 of them damaged, with 5 kills
 
-The plain loop is what everybody writes first: open a picture, processor, generate, decode, the next one. annotate.py keeps `rows`
-pictures in flight and lets the next one in where an answer has ended (continuous batching), reads pictures in threads meanwhile,
-and flushes every row to its file. Both sides read the same files from the disk, say the same tokens in the same dtype, in float32
-because bfloat16 now and then turns a near-tie, and in as many threads as annotate.py takes: all cores, or one for a model as
-small as the demo's, which is faster for transformers, too. Pictures come from demo/shapes.py; questions go round: a caption,
-boxes, a count.
+The plain loop is the obvious one: open a picture, call the processor, generate, decode, take the next picture. `annotate`
+decodes `rows` pictures at the same time, starts the next one as soon as an answer has ended (continuous batching), reads
+pictures in threads meanwhile, and flushes every row to its file. Both sides read the same files from the disk and generate the
+same tokens in the same dtype. This is float32, because bfloat16 occasionally decides a near-tie differently. Both use the
+number of threads that `annotate` uses: all cores, or one for a model as small as the demo's, where one thread is also faster
+for transformers. The pictures come from demo/shapes.py; the
+prompts alternate: a caption, boxes, a count.
 
-With --kills the program itself is started on a folder with damaged pictures in it, killed by SIGKILL at random moments, started
-again, and the rows are counted: lost are pictures without a row, repeated those with several.
+With --kills, the program runs on a folder that contains damaged pictures, is killed by SIGKILL at random moments, and is
+started again. Then
+the rows are counted: a picture without a row is lost, a picture with several rows is repeated.
 """
 
 import argparse
@@ -31,18 +33,18 @@ from paligemma.files import BUNDLED
 from paligemma.programs import job
 from paligemma.programs.job import JobFlags, Question
 
-if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+if __name__ == "__main__":  # --help and wrong flags are answered before the slow imports
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=BUNDLED, help="default: the bundled one")
+    parser.add_argument("--model", type=Path, default=BUNDLED, help="folder or hub id (default: the bundled model)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="fp32", choices=("bf16", "fp32"))
-    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--pictures", type=int, default=64, help="number of pictures (default: 64)")
     parser.add_argument("--size", type=int, default=224, help="side of a picture in pixels")
-    parser.add_argument("--rows", type=int, default=JobFlags.rows, help="in flight")
+    parser.add_argument("--rows", type=int, default=JobFlags.rows, help="pictures that are decoded at the same time")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--kills", type=int, default=0, help="kill the program so many times, too")
-    parser.add_argument("--quick", action="store_true", help="only to see that it works")
-    parser.add_argument("--save", action="store_true", help="keep the JSON in results/")
+    parser.add_argument("--kills", type=int, default=0, help="also kill the program this many times")
+    parser.add_argument("--quick", action="store_true", help="run briefly, only to see that the script works")
+    parser.add_argument("--save", action="store_true", help="store the JSON in results/")
     options = parser.parse_args()
 
 import numpy as np
@@ -55,12 +57,12 @@ from demo import shapes
 
 PROMPTS = ("caption en", "detect shape", "answer en how many shapes are there?")
 LONGEST = 64  # tokens
-KILL_PICTURES, KILL_BAD = 1000, 10
+KILL_PICTURES, KILL_DAMAGED = 1000, 10
 NAMES = {dtype: (f"ours {dtype}", f"transformers {dtype}") for dtype in ("bf16", "fp32")}
 
 
 def draw_pictures(folder: Path, count: int, size: int) -> list[Path]:
-    """So many pictures in four folders."""
+    """Draws `count` pictures into four folders."""
     paths = [folder / str(number % 4) / f"{number:06d}.png" for number in range(count)]
     for number, path in enumerate(paths):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,7 @@ def draw_pictures(folder: Path, count: int, size: int) -> list[Path]:
 
 
 def ours(options: argparse.Namespace, asked: list[tuple[Path, str]], folder: Path) -> Callable[[], dict]:
-    """annotate.py's loop, with a new file of rows each time."""
+    """The loop of `annotate`, with a new file of rows in each round."""
     flags = JobFlags(
         words=(str(folder),),
         model_path=str(options.model),
@@ -88,19 +90,19 @@ def ours(options: argparse.Namespace, asked: list[tuple[Path, str]], folder: Pat
 
     def run() -> dict:
         questions = [Question(str(path), str(path), prompt, *job.read_prompt(prompt)) for path, prompt in asked]
-        said, start = {}, time.perf_counter()
+        answers, start = {}, time.perf_counter()
         Path(flags.output).unlink(missing_ok=True)
         with Journal(flags.output, job.settings(flags, checkpoint)) as journal:
             for row, _, result in job.answer(annotator, questions, flags):
                 journal.write(row)
-                said[row["image"]] = [token for token in result.token_ids if token != eos]
-        return {"seconds": time.perf_counter() - start, "tokens": [said[str(path)] for path, _ in asked]}
+                answers[row["image"]] = [token for token in result.token_ids if token != eos]
+        return {"seconds": time.perf_counter() - start, "tokens": [answers[str(path)] for path, _ in asked]}
 
     return run
 
 
 def theirs(options: argparse.Namespace, asked: list[tuple[Path, str]]) -> Callable[[], dict]:
-    """The plain loop."""
+    """The plain loop over transformers."""
     from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
@@ -122,12 +124,12 @@ def theirs(options: argparse.Namespace, asked: list[tuple[Path, str]]) -> Callab
 
 
 def compare(options: argparse.Namespace, folder: Path) -> dict:
-    """Both ways in turn; pictures a second of each."""
+    """Measures both loops alternately; pictures per second of each."""
     paths = draw_pictures(folder, options.pictures, options.size)
     asked = [(path, PROMPTS[number % len(PROMPTS)]) for number, path in enumerate(paths)]
     mine, plain = NAMES[options.dtype]
     seconds = turns.in_turn({mine: ours(options, asked, folder), plain: theirs(options, asked)}, options)
-    print(f"{len(paths)} pictures of {options.size} x {options.size}, {options.rows} in flight; a picture:")
+    print(f"{len(paths)} pictures of {options.size} x {options.size}, {options.rows} at the same time; time per picture:")
     each = {name: [value / len(paths) for value in values] for name, values in seconds.items()}
     found = turns.compare(each, baseline=plain)
     for row in found.values():
@@ -143,11 +145,11 @@ def count_rows(path: Path) -> int:
 
 
 def kill(options: argparse.Namespace, folder: Path) -> dict:
-    """Starts annotate.py, kills it, and so on; then lets it finish and counts."""
-    count, num_bad = (12, 2) if options.quick else (KILL_PICTURES, KILL_BAD)
+    """Starts `annotate` and kills it, several times; then lets it finish and counts the rows."""
+    count, num_damaged = (12, 2) if options.quick else (KILL_PICTURES, KILL_DAMAGED)
     paths = draw_pictures(folder / "photos", count, 32)
     draw = random.Random(0)
-    bad = draw.sample(paths, num_bad)
+    bad = draw.sample(paths, num_damaged)
     for path in bad:
         path.write_bytes(path.read_bytes()[: draw.randrange(60)])
     file = folder / "rows.jsonl"
@@ -167,8 +169,7 @@ def kill(options: argparse.Namespace, folder: Path) -> dict:
         kept.append(count_rows(file) - 1)
         print(f"killed with {kept[-1]} rows in the file")
     process = start()
-    said = process.communicate()[1].decode().strip()
-    print(said)
+    print(process.communicate()[1].decode().strip())
     found = Counter(row["image"] for row in rows(file))
     failed = {row["image"] for row in rows(file) if "error" in row}
     return {

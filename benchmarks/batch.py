@@ -1,11 +1,12 @@
-"""Throughput: captions a second of many pictures, against the number of rows in flight.
+"""Throughput: captions per second of many pictures, against the number of rows that are decoded at the same time.
 
-A step of decoding reads every weight, however many rows are in the batch, so more rows make a token cheaper until arithmetic
-or memory ends it. Answers differ in length: in a padded batch (transformers) the short ones wait for the longest, while
-generate_many lets the next picture into a row that has ended. A picture of random noise is read by a model that never says
-eos, so each answer is given the length that it shall have; both sides get the same lengths, drawn once from 4 to 24 tokens.
+A decoding step reads every weight, however many rows are in the batch. So more rows make a token cheaper, until arithmetic or
+memory is the limit. Answers differ in length. In a padded batch (transformers) the short answers wait for the longest, while
+generate_many starts the next picture in a row that has ended. The pictures are random noise and the model never generates eos,
+so the length of each
+answer is prescribed: 4 to 24 tokens, drawn once, the same for both sides.
 
-On two cores a picture takes transformers many seconds, so one round must do there; on CUDA take --rounds 5.
+On two cores, transformers needs many seconds per picture, so the default is one round; on CUDA use --rounds 5.
 """
 
 import random
@@ -16,7 +17,10 @@ from paligemma.files import read_json
 
 
 def main() -> None:
-    flags = {"--rows": {"help": "in flight, with commas"}, "--pictures": {"type": int, "help": "of one measurement"}}
+    flags = {
+        "--rows": {"help": "numbers of rows at the same time, with commas between them"},
+        "--pictures": {"type": int, "help": "number of pictures per measurement"},
+    }
     options = turns.parse(__doc__, rounds=1, flags=flags)
     is_gpu = options.device.startswith("cuda")
     sizes = [int(n) for n in (options.rows or ("1,8,32,128" if is_gpu else "1,4")).split(",")]
@@ -34,13 +38,13 @@ def main() -> None:
             seconds = turns.in_turn(
                 {name: partial(side.ask, "batch", **ask) for name, side in sides.items()}, options, is_warm=True
             )
-            print(f"\n{n} rows in flight, {pictures} pictures, answers of {lengths} tokens")
+            print(f"\n{n} rows at the same time, {pictures} pictures, answers of {lengths} tokens")
             rows = turns.compare({name: [value / pictures for value in values] for name, values in seconds.items()})
             for row in rows.values():
                 row["pictures_per_s"] = float(f"{1e3 / row['ms']['median']:.4g}")
             results[n] = {"pictures": pictures, "lengths": lengths, "ways": rows}
     best = {name: max(result["ways"][name]["pictures_per_s"] for result in results.values()) for name in sides}
-    print(f"\nbest, pictures a second: {best}")
+    print(f"\nbest, pictures per second: {best}")
     turns.finish(options, {"prompt": context, "rows": results, "best_pictures_per_s": best})
 
 

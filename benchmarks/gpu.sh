@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Everything worth knowing on a CUDA machine, within eight minutes: correctness first, then the numbers.
+# Runs everything important on a CUDA machine, within eight minutes: first correctness, then the numbers.
 #
 #   bash benchmarks/gpu.sh [--model DIR] [--save] [--quick] [--rounds N] [--sides NAMES]
 #
-# DIR (default: paligemma-3b in the temporary folder) is made if it is not there. Every step has a limit of its own and none goes
-# on after eight minutes, so that one that hangs does not cost the rest; what failed or found no time is said at the end. Compiled
-# kernels are kept by torch, so a second run has more time. PYTHON names another interpreter than .venv's.
+# DIR (default: paligemma-3b in the temporary folder) is made if it does not exist. Every step has its own time limit, and all steps
+# end after eight minutes, so that one that hangs does not cost the others. The end of the output lists the steps that failed or had
+# no time. torch caches compiled kernels, so a second run has more time. Set PYTHON to use another interpreter than .venv's.
 #
-# To be read from it, and what was asked for on an H200:
-#   agree     every line "fine"; a "WRONG" makes the numbers below worthless
-#   decode    share of ours in bf16 (the better of recorded and compiled): 0.85; 8 times transformers, 1.2 times its static
-#             cache; int8 and int4: 1.6 and 2.2 times our bf16
+# The goals on an H200:
+#   agree     every line is "fine"; a "WRONG" makes the numbers below worthless
+#   decode    share of ours in bf16 (the better of recorded and compiled): 0.85; 8 times as fast as transformers, 1.2 times as
+#             fast as its static cache; int8 and int4: 1.6 and 2.2 times as fast as our bf16
 #   prefill   share of ours: 0.5
-#   batch     best pictures a second: 3 times transformers
+#   batch     best pictures per second: 3 times those of transformers
 #   memory    bf16, int8, int4: 1.0, 0.62, 0.45 of transformers
-#   start     0.6 of transformers
+#   start     0.6 of the time of transformers
 set -uo pipefail
 case " $* " in *" --help "* | *" -h "*) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;; esac
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -31,12 +31,12 @@ fi
 for word in "$@"; do
     case $word in
         --save | --quick | --rounds* | --sides* | [!-]*) ;;
-        *) echo "gpu.sh: unknown flag $word. --help says what there is." >&2; exit 2 ;;
+        *) echo "gpu.sh: unknown flag $word. --help lists the flags." >&2; exit 2 ;;
     esac
 done
 
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "gpu.sh: torch finds no CUDA device here, so there is nothing to measure. bash benchmarks/all.sh measures the CPU." >&2
+    echo "gpu.sh: torch finds no CUDA device. To measure the CPU, run: bash benchmarks/all.sh" >&2
     exit 6
 fi
 

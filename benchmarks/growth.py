@@ -1,11 +1,13 @@
 """Growth: how prefill and decoding become slower with context, from 266 to 4106 tokens, and with the size of the model.
 
-Prefill grows with the number of tokens and, through attention, a little with its square; the tower, where every patch looks at
-every patch, does so visibly at 896 px. Decoding hardly grows with context, because a key and a value of PaliGemma 1 are 18 KB
-a token beside 5 GB of weights. Both are proportional to the number of layers, plus the output matrix.
+The time of prefill grows with the number of tokens and, because of attention, a little with its square. In the tower, where
+every patch attends to every other, the square is visible at 896 px. The time of decoding hardly grows with context, because
+keys and values of PaliGemma 1 take 18 KB per token, compared with 5 GB of weights. Both times are proportional to the number of
+layers, plus the output matrix.
 
-Context is measured on models of full width with one layer, made for the occasion, so that 896 px are affordable on two cores.
-The size is measured at 224 px. One round after one to warm up: curves, not contests.
+The effect of context is measured on models of full width with one layer, which the script makes, so that 896 px are affordable
+on two cores. The effect of the size is measured at 224 px. There is one round after a warm-up round, because only the shape of
+the curves matters.
 """
 
 import tempfile
@@ -19,7 +21,7 @@ CONTEXTS = ((224, 266), (224, 512), (448, 1034), (896, 4106))  # px, tokens
 
 
 def measure(model: Path, options: object, context: int, count: int) -> dict:
-    """Prefill and decoding of one model at one context, all sides in turn."""
+    """Measures prefill and decoding of one model at one context, all sides alternately."""
     names = [name for name in options.sides if name not in (turns.STATIC, turns.INT4)]
     with turns.start(names, model, options.device) as sides:
         ask = {"do": "begin", "context": context, "most": 1 + count * (options.rounds + 1)}

@@ -1,14 +1,14 @@
-"""Examples a second and peak memory of fine-tuning: ours beside the same step by transformers, LoRA beside peft's.
+"""Examples per second and peak memory of fine-tuning: ours compared with the same step by transformers, and by peft for LoRA.
 
     python -m benchmarks.learning --model paligemma/bundled
     python -m benchmarks.make_checkpoint --out /tmp/wide --layers 1
     python -m benchmarks.learning --model /tmp/wide --rows 2 --steps 4        full width, one layer in each part
 
-Each turn is a new process that loads the model, makes one update to warm up and then --steps of them, so that the peak is that
-of a fine-tune and nothing else, and no two models need to be in memory. Both sides learn the same rows (a picture of noise, ten
-tokens of prompt, sixteen of answer) with the same loss (mean over answer tokens), AdamW, clipping, float32 master weights and
-bfloat16 compute (torch.autocast; of LoRA's base the weights are bfloat16, too), in as many threads. Their side is the loop that
-their documentation shows. Before anything has been learned, the losses must be the same to 2 %, or the script stops.
+Each turn is a new process that loads the model, makes one update to warm up and then --steps updates. So the peak is that of a
+fine-tune and nothing else, and there is never more than one model in memory. Both sides train on the same rows (a picture of
+noise, ten tokens of prompt, sixteen of answer) with the same loss (mean over answer tokens), AdamW, clipping, float32 master
+weights, bfloat16 compute (torch.autocast; with LoRA, the base weights are bfloat16, too), and the same number of threads. The
+transformers side is the loop of its documentation. The losses of the first update must be the same to 2 %, or the script stops.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from benchmarks import turns
 from paligemma.files import parse_json, read_json
 from paligemma.vocabulary import IGNORE_INDEX
 
-ANSWER, VOCABULARY = 16, (10, 250)  # tokens of an answer; ids that mean something in every tokenizer
+ANSWER, VOCABULARY = 16, (10, 250)  # tokens of an answer; ids that exist in every tokenizer
 LEARNING_RATE, RANK, ALPHA = 1e-4, 8, 16
 SIDES = {
     "ours full": ("ours", "full"),
@@ -39,7 +39,7 @@ BASELINES = {"full": "transformers full", "lora": "transformers + peft lora"}
 
 
 def make_batch(config: dict, rows: int, step: int) -> dict:
-    """What a processor returns for `rows` examples of training: int64[B, L] tensors and pixel_values float32[B, 3, R, R]."""
+    """What a processor returns for `rows` training examples: int64[B, L] tensors and pixel_values float32[B, 3, H, W]."""
     import torch
 
     vision, draw = config["vision_config"], torch.Generator().manual_seed(step)
@@ -73,11 +73,11 @@ def ours(options: argparse.Namespace, config: dict) -> Callable[[int], float]:
         training.trainable(model, training.ALL)
     plan = training.Plan(1000, options.rows, options.rows, LEARNING_RATE, warmup=0.0, reduction="token")
     trainer = training.Trainer(model, plan, lambda _: make_batch(config, options.rows, trainer.step), 1_000_000)
-    return lambda _: trainer.update().loss  # it counts for itself
+    return lambda _: trainer.update().loss  # the trainer counts the steps itself
 
 
 def theirs(options: argparse.Namespace, config: dict) -> Callable[[int], float]:
-    """The same by transformers and peft."""
+    """The same function for transformers and peft."""
     import torch
     from transformers import PaliGemmaForConditionalGeneration
 
@@ -106,7 +106,7 @@ def theirs(options: argparse.Namespace, config: dict) -> Callable[[int], float]:
 
 
 def work(options: argparse.Namespace) -> None:
-    """One turn of one side: a line of JSON."""
+    """Runs one turn of one side; prints a line of JSON."""
     config = read_json(options.model / "config.json")
     update = {"ours": ours, "transformers": theirs}[options.side](options, config)
     losses, seconds = [update(0)], []
@@ -140,10 +140,10 @@ def turn(name: str, options: argparse.Namespace) -> dict:
 
 def main() -> None:
     flags = {
-        "--rows": {"type": int, "default": 4, "help": "examples of an update"},
-        "--steps": {"type": int, "default": 10, "help": "updates of a turn"},
-        "--method": {"choices": ("full", "lora"), "help": "only one of both"},
-        "--side": {"choices": ("ours", "transformers"), "help": "be that side and nothing more"},
+        "--rows": {"type": int, "default": 4, "help": "examples per update"},
+        "--steps": {"type": int, "default": 10, "help": "updates per turn"},
+        "--method": {"choices": ("full", "lora"), "help": "measure only this method"},
+        "--side": {"choices": ("ours", "transformers"), "help": "run only this side (used by the script itself)"},
     }
     options = turns.parse(__doc__, rounds=3, flags=flags)
     if options.side:
@@ -158,7 +158,7 @@ def main() -> None:
             replies = {name: turn(name, options) for name in names}
             first = [reply["losses"][0] for reply in replies.values()]
             if max(first) > 1.02 * min(first):
-                raise SystemExit(f"the sides do not do the same: their first losses are {first}.")
+                raise SystemExit(f"the sides do not do the same work: their first losses are {first}.")
             for name, reply in replies.items():
                 seconds[name].append(statistics.median(reply["seconds"]))
                 peaks[name].append(reply["peak"])
@@ -171,7 +171,7 @@ def main() -> None:
                 "peak_GB": turns.spread([value / 1e9 for value in peaks[name]]),
                 "peak_ratio": round(ratio, 3),
             }
-            print(f"{name:34}peak {rows[name]['peak_GB']['median']:.3f} GB, {ratio:.2f} times theirs")
+            print(f"{name:34}peak {rows[name]['peak_GB']['median']:.3f} GB, {ratio:.2f} times that of {BASELINES[method]}")
         results[method] = rows
     turns.finish(options, {"rows": options.rows, "steps": options.steps, "ways": results})
 

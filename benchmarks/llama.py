@@ -1,15 +1,15 @@
-"""Decoding beside llama.cpp: milliseconds for one more token of a Gemma of the same dimensions, in BF16, Q8_0 and Q4_0.
+"""Decoding compared with llama.cpp: milliseconds for one more token of a Gemma of the same dimensions, in BF16, Q8_0 and Q4_0.
 
-llama.cpp cannot run PaliGemma, but what takes the time, the decoder, is a Gemma like any other, and it is what people with a CPU
-will compare with. So this script writes a decoder of the checkpoint's dimensions with random weights as GGUF files (5, 2.7 and
-1.4 GB; speed does not depend on values), and lets llama.cpp and our model of as many bits say tokens in turn, behind as many
-tokens. Q4_0 is taken for the output matrix, too, as our int4 does; llama.cpp's own quantiser would keep that one at 6 bits.
+llama.cpp cannot run PaliGemma, but the decoder, which takes the time, is an ordinary Gemma, and people with a CPU will compare
+with llama.cpp. So this script writes a decoder of the checkpoint's dimensions with random weights as GGUF files (5, 2.7 and 1.4
+GB; speed does not depend on the values). Then llama.cpp and our model at the same bit width alternately generate tokens after a
+prompt of the same length. The output matrix is Q4_0, too, as in our int4; llama.cpp's own quantiser would keep it at 6 bits.
 
     pip install gguf llama-cpp-python                               # compiles for this machine, which takes a while
     python -m benchmarks.llama --model /tmp/paligemma-3b --gguf /tmp/gguf [--python OTHER/bin/python]
 
-Both are optional and may be installed for another interpreter, which --python names. That one then runs this same file as a
-server that does what it is told line by line, as sides.py does.
+Both packages are optional and may be installed for another interpreter, which --python names. That interpreter then runs this
+file as a server that executes commands line by line, like sides.py.
 """
 
 import ctypes
@@ -23,11 +23,11 @@ from pathlib import Path
 from benchmarks import turns
 from paligemma.files import move_into_place, parse_json, read_json
 
-PAIRS = {"BF16": turns.OURS, "Q8_0": turns.INT8, "Q4_0": turns.INT4}  # llama.cpp's name, and the side of as many bits
+PAIRS = {"BF16": turns.OURS, "Q8_0": turns.INT8, "Q4_0": turns.INT4}  # llama.cpp's name: our side at the same bit width
 
 
 def write_gguf(file: str, kind: str, text: dict) -> None:
-    """A Gemma with the dimensions of `text_config` and random weights; layers are alike, but each has bytes of its own."""
+    """Writes a random Gemma with the dimensions of `text_config`. All layers are equal, but each has its own bytes."""
     import gguf
     import numpy as np
 
@@ -72,7 +72,7 @@ def write_gguf(file: str, kind: str, text: dict) -> None:
 
 
 class Server:
-    """llama.cpp with one model, through the functions of its own C interface."""
+    """llama.cpp with one model, called through its C interface."""
 
     def write(self, file: str, kind: str, text: dict) -> dict:
         part = Path(f"{file}.part")
@@ -123,7 +123,7 @@ def serve() -> None:
 
 
 class Llama(turns.Side):
-    """A process of this file, run by the interpreter that has llama.cpp."""
+    """A process that runs this file as a server, with the interpreter that has llama.cpp."""
 
     def __init__(self, python: str, file: Path, slots: int, text: dict):
         command = [python, "-m", "benchmarks.llama", "--serve"]
@@ -139,14 +139,14 @@ def require_llama(python: str) -> None:
     answer = subprocess.run([python, "-c", "import gguf, llama_cpp"], capture_output=True)
     if answer.returncode:
         raise SystemExit(
-            f"{python} cannot import gguf and llama_cpp. They are the other side of this measurement. Install them (pip install "
-            "gguf llama-cpp-python), or name an interpreter that has them with --python."
+            f"{python} cannot import gguf and llama_cpp, which this comparison needs. Install them (pip install gguf "
+            "llama-cpp-python), or name an interpreter that has them with --python."
         )
 
 
 def main() -> None:
     flags = {
-        "--gguf": {"type": Path, "help": "folder of the GGUF files, made where they are not there (default: MODEL-gguf)"},
+        "--gguf": {"type": Path, "help": "folder of the GGUF files; missing ones are made (default: MODEL-gguf)"},
         "--python": {"default": sys.executable, "help": "an interpreter that can import gguf and llama_cpp"},
     }
     options = turns.parse(__doc__, flags=flags)

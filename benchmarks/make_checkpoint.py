@@ -1,13 +1,15 @@
-"""Writes a random PaliGemma of full size in hub layout, for measuring: speed and memory do not depend on what a model knows.
+"""Writes a random PaliGemma of full size in hub layout, for benchmarks: speed and memory do not depend on the values of weights.
 
     python -m benchmarks.make_checkpoint --out /tmp/paligemma-3b
 
-The files, names, shapes, dtype and sharding are those of the published ones, so that every loader takes its usual way. The
-tokenizer is made up, too, in the real one's form and size: its parsing is a large part of a start.
+The files, names, shapes, dtype and sharding are those of the published checkpoints, so that every loader does its usual work. The
+tokenizer is random, too, but has the format and size of the real one, because parsing it is a large part of a start.
 
-Every matrix is drawn from N(0, 0.02^2). The output matrix is the embedding, so that the vector of the last token, which the
-residual stream carries to the end, is most like itself: the model says the newline of the prompt again and again, with a
-margin that survives bfloat16 and int4. So two programs can be asked for the same tokens. It takes a minute and 6 GB of disk.
+Every matrix is drawn from N(0, 0.02^2). The output matrix is the embedding, and the residual stream carries the vector of the
+last token
+to the end, so the most likely next token is that same token: the model repeats the newline of the prompt, with a margin that
+survives bfloat16 and int4. So two programs can be compared on the same tokens. The script takes a minute and 6 GB of disk
+space.
 """
 
 import argparse
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARD_BYTES = 4_950_000_000  # the first of the hub's two files
-UNTRAINED = 64  # the rows from <image> on
+SHARD_BYTES = 4_950_000_000  # size of the first of the hub's two files
+UNTRAINED = 64  # rows of the embedding from <image> to the end
 VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27}
 TEXT = {
     ("paligemma", "3b"): {
@@ -46,11 +48,11 @@ TEXT = {
     },
 }  # fmt: skip
 TINY_VISION = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2}
-PIECES = {"3b": 256_000, "tiny": 2_000}  # ordinary pieces of the tokenizer
+PIECES = {"3b": 256_000, "tiny": 2_000}  # number of ordinary tokens of the tokenizer
 
 
 def make_config(family: str, size: str, resolution: int, layers: int | None) -> dict:
-    """config.json as the hub has it; `layers` cuts the decoder and the tower to so many."""
+    """config.json as on the hub. Args: layers: the largest number of layers of the decoder and of the tower; None = all."""
     text = TEXT[family, size] | {"num_image_tokens": (resolution // 14) ** 2, "torch_dtype": "bfloat16"}
     vision = (TINY_VISION if size == "tiny" else VISION) | {
         "model_type": "siglip_vision_model",
@@ -76,9 +78,9 @@ def make_config(family: str, size: str, resolution: int, layers: int | None) -> 
 
 
 def make_pieces(count: int, seed: int) -> tuple[dict[str, int], list[list[str]]]:
-    """A vocabulary of `count` pieces and its merges, in the order of Gemma's: control, newlines, bytes, characters, words.
+    """A vocabulary of `count` tokens and its merges, in the order of Gemma's: control, newlines, bytes, characters, words.
 
-    As in the real files, a word has a merge for every pair of known pieces that makes it.
+    As in the real files, a word has a merge for every pair of known tokens that forms it.
     """
     draw = random.Random(seed)
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<2mass>", "[@BOS@]", *(f"<unused{i}>" for i in range(99))]
@@ -102,7 +104,7 @@ def make_pieces(count: int, seed: int) -> tuple[dict[str, int], list[list[str]]]
 
 
 def write_tokenizer(folder: Path, count: int, seed: int) -> None:
-    """tokenizer.json: BPE with byte fallback, a space is ▁; <loc>, <seg> and <image> are added tokens."""
+    """Writes tokenizer.json: BPE with byte fallback, ▁ for a space; <loc>, <seg> and <image> are added tokens."""
     vocabulary, merges = make_pieces(count, seed)
     control = [(i, token, True) for token, i in vocabulary.items() if i < 4]
     tail = LOCATION_TOKENS + CODE_TOKENS
@@ -137,7 +139,7 @@ def write_json(path: Path, value: dict, indent: int | None = 2) -> None:
 
 
 def draw(name: str, shape: "torch.Size", generator: "torch.Generator") -> "torch.Tensor":
-    """One parameter in bfloat16: N(0, 0.02^2); LayerNorms start at 1 and 0, as do, in their own way, Gemma's norms."""
+    """One parameter in bfloat16: matrices from N(0, 0.02^2), norms as the identity (Gemma's norms store weight - 1)."""
     import torch
 
     if len(shape) == 1:
@@ -147,7 +149,7 @@ def draw(name: str, shape: "torch.Size", generator: "torch.Generator") -> "torch
 
 
 def write_weights(folder: Path, config: dict, seed: int) -> int:
-    """Shard by shard, so that no more than one is in memory. Returns the number of parameters."""
+    """Writes the weights shard by shard, so that at most one is in memory. Returns the number of parameters."""
     import torch
     from safetensors.torch import save_file
 
@@ -177,7 +179,7 @@ def write_weights(folder: Path, config: dict, seed: int) -> int:
 
 def write_checkpoint(folder: Path, *, family: str = "paligemma", size: str = "3b", resolution: int = 224,
                      layers: int | None = None, seed: int = 0) -> int:  # fmt: skip
-    """The whole folder. Returns the number of parameters."""
+    """Writes the whole folder. Returns the number of parameters."""
     folder.mkdir(parents=True, exist_ok=True)
     config = make_config(family, size, resolution, layers)
     write_json(folder / "config.json", config)
@@ -199,7 +201,7 @@ def main() -> None:
     parser.add_argument("--family", choices=("paligemma", "paligemma2"), default="paligemma")
     parser.add_argument("--size", choices=("3b", "tiny"), default="3b")
     parser.add_argument("--resolution", type=int, choices=(28, 224, 448, 896), default=224)
-    parser.add_argument("--layers", type=int, help="of the decoder and of the tower, for a smaller model of the same width")
+    parser.add_argument("--layers", type=int, help="number of layers of decoder and tower, for a smaller model of the same width")
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())
     out = options.pop("out")

@@ -1,9 +1,9 @@
-"""Memory: the most bytes a process holds while it loads, reads a picture and a prompt and says a few tokens.
+"""Memory: the peak of a process that loads the model, reads a picture and a prompt, and generates a few tokens.
 
-VmHWM of the kernel, so that pages of mapped files count as soon as they are touched: what the machine must have for it. The
-floor is the bytes of the weights. Loading is where programs double: a copy in another dtype, a state dict beside the model. A
-quantised model is measured both ways, made from the bf16 files while loading and mapped in from its own.
-On CUDA the number is the most that torch had allocated there; the memory of the CPU is beside it.
+The number is VmHWM of the kernel. It counts pages of mapped files as soon as they are touched, so it is the memory that the
+machine must have. The floor is the size of the weights. Programs often double it while loading: by a copy in another dtype, or
+by a state dict next to the model. A quantised model is measured twice: quantised from the bf16 files while loading, and mapped
+from its own file. On CUDA, the number is the most that torch had allocated there; the memory of the CPU is stored next to it.
 """
 
 
@@ -12,7 +12,7 @@ from paligemma.files import read_json
 
 
 def peak(name: str, model: object, device: str, context: int) -> tuple[turns.Side, dict]:
-    """A fresh process that loads and answers. Returns the ended side and its memory."""
+    """Runs a new process that loads and answers. Returns the ended side and its memory."""
     side = turns.Side(name, model, device)
     side.ask("begin", context=context, most=8)
     side.ask("decode", count=7)

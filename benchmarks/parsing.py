@@ -1,13 +1,13 @@
-"""Who reads the answers that models give? outputs.py beside supervision, on the same texts, judged by what was written by hand.
+"""How many answers are parsed correctly? outputs.py compared with supervision, on the same texts, with expectations by hand.
 
     python -m benchmarks.parsing          (pip install supervision)
 
-Each case is a text and the objects that it names: label and box, in 1023rds, y first. A side is right if it finds these objects
-in this order and no others, each box within 2 pixels of a picture of 1000 x 1000. That forgives dividing by 1024; one case asks
-for the far edge of a picture of 4000, where it shows. In "faults" the text is not what a model should say, and what is right is
-a convention: a box turned around is put in order, what broke off is left out, what is said twice counts once, and a box without
-a label is kept.
-The last line is JSON.
+Each case is a text and the objects that it contains: label and box, in 1023rds, y first. A parser is right if it finds exactly
+these objects in this order, each box within 2 pixels in a picture of 1000 x 1000. This tolerance allows dividing by 1024; one
+case asks for the right edge of a picture of 4000 pixels, where the difference is visible. The texts in "faults" are malformed,
+and the expected result is a
+convention: swapped corners are put in order, incomplete boxes are left out, repeated objects count once, and a box without a
+label is kept. The last line is JSON.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def loc(box: tuple[int, ...]) -> str:
 
 
 C, D = loc(CAT), loc(DOG)
-# Group -> text -> objects (label, box). A third entry is the side of the picture and the tolerance.
+# Group -> (text, objects as (label, box)). A third entry is (side of the picture, tolerance) in pixels.
 CASES = {
     "labels": [
         (f"{C} cat", [("cat", CAT)]),
@@ -107,7 +107,7 @@ def is_right(found: Objects, wanted: Objects, side: int, tolerance: float) -> bo
 
 
 def short(text: str) -> str:
-    """The text with a sign for each box and each mask."""
+    """The text with a symbol for each box and each mask."""
     for tokens, sign in ((C, "□cat"), (D, "□dog"), (loc(ALL), "□all"), (CODES, "▦"), (CODES[:-8], "▦⅞")):
         text = text.replace(tokens, sign)
     return text.replace("\n", "\\n")[:56]
@@ -119,7 +119,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="OpenCV")
     if find_spec("supervision") is None:
         del sides["supervision"]
-        print("note: only ours, as supervision is not installed. Install it: pip install supervision.", file=sys.stderr)
+        print("note: supervision is not installed, only our parser is tested. pip install supervision adds it.", file=sys.stderr)
     result: dict = {"cases": sum(map(len, CASES.values()))}
     counts = {name: dict.fromkeys(CASES, 0) for name in sides}
     for group, cases in CASES.items():

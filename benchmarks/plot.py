@@ -1,8 +1,9 @@
-"""Draws results/speed.svg from the stored JSON: a panel for each question, a bar for each side, a mark at the floor.
+"""Draws results/speed.svg from the stored JSON: a panel per benchmark, a bar per side, a mark at the floor.
 
     python -m benchmarks.plot [--device cuda]
 
-Shorter is better everywhere. Nothing is measured here; the scripts that did are named in results/*.json, with their machine.
+Shorter is better everywhere. This script measures nothing; results/*.json contain the command and the machine of each
+measurement.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from paligemma.svg import BLUE, GREEN, INK, ORANGE, PURPLE, SOFT, Axes, Drawing
 
 HERE = Path(__file__).resolve().parent
 COLORS = {"transformers": ORANGE, "ours bf16": BLUE, "ours int8": GREEN, "ours int4": PURPLE}
-WIDTH, PANEL, ROW, LEFT = 820, 390, 22, 180  # pixels: the sheet, half of it, a bar with its gap, where bars begin
+WIDTH, PANEL, ROW, LEFT = 820, 390, 22, 180  # pixels: width of the sheet; of a panel; height of a bar with its gap; x of the bars
 
 
 def color(name: str) -> str:
@@ -27,14 +28,14 @@ def read(name: str, suffix: str) -> dict | None:
 
 
 def panels(suffix: str) -> list[tuple[str, dict[str, tuple[float, float | None]]]]:
-    """Title and, for each side, the value and its floor."""
+    """For each panel its title and, for each side, (value, floor)."""
     found = []
     if decode := read("decode", suffix):
         rows = {name: (row["ms"]["median"], row.get("floor")) for name, row in decode["ways"].items()}
-        found.append(("Decoding, ms a token", rows))
+        found.append(("Decoding, ms per token", rows))
     if llama := read("llama", suffix):
         rows = {name: (row["ms"]["median"], row.get("floor")) for name, row in llama["ways"].items()}
-        found.append(("Decoding beside llama.cpp, ms a token", rows))
+        found.append(("Decoding, compared with llama.cpp, ms per token", rows))
     if prefill := read("prefill", suffix):
         rows = {name: (row["ms"]["median"] / 1e3, row["floor"] / 1e3) for name, row in prefill["whole"].items()}
         found.append((f"Prefill, one picture of {prefill['image_size']} px, s", rows))
@@ -47,12 +48,12 @@ def panels(suffix: str) -> list[tuple[str, dict[str, tuple[float, float | None]]
         found.append(("Peak memory, GB (mark: the weights)", rows))
     if batch := read("batch", suffix):
         rows = {name: (1 / rate, None) for name, rate in batch["best_pictures_per_s"].items()}
-        found.append(("Captions of many pictures, s a picture at the best batch", rows))
+        found.append(("Captions of many pictures, s per picture, best batch", rows))
     return found
 
 
 def draw_bars(sheet: Drawing, x: float, y: float, title: str, rows: dict[str, tuple[float, float | None]]) -> None:
-    """One panel: name, bar, number; a dark mark where the floor is."""
+    """Draws one panel: name, bar, number, and a dark mark at the floor."""
     room = PANEL - LEFT - 50
     longest = max(value for value, _ in rows.values())
     sheet.text(x, y, title, size=14)
@@ -66,7 +67,7 @@ def draw_bars(sheet: Drawing, x: float, y: float, title: str, rows: dict[str, tu
 
 
 def draw_growth(sheet: Drawing, x: float, y: float, growth: dict, phase: str) -> None:
-    """Time against context, both on logarithmic axes."""
+    """Draws time against context, on logarithmic axes."""
     lines = {
         name: [(run["tokens"], run[phase][name]["ms"]["median"]) for run in growth["context"]]
         for name in growth["context"][0][phase]

@@ -1,11 +1,11 @@
-"""Prefill: milliseconds from pixels and prompt to the first token, and how much of it the vision tower takes.
+"""Prefill: milliseconds from pixels and prompt to the first token, and the part of the vision tower in it.
 
-Every token is multiplied with every weight, some 2.5 billion multiply-adds for each of 266 tokens, so that here the weights are
-read once for many tokens and arithmetic is what counts. The floor is the number of multiply-adds / the rate of one large
-product, in the floating-point type that this machine is best at: a processor without bfloat16 instructions is faster in
-float32. int8 products can undercut that floor, since processors multiply small integers faster.
+Every token is multiplied with every weight: about 2.5 billion multiply-adds for each of 266 tokens. The weights are read once
+for many tokens, so arithmetic takes the time. The floor is the number of multiply-adds / the rate of one large product, in the
+floating-point type that is fastest on this machine (float32 on a processor without bfloat16 instructions). int8 products can be
+faster than this floor, because processors multiply small integers faster.
 
-"decoder" is the whole less the tower, round by round.
+"decoder" is the difference of the whole and the tower, round by round.
 """
 
 from functools import partial
@@ -23,7 +23,7 @@ def main() -> None:
     config = PaliGemmaConfig.from_hf(raw)
     context = config.num_image_tokens + turns.PROMPT
     floors = turns.Floors(options.device)
-    names = [name for name in options.sides if name != turns.STATIC]  # compiling is for decoding
+    names = [name for name in options.sides if name != turns.STATIC]  # the static cache is compiled for decoding only
     with turns.start(names, options.model, options.device) as sides:
         ways = {name: partial(side.ask, "begin", context=context, most=1) for name, side in sides.items()}
         towers = {name + "/tower": partial(side.ask, "tower") for name, side in sides.items()}

@@ -1,19 +1,20 @@
-"""One matrix product, by operator and by number of rows: where a token's time goes, and why `fast_cpu.product` chooses.
+"""The time of one matrix product, by operator and number of rows: the reason for the choices in `fast_cpu.product`.
 
     python -m benchmarks.products --size 16384x2048
 
-x[R, K] @ W[N, K].T with W of a Gemma-2B layer. With one row (decoding) each weight is read once and used once, so the time is
-bytes / read bandwidth, whatever the arithmetic; with 266 rows (a picture and a prompt) each is used 266 times, so the time is
-multiply-adds / matrix rate, whatever the bytes. In between an operator shows what it was written for. Each line gives the median
-in ms and how near it comes to the floor that binds it: GB/s of weights up to 8 rows, G multiply-adds/s above.
+The product is x[B, X] @ W[O, X].T with W from a Gemma-2B layer. With one row (decoding), each weight is read once and used
+once, so the time is bytes / read bandwidth. With 266 rows (a picture and a prompt), each weight is used 266 times, so the time
+is multiply-adds / matrix rate. Between these two, each operator is best at the number of rows that it was written for. Each
+line of the output has the median in ms,
+and the rate to compare with the floor: GB/s of weights up to 8 rows, G multiply-adds/s above.
 
-Several copies of W are used in turn, more than any cache holds, as decoding meets each layer's weights once a token. Operators
-take turns, too, so that a busy machine slows all of them. What torch has is measured next to what fast_cpu.py uses:
-    F.linear           what everyone calls; with oneDNN ("mkldnn") and without
-    through float32    the weight turned into float32 a few MB at a time, then sgemm
+Several copies of W are used one after the other, more than fit into any cache, because decoding reads each layer's weights once
+per token. The operators take turns, too, so that a busy machine slows down all of them. These are torch's operators and ours:
+    F.linear           the usual call, with oneDNN ("mkldnn") and without
+    through float32    the weight is converted to float32, a few MB at a time, then sgemm
     ours               kernels.cpp: bfloat16 weights, int8, int4 (inputs rounded to 8 bits in groups)
-    torch int8         torch.ao.nn.quantized.dynamic, fbgemm's and oneDNN's (inputs rounded to 8 bits as a whole)
-    int8pack, int4pack torch._weight_int8pack_mm and _weight_int4pack_mm_for_cpu (inputs as they are)
+    torch int8         torch.ao.nn.quantized.dynamic, of fbgemm and oneDNN (inputs rounded to 8 bits with one scale)
+    int8pack, int4pack torch._weight_int8pack_mm and _weight_int4pack_mm_for_cpu (inputs not rounded)
 """
 
 import argparse
@@ -21,14 +22,14 @@ import time
 import warnings
 from collections.abc import Callable
 
-if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+if __name__ == "__main__":  # --help and wrong flags are answered before the slow imports
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="16384x2048", help="outputs x inputs of W; the layers of Gemma-2B have 2048x2048, "
                         "256x2048, 16384x2048, 2048x16384, its output matrix 257216x2048")  # fmt: skip
     parser.add_argument("--rows", default="1,2,4,16,64,266")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", help="operators whose name has this in it")
-    parser.add_argument("--save", action="store_true", help="keep the JSON in results/")
+    parser.add_argument("--only", help="measure only operators whose name contains this")
+    parser.add_argument("--save", action="store_true", help="store the JSON in results/")
     options = parser.parse_args()
 
 import torch
@@ -41,8 +42,8 @@ from paligemma.layers import fast_cpu, int_formats, kernels
 from paligemma.layers import quantization
 # isort: on
 
-COPIES_BYTES = 2**28  # of all copies of a weight together: beyond the last cache
-FEW_ROWS = 8  # up to here reading is the floor
+COPIES_BYTES = 2**28  # of all copies of a weight together: more than the last cache holds
+FEW_ROWS = 8  # up to this number of rows, reading is the floor
 
 
 def without_mkldnn(x: Tensor, w: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ def ours(w: Tensor, kind: str) -> Callable[[Tensor], Tensor]:
     return quantization.quantize_module(linear, kind, {"weight": w})
 
 
-# name: bytes a weight, most rows it is asked for (beyond, it would take seconds), W -> product
+# name: (bytes per weight, largest number of rows to measure (more would take seconds), W -> product)
 OPERATORS = {
     "F.linear bf16": (2, 266, lambda w: lambda x: F.linear(x, w)),
     "F.linear bf16, mkldnn off": (2, 16, lambda w: lambda x: without_mkldnn(x, w)),
@@ -93,7 +94,7 @@ OPERATORS = {
 
 
 def measure(ways: dict[str, list[Callable[[Tensor], Tensor]]], x: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of one product of each operator, in turn; every call meets the next copy of the weight."""
+    """Seconds of one product of each operator, measured alternately; each call uses the next copy of the weight."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(-1, rounds):  # the first round warms up
         for name, copies in ways.items():
@@ -106,7 +107,7 @@ def measure(ways: dict[str, list[Callable[[Tensor], Tensor]]], x: Tensor, rounds
 
 
 def main(options: argparse.Namespace) -> None:
-    warnings.simplefilter("ignore")  # torch announces the end of its int8 layers, once a call
+    warnings.simplefilter("ignore")  # torch warns at every call that its int8 layers are deprecated
     options.device, options.script, options.model = "cpu", "products", None
     n, k = (int(size) for size in options.size.split("x"))
     names = [name for name in OPERATORS if (options.only or "") in name]

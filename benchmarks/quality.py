@@ -1,11 +1,12 @@
-"""Quantisation: what int8 and int4 cost in answers and in logits.
+"""Quality of quantisation: the effect of int8 and int4 on answers and on logits.
 
-Two measures. The demo checkpoint, which is trained, is asked its questions with demo/evaluate.py in each form: the share of
-right answers is what counts in the end. And at full size, the logits of each form are compared with those of float32 weights
-at the text positions of one prompt: the distance relative to the size of the logits (as rounding noise it adds up over layers),
-the divergence KL(float32 | form) in nats, and how often the best token is the same. Rounding to bfloat16, which everyone
-accepts, stands beside them as the yardstick, as does transformers' bfloat16. Weights drawn at random are the hard case for the
-distance, since nothing in them is redundant.
+There are two measurements. The first one scores the demo checkpoint, which is trained, with demo/evaluate.py in each form: the
+share of right answers is what matters in the end. The second one compares the logits of each form with those of float32
+weights, at
+full size and at the text positions of one prompt: the distance relative to the norm of the logits (rounding noise adds up over
+layers), the divergence KL(float32 | form) in nats, and how often the best token is the same. Rounding to bfloat16, which is
+generally accepted, is the yardstick, for our model and for transformers. Random weights are the hard case for the distance,
+since nothing in them is redundant.
 """
 
 import subprocess
@@ -20,11 +21,11 @@ from paligemma.files import parse_json, read_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-POSITIONS = 64  # text tokens behind the picture
+POSITIONS = 64  # text tokens after the picture
 
 
 def distance(reference: "Tensor", logits: "Tensor") -> dict:
-    """How far logits float32[L, V] are from the reference's."""
+    """How much logits, float32[L, V], differ from the reference."""
     from torch.nn.functional import kl_div
 
     centred = reference - reference.mean(-1, keepdim=True)
@@ -38,7 +39,7 @@ def distance(reference: "Tensor", logits: "Tensor") -> dict:
 
 
 def full_size(options: object, folder: Path) -> dict:
-    """The logits' distances, one form after another, so that only one model is in memory."""
+    """The distances of the logits of all forms, one after another, so that only one model is in memory."""
     import torch
 
     config = read_json(options.model / "config.json")
@@ -56,7 +57,7 @@ def full_size(options: object, folder: Path) -> dict:
 
 
 def demo(options: object) -> dict:
-    """The demo checkpoint's scores in each form."""
+    """The scores of the demo checkpoint in each form."""
     rows = {}
     print(f"\n{'demo checkpoint':34}{'answers':>10}{'captions':>12}{'detect':>11}")
     for name in (name for name in options.sides if name in (turns.OURS, turns.INT8, turns.INT4)):
@@ -73,7 +74,7 @@ def demo(options: object) -> dict:
 
 def main() -> None:
     bundled = turns.HERE.parent / "paligemma" / "bundled"
-    count = {"type": int, "default": 150, "help": "pictures that the demo checkpoint is asked about; 0 = none"}
+    count = {"type": int, "default": 150, "help": "number of pictures for the demo checkpoint; 0 skips it"}
     options = turns.parse(__doc__, rounds=1, flags={"--demo": {"type": Path, "default": bundled}, "--count": count})
     options.count = min(options.count, 2) if options.quick else options.count
     with tempfile.TemporaryDirectory() as folder:

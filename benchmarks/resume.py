@@ -1,11 +1,11 @@
-"""Kills fine-tunes at random moments, lets them go on, and counts those that end bit for bit as one that was left alone.
+"""Kills fine-tunes at random moments, resumes them, and counts those whose result equals an uninterrupted run bit for bit.
 
     python -m benchmarks.resume [--kills 20] [--seed 0]
 
-Each run is finetune.py on pictures of demo/transfer.py, with evaluations and a checkpoint every few updates. It gets SIGKILL at a
-moment drawn from the whole length of an undisturbed run (start, updates, writing a checkpoint, writing the result), is started
-again with --resume, and must then have the same loss in every line of metrics.jsonl, none missing and none twice, the same
-scores, and the same bytes in model/model.safetensors. Every fourth run is killed twice. The last line is JSON.
+Each run is `paligemma finetune` on pictures of demo/transfer.py, with evaluations and a checkpoint every few updates. It gets
+SIGKILL at a random moment within the length of an uninterrupted run (start, updates, writing a checkpoint, writing the result)
+and is started again with --resume. Then it must have the same loss in every line of metrics.jsonl, without missing or repeated
+lines, the same scores, and the same bytes in model/model.safetensors. Every fourth run is killed twice. The last line is JSON.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 from paligemma.files import parse_json
 
 ROOT = Path(__file__).resolve().parent.parent
-FREE = ("seconds",)  # what a line of metrics.jsonl says about the clock
+TIMES = ("seconds",)  # keys of metrics.jsonl that may differ: measured times
 
 
 def command(folder: Path, output: Path, steps: int) -> list[str]:
@@ -31,13 +31,13 @@ def command(folder: Path, output: Path, steps: int) -> list[str]:
     return [sys.executable, "-m", "paligemma", "finetune", *(f"--{name}={value}" for name, value in settings.items())]
 
 
-def run(words: list[str], patience: float | None = None) -> bool:
-    """Whether the run came to its end; without it, it was killed after so many seconds."""
+def run(words: list[str], kill_after_s: float | None = None) -> bool:
+    """True if the run ended by itself, False if it was killed after `kill_after_s` seconds."""
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     with suppress(subprocess.TimeoutExpired):
-        _, said = process.communicate(timeout=patience)
+        _, errors = process.communicate(timeout=kill_after_s)
         if process.returncode:
-            raise SystemExit(f"a run ended with {process.returncode}: {said}")
+            raise SystemExit(f"a run ended with {process.returncode}: {errors}")
         return True
     process.kill()
     process.communicate()
@@ -45,17 +45,17 @@ def run(words: list[str], patience: float | None = None) -> bool:
 
 
 def result(output: Path) -> tuple[list[dict], str]:
-    """The lines of metrics.jsonl without their times, and what the weights hash to."""
+    """The lines of metrics.jsonl without their times, and the hash of the weights."""
     lines = [parse_json(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     weights = hashlib.sha256((output / "model" / "model.safetensors").read_bytes()).hexdigest()
-    return [{name: value for name, value in line.items() if name not in FREE} for line in lines], weights
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines], weights
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="number of runs")
-    parser.add_argument("--steps", type=int, default=20, help="updates of a run")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--steps", type=int, default=20, help="updates per run")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     options = parser.parse_args()
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as temporary:
@@ -63,8 +63,8 @@ def main() -> None:
         demo = [sys.executable, "-m", "demo.transfer", "--out", str(folder), "--count", "40"]
         subprocess.run(demo, check=True, stdout=subprocess.DEVNULL)
         start = time.monotonic()
-        run(command(folder, folder / "undisturbed", options.steps))
-        length, right = time.monotonic() - start, result(folder / "undisturbed")
+        run(command(folder, folder / "uninterrupted", options.steps))
+        length, right = time.monotonic() - start, result(folder / "uninterrupted")
         equal, steps_at_kill, killed = 0, [], 0
         for number in range(options.kills):
             output = folder / f"run{number}"

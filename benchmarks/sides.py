@@ -1,12 +1,13 @@
-"""One side of a measurement, `ours` or `transformers`, in a process of its own that does what it is told, line by line.
+"""One side of a measurement, `ours` or `transformers`: a process that executes commands from stdin, line by line.
 
     echo '{"do": "load", "model": "/tmp/paligemma-3b"}
           {"do": "begin", "context": 266, "most": 16}
           {"do": "decode", "count": 15}' | python -m benchmarks.sides transformers
 
-Every line names a method below and its arguments; the answer is one line of JSON with seconds and tokens. Both models stay in
-memory, each in its process, and a parent (turns.py) lets them work in turn, so that whatever slows the machine slows both.
-Both use their usual way: our generate, their generate, and nothing that a user would not write.
+Each line names a method below and its arguments; the reply is one line of JSON with seconds and tokens. Both models stay in
+memory, each in its own process, and a parent process (turns.py) lets them work alternately, so that whatever slows down the
+machine slows down both. Both
+are used as a user would use them: our generate, and transformers' generate.
 """
 
 import argparse
@@ -26,12 +27,12 @@ from paligemma import machine
 from paligemma.files import parse_json, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+if __name__ == "__main__":  # --help and wrong flags are answered before the slow imports
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("side", choices=("ours", "transformers"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="ours only")
-    parser.add_argument("--dtype", help="ours only; as stored if not given")
+    parser.add_argument("--dtype", help="ours only (default: as stored)")
     parser.add_argument("--compiled", action="store_true", help="ours only, on CUDA")
     parser.add_argument("--static", action="store_true", help="transformers only")
     options = parser.parse_args()
@@ -40,21 +41,22 @@ machine.use_cores()  # both sides get the same threads
 
 import torch  # noqa: E402  (after the number of threads is set)
 
-NEWLINE = 108  # ends a prompt; the same in every tokenizer of the family
-WORDS = range(500, 2000)  # ids that are ordinary pieces in a full-size tokenizer and in a tiny one
+NEWLINE = 108  # the last token of a prompt; the same id in every tokenizer of the family
+WORDS = range(500, 2000)  # ids of ordinary tokens, both in a full-size and in a tiny tokenizer
 
 
 def make_rows(config: dict, rows: int, context: int, seed: int) -> dict:
     """Rows of `context` tokens each, as a processor makes them: one picture of noise, bos, random words, newline.
 
     Args:
-        config: config.json. Returns: input_ids, attention_mask, token_type_ids int64[B, L], pixel_values float32[B, 3, R, R].
+        config: the content of config.json.
+    Returns: input_ids, attention_mask, token_type_ids int64[B, L], pixel_values float32[B, 3, H, W].
     """
     vision, draw = config["vision_config"], random.Random(seed)
     side = vision.get("image_size", 224)
     patches = (side // vision["patch_size"]) ** 2
     if context < patches + 2:
-        raise ValueError(f"a context of {context} tokens cannot hold {patches} picture tokens, bos and newline.")
+        raise ValueError(f"a context of {context} tokens is too short for {patches} image tokens, bos and newline.")
     ids = [
         [config["image_token_index"]] * patches + [config["bos_token_id"]]
         + draw.choices(WORDS, k=context - patches - 2) + [NEWLINE]
@@ -71,7 +73,7 @@ def make_rows(config: dict, rows: int, context: int, seed: int) -> dict:
 
 
 class Side:
-    """What both sides share: the questions they are asked and how an answer is timed."""
+    """The common part of both sides: the commands, and how the replies are timed."""
 
     def __init__(self, device: str, **options: object):
         self.device = torch.device(device)
@@ -79,7 +81,7 @@ class Side:
         self.tokens: Generator[int] = (token for token in ())
 
     def load(self, model: str) -> dict:
-        """Weights in, ready to answer."""
+        """Loads the weights; returns the time it took."""
         self.folder = Path(model)
         self.config = read_json(self.folder / "config.json")
         start = time.perf_counter()
@@ -88,7 +90,7 @@ class Side:
         return {"seconds": time.perf_counter() - start}
 
     def begin(self, context: int, most: int, seed: int = 0) -> dict:
-        """Time to the first token of a row of `context` tokens; the answer, up to `most` tokens, then waits for `decode`."""
+        """Starts an answer of at most `most` tokens after `context` tokens; returns the time to the first token."""
         self.tokens.close()
         inputs = make_rows(self.config, 1, context, seed)
         start = time.perf_counter()
@@ -96,7 +98,7 @@ class Side:
         return self.take(1, start)
 
     def decode(self, count: int) -> dict:
-        """The next tokens of the answer that `begin` began."""
+        """Generates the next tokens of the answer that `begin` started."""
         return self.take(count, time.perf_counter())
 
     def take(self, count: int, start: float) -> dict:
@@ -105,7 +107,7 @@ class Side:
         return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
     def tower(self) -> dict:
-        """One picture through vision tower and projector."""
+        """Encodes one picture: vision tower and projector."""
         patches = self.config["vision_config"]["num_image_tokens"]
         pixels = make_rows(self.config, 1, patches + 2, 0)["pixel_values"].to(self.device)
         start = time.perf_counter()
@@ -115,7 +117,7 @@ class Side:
         return {"seconds": time.perf_counter() - start}
 
     def batch(self, rows: int, lengths: list[int], context: int) -> dict:
-        """Captions of as many pictures as there are `lengths`, each as long as its length says, `rows` at a time."""
+        """Generates captions of prescribed `lengths`, one per picture, `rows` of them at the same time."""
         inputs = make_rows(self.config, len(lengths), context, 0)
         start = time.perf_counter()
         tokens = self.caption(inputs, rows, lengths)
@@ -130,7 +132,7 @@ class Side:
         return {}
 
     def memory(self) -> dict:
-        """The most bytes this process had in memory, mapped pages of files included, and what is there now."""
+        """The peak and the current memory of this process in bytes, pages of mapped files included."""
         lines = Path("/proc/self/status").read_text().splitlines()
         status = {line.split(":")[0]: line.split()[1] for line in lines if line.endswith("kB")}
         found = {key: int(status[key]) * 1024 for key in ("VmHWM", "VmRSS", "RssAnon", "RssFile")}
@@ -144,7 +146,7 @@ class Side:
 
 
 class Ours(Side):
-    """This project. Options: dtype, quantize; compiled = the decoding step is compiled at once, and not after a while (CUDA)."""
+    """This project. Options: dtype, quantize; compiled: on CUDA, compile the decoding step at once, not after a while."""
 
     def load_model(self) -> torch.nn.Module:
         from paligemma.checkpoints.weights import load_model
@@ -161,7 +163,7 @@ class Ours(Side):
         return reply | {key: sum(tensor.nbytes for tensor in part.state_dict().values()) for key, part in parts.items()}
 
     def save(self, out: str) -> dict:
-        """Writes the model as it is, quantised or not, and the files of the processor beside it."""
+        """Writes the model, quantised or not, and the files of the processor into one folder."""
         from paligemma.checkpoints.weights import save_model
 
         save_model(self.model, Path(out))
@@ -182,7 +184,7 @@ class Ours(Side):
         return self.model(**inputs)
 
     def caption(self, inputs: dict, rows: int, lengths: list[int]) -> list[list[int]]:
-        """generate_many, but that a row ends at a length of its own: a random model says no eos."""
+        """generate_many, except that each row ends at its prescribed length: a random model generates no eos."""
         from paligemma.generation import RunningBatch, continuous_batching, split_rows
 
         class Measured(RunningBatch):
@@ -194,8 +196,8 @@ class Ours(Side):
         return [answer.token_ids for answer in sorted(answers, key=lambda answer: answer.index)]
 
 
-class Turnstile:
-    """A streamer that makes transformers' generate wait after each token until the next is asked for."""
+class PausingStreamer:
+    """A streamer that makes transformers' generate wait after each token until the next one is requested."""
 
     def __init__(self):
         self.tokens: queue.Queue = queue.Queue()
@@ -210,10 +212,10 @@ class Turnstile:
         self.tokens.put(int(value))
         self.permits.acquire()
         if self.is_closed:
-            raise SystemExit  # ends the thread, silently
+            raise SystemExit  # ends the thread without a message
 
     def end(self) -> None:
-        """Called by generate when the answer is whole, as `run` is about to say."""
+        """Called by generate at the end of an answer; `run` reports the end instead."""
 
     def run(self, generate: Callable, inputs: dict, most: int) -> None:
         try:
@@ -223,7 +225,7 @@ class Turnstile:
 
 
 class Transformers(Side):
-    """transformers in bfloat16, out of the box. Options: static = a static cache, which makes generate compile on CUDA."""
+    """transformers in bfloat16 with default settings. Options: static: a static cache, which generate compiles on CUDA."""
 
     def load_model(self) -> torch.nn.Module:
         from transformers import PaliGemmaForConditionalGeneration
@@ -236,21 +238,21 @@ class Transformers(Side):
         return self.model.generate(**inputs, do_sample=False, eos_token_id=None, **options)
 
     def answer(self, inputs: dict, most: int) -> Generator[int]:
-        turnstile = Turnstile()
+        streamer = PausingStreamer()
         inputs = {key: tensor.to(self.device) for key, tensor in inputs.items()}
-        thread = threading.Thread(target=turnstile.run, args=(self.generate, inputs, most))
+        thread = threading.Thread(target=streamer.run, args=(self.generate, inputs, most))
         thread.start()
         try:
-            while (token := turnstile.tokens.get()) is not None:
+            while (token := streamer.tokens.get()) is not None:
                 yield token
-                turnstile.permits.release()
+                streamer.permits.release()
         finally:
-            turnstile.is_closed = True
-            turnstile.permits.release()
+            streamer.is_closed = True
+            streamer.permits.release()
             thread.join()
 
     def decode(self, count: int, mkldnn: bool = True) -> dict:
-        """As above; without mkldnn torch takes its own kernels, which are faster for one row on some processors."""
+        """As Side.decode. Without mkldnn, torch uses its own kernels, which are faster for one row on some processors."""
         torch.backends.mkldnn.enabled = mkldnn
         reply = super().decode(count)
         torch.backends.mkldnn.enabled = True
@@ -263,7 +265,7 @@ class Transformers(Side):
         return self.model(**inputs).logits
 
     def caption(self, inputs: dict, rows: int, lengths: list[int]) -> list[list[int]]:
-        """Padded batches, one after another; a row that has its length stops, the batch goes on to its longest."""
+        """Padded batches, one after another. A row stops at its length; the batch continues until its longest row ends."""
         answers: list[list[int]] = []
         for first in range(0, len(lengths), rows):
             limits = torch.tensor(lengths[first : first + rows], device=self.device)
@@ -278,13 +280,13 @@ class Transformers(Side):
 def main(options: argparse.Namespace) -> None:
     given = vars(options)
     side = {"ours": Ours, "transformers": Transformers}[given.pop("side")](**given)
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints must not stand among the answers
+    replies, sys.stdout = sys.stdout, sys.stderr  # libraries print to stderr then, not between the replies
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for line in sys.stdin:
         arguments = parse_json(line)
         reply = getattr(side, arguments.pop("do"))(**arguments)
-        answers.write(json.dumps(reply) + "\n")
-        answers.flush()
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
     side.tokens.close()
 
 

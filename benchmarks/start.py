@@ -1,9 +1,9 @@
-"""Start: seconds from starting the process to the first token of an answer about a picture file, files in the page cache.
+"""Start: seconds from starting the process to the first token of an answer about a picture file; all files are in the page cache.
 
-What a user waits for who asks one question: interpreter, imports, tokenizer, weights, picture, vision tower, prompt. Ours is
-the command line, `python inference.py ... --max_tokens_to_generate 1 --json`; theirs is the shortest script that does the same
-with AutoProcessor, from_pretrained and generate, printed below it (THEIRS). The clock runs from the start of the process to the
-line that has the token. "import torch" alone is the least that either could take. A quantised model starts from its own file,
+This is how long a user waits for one question: interpreter, imports, tokenizer, weights, picture, vision tower, prompt. Ours is
+the command line, `python inference.py ... --max_tokens_to_generate 1 --json`. The other side is the shortest script that does
+the same with AutoProcessor, from_pretrained and generate (THEIRS, below). The clock runs from the start of the process to the
+line with the token. "import torch" alone is the least that either side could take. A quantised model starts from its own file,
 as save_model wrote it.
 """
 
@@ -32,7 +32,7 @@ print(json.dumps({"token_ids": output[0, inputs["input_ids"].shape[1] :].tolist(
 
 
 def first_line(command: list[str]) -> dict:
-    """Runs a program. Returns seconds to its first line of output and, if that is JSON, the tokens in it."""
+    """Runs a program. Returns the seconds to its first line of output and, if this line is JSON, the tokens in it."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline()
@@ -67,7 +67,7 @@ def main() -> None:
             command = [sys.executable, str(turns.HERE.parent / "inference.py"), "--json", "--max_tokens_to_generate=1"]
             command += [f"--{flag}={value}" for flag, value in flags.items()]
         else:
-            continue  # a static cache begins to pay after the first token
+            continue  # a static cache makes no difference for the first token
         ways[name] = partial(first_line, command)
     ways["import torch"] = partial(first_line, [*python, "import torch; print(torch.__version__)"])
     seconds = turns.in_turn(ways, options, is_warm=True)

@@ -1,8 +1,8 @@
-"""Lets programs work in turn and says how they compare: what the scripts of this folder have in common.
+"""The common part of the scripts of this folder: runs programs alternately and compares them.
 
-One round asks each way of doing the job once: A B C A B C ... Whatever slows the machine for a while slows all of them, and
-ratios are taken round by round. After each round the tokens must be the same, or the script stops. The floor, what the
-machine could do at best, is measured in the same run, before and after the rounds.
+One round runs each variant of the job once: A B C A B C ... Whatever slows down the machine for a while slows down all of them,
+and ratios are taken within a round. After each round the tokens must be the same, or the script stops. The floor, the best that
+the machine could do, is measured in the same run, before and after the rounds.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from paligemma import machine
 from paligemma.files import parse_json
 
 HERE = Path(__file__).resolve().parent
-THREADS = machine.use_cores()  # here, and in every side that is started: a child inherits the number of threads
+THREADS = machine.use_cores()  # for this process and every side, because a child process inherits the number of threads
 
 OURS, INT8, INT4, EXACT = "ours bf16", "ours int8", "ours int4", "ours fp32"
 THEIRS, STATIC = "transformers bf16", "transformers bf16, static cache"
-BASELINE = THEIRS  # what ratios refer to where a script does not say otherwise
-PROMPT = 10  # tokens of bos, prompt and newline in the scripts that do not vary them
+BASELINE = THEIRS  # the side that ratios refer to, unless a script names another one
+PROMPT = 10  # tokens of bos, prompt and newline, in the scripts that do not vary them
 ARGUMENTS = {
     OURS: ["ours"],
     INT8: ["ours", "--quantize", "int8"],
@@ -41,19 +41,19 @@ ARGUMENTS |= COMPILED
 
 
 def default_sides(device: str) -> list[str]:
-    """Everything that is worth comparing: on CUDA also transformers with a static cache, which it then compiles."""
+    """The sides to compare by default; on CUDA also transformers with a static cache, which it compiles."""
     return [OURS, INT8, INT4, THEIRS, *([STATIC] if device.startswith("cuda") else [])]
 
 
 def parse(doc: str, *, rounds: int = 5, flags: dict[str, dict] | None = None) -> argparse.Namespace:
-    """The flags that every script has, and further ones as argparse takes them; with --quick one round, and none to warm up."""
+    """Parses the flags that every script has, and further ones. With --quick there is one round, without a warm-up round."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a checkpoint, such as make_checkpoint.py writes")
+    parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint, such as make_checkpoint.py writes")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--quick", action="store_true", help="only to see that it works")
-    parser.add_argument("--save", action="store_true", help="keep the JSON in results/")
-    parser.add_argument("--sides", help=f"of {', '.join(ARGUMENTS)}; several with commas between them")
+    parser.add_argument("--quick", action="store_true", help="run briefly, only to see that the script works")
+    parser.add_argument("--save", action="store_true", help="store the JSON in results/")
+    parser.add_argument("--sides", help=f"any of: {', '.join(ARGUMENTS)}; with commas between them")
     for name, description in (flags or {}).items():
         parser.add_argument(name, **description)
     options = parser.parse_args()
@@ -64,12 +64,12 @@ def parse(doc: str, *, rounds: int = 5, flags: dict[str, dict] | None = None) ->
 
 
 class Side:
-    """A process of sides.py with a model in it."""
+    """A process that runs sides.py with one model in memory."""
 
     def __init__(self, name: str, model: Path, device: str):
         command = [sys.executable, "-m", "benchmarks.sides", *ARGUMENTS[name], "--device", device]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.tell("load", model=str(model))  # the answer is read when it is needed, so that sides load at the same time
+        self.tell("load", model=str(model))  # the reply is read later, so that all sides load at the same time
 
     @cached_property
     def loaded(self) -> dict:
@@ -87,7 +87,7 @@ class Side:
     def hear(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{shlex.join(self.process.args)} ended without an answer; see its error above.")
+            raise SystemExit(f"{shlex.join(self.process.args)} ended without a reply; its error is above.")
         return parse_json(line)
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class Side:
 
 @contextmanager
 def start(names: list[str], model: Path, device: str) -> Iterator[dict[str, Side]]:
-    """One side for each name, all with their model in memory; they end with the block."""
+    """Starts one side per name, each with its model in memory, and ends them at the end of the `with` block."""
     kinds = {name: ARGUMENTS[name][2] for name in names if "--quantize" in ARGUMENTS[name]}
     folders = {name: quantised(model, kinds[name], device) if name in kinds else model for name in names}
     with ExitStack() as stack:
@@ -111,7 +111,7 @@ def start(names: list[str], model: Path, device: str) -> Iterator[dict[str, Side
 
 
 def quantised(model: Path, kind: str, device: str = "cpu") -> Path:
-    """The model as save_model writes it when quantised, beside the original; made if it is not there."""
+    """The folder MODEL-KIND with the quantised model, as save_model writes it; made if it does not exist."""
     folder = model.with_name(f"{model.name}-{kind}")
     if not (folder / "config.json").exists():
         side = Side(f"ours {kind}", model, device)
@@ -121,14 +121,14 @@ def quantised(model: Path, kind: str, device: str = "cpu") -> Path:
 
 
 def together(sides: dict[str, Side], do: str, **arguments: object) -> dict[str, dict]:
-    """Asks all sides at the same time: for work that takes long and is not measured."""
+    """Runs a command on all sides at the same time: for work that takes long and is not measured."""
     for side in sides.values():
         side.tell(do, **arguments)
     return {name: side.hear() for name, side in sides.items()}
 
 
 def in_turn(ways: dict[str, Callable[[], dict]], options: argparse.Namespace, *, is_warm: bool = False) -> dict[str, list[float]]:
-    """Seconds of each way, round by round, after a round to warm up if need be. Stops the script if tokens differ."""
+    """Seconds of each variant, round by round, after a warm-up round unless `is_warm`. Ends the script if tokens differ."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(0 if is_warm or options.quick else -1, options.rounds):
         replies = {name: work() for name, work in ways.items()}
@@ -140,15 +140,16 @@ def in_turn(ways: dict[str, Callable[[], dict]], options: argparse.Namespace, *,
 
 
 def require_same(replies: dict[str, dict]) -> None:
-    """Different answers would mean different work."""
-    said = {name: reply["tokens"] for name, reply in replies.items() if "tokens" in reply}
-    first = next(iter(said.values()), None)
-    if any(tokens != first for tokens in said.values()):
-        raise SystemExit("the sides do not say the same tokens:\n" + "\n".join(f"  {name}: {t}" for name, t in said.items()))
+    """Ends the script if the sides generated different tokens, because then they did different work."""
+    answers = {name: reply["tokens"] for name, reply in replies.items() if "tokens" in reply}
+    first = next(iter(answers.values()), None)
+    if any(tokens != first for tokens in answers.values()):
+        lines = [f"  {name}: {tokens}" for name, tokens in answers.items()]
+        raise SystemExit("\n".join(["the sides did not generate the same tokens:", *lines]))
 
 
 def product_bandwidth() -> float:
-    """Bytes a second that our own product of one row reads, on some processors more than anything of torch does; 0 = none."""
+    """Bytes per second that our own product of one row reads, on some processors more than torch's; 0 = no kernels."""
     import torch
 
     from paligemma import roofline
@@ -162,7 +163,7 @@ def product_bandwidth() -> float:
 
 
 def copy_bandwidth(device: object, size: int = 2**30) -> float:
-    """Bytes a second, read and written, of copying `size` bytes: the rate that a GPU is judged by."""
+    """Bytes per second, read plus written, of copying `size` bytes: the usual measure of a GPU's bandwidth."""
     import torch
 
     from paligemma import roofline
@@ -173,7 +174,7 @@ def copy_bandwidth(device: object, size: int = 2**30) -> float:
 
 
 class Floors:
-    """What this machine can do at best: bytes read and multiply-adds a second; the best of the measurements so far."""
+    """The best rates of this machine in all measurements so far: bytes read and multiply-adds per second."""
 
     def __init__(self, device: str):
         import torch
@@ -196,11 +197,11 @@ class Floors:
             self.products_per_s[name] = max(self.products_per_s.get(name, 0), roofline.matrix_rate(self.device, dtype))
 
     def reading(self, count: float) -> float:
-        """Seconds to read so many bytes."""
+        """Least seconds to read `count` bytes."""
         return count / self.bytes_per_s
 
     def multiplying(self, count: float) -> float:
-        """Seconds for so many multiply-adds, in the floating-point type that this machine is best at."""
+        """Least seconds for `count` multiply-adds, in the floating-point type that is fastest on this machine."""
         return count / max(self.products_per_s.values())
 
     def document(self) -> dict:
@@ -210,7 +211,7 @@ class Floors:
 
 
 def spread(values: list[float]) -> dict:
-    """Median, lowest and highest, rounded for reading."""
+    """Median, lowest and highest value, rounded to four digits."""
     return {key: float(f"{f(values):.4g}") for key, f in (("median", statistics.median), ("low", min), ("high", max))}
 
 
@@ -221,12 +222,12 @@ def compare(
     unit: str = "ms",
     baseline: str = BASELINE,
 ) -> dict:
-    """Prints a line for each way and returns them as a document.
+    """Prints a line per variant and returns the numbers as a document.
 
     Args:
-        seconds: from in_turn. Times `scale` they are in `unit`.
-        floors: the least seconds possible, where that is known.
-        baseline: the way that ratios refer to; without it there are none.
+        seconds: from in_turn; multiplied by `scale` they are in `unit`.
+        floors: the least possible seconds, where they are known.
+        baseline: the variant that ratios refer to; there are no ratios if it was not measured.
     """
     rows = {}
     print(f"{'':34}{'median ' + unit:>12}{'spread':>20}{'floor':>10}{'share':>7}   times as fast as {baseline}")
@@ -235,7 +236,7 @@ def compare(
         line = f"{name:34}{row[unit]['median']:12.4g}{row[unit]['low']:>10.4g} ..{row[unit]['high']:>7.4g}"
         if floors and name in floors:
             row["floor"] = float(f"{floors[name] * scale:.4g}")
-            row["share"] = float(f"{row['floor'] / row[unit]['median']:.3g}")  # of the bandwidth or matrix rate there is
+            row["share"] = float(f"{row['floor'] / row[unit]['median']:.3g}")  # of the bandwidth or matrix rate
         line += f"{row.get('floor', ''):>10}{row.get('share', ''):>7}"
         if baseline in seconds:
             row["ratio"] = spread([theirs / ours for theirs, ours in zip(seconds[baseline], values, strict=True)])
@@ -254,7 +255,7 @@ def processor_name() -> str:
 
 
 def finish(options: argparse.Namespace, results: dict) -> None:
-    """Prints machine, versions and results as one line of JSON, and keeps it if asked to."""
+    """Prints machine, versions and results as one line of JSON, and stores it with --save."""
     about = {"machine": processor_name(), "threads": THREADS}
     if options.device.startswith("cuda"):
         import torch

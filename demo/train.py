@@ -65,7 +65,7 @@ from typing import Any
 
 from paligemma.files import BUNDLED
 
-if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+if __name__ == "__main__":  # --help and wrong flags are answered before the slow imports
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["contrastive", "shared", "prefix", "export"])
     parser.add_argument("--name", default="stage", help="name of the stage in the log, and of its state, RUNS/NAME.pt")

@@ -1,1 +1,1 @@
-"""Pages that each answer one question, and the scripts that make their figures."""
+"""Pages that each answer one question, and the scripts that draw their figures."""

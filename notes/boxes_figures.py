@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+if __name__ == "__main__":  # --help and wrong flags are answered before the slow imports
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 from demo import shapes

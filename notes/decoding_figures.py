@@ -6,7 +6,7 @@ roofline.svg  the time of one matrix product of the decoder against the number o
 import argparse
 from pathlib import Path
 
-if __name__ == "__main__":  # --help and wrong flags are answered before anything is loaded, run or written
+if __name__ == "__main__":  # --help and wrong flags are answered before the slow imports
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 import torch
