@@ -8,12 +8,10 @@ decodes `rows` pictures at the same time, starts the next one as soon as an answ
 pictures in threads meanwhile, and flushes every row to its file. Both sides read the same files from the disk and generate the
 same tokens in the same dtype. This is float32, because bfloat16 occasionally decides a near-tie differently. Both use the
 number of threads that `annotate` uses: all cores, or one for a model as small as the demo's, where one thread is also faster
-for transformers. The pictures come from demo/shapes.py; the
-prompts alternate: a caption, boxes, a count.
+for transformers. The pictures come from demo/shapes.py; the prompts alternate: a caption, boxes, a count.
 
 With --kills, the program runs on a folder that contains damaged pictures, is killed by SIGKILL at random moments, and is
-started again. Then
-the rows are counted: a picture without a row is lost, a picture with several rows is repeated.
+started again. Then the rows are counted: a picture without a row is lost, a picture with several rows is repeated.
 """
 
 import argparse

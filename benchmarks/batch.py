@@ -3,8 +3,7 @@
 A decoding step reads every weight, however many rows are in the batch. So more rows make a token cheaper, until arithmetic or
 memory is the limit. Answers differ in length. In a padded batch (transformers) the short answers wait for the longest, while
 generate_many starts the next picture in a row that has ended. The pictures are random noise and the model never generates eos,
-so the length of each
-answer is prescribed: 4 to 24 tokens, drawn once, the same for both sides.
+so the length of each answer is prescribed: 4 to 24 tokens, drawn once, the same for both sides.
 
 On two cores, transformers needs many seconds per picture, so the default is one round; on CUDA use --rounds 5.
 """

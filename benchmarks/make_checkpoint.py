@@ -6,10 +6,9 @@ The files, names, shapes, dtype and sharding are those of the published checkpoi
 tokenizer is random, too, but has the format and size of the real one, because parsing it is a large part of a start.
 
 Every matrix is drawn from N(0, 0.02^2). The output matrix is the embedding, and the residual stream carries the vector of the
-last token
-to the end, so the most likely next token is that same token: the model repeats the newline of the prompt, with a margin that
-survives bfloat16 and int4. So two programs can be compared on the same tokens. The script takes a minute and 6 GB of disk
-space.
+last token to the end, so the most likely next token is that same token: the model repeats the newline of the prompt, with a
+margin that survives bfloat16 and int4. So two programs can be compared on the same tokens. The script takes a minute and 6 GB
+of disk space.
 """
 
 import argparse

@@ -5,9 +5,8 @@
 Each case is a text and the objects that it contains: label and box, in 1023rds, y first. A parser is right if it finds exactly
 these objects in this order, each box within 2 pixels in a picture of 1000 x 1000. This tolerance allows dividing by 1024; one
 case asks for the right edge of a picture of 4000 pixels, where the difference is visible. The texts in "faults" are malformed,
-and the expected result is a
-convention: swapped corners are put in order, incomplete boxes are left out, repeated objects count once, and a box without a
-label is kept. The last line is JSON.
+and the expected result is a convention: swapped corners are put in order, incomplete boxes are left out, repeated objects count
+once, and a box without a label is kept. The last line is JSON.
 """
 
 import argparse

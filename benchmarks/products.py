@@ -5,8 +5,8 @@
 The product is x[B, X] @ W[O, X].T with W from a Gemma-2B layer. With one row (decoding), each weight is read once and used
 once, so the time is bytes / read bandwidth. With 266 rows (a picture and a prompt), each weight is used 266 times, so the time
 is multiply-adds / matrix rate. Between these two, each operator is best at the number of rows that it was written for. Each
-line of the output has the median in ms,
-and the rate to compare with the floor: GB/s of weights up to 8 rows, G multiply-adds/s above.
+line of the output has the median in ms, and the rate to compare with the floor: GB/s of weights up to 8 rows, G multiply-adds/s
+above.
 
 Several copies of W are used one after the other, more than fit into any cache, because decoding reads each layer's weights once
 per token. The operators take turns, too, so that a busy machine slows down all of them. These are torch's operators and ours:

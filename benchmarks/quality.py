@@ -2,11 +2,10 @@
 
 There are two measurements. The first one scores the demo checkpoint, which is trained, with demo/evaluate.py in each form: the
 share of right answers is what matters in the end. The second one compares the logits of each form with those of float32
-weights, at
-full size and at the text positions of one prompt: the distance relative to the norm of the logits (rounding noise adds up over
-layers), the divergence KL(float32 | form) in nats, and how often the best token is the same. Rounding to bfloat16, which is
-generally accepted, is the yardstick, for our model and for transformers. Random weights are the hard case for the distance,
-since nothing in them is redundant.
+weights, at full size and at the text positions of one prompt: the distance relative to the norm of the logits (rounding noise
+adds up over layers), the divergence KL(float32 | form) in nats, and how often the best token is the same. Rounding to bfloat16,
+which is generally accepted, is the yardstick, for our model and for transformers. Random weights are the hard case for the
+distance, since nothing in them is redundant.
 """
 
 import subprocess

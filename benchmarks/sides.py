@@ -6,8 +6,7 @@
 
 Each line names a method below and its arguments; the reply is one line of JSON with seconds and tokens. Both models stay in
 memory, each in its own process, and a parent process (turns.py) lets them work alternately, so that whatever slows down the
-machine slows down both. Both
-are used as a user would use them: our generate, and transformers' generate.
+machine slows down both. Both are used as a user would use them: our generate, and transformers' generate.
 """
 
 import argparse
