@@ -601,7 +601,7 @@ def test_the_last_word_is_the_text_where_one_is_needed():
         (["photos/*.gif"], 3, "no file matches photos/*.gif"),
         (["none"], 3, "no picture was found"),
         (["--list=lost.txt"], 3, "lost.txt cannot be read"),
-        (["--questions=broken.jsonl"], 3, "line 1 of broken.jsonl"),
+        (["--questions=broken.jsonl"], 3, "broken.jsonl:1 lacks an image or a prefix"),
         (["photos", "--output=no folder/x.jsonl"], 7, "there is no folder no folder"),
         (["photos", "--model_path=no_model"], 4, "no_model"),
         (["photos", "--output=photos/a/1.png"], 7, "is not a file of rows"),
