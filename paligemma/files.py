@@ -55,7 +55,7 @@ def split_file_address(address: str) -> tuple[str, Path]:
     return "" if host.lower() == "localhost" else host, Path(urllib.parse.unquote(slash + path))
 
 
-def shown(path: str | os.PathLike) -> str:
+def shown(path: str | os.PathLike[str]) -> str:
     """A path for messages: one printable line."""
     return one_line(os.fsdecode(path))
 
@@ -122,7 +122,7 @@ def similar_names(name: str, names: list[str]) -> list[str]:
 
 
 def read_regular(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     max_bytes: int,
     error_class: type[PaliGemmaError] = CheckpointError,
     advice: str = "Download it again, or name another folder.",

@@ -93,7 +93,7 @@ class NoWarnings:
         with self.lock:
             self.depth -= 1
             if self.depth == 0:
-                self.filters.__exit__()
+                self.filters.__exit__(None, None, None)
 
 
 NO_WARNINGS = NoWarnings()
