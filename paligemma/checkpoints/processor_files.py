@@ -1,7 +1,7 @@
-"""The files of a processor: reads and checks tokenizer.json and the image settings of a checkpoint's folder; writes them, too.
+"""Reads and checks the files of a processor, tokenizer.json and the image settings, and writes them.
 
-A folder can come from a stranger, so each file is checked before it is used: no file can make a library panic, run a regular
-expression of its author, or contradict the model without an error that names the file. Checked in
+A folder can come from a stranger, so each file is checked before it is used. A file that would make a library panic, that has a
+regular expression of its author, or that contradicts the model is an error with the name of the file. Checked in
 tests/test_processing_paligemma.py.
 """
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from paligemma.checkpoints.weights import ModelFiles
     from paligemma.configuration import PaliGemmaConfig
 
-IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")  # of transformers 5; of earlier versions and the hub
+IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")  # transformers 5 writes the first, earlier ones the second
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-STEPS = ("do_resize", "do_rescale", "do_normalize")  # of an image processor; these are always done
+STEPS = ("do_resize", "do_rescale", "do_normalize")  # settings of an image processor; the three steps are always done
 MAX_NUMBER, MIN_STD = 1e6, 1e-6  # limits for rescale_factor, image_mean and image_std
 # The types of components that Gemma's tokenizer consists of. Other types are refused: they can hold regular expressions from the
 # author of the file, and matching those can take forever or panic in Rust.
@@ -36,13 +36,13 @@ ALLOWED_TYPES = {
     "pre_tokenizer": {"Split", "Sequence"},
     "post_processor": {"TemplateProcessing", "Sequence"},
 }
-# JSON can write ASCII letters as escapes. No program does, so an escape means that the file hides a name.
+# JSON can write ASCII characters as escapes. No usual program does, so such an escape suggests that the file hides a name.
 ASCII_ESCAPES = tuple(f"\\u00{digit}".encode() for digit in range(2, 8))
 CONVERT = "Make one with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
 
 
 def read_processor_files(model: "ModelFiles") -> dict[str, Any]:
-    """The arguments of PaliGemmaProcessor for a model, or for an adapter: files in its own folder replace those of its base.
+    """The arguments of PaliGemmaProcessor for a model. For an adapter, files in its own folder replace the files of its base.
 
     Raises: TokenizerError or CheckpointError if a file is missing or broken, or if files contradict each other; AccessError.
     """
@@ -117,7 +117,7 @@ def check_image_settings(settings: dict, config: "PaliGemmaConfig", path: Path) 
 
 
 def read_normalization(settings: dict, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """rescale_factor float64[3], image_mean float32[3] and image_std float32[3], one value for each of red, green and blue.
+    """rescale_factor float64[C], image_mean float32[C] and image_std float32[C], one value for each of red, green and blue.
 
     Raises: CheckpointError for anything but numbers, and for an image_std that would divide by zero.
     """
@@ -129,7 +129,7 @@ def read_normalization(settings: dict, path: Path) -> tuple[np.ndarray, np.ndarr
 
 
 def three_numbers(settings: dict, name: str, default: float, path: Path) -> np.ndarray:
-    """float64[3] from one number or from three; rescale_factor must be one number. Raises: CheckpointError."""
+    """float64[C] from one number or from three; rescale_factor must be one number. Raises: CheckpointError."""
     value = settings.get(name, default)
     numbers = value if isinstance(value, list) and len(value) == 3 and name != "rescale_factor" else [value]
     if not all(type(number) in (int, float) and abs(number) <= MAX_NUMBER for number in numbers):
@@ -157,7 +157,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # tokenizers raises nothing more precise
         if len(content) <= files.MAX_JSON_BYTES:  # parsing a larger file in Python takes gigabytes of memory
-            files.read_json(path, TokenizerError)  # raises an error with line and column if the file is not JSON
+            files.read_json(path, TokenizerError)  # raises an error with line and column if this is not JSON
         raise TokenizerError(f"{path} is no tokenizer: {one_line(error)}. Download it again.", path=path) from error
     except BaseException as error:  # a panic in Rust, which is not an Exception
         if type(error).__name__ != "PanicException":

@@ -1,17 +1,17 @@
 """Parses answers such as `<loc0102><loc0204>...<seg007>... cat ; ...` into labels, boxes, mask codes and scores; writes them too.
 
-`parse_ids` parses the token ids of an answer: there a location is a single token and cannot be confused with letters.
-`parse_text` parses the text when the ids are gone. The grammar of an answer is
+`parse_ids` parses the token ids of an answer, in which a location is a single token and cannot be confused with ordinary text.
+`parse_text` parses the text if there are no ids. The grammar of an answer is
 
     answer := object (";" object)*        object := location{4} (code{16})? label       location := y_min, x_min, y_max, x_max
 
-but models stop too early, repeat themselves and swap the corners of a box. None of this raises an error: what can be repaired is
-repaired, the rest is left out, and `problems` names each fault with one of the words below. An empty answer ("nothing": no object
-was found) has another status than an answer with words but without a box ("unparsable").
+but models stop too early, repeat themselves and swap the corners of a box. None of this raises an error: faults are repaired if
+possible, otherwise the object is left out, and `problems` lists the faults by the names below. An empty answer has the status
+"nothing" (no object was found); an answer with words but without a box has the status "unparsable".
 
-Only locations are y first, as in the tokens; everything else has x first. The fraction of a location is location / 1023, as in
-the official code (big_vision, pp/proj/paligemma/segmentation.py). Imports neither torch nor numpy. Checked in
-tests/objects/test_outputs.py.
+Only locations are y first, as in the tokens; everything else is x first. A location as a fraction of the picture's side is
+location / 1023, as in the official code (big_vision, pp/proj/paligemma/segmentation.py). Imports neither torch nor numpy. Checked
+in tests/objects/test_outputs.py.
 """
 
 import math
@@ -32,7 +32,7 @@ END_OF_OBJECT = re.compile("[;\n]")
 
 SWAPPED = "swapped"  # y_min > y_max or x_min > x_max: exchanged
 NO_AREA = "no area"  # two equal sides: kept, but the box covers no pixel
-NO_LABEL = "no label"  # refcoco checkpoints answer without labels; otherwise the answer stopped too early
+NO_LABEL = "no label"  # usual for refcoco checkpoints; from others, it means that the answer stopped too early
 NO_BOX = "no box"  # a label or mask codes without locations before them
 CUT_BOX = "cut box"  # fewer than four locations: the object is left out
 CUT_MASK = "cut mask"  # fewer than sixteen mask codes: the box is kept, the codes are dropped
@@ -94,11 +94,11 @@ class ParsedObject:
     Args:
         label: the whole label; "" if the answer has none.
         box: None for a label without a box.
-        locations: the four location tokens as they were generated, 0 to 1023, y x y x; not sorted.
+        locations: the numbers of the four location tokens, 0 to 1023, y x y x, in the generated order (not sorted).
         codes: the sixteen mask codes, 0 to 127.
         score: probability 0 to 1, computed from the log-probabilities of the object's tokens by `object_score`.
-        expected: the box of the mean coordinates. Each mean is taken over the probabilities of the locations near the generated
-            one, so this box is finer than one location.
+        expected: a box that is more precise than the locations: each coordinate is the mean of the locations near the generated
+            one, weighted by their probabilities.
         spread: standard deviation of each coordinate, x y x y, in fractions of the picture's width and height.
         problems: words of PROBLEMS.
         mask: bool[H, W] of the whole picture, if the codes were decoded.
@@ -236,7 +236,7 @@ def object_score(
     label = sum(logprobs[token] for token in partial.label_tokens)
     if expected is None or spread is None:
         return math.exp(label + sum(logprobs[token] for token in partial.location_tokens) / LOCATIONS_PER_BOX)
-    smallest = 1 / NUM_LOCATIONS  # a box of no area would divide by zero
+    smallest = 1 / NUM_LOCATIONS  # avoids a division by zero for a box without area
     sides = 2 * (max(expected.x_max - expected.x_min, smallest), max(expected.y_max - expected.y_min, smallest))
     return math.exp(label - sum(deviation / side for deviation, side in zip(spread, sides, strict=True)) / LOCATIONS_PER_BOX)
 
@@ -352,7 +352,7 @@ def split_text(text: str) -> Iterator[Lexeme]:
 
 
 def parse_text(text: str, denominator: int = NUM_LOCATIONS - 1) -> ParsedAnswer:
-    """The objects in the text of an answer that still has its <loc> and <seg>. Objects have no scores: those need the tokens."""
+    """The objects in the text of an answer with its <loc> and <seg>. They have no scores, because scores need the tokens."""
     return parse(split_text(text), text, denominator)
 
 
