@@ -60,9 +60,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None) -> Tensor:
-    """Grouped-query attention: for each query the mean of the values, weighted by softmax(scores).
-
-    Each key/value head serves N/K neighbouring query heads.
+    """Grouped-query attention, softmax(scale * q k^T) v: each key/value head serves N/K neighbouring query heads.
 
     Args:
         q: [B, N, L, E].
@@ -84,7 +82,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         # kernel that stores all scores. expand() repeats the key heads; with K = 1 it makes no copy, and all kernels accept this.
         k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))  # [B, N, S, E], [B, N, S, E]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    blocks = []
+    blocks = []  # torch's fused kernel has no soft cap, so the scores are computed here, for a block of queries at a time
     for start in range(0, length, QUERY_BLOCK):
         block = q[:, :, start : start + QUERY_BLOCK].reshape(b, k.shape[1], -1, e)  # [B, K, N/K*L, E]
         scores = (block @ k.transpose(2, 3)).float() * scale  # [B, K, N/K*L, S]

@@ -26,11 +26,16 @@ from paligemma.vocabulary import IGNORE_INDEX
 def prefix_lm_mask(attention_mask: Tensor, token_type_ids: Tensor, window: int | None = None) -> Tensor:
     """The attention mask of a prefix LM: full attention within picture and prompt, causal attention for the answer.
 
-    The mask of one row with three tokens of picture and prompt and two       1 1 1 . .
-    tokens of the answer, where rows are queries and columns are keys:        1 1 1 . .
-                                                                              1 1 1 . .
-    Args:                                                                     1 1 1 1 .
-        attention_mask: [B, L], 1 = token, 0 = padding.                       1 1 1 1 1
+    Three tokens of picture and prompt, then two tokens of the answer (lines are queries, columns are keys, 1 = may look):
+
+        1 1 1 . .
+        1 1 1 . .
+        1 1 1 . .
+        1 1 1 1 .
+        1 1 1 1 1
+
+    Args:
+        attention_mask: [B, L], 1 = token, 0 = padding.
         token_type_ids: [B, L], 0 = picture and prompt, 1 = answer; for padding the value does not matter.
         window: if given, tokens attend only to the newest `window` tokens, themselves included; picture and prompt still attend
             to each other fully.
@@ -115,7 +120,10 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         return self.language_model.model.norm.weight.device
 
     def new_cache(self, batch: int, slots: int, kind: type[KVCache] = KVCache) -> KVCache:
-        """An empty cache for `batch` rows of at most `slots` tokens each: picture, prompt and answer together."""
+        """An empty cache for `batch` rows of at most `slots` tokens each: picture, prompt and answer together.
+
+        `kind` may be a subclass, such as the BatchCache of layers/batch_cache.py, which has slices.
+        """
         return kind(self.config.text_config, batch, slots, device=self.device, dtype=self.dtype)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:

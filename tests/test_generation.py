@@ -28,7 +28,7 @@ from tests.tiny import BOS, FAMILIES, IMAGE, PAD, PATCHES, VOCAB, make_batch, ma
 
 # (pictures, tokens of prompt, tokens of an answer already begun) of each row
 ROWS = [(1, 5, 0), (2, 3, 0), (0, 4, 0), (1, 2, 4), (1, 9, 0)]
-NEVER_SAID = [IMAGE]
+NEVER_GENERATED = [IMAGE]
 CASES = [("gemma", None), ("gemma2", None), ("gemma2", 8)]  # family and window
 
 
@@ -52,7 +52,7 @@ def one_row(batch, i):
 
 
 def eos_that_ends_rows_at_different_steps(tokens):
-    """A token that some rows say early and others late or never."""
+    """A token that some rows generate early and others late or never."""
     firsts = {token: [row.index(token) for row in tokens.tolist() if token in row] for token in tokens.unique().tolist()}
     return max(firsts, key=lambda token: (len(set(firsts[token])) > 1, len(firsts[token]) < len(tokens), len(firsts[token])))
 
@@ -62,10 +62,10 @@ def eos_that_ends_rows_at_different_steps(tokens):
 
 def transformers_tokens(reference, batch, steps, eos=None):
     with torch.no_grad():
-        said = reference.generate(
-            **batch, max_new_tokens=steps, do_sample=False, suppress_tokens=NEVER_SAID, eos_token_id=eos, pad_token_id=PAD
+        generated = reference.generate(
+            **batch, max_new_tokens=steps, do_sample=False, suppress_tokens=NEVER_GENERATED, eos_token_id=eos, pad_token_id=PAD
         )
-    return said[:, batch["input_ids"].shape[1] :]
+    return generated[:, batch["input_ids"].shape[1] :]
 
 
 @pytest.mark.parametrize("family, window", CASES)
@@ -102,7 +102,7 @@ def test_greedy_tokens_in_bfloat16_equal_transformers_on_the_same_kernels(pad):
 
 
 @pytest.mark.parametrize("family, window", CASES)
-def test_the_plain_loop_says_what_generate_says(family, window):
+def test_the_plain_loop_gives_the_same_answers_as_generate(family, window):
     model = make_windowed(family, window)
     batch = make_batch(ROWS)
     tokens = collect(model, batch, max_new_tokens=12)
@@ -131,15 +131,15 @@ def test_each_step_equals_a_full_forward(family, window):
     for i in range(len(ROWS)):
         row = one_row(batch, i)
         is_token = row.pop("attention_mask")[0].bool()
-        said = torch.tensor([int(step.tokens[i]) for step in steps])
+        generated = torch.tensor([int(step.tokens[i]) for step in steps])
         start = int(is_token.sum())
-        row["input_ids"] = torch.cat((row["input_ids"][:, is_token], said[None]), dim=1)
+        row["input_ids"] = torch.cat((row["input_ids"][:, is_token], generated[None]), dim=1)
         row["token_type_ids"] = torch.cat((row["token_type_ids"][:, is_token], torch.ones(1, 10, dtype=torch.int64)), dim=1)
         with torch.no_grad():
             logits = model(**row)[0, start - 1 : -1]
-        logits[:, NEVER_SAID] = -torch.inf
-        assert torch.equal(logits.argmax(-1), said)
-        expected = logits.log_softmax(-1).gather(1, said[:, None])[:, 0]
+        logits[:, NEVER_GENERATED] = -torch.inf
+        assert torch.equal(logits.argmax(-1), generated)
+        expected = logits.log_softmax(-1).gather(1, generated[:, None])[:, 0]
         torch.testing.assert_close(torch.stack([step.logprobs[i] for step in steps]), expected, rtol=0, atol=2e-5)
 
 
@@ -151,7 +151,7 @@ def test_left_and_right_padding_give_the_same_answers(family, window):
 
 
 @pytest.mark.parametrize("family, window", CASES)
-def test_a_row_in_a_batch_says_what_it_says_alone(family, window):
+def test_a_row_in_a_batch_has_the_same_answer_as_alone(family, window):
     model = make_windowed(family, window)
     batch = make_batch(ROWS)
     together = collect(model, batch, max_new_tokens=10)
@@ -172,9 +172,9 @@ def test_prompts_read_in_several_passes_give_the_same_answers(monkeypatch):
 def test_text_without_token_types_or_mask_is_continued():
     model = make_model("gemma")
     ids = make_batch([(0, 5, 0)])["input_ids"]
-    said = collect(model, {"input_ids": ids}, max_new_tokens=6)
+    generated = collect(model, {"input_ids": ids}, max_new_tokens=6)
     causal = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.ones_like(ids)}
-    assert torch.equal(said, collect(model, causal, max_new_tokens=6))
+    assert torch.equal(generated, collect(model, causal, max_new_tokens=6))
 
 
 # Pictures
@@ -236,11 +236,11 @@ def test_pixels_and_features_may_come_in_one_stream():
         assert [answers[i] for i in range(len(ROWS))] == expected
 
 
-# A stand-in that says what it is told
+# A model that generates what a script says
 
 
 class Scripted(torch.nn.Module):
-    """Says what it is told: a row whose prompt is [n] says scripts[n]. What it remembers of a row is in the cache alone."""
+    """A row with the prompt [n] generates the tokens scripts[n]. All that is known of a row is stored in the cache."""
 
     def __init__(self, scripts, image=IMAGE, vocabulary=VOCAB, context=8192):
         super().__init__()
@@ -281,7 +281,7 @@ def ask(*numbers):
     return {"input_ids": torch.tensor(numbers)[:, None]}
 
 
-def test_ended_rows_say_pad_and_cost_nothing():
+def test_finished_rows_get_pad_and_cost_nothing():
     model = Scripted({3: [10, 11, 1, 99, 99], 4: [20, 1, 99, 99, 99], 5: [30, 31, 32, 33, 1]})
     steps = list(generate_steps(model, ask(3, 4, 5), max_new_tokens=9, eos_token_id=1))
     assert [step.tokens.tolist() for step in steps] == [
@@ -316,8 +316,8 @@ def test_it_ends_when_all_rows_have_ended():
 @pytest.mark.parametrize("eos, lengths", [(1, 4), ([1, 12], 3), ((12,), 3), ({11, 1}, 2), ([], 6), (None, 6)])
 def test_eos_is_a_token_a_list_or_none(eos, lengths):
     model = Scripted({3: [10, 11, 12, 1, 13, 14]})
-    said = collect(model, ask(3), max_new_tokens=6, eos_token_id=eos)
-    assert said[0].tolist() == [10, 11, 12, 1, 13, 14][:lengths]
+    generated = collect(model, ask(3), max_new_tokens=6, eos_token_id=eos)
+    assert generated[0].tolist() == [10, 11, 12, 1, 13, 14][:lengths]
 
 
 def test_each_step_is_a_new_tensor():
@@ -332,7 +332,7 @@ def test_each_step_is_a_new_tensor():
     assert torch.stack(kept).tolist() == seen
 
 
-def saying_the_last_it_may(image, vocabulary):
+def preferring_the_last_token(image, vocabulary):
     model = Scripted({3: [5]}, image=image, vocabulary=vocabulary)
     model.logits = lambda cache: torch.arange(vocabulary).float().repeat(len(cache.lengths), 1)
     return model
@@ -350,7 +350,7 @@ def saying_the_last_it_may(image, vocabulary):
     ],
 )
 def test_image_tokens_and_what_is_suppressed_are_never_generated(image, vocabulary, suppressed, expected):
-    model, options = saying_the_last_it_may(image, vocabulary), {"max_new_tokens": 1, "suppress_tokens": suppressed}
+    model, options = preferring_the_last_token(image, vocabulary), {"max_new_tokens": 1, "suppress_tokens": suppressed}
     assert collect(model, ask(3), **options).tolist() == [[expected]]
     assert [answer.token_ids for answer in generate_many(model, [ask(3)] * 2, rows=2, **options)] == [[expected]] * 2
     assert next(generate_steps(model, ask(3), **options)).logprobs.exp() > 0.6  # of what may be generated: 1 / (1 + 1/e + ...)
@@ -441,7 +441,7 @@ def test_answers_of_one_token_flow_through():
 
 
 @pytest.mark.parametrize("family, window", CASES)
-def test_refilled_rows_say_what_they_say_alone(family, window):
+def test_requests_in_refilled_rows_have_the_same_answers_as_alone(family, window):
     model = make_windowed(family, window)
     shapes = [(1, 5, 0), (0, 2, 0), (2, 3, 0), (1, 12, 0), (0, 7, 0), (1, 2, 0), (3, 4, 0)]
     requests = [make_batch([shape], seed=i) for i, shape in enumerate(shapes)]
@@ -450,7 +450,7 @@ def test_refilled_rows_say_what_they_say_alone(family, window):
     alone = []
     for row in free.tolist():
         alone.append(row[: row.index(eos) + 1] if eos in row else row)
-    assert len({len(said) for said in alone}) > 1
+    assert len({len(generated) for generated in alone}) > 1
     for rows, order in itertools.product((1, 2, 3, 7, 20), ([0, 1, 2, 3, 4, 5, 6], [6, 2, 5, 0, 3, 1, 4])):
         answers = list(generate_many(model, [requests[i] for i in order], rows=rows, max_new_tokens=9, eos_token_id=eos))
         assert sorted(answer.index for answer in answers) == list(range(7))
@@ -472,7 +472,7 @@ def test_a_longer_request_enlarges_the_cache():
         assert answers[i] == collect(model, request, max_new_tokens=6)[0].tolist()
 
 
-def test_rows_in_flight_go_on_in_the_larger_cache():
+def test_running_rows_continue_in_the_larger_cache():
     model = Scripted({3: [10, 1], 4: [20, 21, 22, 23, 1], 5: [99] * 19 + [30, 1]})
     requests = [ask(3), ask(4), {"input_ids": torch.tensor([[5] + [9] * 19])}]
     answers = list(generate_many(model, requests, rows=2, max_new_tokens=5, eos_token_id=1))
@@ -496,13 +496,13 @@ def test_draws_of_a_request_do_not_depend_on_what_runs_beside_it():
 
 @pytest.fixture
 def ahead(monkeypatch):
-    """As if the device worked by itself. What happens, in order: "said n" when n rows say a token, "read n" when it is read."""
+    """Runs ahead, as on CUDA. Returns the events in order: "start n" = n rows generate a token, "read n" = it is read."""
     events = []
 
     class Watched(generation.PendingTokens):
         def __init__(self, rows, numbers):
             super().__init__(rows, numbers)
-            events.append(f"said {len(rows)}")
+            events.append(f"start {len(rows)}")
 
         def wait(self):
             pairs = super().wait()
@@ -515,19 +515,19 @@ def ahead(monkeypatch):
     return events
 
 
-def test_the_next_step_is_under_way_before_the_last_is_read(ahead):
+def test_the_next_step_starts_before_the_last_is_read(ahead):
     model = Scripted({3: [10, 11, 12, 13, 14, 15]})
     assert collect(model, ask(3), max_new_tokens=5)[0].tolist() == [10, 11, 12, 13, 14]
-    assert ahead == ["said 1", "read 1", "said 1", "said 1", "read 1", "said 1", "read 1", "said 1", "read 1", "read 1"]
+    assert ahead == ["start 1", "read 1", "start 1", "start 1", "read 1", "start 1", "read 1", "start 1", "read 1", "read 1"]
 
 
-def test_what_a_row_says_behind_its_end_is_dropped(ahead):
+def test_what_a_row_generates_after_its_end_is_dropped(ahead):
     model = Scripted({3: [10, 1, 12, 13, 14], 4: [20, 21, 22, 1, 24, 25, 26]})
-    said = [(step.tokens.tolist(), step.is_finished.tolist()) for step in
-            generate_steps(model, ask(3, 4), max_new_tokens=6, eos_token_id=1)]  # fmt: skip
-    assert said == [([10, 20], [False, False]), ([1, 21], [True, False]), ([PAD, 22], [True, False]), ([PAD, 1], [True, True])]
-    assert ahead[:2] == ["said 2", "read 2"]
-    assert ahead[2:] == ["said 2", "said 2", "read 2", "said 1", "read 1", "said 1", "read 1"]
+    steps = [(step.tokens.tolist(), step.is_finished.tolist()) for step in
+             generate_steps(model, ask(3, 4), max_new_tokens=6, eos_token_id=1)]  # fmt: skip
+    assert steps == [([10, 20], [False, False]), ([1, 21], [True, False]), ([PAD, 22], [True, False]), ([PAD, 1], [True, True])]
+    assert ahead[:2] == ["start 2", "read 2"]
+    assert ahead[2:] == ["start 2", "start 2", "read 2", "start 1", "read 1", "start 1", "read 1"]
 
 
 @pytest.mark.parametrize("options", [{}, {"sampling": Sampling(temperature=2.0, seed=3)}])
@@ -542,7 +542,7 @@ def test_answers_one_step_ahead_are_the_same(family, window, options, request):
     ours = sorted(generate_many(model, requests, **options), key=lambda answer: answer.index)
     assert [(a.token_ids, a.finish_reason) for a in ours] == [(a.token_ids, a.finish_reason) for a in plain]
     assert {a.finish_reason for a in plain} == {"stop", "length"}
-    assert ["said 3", "said 3"] in [events[i : i + 2] for i in range(len(events))]
+    assert ["start 3", "start 3"] in [events[i : i + 2] for i in range(len(events))]
     for a, b in zip(ours, plain, strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)  # other rows beside it: sums in another order
 
@@ -550,28 +550,28 @@ def test_answers_one_step_ahead_are_the_same(family, window, options, request):
 def test_an_answer_of_one_token_is_not_followed_by_a_step(ahead):
     model = Scripted({3: [10], 4: [20]})
     assert [answer.token_ids for answer in generate_many(model, [ask(3), ask(4)], rows=2, max_new_tokens=1)] == [[10], [20]]
-    assert model.passes == ["prefill 2"] and ahead == ["said 2", "read 2"]
+    assert model.passes == ["prefill 2"] and ahead == ["start 2", "read 2"]
 
 
 class Attentive:
-    """A grammar that allows everything, but must have heard each token before it is asked about the next."""
+    """A grammar that allows every token, but must be told each token before it is asked about the next."""
 
     def __init__(self):
-        self.heard, self.asked = [], 0
+        self.advanced, self.asked = [], 0
 
     def start(self, limit):  # noqa: ARG002  (the signature is that of a grammar)
         return Attentive()
 
     def allowed_tokens(self):
-        assert self.asked == len(self.heard)
+        assert self.asked == len(self.advanced)
         self.asked += 1
         return torch.arange(VOCAB)
 
     def advance(self, token):
-        self.heard.append(token)
+        self.advanced.append(token)
 
 
-def test_a_row_with_a_grammar_is_read_before_it_goes_on(ahead):
+def test_a_row_with_a_grammar_is_read_before_its_next_step(ahead):
     long = [20, 21, 22, 23, 24, 25, 26, 27, 1]
     model = Scripted({3: [10, 11, 1, 99], 4: [*long, 99], 5: [30, 31, 32, 33, 1, 99], 6: [40, 41, 1, 99]})
     requests = [ask(3), ask(4), ask(5) | {"grammar": Attentive()}, ask(6)]
@@ -579,7 +579,7 @@ def test_a_row_with_a_grammar_is_read_before_it_goes_on(ahead):
     assert {answer.index: answer.token_ids for answer in answers} == {
         0: [10, 11, 1], 1: long, 2: [30, 31, 32, 33, 1], 3: [40, 41, 1]
     }  # fmt: skip
-    assert ["said 2", "said 2"] in [ahead[i : i + 2] for i in range(len(ahead))]  # ahead while it could be
+    assert ["start 2", "start 2"] in [ahead[i : i + 2] for i in range(len(ahead))]  # ahead while it could be
 
 
 # Sampling
@@ -631,8 +631,8 @@ def test_drawn_answers_follow_the_models_distribution():
     # 3000 rows draw one token each; four standard deviations of a share are at most 4 * sqrt(1/4 / 3000) = 0.037.
     model = Scripted({3: [0]})
     model.logits = lambda cache: torch.tensor(PROBABILITIES + [0.0] * (VOCAB - 7)).log().repeat(len(cache.lengths), 1)
-    said = collect(model, ask(*[3] * 3000), max_new_tokens=1, sampling=Sampling(temperature=1, seed=0))[:, 0]
-    torch.testing.assert_close(torch.bincount(said, minlength=7) / 3000, torch.tensor(PROBABILITIES), rtol=0, atol=0.037)
+    generated = collect(model, ask(*[3] * 3000), max_new_tokens=1, sampling=Sampling(temperature=1, seed=0))[:, 0]
+    torch.testing.assert_close(torch.bincount(generated, minlength=7) / 3000, torch.tensor(PROBABILITIES), rtol=0, atol=0.037)
 
 
 def test_top_p_keeps_the_fewest_that_reach_it():
@@ -760,9 +760,9 @@ def test_temperature_zero_is_greedy_and_next_to_it_as_good(temperature):
 @pytest.mark.parametrize("temperature", [1e6, 1e40, 1e300])
 def test_a_huge_temperature_draws_evenly_but_never_an_image_token(temperature):
     model = Scripted({3: [5]})
-    said = collect(model, ask(*[3] * 400), max_new_tokens=1, sampling=Sampling(temperature, seed=0))
-    assert IMAGE not in said
-    assert len(said.unique()) > 100  # 400 draws of 128 leave out 128 * (127/128)^400 = 6 on average
+    generated = collect(model, ask(*[3] * 400), max_new_tokens=1, sampling=Sampling(temperature, seed=0))
+    assert IMAGE not in generated
+    assert len(generated.unique()) > 100  # 400 draws of 128 leave out 128 * (127/128)^400 = 6 on average
 
 
 def test_sampling_is_greedy_until_a_temperature_top_p_or_top_k_is_given():
@@ -811,43 +811,44 @@ def test_another_object_moves_the_deviation_of_a_coordinate_and_not_its_mean():
     assert std.item() == pytest.approx((0.6 + 0.4 * 599**2) ** 0.5)
 
 
-def moments_of_said(model, row, said):
-    """The moments at each token said, from a pass over the row and the answer at once."""
-    steps = torch.arange(len(said))
+def moments_of_answer(model, row, generated):
+    """The moments at each token of the answer, from one forward pass over prompt and answer."""
+    steps = torch.arange(len(generated))
     is_token = row.pop("attention_mask")[0].bool()
     start = int(is_token.sum())
-    row["input_ids"] = torch.cat((row["input_ids"][:, is_token], said[None]), dim=1)
-    row["token_type_ids"] = torch.cat((row["token_type_ids"][:, is_token], torch.ones_like(said)[None]), dim=1)
+    row["input_ids"] = torch.cat((row["input_ids"][:, is_token], generated[None]), dim=1)
+    row["token_type_ids"] = torch.cat((row["token_type_ids"][:, is_token], torch.ones_like(generated)[None]), dim=1)
     with torch.no_grad():
-        mean, std = coordinate_moments(model(**row)[0, start - 1 + steps], said, BINS)
+        mean, std = coordinate_moments(model(**row)[0, start - 1 + steps], generated, BINS)
     return list(zip(mean.tolist(), std.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_places_come_with_the_tokens_that_are_locations_and_with_no_other(family):
+def test_moments_come_with_the_tokens_that_are_locations_and_with_no_other(family):
     model, batch = make_model(family), make_batch(ROWS)
     options = {"max_new_tokens": 10, "sampling": Sampling(temperature=2.0, seed=0)}
     steps = list(generate_steps(model, batch, locations=BINS, **options))
     assert any(place is None for step in steps for place in step.moments)
     assert sum(place is not None for step in steps for place in step.moments) > 5
     for i in range(len(ROWS)):
-        said = torch.stack([step.tokens[i] for step in steps])
-        expected = moments_of_said(model, one_row(batch, i), said)
-        for step, token, moments in zip(steps, said.tolist(), expected, strict=True):
+        generated = torch.stack([step.tokens[i] for step in steps])
+        expected = moments_of_answer(model, one_row(batch, i), generated)
+        for step, token, moments in zip(steps, generated.tolist(), expected, strict=True):
             # One query at a time instead of all moves the logits by 3e-6, and 32 bins by no more than 1e-4.
             assert (step.moments[i] is None) == (token not in BINS)
             assert step.moments[i] is None or step.moments[i] == pytest.approx(moments, rel=0, abs=1e-3)
 
 
-def test_places_change_neither_tokens_nor_logprobs_and_are_none_when_not_asked_for():
+def test_moments_change_neither_tokens_nor_logprobs_and_are_none_when_not_asked_for():
     model = make_model("gemma2")
-    plain, placed = (list(generate_steps(model, make_batch(ROWS), max_new_tokens=8, locations=bins)) for bins in (None, BINS))
-    for one, other in zip(plain, placed, strict=True):
+    batch = make_batch(ROWS)
+    plain, with_moments = (list(generate_steps(model, batch, max_new_tokens=8, locations=bins)) for bins in (None, BINS))
+    for one, other in zip(plain, with_moments, strict=True):
         assert torch.equal(one.tokens, other.tokens) and torch.equal(one.logprobs, other.logprobs)
         assert one.moments == [None] * len(ROWS)
 
 
-def test_answers_carry_the_places_of_their_steps():
+def test_answers_have_the_moments_of_their_steps():
     model, batch = make_model("gemma"), make_batch(ROWS)
     eos = eos_that_ends_rows_at_different_steps(collect(model, batch, max_new_tokens=9))
     steps = list(generate_steps(model, batch, max_new_tokens=9, eos_token_id=eos, locations=BINS))

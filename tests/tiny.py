@@ -1,8 +1,8 @@
 """Tiny seeded models of both families, ours and the transformers reference with the same weights, and batches for them.
 
-The numbers are chosen so that a mistake shows: the decoder's width is not heads times head width, the query scale of Gemma 2
-is not that of the head width, the caps are small enough to bend, norm weights and biases are not zero, and every weight is
-large enough that a missing term moves the logits by far more than rounding does.
+The numbers are chosen so that mistakes are visible: the width of the decoder is not the number of heads times the head width, the
+query scale of Gemma 2 is not computed from the head width, the soft caps are small enough to change the scores, norm weights and
+biases are not zero, and all weights are so large that a missing term changes the logits by far more than rounding does.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
 FAMILIES = ("gemma", "gemma2")
 SIDE, PATCHES = 28, 4  # a picture of 2 x 2 patches
-PAD, EOS, BOS, IMAGE, VOCAB = 0, 1, 2, 128, 160  # as on the hub, <image> is followed by rows that nobody trained
+PAD, EOS, BOS, IMAGE, VOCAB = 0, 1, 2, 128, 160  # as on the hub, the embedding has untrained rows after <image>
 
 
 def raw_config(family: str, **text: object) -> dict:

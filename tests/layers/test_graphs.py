@@ -1,4 +1,4 @@
-"""Recorded steps say what plain ones say, and everything about them that a CPU can show.
+"""Recorded steps give the same logits as plain steps, and whatever else a CPU can show about them.
 
 A CUDA graph cannot be made here. `Replayed` stands in for it: it runs the recorded work again on the same memory, hands the
 result out in the same place. What would spoil a graph, a value of a tensor that Python wants to know, is found in two other ways:
@@ -36,7 +36,7 @@ def make(family="gemma", window=None, **text):
 
 
 def script(rows, steps, seed=0):
-    """Tokens int64[steps, rows] that nobody chose: what is compared are the logits behind them."""
+    """Random tokens int64[steps, rows]: the tests compare the logits after them."""
     return torch.randint(3, IMAGE, (steps, rows), generator=torch.Generator().manual_seed(seed))
 
 
@@ -83,7 +83,7 @@ def answer(model, batch, tokens, slots=40):
 
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS])
 @pytest.mark.parametrize("family, window", FORMS)
-def test_recorded_steps_say_what_plain_ones_say(family, window, rows, recorder):
+def test_recorded_steps_give_the_logits_of_plain_steps(family, window, rows, recorder):
     # A mask over more slots adds zeros to sums in another order: 1.0e-5 is the largest gap over 20 seeds, in logits of 20.
     batch, tokens = make_batch(rows, "right"), script(len(rows), 14)
     plain, _ = answer(make(family, window), batch, tokens)
@@ -146,7 +146,7 @@ def test_many_answers_are_the_same_as_without_graphs(family, recorder):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generate_says_the_same_as_without_graphs(family, recorder):
+def test_generate_gives_the_same_tokens_as_without_graphs(family, recorder):
     batch = make_batch(ROWS)
     plain, ours = (torch.stack(list(generate(model, batch, max_new_tokens=20))) for model in (make(family), recorded(family)))
     assert torch.equal(plain, ours) and recorder.replays > 10
@@ -214,7 +214,7 @@ def test_logits_stay_when_the_next_step_has_run():
     assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True)) and not torch.equal(kept[-1], kept[-2])
 
 
-def test_a_recording_that_fails_is_said_once_and_decoding_goes_on(monkeypatch, caplog):
+def test_a_recording_that_fails_is_logged_once_and_decoding_continues(monkeypatch, caplog):
     def fail(work, pool):  # noqa: ARG001  (the signature is that of graphs.record)
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
@@ -255,7 +255,7 @@ def compiled(monkeypatch):
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("family, window", FORMS)
-def test_the_compiled_step_has_no_break_and_says_the_same(family, window, recorder):
+def test_the_compiled_step_has_no_graph_break_and_gives_the_same_logits(family, window, recorder):
     batch, tokens = make_batch(ROWS, "right"), script(3, 4)
     plain, _ = answer(make(family, window, num_hidden_layers=2), batch, tokens)
     ours, cache = answer(recorded(family, window, compile_after=0, num_hidden_layers=2), batch, tokens)
@@ -274,7 +274,7 @@ def test_a_step_is_compiled_after_so_many(recorder):
 
 
 @pytest.mark.usefixtures("recorder")
-def test_compiling_that_fails_is_said_once_and_decoding_goes_on(monkeypatch, caplog):
+def test_compiling_that_fails_is_logged_once_and_decoding_continues(monkeypatch, caplog):
     import torch._dynamo
 
     def fail(model, cache, tokens):  # noqa: ARG001  (the signature is that of a step)
