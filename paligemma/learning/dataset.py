@@ -71,10 +71,10 @@ WARNINGS = {  # for problems of objects.outputs
 }
 MAX_SWAPPED = 0.2  # if a larger share of the boxes has swapped corners, the whole file probably uses another order
 MAX_PROMPTS = 50  # a file with at most this many different prompts uses fixed prompts, which the validation file should share
-NUM_THREADS = 4  # that check pictures; images.MEMORY limits the memory of all of them together
+NUM_THREADS = 4  # for checking pictures; images.MEMORY limits the memory of all threads together
 GOLDEN_RATIO = 0.5 + 5**0.5 / 2
-ADVICE = re.compile(r"(?<=[^.])\. [^.]*\.$")  # last sentence of an error about a picture; it names flags of other programs
-CONTROL = re.compile(r"<(?:image|bos|eos|pad)>")
+ADVICE = re.compile(r"(?<=[^.])\. [^.]*\.$")  # last sentence of an error about a picture; it names flags that finetune lacks
+CONTROL_TOKEN = re.compile(r"<(?:image|bos|eos|pad)>")
 
 
 @dataclass(frozen=True)
@@ -346,8 +346,8 @@ def check_pictures(split: Split) -> None:
         found = dict(zip(paths, threads.map(check, paths), strict=True))
     faults = {path: fault for path, (_, fault, _) in found.items() if fault is not None}
     if num_dark := sum(is_dark for _, _, is_dark in found.values()):
-        text = f"{num_dark} of {counted(len(paths), 'picture')} with 16 bits, nearly black; --stretch makes their brightest white"
-        split.warnings.append(Problem(split.file, 0, text))
+        text = f"{num_dark} of {counted(len(paths), 'picture')} have 16 bits and are nearly black"
+        split.warnings.append(Problem(split.file, 0, f"{text}; --stretch shows their brightest value as white"))
     split.drop(Problem(split.file, line.line, faults[line.image]) for line in split.examples if line.image in faults)
     split.hashes = [found[example.image][0] for example in split.examples]
 
@@ -402,7 +402,7 @@ def text_warnings(prefix: str, suffix: str) -> list[str]:
     unknown = [token for token in tokens if not LOCATION_OR_CODE.fullmatch(token)]
     more = f", and {counted(len(unknown) - 3, 'other')} like it" if len(unknown) > 3 else ""
     texts = [f"{token} is not a token; <loc0000> to <loc1023> and <seg000> to <seg127> are{more}" for token in unknown[:3]]
-    control = dict.fromkeys(CONTROL.findall(f"{prefix} {suffix}"))
+    control = dict.fromkeys(CONTROL_TOKEN.findall(f"{prefix} {suffix}"))
     texts += [f"{token} is treated as plain text; the processor adds this token where needed, so remove it" for token in control]
     texts += ["the suffix begins or ends with white space, which would be learned"] * (suffix.strip() not in ("", suffix))
     if LOCATION_OR_CODE.search(suffix):

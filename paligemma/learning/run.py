@@ -94,7 +94,7 @@ class Run:
 
         Yields: each line of metrics.jsonl, of an update or of an evaluation, after it was written.
         Raises: ImageError if a picture was deleted or changed during the run, DeviceError if memory runs out, CheckpointError
-            if no loss is finite any more.
+            as Trainer.update.
         """
         trainer, start, is_stopped = self.trainer, time.perf_counter(), False
         if from_first(self.lacks_evaluation):  # the run was stopped between saving and evaluating

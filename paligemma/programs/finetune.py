@@ -30,7 +30,6 @@ from paligemma.files import expand_text, stat_path
 from paligemma.learning import run_folder
 from paligemma.learning.processes import barrier, from_first, group, is_first, leave, num_on_this_machine, world_size
 from paligemma.programs import commandline
-from paligemma.programs.commandline import note
 from paligemma.programs.config_file import read_config
 from paligemma.programs.options import PictureFlags, picture_options, require
 from paligemma.programs.progress import progress, show, stop_signals
@@ -247,7 +246,7 @@ def train(flags: Flags, device: "torch.device") -> None:
     if not flags.preview:
         from_first(lambda: run_folder.check_unused(folder, flags.resume))
 
-    # 1. The starting model, for now on the meta device, without its weights.
+    # 1. The starting model: its settings, and a copy without weights (on the meta device).
     checkpoint = open_checkpoint(flags.model_path, revision=flags.revision, base_model=flags.base_model)
     config, stored_kind = checkpoint.config, checkpoint.stored_kind
     if stored_kind is not None:
@@ -267,14 +266,15 @@ def train(flags: Flags, device: "torch.device") -> None:
     blueprint = empty_model(config)
     choose_trained(blueprint)
 
-    # 2. The data.
+    # 2. The data. The context of the model holds the image tokens and up to max_tokens tokens of text.
+    max_tokens = config.text_config.max_position_embeddings - config.num_image_tokens
+    limit = min(flags.max_text_tokens, max_tokens)
+
     def read_data() -> list[dataset.Split]:
-        paths, max_tokens = [path for path in (flags.train, flags.valid) if path], config.text_config.max_position_embeddings
-        max_tokens -= config.num_image_tokens
-        limit = min(flags.max_text_tokens, max_tokens)
+        paths = [path for path in (flags.train, flags.valid) if path]
         splits = dataset.read_splits(paths, flags.image_dir, picture_options(flags), checkpoint.processor, limit)
         for line in (line for split in splits for line in dataset.report(split)):
-            note(line)
+            show(line)
         dataset.require_usable(splits, flags.skip_bad, max_tokens)
         return splits
 
@@ -350,9 +350,7 @@ def program(flags: Flags) -> None:
         raise DeviceError("--tensorboard needs a package. Install it: pip install tensorboard.")
     machine.use_cores()
     machine.check_torch()
-    from paligemma.machine import find_device
-
-    device = find_device(flags.device)
+    device = machine.find_device(flags.device)
     with group(device):
         train(flags, device)
 

@@ -18,8 +18,10 @@ def show(text: str) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Yields the list of received signals. The first one asks the run to stop after the current update and to save; at the second
-    one Interrupted is raised."""
+    """Yields the list of received signals, which is empty at first.
+
+    One signal means that the run should stop after the current update and save. A second signal raises Interrupted.
+    """
     received: list[int] = []
 
     def receive(signum: int, _frame: object) -> None:
@@ -36,7 +38,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def progress(step: int, steps: int) -> Iterator[Callable[[dict], None]]:
-    """Yields a function that shows a line of metrics.jsonl: on a terminal as a progress bar, else about every 20th update."""
+    """Yields a function that shows a line of metrics.jsonl: in a progress bar on a terminal, else about 20 updates as text."""
     is_terminal = sys.stderr is not None and sys.stderr.isatty() and is_first()
     interval, bar = max(1, steps // 20), None
     if is_terminal:
