@@ -10,12 +10,13 @@ Checked in tests/test_model.py, which also runs the examples below.
 Shapes: C channels, H W pixels, P patches per image, D model width.
 """
 
+import functools
 import io
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, overload
+from typing import IO, TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypeAlias, TypeVar, cast, overload
 
 import torch
 from PIL import Image
@@ -50,6 +51,7 @@ Picture: TypeAlias = (
     "| EncodedPicture"
 )
 AnyPicture = TypeVar("AnyPicture", bound=Picture)
+Options = ParamSpec("Options")
 T = TypeVar("T")
 
 
@@ -143,122 +145,33 @@ class DetectionResult(Sequence[DetectedObject]):
         return exports.to_supervision(self._parsed, self.width, self.height)
 
 
-class EncodedPicture:
-    """A picture and its image features: the methods of Model without their first argument. Made by Model.look.
+class Verb(Protocol[Options, T]):
+    """A method for one picture, which returns one answer, or for a list or tuple of pictures, which returns a list of answers."""
 
-    Leaving the `with` block, or `close`, frees the features.
-
-    Attributes:
-        picture: the original, RGB and upright.
-        features: float[1, P, D] of encode_images, in the dtype and on the device of the model.
-    """
-
-    def __init__(self, model: "Model", picture: Any):
-        self.picture: Image.Image = load_image(picture)
-        self._model = model
-        with torch.no_grad(), machine.memory_errors("looking at the picture"):
-            self._features: Tensor | None = model.network.encode_images(model.processor.pixels([self.picture]))
-
-    @property
-    def features(self) -> Tensor:
-        if self._features is None:
-            raise UsageError("this picture was closed. Ask inside the `with` block, or call model.look(...) again.")
-        return self._features
-
-    def close(self) -> None:
-        self._features = None
-
-    def __enter__(self) -> "EncodedPicture":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def caption(
-        self, *, language: str = "en", sampling: Sampling | None = None, max_new_tokens: int | None = None
-    ) -> str:
-        """As Model.caption."""
-        return self._model.caption(self, language=language, sampling=sampling, max_new_tokens=max_new_tokens)
-
-    def ask(
-        self, question: str, *, language: str = "en", sampling: Sampling | None = None, max_new_tokens: int | None = None
-    ) -> str:
-        """As Model.ask."""
-        return self._model.ask(self, question, language=language, sampling=sampling, max_new_tokens=max_new_tokens)
-
-    def detect(
-        self, *labels: str, grammar: bool = False, min_score: float | None = None, sampling: Sampling | None = None,
-        max_new_tokens: int | None = None,
-    ) -> DetectionResult:  # fmt: skip
-        """As Model.detect."""
-        return self._model.detect(
-            self, *labels, grammar=grammar, min_score=min_score, sampling=sampling, max_new_tokens=max_new_tokens
-        )
-
-    def segment(
-        self, *labels: str, grammar: bool = False, min_score: float | None = None, sampling: Sampling | None = None,
-        max_new_tokens: int | None = None,
-    ) -> DetectionResult:  # fmt: skip
-        """As Model.segment."""
-        return self._model.segment(
-            self, *labels, grammar=grammar, min_score=min_score, sampling=sampling, max_new_tokens=max_new_tokens
-        )
-
-    def ocr(self, *, sampling: Sampling | None = None, max_new_tokens: int | None = None) -> str:
-        """As Model.ocr."""
-        return self._model.ocr(self, sampling=sampling, max_new_tokens=max_new_tokens)
-
-    def count(self, what: str, *, sampling: Sampling | None = None, max_new_tokens: int | None = None) -> int | None:
-        """As Model.count."""
-        return self._model.count(self, what, sampling=sampling, max_new_tokens=max_new_tokens)
-
-    def stream(
-        self, prompt: str, *, sampling: Sampling | None = None, max_new_tokens: int = STREAM_TOKENS
-    ) -> Iterator[str]:
-        """As Model.stream."""
-        return self._model.stream(self, prompt, sampling=sampling, max_new_tokens=max_new_tokens)
-
-    def embed(self) -> Tensor:
-        """As Model.embed."""
-        return self._model.embed(self)
-
-    def explain(self, prompt: str, answer: str | None = None) -> "Explanation":
-        """As Model.explain."""
-        return self._model.explain(self, prompt, answer)
+    @overload
+    def __call__(self, picture: Picture, /, *args: Options.args, **options: Options.kwargs) -> T: ...
+    @overload
+    def __call__(
+        self, picture: "list[AnyPicture] | tuple[AnyPicture, ...]", /, *args: Options.args, **options: Options.kwargs
+    ) -> list[T]: ...
 
 
-def as_list(picture: Any) -> list[Any]:
-    """The pictures of a list or tuple; one picture as a list."""
-    return list(picture) if isinstance(picture, list | tuple) else [picture]
+def verb(method: "Callable[Concatenate[Model, list[Any], Options], list[T]]") -> Verb[Options, T]:
+    """Turns a method for a list of pictures into one that takes a single picture, too."""
+
+    @functools.wraps(method)
+    def one_or_several(self: "Model", picture: Any, /, *args: Options.args, **options: Options.kwargs) -> T | list[T]:
+        if isinstance(picture, list | tuple):
+            return method(self, [*picture], *args, **options)
+        return method(self, [picture], *args, **options)[0]
+
+    return cast("Verb[Options, T]", one_or_several)
 
 
-def unlisted(picture: Any, values: list[T]) -> T | list[T]:
-    """All values if a list or tuple of pictures was given, else the only one."""
-    return values if isinstance(picture, list | tuple) else values[0]
-
-
-def joined(labels: tuple[object, ...]) -> str:
-    """The labels as tasks.prompt takes them: "car ; person". Raises: UsageError for a label that is no text."""
-    if wrong := [label for label in labels if not isinstance(label, str)]:
-        raise UsageError(f"a label is {wrong[0]!r}. Pass each label as a text of its own: 'car', 'person'.")
-    return " ; ".join(map(str, labels))
-
-
-def reloadable(picture: Any) -> Any:
-    """The picture as it is, if it can be read again when it is drawn on (a path, bytes); otherwise loaded.
-
-    Raises: ImageError, AccessError.
-    """
+def can_be_reloaded(picture: object) -> bool:
+    """Whether the picture can be read again later: a file, bytes. An address may change, an array or an open file, too."""
     is_file = isinstance(picture, str | os.PathLike) and not str(picture)[:8].lower().startswith(("http:", "https:", "data:"))
-    return picture if is_file or isinstance(picture, bytes | EncodedPicture) else load_image(picture)
-
-
-def request(picture: Any, task: str, text: str) -> Request:
-    """The request for tasks.Annotator."""
-    if isinstance(picture, EncodedPicture):
-        size = picture.picture.size
-        return Request(picture=picture.picture, task=task, text=text, size=size, image_features=picture.features)
-    return Request(picture=picture, task=task, text=text)
+    return is_file or isinstance(picture, bytes | EncodedPicture)
 
 
 class Model:
@@ -301,62 +214,34 @@ class Model:
         weights = machine.format_bytes(sum(tensor.nbytes for tensor in (*self.network.parameters(), *self.network.buffers())))
         return f"<paligemma.Model {self.name}: {weights} of weights, {self.network.dtype}, {self.network.device}>"
 
-    @overload
+    @verb
     def caption(
-        self, picture: Picture, *, language: str = ..., sampling: Sampling | None = ..., max_new_tokens: int | None = ...
-    ) -> str: ...
-    @overload
-    def caption(
-        self, picture: "list[AnyPicture] | tuple[AnyPicture, ...]", *, language: str = ..., sampling: Sampling | None = ...,
-        max_new_tokens: int | None = ...,
-    ) -> list[str]: ...  # fmt: skip
-    def caption(
-        self, picture: Any, *, language: str = "en", sampling: Sampling | None = None, max_new_tokens: int | None = None
-    ) -> str | list[str]:
-        """A sentence that says what the picture shows.
+        self, pictures: list[Any], *, language: str = "en", sampling: Sampling | None = None, max_new_tokens: int | None = None
+    ) -> list[str]:
+        """A sentence about what the picture shows.
 
         >>> model.caption(paligemma.EXAMPLE_PICTURE)
         'an orange cross, a yellow circle and a purple heart'
         """
-        results = self._run("caption", picture, "", sampling, max_new_tokens, language=language)
-        return unlisted(picture, [result.text for result, _ in results])
+        return [result.text for result in self._run("caption", pictures, "", sampling, max_new_tokens, language=language)]
 
-    @overload
+    @verb
     def ask(
-        self, picture: Picture, question: str, *, language: str = ..., sampling: Sampling | None = ...,
-        max_new_tokens: int | None = ...,
-    ) -> str: ...  # fmt: skip
-    @overload
-    def ask(
-        self, picture: "list[AnyPicture] | tuple[AnyPicture, ...]", question: str, *, language: str = ...,
-        sampling: Sampling | None = ..., max_new_tokens: int | None = ...,
-    ) -> list[str]: ...  # fmt: skip
-    def ask(
-        self, picture: Any, question: str, *, language: str = "en", sampling: Sampling | None = None,
+        self, pictures: list[Any], question: str, *, language: str = "en", sampling: Sampling | None = None,
         max_new_tokens: int | None = None,
-    ) -> str | list[str]:  # fmt: skip
+    ) -> list[str]:  # fmt: skip
         """The answer to a question about the picture.
 
         >>> model.ask(paligemma.EXAMPLE_PICTURE, "what color is the heart?")
         'purple'
         """
-        results = self._run("ask", picture, question, sampling, max_new_tokens, language=language)
-        return unlisted(picture, [result.text for result, _ in results])
+        return [result.text for result in self._run("ask", pictures, question, sampling, max_new_tokens, language=language)]
 
-    @overload
+    @verb
     def detect(
-        self, picture: Picture, *labels: str, grammar: bool = ..., min_score: float | None = ...,
-        sampling: Sampling | None = ..., max_new_tokens: int | None = ...,
-    ) -> DetectionResult: ...  # fmt: skip
-    @overload
-    def detect(
-        self, picture: "list[AnyPicture] | tuple[AnyPicture, ...]", *labels: str, grammar: bool = ...,
-        min_score: float | None = ..., sampling: Sampling | None = ..., max_new_tokens: int | None = ...,
-    ) -> list[DetectionResult]: ...  # fmt: skip
-    def detect(
-        self, picture: Any, *labels: str, grammar: bool = False, min_score: float | None = None,
+        self, pictures: list[Any], *labels: str, grammar: bool = False, min_score: float | None = None,
         sampling: Sampling | None = None, max_new_tokens: int | None = None,
-    ) -> DetectionResult | list[DetectionResult]:  # fmt: skip
+    ) -> list[DetectionResult]:  # fmt: skip
         """The objects with one of these labels, each with its box and score.
 
         Args:
@@ -368,25 +253,16 @@ class Model:
         >>> [(thing.label, [round(value, -1) for value in thing.xyxy]) for thing in found.objects]
         [('heart', [270.0, 280.0, 380.0, 390.0])]
         """
-        options = {"uses_grammar": grammar, "min_score": min_score}
-        results = self._run("detect", picture, joined(labels), sampling, max_new_tokens, **options)
-        return unlisted(picture, [DetectionResult(*pair) for pair in results])
+        return self._find("detect", pictures, labels, sampling, max_new_tokens, uses_grammar=grammar, min_score=min_score)
 
-    @overload
+    @verb
     def segment(
-        self, picture: Picture, *labels: str, grammar: bool = ..., min_score: float | None = ...,
-        sampling: Sampling | None = ..., max_new_tokens: int | None = ...,
-    ) -> DetectionResult: ...  # fmt: skip
-    @overload
-    def segment(
-        self, picture: "list[AnyPicture] | tuple[AnyPicture, ...]", *labels: str, grammar: bool = ...,
-        min_score: float | None = ..., sampling: Sampling | None = ..., max_new_tokens: int | None = ...,
-    ) -> list[DetectionResult]: ...  # fmt: skip
-    def segment(
-        self, picture: Any, *labels: str, grammar: bool = False, min_score: float | None = None,
+        self, pictures: list[Any], *labels: str, grammar: bool = False, min_score: float | None = None,
         sampling: Sampling | None = None, max_new_tokens: int | None = None,
-    ) -> DetectionResult | list[DetectionResult]:  # fmt: skip
+    ) -> list[DetectionResult]:  # fmt: skip
         """The objects with one of these labels, each with its box, score and mask; arguments as `detect`.
+
+        A UserWarning says if there are no masks, because `load` found no mask codec.
 
         >>> found = model.segment(paligemma.EXAMPLE_PICTURE, "circle")
         >>> found.objects[0].mask.shape == (found.height, found.width)
@@ -394,68 +270,29 @@ class Model:
         """
         if self.codec is None:
             text = "objects get boxes but no masks, because there is no mask codec: load(..., mask_codec='vae-oid.npz')."
-            warnings.warn(text, stacklevel=2)
-        options = {"uses_grammar": grammar, "min_score": min_score}
-        results = self._run("segment", picture, joined(labels), sampling, max_new_tokens, **options)
-        return unlisted(picture, [DetectionResult(*pair) for pair in results])
+            warnings.warn(text, stacklevel=3)
+        return self._find("segment", pictures, labels, sampling, max_new_tokens, uses_grammar=grammar, min_score=min_score)
 
-    @overload
-    def ocr(self, picture: Picture, *, sampling: Sampling | None = ..., max_new_tokens: int | None = ...) -> str: ...
-    @overload
+    @verb
     def ocr(
-        self, picture: "list[AnyPicture] | tuple[AnyPicture, ...]", *, sampling: Sampling | None = ...,
-        max_new_tokens: int | None = ...,
-    ) -> list[str]: ...  # fmt: skip
-    def ocr(
-        self, picture: Any, *, sampling: Sampling | None = None, max_new_tokens: int | None = None
-    ) -> str | list[str]:
-        """The text in the picture. (The bundled model cannot read.)"""
-        results = self._run("ocr", picture, "", sampling, max_new_tokens)
-        return unlisted(picture, [result.text for result, _ in results])
+        self, pictures: list[Any], *, sampling: Sampling | None = None, max_new_tokens: int | None = None
+    ) -> list[str]:
+        """The text in the picture."""
+        return [result.text for result in self._run("ocr", pictures, "", sampling, max_new_tokens)]
 
-    @overload
+    @verb
     def count(
-        self, picture: Picture, what: str, *, sampling: Sampling | None = ..., max_new_tokens: int | None = ...
-    ) -> int | None: ...
-    @overload
-    def count(
-        self, picture: "list[AnyPicture] | tuple[AnyPicture, ...]", what: str, *, sampling: Sampling | None = ...,
-        max_new_tokens: int | None = ...,
-    ) -> list[int | None]: ...  # fmt: skip
-    def count(
-        self, picture: Any, what: str, *, sampling: Sampling | None = None, max_new_tokens: int | None = None
-    ) -> int | None | list[int | None]:
+        self, pictures: list[Any], what: str, *, sampling: Sampling | None = None, max_new_tokens: int | None = None
+    ) -> list[int | None]:
         """How many of these things the picture shows; None if the answer is not one number.
 
         >>> model.count(paligemma.EXAMPLE_PICTURE, "circles")
         1
         """
-        results = self._run("count", picture, what, sampling, max_new_tokens)
-        return unlisted(picture, [result.count for result, _ in results])
+        return [result.count for result in self._run("count", pictures, what, sampling, max_new_tokens)]
 
-    def stream(
-        self, picture: Picture, prompt: str, *, sampling: Sampling | None = None, max_new_tokens: int = STREAM_TOKENS
-    ) -> Iterator[str]:
-        """The answer piece by piece while it is generated. The pieces joined are the answer.
-
-        Args:
-            picture: one picture.
-            prompt: used word for word, such as "caption en" or "answer en what is this?".
-
-        >>> "".join(model.stream(paligemma.EXAMPLE_PICTURE, "answer en what color is the cross?"))
-        'orange'
-        """
-        encoded = self.look(picture)
-        inputs = self.processor.tokens([1], prompt) | {"image_features": encoded.features}
-        unused = self.processor.unused_ids(self.network.config.text_config.vocab_size)
-        steps = generate_steps(self.network, inputs, max_new_tokens, sampling or Sampling(), suppress_tokens=unused)
-        return self._pieces(steps)
-
-    @overload
-    def embed(self, picture: Picture) -> Tensor: ...
-    @overload
-    def embed(self, picture: "list[AnyPicture] | tuple[AnyPicture, ...]") -> list[Tensor]: ...
-    def embed(self, picture: Any) -> Tensor | list[Tensor]:
+    @verb
+    def embed(self, pictures: list[Any]) -> list[Tensor]:
         """The image features, float32[P, D] on the CPU: one vector per patch, row by row from the top left.
 
         These are the vectors that the decoder reads: the output of the vision tower after the projector. They are not
@@ -464,8 +301,28 @@ class Model:
         >>> model.embed(paligemma.EXAMPLE_PICTURE).shape
         torch.Size([64, 192])
         """
-        values = [self.look(each).features[0].float().cpu() for each in as_list(picture)]
-        return unlisted(picture, values)
+        return [self.look(picture).features[0].float().cpu() for picture in pictures]
+
+    def stream(
+        self, picture: Picture, prompt: str, *, sampling: Sampling | None = None, max_new_tokens: int = STREAM_TOKENS
+    ) -> Iterator[str]:
+        """The answer to a prompt about one picture, piece by piece while it is generated. The pieces joined are the answer.
+
+        Args:
+            prompt: used word for word, such as "caption en" or "answer en what is this?".
+
+        >>> "".join(model.stream(paligemma.EXAMPLE_PICTURE, "answer en what color is the cross?"))
+        'orange'
+        """
+        steps = self._steps(self.look(picture), prompt, sampling, max_new_tokens)
+
+        def pieces() -> Iterator[str]:
+            stream = self.processor.stream()
+            with machine.memory_errors("answering"):
+                yield from filter(None, (stream.put(int(step.tokens)) for step in steps))
+            yield from filter(None, [stream.end()])
+
+        return pieces()
 
     def look(self, picture: Picture) -> "EncodedPicture":
         """The picture, encoded once, so that each of several questions about it runs the decoder only.
@@ -480,41 +337,33 @@ class Model:
         """What an answer depends on: for each word a map over the patches, the alternatives, and the effect of the picture.
 
         Args:
-            picture: one picture.
             prompt: used word for word, such as "caption en".
-            answer: the answer to explain; if not given, the greedy answer of the model.
+            answer: the answer to explain; if not given, the most likely answer of the model.
         Returns: an Explanation; explanation_sheet.draw_explanation(picture, explanation) draws it.
         """
         from paligemma.explanation import explain
 
-        original = picture.picture if isinstance(picture, EncodedPicture) else load_image(picture)
-        inputs = self.processor(original, prompt, notes=[])
+        encoded = self.look(picture)
         if answer is None:
-            steps = generate_steps(self.network, inputs, max_new_tokens=STREAM_TOKENS)
-            ids = [int(step.tokens) for step in steps]
+            ids = [int(step.tokens) for step in self._steps(encoded, prompt, None, STREAM_TOKENS)]
         else:
             ids = [*self.processor.encode(answer), self.processor.eos_token_id]
-        return explain(self.network, self.processor, inputs, ids)
+        return explain(self.network, self.processor, self.processor(encoded.picture, prompt, notes=[]), ids)
 
-    def _pieces(self, steps: Iterator[Step]) -> Iterator[str]:
-        """The text of each token of one answer, as soon as it is certain."""
-        stream = self.processor.stream()
-        with machine.memory_errors("answering"):
-            for step in steps:
-                if piece := stream.put(int(step.tokens)):
-                    yield piece
-        if piece := stream.end():
-            yield piece
+    def _steps(
+        self, picture: "EncodedPicture", prompt: str, sampling: Sampling | None, max_new_tokens: int
+    ) -> Iterator[Step]:
+        """The tokens of one answer. Raises: PromptError, GenerationError, both before the first token."""
+        inputs = self.processor.tokens([1], prompt) | {"image_features": picture.features}
+        unused = self.processor.unused_ids(self.network.config.text_config.vocab_size)
+        return generate_steps(self.network, inputs, max_new_tokens, sampling or Sampling(), suppress_tokens=unused)
 
     def _run(
-        self, task: str, picture: Any, text: str, sampling: Sampling | None, max_new_tokens: int | None, **options: Any
-    ) -> list[tuple[Result, object]]:
-        """The result of each picture, and the picture for drawing. Raises: the first error among the results."""
+        self, task: str, pictures: list[Any], text: str, sampling: Sampling | None, max_new_tokens: int | None, **options: Any
+    ) -> list[Result]:
+        """The result of each picture. Raises: the first error among the results."""
         if warning := task_warning(task, self.kind):
-            warnings.warn(warning, stacklevel=3)
-        pictures = as_list(picture)
-        if task in OBJECT_TASKS:
-            pictures = [reloadable(each) for each in pictures]
+            warnings.warn(warning, stacklevel=5 if task in OBJECT_TASKS else 4)
         annotator = Annotator(
             self.network,
             self.processor,
@@ -525,12 +374,90 @@ class Model:
             sampling=sampling,
             **options,
         )
-        results: list[tuple[Result, object]] = []
-        for result in in_order(annotator.run(request(each, task, text) for each in pictures), len(pictures)):
+        requests = (
+            Request(picture=each.picture, task=task, text=text, size=each.picture.size, image_features=each.features)
+            if isinstance(each, EncodedPicture)
+            else Request(picture=each, task=task, text=text)
+            for each in pictures
+        )
+        results = []
+        for result in in_order(annotator.run(requests), len(pictures)):
             if result.error is not None:
                 raise result.error
-            results.append((result, pictures[len(results)]))
+            results.append(result)
         return results
+
+    def _find(
+        self, task: str, pictures: list[Any], labels: tuple[object, ...], sampling: Sampling | None, max_new_tokens: int | None,
+        **options: Any,
+    ) -> list[DetectionResult]:  # fmt: skip
+        """The objects in each picture. A picture that could not be read again for a drawing is loaded first."""
+        if wrong := [label for label in labels if not isinstance(label, str)]:
+            raise UsageError(f"a label is {wrong[0]!r}. Pass each label as a text of its own: 'car', 'person'.")
+        pictures = [each if can_be_reloaded(each) else load_image(each) for each in pictures]
+        results = self._run(task, pictures, " ; ".join(map(str, labels)), sampling, max_new_tokens, **options)
+        return [DetectionResult(*pair) for pair in zip(results, pictures, strict=True)]
+
+
+def for_encoded(method: Verb[Options, T]) -> "Callable[Concatenate[EncodedPicture, Options], T]":
+    """The method of Model without its first argument, the picture."""
+    name = cast(Any, method).__name__
+
+    @functools.wraps(cast(Any, method))
+    def for_this_picture(self: "EncodedPicture", *args: Options.args, **options: Options.kwargs) -> Any:
+        return getattr(self._model, name)(self, *args, **options)
+
+    return cast("Callable[Concatenate[EncodedPicture, Options], T]", for_this_picture)
+
+
+class EncodedPicture:
+    """A picture and its image features: the methods of Model without their first argument. Made by Model.look.
+
+    Leaving the `with` block, or `close`, frees the features.
+
+    Attributes:
+        picture: the original, RGB and upright.
+        features: float[1, P, D] of encode_images, in the dtype and on the device of the model.
+    """
+
+    def __init__(self, model: Model, picture: Any):
+        self.picture: Image.Image = load_image(picture)
+        self._model = model
+        with torch.no_grad(), machine.memory_errors("encoding the picture"):
+            self._features: Tensor | None = model.network.encode_images(model.processor.pixels([self.picture]))
+
+    @property
+    def features(self) -> Tensor:
+        if self._features is None:
+            raise UsageError("this picture was closed. Ask inside the `with` block, or call model.look(...) again.")
+        return self._features
+
+    def close(self) -> None:
+        self._features = None
+
+    def __enter__(self) -> "EncodedPicture":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    caption = for_encoded(Model.caption)
+    ask = for_encoded(Model.ask)
+    detect = for_encoded(Model.detect)
+    segment = for_encoded(Model.segment)
+    ocr = for_encoded(Model.ocr)
+    count = for_encoded(Model.count)
+    embed = for_encoded(Model.embed)
+
+    def stream(
+        self, prompt: str, *, sampling: Sampling | None = None, max_new_tokens: int = STREAM_TOKENS
+    ) -> Iterator[str]:
+        """As Model.stream."""
+        return self._model.stream(self, prompt, sampling=sampling, max_new_tokens=max_new_tokens)
+
+    def explain(self, prompt: str, answer: str | None = None) -> "Explanation":
+        """As Model.explain."""
+        return self._model.explain(self, prompt, answer)
 
 
 def load(
