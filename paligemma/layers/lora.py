@@ -1,17 +1,17 @@
-"""LoRA: a small product trained beside each frozen matrix. Reads and writes the adapter files of PEFT.
+"""LoRA: fine-tuning by a low-rank update B A of each frozen matrix W. Settings are those of PEFT's adapter_config.json.
 
-    y = W x + scaling * B A x        A [r, K] random, B [N, r] zero at the start, so that training starts from the base model
+    y = W x + scaling * B A x        A [R, X] random, B [O, R] zero at the start, so that training starts from the base model
 
-W stays as it is; A and B hold r (K + N) numbers instead of K N, a few MB for a whole model. After training, W + scaling * B A
-is an ordinary matrix: `merge` leaves a plain model, as fast as before. weights.load_model adds an adapter to its base in the
-same way, matrix by matrix, while it reads.
+W is not changed. A and B have R (X + O) numbers instead of X O, a few MB for a whole model. After training, W + scaling * B A is
+an ordinary matrix: `merge` makes a plain model, which is as fast as before. load_model merges an adapter in the same way, matrix
+by matrix, while it reads the base model (checkpoints/adapters.py reads and writes the files).
 
-What is trained by default is the language model. In PEFT, a target named by its last word alone ("q_proj") also hits the vision
-tower, whose matrices have the same names; here a part is always named.
+By default only the language model is trained. In PEFT, a target that is given as the last word of a name ("q_proj") also matches
+the vision tower, whose matrices have the same names. Here a part of the model is always named.
 
-Source: LoRA (arXiv:2106.09685), equation 3; scaling alpha / sqrt(r): arXiv:2312.03732. Checked against peft in
+Sources: LoRA (arXiv:2106.09685), equation 3; scaling alpha / sqrt(r): arXiv:2312.03732. Checked against peft in
 tests/layers/test_lora.py.
-Shapes: N outputs, K inputs of a matrix, r rank.
+Shapes: O outputs and X inputs of a matrix, R rank.
 """
 
 import math
@@ -29,41 +29,44 @@ from paligemma.parameter_names import all_spellings
 
 PARTS = {"language": "language_model", "vision": "vision_tower"}
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
-OTHER_MODULES = {"lm_head", "embed_tokens", "patch_embedding", "position_embedding"}  # that PEFT can adapt or copy
-# Keys of adapter_config.json that change nothing about a finished adapter: how it was trained, and which modules it changes,
-# which the tensors say, too. Every other key that asks for something is refused by its name.
+OTHER_MODULES = {"lm_head", "embed_tokens", "patch_embedding", "position_embedding"}  # PEFT can also adapt or copy these
+# Keys of adapter_config.json that do not matter for a finished adapter: how it was trained, and which modules it changes, which
+# the names of the tensors show. Any other key with a true value is rejected, and the error names it.
 HARMLESS_KEYS = (
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "r", "lora_alpha", "lora_dropout", "use_rslora",
     "rank_pattern", "alpha_pattern",
     "fan_in_fan_out",  # PEFT itself sets it to false for nn.Linear, and there is nothing else here
-    "megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",  # read beside others only
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # for the initialisation, which is looked at by its own name
+    # These are only used together with other keys.
+    "megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # settings of init_lora_weights, which is checked
 )  # fmt: skip
-# The ways to begin in which the base model keeps its W. The others (pissa, olora, corda, loftq, lora_ga) take a part out of it.
+# Values of init_lora_weights that leave W unchanged. The others (pissa, olora, corda, loftq, lora_ga) subtract a part from W.
 KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
-MOST_ALPHA = 1e9  # a factor beyond it is a damaged number
-MOST_PATTERNS = 2048  # the largest model has 485 matrices
-MOST_EXPRESSIONS = 32  # of them, those that are more than a name
+MAX_ALPHA = 1e9  # a larger value is a damaged number
+MAX_PATTERNS = 2048  # keys of a pattern; the largest model has 485 matrices
+MAX_EXPRESSIONS = 32  # keys that are regular expressions, not names
 
 
-@lru_cache(maxsize=2 * MOST_PATTERNS)
+@lru_cache(maxsize=2 * MAX_PATTERNS)
 def parsed_key(key: str) -> tuple[bool, re.Pattern | None, patterns.Pattern | None]:
-    """A key of rank_pattern or alpha_pattern: whether it means whole names, and what it is made of.
+    """A key of rank_pattern or alpha_pattern: whether it must match the whole name of a module, and the compiled expression.
 
-    Words and points, of which `re` takes one letter after another, or an expression, which may keep `re` busy for ever.
-    Raises: ValueError, see patterns.Pattern.
+    A key of letters and dots is matched by `re` in linear time. Any other expression could keep `re` busy for ever, so
+    patterns.Pattern is used. Exactly one of the two expressions is not None.
+
+    Raises: ValueError as in patterns.Pattern.
     """
     is_whole, text = key.startswith("^"), key.removeprefix("^").removesuffix("$")
     text = text.removeprefix("base_model.model.").removeprefix(r"base_model\.model\.")
     if re.fullmatch(r"[\w.]*", text):
         return is_whole, re.compile(text), None
-    pattern = patterns.Pattern(text)  # by itself, so that what is wrong is shown as it was written
+    pattern = patterns.Pattern(text)  # compiled without the prefix first, so that an error message shows the original text
     return is_whole, None, pattern if is_whole else patterns.Pattern(rf"(.*\.)?({text})")
 
 
 def fits(key: str, name: str) -> bool:
-    """Whether a key means a module, in any spelling of its name: the key is an expression for the name's end, as in PEFT."""
+    """Whether a key matches the end of a module's name, in any spelling of the name, as in PEFT."""
     is_whole, words, expression = parsed_key(key)
     if expression is not None:
         return any(expression.fullmatch(full) for full in all_spellings(name))
@@ -76,35 +79,36 @@ def fits(key: str, name: str) -> bool:
 
 
 def matching(pattern: Mapping[str, float] | None, name: str, default: float) -> float:
-    """What the first key that fits a module gives it, as PEFT chooses."""
+    """The value of the first key that matches the module, as in PEFT; `default` if no key does."""
     return next((value for key, value in (pattern or {}).items() if fits(key, name)), default)
 
 
 def checked_pattern(pattern: object, what: str) -> dict[str, float]:
-    """rank_pattern or alpha_pattern. Raises: ValueError unless it is a mapping from usable keys."""
+    """A rank_pattern or alpha_pattern as a dict. Raises: ValueError unless it is a mapping with usable keys."""
     if pattern is None:
         return {}
     if not (isinstance(pattern, Mapping) and all(isinstance(key, str) for key in pattern)):
         raise ValueError(f"{what} is {pattern!r:.200}; an object from names to numbers is needed.")
     expressions = [key for key in pattern if not re.fullmatch(r"[\w.]+", key)]
-    if len(pattern) > MOST_PATTERNS or len(expressions) > MOST_EXPRESSIONS:
+    if len(pattern) > MAX_PATTERNS or len(expressions) > MAX_EXPRESSIONS:
         text = f"{what} has {len(pattern)} keys, {len(expressions)} of them expressions"
-        raise ValueError(f"{text}; {MOST_PATTERNS} and {MOST_EXPRESSIONS} are the limits.")
+        raise ValueError(f"{text}; {MAX_PATTERNS} and {MAX_EXPRESSIONS} are the limits.")
     for key in pattern:
-        parsed_key(key)  # raises where it cannot be used
+        parsed_key(key)  # raises a ValueError if the key cannot be used
     return dict(pattern)
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What adapter_config.json says, under its names.
+    """The settings of an adapter, under the names of adapter_config.json.
 
     Args:
-        r: the rank, and lora_alpha: a factor, of every matrix but those that a pattern (a regular expression for the end of a
-            module's name) gives others.
-        lora_dropout: share of the inputs of A that is set to 0 while training.
+        r: rank of every matrix for which rank_pattern gives no other value.
+        lora_alpha: numerator of the scaling of every matrix for which alpha_pattern gives no other value.
+        rank_pattern, alpha_pattern: other values, by regular expressions that match the end of a module's name.
+        lora_dropout: share of the inputs of A that is set to 0 in training.
         use_rslora: scaling is alpha / sqrt(r) instead of alpha / r.
-    Raises: ValueError for numbers that make no sense.
+    Raises: ValueError for values out of range.
     """
 
     r: int = 8
@@ -120,7 +124,7 @@ class LoraConfig:
             if not (type(value) is int and 0 < value < 1 << 20):
                 raise ValueError(f"the rank r is {value!r:.50}; a whole number from 1 up is needed.")
         for value in (self.lora_alpha, *alphas.values()):
-            if not (type(value) in (int, float) and -MOST_ALPHA <= value <= MOST_ALPHA):
+            if not (type(value) in (int, float) and -MAX_ALPHA <= value <= MAX_ALPHA):
                 raise ValueError(f"lora_alpha is {value!r:.50}; a number is needed.")
         if not (type(self.lora_dropout) in (int, float) and 0 <= self.lora_dropout < 1):
             raise ValueError(f"lora_dropout is {self.lora_dropout!r:.50}; a number from 0 to below 1 is needed.")
@@ -128,22 +132,22 @@ class LoraConfig:
             raise ValueError(f"use_rslora is {self.use_rslora!r:.50}; true or false is needed.")
 
     def rank(self, name: str) -> int:
-        """r of the module of that name."""
+        """The rank of the module of that name."""
         return matching(self.rank_pattern, name, self.r)
 
     def scaling(self, name: str) -> float:
-        """The factor on B A of the module of that name."""
+        """The factor of B A in the module of that name."""
         rank = self.rank(name)
         return matching(self.alpha_pattern, name, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def unused_keys(self, modules: Collection[str]) -> list[str]:
-        """The keys of its patterns that mean none of these modules."""
+        """The keys of the patterns that match none of these modules."""
         keys = [*(self.rank_pattern or ()), *(self.alpha_pattern or ())]
         return [key for key in dict.fromkeys(keys) if not any(fits(key, name) for name in modules)]
 
     @classmethod
     def from_peft(cls, raw: dict) -> "LoraConfig":
-        """Reads adapter_config.json. Raises: ValueError for another kind of adapter and for what this file does not implement."""
+        """Reads adapter_config.json. Raises: ValueError for other kinds of adapters and for unsupported settings."""
         if raw.get("peft_type") != "LORA":
             raise ValueError(f"peft_type is {raw.get('peft_type')!r:.50}; LORA is needed.")
         start = raw.get("init_lora_weights", True)
@@ -157,18 +161,18 @@ class LoraConfig:
             del unsupported["bias"]
         if unsupported:
             asked = ", ".join(f"{key} {value!r:.50}" for key, value in [*unsupported.items()][:5])
-            raise ValueError(f"it asks for {asked}, which is not implemented here.")
+            raise ValueError(f"it asks for {asked}, which is not implemented.")
         names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
-        defaults = {"r": 8, "lora_alpha": 8}  # of PEFT, where the file leaves them out
+        defaults = {"r": 8, "lora_alpha": 8}  # PEFT's defaults for missing keys
         return cls(**defaults | {name: raw[name] for name in names if raw.get(name) is not None})
 
     def to_peft(self, base: str | None, targets: Collection[str], revision: str | None = None) -> dict:
         """The adapter_config.json that PEFT reads.
 
         Args:
-            base: folder or hub id of the model that the adapter belongs to.
-            targets: names of our modules. They are written as one expression that finds the same modules under the names of every
-                version of transformers, and none in the other part of the model.
+            base: folder or hub id of the base model.
+            targets: names of the adapted modules. They are written as one expression, which matches the same modules under the
+                names of every version of transformers, and none in the other part of the model.
             revision: branch, tag or commit of the hub id.
         """
         patterns = []
@@ -194,20 +198,20 @@ class LoraConfig:
 
 
 def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """W + scaling * B A for weight [N, K], A [r, K], B [N, r]: in float32, rounded once to the dtype of `weight`.
+    """W + scaling * B A for weight [O, X], A [R, X], B [O, R], computed in float32 and rounded once to the dtype of `weight`.
 
-    A new tensor: `weight` may be a mapped file, which nobody may write to.
+    The result is a new tensor, because `weight` may be a mapped file, which must not be written to.
     """
     return (weight.float() + (b.float() @ a.float()) * scaling).to(weight.dtype)
 
 
 class LoRALinear(nn.Linear):
-    """nn.Linear with A and B beside its frozen weight. `weight` and `bias` keep their names, so that the base loads as ever.
+    """nn.Linear with A and B next to its frozen weight. `weight` and `bias` keep their names: base checkpoints load unchanged.
 
     Args:
-        base: the layer in whose place it stands; its tensors are shared.
+        base: the layer that it replaces and whose tensors it shares.
         rank, scaling, dropout: see LoraConfig.
-        dtype: of A and B. float32 where the base is bfloat16, since an update of a thousandth would be rounded away there.
+        dtype: of A and B. It is float32 even if the base is bfloat16, which would round away an update of a thousandth.
     """
 
     def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float = 0.0, dtype: torch.dtype = torch.float32):
@@ -223,11 +227,11 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        low = self.lora_A(F.dropout(x, self.dropout, self.training).to(self.lora_A.weight.dtype))  # [..., r]
+        low = self.lora_A(F.dropout(x, self.dropout, self.training).to(self.lora_A.weight.dtype))  # [..., R]
         return y + (self.lora_B(low) * self.scaling).to(y.dtype)
 
     def merged(self) -> nn.Linear:
-        """The plain layer that computes the same."""
+        """A plain nn.Linear that computes the same."""
         with torch.device("meta"):
             plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
         weight = merged_weight(self.weight.detach(), self.lora_A.weight.detach(), self.lora_B.weight.detach(), self.scaling)
@@ -236,16 +240,16 @@ class LoRALinear(nn.Linear):
 
 
 def targets(model: nn.Module, parts: Collection[str] = ("language",), matrices: Collection[str] = MATRICES) -> list[str]:
-    """Names of the layers to adapt.
+    """Names of the matrices to adapt.
 
     Args:
         parts: "language", "vision" or both.
-        matrices: last words of names, such as "q_proj"; every matrix of the layers if not given.
-    Raises: ValueError for words that name nothing.
+        matrices: last parts of their names, such as "q_proj"; by default all matrices of the layers.
+    Raises: ValueError for parts and matrices that the model does not have.
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
-        raise ValueError(f"{unknown[0]!r} is no part to adapt; language or vision is needed.")
+        raise ValueError(f"{unknown[0]!r} is not a part of the model that can be adapted; language or vision is needed.")
     roots = tuple(f"{PARTS[part]}." for part in parts)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.startswith(roots)]
     known = {name.rpartition(".")[2] for name in linear}
@@ -256,7 +260,7 @@ def targets(model: nn.Module, parts: Collection[str] = ("language",), matrices: 
 
 
 def inject(model: nn.Module, config: LoraConfig, names: Collection[str]) -> None:
-    """Freezes the model and gives the layers of these names (see `targets`) an A and a B, the only weights to be trained."""
+    """Freezes the model and adds an A and a B, the only trained weights, to the matrices of these names (see `targets`)."""
     model.requires_grad_(False)
     for name in names:
         layer = LoRALinear(model.get_submodule(name), config.rank(name), config.scaling(name), config.lora_dropout)
@@ -264,12 +268,12 @@ def inject(model: nn.Module, config: LoraConfig, names: Collection[str]) -> None
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """The layers that `inject` put in, with their names."""
+    """The layers that `inject` created, with their names."""
     return ((name, module) for name, module in list(model.named_modules()) if isinstance(module, LoRALinear))
 
 
 def merge(model: nn.Module) -> None:
-    """Leaves a plain model that computes the same: W becomes W + scaling * B A. Raises: ValueError if nothing is to be merged."""
+    """Makes the model a plain one that computes the same: W becomes W + scaling * B A. Raises: ValueError without an adapter."""
     layers = list(adapted(model))
     if not layers:
         raise ValueError("the model has no adapter; it was merged already, or never had one.")
@@ -278,7 +282,7 @@ def merge(model: nn.Module) -> None:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """A and B of every adapted layer by the names of their parameters, whole; where processes share them, all must ask."""
+    """A and B of every adapted layer as full tensors, by parameter name. With FSDP, all processes must call this."""
     state = {}
     for name, layer in adapted(model):
         for matrix in ("lora_A", "lora_B"):
@@ -288,13 +292,13 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def modules_of(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig, bases: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The modules that an adapter file changes, having made sure that it fits.
+    """Names of the modules that an adapter file changes, after a check that it fits the base model.
 
     Args:
-        shapes: of the file's tensors, under our names: "<module>.lora_A.weight" and "<module>.lora_B.weight".
-        config: of the adapter.
+        shapes: shapes of the tensors in the file, under our names: "<module>.lora_A.weight" and "<module>.lora_B.weight".
+        config: settings of the adapter.
         bases: shape of each matrix of the base model, under our names: "<module>.weight".
-    Raises: ValueError for a tensor that is no A or B, for an A without B, and for shapes that do not belong to this base.
+    Raises: ValueError for a tensor that is neither A nor B, for an A without B, and for shapes that do not fit this base model.
     """
     modules = dict.fromkeys(re.sub(r"\.lora_[AB]\.weight$", "", name) for name in shapes)
     for module in modules:

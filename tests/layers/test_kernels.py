@@ -139,11 +139,11 @@ def test_the_compiler_may_have_arguments_and_a_missing_one_is_named(monkeypatch,
     for named, words in (("sh -e", [shutil.which("sh"), "-e"]), (str(spaced), [str(spaced)]), (f"{tmp_path}/no -x", [])):
         monkeypatch.setenv("CXX", named)
         assert kernels.find_compiler() == words
-    assert f"there is no compiler {tmp_path}/no" in caplog.text
+    assert f"the compiler {tmp_path}/no, which does not exist" in caplog.text
 
 
 def test_messages_without_end_do_not_fill_the_disk(source, cache, compiler, monkeypatch):
-    monkeypatch.setattr(kernels, "MOST", 2**16)
+    monkeypatch.setattr(kernels, "MAX_COMPILER_FILE_BYTES", 2**16)
     compiler("exec yes")
     assert kernels.compile_once(source, cache) is None and names(cache) == []
 

@@ -145,7 +145,7 @@ def test_the_language_model_is_the_default_and_the_tower_only_on_request():
     ]
     with pytest.raises(ValueError, match="q_prj names no matrix of language"):
         lora.targets(model, ("language",), ("q_prj",))
-    with pytest.raises(ValueError, match="'tower' is no part"):
+    with pytest.raises(ValueError, match="'tower' is not a part"):
         lora.targets(model, ("tower",))
 
 
@@ -441,7 +441,7 @@ def test_a_pattern_that_means_nothing_is_named(folder, caplog):
         ({"rank_pattern": "q_proj"}, "rank_pattern is 'q_proj'"),
         ({"rank_pattern": {"q_proj": [3]}}, r"the rank r is \[3\]"),
         ({"rank_pattern": {"(": 3}}, r"the pattern '\(' is not usable: a bracket is not closed"),
-        ({"rank_pattern": {"a)|(b": 3}}, "closed that was not opened"),
+        ({"rank_pattern": {"a)|(b": 3}}, "closes a bracket that was not opened"),
         ({"alpha_pattern": {"(": 3}}, "a bracket is not closed"),
         ({"alpha_pattern": {f"x{i}": 3 for i in range(3000)}}, "3000 keys"),
         ({"alpha_pattern": {f"x{i}*": 3 for i in range(100)}}, "100 of them expressions"),
