@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Answers a question about a picture: makes .venv if it is missing, installs requirements.txt, starts inference.py.
 #     bash launch_inference.sh detect street.jpg car person --save out.png
-# Every argument goes through (--help lists them). These variables set the classic ones; a flag beats a variable.
+# All arguments are passed on (--help lists them). The variables below set the classic flags; a flag overrides its variable.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/make_venv.sh" requirements.txt
-PALIGEMMA_COMMAND="bash $(printf %q "$0")"  # what --help and messages show
+PALIGEMMA_COMMAND="bash $(printf %q "$0")"  # the command that --help and messages show
 export PALIGEMMA_COMMAND
 exec "$python" "$home/inference.py" \
     ${MODEL_PATH:+"--model_path=$MODEL_PATH"} \

@@ -1,6 +1,6 @@
-# Sourced by launch_inference.sh and run_tests.sh: a .venv beside them with all that the requirements files $@ name.
-# Leaves its python in $python. A copy of each installed file is kept in .venv, so a second run costs one `cmp`; an
-# install that was interrupted leaves .venv/unfinished, and starts again, because pip takes half a package for a whole one.
+# Sourced by launch_inference.sh and run_tests.sh: makes .venv next to them and installs the requirements files $@ into it.
+# $python is then its python. .venv keeps a copy of each installed file, so that a second run needs only a `cmp` of each. An
+# interrupted installation leaves .venv/unfinished and starts again, because pip takes a package that is half there for installed.
 
 home=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 python=$home/.venv/bin/python
@@ -18,7 +18,7 @@ make_venv() {
         echo "error: Python 3.10 or newer is needed ($base is not). Install one, or name it: PYTHON=python3.12 bash $0" >&2
         exit 6
     }
-    if command -v flock >/dev/null; then  # of two that start at once the second waits here and then has nothing to do
+    if command -v flock >/dev/null; then  # if two start at once, the second waits here and then finds all installed
         exec 9<"$home/make_venv.sh"
         flock 9 || true
         ! is_installed "$@" || return 0
@@ -27,11 +27,11 @@ make_venv() {
         "$base" -m venv --clear "$home/.venv" >&2
     fi
     : >"$home/.venv/unfinished"
-    echo "Installing $wanted into $home/.venv (once; some minutes)." >&2
+    echo "Installing $wanted into $home/.venv. This happens once and takes some minutes." >&2
     "$python" -m pip install --disable-pip-version-check "$quiet" -r "$home/$wanted" >&2
     for file in "$@"; do cp -- "$home/$file" "$home/.venv/$file"; done
     rm -- "$home/.venv/unfinished"
 }
 
 is_installed "$@" || make_venv "$@"
-exec 9<&-  # lets go of the lock
+exec 9<&-  # releases the lock

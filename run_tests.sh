@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests, from any folder: makes .venv if it is missing, installs requirements-dev.txt, passes its arguments to pytest.
-# Each core runs whole files, one thread each (-n 0: one process, as --pdb needs it). `-m quick` is content with a minute.
+# Each core runs whole files, in one thread (-n 0: all in one process, which --pdb needs). `-m quick` takes a minute.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/make_venv.sh" requirements.txt requirements-dev.txt
 cd -- "$home"

@@ -12,12 +12,12 @@ from functools import partial
 
 from benchmarks import turns
 from paligemma.files import read_json
-from paligemma.roofline import prefill_products
 
 
 def main() -> None:
     options = turns.parse(__doc__)
     from paligemma.configuration import PaliGemmaConfig
+    from paligemma.roofline import prefill_products
 
     raw = read_json(options.model / "config.json")
     config = PaliGemmaConfig.from_hf(raw)

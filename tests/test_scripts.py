@@ -1,8 +1,8 @@
-"""launch_inference.sh and run_tests.sh: from any folder, twice, with spaces in the path, after an interruption; and that every
-script beside the programs answers --help and a wrong flag before it does anything.
+"""launch_inference.sh and run_tests.sh: from any folder, twice, with spaces in the path, after an interruption. Every script in
+demo, notes and benchmarks answers --help and a wrong flag before it does anything.
 
-Nothing is installed here. A copy of the scripts gets a stand-in for python, which writes down how it was called, makes a
-.venv that holds itself, and plays pip.
+Nothing is installed here. A copy of the shell scripts gets a fake python, which logs its calls, makes a .venv that contains
+itself, and does what pip would do.
 """
 
 import json
@@ -23,7 +23,7 @@ CLASSIC = "MODEL_PATH PROMPT IMAGE_FILE_PATH MAX_TOKENS_TO_GENERATE TEMPERATURE 
 PYTEST = ["[-m]", "[pytest]", "[-n]", "[auto]", "[--dist]", "[loadfile]"]  # what run_tests.sh calls
 
 STAND_IN = """#!/usr/bin/env bash
-# Plays python, venv and pip. FAKE_VERSION=old is Python 3.9; FAKE_PIP=hang never finishes, FAKE_PIP=fail fails,
+# A fake python with venv and pip. FAKE_VERSION=old is Python 3.9; FAKE_PIP=hang never finishes, FAKE_PIP=fail fails,
 # FAKE_PIP=slow takes a second.
 echo "$(basename "$0"): $*" >>"$FAKE_LOG"
 case "$*" in
@@ -43,7 +43,7 @@ esac
 
 @pytest.fixture
 def clone(tmp_path):
-    """A clone in a folder with spaces, and an environment with the stand-in for python."""
+    """A clone in a folder with spaces, and an environment with the fake python."""
     folder = tmp_path / "a clone with spaces"
     folder.mkdir()
     for name in SCRIPTS:
@@ -64,7 +64,7 @@ def run(clone, script, *arguments, cwd="/", **variables):
 
 
 def calls(clone):
-    """What python was asked to do so far, without the venv's own folder."""
+    """The calls of python so far."""
     log = Path(clone[1]["FAKE_LOG"])
     return log.read_text().splitlines() if log.exists() else []
 
@@ -166,7 +166,7 @@ def test_variables_become_the_classic_flags_before_the_arguments(clone):
     assert done.stdout.splitlines()[1:] == [*expected, "[--prompt=typed]"]
 
 
-def test_unset_and_empty_variables_say_nothing(clone):
+def test_unset_and_empty_variables_set_no_flag(clone):
     assert run(clone, "launch_inference.sh", PROMPT="").stdout.splitlines() == [f"[{clone[0] / 'inference.py'}]"]
 
 
@@ -235,7 +235,7 @@ def test_scripts_can_be_executed():
 @pytest.mark.parametrize("name", ["finetune", "annotate", "cluster"])
 def test_a_program_that_moved_says_what_to_type(name):
     done = subprocess.run([sys.executable, str(ROOT / f"{name}.py"), "--help"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and f"Type: python -m paligemma {name} " in done.stderr
 
 
