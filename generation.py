@@ -52,7 +52,7 @@ def generate_greedy(model: nn.Module, inputs: dict, max_new_tokens: int = 40) ->
 
     Args:
         inputs: what the processor returned for one row.
-        max_new_tokens: the longest answer.
+        max_new_tokens: the most tokens of the answer.
     Returns: the token ids of the answer, <eos> included if it was generated.
     """
     cache = model.new_cache(1, inputs["input_ids"].shape[1] + max_new_tokens)
@@ -81,8 +81,8 @@ class Sampling:
             top_p is given.
         top_p: keep the fewest of the likeliest tokens whose probabilities sum to at least p (arXiv:1904.09751); None = all.
         top_k: keep the k likeliest tokens; None = all. It is applied before top_p.
-        seed: of the random numbers; None = a random one. Row i of a batch draws from seed + i, so that its answer does not depend
-            on the other rows.
+        seed: the same seed gives the same answers; None = another seed each time. Row i of a batch draws from seed + i, so that
+            its answer does not depend on the other rows.
     Raises: GenerationError with exit code 2 for a value out of range.
     """
 
@@ -299,8 +299,8 @@ class Answer:
     """The answer to one request.
 
     Attributes:
-        index: of the request.
-        token_ids: of the answer, <eos> included if it was generated.
+        index: number of the request, counted from 0.
+        token_ids: the tokens, <eos> included if it was generated.
         logprobs: log-probability of each token.
         moments: for each token what coordinate_moments returns if the token is a location, otherwise None.
         finish_reason: "stop" = an eos was generated, "length" = max_new_tokens or the end of the model's context was reached.
@@ -357,7 +357,7 @@ class RunningBatch:
     Args:
         model: PaliGemmaForConditionalGeneration, or anything with its new_cache, prefill, decode and config.
         max_rows: the most rows that run at the same time.
-        max_new_tokens: the longest answer. An answer is shorter if the model's context ends first.
+        max_new_tokens: the most tokens of an answer. An answer is shorter if the model's context ends first.
         sampling: how tokens are chosen.
         eos_token_id: the token or tokens that end an answer; "config" = those of the model's config; None = no token does.
         locations: the ids that name coordinates, for Answer.moments; None = no moments are computed.
@@ -590,7 +590,7 @@ def generate(
     Args:
         inputs: what the processor returned, padded on either side. `image_features` of model.encode_images may replace
             `pixel_values`.
-        max_new_tokens: the longest answer.
+        max_new_tokens: the most tokens of an answer.
         sampling: how tokens are chosen; Sampling() takes the most likely one.
         grammar: constrains the answer of every row; None = no constraint.
         eos_token_id: the token or tokens that end an answer; "config" = those of model.config, as in transformers; None = answers

@@ -196,7 +196,7 @@ class RecordedPaliGemma(PaliGemmaForConditionalGeneration):
         self.multi_modal_projector = model.multi_modal_projector
         self.language_model = model.language_model
         self.compile_after = compile_after
-        self.train(model.training)
+        self.training = model.training
 
     def new_cache(self, batch: int, slots: int, kind: type[KVCache] = KVCache) -> KVCache:
         if not issubclass(RecordedCache, kind):
@@ -237,7 +237,7 @@ class CappedAttention(GemmaAttention):
         nn.Module.__init__(self)
         self.layer, self.scale, self.cap, self.width = plain.layer, plain.scale, plain.cap, plain.width
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = plain.q_proj, plain.k_proj, plain.v_proj, plain.o_proj
-        self.train(plain.training)
+        self.training = plain.training
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if CappedAttention.is_working and q.shape[2] >= CAPPED_TOKENS and not torch.is_grad_enabled():
