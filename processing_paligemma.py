@@ -28,7 +28,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from paligemma import files
-from paligemma.checkpoints.processor_files import read_processor_files, write_processor_files
+from paligemma.checkpoints.processor_files import check_tokenizer, read_processor_files, write_processor_files
 from paligemma.errors import ImageError, PromptError
 from paligemma.pictures.images import is_finished, load_image, resize_to_square
 from paligemma.tokenization import PromptTokenizer
@@ -226,7 +226,9 @@ class PaliGemmaProcessor(PromptTokenizer):
     @classmethod
     def from_files(cls, model: "ModelFiles") -> "PaliGemmaProcessor":
         """Like from_pretrained, for a model whose files were found already."""
-        return cls(**read_processor_files(model))
+        processor = cls(**read_processor_files(model))
+        check_tokenizer(processor, model)
+        return processor
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes every file of the processor that from_pretrained and transformers read; weights.save_model writes the model.

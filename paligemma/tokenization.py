@@ -110,7 +110,8 @@ class PromptTokenizer:
         """Each id of a text, with the position in the text at which its characters end."""
         start = 0
         for token in LOCATION_OR_CODE.finditer(text):
-            yield from self.encode_characters(text[start : token.start()], start)
+            if token.start() > start:
+                yield from self.encode_characters(text[start : token.start()], start)
             yield self.added_ids[token[0]], token.end()
             start = token.end()
         yield from self.encode_characters(text[start:], start)
@@ -119,7 +120,7 @@ class PromptTokenizer:
         """Like ids_with_ends, for a part without <loc> and <seg> that begins at `start`. Returns no id of a reserved token."""
         parts = self.cut.split(text) if any(token in text for token in self.reserved_tokens.values()) else [text]
         ids = []
-        for part in filter(None, parts):
+        for part in parts:
             encoding = self.tokenizer.encode(part, add_special_tokens=False)
             if self.reserved_tokens.keys().isdisjoint(encoding.ids):
                 ids += [(number, start + end) for number, (_, end) in zip(encoding.ids, encoding.offsets, strict=True)]

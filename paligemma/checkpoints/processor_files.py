@@ -47,7 +47,7 @@ def read_processor_files(model: "ModelFiles") -> dict[str, Any]:
     Raises: TokenizerError or CheckpointError if a file is missing or broken, or if files contradict each other; AccessError.
     """
     image_folder = model.folder if any(files.is_file(model.folder / name) for name in IMAGE_FILES) else model.base
-    tokenizer_folder = model.folder if files.is_file(model.folder / "tokenizer.json") else model.base
+    tokenizer_folder = find_tokenizer_folder(model)
     settings = {name: read_settings(image_folder / name, CheckpointError) for name in IMAGE_FILES}
     settings |= {name: read_settings(tokenizer_folder / name, TokenizerError) for name in TOKENIZER_FILES}
     image_settings, path = choose_image_settings(settings, image_folder)
@@ -55,17 +55,20 @@ def read_processor_files(model: "ModelFiles") -> dict[str, Any]:
     tokenizer = read_tokenizer(tokenizer_folder)
     add_missing_tokens(tokenizer)
     ids = find_ids(tokenizer, settings["tokenizer_config.json"], model, tokenizer_folder)
-    context = model.config.text_config.max_position_embeddings
-    check_tokenizer(PromptTokenizer(tokenizer, ids, context), model.config.text_config.vocab_size, tokenizer_folder)
     return {
         "tokenizer": tokenizer,
         "ids": ids,
-        "context": context,
+        "context": model.config.text_config.max_position_embeddings,
         "image_size": model.config.vision_config.image_size,
         "num_image_tokens": model.config.num_image_tokens,
         "normalization": read_normalization(image_settings, path),
         "settings": settings,
     }
+
+
+def find_tokenizer_folder(model: "ModelFiles") -> Path:
+    """The adapter's folder if it has its own tokenizer.json, otherwise the model's."""
+    return model.folder if files.is_file(model.folder / "tokenizer.json") else model.base
 
 
 def read_settings(path: Path, error_class: type[CheckpointError | TokenizerError]) -> dict:
@@ -276,10 +279,10 @@ def find_ids(tokenizer: Tokenizer, tokenizer_config: dict, model: "ModelFiles", 
     return ids | {"newline_token_id": newline[0]}
 
 
-def check_tokenizer(tokenizer: PromptTokenizer, num_rows: int, folder: Path) -> None:
-    """Raises: TokenizerError unless <loc> and <seg> have consecutive ids, all ids fit the `num_rows` rows of the embedding, and a
-    text with two spaces and with characters of several bytes is the same after decoding."""
-    path = folder / "tokenizer.json"
+def check_tokenizer(tokenizer: PromptTokenizer, model: "ModelFiles") -> None:
+    """Raises: TokenizerError unless <loc> and <seg> have consecutive ids, all ids fit into the embedding, and a text with two
+    spaces and with characters of several bytes is the same after decoding."""
+    path, num_rows = find_tokenizer_folder(model) / "tokenizer.json", model.config.text_config.vocab_size
     for kind, tokens in (("<loc>", LOCATION_TOKENS), ("<seg>", CODE_TOKENS)):
         ids = [tokenizer.added_ids[token] for token in tokens]
         if ids != list(range(ids[0], ids[0] + len(ids))):
