@@ -16,7 +16,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -267,6 +267,7 @@ def in_order(results: Iterable[tuple[int, Result]], count: int) -> Iterator[Resu
         raise RuntimeError(f"request {following} of {count} has no result")
 
 
+@dataclass(eq=False)
 class Annotator:
     """Answers requests with one model, several at a time.
 
@@ -286,34 +287,20 @@ class Annotator:
         sampling: how tokens are chosen; None = greedy.
     """
 
-    def __init__(
-        self,
-        model: "PaliGemmaForConditionalGeneration",
-        processor: "PaliGemmaProcessor",
-        *,
-        codec: "MaskCodec | None" = None,
-        rows: int = 4,
-        max_new_tokens: int = 256,
-        uses_grammar: bool = False,
-        min_score: float | None = None,
-        kind: str = "other",
-        language: str = "en",
-        denominator: int = 1023,
-        sampling: "Sampling | None" = None,
-    ):
-        self.model = model
-        self.processor = processor
-        self.codec = codec
-        self.rows = rows
-        self.max_new_tokens = max_new_tokens
-        self.uses_grammar = uses_grammar
-        self.min_score = min_score
-        self.kind = kind
-        self.language = language
-        self.denominator = denominator
-        self.sampling = sampling
-        self.grammars: dict[tuple[str, str], Grammar] = {}  # the grammar of the last labels
-        self.encoded: tuple[Image.Image | None, torch.Tensor | None] = (None, None)  # the last picture of several requests
+    model: "PaliGemmaForConditionalGeneration"
+    processor: "PaliGemmaProcessor"
+    _: KW_ONLY
+    codec: "MaskCodec | None" = None
+    rows: int = 4
+    max_new_tokens: int = 256
+    uses_grammar: bool = False
+    min_score: float | None = None
+    kind: str = "other"
+    language: str = "en"
+    denominator: int = 1023
+    sampling: "Sampling | None" = None
+    grammars: "dict[tuple[str, str], Grammar]" = field(default_factory=dict, init=False)  # the grammar of the last labels
+    encoded: "tuple[Image.Image | None, torch.Tensor | None]" = field(default=(None, None), init=False)  # the last shared picture
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Result]]:
         """Answers requests. Each request that is read gets one result, which is an answer or an error.
