@@ -277,7 +277,14 @@ class Model:
     def ocr(
         self, pictures: list[Any], *, sampling: Sampling | None = None, max_new_tokens: int | None = None
     ) -> list[str]:
-        """The text in the picture."""
+        """The text in the picture.
+
+        >>> from PIL import Image, ImageDraw
+        >>> sign = Image.new("RGB", (448, 448), "white")
+        >>> ImageDraw.Draw(sign).text((224, 224), "EXIT", "black", font_size=60, anchor="mm")
+        >>> model.ocr(sign)
+        'EXIT'
+        """
         return [result.text for result in self._run("ocr", pictures, "", sampling, max_new_tokens)]
 
     @verb

@@ -67,7 +67,7 @@ def test_the_examples_in_the_docstrings_are_true(module, model):
     del model  # the examples load their own
     names = {"paligemma": paligemma, "model": paligemma.load(device="cpu")}
     result = doctest.testmod(module, extraglobs=names, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
-    assert result.failed == 0 and (module is paligemma or result.attempted >= 12)
+    assert result.failed == 0 and (module is paligemma or result.attempted >= 15)
 
 
 # Verbs
@@ -77,7 +77,6 @@ def test_each_verb_answers(model, tmp_path):
     assert model.caption(SHAPES) == CAPTION
     assert model.ask(SHAPES, "what color is the heart?") == "purple"
     assert model.count(SHAPES, "circles") == 1
-    assert isinstance(model.ocr(SHAPES), str)
     assert "".join(model.stream(SHAPES, "caption en")) == CAPTION
     found = model.detect(SHAPES, "circle")
     (thing,) = found.objects
