@@ -47,12 +47,12 @@ SOFTWARE = 305  # the EXIF tag that names the program that wrote a picture
 
 
 def palette(labels: Iterable[str]) -> dict[str, Color]:
-    """A colour for each label, given in the order in which the labels first appear; after seven, darker ones follow."""
+    """A colour for each label, in the order in which the labels first appear. After seven labels, the colours repeat, darker."""
     colors: dict[str, Color] = {}
     for label in labels:
         if label not in colors:
-            turn, place = divmod(len(colors), len(PALETTE))
-            colors[label] = tuple(round(level * 0.7**turn) for level in PALETTE[place])
+            repeats, index = divmod(len(colors), len(PALETTE))
+            colors[label] = tuple(round(level * 0.7**repeats) for level in PALETTE[index])
     return colors
 
 
@@ -68,9 +68,9 @@ def contrast(one: Color, other: Color) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-def text_color(ground: Color) -> Color:
-    """Black or white, whichever is easier to read on this ground."""
-    return max(BLACK, WHITE, key=lambda color: contrast(color, ground))
+def text_color(background: Color) -> Color:
+    """Black or white, whichever is easier to read on this background."""
+    return max(BLACK, WHITE, key=lambda color: contrast(color, background))
 
 
 # Shapes
@@ -87,7 +87,7 @@ def rectangle(box: NormalizedBox, width: int, height: int) -> Rectangle:
     return left, top, right, bottom
 
 
-def strokes(rectangle: Rectangle, line: int, is_dashed: Sequence[bool]) -> list[Rectangle]:
+def frame_parts(rectangle: Rectangle, line: int, is_dashed: Sequence[bool]) -> list[Rectangle]:
     """The rectangles that make up a frame: its left, upper, right and lower side, each as one line or as dashes."""
     left, top, right, bottom = rectangle
     sides = [
@@ -106,11 +106,12 @@ def strokes(rectangle: Rectangle, line: int, is_dashed: Sequence[bool]) -> list[
 
 
 def error_bars(box: NormalizedBox, spread: Sequence[float], line: int, size: tuple[int, int]) -> list[Rectangle]:
-    """The rectangles of the error bars: one across the middle of each unsure edge, one standard deviation to both sides.
+    """The rectangles of the error bars. A bar crosses the middle of an edge and reaches one standard deviation to both sides.
 
     Args:
-        spread: standard deviations of the left, upper, right and lower edge in fractions of the picture's sides; 0 = no bar.
-        size: width and height of the picture.
+        spread: standard deviations of the left, upper, right and lower edge as fractions of the picture's sides; 0 = no bar.
+        line: the line width in pixels.
+        size: width and height of the picture in pixels.
     """
     width, height, cap = *size, CAP * line
     x, y = round((box.x_min + box.x_max) / 2 * width), round((box.y_min + box.y_max) / 2 * height)
@@ -138,20 +139,21 @@ def draw_box(
 
     Args:
         line: the line width in pixels.
-        spread: as in error_bars; an edge with more than UNSURE line widths is dashed and gets an error bar.
+        spread: as in error_bars. An edge whose standard deviation is above UNSURE line widths is dashed and gets an error bar.
+        has_seam: whether to draw the seam.
     """
     width, height = picture.size
     marked = [value if value * side > UNSURE * line else 0 for value, side in zip(spread, (width, height) * 2, strict=True)]
-    parts = strokes(rectangle(box, width, height), line, [value > 0 for value in marked])
+    parts = frame_parts(rectangle(box, width, height), line, [value > 0 for value in marked])
     parts += error_bars(box, marked, line, picture.size)
     if has_seam:
         seam = max(1, line // 3)
         x, y = (min(part[axis] for part in parts) - seam for axis in (0, 1))
         x_end, y_end = (max(part[axis] for part in parts) + seam for axis in (2, 3))
-        veil = Image.new("L", (x_end - x, y_end - y), 0)
+        opacity = Image.new("L", (x_end - x, y_end - y), 0)
         for left, top, right, bottom in parts:
-            veil.paste(SEAM, (left - seam - x, top - seam - y, right + seam - x, bottom + seam - y))
-        picture.paste(BLACK, (x, y), veil)
+            opacity.paste(SEAM, (left - seam - x, top - seam - y, right + seam - x, bottom + seam - y))
+        picture.paste(BLACK, (x, y), opacity)
     for part in parts:
         picture.paste(color, part)
 
@@ -165,7 +167,7 @@ def draw_mask(picture: Image.Image, mask: np.ndarray, color: Color, line: int, f
     part = mask[top : rows[-1] + line + 2, left : columns[-1] + line + 2]
     padded = np.pad(part, line, mode="edge")
     height, width = part.shape
-    inside = part.copy()
+    inside = part.copy()  # after the loop: the pixels of the mask that lie at least `line` pixels from its edge
     for y, x in ((0, line), (2 * line, line), (line, 0), (line, 2 * line)):
         inside &= padded[y : y + height, x : x + width]
     corner = (int(left), int(top))
@@ -212,35 +214,35 @@ def fit(text: str, size: float, width: int, height: int, letters: Lettering) -> 
 
 
 def overlap(one: Rectangle, other: Rectangle) -> int:
-    """Pixels that two rectangles share."""
+    """The number of pixels in the intersection of two rectangles."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     return max(width, 0) * max(height, 0)
 
 
 def place_label(box: Rectangle, label: tuple[int, int], taken: list[Rectangle], width: int, height: int) -> Rectangle:
-    """The place of a label near its box: of several candidates inside the picture, the one that covers earlier labels least.
+    """The rectangle of a label near its box. Of several candidates inside the picture, it overlaps earlier labels the least.
 
     Args:
         label: width and height of the label.
-        taken: the places of the earlier labels.
+        taken: the rectangles of the earlier labels.
         width, height: of the picture.
     """
     left, top, right, bottom = box
     wide, high = label
-    spots = [(left, top - high), (left, top), (right - wide, top - high), (left, bottom), (right - wide, bottom)]
-    spots += [(left, bottom - high), (right - wide, bottom - high), (right, top), (left - wide, top)]
-    spots += [(left, top + step * high) for step in range(1, 1 + min(16, height // high))]
+    corners = [(left, top - high), (left, top), (right - wide, top - high), (left, bottom), (right - wide, bottom)]
+    corners += [(left, bottom - high), (right - wide, bottom - high), (right, top), (left - wide, top)]
+    corners += [(left, top + step * high) for step in range(1, 1 + min(16, height // high))]
 
-    def within(spot: tuple[int, int]) -> Rectangle:
-        x, y = (min(max(value, 0), most) for value, most in zip(spot, (width - wide, height - high), strict=True))
+    def inside(x: int, y: int) -> Rectangle:
+        x, y = min(max(x, 0), width - wide), min(max(y, 0), height - high)
         return x, y, x + wide, y + high
 
-    return min((within(spot) for spot in spots), key=lambda spot: sum(overlap(spot, other) for other in taken))
+    return min((inside(*corner) for corner in corners), key=lambda spot: sum(overlap(spot, other) for other in taken))
 
 
 def draw_label(picture: Image.Image, text: str, size: float, spot: Rectangle, color: Color, letters: Lettering) -> None:
-    """Draws the text on a plate in the colour of its box: four times as large, then shrunk, for smooth letters and corners."""
+    """Draws a label: the text on a plate in the colour of its box. It is drawn larger, then shrunk, to smooth its edges."""
     width, height, space = spot[2] - spot[0], spot[3] - spot[1], measure(text, size, letters)[2] * SUPERSAMPLING
     plate = Image.new("RGB", (width * SUPERSAMPLING, height * SUPERSAMPLING), color)
     letters.write(plate, (space, space // 3), text, size * SUPERSAMPLING, text_color(color))
@@ -299,7 +301,7 @@ def draw(
     Objects without a box are left out. Smaller boxes are drawn later, so that larger ones do not cover them.
 
     Args:
-        picture: goes through load_image first, so that it is upright, as the model saw it.
+        picture: any PIL image. It goes through load_image, so that it is upright, as the model saw it.
         notes: gets a sentence for everything that could not be drawn.
     Raises: UsageError for a font that cannot be read.
     """
@@ -322,7 +324,7 @@ def draw(
             notes.append(f"{size} no room for {num_missing} of the labels, which are left out.")
         if notes is not None and unknown:
             notes.append(
-                f"no font here has {unknown[:20]}: drawn as {UNKNOWN}. Install one (Debian and Ubuntu: apt install "
+                f"no font on this machine has {unknown[:20]}, drawn as {UNKNOWN}. Install one (Debian and Ubuntu: apt install "
                 "fonts-noto-cjk fonts-noto-color-emoji), or name its file with --font."
             )
     return out

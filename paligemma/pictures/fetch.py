@@ -29,6 +29,7 @@ MAX_DOWNLOAD_BYTES = 32 << 20
 MAX_REDIRECTS = 3
 TIMEOUT_S = 30.0
 UNQUOTED = "/%:@!$&'()*+,;=~[]"  # characters of an address that are not percent-encoded
+# Ends of messages for an address in the local network.
 IN_DATA = "Addresses in a data file must be public. Type this address yourself if you trust it, or download the picture first."
 REDIRECTED = "A public server must not redirect to it. Type that address yourself if you trust it."
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -54,7 +55,7 @@ class Deadline:
 
         self.is_over = True
         if self.socket is not None:
-            with suppress(OSError):  # it was closed in the meantime
+            with suppress(OSError):  # the socket was closed in the meantime
                 self.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
@@ -197,7 +198,7 @@ def shorten(address: str) -> str:
 
 
 def follow(address: str, deadline: Deadline, may_be_private: bool) -> tuple[bytes, str]:
-    """The body and its content type, after at most MAX_REDIRECTS redirects."""
+    """The body and its content type, after at most MAX_REDIRECTS redirects. Raises: as fetch, and OSError, HTTPException."""
     name, refusal = shorten(address), None if may_be_private else IN_DATA
     for _ in range(MAX_REDIRECTS + 1):
         url = split(address)

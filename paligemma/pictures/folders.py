@@ -59,7 +59,7 @@ def in_folder(folder: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[s
     Hidden files, and files without a picture's suffix, are skipped.
 
     Args:
-        seen: identities of folders that are skipped. A folder that is reached twice, through a link, is listed only once.
+        seen: identities of folders that are skipped. A folder that is reached twice (through a link) is listed only once.
     Yields: paths that begin with `folder`. A folder that cannot be listed is yielded itself: reading it raises the error.
     """
     left, seen = [folder], set(seen)
@@ -99,7 +99,7 @@ def matches(pattern: str) -> Iterator[str]:
 
 
 def lies_in(folder: str, seen: Collection[tuple[int, int]]) -> bool:
-    """Whether a folder has one of these identities or lies in a folder that has."""
+    """Whether a folder is one of those with these identities, or lies in one of them."""
     place = Path(os.path.realpath(folder))
     with suppress(OSError):
         return bool(seen) and any(identity(str(above)) in seen for above in (place, *place.parents))
@@ -107,7 +107,7 @@ def lies_in(folder: str, seen: Collection[tuple[int, int]]) -> bool:
 
 
 def expand(word: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[str]:
-    """The pictures of a folder, a file, an address, or a pattern with * ? [ ] and ** for any depth.
+    """The pictures that a word names: it may be a folder, a file, an address, or a pattern with * ? [ ] and ** (any depth).
 
     Args:
         seen: as in in_folder.
@@ -145,9 +145,9 @@ def check_words(words: Iterable[str]) -> None:
 
 
 def read_text_lines(path: str) -> Iterator[tuple[int, str]]:
-    """The lines of a text file and their numbers, without line ends; empty lines are skipped. Raises: DatasetError.
+    """The numbers of the lines of a text file, and the lines without their line ends. Empty lines are skipped.
 
-    A pipe is refused, because lists are read several times.
+    Raises: DatasetError, also for a pipe, because lists are read several times.
     """
     place = files.expand(path)
     if not files.is_file(place, DatasetError):
@@ -160,7 +160,7 @@ def read_text_lines(path: str) -> Iterator[tuple[int, str]]:
                 if number == 1 and line.startswith(UTF16):
                     raise DatasetError(f"{path} is in UTF-16, and UTF-8 is needed. Save it as UTF-8.", path=path)
                 if len(line) == MAX_LINE:
-                    too_long = f"line {number} of {path} is longer than {MAX_LINE >> 20} million characters"
+                    too_long = f"{path}:{number} is longer than {MAX_LINE >> 20} million characters"
                     raise DatasetError(f"{too_long}. This is not a list: name another file.", path=path)
                 if not line:
                     return
@@ -193,7 +193,7 @@ def questions(path: str) -> Iterator[tuple[str, str]]:
 
 
 def shard_of(name: str, count: int) -> int:
-    """The number, from 1 to `count`, of the share that a picture belongs to. It depends on the name only."""
+    """The shard of a picture, from 1 to `count`. It depends only on the name, and shards are about equally large."""
     return int.from_bytes(blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") % count + 1
 
 
@@ -205,9 +205,9 @@ class Loaded:
     """A picture for the model, or the error that was raised when it was read.
 
     Args:
-        picture: resized to the square that the model takes, so that pictures in the queue use little memory; or the error.
+        picture: the picture, resized to the square that the model takes, so that waiting pictures need little memory; or an error.
         size: width and height of the original picture; None after an error.
-        original: reads the original picture again. Keeping it would take far more memory than its file.
+        original: a function that reads the original picture again; to keep the pixels would take far more memory.
         notes: what was converted or chosen, see load_image.
     """
 
@@ -237,8 +237,8 @@ def file_version(place: str) -> tuple[int, int, int] | None:
 def picture_errors(place: object) -> Iterator[None]:
     """Turns every exception inside the block into a PaliGemmaError, so that one bad picture does not stop a long run.
 
-    Raises: a PaliGemmaError unchanged; any other exception, which is a bug here or in a decoder, as an ImageError that asks for
-        a report.
+    A PaliGemmaError stays as it is. Any other exception is a bug here or in a decoder: it becomes an ImageError that asks the
+    user to report it.
     """
     try:
         yield
@@ -292,7 +292,7 @@ def load_again(source: object, before: tuple[int, int, int] | None, is_typed: bo
 
 
 class Readers:
-    """A pool of daemon threads: unlike those of ThreadPoolExecutor, they do not delay the program's end when a server is slow.
+    """A pool of daemon threads. Unlike threads of ThreadPoolExecutor, they do not delay the program's end if a server is slow.
 
     Args:
         read: the function that is called with each submitted place.

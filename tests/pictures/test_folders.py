@@ -130,7 +130,7 @@ def test_a_list_in_another_encoding_or_without_lines_is_refused(monkeypatch):
             list(folders.in_list("list.txt"))
     monkeypatch.setattr(folders, "MAX_LINE", 1 << 20)
     Path("list.txt").write_bytes(b"a.jpg\n" + b"x" * (1 << 21))
-    with pytest.raises(DatasetError, match="line 2 of list.txt is longer than 1 million"):
+    with pytest.raises(DatasetError, match="list.txt:2 is longer than 1 million"):
         list(folders.in_list("list.txt"))
 
 
