@@ -50,7 +50,7 @@ def test_what_this_user_may_not_see_is_an_error_not_an_absence(error_class, expe
     def refuse(path):
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(os, "stat", refuse)  # permissions do not bind the user that tests often run as
+    monkeypatch.setattr(os, "stat", refuse)  # file permissions do not apply to root, who may run the tests
     for look in LOOKERS:
         with pytest.raises(expected, match="Change its permissions"):
             look(tmp_path / "closed" / "model", error_class)
@@ -95,7 +95,7 @@ def test_similar_names_among_many(tmp_path):
 
 
 def spellings(file):
-    """Other names of one file."""
+    """Other spellings of the path of a file."""
     (file.parent / "link").symlink_to(file.name)
     (file.parent / "folder").symlink_to(file.parent)
     folder, name = file.parent, file.name
@@ -262,7 +262,7 @@ def test_files_are_replaced_and_json_is_read_by_files_py_only():
 @pytest.mark.parametrize("path", sorted(Path(files.__file__).parent.rglob("*.py")), ids=lambda path: path.name)
 def test_no_path_from_outside_is_asked_what_it_is_by_a_method_that_raises(path):
     raising = ("exists", "is_file", "is_dir", "expanduser")
-    own = {"kernels.py", "folders.py"}  # of this code's own files, and of os.DirEntry
+    own = {"kernels.py", "folders.py"}  # they use these methods for the project's own files and for os.DirEntry
     calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
     methods = [node.func for node in calls if isinstance(node.func, ast.Attribute) and node.func.attr in raising]
     of_paths = [f"{path.name}:{method.lineno}" for method in methods if ast.unparse(method.value) not in ("os.path", "files")]

@@ -1,4 +1,4 @@
-"""Cores, memory and devices, as files of the system and torch tell them. The test machine need not have what is asked for."""
+"""Cores, memory and devices, as the files of the system and torch report them. All hardware here is simulated."""
 
 import os
 import resource
@@ -78,7 +78,7 @@ def test_an_old_torch_is_refused(monkeypatch):
 
 @pytest.fixture
 def root(tmp_path):
-    """A machine with 20 GiB free, in files."""
+    """A folder that looks like the root of a system with 20 GiB of free memory."""
     write(tmp_path, "proc/meminfo", f"MemTotal: {24 * 2**20} kB\nMemAvailable: {20 * 2**20} kB\n")
     return tmp_path
 
@@ -102,7 +102,7 @@ def test_the_tightest_control_group_counts_and_its_file_cache_is_free(root, vers
     write(root, f"sys/fs/cgroup/{mount}a/memory.stat", f"anon {2 * GIB}\nactive_file {GIB}\ninactive_file {2 * GIB}\n")
     write(root, f"sys/fs/cgroup/{mount}a/b/{limit}", 10 * GIB if version == 1 else "max")
     write(root, f"sys/fs/cgroup/{mount}a/b/{use}", 3 * GIB)
-    assert free(root) == 6  # 8 - (5 - 3) in group a; group b allows more, or anything
+    assert free(root) == 6  # 8 - (5 - 3) in group a; group b allows more, or has no limit
 
 
 def test_no_limit_is_no_limit(root):

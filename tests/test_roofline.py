@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 def test_prefill_products_are_those_that_torch_counts(family):
     model = make_model(family)
     ids = torch.cat((torch.full((1, 2 * PATCHES), IMAGE), torch.full((1, 5), 3)), 1)
-    # The counter does not know the fused attention of CPUs, only the one written out.
+    # FlopCounterMode counts the plain attention, but not the fused one of CPUs.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         cache = model.new_cache(1, ids.shape[1])
         model.prefill(cache, ids, make_pixels(2), torch.ones_like(ids), torch.zeros_like(ids))

@@ -205,7 +205,7 @@ class Loaded:
     """A picture for the model, or the error that was raised when it was read.
 
     Args:
-        picture: the picture, resized to the square that the model takes, so that waiting pictures need little memory; or an error.
+        picture: resized to the square that the model takes, so that waiting pictures need little memory; or an error.
         size: width and height of the original picture; None after an error.
         original: a function that reads the original picture again; to keep the pixels would take far more memory.
         notes: what was converted or chosen, see load_image.

@@ -1,4 +1,4 @@
-"""Drawings of any boxes on any picture: the size stays, labels stay inside, colours can be told apart and read."""
+"""Any boxes can be drawn on any picture: its size is kept, labels stay inside, colours are distinct and text is readable."""
 
 import itertools
 import os
@@ -21,7 +21,7 @@ def blank(width=300, height=200, color=GREY):
 
 
 def changed(picture, other):
-    """bool[H, W], where two pictures differ."""
+    """bool[H, W], true where two pictures differ."""
     return (np.asarray(picture) != np.asarray(other)).any(-1)
 
 
@@ -108,9 +108,9 @@ def test_an_unsure_edge_is_dashed_with_an_error_bar_and_sure_ones_are_not():
     unsure = np.asarray(drawing.draw(blank(), [ParsedObject("", box, spread=(0, 0.05, 0, 0))]))
     assert not changed(sure, drawing.draw(blank(), [ParsedObject("", box)])).any()
     colored = (unsure == drawing.PALETTE[0]).all(-1)
-    assert 0.4 < colored[60, 90:210].mean() < 0.8 and colored[139, 90:210].all()  # the upper edge, the lower one
+    assert 0.4 < colored[60, 90:210].mean() < 0.8 and colored[139, 90:210].all()  # the dashed upper edge and the solid lower edge
     bar = np.flatnonzero(colored[:60, 150])
-    assert bar[0] == 50 and len(bar) >= 10  # from one standard deviation above the edge: 60 - 0.05 * 200
+    assert bar[0] == 50 and len(bar) >= 10  # it starts one standard deviation above the edge: 60 - 0.05 * 200
     assert colored[50, 147:154].all() and not colored[49].any()
 
 
@@ -126,7 +126,7 @@ def test_plain_drawings_have_frames_and_outlines_only():
     found = [ParsedObject("", NormalizedBox(0.3, 0.3, 0.7, 0.7), spread=(0.05, 0.05, 0.05, 0.05), mask=mask)]
     plain = drawing.draw(blank(), found, drawing.Style(is_plain=True))
     assert plain.getpixel((150, 100)) == GREY  # not filled
-    assert not changed(plain, blank())[:60].any()  # nothing outside of the frame
+    assert not changed(plain, blank())[:60].any()  # nothing is drawn outside the frame
     assert plain.getpixel((150, 60)) == drawing.PALETTE[0]
 
 
@@ -201,7 +201,7 @@ def test_text_on_every_colour_can_be_read():
     assert drawing.contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
 
 
-# What the cones of people without red, green or blue vision make of linear RGB: Machado et al. 2009, severity 1.0.
+# Linear RGB as people without red, green or blue cones see it: Machado et al. 2009, severity 1.0.
 DEFICIENCIES = {
     "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
     "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],

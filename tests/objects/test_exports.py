@@ -1,4 +1,4 @@
-"""exports.py: what other tools read back is what the rows say."""
+"""exports.py: other tools read back the same objects as the rows hold."""
 
 import contextlib
 import csv
@@ -143,7 +143,7 @@ def test_yolo_lines_parsed_back_are_the_boxes(tmp_path):
     assert [name for name, _ in back] == ["object", "person's hat"]
     for (_, box), found in zip(back, (BARE, HAT), strict=True):
         assert box == pytest.approx((found.box.y_min, found.box.x_min, found.box.y_max, found.box.x_max), abs=1e-5)
-    assert files[2].read_text() == ""  # nothing in it, and that is known
+    assert files[2].read_text() == ""  # the picture has a row, but no objects
 
 
 def test_a_table_has_a_line_for_each_box(tmp_path):
@@ -175,9 +175,9 @@ def test_no_two_pictures_share_a_file_and_none_leaves_the_folder(tmp_path):
     [
         (["1.png", "./1.png", "././1.png"], ["1.txt", "1.png.txt", "1.png-2.txt"]),
         (["1.jpg", "1.png.gif", "1.png"], ["1.txt", "1.png.txt", "1.png-2.txt"]),
-        (["A.png", "a.jpg", "a.png"], ["A.txt", "a.jpg.txt", "a.png.txt"]),  # one file on disks that know no case
+        (["A.png", "a.jpg", "a.png"], ["A.txt", "a.jpg.txt", "a.png.txt"]),  # equal names on disks that ignore case
         (["classes.png", "x.png"], ["classes.png.txt", "x.txt"]),  # classes.txt holds the classes
-        (["Classes.txt/a.png", "b.png"], ["Classes.txt_/a.txt", "b.txt"]),  # also of a folder of that name
+        (["Classes.txt/a.png", "b.png"], ["Classes.txt_/a.txt", "b.txt"]),  # a folder of that name is renamed, too
         (["x", "x.txt/1.png"], ["x-2.txt", "x.txt/1.txt"]),  # a file cannot have the name of a folder
     ],
 )  # fmt: skip
@@ -298,7 +298,7 @@ def test_exporting_needs_neither_torch_nor_numpy_where_there_are_no_masks(tmp_pa
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-# Labels that a spreadsheet, or a file with a line for each, would take for something else
+# Labels that would break a spreadsheet or a file with one label per line
 
 
 def labelled(*labels):

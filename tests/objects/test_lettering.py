@@ -1,4 +1,4 @@
-"""Text in any script: a font for each character, marks that stay with their letters, and fonts that are none."""
+"""Text in any script: each character gets a font that has it, marks stay with their letters, and broken fonts are refused."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def no_system_fonts(monkeypatch):
 
 
 def make_font(path, characters: str) -> str:
-    """A font in which each of the characters is a full square of the letter size."""
+    """A font in which the glyph of each character is a filled square."""
     names = {ord(character): f"square{ord(character)}" for character in characters}
     pen = TTGlyphPen(None)
     pen.moveTo((0, 0))
@@ -37,7 +37,7 @@ def make_font(path, characters: str) -> str:
 
 
 def written(letters: lettering.Lettering, text: str, anchor: str = "la") -> np.ndarray:
-    """bool[60, 400], where a text of 20 pixels' height in black, at 200, 20, is."""
+    """bool[60, 400], true where black text of letter size 20, drawn at (200, 20), is."""
     picture = Image.new("RGB", (400, 60), "white")
     letters.write(picture, (200, 20), text, 20, "black", anchor)
     return np.asarray(picture.convert("L")) < 128

@@ -1,4 +1,4 @@
-"""Addresses that hang, lie, lead astray or never end; the servers are threads of this test."""
+"""Downloads from servers that hang, send wrong headers, redirect to the local network or never end. They are threads here."""
 
 import socket
 import ssl
@@ -77,7 +77,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def log_message(self, *_: object) -> None:
-        """Nothing: the test says enough."""
+        """Prints nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_odd_characters_in_an_address_stay_in_one_line(server):
     refusal("http://" + "\u00e4" * 100 + ".invalid/")
 
 
-# Addresses in the local network (FAULTS 33)
+# Addresses in the local network
 
 PRIVATE = [
     "127.0.0.1", "127.8.8.8", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1",
@@ -203,7 +203,7 @@ def test_which_addresses_are_public_is_known_in_every_spelling():
 
 @pytest.fixture
 def pretended(server, monkeypatch):
-    """The local server, reachable as public.example under a public address; a list of the addresses that were dialled."""
+    """The local server, reachable as public.example with a public IP address. Returns: the addresses that were connected to."""
     dialled, names = [], {"public.example": ["93.184.216.34"], "inside.example": ["10.0.0.1", "127.0.0.1"]}
     real = socket.create_connection
 
@@ -272,7 +272,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(pretended):
     names, dialled = pretended
     names["mixed.example"] = ["127.0.0.1", "8.8.8.8"]
     assert fetch.fetch("http://public.example/redirect?http://mixed.example/200")[0] == BODY
-    assert dialled == ["93.184.216.34", "8.8.8.8"]  # never the name, which could be answered differently the second time
+    assert dialled == ["93.184.216.34", "8.8.8.8"]  # never the name: a second look-up could return another address
 
 
 def test_https_names_the_server_and_its_certificate_is_checked(pretended, server, monkeypatch):

@@ -1,4 +1,4 @@
-"""Which pictures words, patterns and lists mean, and reading them ahead of whoever wants them."""
+"""Words, patterns and lists name the right pictures, and pictures are read ahead in threads."""
 
 import os
 import threading
@@ -16,7 +16,7 @@ NAMES = ["a.jpg", "b/a.jpg", "b/c/x.PNG", "b/two words.webp", "z.tif"]
 
 @pytest.fixture(autouse=True)
 def photos(tmp_path, monkeypatch):
-    """A folder of empty files, pictures by their names and others, beside which the test runs."""
+    """A folder of empty files, some with names of pictures. The test runs in the folder above it."""
     monkeypatch.chdir(tmp_path)
     for name in [*NAMES, "notes.txt", ".hidden.jpg", ".cache/k.jpg", "b/._a.jpg", "none/readme.md"]:
         path = tmp_path / "photos" / name
@@ -25,7 +25,7 @@ def photos(tmp_path, monkeypatch):
     return tmp_path / "photos"
 
 
-# Which
+# Finding pictures
 
 
 @pytest.mark.parametrize("word", ["photos", "photos/", "./photos", "photos/."])
@@ -43,7 +43,7 @@ def test_patterns_match_files_and_folders(photos):
     assert sorted(folders.expand("photos/**/a.*")) == ["photos/a.jpg", "photos/b/a.jpg"]
     assert sorted(folders.expand("photos/[ab]*")) == sorted(f"photos/{name}" for name in NAMES if name != "z.tif")
     (photos / "odd[1].jpg").touch()
-    assert list(folders.expand("photos/odd[1].jpg")) == ["photos/odd[1].jpg"]  # a name before it is a pattern
+    assert list(folders.expand("photos/odd[1].jpg")) == ["photos/odd[1].jpg"]  # an existing name is not a pattern
 
 
 @pytest.mark.parametrize("pattern", ["a*/x\0*/*", "a\ud800*", "*\udfff/x"])
@@ -54,7 +54,7 @@ def test_a_pattern_with_what_no_name_holds_matches_nothing(pattern):
 
 
 def test_many_stars_in_a_row_mean_what_two_mean(tmp_path):
-    deep = tmp_path.joinpath(*"abcdefghijklmnop")  # 16 folders: 40 steps through them can be taken in 10^13 ways
+    deep = tmp_path.joinpath(*"abcdefghijklmnop")  # in 16 folders, 40 repetitions of ** could match in 10^13 ways
     deep.mkdir(parents=True)
     (deep / "x.png").touch()
     assert list(folders.expand(f"{tmp_path}/{'**/' * 40}x.png")) == [str(deep / "x.png")]
@@ -230,7 +230,7 @@ def test_whatever_happens_while_one_picture_is_read_is_its_error(monkeypatch, er
 
 
 class Reader:
-    """Counts what is read, and how many at the same time; `wait`, if given, is called with the place before a read ends."""
+    """Counts the reads, and how many run at the same time. `wait`, if given, is called with the place before a read ends."""
 
     def __init__(self, wait=lambda _: None):
         self.wait, self.places, self.now, self.most = wait, [], 0, 0
@@ -293,7 +293,7 @@ def test_an_abandoned_run_reads_nothing_more_and_leaves_no_thread_behind():
     pictures = ahead(range(50), reader, threads=1, count=30)
     next(pictures)
     own = set(threading.enumerate()) - others
-    assert all(thread.daemon for thread in own)  # one that waits for a slow server must not hold up the end of the program
+    assert all(thread.daemon for thread in own)  # a thread that waits for a slow server must not delay the end of the program
     pictures.close()
     closed.set()
     for thread in own:

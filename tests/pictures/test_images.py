@@ -1,4 +1,4 @@
-"""Every picture of the world, or one sentence that says why not. All files are made here."""
+"""Any picture is loaded as upright RGB, or refused in one sentence. The tests make all of their files."""
 
 import io
 import os
@@ -33,7 +33,7 @@ def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
 
 
 def blocks(size: int = 16) -> Image.Image:
-    """Red, green, blue and white quarters: survive a lossy format, and show which way is up."""
+    """A picture of four quarters, red, green, blue and white: lossy formats keep them, and they show the orientation."""
     return Image.fromarray(COLOURS.repeat(size, 0).repeat(size, 1))
 
 
@@ -56,7 +56,7 @@ def pixels(image: Image.Image) -> list[tuple[int, int, int]]:
 
 
 def png(width: int, height: int, bits: int = 1) -> bytes:
-    """A PNG of black pixels, small however large it claims to be."""
+    """A PNG of black pixels whose file is small, whatever size its header claims."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -78,7 +78,7 @@ def refusal(source: object, **options: object) -> str:
     return message
 
 
-# Damaged files (FAULTS 1 to 6, 19 to 25)
+# Damaged files
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
@@ -91,8 +91,8 @@ def test_half_a_file_is_refused_as_cut_off(kind):
 def test_half_a_file_is_taken_if_allowed(kind):
     data = saved(picture(), kind)
     image = load_image(data[: len(data) * 3 // 4], allow_truncated=True)
-    assert pixels(image)[:40] == pixels(load_image(data))[:40]  # the first line is there
-    assert not ImageFile.LOAD_TRUNCATED_IMAGES  # the switch of the whole process is back where it was
+    assert pixels(image)[:40] == pixels(load_image(data))[:40]  # the first row was decoded
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES  # the switch of the whole process was restored
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF"])
@@ -175,7 +175,7 @@ def test_a_frame_that_grows_beyond_pillows_own_limit_is_refused():
     assert "over the limit" in refusal(bytes(data), frame=1)
 
 
-# Colours (FAULTS 7 to 13)
+# Colours
 
 
 def test_transparency_is_laid_on_white_or_another_colour_or_dropped():
@@ -267,7 +267,7 @@ def test_32_bit_whole_numbers_beyond_16_bits_are_refused():
     assert "whole numbers" in refusal(saved(Image.fromarray(np.array([[0, 70_000]], dtype=np.int32)), "TIFF"))
 
 
-# Animations, orientation, sizes (FAULTS 14 to 18)
+# Animations, orientation, sizes
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
@@ -319,7 +319,7 @@ def test_a_strip_is_read_with_one_note(size):
     assert len(notes) == 1 and "squeezed" in notes[0]
 
 
-# Formats (FAULTS 22, 23)
+# Formats
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "PPM"])
@@ -358,7 +358,7 @@ def test_heic_is_read_by_the_plugin_if_it_is_there(monkeypatch):
     assert corners(load_image(HEIC)) == ["red", "green", "blue", "white"]
 
 
-# Paths (FAULTS 26 to 29)
+# Paths
 
 
 def test_a_folder_is_no_picture(tmp_path):
@@ -396,7 +396,7 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
     def forbidden(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("builtins.open", forbidden)  # as root, a file without permissions would still open
+    monkeypatch.setattr("builtins.open", forbidden)  # root could open a file without permissions
     assert "may not be read" in refusal(tmp_path / "a.png")
 
 
@@ -416,7 +416,7 @@ def test_other_schemes_are_refused(address):
     assert "Give a path" in refusal(address)
 
 
-# data: URIs and addresses (FAULTS 30, 34)
+# data: URIs and addresses
 
 
 def test_a_data_uri_is_a_picture():
@@ -446,7 +446,7 @@ def test_a_damaged_tiff_is_one_error_and_nothing_of_libtiff(capfd):
 def test_a_broken_data_uri_is_refused_without_repeating_it():
     for uri in ("data:image/png;base64", "data:image/png;base64,a" + "\u00e4" * 500, "data:image/png;base64," + "!" * 500):
         assert len(refusal(uri)) < 200
-    for half in ("\udcff", "\ud800"):  # what an argument that is no UTF-8, or JSON, may hold
+    for half in ("\udcff", "\ud800"):  # possible in an argument that is not UTF-8, or in JSON
         assert "beyond ASCII" in refusal("data:image/png," + half)
     assert "zero bytes" in refusal("data:image/png;base64,")
 
@@ -473,7 +473,7 @@ def test_an_address_that_gives_no_picture_is_a_matter_of_access(monkeypatch):
     refusal(address)
 
 
-# Arrays (FAULTS 35) and other objects
+# Arrays and other objects
 
 
 @pytest.mark.parametrize(
@@ -559,7 +559,7 @@ def test_pillows_warnings_stay_out_of_sight(recwarn):
     assert not recwarn.list
 
 
-# Whatever the bytes are
+# Any bytes
 
 
 @settings(max_examples=150)
@@ -583,7 +583,7 @@ def test_damaged_files_raise_nothing_but_our_errors(data, kind):
         pass
 
 
-# Bounds on time and memory
+# Limits on time and memory
 
 
 def test_several_threads_keep_to_one_budget():
@@ -607,7 +607,7 @@ def test_several_threads_keep_to_one_budget():
 
 
 def test_a_large_picture_is_one_piece_of_memory_which_malloc_does_not_keep():
-    assert Image.core.get_block_size() > 2**25  # M_MMAP_THRESHOLD's maximum: below it malloc may keep what is freed
+    assert Image.core.get_block_size() > 2**25  # the maximum of M_MMAP_THRESHOLD: malloc may keep freed blocks below it
 
 
 def test_a_large_picture_is_decoded_alone_and_small_ones_together(monkeypatch, tmp_path):
@@ -619,7 +619,7 @@ def test_a_large_picture_is_decoded_alone_and_small_ones_together(monkeypatch, t
     monkeypatch.setattr(images, "LARGE_FILE_BYTES", 10)
     (tmp_path / "a.png").write_bytes(saved(picture(), "PNG"))
     load_image(tmp_path / "a.png")
-    assert taken == [images.MEMORY_BYTES, 0]  # all of it before the file is read
+    assert taken == [images.MEMORY_BYTES, 0]  # the whole budget, before the file is read
     assert images.MEMORY.left == images.MEMORY_BYTES
 
 
@@ -645,7 +645,7 @@ def test_a_picture_converted_in_bands_is_the_picture_converted_whole(mode, monke
 
 
 def tiff_pages(count: int, last: int = 0) -> bytes:
-    """A TIFF of so many pages of 8 x 8 grey pixels, each a directory of nine entries; the last points to `last`."""
+    """A TIFF with `count` pages of 8 x 8 grey pixels. Each page is a directory of nine entries; the last points to `last`."""
     entries = [(256, 8), (257, 8), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, 8), (279, 64)]
     body = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
     places = [8 + number * (len(body) + 4) for number in range(1, count)] + [last]
@@ -658,7 +658,7 @@ MANY_PAGES = tiff_pages(250_000)
 def test_the_pages_of_a_tiff_are_counted_in_one_walk_with_an_end():
     assert decoding.count_pages(tiff_pages(1)) == (1, True)
     assert decoding.count_pages(tiff_pages(500)) == (500, True)
-    assert decoding.count_pages(tiff_pages(500, last=8)) == (500, True)  # a circle
+    assert decoding.count_pages(tiff_pages(500, last=8)) == (500, True)  # a loop
     assert decoding.count_pages(tiff_pages(500, last=1 << 30)) == (500, True)  # beyond the end of the file
     count, is_all = decoding.count_pages(MANY_PAGES)
     assert count < 30_000 and not is_all
@@ -668,7 +668,7 @@ def test_the_pages_of_a_tiff_are_counted_in_one_walk_with_an_end():
 
 
 def test_only_the_page_that_is_wanted_is_looked_at(monkeypatch):
-    """Pillow's n_frames takes the square of the number of pages: a TIFF of 250,000 ran for minutes."""
+    """Pillow's n_frames takes quadratic time: for a TIFF of 250,000 pages it took minutes."""
     from PIL.TiffImagePlugin import TiffImageFile
 
     seeks, seek = [], TiffImageFile._seek
@@ -756,7 +756,7 @@ def test_a_missing_name_beside_very_many_files_is_compared_with_few(tmp_path, mo
 
 
 def test_sniffing_works_on_the_oldest_python():
-    """int.from_bytes without an order needs 3.11; HEIC, AVIF and MP4 come to it."""
+    """int.from_bytes without a byte order needs Python 3.11. sniff calls it for HEIC, AVIF and MP4."""
     import ast
     from pathlib import Path
 
@@ -766,7 +766,7 @@ def test_sniffing_works_on_the_oldest_python():
 
 
 def test_two_threads_that_silence_warnings_leave_the_filters_as_they_were():
-    """catch_warnings alone, entered and left in this order, leaves the filter of the second thread on."""
+    """With catch_warnings alone, entered and left in this order, the filter of the second thread would stay on."""
     before = list(warnings.filters)
     decoding.NO_WARNINGS.__enter__()  # by the first thread
     decoding.NO_WARNINGS.__enter__()  # by the second one
@@ -808,7 +808,7 @@ def test_stretch_leaves_8_bits_alone():
     assert np.array_equal(np.asarray(load_image(np.full((2, 2), 9, np.uint8), stretch=True)), np.full((2, 2, 3), 9))
 
 
-# What other libraries take
+# Sources that other libraries accept
 
 
 def test_open_files_are_read_from_their_beginning(tmp_path):
@@ -819,7 +819,7 @@ def test_open_files_are_read_from_their_beginning(tmp_path):
     (tmp_path / "a.png").write_bytes(data)
     with open(tmp_path / "a.png", "rb") as file:
         assert corners(load_image(file)) == ["red", "green", "blue", "white"]
-    assert "cannot be read" in refusal(file)  # closed by now
+    assert "cannot be read" in refusal(file)  # the file is closed
     with open(tmp_path / "a.png", encoding="latin-1") as text:
         assert 'mode "rb"' in refusal(text)
     read, write = os.pipe()
@@ -827,7 +827,7 @@ def test_open_files_are_read_from_their_beginning(tmp_path):
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
         assert corners(load_image(pipe)) == ["red", "green", "blue", "white"]
-    in_pieces = io.BytesIO(data)  # as raw pipes and sockets give what is there by now
+    in_pieces = io.BytesIO(data)  # raw pipes and sockets return what has arrived so far
     source = SimpleNamespace(read=lambda size: in_pieces.read(min(size, 10)))
     assert corners(load_image(source)) == ["red", "green", "blue", "white"]
     assert "cannot be read" in refusal(SimpleNamespace(read=lambda: data))
@@ -876,7 +876,7 @@ def test_tensors_are_pictures():
     for dtype, worst in ((torch.bfloat16, 1), (torch.float16, 0)):
         loaded = np.asarray(load_image((first / 255).to(dtype))).astype(int)
         assert abs(loaded - values.numpy()).max() <= worst
-    negated = torch.complex(first / 255, -(first / 255)).conj().imag  # its sign is a bit of the tensor
+    negated = torch.complex(first / 255, -(first / 255)).conj().imag  # torch stores the sign as a bit of the tensor
     for other in (torch.nn.Parameter(first / 255), negated, (first / 255).to_sparse()):
         assert np.array_equal(np.asarray(load_image(other)), values.numpy())
     square = torch.zeros(3, 4, 3)
@@ -886,7 +886,7 @@ def test_tensors_are_pictures():
         refusal(wrong)
 
 
-# Whatever the object is
+# Any object
 
 
 MODES = ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "LA", "PA", "RGBX", "RGBa", "La", "I;16", "I;16L",
