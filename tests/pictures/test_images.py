@@ -416,7 +416,7 @@ def test_other_schemes_are_refused(address):
     assert "Give a path" in refusal(address)
 
 
-# data: URIs and addresses
+# Sources: data: URIs and addresses
 
 
 def test_a_data_uri_is_a_picture():
