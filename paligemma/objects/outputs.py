@@ -238,7 +238,8 @@ def object_score(
         return math.exp(label + sum(logprobs[token] for token in partial.location_tokens) / LOCATIONS_PER_BOX)
     smallest = 1 / NUM_LOCATIONS  # avoids a division by zero for a box without area
     sides = 2 * (max(expected.x_max - expected.x_min, smallest), max(expected.y_max - expected.y_min, smallest))
-    return math.exp(label - sum(deviation / side for deviation, side in zip(spread, sides, strict=True)) / LOCATIONS_PER_BOX)
+    left, top, right, bottom = (deviation / side for deviation, side in zip(spread, sides, strict=True))
+    return math.exp(label - (top + left + bottom + right) / LOCATIONS_PER_BOX)
 
 
 def complete(partial: PartialObject, denominator: int) -> tuple[ParsedObject | None, list[str]]:
