@@ -1,4 +1,4 @@
-"""From logits to answers: greedy tokens against transformers, cache against full passes, rows against themselves alone."""
+"""generation.py: greedy tokens equal transformers', cached steps equal full passes, and rows do not influence each other."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ from paligemma.generation import (
 from paligemma.modeling_gemma import KVCache
 from tests.tiny import BOS, FAMILIES, IMAGE, PAD, PATCHES, VOCAB, make_batch, make_model, make_pair, make_pixels, raw_config
 
-# (pictures, tokens of prompt, tokens of an answer already begun) of each row
+# Each row: number of pictures, tokens of the prompt, tokens of the answer that are already given.
 ROWS = [(1, 5, 0), (2, 3, 0), (0, 4, 0), (1, 2, 4), (1, 9, 0)]
 NEVER_GENERATED = [IMAGE]
 CASES = [("gemma", None), ("gemma2", None), ("gemma2", 8)]  # family and window
@@ -38,7 +38,7 @@ def make_windowed(family, window, **options):
 
 
 def collect(model, batch, **options):
-    """int64[B, steps]; no token ends an answer unless one is named."""
+    """The answers, int64[B, steps]; they have no eos unless eos_token_id is given."""
     return torch.stack(list(generate(model, batch, **{"eos_token_id": None} | options)), dim=1)
 
 
@@ -90,8 +90,8 @@ def test_rows_end_where_transformers_ends_them(family):
 
 @pytest.mark.parametrize("pad", ["left", "right"])
 def test_greedy_tokens_in_bfloat16_equal_transformers_on_the_same_kernels(pad):
-    # Gemma 1, where both round at the same places but for the padding, which transformers carries along and we leave out:
-    # 49 of 50 rows are equal over ten seeds, the other one parts at a near tie.
+    # In Gemma 1 both round at the same places, except that transformers computes with padding and we leave it out. Over ten seeds
+    # 49 of 50 rows are equal; in the other row two logits are nearly equal.
     model, reference = make_pair("gemma", dtype=torch.bfloat16, attention="as ours")
     reference.generation_config.eos_token_id = None
     theirs = transformers_tokens(reference, make_batch(ROWS, "left"), 14)
@@ -163,9 +163,9 @@ def test_prompts_read_in_several_passes_give_the_same_answers(monkeypatch):
     model = make_model("gemma2")
     batch = make_batch(ROWS)
     whole = collect(model, batch, max_new_tokens=8)
-    monkeypatch.setattr(generation, "PREFILL_TOKENS", 30)  # two rows a pass
+    monkeypatch.setattr(generation, "PREFILL_TOKENS", 30)  # two rows per pass
     assert torch.equal(collect(model, batch, max_new_tokens=8), whole)
-    monkeypatch.setattr(generation, "PREFILL_TOKENS", 1)  # less than a row: one a pass
+    monkeypatch.setattr(generation, "PREFILL_TOKENS", 1)  # less than a row: one row per pass
     assert torch.equal(collect(model, batch, max_new_tokens=8), whole)
 
 
@@ -341,7 +341,7 @@ def preferring_the_last_token(image, vocabulary):
 @pytest.mark.parametrize(
     "image, vocabulary, suppressed, expected",
     [
-        (128, 160, [], 159),  # the rows after <image> may be tokens that a fine-tune added: the model cannot know
+        (128, 160, [], 159),  # ids after <image> may be tokens that a fine-tune added; the model cannot know
         (128, 160, range(129, 160), 127),
         (128, 160, [159, 157], 158),
         (128, 160, {159, 1000, -1}, 158),  # ids that the model does not have
@@ -353,7 +353,8 @@ def test_image_tokens_and_what_is_suppressed_are_never_generated(image, vocabula
     model, options = preferring_the_last_token(image, vocabulary), {"max_new_tokens": 1, "suppress_tokens": suppressed}
     assert collect(model, ask(3), **options).tolist() == [[expected]]
     assert [answer.token_ids for answer in generate_many(model, [ask(3)] * 2, rows=2, **options)] == [[expected]] * 2
-    assert next(generate_steps(model, ask(3), **options)).logprobs.exp() > 0.6  # of what may be generated: 1 / (1 + 1/e + ...)
+    # The probability is among the tokens that are not suppressed: 1 / (1 + 1/e + ...).
+    assert next(generate_steps(model, ask(3), **options)).logprobs.exp() > 0.6
     drawn = collect(model, ask(*[3] * 300), sampling=Sampling(temperature=1e9), **options).unique().tolist()
     assert not {image, *suppressed} & set(drawn) and len(drawn) > 50
 
@@ -378,7 +379,7 @@ def test_an_answer_ends_at_the_eos_of_the_config_unless_told_otherwise():
 def test_answers_end_with_the_context():
     model = Scripted({3: [10, 11, 12, 13, 14, 15], 4: [20, 21, 22, 23, 24, 25]}, context=5)
     batch = {"input_ids": torch.tensor([[3, 9, 9], [4, PAD, PAD]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}
-    # Row 0 has 3 tokens of prompt, so 2 of answer; its script starts at its length.
+    # Row 0 has 3 tokens of prompt, so its answer has room for 2; the script is indexed by the length of the row.
     assert collect(model, batch, max_new_tokens=10**9).tolist() == [[12, 13, PAD, PAD], [20, 21, 22, 23]]
     requests = [{"input_ids": torch.tensor([[3, 9, 9]])}]
     (answer,) = generate_many(model, requests, rows=1, max_new_tokens=10**9)
@@ -533,7 +534,7 @@ def test_what_a_row_generates_after_its_end_is_dropped(ahead):
 @pytest.mark.parametrize("options", [{}, {"sampling": Sampling(temperature=2.0, seed=3)}])
 @pytest.mark.parametrize("family, window", CASES)
 def test_answers_one_step_ahead_are_the_same(family, window, options, request):
-    # Nine requests of other lengths through three rows, some of which end by themselves and some at their limit.
+    # Nine requests of different lengths in three rows; some answers end with an eos, some at the limit.
     model = make_windowed(family, window)
     requests = [make_batch([(1, 2 + i, 0)], seed=i) for i in range(9)]
     options |= {"rows": 3, "max_new_tokens": 7, "eos_token_id": list(range(3, 30))}
@@ -544,7 +545,7 @@ def test_answers_one_step_ahead_are_the_same(family, window, options, request):
     assert {a.finish_reason for a in plain} == {"stop", "length"}
     assert ["start 3", "start 3"] in [events[i : i + 2] for i in range(len(events))]
     for a, b in zip(ours, plain, strict=True):
-        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)  # other rows beside it: sums in another order
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)  # other rows in the batch: sums in another order
 
 
 def test_an_answer_of_one_token_is_not_followed_by_a_step(ahead):
@@ -579,7 +580,7 @@ def test_a_row_with_a_grammar_is_read_before_its_next_step(ahead):
     assert {answer.index: answer.token_ids for answer in answers} == {
         0: [10, 11, 1], 1: long, 2: [30, 31, 32, 33, 1], 3: [40, 41, 1]
     }  # fmt: skip
-    assert ["start 2", "start 2"] in [ahead[i : i + 2] for i in range(len(ahead))]  # ahead while it could be
+    assert ["start 2", "start 2"] in [ahead[i : i + 2] for i in range(len(ahead))]  # it ran ahead while no row had a grammar
 
 
 # Sampling
@@ -622,7 +623,7 @@ def shares(sampling, draws=2000):
     ],
 )
 def test_tokens_are_chosen_as_often_as_they_should_be(options, expected):
-    # An even spread of 2000 draws is off by at most one draw a token and end.
+    # With 2000 evenly spread draws each share is off by at most one draw at each end of its interval.
     expected = torch.tensor(expected) / sum(expected)
     torch.testing.assert_close(shares(Sampling(**{"temperature": 1} | options)), expected, rtol=0, atol=1.1e-3)
 
@@ -643,7 +644,7 @@ def test_top_p_keeps_the_fewest_that_reach_it():
     assert sample(logits, Sampling(temperature=1, top_p=0.75), draws).unique().tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("vocabulary", [50, 3000])  # more than NUCLEUS, so that it must look further
+@pytest.mark.parametrize("vocabulary", [50, 3000])  # 3000 is more than NUCLEUS, so more candidates are needed
 @pytest.mark.parametrize("top_k, top_p", [(None, 0.3), (None, 0.9), (None, 0.99), (5, 1.0), (40, 1.0), (20, 0.7), (7, 0.99)])
 def test_what_may_be_drawn_equals_transformers(top_k, top_p, vocabulary):
     from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -661,7 +662,7 @@ def test_what_may_be_drawn_equals_transformers(top_k, top_p, vocabulary):
 
 
 def kept_exactly(logits, top_p):
-    """How many tokens stay, by sums of fractions."""
+    """How many tokens top_p keeps, computed with exact fractions."""
     weights = sorted((Fraction(math.exp(value - max(logits))) for value in logits), reverse=True)
     total, count, mass = sum(weights), 0, 0
     while mass < Fraction(top_p) * total:
@@ -688,7 +689,7 @@ def test_equal_logits_and_ruled_out_ones_are_drawn_evenly_and_never():
     some = torch.tensor([-torch.inf, 1.0, -torch.inf, 1.0, -torch.inf, -torch.inf, -torch.inf, -torch.inf]).expand(64, -1)
     for options in ({}, {"top_p": 0.99}, {"top_k": 8}, {"temperature": 1.7e308}, {"temperature": 5e-324}):
         assert sample(some, Sampling(**{"temperature": 1} | options), draws).unique().tolist() == [1, 3]
-    # A grammar may allow only what the model rules out: one of those it must be.
+    # If a grammar allows only tokens that the model rules out, one of them is drawn.
     held = sample_allowed(some, Sampling(temperature=1), draws, [torch.tensor([4, 6])] * 64)
     assert held.unique().tolist() == [4, 6]
 
@@ -713,7 +714,7 @@ def test_logprobs_are_those_of_the_model_whatever_was_cut():
     for sampling in (Sampling(), Sampling(temperature=3.0, top_k=4, top_p=0.5)):
         tokens = sample(logits, sampling, torch.full((3,), 0.7, dtype=torch.float64))
         expected = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        # an ulp or two of numbers near 4
+        # one or two ulps of numbers near 4
         torch.testing.assert_close(log_probabilities(logits, tokens), expected, rtol=0, atol=1e-6)
 
 
@@ -795,7 +796,7 @@ def test_moments_of_a_coordinate_are_those_of_its_distribution():
 
 def test_a_coordinate_may_lie_between_two_bins():
     logits = torch.full((2, 100), -torch.inf)
-    logits[:, 99] = 9.0  # a word: not asked
+    logits[:, 99] = 9.0  # a word, which is no location
     logits[0, 43], logits[0, 44] = math.log(0.75), math.log(0.25)
     logits[1, 70] = 2.0
     mean, std = coordinate_moments(logits, torch.tensor([43, 70]), BINS)
@@ -858,7 +859,7 @@ def test_answers_have_the_moments_of_their_steps():
         assert places[len(answer.token_ids) :] == [None] * (len(steps) - len(answer.token_ids))
         for ours, expected in zip(answer.moments, places, strict=False):
             assert (ours is None) == (expected is None)
-            assert ours is None or ours == pytest.approx(expected, rel=0, abs=1e-3)  # rows beside others: rounding
+            assert ours is None or ours == pytest.approx(expected, rel=0, abs=1e-3)  # other rows in the batch: rounding
 
 
 def test_ids_of_the_full_vocabulary_survive_the_transfer():

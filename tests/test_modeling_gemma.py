@@ -93,7 +93,7 @@ def test_rope_equals_transformers(family, dtype):
 
 
 def test_rope_turns_pairs_by_position():
-    # Width 4, theta 100: dimensions 0 and 2 turn by 1 radian a position, 1 and 3 by 1/10.
+    # Width 4, theta 100: dimensions 0 and 2 rotate by 1 radian per position, 1 and 3 by 1/10.
     cos, sin = rotary_embedding(torch.tensor([[2]]), 4, 100.0, torch.float32)
     x = torch.tensor([1.0, 10.0, 0.0, 0.0]).view(1, 1, 1, 4)
     expected = torch.tensor([math.cos(2), 10 * math.cos(0.2), math.sin(2), 10 * math.sin(0.2)])
@@ -121,7 +121,7 @@ def test_mlp_equals_transformers(family, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
-def test_mlp_bends_by_the_tanh_form_though_the_file_says_gelu(dtype):
+def test_mlp_uses_the_tanh_form_of_gelu_though_the_file_says_gelu(dtype):
     config = GemmaConfig.from_hf(raw_config("gemma", hidden_act="gelu")["text_config"])
     mlp = modeling_gemma.GemmaMLP(config).to(dtype)
     x = draw(1, 3, 40, dtype=dtype)
@@ -164,7 +164,7 @@ def test_gemma_1_equals_transformers_on_the_same_kernel(part, dtype):
     torch.testing.assert_close(mine, other, rtol=0, atol=0)  # same operations, same order: exact
 
 
-# The reference writes attention out and repeats keys, so sums may be reordered: 5.8e-6 is the largest gap over 20 seeds in
+# The reference stores all scores and repeats keys, so sums may be reordered: 5.8e-6 is the largest gap over 20 seeds in
 # outputs of 23. In bfloat16 it rounds the scores, which we keep in float32: 0.19 there, where one step is 0.125.
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-5), (torch.bfloat16, 0.4)])
 @pytest.mark.parametrize("part", ["attention", "layer"])

@@ -1,4 +1,4 @@
-"""The whole model against transformers with the same weights, and what must hold of it whatever the weights are."""
+"""The whole model against transformers with the same weights, and properties that hold for any weights."""
 
 import math
 
@@ -29,7 +29,7 @@ from tests.tiny import (
 ROWS = [(1, 5, 3), (2, 3, 0), (0, 4, 2), (1, 9, 1), (3, 2, 4)]
 EVEN = [(1, 5, 2), (1, 4, 3)]  # equally long, so that nothing is padded
 BATCHES = [(ROWS, "left"), (ROWS, "right"), (EVEN, "none")]
-LONG = [(1, 6, 14), (2, 9, 0), (1, 2, 11)]  # longer than a window of 8, within the prompt and behind it
+LONG = [(1, 6, 14), (2, 9, 0), (1, 2, 11)]  # longer than a window of 8, in the prompt and in the answer
 
 
 @torch.no_grad()
@@ -53,8 +53,8 @@ def test_logits_equal_transformers_to_the_last_bit_on_the_same_kernels(rows, pad
 
 @pytest.mark.parametrize("rows, pad", BATCHES)
 def test_logits_of_gemma2_equal_transformers_but_for_the_products_of_grouped_queries(rows, pad):
-    # With a soft cap we multiply all queries of a key head at once, transformers those of each head: one product of another
-    # shape, which some processors sum in another order.
+    # With a soft cap we multiply all queries of a key head at once, transformers the queries of each head on their own. The
+    # product has another shape, and some processors sum it in another order.
     model, reference = make_pair("gemma2", attention="as ours")
     batch = make_batch(rows, pad)
     assert gap(logits_of(model, batch), reference_logits(reference, batch), batch) <= float32_bound(model, batch)
@@ -80,8 +80,8 @@ def test_logits_equal_transformers_written_out(family, rows, pad):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(family):
-    # The same rounded weights, computed in float32, are the truth. Over 20 seeds and both paddings the mean largest error is
-    # 0.47 (ours) and 0.45 (transformers) for Gemma 1, 0.22 and 0.21 for Gemma 2, in logits of 20 and 12: equal but for chance.
+    # The reference is float32 arithmetic with the same rounded weights. Over 20 seeds and both paddings the mean largest error is
+    # 0.47 (ours) and 0.45 (transformers) for Gemma 1, 0.22 and 0.21 for Gemma 2, in logits of 20 and 12: no real difference.
     ours, theirs = [], []
     for seed in range(8):
         model, reference = make_pair(family, seed=seed, dtype=torch.bfloat16)
@@ -190,7 +190,7 @@ def test_mask_equals_the_drawing_in_its_docstring():
 
 
 @pytest.mark.parametrize("type_of_padding", [0, 1])
-def test_padding_is_seen_by_nobody_but_itself(type_of_padding):
+def test_only_padding_attends_to_padding(type_of_padding):
     t = type_of_padding
     left = prefix_lm_mask(torch.tensor([[0, 0, 1, 1, 1]]), torch.tensor([[t, t, 0, 0, 1]]))
     assert as_rows(left) == ["1....",
@@ -252,7 +252,7 @@ def test_first_answer_token_has_the_position_after_the_prompt():
 
 @pytest.mark.parametrize("rows, needed", [([(1, 4, 0)] * 2, False), ([(1, 4, 0), (1, 3, 0)], True), ([(1, 4, 1)], True)])
 @torch.no_grad()
-def test_a_mask_is_made_only_where_somebody_may_not_look(rows, needed):
+def test_a_mask_is_made_only_if_some_token_may_not_attend_to_another(rows, needed):
     model = make_model("gemma")
     masks = []
     model.language_model.model.register_forward_pre_hook(lambda _module, args: masks.append(args[2]))
@@ -284,7 +284,7 @@ def test_an_answer_token_cannot_influence_what_comes_before_it(family, pad):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_of_a_logit_reaches_the_prompt_but_not_the_answer_behind_it(family):
+def test_gradient_of_a_logit_reaches_the_prompt_but_not_the_answer_after_it(family):
     model = make_model(family)
     batch = make_batch([(1, 4, 5)])
     for column in range(13):
@@ -359,7 +359,7 @@ def test_one_picture_answers_several_questions():
     with torch.no_grad():
         features = model.encode_images(make_pixels(1)).expand(3, -1, -1)
         asked = model(**without_pictures(batch), image_features=features)
-    assert gap(asked, logits_of(model, batch), batch) <= 6e-5  # 1 picture in a batch instead of 3: as a row alone
+    assert gap(asked, logits_of(model, batch), batch) <= 6e-5  # 1 picture in the batch instead of 3, as in the test of a row alone
 
 
 def test_pictures_go_to_rows_in_order():
@@ -437,7 +437,7 @@ def test_pixels_and_features_together_are_refused():
 @torch.no_grad()
 def test_cached_decode_equals_a_full_forward_at_every_step(family, window):
     model = make_model(family, text={"sliding_window": window}, sliding_window="config")
-    prompts = [(1, 5, 0), (2, 3, 0), (0, 4, 0), (1, 3, 6)]  # the last has begun its answer
+    prompts = [(1, 5, 0), (2, 3, 0), (0, 4, 0), (1, 3, 6)]  # of the last row the answer is partly given
     whole = make_batch([(pictures, prompt, answer + 12) for pictures, prompt, answer in prompts], "right")
     ids, types = whole["input_ids"], whole["token_type_ids"]
     expected, bound = model(**whole), float32_bound(model, whole)  # one query at a time instead of all
@@ -549,7 +549,7 @@ def test_decode_never_runs_the_tower():
 
 
 def test_loss_equals_the_sum_written_out():
-    # Two rows; the answer of row 0 is tokens 2 and 0, that of row 1 is token 1. Logits at a position foretell the next token.
+    # Two rows; the answer of row 0 is tokens 2 and 0, that of row 1 is token 1. Logits at position i predict token i + 1.
     logits = torch.zeros(2, 4, 3)
     logits[0, 1] = torch.tensor([0.0, 0.0, math.log(2)])  # token 2 at 1/2
     logits[0, 2] = torch.tensor([0.0, math.log(3), 0.0])  # token 0 at 1/5
@@ -700,7 +700,7 @@ def test_caps_that_are_off_survive_the_round_trip():
 def test_transformers_reads_the_config_we_write(family):
     model = make_model(family)
     batch = make_batch(ROWS)
-    # Gemma 1: the same operations in the same order. Gemma 2: but for the products of grouped queries, as above.
+    # Gemma 1: the same operations in the same order. Gemma 2: the products of grouped queries differ, as above.
     bound = 0 if family == "gemma" else float32_bound(model, batch)
     assert gap(logits_of(model, batch), reference_logits(make_reference(model, attention="as ours"), batch), batch) <= bound
 

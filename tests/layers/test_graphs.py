@@ -1,8 +1,8 @@
-"""Recorded steps give the same logits as plain steps, and whatever else a CPU can show about them.
+"""Recorded steps give the same logits as plain steps, and everything else about them that a CPU can show.
 
-A CUDA graph cannot be made here. `Replayed` stands in for it: it runs the recorded work again on the same memory, hands the
-result out in the same place. What would spoil a graph, a value of a tensor that Python wants to know, is found in two other ways:
-torch.compile(fullgraph=True) refuses it, and a model on the meta device has no values to give.
+A CUDA graph cannot be made on a CPU. `Replayed` replaces it: it runs the recorded work again on the same memory and writes the
+result to the same tensor. A graph must not read the value of a tensor in Python. Two other tests find that: torch.compile with
+fullgraph=True refuses it, and tensors on the meta device have no values.
 """
 
 import math
@@ -174,7 +174,7 @@ def test_parts_of_a_cache_share_its_steps():
 
 
 @torch.no_grad()
-def test_what_cannot_be_recorded_is_decoded_as_ever(recorder):
+def test_what_cannot_be_recorded_is_decoded_normally(recorder):
     model, tokens = recorded(), script(2, 6)
     part = model.new_cache(3, 24)[1:]  # graphs begin at row 0
     other = KVCache(model.config.text_config, 2, 24, device=model.device, dtype=model.dtype)
@@ -324,7 +324,7 @@ def test_a_quantised_step_compiles_without_a_break(kind, monkeypatch):
         plain = model.step(cache.fixed(16), script(2, 1)[0])
         cache.lengths.sub_(1)
         torch._dynamo.reset()
-        monkeypatch.setattr(quantization, "compiled_few_rows_product", None)  # whoever calls it while compiling fails
+        monkeypatch.setattr(quantization, "compiled_few_rows_product", None)  # a call while compiling would fail
         step = torch.compile(PaliGemmaForConditionalGeneration.step, fullgraph=True, dynamic=False, backend="eager")
         assert (step(model, cache.fixed(16), script(2, 1)[0]) - plain).abs().max() <= 4e-5
     torch._dynamo.reset()
@@ -336,7 +336,7 @@ def test_a_quantised_step_compiles_without_a_break(kind, monkeypatch):
 @pytest.mark.parametrize("family, window", FORMS)
 @torch.no_grad()
 def test_prefill_and_decode_ask_the_device_for_nothing(family, window):
-    """On the meta device a tensor has a shape and no numbers: whoever wants one gets an error."""
+    """On the meta device tensors have a shape but no numbers, so that reading a number is an error."""
     model = make(family, window).to("meta")
     cache = model.new_cache(3, 24, BatchCache)
     assert model.prefill(cache[:1], **make_batch([(1, 5, 0)])).is_meta  # open to all
@@ -355,7 +355,7 @@ def draw(*shape, seed=0):
 
 @pytest.mark.parametrize("heads, key_heads, mask", [(4, 2, None), (4, 2, "ragged"), (4, 1, "ragged"), (3, 3, "per row")])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_capped_attention_equals_the_one_written_out(heads, key_heads, mask):
+def test_capped_attention_equals_plain_attention(heads, key_heads, mask):
     # Sums in another order: 4.8e-7 is the largest gap over 20 seeds, of values of size 1; 3e-6 leaves a factor of 6.
     q, k, v = draw(2, heads, 13, 16), draw(2, key_heads, 13, 16, seed=1), draw(2, key_heads, 13, 16, seed=2)
     if mask:
@@ -363,7 +363,7 @@ def test_capped_attention_equals_the_one_written_out(heads, key_heads, mask):
         mask = (looks | torch.eye(13, dtype=torch.bool)).expand(2, -1, -1, -1)
     written_out = attention(q, k, v, mask, 0.3, 2.0)
     assert (capped_attention(q, k, v, mask, 0.3, 2.0) - written_out).abs().max() <= 3e-6
-    assert (attention(q, k, v, mask, 0.3, 1e6) - written_out).abs().max() > 0.05  # the cap bends
+    assert (attention(q, k, v, mask, 0.3, 1e6) - written_out).abs().max() > 0.05  # the cap changes the result
 
 
 def test_capped_attention_compiles_without_a_break():
@@ -395,7 +395,7 @@ def capped(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("window", [None, 8])
-def test_a_long_prompt_goes_through_capped_attention_in_gemma_2_alone(window, capped):
+def test_a_long_prompt_goes_through_capped_attention_only_in_gemma_2(window, capped):
     batch = make_batch(ROWS, "right")
     plain, _ = answer(make("gemma2", window), batch, script(3, 2))
     ours, _ = answer(recorded("gemma2", window), batch, script(3, 2))
@@ -406,7 +406,7 @@ def test_a_long_prompt_goes_through_capped_attention_in_gemma_2_alone(window, ca
     assert len(capped) == 3
 
 
-def test_capped_attention_that_fails_is_written_out(monkeypatch, capped, caplog):
+def test_capped_attention_that_fails_falls_back_to_plain_attention(monkeypatch, capped, caplog):
     def fail(*_):
         raise RuntimeError("out of shared memory\nReduce block sizes")
 
