@@ -359,7 +359,7 @@ def test_one_picture_answers_several_questions():
     with torch.no_grad():
         features = model.encode_images(make_pixels(1)).expand(3, -1, -1)
         asked = model(**without_pictures(batch), image_features=features)
-    assert gap(asked, logits_of(model, batch), batch) <= 6e-5  # 1 picture in the batch instead of 3, as in the test of a row alone
+    assert gap(asked, logits_of(model, batch), batch) <= 6e-5  # 1 picture in the batch instead of 3, see the row alone
 
 
 def test_pictures_go_to_rows_in_order():
