@@ -48,13 +48,15 @@ HARMLESS = {"return_tensors": ("pt",), "padding": (True, "longest")}  # options 
 # A row
 
 
-def build_row(ids: dict[str, int], num_image_tokens: int, prompt: list[int], answer: list[int] | None) -> tuple[list, list]:
+def build_row(
+    ids: dict[str, int], num_image_tokens: int, prompt: list[int], answer: list[int] | None
+) -> tuple[list[int], list[int]]:
     """The token ids of one row in two parts: images and prompt (token type 0), and the answer (token type 1)."""
     prefix = [ids["image_token_id"]] * num_image_tokens + [ids["bos_token_id"]] + prompt + [ids["newline_token_id"]]
     return prefix, [] if answer is None else answer + [ids["eos_token_id"]]
 
 
-def pad_rows(rows: list[tuple[list, list]], pad_token_id: int) -> dict[str, np.ndarray]:
+def pad_rows(rows: list[tuple[list[int], list[int]]], pad_token_id: int) -> dict[str, np.ndarray]:
     """A batch of rows from build_row: input_ids, attention_mask and token_type_ids, int64[B, L], padded on the left."""
     longest = max(len(prefix) + len(answer) for prefix, answer in rows)
     batch = {
@@ -80,7 +82,8 @@ def build_pixel_table(scale: np.ndarray, mean: np.ndarray, std: np.ndarray) -> n
     they are computed for 3 * 256 levels instead of for every pixel.
     """
     levels = (np.arange(256, dtype=np.float64) * scale[:, None]).astype(np.float32)  # [C, 256]
-    return (levels - mean[:, None]) / std[:, None]
+    table: np.ndarray = (levels - mean[:, None]) / std[:, None]
+    return table
 
 
 def to_square(picture: object, side: int, notes: list[str] | None) -> Image.Image:
@@ -137,7 +140,7 @@ def strip_prompt(prompt: str, num_images: int, notes: list[str]) -> str:
 # Which picture belongs to which row
 
 
-def as_list(images: Any) -> list | None:
+def as_list(images: Any) -> list[Any] | None:
     """The pictures of a list, tuple, generator, array of shape [I, ...] or array of objects; None for a single picture."""
     if isinstance(images, str | bytes | bytearray | memoryview) or hasattr(images, "read"):  # an open file is an iterator, too
         return None
@@ -147,7 +150,7 @@ def as_list(images: Any) -> list | None:
     return None
 
 
-def images_of_rows(images: object, num_rows: int, is_one_row: bool) -> list[list]:
+def images_of_rows(images: object, num_rows: int, is_one_row: bool) -> list[list[Any]]:
     """The pictures of each row. Raises: ImageError if the number of pictures does not match the number of rows."""
     pictures = as_list(images)
     if images is None or pictures == []:
@@ -168,7 +171,7 @@ def images_of_rows(images: object, num_rows: int, is_one_row: bool) -> list[list
 def check_arguments(images: Any, text: Any, options: dict[str, object]) -> None:
     """Raises: TypeError if text comes before pictures, as in early versions of transformers, and for options not in HARMLESS."""
     first, second = (value[0] if isinstance(value, list | tuple) and value else value for value in (images, text))
-    pictures = Image.Image | os.PathLike | bytes
+    pictures = (Image.Image, os.PathLike, bytes)
     if isinstance(first, str) and (isinstance(second, pictures) or hasattr(second, "read") or getattr(second, "ndim", 0) > 1):
         raise TypeError(f"the pictures come before the text. {SPELLING}")
     unknown = [
@@ -202,7 +205,7 @@ class PaliGemmaProcessor(PromptTokenizer):
         normalization: tuple[np.ndarray, np.ndarray, np.ndarray],
         *,
         context: int = 8192,
-        settings: dict[str, dict] | None = None,
+        settings: dict[str, dict[str, Any]] | None = None,
     ):
         super().__init__(tokenizer, ids, context)
         self.image_size = image_size
@@ -235,7 +238,8 @@ class PaliGemmaProcessor(PromptTokenizer):
 
         Raises: OutputError.
         """
-        names = {f"{kind}_token": self.tokenizer.id_to_token(self.ids[f"{kind}_token_id"]) for kind in ("pad", "bos", "eos")}
+        kinds = ("pad", "bos", "eos")
+        names: dict[str, Any] = {f"{kind}_token": self.tokenizer.id_to_token(self.ids[f"{kind}_token_id"]) for kind in kinds}
         folder = files.expand(folder)
         write_processor_files(folder, self.tokenizer, names, self.image_size, self.num_image_tokens, self.settings)
 

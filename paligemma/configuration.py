@@ -5,6 +5,7 @@ Checked in tests/test_modeling_siglip.py, test_modeling_gemma.py, test_modeling_
 """
 
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from paligemma.vocabulary import IGNORE_INDEX
 
@@ -15,7 +16,7 @@ MAX_PATCHES = 2**16  # published models have at most 4096
 MAX_NUMBER = 1e12  # rope_theta, eps, soft caps and scales: such numbers and their inverses are finite in float32
 
 # transformers leaves out of config.json what equals the default of the config class that wrote it; `model_type` names the class.
-DEFAULTS: dict[str, dict] = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma": {
         "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
         "num_attention_heads": 16, "num_key_value_heads": 16,
@@ -30,7 +31,7 @@ DEFAULTS: dict[str, dict] = {
 NULL_DISABLES = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
 
 
-def check_whole_numbers(config: object, section: str, largest: dict[str, int]) -> None:
+def check_whole_numbers(config: Any, section: str, largest: dict[str, int]) -> None:
     """Raises ValueError unless every int field is a whole number from 1 to its number in `largest`, or to MAX_SIZE."""
     for field in fields(config):
         value, most = getattr(config, field.name), largest.get(field.name, MAX_SIZE)
@@ -54,7 +55,7 @@ class SiglipVisionConfig:
     patch_size: int = 16
     layer_norm_eps: float = 1e-6
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_whole_numbers(self, "vision_config", {"image_size": MAX_IMAGE_SIZE})
         if not (type(self.layer_norm_eps) is float and 1e-20 <= self.layer_norm_eps < 1):
             raise ValueError(f"vision_config.layer_norm_eps is {self.layer_norm_eps!r}; a small positive number is needed.")
@@ -72,7 +73,7 @@ class SiglipVisionConfig:
         return (self.image_size // self.patch_size) ** 2
 
     @classmethod
-    def from_hf(cls, raw: dict) -> "SiglipVisionConfig":
+    def from_hf(cls, raw: dict[str, Any]) -> "SiglipVisionConfig":
         """Reads `vision_config` of config.json. Raises ValueError for what modeling_siglip.py does not implement.
 
         Fields that PaliGemma does not use are ignored: `vision_use_head` is true in some files only because that is the default,
@@ -105,7 +106,7 @@ class GemmaConfig:
     final_logit_softcapping: float | None = None
     sliding_window: int | None = None  # used only if the model is made with sliding_window="config"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_whole_numbers(self, "text_config", {})
         for field in fields(self):
             value = getattr(self, field.name)
@@ -131,10 +132,11 @@ class GemmaConfig:
 
     @property
     def query_scale(self) -> float:
-        return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
+        scale: float = (self.query_pre_attn_scalar or self.head_dim) ** -0.5
+        return scale
 
     @classmethod
-    def from_hf(cls, raw: dict) -> "GemmaConfig":
+    def from_hf(cls, raw: dict[str, Any]) -> "GemmaConfig":
         """Reads `text_config` of config.json; missing fields get the defaults of the transformers class that wrote the file.
 
         Raises: ValueError for what modeling_gemma.py does not implement.
@@ -179,7 +181,7 @@ class PaliGemmaConfig:
     bos_token_id: int = 2
     eos_token_id: int | tuple[int, ...] = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("image_token_index", "pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
             ids = value if name == "eos_token_id" and isinstance(value, tuple) else (value,)
@@ -196,7 +198,7 @@ class PaliGemmaConfig:
         return self.vision_config.num_patches
 
     @classmethod
-    def from_hf(cls, raw: dict) -> "PaliGemmaConfig":
+    def from_hf(cls, raw: dict[str, Any]) -> "PaliGemmaConfig":
         """Reads a whole config.json, in the spelling of the hub's files and of transformers 4 and 5.
 
         Two fields are ignored: the top-level `hidden_size`, because files of PaliGemma 2 have a 2048 there that is not the width
@@ -208,7 +210,7 @@ class PaliGemmaConfig:
         for key in ("vision_config", "text_config"):
             if not isinstance(raw.get(key), dict):
                 raise ValueError(f"{key} is {raw.get(key)!r}; an object is needed.")
-        ids = {}
+        ids: dict[str, Any] = {}
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):  # transformers 5 writes them into text_config only
             value = raw.get(key) if raw.get(key) not in (None, []) else raw["text_config"].get(key)
             # Some programs write a pad_token_id of -1 for "no padding token".
@@ -224,7 +226,7 @@ class PaliGemmaConfig:
             raise ValueError(f"projection_dim is {raw['projection_dim']!r}, but the decoder is {text.hidden_size} wide.")
         return config
 
-    def to_hf(self) -> dict:
+    def to_hf(self) -> dict[str, Any]:
         """The config.json that describes this model, readable by transformers and by from_hf."""
         # Gemma 2 needs the null fields: null disables a feature, while a missing field would be read as the default.
         is_gemma2 = self.text_config.is_gemma2

@@ -301,6 +301,10 @@ USER = textwrap.dedent("""
         boxes: list[tuple[float, float, float, float]] = [thing.xyxy for thing in picture.detect("cat")]
     try:
         network = paligemma.load_model("folder")
+        image = paligemma.load_image("cat.jpg", notes=[])
+        processor = paligemma.PaliGemmaProcessor.from_pretrained("folder")
+        for tokens in paligemma.generate(network, processor(image, "caption en"), max_new_tokens=4):
+            piece: str = processor.decode(tokens)
         paligemma.save_model(network, "other")
     except paligemma.CheckpointError as error:
         print(error.message, error.code)

@@ -7,6 +7,7 @@ import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ class Adapter:
         return merged
 
 
-def read_adapter(folder: Path, raw: dict) -> Adapter:
+def read_adapter(folder: Path, raw: dict[str, Any]) -> Adapter:
     """The adapter in a folder. Raises: CheckpointError for an adapter that cannot be used.
 
     Args:

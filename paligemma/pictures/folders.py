@@ -20,7 +20,7 @@ from functools import partial
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from paligemma import files
 from paligemma.errors import DatasetError, ImageError, PaliGemmaError
@@ -251,7 +251,7 @@ def picture_errors(place: object) -> Iterator[None]:
         raise ImageError(message, path=place) from error
 
 
-def load(place: str | bytes, side: int, keeps_original: bool = False, is_typed: bool = True, **options: object) -> Loaded:
+def load(place: str | bytes, side: int, keeps_original: bool = False, is_typed: bool = True, **options: Any) -> Loaded:
     """Reads a picture and resizes it as the processor does. Nothing is raised: an error is returned as `picture`.
 
     Args:

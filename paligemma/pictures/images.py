@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeGuard, TypeVar
+from typing import TypeGuard, TypeVar, overload
 
 import numpy as np
 from PIL import Image, ImageColor, ImageFile
@@ -52,10 +52,17 @@ UPRIGHT = {  # EXIF orientation -> the operation that turns the picture upright
 AS_STORED = UPRIGHT | {6: UPRIGHT[8], 8: UPRIGHT[6]}  # EXIF orientation -> the inverse operation
 
 
-def unchanged(picture: Image.Image) -> Image.Image:
-    return picture
-
-
+@overload
+def load_image(
+    source: object, *, background: str = ..., ignore_exif: bool = ..., max_pixels: int | None = ..., frame: int = ...,
+    allow_truncated: bool = ..., stretch: bool = ..., is_typed: bool = ..., notes: list[str] | None = ...,
+) -> Image.Image: ...  # fmt: skip
+@overload
+def load_image(
+    source: object, *, background: str = ..., ignore_exif: bool = ..., max_pixels: int | None = ..., frame: int = ...,
+    allow_truncated: bool = ..., stretch: bool = ..., is_typed: bool = ..., notes: list[str] | None = ...,
+    then: Callable[[Image.Image], T],
+) -> T: ...  # fmt: skip
 def load_image(
     source: object,
     *,
@@ -67,8 +74,8 @@ def load_image(
     stretch: bool = False,
     is_typed: bool = True,
     notes: list[str] | None = None,
-    then: Callable[[Image.Image], T] = unchanged,
-) -> T:
+    then: Callable[[Image.Image], T] | None = None,
+) -> Image.Image | T:
     """A picture as 8-bit RGB, upright, without EXIF or other metadata.
 
     A picture that this function returned comes back as it is when it is passed in again, whatever the options.
@@ -96,7 +103,7 @@ def load_image(
     check_options(background, frame, max_pixels)
     if is_finished(source):
         check_size(source.size, "the picture", max_pixels or math.inf)
-        return then(source)
+        return source if then is None else then(source)
     is_large = is_large_file(source)
     with MEMORY.take(MEMORY.total if is_large else 0):
         picture, name = open_source(source, max_pixels, frame, is_typed, stretch, notes)
@@ -114,7 +121,7 @@ def load_image(
                     finished = picture.copy()
                 finished.info = {}
             del picture
-            return then(finished)
+            return finished if then is None else then(finished)
 
 
 def is_finished(picture: object) -> TypeGuard[Image.Image]:
@@ -196,7 +203,7 @@ class Budget:
         self.changed = threading.Condition()
 
     @contextmanager
-    def take(self, amount: float) -> Iterator[None]:
+    def take(self, amount: int) -> Iterator[None]:
         """Waits until that many bytes are left, and returns them at the end of the block."""
         amount = min(amount, self.total)
         with self.changed:

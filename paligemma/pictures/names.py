@@ -39,7 +39,9 @@ def split_pictures(text: str) -> list[str]:
 
     Raises: UsageError.
     """
-    parts, names, listed = text.split(","), [], {}
+    parts = text.split(",")
+    names: list[str] = []
+    listed: dict[str, list[str] | None] = {}
     start = 0
     while start < len(parts):
         if parts[start].startswith("data:"):

@@ -19,7 +19,7 @@ from paligemma.pictures.fetch import MAX_DOWNLOAD_BYTES, fetch
 MAX_FILE_BYTES = 256 << 20
 
 
-def read_file(path: str | os.PathLike) -> bytes:
+def read_file(path: str | os.PathLike[str]) -> bytes:
     """The bytes of a regular file. Raises: ImageError if there is none, or it is too large."""
     if stat_path(path, ImageError) is None:
         raise ImageError(explain_missing(Path(os.fsdecode(path))), path=shown(path))
