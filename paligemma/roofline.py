@@ -43,7 +43,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Multiply-adds per second of a matrix product of about the size that prefill needs.
 
     On a CPU, float32 counts instead of `dtype` where it is faster: processors without bfloat16 instructions are several times
-    slower in bfloat16, and quantization.py computes in float32 on them.
+    slower in bfloat16, and fast_cpu.py computes in float32 on them.
     """
     rows, width = (256, 2048) if device.type == "cpu" else (4096, 8192)
     seconds = []

@@ -316,7 +316,8 @@ def fill(
     The largest modules come first, because their full-precision copy should be made while little else is in memory.
 
     Args:
-        quantised: names of the modules that are to be quantised, as `kind` says.
+        quantised: names of the modules that are to be quantised.
+        kind: "int8" or "int4"; None if no module is.
     """
     scalings = {} if adapter is None else adapter.check(model)
     sizes = {name: sum(tensor.numel() for tensor in own_tensors(module).values()) for name, module in model.named_modules()}

@@ -187,13 +187,13 @@ def compile_once(source: Path, folder: Path) -> Path | None:
     if is_whole(target):
         return target
     if is_private(failed, is_folder=False) and abs(time.time() - failed.stat().st_mtime) < RETRY_AFTER_S:
-        log.warning("slower products are used: %s did not compile within the last hour (%s says why).", source.name, failed)
+        log.warning("slower products are used: compiling %s failed within the last hour, see %s.", source.name, failed)
         return None
     if shutil.disk_usage(folder).free < MIN_FREE_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     log.info("compiling %s into %s, once", source.name, folder)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".compiling-", ignore_cleanup_errors=True) as beside:
-        made, messages = Path(beside) / "kernels.so", Path(beside) / "messages"
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".compiling-", ignore_cleanup_errors=True) as temporary:
+        made, messages = Path(temporary) / "kernels.so", Path(temporary) / "messages"
         try:
             status, reason = run_compiler([*compiler, *FLAGS, str(source), "-o", str(made)], messages), ""
         except subprocess.TimeoutExpired:

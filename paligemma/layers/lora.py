@@ -50,11 +50,13 @@ MAX_EXPRESSIONS = 32  # keys that are regular expressions, not names
 
 @lru_cache(maxsize=2 * MAX_PATTERNS)
 def parsed_key(key: str) -> tuple[bool, re.Pattern | None, patterns.Pattern | None]:
-    """A key of rank_pattern or alpha_pattern: whether it must match the whole name of a module, and the compiled expression.
+    """Compiles a key of rank_pattern or alpha_pattern.
 
     A key of letters and dots is matched by `re` in linear time. Any other expression could keep `re` busy for ever, so
-    patterns.Pattern is used. Exactly one of the two expressions is not None.
+    patterns.Pattern is used.
 
+    Returns: whether the key must match the whole name of a module; the expression of a key of letters and dots, else None; the
+        expression of any other key, else None.
     Raises: ValueError as in patterns.Pattern.
     """
     is_whole, text = key.startswith("^"), key.removeprefix("^").removesuffix("$")

@@ -109,7 +109,7 @@ class Pattern:
         if self.next() == "?":  # lazy repetition makes no difference for fullmatch
             self.position += 1
         elif self.next() in ("*", "+") or self.next()[:1] == "{" and len(self.next()) > 1:
-            raise self.refuse(f"{self.next()} stands after {piece}")
+            raise self.refuse(f"{self.next()} may not follow {piece}")
         return ("repeat", tree, minimum, maximum)
 
     # The automaton: tree -> states

@@ -1,6 +1,6 @@
-"""The hub, played by a small server on this machine: what is downloaded, and what each refusal says.
+"""Downloads from a local server that imitates the hub: which files are downloaded, and the message for each refusal.
 
-huggingface_hub reads its settings when it is imported, so the questions are asked in one fresh process, all in a row.
+huggingface_hub reads its settings when it is imported, so all requests are made in one new process, one after the other.
 """
 
 import ast
@@ -67,7 +67,7 @@ FINE_GRAINED = "Please enable access to public gated repositories in your fine-g
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers as the real one does for the few questions of a download. `asked` is the list of what was asked."""
+    """Answers the few requests of a download as the real hub does. `asked` lists the requests."""
 
     asked: list[str] = []
 
@@ -130,7 +130,7 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-# One line a question: where to ask, which token, which id, which revision; what came of it goes out as JSON.
+# Each input line is one request: address of the hub, token, id, revision. The result is printed as JSON.
 CHILD = """
 import json, os, sys, time
 from paligemma.checkpoints import hub
@@ -160,7 +160,7 @@ for line in sys.stdin:
 
 
 class Asker:
-    """The fresh process."""
+    """The new process."""
 
     def __init__(self, endpoint: str, cache: Path):
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
@@ -220,7 +220,7 @@ def test_a_model_is_downloaded_once_and_only_what_is_needed(ask):
     before = len(Hub.asked)
     assert Path(ask("owner/open")["folder"]) == folder
     assert Path(ask("owner/open", offline=True)["folder"]) == folder
-    assert len(Hub.asked) == before  # a complete cache asks nobody
+    assert len(Hub.asked) == before  # for a complete cache no request is sent
 
 
 def test_an_adapter_is_downloaded_once(ask):
@@ -253,7 +253,7 @@ def test_a_hub_model_without_safetensors_is_named_for_what_it_is(ask, name, says
 
 def test_model_adapter_and_processor_are_loaded_by_their_ids(ask, tmp_path):
     base = make_checkpoint(tmp_path / "base")
-    (base / "preprocessor_config.json").unlink()  # transformers 5 writes the other one only
+    (base / "preprocessor_config.json").unlink()  # transformers 5 writes only processor_config.json
     side = json.loads((base / "config.json").read_text())["vision_config"]["image_size"]
     sizes = {"size": {"height": side, "width": side}, "resample": 3, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.25] * 3}
     (base / "processor_config.json").write_text(json.dumps({"image_processor": sizes, "processor_class": "PaliGemmaProcessor"}))
@@ -348,12 +348,12 @@ def test_no_network_is_told_fast_with_the_model_that_needs_none(tmp_path):
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         with closing(Asker(f"http://127.0.0.1:{nobody.getsockname()[1]}", tmp_path)) as ask:
-            for is_silent in (False, True):  # connections are refused; then they are taken, and never answered
+            for is_silent in (False, True):  # first connections are refused; then they are accepted, but get no reply
                 if is_silent:
                     nobody.listen()
                 answer = ask("google/paligemma-3b-mix-224")
                 assert_refused(answer, "cannot be reached", "paligemma-3b-mix-224 is not in the cache", "paligemma/bundled")
-                assert answer["seconds"] < 10  # 1 s is the limit that was set; five tries would take a minute
+                assert answer["seconds"] < 10  # the timeout is 1 s; five tries would take a minute
             assert_refused(ask("owner/open", offline=True), "HF_HUB_OFFLINE forbids asking", "paligemma/bundled")
 
 
@@ -382,7 +382,7 @@ def test_a_cache_that_cannot_be_written_is_an_output_error():
     assert "No space left on device" in error.message
 
 
-# What people type in place of a folder or an id
+# What people type instead of a folder or an id
 
 
 def refusal(name, error=CheckpointError):

@@ -39,7 +39,7 @@ PARAMETERS = {  # with 257,216 rows in the embedding, by width of the decoder an
     (4608, 224): 27_650_487_024,
     (4608, 448): 27_651_371_760,
 }
-# Numbers of a tiny model that replace those in the file. A number that the file leaves out stays out.
+# Numbers of a tiny model that replace those in the file. A field that the file does not have is not added.
 TINY_TEXT = {
     "vocab_size": 160, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0,

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: every kind of damage is one sentence with the file's name, and what we write the library reads."""
+"""safetensors_files.py: every kind of damage gives a message with the name of the file; safetensors reads what we write."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 
 
 def write_file(path, header: object, data: bytes = b"", length: int | None = None):
-    """A safetensors file with any header (an object, or bytes) and any claim of its length."""
+    """Writes a safetensors file with any header (an object, or bytes) and any length of the header, true or not."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
     return path
@@ -129,13 +129,13 @@ def test_random_edits_raise_nothing_but_our_errors(tmp_path, edits, cut):
     data = bytearray(file.read_bytes())
     for place, value in edits:
         data[place % len(data)] = value
-    file.unlink()  # the library has it mapped
+    file.unlink()  # the library has mapped it
     file.write_bytes(data[: len(data) - cut])
     try:
         header = safetensors_files.read_header(file)
     except PaliGemmaError:
         return
-    for stored in header.values():  # what passes is safe to read
+    for stored in header.values():  # an accepted header describes tensors that can be read
         if stored.dtype in safetensors_files.DTYPES:
             assert sum(len(part) for part in safetensors_files.read_chunks(stored)) == torch.Size(stored.shape).numel()
 
@@ -163,7 +163,7 @@ def test_broken_json_is_told_with_line_and_column(tmp_path, text, says):
 def test_settings_of_absurd_size_are_not_read(tmp_path):
     file = tmp_path / "config.json"
     file.touch()
-    os.truncate(file, 10**12)  # a hole: it takes no room
+    os.truncate(file, 10**12)  # a sparse file, which takes no space on the disk
     with pytest.raises(CheckpointError, match="1000000000000 bytes"):
         read_json(file)
 
@@ -282,7 +282,7 @@ def test_shards_keep_to_their_size_and_an_index_names_them(tmp_path):
 
 @pytest.mark.parametrize(("old_size", "new_size"), [(1200, 10**6), (10**6, 1200), (1200, 1200), (1200, 2400)])
 def test_an_interrupted_replacement_never_leaves_a_mixture(tmp_path, monkeypatch, old_size, new_size):
-    """Whichever step is the last that happens: the folder holds all of the old weights, or all of the new ones, or says no."""
+    """After an interruption at any step, the folder holds the old weights, or the new ones, or is refused."""
     old, new = ({f"w{i}": torch.full((300,), value) for i in range(4)} for value in (0.0, 1.0))
     refused, unlink = 0, safetensors_files.Path.unlink
     for last in range(10):
@@ -310,7 +310,7 @@ def test_an_interrupted_replacement_never_leaves_a_mixture(tmp_path, monkeypatch
         found = {name: tensor for file in files for name, tensor in load_file(file).items()}
         assert found.keys() == old.keys()
         assert len({tensor.unique().item() for tensor in found.values()}) == 1
-    assert refused == (5 if old_size == new_size else 0)  # after the index has gone, before the new one has come
+    assert refused == (5 if old_size == new_size else 0)  # after the old index is deleted, until the new one is in place
 
 
 def test_the_fingerprint_knows_each_tensor_and_what_is_read_beside_them(tmp_path):

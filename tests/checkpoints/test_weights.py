@@ -1,4 +1,4 @@
-"""Loading and saving whole checkpoints: what loads, what is refused with which sentence, and what it costs."""
+"""Loading and saving whole checkpoints: what is loaded, what is refused with which message, and how much memory it takes."""
 
 import copy
 import errno
@@ -37,12 +37,12 @@ def tiny_tensors(family: str) -> dict[str, torch.Tensor]:
 
 
 def tensors_of(family: str = "gemma") -> dict[str, torch.Tensor]:
-    """The tensors of a tiny model, to be altered."""
+    """The tensors of a tiny model, which a test may change."""
     return {name: tensor.clone() for name, tensor in tiny_tensors(family).items()}
 
 
 def write_checkpoint(folder: Path, tensors: dict | None = None, *, family: str = "gemma", raw: dict | None = None) -> Path:
-    """A tiny checkpoint, written by the library and not by our own writer."""
+    """Writes a tiny checkpoint with the safetensors library, not with our own writer."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(raw or raw_config(family)))
     save_file(tensors_of(family) if tensors is None else tensors, folder / "model.safetensors")
@@ -50,7 +50,7 @@ def write_checkpoint(folder: Path, tensors: dict | None = None, *, family: str =
 
 
 def write_shards(folder: Path, shards: list[dict], weight_map: dict | None = None) -> Path:
-    """The same in several files; by default the index says what is so."""
+    """Writes a checkpoint in several files; by default the index is correct."""
     (folder / "config.json").write_text(json.dumps(raw_config("gemma")))
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
@@ -62,7 +62,7 @@ def write_shards(folder: Path, shards: list[dict], weight_map: dict | None = Non
 
 
 def respell(tensors: dict, tower: str, decoder: str, projector: str, prefix: str = "") -> dict:
-    """The same tensors under the keys of another program."""
+    """The tensors under the names that another program gives them."""
     renamed = {}
     for name, tensor in tensors.items():
         name = name.replace("vision_tower.vision_model.", tower).replace("language_model.model.", decoder)
@@ -136,7 +136,7 @@ def test_matrices_that_are_not_tied_but_equal_are_loaded(tmp_path, part):
     twice = tensors | {"lm_head.weight": tensors[EMBEDDING].clone()}
     assert_same(weights.load_model(write_checkpoint(tmp_path, twice, raw=raw)), tensors)
     write_checkpoint(tmp_path, tensors, raw=raw)
-    if part:  # transformers looks at the entry at the top alone
+    if part:  # transformers reads only the entry at the top level
         assert_same(weights.load_model(tmp_path), tensors)
         return
     with pytest.raises(CheckpointError, match="tie_word_embeddings is false, but the weights do not hold both lm_head"):
@@ -273,12 +273,12 @@ def test_tensors_are_views_of_the_file_where_the_dtype_is_equal(tmp_path):
     places = read_header(write_checkpoint(tmp_path) / "model.safetensors")
     for dtype, is_mapped in (("fp32", True), ("bf16", False)):
         state = weights.load_model(tmp_path, dtype=dtype).state_dict()
-        starts = {tensor.data_ptr() - places[name].start for name, tensor in state.items()}  # of the file in memory
+        starts = {tensor.data_ptr() - places[name].start for name, tensor in state.items()}  # where the file is mapped
         assert (len(starts) == 1) == is_mapped
 
 
 def test_tensors_at_odd_places_of_a_file_load(tmp_path):
-    """The library aligns what it writes; the format does not ask for it."""
+    """The safetensors library aligns tensors when it writes them, but the format does not require it."""
     folder = write_checkpoint(tmp_path)
     data = (folder / "model.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -387,7 +387,7 @@ def test_an_unknown_dtype_is_wrong_usage(tmp_path, dtype):
 
 
 def altered(part: str | None, **changes: object) -> dict:
-    """config.json with some entries changed, or taken away where the change is None."""
+    """config.json with some entries changed, or removed if the new value is None."""
     raw = copy.deepcopy(raw_config("gemma"))
     place = raw[part] if part else raw
     for key, value in changes.items():
@@ -540,7 +540,7 @@ GEMMA2_FIELDS = (
 
 
 def published_config(name: str, side: int) -> dict:
-    """config.json of the hub, in the fields that count. At 224 it does not say the side of the picture."""
+    """The relevant fields of a config.json on the hub. For 224 pixels it has no image_size."""
     text = GEMMA1
     if name != "paligemma-3b":
         text = GEMMA2 | dict(zip(GEMMA2_FIELDS, GEMMA2_SIZES[name.partition("-")[2]], strict=True))
@@ -622,7 +622,7 @@ def test_quantising_while_loading_equals_quantising_the_loaded_model(tmp_path, f
             packed, scales = int_formats.quantize(module.weight.detach(), kind)
             assert torch.equal(state.pop(f"{name}.packed"), packed)
             assert torch.equal(state.pop(f"{name}.scales"), scales)
-    for name, tensor in state.items():  # norms, biases, projector, and the tower if it was left alone
+    for name, tensor in state.items():  # norms, biases, projector, and the tower if it is not quantised
         assert torch.equal(whole.state_dict()[name], tensor)
 
 
@@ -641,7 +641,7 @@ def test_a_quantised_model_is_saved_and_mapped_back(tmp_path, dtype, kind, with_
     assert len({tensor.data_ptr() - places[name].start for name, tensor in again.state_dict().items()}) == 1
     batch = make_batch([(1, 3, 2), (1, 5, 1)])
     assert torch.equal(model(**batch), again(**batch))
-    weights.save_model(again, tmp_path / "small")  # over the files that it is mapped from
+    weights.save_model(again, tmp_path / "small")  # this replaces the files that the model is mapped from
     assert_same(weights.load_model(tmp_path / "small", quantize=kind), model.state_dict())
 
 
@@ -747,25 +747,25 @@ def larger_checkpoints(tmp_path_factory):
 
 
 def measure(folder: Path, *quantize: str) -> tuple[int, int, str]:
-    """Bytes by which the peak of a fresh process grew, mapped pages included, bytes of the weights, slow imports."""
+    """For a new process: growth of its peak memory in bytes, mapped pages included; bytes of the weights; slow imports."""
     command = [sys.executable, "-c", MEASURE, str(folder), *quantize]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     numbers, slow = run.stdout.split("\n")[:2]
     grown, size = map(int, numbers.split())
-    assert grown > size * 0.95  # what was measured is real: all weights were in memory
+    assert grown > size * 0.95  # the measurement is plausible: all weights were in memory
     return grown, size, slow
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_loading_never_holds_two_copies_and_imports_nothing_slow(larger_checkpoints, stored):
     grown, size, slow = measure(larger_checkpoints[stored])
-    assert grown < size * 1.1 + 70 * 2**20  # beside the weights there are a buffer and what torch's first calls take
+    assert grown < size * 1.1 + 70 * 2**20  # in addition to the weights: a buffer, and memory of torch's first calls
     assert slow == ""
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_quantising_never_holds_the_whole_model(larger_checkpoints, stored):
-    """The embedding comes first, a third of all: in bfloat16 it is as large as the whole quantised model will be."""
+    """The embedding, a third of all weights, comes first; in bfloat16 it is as large as the whole quantised model."""
     grown, size = measure(larger_checkpoints[stored], "int8")[:2]
     assert grown < size * 1.1 + 70 * 2**20
     assert grown < 2 * size + 10 * 2**20  # the bfloat16 model alone
@@ -781,7 +781,7 @@ def test_weights_larger_than_memory_are_refused_before_they_are_touched(tmp_path
     text = json.dumps(header).encode()
     (tmp_path / "config.json").write_text(json.dumps(raw))
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(tmp_path / "model.safetensors", 8 + len(text) + end)  # a hole of 860 GB takes no room
+    os.truncate(tmp_path / "model.safetensors", 8 + len(text) + end)  # a sparse file of 860 GB takes no space
     with pytest.raises(DeviceError, match=f"{end / 2**30:.2f} GiB on cpu.*free.*--dtype bf16"):
         weights.load_model(tmp_path)
 
@@ -852,7 +852,7 @@ def test_a_model_that_is_saved_is_not_copied(tmp_path):
     assert torch.equal(load_file(tmp_path / "model.safetensors")[EMBEDDING], model.state_dict()[EMBEDDING])
 
 
-# ---------------------------------------------------------------- where
+# ---------------------------------------------------------------- devices and names
 
 
 def test_a_folder_with_a_typo_is_told_with_its_neighbours(tmp_path):

@@ -1,4 +1,4 @@
-"""kernels.py: where compiled code is kept, that none of another user's is loaded, and what happens where compiling fails."""
+"""kernels.py: where compiled code is kept, that no other user's code is loaded, and what happens if compiling fails."""
 
 import _ctypes
 import os
@@ -36,7 +36,7 @@ def cache(tmp_path):
 
 @pytest.fixture
 def compiler(tmp_path, monkeypatch):
-    """Takes the text of a shell script that then is the compiler; it finds its own calls counted in the file `calls`."""
+    """A function that makes a shell script the compiler; the file `calls` counts how often the script runs."""
     file, calls = tmp_path / "c++", tmp_path / "calls"
     calls.write_text("")
 
@@ -104,7 +104,7 @@ def test_a_real_library_cut_short_is_made_again_and_loads(source, cache):
 def test_each_source_compiler_flag_and_processor_has_a_file_of_its_own(source, cache, compiler, monkeypatch):
     compiler(COPY)
     files = {kernels.compile_once(source, cache)}
-    monkeypatch.setattr(kernels, "cpu_flags", lambda: frozenset({"sse2"}))  # a home that another machine shares
+    monkeypatch.setattr(kernels, "cpu_flags", lambda: frozenset({"sse2"}))  # another machine with the same home folder
     files.add(kernels.compile_once(source, cache))
     monkeypatch.setattr(kernels, "FLAGS", ("-O1",))
     files.add(kernels.compile_once(source, cache))
@@ -119,7 +119,7 @@ def test_programs_that_start_together_all_get_the_whole_file(source, cache, comp
     compiler("sleep 0.1; " + COPY)
     with ThreadPoolExecutor(4) as pool:
         files = set(pool.map(lambda _: kernels.compile_once(source, cache), range(4)))
-    assert [file.name for file in files] == [file.name for file in cache.iterdir()]  # and nothing half is left
+    assert [file.name for file in files] == [file.name for file in cache.iterdir()]  # and no partial file is left
     assert kernels.is_whole(*files)
 
 
@@ -208,7 +208,7 @@ def test_a_full_disk_is_seen_before_the_compiler_starts(source, cache, compiler,
 
 @pytest.fixture
 def places(tmp_path, monkeypatch):
-    """A cache folder and a folder for temporary files that nothing else uses."""
+    """A cache folder and a temporary folder that only this test uses."""
     cache, temporary = tmp_path / "xdg", tmp_path / "tmp"
     temporary.mkdir(mode=0o700)
     monkeypatch.delenv("PALIGEMMA_KERNELS", raising=False)
@@ -228,7 +228,7 @@ def test_compiled_code_is_kept_in_the_cache_folder(places, monkeypatch, tmp_path
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
     assert folders()[0] == tmp_path / "me/.cache/paligemma"
-    monkeypatch.setenv("XDG_CACHE_HOME", "here")  # relative
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")  # a relative path
     assert folders()[0] == tmp_path / "me/.cache/paligemma"
 
 
@@ -269,13 +269,13 @@ def test_a_folder_that_another_user_could_write_is_not_used(places, fault, monke
 def test_a_sticky_folder_above_is_fine_and_a_planted_one_in_it_is_not(places):
     cache, temporary = places
     temporary.chmod(0o1777)
-    cache.write_text("")  # so that the folder for temporary files is taken
+    cache.write_text("")  # a file in place of the cache folder, so the temporary folder is used
     planted = temporary / f"paligemma-{os.geteuid()}"
     assert folders()[0] == planted
     planted.chmod(0o777)
     (alone,) = folders()
     assert alone.parent == temporary and alone != planted
-    assert not alone.exists()  # it was for that process
+    assert not alone.exists()  # it existed for that process only
 
 
 def test_what_torch_compiles_is_kept_where_no_other_user_can_write(places, monkeypatch):
@@ -293,7 +293,7 @@ def test_what_torch_compiles_is_kept_where_no_other_user_can_write(places, monke
 
 
 def test_a_planted_library_does_not_run(places, compiler):
-    """Whoever knows source, compiler and processor can compute the name."""
+    """Another user who knows source, compiler and processor can compute the name."""
     cache, temporary = places
     compiler("exit 1")
     name = kernels.compiled_name(kernels.SOURCE, kernels.find_compiler()) + ".so"

@@ -1,4 +1,4 @@
-"""LoRA against peft: the same file, the same logits, the same gradients; and what is refused."""
+"""LoRA compared with peft: the same files, logits and gradients; and which adapters are refused."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ CONFIG = lora.LoraConfig(r=3, lora_alpha=12)
 
 
 def give_numbers(model):
-    """Random values for every B, which is zero at first and would hide all mistakes."""
+    """Sets every B to random values: it starts at zero, which would hide all mistakes."""
     draw = torch.Generator().manual_seed(7)
     for name, parameter in sorted(model.named_parameters()):
         if "lora_B" in name:
@@ -37,7 +37,7 @@ def save_base(folder, family="gemma", dtype=torch.float32):
 
 
 def peft_adapter(folder, base, model, **options):
-    """An adapter that peft made and wrote for transformers' copy of our model; returns the model that it adapted."""
+    """Makes and saves an adapter with peft, for a transformers model with our weights; returns the adapted model."""
     options = {"target_modules": r".*language_model.*\.(q_proj|k_proj|o_proj|up_proj|down_proj)"} | options
     theirs = get_peft_model(make_reference(model), PeftConfig(**{"r": 3, "lora_alpha": 12} | options)).eval()
     give_numbers(theirs)
@@ -62,9 +62,9 @@ def test_an_adapter_of_peft_is_loaded_and_merged(family, tmp_path):
     model = save_base(tmp_path / "base", family)
     theirs = peft_adapter(tmp_path / "adapter", tmp_path / "base", model)
     ours = weights.load_model(tmp_path / "adapter")
-    # Merged against beside the matrix: the sums are other ones. 5.7e-5 is the largest gap over 6 seeds, in logits of 20.
+    # One model is merged, the other adds B A x: their sums differ. 5.7e-5 is the largest gap over 6 seeds, in logits of 20.
     assert gap(ours(**BATCH), reference_logits(theirs, BATCH), BATCH) < 2e-4
-    assert gap(model(**BATCH), reference_logits(theirs, BATCH), BATCH) > 1  # the adapter does something
+    assert gap(model(**BATCH), reference_logits(theirs, BATCH), BATCH) > 1  # the adapter changes the logits
 
 
 def test_merged_matrices_are_those_of_peft_to_the_last_bit(tmp_path):
@@ -82,7 +82,7 @@ def test_merged_matrices_are_those_of_peft_to_the_last_bit(tmp_path):
 def test_our_adapter_is_loaded_by_peft(family, tmp_path):
     model = our_adapter(tmp_path / "adapter", tmp_path / "base", make_model(family))
     theirs = PeftModel.from_pretrained(make_reference(make_model(family)), tmp_path / "adapter").eval()
-    # Both keep A and B beside the matrix; attention sums in another order. 3.1e-5 is the largest gap over 6 seeds.
+    # Both add B A x to W x; attention sums in another order. 3.1e-5 is the largest gap over 6 seeds.
     assert gap(model.eval()(**BATCH), reference_logits(theirs, BATCH), BATCH) < 2e-4
 
 
@@ -97,7 +97,7 @@ def test_scaling_and_patterns_are_read_as_peft_reads_them(options, tmp_path):
 
 
 def test_gradients_equal_those_of_peft(tmp_path):
-    """In float64 on both sides, where the order of sums, and with it the processor, is no matter."""
+    """Both sides compute in float64, so the order of sums, and with it the processor, does not matter."""
     model = our_adapter(tmp_path / "adapter", tmp_path / "base", make_model("gemma")).double()
     theirs = PeftModel.from_pretrained(make_reference(make_model("gemma")), tmp_path / "adapter", is_trainable=True).eval()
     theirs = widen(theirs)
@@ -116,7 +116,7 @@ def test_gradients_equal_those_of_peft(tmp_path):
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-9)
 
 
-# By itself
+# Without peft
 
 
 def test_a_new_adapter_changes_nothing():
@@ -132,7 +132,7 @@ def test_merging_leaves_a_plain_model_that_says_the_same(tmp_path):
     lora.merge(model)
     assert {type(module) for module in model.modules()} == {type(module) for module in make_model("gemma").modules()}
     assert model.state_dict().keys() == make_model("gemma").state_dict().keys()
-    assert gap(model(**BATCH), beside, BATCH) < 1e-4  # 6.4e-6 seen
+    assert gap(model(**BATCH), beside, BATCH) < 1e-4  # 6.4e-6 measured
     with pytest.raises(ValueError, match="no adapter"):
         lora.merge(model)
 
@@ -344,13 +344,13 @@ def test_a_pissa_adapter_that_peft_converted_is_merged_as_peft_merges_it(tmp_pat
     theirs.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     alter(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 6
-    # The part that was taken out and put back is rounded twice.
+    # The part that was subtracted and added again is rounded twice.
     assert gap(weights.load_model(tmp_path / "adapter")(**BATCH), reference_logits(theirs, BATCH), BATCH) < 1e-3
 
 
 def test_every_field_of_peft_is_known_to_be_harmless_or_is_refused_by_its_name(folder):
     raw = json.loads((folder / "adapter_config.json").read_text())
-    assert len(raw) > 40  # all that this version of PEFT knows
+    assert len(raw) > 40  # all fields of this version of PEFT
     for key, value in raw.items():
         asks = {"made_up": 1} if isinstance(value, dict) else True if isinstance(value, bool) or value is None else ["x"]
         if key in lora.HARMLESS_KEYS or key == "init_lora_weights":
@@ -393,13 +393,13 @@ def test_numbers_that_a_file_leaves_out_are_those_of_peft():
         "q_proj",
         "layers.1.self_attn.q_proj",
         "language_model.model.layers.1.self_attn.q_proj",  # transformers up to 4.51
-        "model.language_model.layers.1.self_attn.q_proj",  # since
+        "model.language_model.layers.1.self_attn.q_proj",  # later versions
         "^language_model.model.layers.1.self_attn.q_proj",
         "base_model.model.language_model.model.layers.1.self_attn.q_proj",
         r"base_model\.model\.model\.language_model\.layers\.1\.self_attn\.q_proj",
         r"^model\.language_model\.layers\.\d+\.self_attn\.(q|k)_proj$",
         r".*language_model.*\.layers\.[01]\..*q_proj",
-        "q.proj",  # a point is any letter, as in PEFT
+        "q.proj",  # a dot matches any character, as in PEFT
     ],
 )
 def test_keys_of_patterns_are_understood_in_every_spelling_of_names(key):
@@ -470,7 +470,7 @@ def test_a_pattern_that_keeps_re_busy_for_years_is_matched_at_once(folder):
 def test_a_tensor_that_is_there_in_two_spellings_or_as_integers_is_refused(folder):
     old = FIRST.replace("model.language_model", "language_model.model") + ".lora_A.weight"
     altered_tensors(folder, lambda t: t.update({old: t[f"{FIRST}.lora_A.weight"].clone()}))
-    weights.load_model(folder)  # twice the same
+    weights.load_model(folder)  # the same tensor twice
     altered_tensors(folder, lambda t: t.update({old: t[f"{FIRST}.lora_A.weight"] + 1}))
     with pytest.raises(CheckpointError, match="the same parameter with different values"):
         weights.load_model(folder)
@@ -499,7 +499,7 @@ def test_an_adapter_beside_its_base_is_merged_as_transformers_does(folder, tmp_p
     expected = weights.load_model(folder).state_dict()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(folder / name, tmp_path / "base" / name)
-    alter(tmp_path / "base", base_model_name_or_path="/elsewhere/base")  # the weights beside it count
+    alter(tmp_path / "base", base_model_name_or_path="/elsewhere/base")  # the weights in the same folder are the base's
     ours = weights.load_model(tmp_path / "base").state_dict()
     assert all(torch.equal(expected[name], ours[name]) for name in expected)
     theirs = transformers.PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "base", attn_implementation="eager").eval()

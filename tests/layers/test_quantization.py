@@ -1,4 +1,4 @@
-"""quantization.py and kernels.cpp: rounding, layouts, products, fallbacks, and what is saved."""
+"""quantization.py, int_formats.py, fast_cpu.py and kernels.cpp: rounding, layouts, products, fallbacks, saving."""
 
 import copy
 import itertools
@@ -36,13 +36,13 @@ needs_kernels = pytest.mark.parametrize("has_kernels", [True, False])
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled():
-    """The kernels as they are on this machine; a test that needs them absent takes them away itself."""
+    """The kernels of this machine; a test that needs them absent removes them itself."""
     return kernels.library()
 
 
 @pytest.fixture(scope="session")
 def variants(tmp_path_factory):
-    """The kernels as other processors run them, as far as this one can: name -> library, each made when it is first asked for."""
+    """The kernels compiled for other processors that this one can imitate: name -> library, compiled on first use."""
     folder, made = tmp_path_factory.mktemp("variants"), {"native": kernels.library()}
 
     def find(name: str):
@@ -58,7 +58,7 @@ def variants(tmp_path_factory):
 
 @pytest.fixture(params=VARIANTS)
 def variant(request, variants, monkeypatch):
-    """Each variant of the kernels in turn, in use; None where there is no compiler."""
+    """Each variant of the kernels in turn, installed as kernels.library(); None without a compiler."""
     library = variants(request.param)
     monkeypatch.setattr(kernels, "library", lambda: library)
     return library
@@ -85,7 +85,7 @@ def gap(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def assert_product(y: torch.Tensor, x: torch.Tensor, module: QuantizedLinear) -> None:
-    """y is x @ weight.T + bias of a quantised module, but for what its arithmetic rounds."""
+    """Checks that y is x @ weight.T + bias of a quantised module, within the rounding of its arithmetic."""
     weight = module.weight_as_floats()
     bound = product_bound(x, weight, y.dtype, group=GROUP[module.kind]) if kernels.library() else None
     if bound is None:  # torch's own products: of bfloat16 weights, if the inputs are few or bfloat16 (int4: always where few)
@@ -126,7 +126,7 @@ def test_the_kernel_rounds_as_torch_does(kind, n, k, monkeypatch):
     packed, scales = int_formats.quantize(weight, kind)
     monkeypatch.setattr(kernels, "library", lambda: None)
     same_packed, same_scales = int_formats.quantize(weight, kind)
-    # Exact but for ties that fall the other way because sums are reordered or x * (1 / s) is fused: 1 in a million seen.
+    # Equal except for ties, which round differently if sums are reordered or x * (1 / s) is fused: 1 in a million measured.
     assert (packed != same_packed).float().mean() < 1e-4
     assert (scales != same_scales).float().mean() < 1e-4
 
@@ -208,7 +208,7 @@ def test_module_multiplies_with_its_weights(kind, n, k, rows, dtype, has_kernels
 
 
 ROW_COUNTS = range(67)
-PLACES = {  # how the rows of x may lie in memory: float[R, K] for a count of rows, from random numbers
+PLACES = {  # memory layouts of x: functions that make random float[B, X]
     "in order": lambda rows, k: torch.randn(rows, k),
     "transposed": lambda rows, k: torch.randn(k, rows).T,
     "every other": lambda rows, k: torch.randn(2 * rows, 3 * k)[::2, 1::3],
@@ -272,7 +272,7 @@ def test_float16_goes_through(kind):
 @pytest.mark.usefixtures("without_kernels")
 def test_the_gpu_product_is_the_same_sum(kind):
     module, x = quantized(random_linear(48, 128), kind), torch.randn(3, 128)
-    assert_product(module(x), x, module)  # puts the weights into rows
+    assert_product(module(x), x, module)  # changes the layout to rows
     fused, weight = quantization.few_rows_product(x, module.packed, module.scales, kind), module.weight_as_floats()
     assert_within(fused, x.double() @ weight.double().T, product_bound(x, weight, torch.float32))
 
@@ -308,38 +308,38 @@ def test_upcast_product_is_the_product():
     assert_within(fast_cpu.upcast_product(x, linear.weight), exact, product_bound(x, linear.weight, torch.bfloat16))
 
 
-def attend_with_kernel(rows: int, kv_heads: int, heads: int, reach: int, mask: torch.Tensor | None, cap: float | None):
-    """kernels.bf16_attend on random numbers, E = 32: y, what went in (qkv, position_ids, rotation, cache), the cache after."""
+def attend_with_kernel(rows: int, kv_heads: int, heads: int, slots_read: int, mask: torch.Tensor | None, cap: float | None):
+    """kernels.bf16_attend on random numbers, E = 32: y, its inputs (qkv, position_ids, rotation, cache), the cache afterwards."""
     torch.manual_seed(0)
-    position_ids = torch.randint(1, reach + 1, (rows, 1))
+    position_ids = torch.randint(1, slots_read + 1, (rows, 1))
     qkv = (torch.randn(rows, 1, (heads + 2 * kv_heads) * 32) * 2).bfloat16()
-    keys, values = torch.randn(2, rows, kv_heads, reach + 3, 32).bfloat16()
+    keys, values = torch.randn(2, rows, kv_heads, slots_read + 3, 32).bfloat16()
     rotation = rotary_embedding(position_ids, 32, 10000.0, torch.bfloat16)
     before = keys.clone(), values.clone()
-    y = kernels.bf16_attend(qkv, position_ids, rotation, mask, keys, values, reach, 0.2, cap)
+    y = kernels.bf16_attend(qkv, position_ids, rotation, mask, keys, values, slots_read, 0.2, cap)
     return y, qkv, position_ids, rotation, before, (keys, values)
 
 
-@pytest.mark.parametrize("reach", [1, 17, 300])  # within a vector; past one; past what is multiplied at once
+@pytest.mark.parametrize("slots_read", [1, 17, 300])  # less than a vector; more than one; more than one chunk
 @pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize(("rows", "kv_heads", "heads"), [(1, 1, 8), (3, 2, 6), (2, 1, 5)])
-def test_attention_kernel_is_rotate_write_and_attention(rows, kv_heads, heads, is_masked, cap, reach, variant):
+def test_attention_kernel_is_rotate_write_and_attention(rows, kv_heads, heads, is_masked, cap, slots_read, variant):
     if variant is None:
         return
     mask = None
     if is_masked:
-        mask = torch.rand(rows, 1, 1, reach, generator=torch.Generator().manual_seed(1)) < 0.5
+        mask = torch.rand(rows, 1, 1, slots_read, generator=torch.Generator().manual_seed(1)) < 0.5
         mask[..., -1] = True
-    y, qkv, position_ids, rotation, (keys, values), written = attend_with_kernel(rows, kv_heads, heads, reach, mask, cap)
+    y, qkv, position_ids, rotation, (keys, values), written = attend_with_kernel(rows, kv_heads, heads, slots_read, mask, cap)
     q, k, v = qkv.double().view(rows, 1, -1, 32).transpose(1, 2).split((heads, kv_heads, kv_heads), dim=1)
     row, slot, half, more = torch.arange(rows), position_ids[:, 0] - 1, UNIT[torch.bfloat16], 1e-5
     exact_keys, values[row, :, slot] = keys.double(), v[:, :, 0].bfloat16()
     exact_keys[row, :, slot] = rotate(k, *rotation)[:, :, 0]
-    # Two products of which the sum is rounded; `more` is for their own rounding, where they cancel.
+    # The sum of two products is rounded; `more` allows for the rounding of the products, which matters if they cancel.
     assert_within(written[0], exact_keys, half * exact_keys.abs() + more)
     assert torch.equal(written[1], values)
-    q, k, v = rotate(q, *rotation), written[0][:, :, :reach].double(), values[:, :, :reach].double()
+    q, k, v = rotate(q, *rotation), written[0][:, :, :slots_read].double(), values[:, :, :slots_read].double()
     expected = attention(q, k, v, mask, 0.2, cap)
     # Queries are rounded to bfloat16, which moves a score by `moved` at most (a cap does not move it further), and a share
     # by e^(2 moved); the result is rounded, too. 1e-4 is for float32 sums and for the kernel's own exponential.
@@ -365,7 +365,7 @@ def test_a_masked_slot_is_not_looked_at_and_a_bad_one_is_seen(variant):
     assert kernels_say().isnan().all()
 
 
-INSTRUCTIONS = pytest.mark.parametrize("instructions", BF16_ROWS)  # what the processor says that it multiplies
+INSTRUCTIONS = pytest.mark.parametrize("instructions", BF16_ROWS)  # bfloat16 instructions of the processor
 
 
 @INSTRUCTIONS
@@ -413,11 +413,11 @@ def test_fast_mlp_is_as_exact_as_the_mlp(kind, instructions, has_kernels, monkey
         x = (torch.randn(rows, 1, 96) * 3).bfloat16()
         plain, exact = plain_mlp(x), exact_mlp(x.double())
         assert mlp(x).shape == exact.shape
-        # The plain one rounds gate, its GELU and up to bfloat16 first, the fast one no more than that: the errors are draws of
-        # the same size, and the fast one's mean over thousands of numbers is no larger but for chance.
+        # The plain MLP rounds gate, its GELU and up to bfloat16 first; the fast MLP rounds no more than that. Both errors have
+        # the same distribution, so the mean of the fast MLP's error over thousands of numbers is larger only by chance.
         if rows > 1:
             assert gap(mlp(x), exact) <= 1.5 * gap(plain, exact)
-    assert mlp.double()(x.double()).dtype == torch.float64  # what the kernels do not take goes the plain way
+    assert mlp.double()(x.double()).dtype == torch.float64  # dtypes that the kernels do not support are computed by torch
 
 
 def test_gelu_of_every_size_is_torchs(variant):
@@ -430,12 +430,12 @@ def test_gelu_of_every_size_is_torchs(variant):
     y = kernels.product("bf16", one[:1], [(up, None, len(x)), (up, None, len(x))], torch.float32, True)[0]
     exact = F.gelu(x.double(), approximate="tanh") * x.double()
     finite = exact.abs() < 1e38
-    # torch's own GELU in float32 is as far off where its tanh is near -1: there all of it is below 1e-5.
+    # torch's own GELU in float32 has the same error where its tanh is near -1; all values there are below 1e-5.
     torch.testing.assert_close(y.double()[finite], exact[finite], rtol=2e-6, atol=1e-5)
 
 
 def make_decoder(family: str) -> nn.ModuleDict:
-    """A bfloat16 decoder of widths that the kernels take, none a power of two; three query heads share a key head."""
+    """A bfloat16 decoder with widths that the kernels support, none a power of two; three query heads share a key head."""
     more = {"num_key_value_heads": 2, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 24} if family == "gemma2" else {}
     numbers = {"vocab_size": 160, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 6}
     config = GemmaConfig(**({"num_key_value_heads": 2, "head_dim": 32, "model_type": family} | numbers | more))
@@ -443,7 +443,7 @@ def make_decoder(family: str) -> nn.ModuleDict:
 
 
 def decode(model: nn.ModuleDict, window: int | None = None) -> torch.Tensor:
-    """Logits of three tokens behind rows of unequal length, [3, B, V]."""
+    """Logits of three tokens that are decoded after rows of unequal length, [3, B, V]."""
     decoder, ids = model.language_model, torch.randint(0, 160, (3, 9), generator=torch.Generator().manual_seed(1))
     embed = decoder.model.embed_tokens
     cache = KVCache(decoder.model.config, 3, 12, device=torch.device("cpu"), dtype=embed(ids).dtype)
@@ -473,7 +473,7 @@ def test_a_fast_step_is_as_exact_as_torchs(family, window, has_kernels, monkeypa
     layers = fast.language_model.model.layers
     assert {type(layer.self_attn) for layer in layers} == {fast_cpu.FastAttention}
     ours, torchs = gap(decode(fast, window), exact), gap(decode(plain, window), exact)
-    # Both round to bfloat16, ours less often: two draws of the same size. Without kernels the operations are the same.
+    # Both round to bfloat16, ours less often, so the errors are of the same size. Without kernels the operations are the same.
     assert ours <= 1.5 * torchs if kernels.library() else ours == torchs
     assert list(fast.state_dict()) == list(plain.state_dict())
 
@@ -488,7 +488,7 @@ def test_a_fast_step_of_a_quantised_decoder_is_that_of_its_weights(kind, family)
         model.set_submodule(name, module)
         floats.get_submodule(name).weight.data = module.weight_as_floats()[:, : module.in_features]
     fast_cpu.accelerate(model, min_parameters=0)
-    # bfloat16 alone is off by 1e-2, inputs rounded to 8 bits by as much.
+    # bfloat16 alone gives an error of 1e-2, inputs rounded to 8 bits as much again.
     assert gap(decode(model), decode(floats)) < 5e-2
 
 
@@ -532,7 +532,7 @@ def test_saved_and_mapped_back_is_bit_equal(kind, has_kernels, tmp_path, monkeyp
     linear, x = random_linear(40, 96, bias=True), torch.randn(3, 96)
     module = quantized(linear, kind)
     before, y = {key: value.clone() for key, value in module.state_dict().items()}, module(x)
-    save_file(module.state_dict(), tmp_path / "part.safetensors")  # after a product: without kernels from rows
+    save_file(module.state_dict(), tmp_path / "part.safetensors")  # after a product; without kernels the layout is rows by now
     with torch.device("meta"):
         empty = quantization.empty_module(nn.Linear(96, 40), kind)
     stored = load_file(tmp_path / "part.safetensors")
@@ -578,13 +578,13 @@ def test_fast_products_keep_names_weights_and_gradients(compiled):
     q_proj, embed = model.language_model.q_proj, model.language_model.embed_tokens
     expected = q_proj(x), embed.logits(x)
     fast_cpu.accelerate(model)
-    assert type(q_proj) is nn.Linear  # a small model is left alone
+    assert type(q_proj) is nn.Linear  # a small model is not changed
     fast_cpu.accelerate(model, min_parameters=0)
     assert list(model.state_dict()) == names
     assert model.language_model.q_proj.weight is q_proj.weight
     q_proj, embed = model.language_model.q_proj, model.language_model.embed_tokens
     with torch.no_grad():
-        torch.testing.assert_close(q_proj(x), expected[0], rtol=2**-7, atol=1e-3)  # a unit of bfloat16, on either side
+        torch.testing.assert_close(q_proj(x), expected[0], rtol=2**-7, atol=1e-3)  # one unit of bfloat16 for each rounding
         torch.testing.assert_close(embed.logits(x), expected[1].float(), rtol=2**-7, atol=1e-3, check_dtype=compiled is not None)
         calls = []
         if compiled is not None:
