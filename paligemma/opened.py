@@ -1,7 +1,7 @@
-"""A checkpoint, opened once: its name resolved, its settings, tokenizer and image settings read, the weights on request.
+"""Opens a checkpoint: resolves its name once, reads each settings file once, makes its processor, and loads weights on request.
 
-To follow the opening, read on in checkpoints/weights.py (ModelFiles: which files there are, how they become a model),
-checkpoints/hub.py (name -> folder) and checkpoints/safetensors_files.py (the format). Importing this file imports torch.
+To follow the opening, continue with checkpoints/weights.py (ModelFiles: the files of a model, and how it is loaded),
+checkpoints/hub.py (a name -> a folder) and checkpoints/safetensors_files.py (the format). Importing this file imports torch.
 Checked in tests/test_opened.py.
 """
 
@@ -19,7 +19,7 @@ class Checkpoint(ModelFiles):
     Attributes: those of ModelFiles, and
         name: as it was given.
         kind: what the checkpoint was trained for, see tasks.checkpoint_kind.
-        processor: of the model or, where an adapter brings its own files, of the adapter.
+        processor: made of the files of the model; an adapter's own files replace those of its base model.
     """
 
     def __init__(self, name: str, revision: str | None = None, base_model: str | Path | None = None):
@@ -34,7 +34,7 @@ def open_checkpoint(
 ) -> Checkpoint:
     """The checkpoint of that name, without its weights; the bundled one if no name is given.
 
-    Args: as of weights.load_model.
-    Raises: CheckpointError, TokenizerError, AccessError, UsageError, each with one sentence.
+    Args: as in weights.load_model.
+    Raises: CheckpointError, TokenizerError, AccessError or UsageError.
     """
     return Checkpoint(str(name or BUNDLED), revision, base_model)

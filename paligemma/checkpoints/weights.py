@@ -363,18 +363,18 @@ def save_model(model: PaliGemmaForConditionalGeneration, folder: str | Path, *, 
 
 
 class ModelFiles:
-    """The files of a model, found, and their settings. Headers of weights are read on first use, tensors by `load`.
+    """Finds the files of a model and reads their settings. Headers of weights are read on first use, tensors by `load`.
 
     Args:
-        name: a folder, or a hub id, which is downloaded, with a model or a LoRA adapter, whose base model is found as well.
+        name: a folder or a hub id, of a model or of a LoRA adapter. Hub ids are downloaded; the base of an adapter is found, too.
         revision: branch, tag or commit of a hub id, such as "bfloat16".
         base_model: folder or hub id of an adapter's base model, in place of the one that the adapter names.
     Attributes:
-        folder: the folder that the name means.
+        folder: the folder of the model or adapter that `name` stands for.
         base: the folder with config.json, tokenizer and weights. It differs from `folder` only for an adapter.
         raw, generation, adapter_config: content of config.json, of generation_config.json ({} if there is none) and of
             adapter_config.json (None if there is none).
-    Raises: CheckpointError, AccessError or UsageError; the message is one sentence.
+    Raises: CheckpointError, AccessError or UsageError.
     """
 
     def __init__(self, name: str | Path, revision: str | None = None, base_model: str | Path | None = None):
@@ -485,8 +485,7 @@ def load_model(
         quantize_vision: quantise the vision tower, too.
         final_softcap, sliding_window: see PaliGemmaForConditionalGeneration.
         allow_nonfinite: load even if weights are NaN or infinite.
-    Raises: CheckpointError, AccessError, DeviceError, UsageError, each with one sentence. Where possible, checks run before
-        memory is allocated.
+    Raises: CheckpointError, AccessError, DeviceError or UsageError. Where possible, checks run before memory is allocated.
     """
     device, dtype = find_device(device), parse_dtype(dtype)  # before anything is downloaded
     return ModelFiles(name, revision, base_model).load(
