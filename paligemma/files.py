@@ -336,6 +336,15 @@ def output_errors(path: Path, advice: str = MAKE_ROOM) -> Iterator[None]:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}. {advice}", path=path) from error
 
 
+def make_folder(folder: Path, advice: str = "Name another folder.") -> None:
+    """Makes a folder and the missing folders above it. Raises: OutputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: the name holds a NUL
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"{folder} cannot be made: {reason}. {advice}", path=folder) from error
+
+
 @contextmanager
 def open_atomic(path: Path, advice: str = MAKE_ROOM) -> Iterator[BinaryIO]:
     """A binary stream to a temporary file, which replaces `path` at the end: readers see the old file or the new one.
@@ -369,7 +378,6 @@ def staging_folder(folder: Path, advice: str = MAKE_ROOM) -> Iterator[Path]:
 
     Raises: OutputError for every OSError inside the block.
     """
-    with output_errors(folder, advice):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            yield Path(temporary)
+    make_folder(folder, advice)
+    with output_errors(folder, advice), tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+        yield Path(temporary)

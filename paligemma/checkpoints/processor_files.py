@@ -17,7 +17,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 
 from paligemma import files
-from paligemma.errors import CheckpointError, OutputError, TokenizerError, one_line
+from paligemma.errors import CheckpointError, TokenizerError, one_line
 from paligemma.tokenization import SPACE, PromptTokenizer
 from paligemma.vocabulary import CODE_TOKENS, IMAGE_TOKEN, LOCATION_TOKENS
 
@@ -328,11 +328,7 @@ def write_processor_files(
     contents["preprocessor_config.json"] = defaults | (processor_config.get("image_processor") or preprocessor_config)
     names = tokens | {"tokenizer_class": "GemmaTokenizer", "processor_class": "PaliGemmaProcessor"}
     contents["tokenizer_config.json"] = names | settings.get("tokenizer_config.json", {})
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: the name contains a NUL
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"{folder} cannot be made: {reason}. Name another folder.", path=folder) from error
+    files.make_folder(folder)
     for name, content in contents.items():
         files.write_atomic(folder / name, json.dumps(content, indent=2) + "\n")
     files.write_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=True))

@@ -16,7 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from paligemma.errors import OutputError, UsageError
-from paligemma.files import check_outputs, expand, is_file, names_in, open_atomic, parse_json, read_json, stat_path, write_atomic
+from paligemma.files import (
+    check_outputs,
+    expand,
+    is_file,
+    make_folder,
+    names_in,
+    open_atomic,
+    output_errors,
+    parse_json,
+    read_json,
+    stat_path,
+    write_atomic,
+)
 from paligemma.learning.processes import from_first
 
 log = logging.getLogger(__name__)
@@ -31,17 +43,9 @@ MAX_LOG_LINE_BYTES = 1 << 16
 NO_ROOM = "Make room, or name another --output."
 FILES = ("settings.json", "metrics.jsonl", "progress.svg", "preview.png")
 FOLDERS = ("checkpoints", "model", "adapter")
+NEW_OUTPUT = "Name another --output."
 STATE_NAME = "state.json"  # the last file of a checkpoint to be written
 STEP_FOLDER = re.compile(r"step_\d{8}")
-
-
-def make_folder(folder: Path) -> None:
-    """Makes the output folder if it does not exist. Raises: OutputError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # a ValueError: the name contains a NUL
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"{folder} cannot be made: {reason}. Name another --output.") from error
 
 
 def copy_file(source: Path, file: Path) -> None:
@@ -130,7 +134,7 @@ def claim(folder: Path, settings: dict) -> Iterator[None]:
     with ExitStack() as stack:
 
         def start() -> None:
-            make_folder(folder)
+            make_folder(folder, NEW_OUTPUT)
             descriptor = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, descriptor)
             try:
@@ -199,11 +203,8 @@ class Log:
         """Adds a line. NaN and infinity are written as null, because JSON has neither. Raises: OutputError."""
         line = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in line.items()}
         self.lines.append(line)
-        try:
-            with open(self.file, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise OutputError(f"{self.file} cannot be written: {error.strerror}. Make room and add --resume.") from error
+        with output_errors(self.file, "Make room and add --resume."), open(self.file, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
         if self.tensorboard is not None:
             for name, value in line.items():
                 if name != "step" and isinstance(value, (int, float)):

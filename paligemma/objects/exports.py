@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from paligemma.errors import DatasetError, DeviceError
-from paligemma.files import name_key, output_errors, write_atomic
+from paligemma.files import make_folder, name_key, write_atomic
 from paligemma.objects.outputs import ParsedObject
 
 if TYPE_CHECKING:
@@ -93,8 +93,7 @@ def class_names(pictures: list[Picture]) -> list[str]:
 
 def put(path: Path, text: str) -> None:
     """Writes a file, and makes the folders above it. Raises: OutputError."""
-    with output_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_atomic(path, text)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paligemma import files
-from paligemma.errors import AccessError, ImageError, OutputError, UsageError
+from paligemma.errors import AccessError, ImageError, UsageError
 from paligemma.objects.exports import digest, export, path_parts
 from paligemma.pictures import folders
 from paligemma.programs import commandline, job
@@ -120,22 +120,13 @@ def drawing_name(flags: Flags, row: dict) -> Path:
     return path.with_name(f"{path.name}{question}.png")
 
 
-def make_folder(folder: Path) -> None:
-    """Makes a folder and the folders above it. Raises: OutputError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"{folder} cannot be made: {reason}. Choose another --save_dir.", path=folder) from error
-
-
 def make_save_dir(flags: Flags) -> None:
     """Makes --save_dir.
 
     Raises: OutputError if it cannot be made or written to, UsageError if drawings would be written among the pictures.
     """
     folder = files.expand(flags.save_dir)
-    make_folder(folder)
+    files.make_folder(folder, "Choose another --save_dir.")
     files.check_writable(folder / "1.png")
     homes = flags.pictures or [os.path.dirname(flags.questions or "") or "."] * (flags.questions is not None)
     for word in map(files.expand, homes):
@@ -171,7 +162,7 @@ def save_drawing(flags: Flags, row: dict, picture: "Image.Image", reading: "Pars
     from paligemma.objects import drawing
 
     path, source = drawing_name(flags, row), f"{row['image']}\0{row['prompt']}"
-    make_folder(path.parent)
+    files.make_folder(path.parent, "Choose another --save_dir.")
     if os.path.lexists(path) and drawing.read_mark(path) != drawing.source_mark(source):
         path = path.with_name(f"{path.stem}.{digest(source)}.png")
     notes: list[str] = []

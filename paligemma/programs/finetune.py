@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from paligemma import machine
 from paligemma.errors import DatasetError, DeviceError, UsageError, counted
-from paligemma.files import expand_text, stat_path
+from paligemma.files import expand_text, make_folder, stat_path
 from paligemma.learning import run_folder
 from paligemma.learning.processes import barrier, from_first, group, is_first, leave, num_on_this_machine, world_size
 from paligemma.programs import commandline
@@ -283,7 +283,7 @@ def train(flags: Flags, device: "torch.device") -> None:
     codec = load_codec(codec_file) if codec_file else None
     examples = dataset.Examples(splits[0], checkpoint.processor, flags.augment, flags.seed)
     if flags.preview:
-        run_folder.make_folder(folder)
+        make_folder(folder, run_folder.NEW_OUTPUT)
         preview.draw_preview(examples, codec, folder / "preview.png")
         show(f"the examples are drawn in {folder / 'preview.png'}.")
         return

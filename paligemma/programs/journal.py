@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from paligemma.errors import OutputError, UsageError
-from paligemma.files import move_into_place, parse_json
+from paligemma.files import move_into_place, output_errors, parse_json
 
 FORMAT = 1
 BEGINNING = b'{"journal": '  # every file begins with a header, and so with these bytes
 LONGEST_LINE = 256 << 20  # bytes; rows have far fewer
 PART = ".part"  # the suffix of the temporary file of drop_failed
+NO_ROOM = "Make room, or choose another --output."
 SYNC_S = 5.0  # a power cut loses the rows of at most this many seconds
 
 
@@ -77,10 +78,6 @@ def rows(path: Path) -> Iterator[dict]:
                 yield record
 
 
-def unwritable(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"{path} cannot be written: {error.strerror}. Make room, or choose another --output.", path=path)
-
-
 def open_alone(path: Path, flags: int = 0) -> int:
     """A descriptor for reading and appending, locked for this process. Raises: OutputError."""
     import fcntl  # not there on Windows
@@ -127,10 +124,8 @@ class Journal:
         self.num_answered = self.num_failed = 0
         self.size = 0  # bytes in whole lines
         self.synced = time.monotonic()
-        try:
+        with output_errors(self.path, NO_ROOM):
             self.descriptor = open_alone(self.path)
-        except OSError as error:
-            raise unwritable(self.path, error) from error
         try:
             begun_with = self.read()
             settings = parse_json(json.dumps(settings))
@@ -171,7 +166,7 @@ class Journal:
         part = self.path.with_name(self.path.name + PART)
         self.known.clear()
         self.num_answered = self.num_failed = self.size = 0
-        try:
+        with output_errors(self.path, NO_ROOM):
             descriptor = open_alone(part, os.O_TRUNC)  # locked before it gets its final name
             try:
                 with open(self.path, "rb") as old, open(descriptor, "ab", closefd=False) as new:
@@ -186,8 +181,6 @@ class Journal:
                 os.close(descriptor)
                 part.unlink(missing_ok=True)
                 raise
-        except OSError as error:
-            raise unwritable(self.path, error) from error
         os.close(self.descriptor)
         self.descriptor = descriptor
 
@@ -211,21 +204,18 @@ class Journal:
     def append(self, record: dict) -> None:
         rest = memoryview(to_line(record))
         length = len(rest)
-        try:
-            while rest:
-                rest = rest[os.write(self.descriptor, rest) :]
-            self.size += length
-        except BaseException as error:  # on a signal, too, no half line stays
-            os.ftruncate(self.descriptor, self.size)
-            if isinstance(error, OSError):
-                raise unwritable(self.path, error) from error
-            raise
+        with output_errors(self.path, NO_ROOM):
+            try:
+                while rest:
+                    rest = rest[os.write(self.descriptor, rest) :]
+                self.size += length
+            except BaseException:  # on a signal, too, no half line stays
+                os.ftruncate(self.descriptor, self.size)
+                raise
 
     def sync(self) -> None:
-        try:
+        with output_errors(self.path, NO_ROOM):
             os.fsync(self.descriptor)
-        except OSError as error:
-            raise unwritable(self.path, error) from error
         self.synced = time.monotonic()
 
     def close(self) -> None:
