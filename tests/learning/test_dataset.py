@@ -1,4 +1,4 @@
-"""What a JSONL of examples may hold, which line is at fault when it does not, and which warnings the others get."""
+"""What a JSONL file of examples may contain, which lines are faulty, and which lines get a warning."""
 
 import gc
 import json
@@ -38,7 +38,7 @@ def folder(tmp_path):
 
 
 def write(folder, *lines, name="train.jsonl"):
-    """A JSONL; a dict becomes its line, text and bytes stand as they are."""
+    """Writes a JSONL file: a dict becomes a line of JSON, text and bytes are written as they are."""
     lines = [json.dumps(line) if isinstance(line, dict) else line for line in lines]
     lines = [line.encode() if isinstance(line, str) else line for line in lines]
     (folder / name).write_bytes(b"\n".join(lines) + b"\n")
@@ -66,13 +66,13 @@ def test_a_good_file_is_read_whole(folder, processor):
 
 
 @pytest.mark.parametrize("ending", ["\r\n", "\n\n", "\n   \n"])
-def test_marks_blank_lines_and_other_line_ends_are_passed_over(folder, ending):
+def test_marks_blank_lines_and_other_line_ends_are_ignored(folder, ending):
     (folder / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + (json.dumps(GOOD) + ending).encode() * 2)
     split = dataset.read_split(folder / "train.jsonl")
     assert len(split.examples) == 2 and split.faults == []
 
 
-def test_fields_beside_the_three_are_allowed(folder):
+def test_further_fields_are_allowed(folder):
     assert dataset.read_split(write(folder, GOOD | {"id": 7})).faults == []
 
 
@@ -183,7 +183,7 @@ def test_lines_without_end_take_no_memory(folder):
 
 
 @pytest.mark.parametrize("name", ["pipe", "folder", "dangling", "loop", "x" * 300])
-def test_what_is_no_file_is_refused(folder, name):
+def test_a_path_without_a_file_is_refused(folder, name):
     os.mkfifo(folder / "pipe")
     (folder / "folder").mkdir()
     (folder / "dangling").symlink_to("nowhere")
@@ -248,7 +248,7 @@ def test_links_of_the_hubs_cache_are_followed(tmp_path):
     assert [example.image.name for example in split.examples] == ["a.png"] and [fault.line for fault in split.faults] == [2]
 
 
-def test_boxes_over_the_budget_are_given_room_and_not_left_out(folder, processor):
+def test_the_advice_for_long_examples_is_the_limit_that_they_need(folder, processor):
     busy = GOOD | {"suffix": " ; ".join([f"{BOX} cat"] * 30)}
     split = checked(write(folder, GOOD, busy), processor, 60)
     needed = split.faults[0].tokens
@@ -271,13 +271,13 @@ def test_a_line_that_is_too_long_to_be_tokenised_is_a_fault_like_any_other(folde
     assert "characters" in split.faults[0].text
 
 
-def test_where_no_picture_is_found_the_folder_of_pictures_is_asked_for(folder, processor):
+def test_if_no_picture_is_found_the_advice_is_image_dir(folder, processor):
     lines = [GOOD | {"image": f"there/{i}.png"} for i in range(3)]
     with pytest.raises(DatasetError, match="does not exist.* --image_dir[.] .*--skip_bad[.]"):
         dataset.require_usable([checked(write(folder, *lines), processor, 60)], skip_bad=False)
 
 
-def test_a_batch_is_what_the_processor_makes_of_it_with_one_picture_in_memory(folder, processor, monkeypatch):
+def test_a_batch_equals_the_processor_s_and_holds_one_large_picture_at_a_time(folder, processor, monkeypatch):
     Image.effect_noise((300, 200), 90).convert("RGB").save(folder / "a.png")
     examples = dataset.Examples(dataset.read_split(write(folder, GOOD, GOOD | {"image": "b.png", "suffix": "x"})), processor)
     expected = processor(*map(list, zip(examples[0, 0], examples[0, 1], strict=True)), notes=[])
@@ -293,10 +293,10 @@ def test_a_batch_is_what_the_processor_makes_of_it_with_one_picture_in_memory(fo
     monkeypatch.setattr(dataset, "load_image", watched)
     batch = examples.batch([(0, 0), (0, 1)])
     assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in batch)
-    assert max(most) <= 2  # the one before goes while the next one is read
+    assert max(most) <= 2  # the last picture is released while the next one is read
 
 
-def test_a_picture_outside_is_seen_from_within_the_folder_too(folder, monkeypatch):
+def test_a_picture_outside_the_folder_is_refused_from_within_it_too(folder, monkeypatch):
     write(folder, GOOD, GOOD | {"image": "../a.png"})
     monkeypatch.chdir(folder)
     split = dataset.read_split("train.jsonl")
@@ -316,7 +316,7 @@ def test_no_line_raises_anything_else(tmp_path_factory, text):
         assert "\n" not in error.message
 
 
-def test_pictures_are_looked_at_before_anything_begins(folder, processor):
+def test_pictures_are_checked_before_the_run_starts(folder, processor):
     (folder / "text.png").write_text("hello, this is no picture")
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:20])
     names = ("a.png", "missing.png", "text.png", "cut.png", "a.png", ".")
@@ -397,7 +397,7 @@ def test_a_file_with_boxes_in_another_order_is_warned_about_as_a_whole(folder, p
     assert texts(split.warnings)[0].startswith("0: 1 of 3 boxes have swapped corners: are they x, y, width, height")
 
 
-def test_what_is_learned_otherwise_than_meant_is_warned_about(folder, processor):
+def test_control_tokens_and_white_space_are_warned_about(folder, processor):
     lines = [GOOD | {"prefix": "<image>detect cat"}, GOOD | {"suffix": f"{BOX} cat<eos>"}, GOOD | {"suffix": f" {BOX} cat"}]
     said = texts(checked(write(folder, *lines), processor).warnings)
     assert said[0].startswith("1: <image> is treated as plain text") and said[1].startswith("2: <eos> is treated as plain text")
@@ -411,7 +411,7 @@ def test_boxes_of_one_question_in_several_lines_are_warned_about(folder, process
     assert checked(write(folder, GOOD, GOOD, other | {"prefix": "detect dog"}), processor).warnings == []
 
 
-def test_colours_that_cannot_be_shown_are_a_fault_of_the_line(folder, processor):
+def test_a_picture_that_cannot_be_converted_is_a_fault_of_its_line(folder, processor):
     Image.fromarray(np.full((8, 8), 1e8, dtype=np.float32)).save(folder / "float.tif")
     split = checked(write(folder, GOOD, GOOD | {"image": "float.tif"}), processor)
     assert [fault.line for fault in split.faults] == [2] and "floats" in split.faults[0].text and "--" not in split.faults[0].text
@@ -422,7 +422,7 @@ def test_empty_answers_are_counted(folder, processor):
     assert texts(split.warnings) == ["0: 2 of 3 answers are empty; they teach the model to find nothing"]
 
 
-def test_pictures_in_both_splits_are_found_by_what_they_show(folder, processor):
+def test_pictures_in_both_splits_are_found_by_their_content(folder, processor):
     (folder / "copy.png").write_bytes((folder / "a.png").read_bytes())
     train = checked(write(folder, GOOD), processor)
     valid = checked(write(folder, GOOD | {"image": "b.png"}, GOOD | {"image": "copy.png"}, name="valid.jsonl"), processor)
@@ -450,7 +450,7 @@ def test_lines_of_a_sample_are_spread_over_the_whole_file(total, count):
 
 @pytest.mark.parametrize("period", [2, 3, 5, 7, 10])
 def test_a_sample_has_each_kind_of_line_as_often_as_the_file_does(period):
-    """A file that goes round in `period` kinds of questions: every 5th of 1,000 lines would be one kind only."""
+    """A file that repeats `period` kinds of questions: every 5th of 1,000 lines would be of one kind only."""
     kinds = Counter(line % period for line in dataset.spread(1000, 200))
     assert len(kinds) == period and max(kinds.values()) < 1.5 * 200 / period
 

@@ -1,4 +1,4 @@
-"""What a Judge counts as the answer to what, and which scores see it."""
+"""Which references belong to a question, which scores are computed, and on which answers."""
 
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ def processor(tmp_path_factory):
 
 @pytest.fixture
 def judge(processor, tmp_path):
-    """A function from (prefix, suffix) pairs to a Judge; with `said` it hears that instead of asking a model."""
+    """A function from (prefix, suffix) pairs to a Judge; `said` replaces the answers of a model."""
 
     def make(lines, said=None, **options):
         examples = [dataset.Example(tmp_path / "a.png", prefix, suffix, i + 1) for i, (prefix, suffix) in enumerate(lines)]
@@ -45,7 +45,7 @@ def judge(processor, tmp_path):
     return make
 
 
-def test_lines_of_one_question_are_its_right_answers(judge):
+def test_lines_of_one_question_are_its_references(judge):
     numbers = judge([("what", "cat"), ("what", "kitten"), ("color", "red")], ["kitten", "blue"])(None)
     assert numbers["valid_loss"] == 0.5 and numbers["exact"] == 0.5  # two questions, one is right
 
@@ -55,7 +55,7 @@ def test_a_text_that_is_answered_with_a_box_is_wrong_and_not_left_out(judge):
     assert numbers["exact"] == 0.5 and "map" not in numbers
 
 
-def test_a_box_where_nothing_is_is_a_wrong_text_and_a_box_too_many(judge):
+def test_a_box_for_an_empty_reference_is_wrong_as_a_text_and_as_a_box(judge):
     lines = [("detect cat at night", ""), ("detect cat", f"{BOX} cat")]
     right, wrong = (judge(lines, [first, f"{BOX} cat"], scores=["exact", "map"])(None) for first in ("", f"{BOX} cat"))
     assert right["map"] == pytest.approx(1) and right["exact"] == 1
@@ -81,7 +81,7 @@ def test_answers_that_are_all_empty_are_texts(judge):
     assert judge([("detect cat", "")], [""])(None) == {"valid_loss": 0.5, "exact": 1, "anls": 1}
 
 
-def test_masks_are_held_against_those_of_the_right_codes(judge):
+def test_masks_are_compared_with_those_of_the_references(judge):
     """Through the codec that ships: the same codes in the same box, in half of it, and none."""
     right = f"{BOX}{CODES} cat"
     half = f"<loc0100><loc0100><loc0500><loc0300>{CODES} cat"
@@ -89,7 +89,7 @@ def test_masks_are_held_against_those_of_the_right_codes(judge):
     assert scored[0] == 1 and 0.2 < scored[1] < 0.8 and scored[2:] == [0, 0]
 
 
-def test_what_scores_need_is_asked_for_before_anything_is_learned(judge, monkeypatch):
+def test_missing_requirements_of_scores_are_reported_before_training(judge, monkeypatch):
     with pytest.raises(UsageError, match="--mask_codec"):
         judge([("segment cat", "cat")], scores=["miou"])
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
@@ -108,12 +108,12 @@ def test_without_pycocotools_all_else_is_scored_and_the_package_named_once(judge
     ]
 
 
-def test_masks_without_a_codec_are_said_not_to_be_scored(judge, caplog):
+def test_a_warning_says_that_masks_without_a_codec_are_not_scored(judge, caplog):
     assert judge([("segment cat", f"{BOX}{CODES} cat")]).scores == ["map"]
     assert "masks are not scored: miou needs a mask codec" in caplog.text
 
 
-def test_a_sorted_file_is_scored_all_over_and_not_at_its_beginning(judge):
+def test_a_sorted_file_is_scored_evenly_and_not_only_at_its_beginning(judge):
     """The second half is another kind of question, as in files that were put together from several."""
     lines = [(f"color {i}", "red") for i in range(500)] + [(f"detect {i}", f"{BOX} cat") for i in range(500)]
     made = judge(lines, count=100)
@@ -122,14 +122,14 @@ def test_a_sorted_file_is_scored_all_over_and_not_at_its_beginning(judge):
     assert made.lines == dataset.spread(1000, 100) and made.scored == "100 of 1000 lines, spread evenly"
 
 
-def test_what_was_scored_is_told_in_questions_too_where_several_lines_are_one(judge):
+def test_the_number_of_questions_is_shown_if_lines_share_a_question(judge):
     lines = [(f"what {i // 2}", f"answer {i}") for i in range(20)]
     assert judge(lines).scored == "10 of 10 questions; loss of 20 of 20 lines"
     assert judge(lines, count=4).scored == "4 of 10 questions, spread evenly; loss of 4 of 20 lines, spread evenly"
     assert judge(lines[:1]).scored == "1 of 1 line"
 
 
-def test_the_loss_is_taken_on_the_spread_lines(judge, monkeypatch):
+def test_the_loss_is_computed_on_the_chosen_lines(judge, monkeypatch):
     made, seen = judge([(f"color {i}", "red") for i in range(50)], count=5), []
     monkeypatch.setattr(made.examples, "batch", lambda places: seen.extend(place[1] for place in places) or {"labels": None})
     monkeypatch.setattr(evaluation, "answer_losses", lambda *_: (torch.ones(1), torch.zeros(1, dtype=torch.long)))

@@ -1,4 +1,4 @@
-"""Each measure on an example that can be followed by hand, and beside the original where there is one."""
+"""Each score on an example that can be computed by hand, and compared with the original code if there is one."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from paligemma.objects.outputs import NormalizedBox, ParsedObject
 # Exact
 
 
-def test_exact_match_is_to_the_letter():
+def test_exact_match_needs_equal_letters():
     assert scores.exact_match(["cat", " cat\n", "Cat", "dog"], [["cat"], ["cat"], ["cat"], ["cat", "dog"]]) == 0.75
     assert scores.exact_match([], []) == 0
 
@@ -29,14 +29,14 @@ def test_exact_match_is_to_the_letter():
         ("couldnt've", "couldn't've"),
         ("couldn'tve", "couldn't've"),
         ("yes, it is", "yes it is"),
-        ("a/b", "b"),  # no space beside it: the slash becomes one, and "a" is then an article
+        ("a/b", "b"),  # a slash without spaces around it becomes a space, and "a" is then an article
         ("1,000", "1000"),
         ("3.5 m.", "3.5 m"),
         ("an apple\nand the pear", "apple and pear"),
         ("left-hand", "left hand"),
     ],
 )
-def test_answers_are_brought_into_the_form_that_vqa_compares(answer, words):
+def test_answers_are_normalised_as_in_vqa(answer, words):
     assert scores.vqa_words(answer) == words
 
 
@@ -53,7 +53,7 @@ def test_vqa_accuracy_compares_letters_where_all_agree():
     assert [scores.vqa_accuracy([text], [["red"] * 10]) for text in said] == [0, 1, 1, 0]
 
 
-def test_vqa_accuracy_with_one_right_answer_is_equality():
+def test_vqa_accuracy_with_one_reference_is_equality():
     assert scores.vqa_accuracy(["Two", "three"], [["2"], ["2"]]) == 0.5
 
 
@@ -157,8 +157,8 @@ def test_perfect_boxes_have_a_precision_of_one_and_none_of_zero():
 
 
 def test_precision_worked_example():
-    # One picture, one true box. Said: the right one with 0.9 and a wrong one with 0.8 leave the precision at one, since the right
-    # one is reached first; with the scores exchanged it is a half.
+    # One picture, one true box. A right prediction of score 0.9 and a wrong one of 0.8 have precision 1, because the right one is
+    # ranked first. With the scores swapped the precision is a half.
     right = [[box("cat", 0.1, 0.1, 0.5, 0.5)]]
     good, wrong = (0.1, 0.1, 0.5, 0.5), (0.6, 0.6, 0.9, 0.9)
     assert scores.detection_map([[box("cat", *good, 0.9), box("cat", *wrong, 0.8)]], right)["map50"] == pytest.approx(1.0)
@@ -187,7 +187,7 @@ def test_mean_overlap_of_masks():
     assert scores.segmentation_miou([[half], []], [[half], [left]]) == 0.5
     assert scores.segmentation_miou([[left, half]], [[half, left]]) == 1
     assert scores.segmentation_miou([[half, left, left]], [[half, left]]) == pytest.approx(2 / 3)  # one too many
-    assert scores.segmentation_miou([[half, left]], [[half]]) == 1  # of a referring expression the first counts
+    assert scores.segmentation_miou([[half, left]], [[half]]) == 1  # with one reference, only the first prediction counts
     assert scores.segmentation_miou([[left, half]], [[half]]) == pytest.approx(1 / 3)
     assert scores.segmentation_miou([[]], [[]]) == 1
     assert scores.segmentation_miou([[masked("b", half.mask)]], [[half]]) == 0

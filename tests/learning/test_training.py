@@ -1,4 +1,4 @@
-"""Loss and gradients against transformers, leaks, padding, and runs that are stopped anywhere and go on bit for bit."""
+"""Loss and gradients against transformers, leaks, padding, and runs that are stopped anywhere and resumed bit for bit."""
 
 import gc
 import json
@@ -32,7 +32,7 @@ def with_labels(batch):
 
 
 def toy_batch(examples):
-    """Examples that are each the same in whatever batch they come, padded on the left."""
+    """A batch padded on the left; the tokens of an example do not depend on the rest of the batch."""
     alone = [with_labels(make_batch([(1, 5, 2 + index % 4)], seed=index)) for _, index in examples]
     longest = max(row["input_ids"].shape[1] for row in alone)
     fill = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": -100}
@@ -91,8 +91,8 @@ def test_weights_give_the_means_of_suffix_loss(reduction):
 
 
 def test_an_answer_token_never_reaches_what_comes_before_it():
-    # Its own logits, and those before, must not move when a token of the answer is another one: the leak that makes a loss of
-    # zero mean nothing. What comes behind it does move.
+    # If a token of the answer changes, the logits that predict it and all earlier logits must stay equal. A leak would make a
+    # loss of zero meaningless. Later logits do change.
     model, batch = make_model("gemma"), with_labels(make_batch([(1, 5, 6)]))
     before, _ = training.answer_losses(model, batch)
     changed = {key: value.clone() for key, value in batch.items()}
@@ -143,7 +143,7 @@ def test_parts_that_are_not_trained_stay_to_the_last_bit(parts):
     moved = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])}
     chosen = {name for name in before if any(training.PARTS[part].fullmatch(name) for part in parts)}
     assert moved and moved <= chosen
-    # Only rows of the embedding that were seen, and no bias of keys (softmax takes it out again), may stay as they were.
+    # Only rows of the embedding that were seen, and no bias of keys (it cancels in the softmax), may stay as they were.
     assert {name for name in chosen - moved if "k_proj.bias" not in name} == set()
 
 
@@ -214,7 +214,7 @@ def test_accumulated_micro_batches_are_one_batch(reduction):
 
 
 @pytest.mark.parametrize("clip", [0.01, 1e9])
-def test_long_gradients_are_shortened_and_others_are_not(clip, monkeypatch):
+def test_only_gradients_above_the_maximum_norm_are_clipped(clip, monkeypatch):
     trainer, lengths = make_trainer(clip=clip), []
     step = trainer.optimiser.step
 
@@ -276,7 +276,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run():
             trainer.update()
 
 
-# Stopping and going on
+# Stopping and resuming
 
 
 def test_a_resumed_run_is_bit_for_bit_an_uninterrupted_one(tmp_path):
@@ -291,8 +291,8 @@ def test_a_resumed_run_is_bit_for_bit_an_uninterrupted_one(tmp_path):
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(second).items())
 
 
-def test_a_trainer_that_has_gone_on_can_go_back(tmp_path):
-    """Its optimiser has state already, whose count of updates must go back, too."""
+def test_a_trainer_can_go_back_to_an_earlier_checkpoint(tmp_path):
+    """The optimiser already has a state, whose count of updates must go back, too."""
     trainer = make_trainer()
     trainer.update()
     folder = trainer.save(tmp_path)
@@ -317,11 +317,11 @@ def test_each_update_drops_other_inputs(monkeypatch):
     monkeypatch.setattr(trainer, "micro_batches", lambda: iter(()))
     for _ in range(3):
         trainer.update()
-        drawn.append(float(torch.rand(())))  # goes on from the seed of the update, as dropout does
+        drawn.append(float(torch.rand(())))  # drawn from the seed of the update, as dropout is
     assert len(set(drawn)) == 3
 
 
-def test_dropout_of_an_adapter_goes_on_bit_for_bit(tmp_path):
+def test_dropout_of_an_adapter_is_resumed_bit_for_bit(tmp_path):
     whole, first, second = make_dropping(), make_dropping(), make_dropping()
     expected = [whole.update().loss for _ in range(6)]
     for _ in range(2):
@@ -330,13 +330,13 @@ def test_dropout_of_an_adapter_goes_on_bit_for_bit(tmp_path):
     assert [second.update().loss for _ in range(4)] == expected[2:]
 
 
-def test_old_checkpoints_go_and_half_ones_do_not_count(tmp_path):
+def test_old_checkpoints_are_deleted_and_incomplete_ones_ignored(tmp_path):
     trainer = make_trainer()
     for _ in range(4):
         trainer.update()
         trainer.save(tmp_path, keep=2)
     (tmp_path / "step_00000009.tmp").mkdir()
-    (tmp_path / "step_00000008").mkdir()  # no state: it was never whole
+    (tmp_path / "step_00000008").mkdir()  # without a state, so it is incomplete
     assert [path.name for path in run_folder.checkpoints(tmp_path)] == ["step_00000003", "step_00000004"]
     trainer.save(tmp_path)
     assert not list(tmp_path.glob("*.tmp"))  # it may be as large as the others
@@ -390,7 +390,7 @@ def test_a_state_that_is_not_of_its_checkpoint_is_refused(saved, tmp_path, text)
         make_trainer(parts=("projector",)).restore(folder)
     assert "\n" not in caught.value.message and len(caught.value.message) < 500
     assert caught.value.message.endswith(f". Delete {saved.name}: the run resumes from the checkpoint before it.")
-    assert "ownload" not in caught.value.message  # nobody can
+    assert "ownload" not in caught.value.message  # a checkpoint of a run cannot be downloaded
 
 
 def with_header(change):
@@ -440,7 +440,7 @@ WEIGHT = "multi_modal_projector.linear.weight"
         with_values(f"model.{WEIGHT}", float("inf")),
     ],
 )
-def test_a_checkpoint_that_is_damaged_or_made_up_is_refused(saved, tmp_path, damage):
+def test_a_damaged_or_forged_checkpoint_is_refused(saved, tmp_path, damage):
     folder = shutil.copytree(saved, tmp_path / saved.name)
     (file,) = folder.glob("*.safetensors")
     file.write_bytes(damage(file.read_bytes()))
@@ -478,13 +478,14 @@ distributed.destroy_process_group()
 """
 
 
-def test_two_processes_see_the_losses_of_one_and_take_over_from_it(tmp_path, family="gemma2"):
+def test_two_processes_have_the_losses_of_one_and_continue_from_its_checkpoint(tmp_path, family="gemma2"):
     """In float64 on both sides: sums over processes have another order, which after eight updates is 1e-12 there."""
 
     def require_same(folder, updates):
         losses, norms = json.loads((folder / "numbers.json").read_text())
         assert losses == pytest.approx([update.loss for update in updates], rel=1e-8)
-        assert norms == pytest.approx([update.grad_norm for update in updates], rel=1e-8)  # AdamW would not notice half of them
+        # The losses alone would not show a constant factor of the gradient, which cancels in AdamW.
+        assert norms == pytest.approx([update.grad_norm for update in updates], rel=1e-8)
 
     def updates_of(trainer):
         with in_double():
@@ -503,7 +504,7 @@ def test_two_processes_see_the_losses_of_one_and_take_over_from_it(tmp_path, fam
     subprocess.run([*command, str(both)], check=True, env=environment, timeout=240)
     require_same(both, first)
     later = updates_of(one)
-    # Two go on with the checkpoint of one, and one with theirs.
+    # Two processes continue from the checkpoint of one process, and one process from theirs.
     subprocess.run([*command, str(tmp_path)], check=True, env=environment, timeout=240)
     require_same(tmp_path, later)
     back.restore(run_folder.checkpoints(both)[-1])

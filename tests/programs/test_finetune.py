@@ -1,4 +1,4 @@
-"""The whole program: what is refused before it begins, what a run leaves behind, and runs that are killed and go on."""
+"""The whole program: what is refused before it starts, what a run writes, and runs that are killed and resumed."""
 
 import errno
 import json
@@ -45,7 +45,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Six pictures of one colour each, and their names."""
+    """A folder with six pictures of one colour each, train.jsonl and valid.jsonl."""
     folder = tmp_path_factory.mktemp("data")
     lines = []
     for number, color in enumerate(("red", "green", "blue", "white", "black", "gray")):
@@ -63,7 +63,7 @@ def arguments(model, data, output, *more):
 
 
 def run(capsys, *given):
-    """The program in this process: exit code and what it said."""
+    """Runs the program in this process; returns the exit code and stderr."""
     code = finetune.commandline.run(finetune.Flags, finetune.program, [*given])
     return code, capsys.readouterr().err
 
@@ -102,7 +102,7 @@ def update(self):
 
 training.Trainer.update = update
 sys.exit(finetune.main())
-"""  # in its sixth update
+"""  # kills itself in its sixth update
 
 
 def losses(output):
@@ -112,14 +112,14 @@ def losses(output):
 
 @pytest.fixture(scope="module")
 def whole(model, data, tmp_path_factory):
-    """A run that nobody disturbed."""
+    """The folder of an uninterrupted run."""
     output = tmp_path_factory.mktemp("runs") / "whole"
     given = arguments(model, data, output, f"--valid={data / 'valid.jsonl'}", "--evaluate_every=3", "--save_every=2")
     assert finetune.commandline.run(finetune.Flags, finetune.program, given) == 0
     return output
 
 
-# What a run leaves behind
+# What a run writes
 
 
 def test_a_run_leaves_everything_that_its_header_names(whole):
@@ -135,7 +135,7 @@ def test_a_run_leaves_everything_that_its_header_names(whole):
 
 
 def test_a_step_has_the_same_number_everywhere(model, data, tmp_path, capsys, monkeypatch):
-    """On the screen, in the log, TensorBoard's and the curves, in the names of checkpoints and their state."""
+    """On the screen, in metrics.jsonl, in TensorBoard's log, in the curves, and in the names and the state of checkpoints."""
     output, tensorboard = tmp_path / "run", []
     writer = SimpleNamespace(add_scalar=lambda name, _, step: tensorboard.append((step, name)))
     monkeypatch.setattr(finetune, "find_spec", bool)
@@ -159,7 +159,7 @@ def test_a_step_has_the_same_number_everywhere(model, data, tmp_path, capsys, mo
     assert [step for step, _ in drawn[0]["loss"]] == [1, 2, 3, 4, 5, 6] and [step for step, _ in drawn[1]["exact"]] == scored
 
 
-def test_a_log_that_counted_from_zero_goes_on_from_one(tmp_path):
+def test_a_log_that_counted_from_zero_is_continued_from_one(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(5)))
     assert [line["step"] for line in run_folder.Log(tmp_path, 4, with_tensorboard=False).lines] == [1, 2, 3, 4]
 
@@ -181,7 +181,7 @@ def test_lines_of_a_log_that_this_program_did_not_write_are_left_out(tmp_path):
     assert (tmp_path / "progress.svg").exists()
 
 
-def test_the_result_answers_and_loads_in_transformers_with_equal_logits(whole):
+def test_the_result_loads_here_and_in_transformers_with_equal_logits(whole):
     from transformers import PaliGemmaForConditionalGeneration
 
     from paligemma.processing_paligemma import PaliGemmaProcessor
@@ -208,10 +208,10 @@ def test_overfitting_a_few_examples_answers_them(model, data, tmp_path, capsys):
     assert numbers["exact"] == 1 and numbers["map50"] == pytest.approx(1) and numbers["valid_loss"] < 0.2, said
 
 
-# Going on
+# Resuming
 
 
-def test_a_killed_run_goes_on_with_the_losses_of_one_that_was_not(model, data, tmp_path, whole, start):
+def test_a_killed_run_resumes_with_the_losses_of_an_uninterrupted_one(model, data, tmp_path, whole, start):
     given = arguments(model, data, tmp_path / "run", f"--valid={data / 'valid.jsonl'}", "--evaluate_every=3", "--save_every=2")
     first = start(["-c", KILLED], *given)
     assert first.communicate(timeout=240) and first.returncode == -signal.SIGKILL
@@ -219,7 +219,7 @@ def test_a_killed_run_goes_on_with_the_losses_of_one_that_was_not(model, data, t
     second = start(ONE, *given, "--resume")
     said = second.communicate(timeout=240)[1]
     assert second.returncode == 0, said
-    assert losses(tmp_path / "run") == losses(whole)  # to the last bit, and no step twice
+    assert losses(tmp_path / "run") == losses(whole)  # bit for bit, and no step twice
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "run", whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -237,7 +237,7 @@ def send_after(monkeypatch, step, signum):
 
 
 @pytest.mark.parametrize(("signum", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_the_same_command_goes_on(model, data, tmp_path, whole, capsys, monkeypatch, signum, expected):
+def test_a_signal_saves_and_the_same_command_resumes(model, data, tmp_path, whole, capsys, monkeypatch, signum, expected):
     given = arguments(model, data, tmp_path / "run", "--save_every=1000")
     with monkeypatch.context() as patch:
         send_after(patch, 1, signum)
@@ -248,7 +248,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(model, data, tmp_path, whol
     assert losses(tmp_path / "run") == losses(whole)
 
 
-def test_other_settings_and_taken_folders_are_refused(model, data, whole, capsys):
+def test_other_settings_and_used_folders_are_refused(model, data, whole, capsys):
     given = arguments(model, data, whole, f"--valid={data / 'valid.jsonl'}", "--evaluate_every=3", "--save_every=2")
     assert run(capsys, *given)[0] == 2
     code, said = run(capsys, *given, "--resume", "--seed=2", "--loss=token")
@@ -262,7 +262,7 @@ def test_other_data_are_refused(model, data, whole, tmp_path, capsys):
     assert code == 2 and re.search(r"data was '7 examples, \w{16}' and is '6 examples", said)
 
 
-def test_a_run_goes_on_with_the_same_weights_wherever_they_lie_and_with_no_others(model, data, whole, tmp_path, capsys):
+def test_a_run_resumes_with_the_same_weights_in_any_folder_and_with_no_others(model, data, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
     shutil.copytree(model, tmp_path / "model")
     given = [*arguments(tmp_path / "model", data, tmp_path / "run"), "--resume"]
@@ -275,7 +275,7 @@ def test_a_run_goes_on_with_the_same_weights_wherever_they_lie_and_with_no_other
     assert code == 2 and re.search(r"other settings: model was '\w{12}' and is '\w{12}'\.", said)
 
 
-def test_a_smaller_rate_is_the_way_on_from_updates_that_are_no_numbers(model, data, whole, tmp_path, capsys):
+def test_a_run_may_resume_with_a_smaller_learning_rate(model, data, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
     code, said = run(capsys, *arguments(model, data, tmp_path / "run"), "--resume", "--learning_rate=1e-4", "--clip=2")
@@ -309,7 +309,7 @@ def test_a_result_whose_checkpoints_are_gone_is_not_overwritten(model, data, who
     assert losses(tmp_path / "run") == losses(whole)
 
 
-def test_a_result_that_was_cut_off_is_made_whole(model, data, whole, tmp_path, capsys, monkeypatch):
+def test_an_incomplete_result_is_completed(model, data, whole, tmp_path, capsys, monkeypatch):
     shutil.copytree(whole, tmp_path / "run")
     files = {path.name: path.read_bytes() for path in (whole / "model").iterdir()}
     for name in files:  # killed while it was written
@@ -327,16 +327,16 @@ def full_disk(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_curves_that_cannot_be_drawn_end_nothing(model, data, tmp_path, capsys, monkeypatch):
+def test_curves_that_cannot_be_drawn_do_not_end_the_run(model, data, tmp_path, capsys, monkeypatch):
     (tmp_path / "run" / "progress.svg").mkdir(parents=True)
     flags = arguments(model, data, tmp_path / "run", f"--valid={data / 'valid.jsonl'}")
-    assert run(capsys, *flags)[0] == 7  # seen before anything is learned
+    assert run(capsys, *flags)[0] == 7  # noticed before the first update
     monkeypatch.setattr(run_folder, "check_inputs", lambda *_: None)  # as if it had come after the beginning
     code, said = run(capsys, *flags)
     assert code == 0 and "progress.svg cannot be written: Is a directory." in said
 
 
-def test_a_run_that_is_stopped_where_scores_are_due_saves_at_once_and_scores_when_it_goes_on(
+def test_a_run_that_is_stopped_before_an_evaluation_makes_it_when_it_is_resumed(
     model, data, tmp_path, capsys, monkeypatch
 ):
     flags = [f"--valid={data / 'valid.jsonl'}", "--evaluate_every=2", "--save_every=1000"]
@@ -368,7 +368,7 @@ def test_a_second_signal_stops_at_once(model, data, tmp_path, capsys, monkeypatc
     assert code == 143 and not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_picture_that_goes_away_meanwhile_costs_no_update(model, data, tmp_path, capsys, monkeypatch):
+def test_a_picture_that_is_deleted_during_a_run_loses_no_update(model, data, tmp_path, capsys, monkeypatch):
     shutil.copytree(data, tmp_path / "data")
     given = arguments(model, tmp_path / "data", tmp_path / "run", "--save_every=1000")
     plain = training.Trainer.update
@@ -396,7 +396,7 @@ def test_a_second_run_in_the_same_folder_is_refused(model, data, tmp_path, capsy
     assert run(capsys, *given)[0] == 0
 
 
-def test_damaged_files_of_a_run_are_one_line_or_mended(model, data, whole, tmp_path, capsys):
+def test_damaged_files_of_a_run_are_one_line_or_repaired(model, data, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
     given = [*arguments(model, data, tmp_path / "run"), "--resume"]
     with open(tmp_path / "run" / "metrics.jsonl", "ab") as file:
@@ -428,7 +428,7 @@ def test_detection_is_learned_and_scored_without_pycocotools(model, data, tmp_pa
     assert said.index("pip install pycocotools") < said.index("step 1")
 
 
-def test_scores_of_a_part_say_which_part(model, data, tmp_path, capsys):
+def test_scores_of_a_sample_name_the_sample(model, data, tmp_path, capsys):
     flags = [f"--valid={data / 'valid.jsonl'}", "--num_scored=2", "--evaluate_every=6"]
     code, said = run(capsys, *arguments(model, data, tmp_path / "run", *flags))
     assert code == 0 and re.search(r"step 6: valid_loss .* \(2 of 5 lines, spread evenly\)", said)
@@ -436,7 +436,7 @@ def test_scores_of_a_part_say_which_part(model, data, tmp_path, capsys):
     assert line["scored"] == "2 of 5 lines, spread evenly"
 
 
-def test_a_number_that_is_none_is_null_in_the_log(tmp_path):
+def test_values_that_are_not_finite_are_null_in_the_log(tmp_path):
     run_folder.Log(tmp_path, 0, with_tensorboard=False).write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "tokens": 3})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "grad_norm": null, "tokens": 3}\n'
 
@@ -456,7 +456,7 @@ def test_a_run_whose_evaluation_fails_is_saved_first(model, data, tmp_path, caps
     assert run(capsys, *given, "--resume")[0] == 0
 
 
-def test_tensorboard_gets_every_number_and_is_missed_before_anything_begins(model, data, tmp_path, capsys, monkeypatch):
+def test_tensorboard_gets_every_number_and_is_required_before_the_run_starts(model, data, tmp_path, capsys, monkeypatch):
     given = arguments(model, data, tmp_path / "run", f"--valid={data / 'valid.jsonl'}", "--evaluate_every=3", "--tensorboard")
     monkeypatch.setattr(finetune, "find_spec", lambda _: None)
     assert run(capsys, *given) == (6, "error: --tensorboard needs a package. Install it: pip install tensorboard.\n")
@@ -481,7 +481,7 @@ def test_tensorboard_gets_every_number_and_is_missed_before_anything_begins(mode
 # Adapters
 
 
-def test_an_adapter_and_its_merged_model_say_the_same(model, data, tmp_path, capsys):
+def test_an_adapter_and_its_merged_model_have_equal_logits(model, data, tmp_path, capsys):
     code, said = run(capsys, *arguments(model, data, tmp_path / "run", "--method=lora", "--lora_r=2", "--lora_dropout=0.1"))
     assert code == 0, said
     from paligemma.processing_paligemma import PaliGemmaProcessor
@@ -494,7 +494,7 @@ def test_an_adapter_and_its_merged_model_say_the_same(model, data, tmp_path, cap
     assert config["r"] == 2 and config["base_model_name_or_path"] == str(model) and "vision_tower" not in config["target_modules"]
 
 
-def test_an_adapter_finds_its_base_from_everywhere_and_carries_no_second_one(model, data, tmp_path, capsys, monkeypatch):
+def test_an_adapter_finds_its_base_from_any_folder_and_takes_no_second_adapter(model, data, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(model.parent)
     assert run(capsys, *arguments(model.name, data, tmp_path / "run", "--method=lora"))[0] == 0
     monkeypatch.chdir(tmp_path)
@@ -505,7 +505,7 @@ def test_an_adapter_finds_its_base_from_everywhere_and_carries_no_second_one(mod
     assert run(capsys, *arguments("run/adapter", data, tmp_path / "second"))[0] == 0  # all weights, from the merged ones on
 
 
-def test_of_a_model_with_an_adapter_beside_it_only_the_files_of_the_processor_are_copied(model, data, whole, tmp_path, capsys):
+def test_only_the_processor_s_files_are_copied_to_the_result(model, data, whole, tmp_path, capsys):
     import transformers
 
     folder = tmp_path / "both"
@@ -536,7 +536,7 @@ def test_names_that_no_folder_can_have_are_one_line(model, data, tmp_path, capsy
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_two_processes_score_and_save_what_one_does(model, data, tmp_path, dtype, start):
-    """A share of the questions each, weights and adapter gathered from both; in bfloat16 frozen weights are of another dtype."""
+    """Each process answers a share of the questions; in bfloat16 the frozen weights have another dtype than the trained ones."""
     flags = ("--method=lora", "--lora_r=2", f"--valid={data / 'valid.jsonl'}", "--evaluate_every=3", f"--dtype={dtype}")
     for name, launcher in (("one", ONE), ("two", TWO)):
         process = start(launcher, *arguments(model, data, tmp_path / name, *flags))
@@ -557,12 +557,12 @@ def test_two_processes_score_and_save_what_one_does(model, data, tmp_path, dtype
         return
     first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
     assert first.keys() == second.keys()
-    # AdamW turns gradients that are all but 0 into steps of full size either way, so single weights may differ by a few steps.
+    # AdamW turns gradients of almost 0 into steps of full size and of either sign, so single weights may differ by a few steps.
     gaps = torch.cat([(first[name] - second[name]).abs().flatten() for name in first])
     assert gaps.mean() < 1e-4 and all(tensor.abs().max() > 0 for tensor in second.values())
 
 
-def test_two_processes_stop_behind_the_same_update_and_go_on(model, data, tmp_path, start):
+def test_two_processes_stop_after_the_same_update(model, data, tmp_path, start):
     given = [*arguments(model, data, tmp_path / "run"), "--steps=100000", "--save_every=100000"]
     both = start(TWO, *given)
     deadline = time.monotonic() + 120
@@ -576,7 +576,7 @@ def test_two_processes_stop_behind_the_same_update_and_go_on(model, data, tmp_pa
     assert len(losses(tmp_path / "run")) == int(saved.name[5:])
 
 
-def test_two_processes_refuse_a_taken_folder_with_one_voice(model, data, whole, start):
+def test_two_processes_refuse_a_used_folder_in_one_message(model, data, whole, start):
     both = start(TWO, *arguments(model, data, whole))
     _, said = both.communicate(timeout=240)
     assert both.returncode != 0 and said.count("already holds a run") == 1 and "internal error" not in said
@@ -588,7 +588,7 @@ def test_a_batch_that_two_processes_cannot_share_is_refused(model, data, tmp_pat
     assert both.returncode != 0 and said.count("--batch_size 5 cannot be divided by 2 processes") == 1
 
 
-def test_words_that_name_no_matrix_are_refused(model, data, tmp_path, capsys):
+def test_names_of_no_matrix_are_refused(model, data, tmp_path, capsys):
     code, said = run(capsys, *arguments(model, data, tmp_path / "a", "--method=lora", "--lora_matrices=q_prj"))
     assert code == 2 and "q_prj names no matrix" in said
     assert run(capsys, *arguments(model, data, tmp_path / "b", "--parts=tower"))[0] == 2
@@ -602,7 +602,7 @@ def test_scores_of_masks_without_a_codec_are_refused_before_the_weights_are_load
     assert run(capsys, *arguments(model, data, tmp_path / "a", "--mask_codec=none.npz"))[0] == 4
 
 
-# What is refused before anything begins
+# What is refused before a run starts
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -686,7 +686,7 @@ def test_a_home_folder_and_a_rank_without_others_are_understood(model, data, tmp
     assert (tmp_path / "run" / "model").exists()
 
 
-def test_a_missing_file_is_said_before_torch():
+def test_a_missing_file_is_reported_before_torch_is_imported():
     code = "import sys; from paligemma.programs import finetune; sys.argv[1:] = ['--train', 'none.jsonl', '--output', 'x']; "
     code += "code = finetune.main(); "
     code += "sys.exit(code if 'torch' not in sys.modules else 99)"
@@ -702,7 +702,7 @@ def test_memory_is_estimated_before_it_is_taken(model, data, tmp_path, capsys, m
 
 @pytest.mark.parametrize("family", ["gemma", "gemma2"])
 def test_the_estimate_of_memory_is_what_layers_keep_for_the_gradient(family):
-    """Counted by autograd's own hooks: what a row more costs. Attention with a soft cap keeps several matrices of scores."""
+    """What autograd stores for two more rows, counted by its hooks. Attention with a soft cap stores several score matrices."""
     tokens, patches = 200, 64
     text = {"model_type": family, "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 4}
     text |= {"num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 512, "vocab_size": 320}
@@ -781,14 +781,14 @@ ALIASES = "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] *
         ("#" * 70_000, "has 70000 bytes, and 65536 is the limit"),
     ],
 )
-def test_settings_that_are_none(tmp_path, text, says):
+def test_texts_that_are_not_settings_are_refused(tmp_path, text, says):
     (tmp_path / "c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UsageError, match=says) as caught:
         read_config(str(tmp_path / "c.yaml"), finetune.SETTINGS)
     assert "\n" not in caught.value.message and len(caught.value.message) < 500
 
 
-def test_files_of_settings_that_are_none(tmp_path):
+def test_paths_without_a_settings_file_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
     (tmp_path / "dangling.yaml").symlink_to("nowhere")
     for name in ("none.yaml", "pipe.yaml", "dangling.yaml", ".", "x" * 300, "a\0b"):
@@ -801,14 +801,14 @@ NO_NUMBERS = ["f" * 5000, "9" * 5000, "1" + "0" * 400, "1e999", ".inf", ".nan", 
 
 @pytest.mark.parametrize("value", NO_NUMBERS)
 @pytest.mark.parametrize("name", [*finetune.COUNTS, "epochs", "seed", "lora_alpha", "warmup", "skip_bad", "max_text_tokens"])
-def test_a_value_that_is_no_number_for_its_flag_is_a_usage_error(tmp_path, name, value):
+def test_a_value_that_is_not_a_number_is_a_usage_error(tmp_path, name, value):
     (tmp_path / "c.yaml").write_text(f"{name}: {value}")
     with pytest.raises(UsageError, match=f"--{name} is"):
         finetune.commandline.read_flags(finetune.Flags, [f"--config={tmp_path / 'c.yaml'}", "--train=t", "--output=o"])
 
 
 @pytest.mark.parametrize("name", finetune.PATHS)
-def test_an_empty_name_is_no_file_and_one_with_a_nul_is_none_that_is_there(tmp_path, name):
+def test_an_empty_path_is_refused_and_one_with_a_nul_does_not_exist(tmp_path, name):
     with pytest.raises(UsageError, match=f"--{name} is ''"):
         finetune.commandline.read_flags(finetune.Flags, [f"--{name}=", "--train=t", "--output=o"])
     run_folder.check_inputs(tmp_path, [(f"--{name}", "a\0b")])
@@ -834,7 +834,7 @@ def test_texts_of_settings_stay_as_they_are(tmp_path):
     assert read_config(str(tmp_path / "c.yaml"), finetune.SETTINGS) == expected
 
 
-# Looking first
+# The preview
 
 
 def test_a_preview_is_drawn_and_nothing_is_learned(model, data, tmp_path, capsys):
