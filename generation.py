@@ -525,18 +525,16 @@ class RunningBatch:
 def static_batching(batch: RunningBatch, requests: list[tuple[int, dict]]) -> Iterator[Step]:
     """Admits all requests at once and yields a Step per token, with the rows in the order of the requests."""
     batch.admit(requests)
+    rows, pad = list(batch.rows), batch.model.config.pad_token_id
     while batch.rows:
-        tokens = torch.full((len(requests),), batch.model.config.pad_token_id)  # [B]
-        logprobs = torch.zeros(len(requests))  # [B]
-        is_finished = torch.ones(len(requests), dtype=torch.bool)  # [B]
-        moments: list[tuple[float, float] | None] = [None] * len(requests)
-        for row in batch.rows:
-            tokens[row.index] = row.token_ids[-1]
-            logprobs[row.index] = row.logprobs[-1]
-            is_finished[row.index] = batch.is_finished(row)
-            moments[row.index] = row.moments[-1]
+        step = Step(
+            torch.tensor([pad if row.is_removed else row.token_ids[-1] for row in rows]),
+            torch.tensor([0.0 if row.is_removed else row.logprobs[-1] for row in rows]),
+            torch.tensor([row.is_removed or batch.is_finished(row) for row in rows]),
+            [None if row.is_removed else row.moments[-1] for row in rows],
+        )
         batch.remove_finished()
-        yield Step(tokens, logprobs, is_finished, moments)
+        yield step
         if batch.rows:
             batch.step()
 

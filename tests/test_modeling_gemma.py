@@ -9,13 +9,9 @@ import torch.nn.functional as F
 from paligemma import modeling_gemma
 from paligemma.configuration import GemmaConfig
 from paligemma.modeling_gemma import GemmaEmbedding, GemmaRMSNorm, KVCache, attention, rotary_embedding, rotate
-from tests.tiny import FAMILIES, make_model, make_reference, raw_config
+from tests.tiny import FAMILIES, draw, make_model, make_reference, raw_config
 
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def draw(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def config_of(family, **changes):

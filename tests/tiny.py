@@ -66,11 +66,11 @@ def raw_config(family: str, **text: object) -> dict:
 @torch.no_grad()
 def fill(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Draws every parameter: matrices keep the size of what they multiply, embeddings give logits of several units."""
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         width = parameter[0].numel() if parameter.dim() > 1 else 8
         scale = 0.5 if "embed" in name and parameter.dim() == 2 else 1.5 * width**-0.5
-        parameter.copy_(torch.randn(parameter.shape, generator=draw) * scale)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return module
 
 
@@ -154,6 +154,11 @@ def widen(reference: torch.nn.Module) -> torch.nn.Module:
     return reference
 
 
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normally distributed numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
 def make_pixels(count: int, seed: int = 0) -> Tensor:
     """float32[count, 3, 28, 28] in [-1, 1]."""
     return torch.rand(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)) * 2 - 1
@@ -161,11 +166,11 @@ def make_pixels(count: int, seed: int = 0) -> Tensor:
 
 def make_batch(rows: list[tuple[int, int, int]], pad: str = "left", seed: int = 0) -> dict:
     """A batch as the processor makes it. Each row is (pictures, tokens of prompt, tokens of answer); `pad` is the side."""
-    draw = torch.Generator().manual_seed(1000 + seed)
+    generator = torch.Generator().manual_seed(1000 + seed)
     longest = max(PATCHES * pictures + prompt + answer for pictures, prompt, answer in rows)
     batch = {key: torch.zeros(len(rows), longest, dtype=torch.int64) for key in ("input_ids", "attention_mask", "token_type_ids")}
     for i, (pictures, prompt, answer) in enumerate(rows):
-        words = torch.randint(3, IMAGE, (prompt + answer,), generator=draw)
+        words = torch.randint(3, IMAGE, (prompt + answer,), generator=generator)
         ids = torch.cat((torch.full((PATCHES * pictures,), IMAGE), words))
         place = slice(longest - len(ids), longest) if pad == "left" else slice(0, len(ids))
         batch["input_ids"][i, place] = ids

@@ -5,16 +5,12 @@ import torch
 
 from paligemma.configuration import GemmaConfig
 from paligemma.layers.batch_cache import BatchCache
-from tests.tiny import raw_config
+from tests.tiny import draw, raw_config
 
 
 def make_cache(batch=3, slots=6):
     config = GemmaConfig.from_hf(raw_config("gemma2")["text_config"])
     return BatchCache(config, batch, slots, device=torch.device("cpu"), dtype=torch.float32)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_slices_share_the_memory():

@@ -23,7 +23,7 @@ from paligemma.layers.batch_cache import BatchCache
 from paligemma.layers.graphs import CappedAttention, bucket, capped_attention, use_graphs
 from paligemma.modeling_gemma import KVCache, attention
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
-from tests.tiny import FAMILIES, IMAGE, make_batch, make_model
+from tests.tiny import FAMILIES, IMAGE, draw, make_batch, make_model
 
 FORMS = [("gemma", None), ("gemma2", None), ("gemma2", 8)]
 ROWS = [(1, 5, 0), (2, 3, 0), (0, 4, 0)]
@@ -347,10 +347,6 @@ def test_prefill_and_decode_ask_the_device_for_nothing(family, window):
 
 
 # Attention
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("heads, key_heads, mask", [(4, 2, None), (4, 2, "ragged"), (4, 1, "ragged"), (3, 3, "per row")])
