@@ -62,10 +62,12 @@ class Flags(VerbFlags):
     without --prompt it is asked for a caption; on a terminal you can ask any number of questions. Without a picture it is asked
     about the bundled one. Without --model_path the bundled model answers, which knows only coloured shapes.
 
+    Other programs, each with a --help of its own: python -m paligemma finetune, annotate, cluster. --version prints the version.
+
     Args:
         prompt: what to ask: "caption en", "answer en what is this?", "detect cat", "segment cat", "ocr"
         image_file_path: a file, an http(s) address, or - for stdin; several are separated by commas
-        stream: print words as they are generated; the default on a terminal, --stream=false turns it off
+        stream: print words as they are generated; this is the default on a terminal, where --stream=false turns it off
         truncate_prompt: cut a prompt that is too long instead of refusing it
     """
 

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import stat
-import tempfile
 import threading
 import unicodedata
 import urllib.parse
@@ -378,6 +377,8 @@ def staging_folder(folder: Path, advice: str = MAKE_ROOM) -> Iterator[Path]:
 
     Raises: OutputError for every OSError inside the block.
     """
+    import tempfile  # not needed to answer a wrong flag
+
     make_folder(folder, advice)
     with output_errors(folder, advice), tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         yield Path(temporary)

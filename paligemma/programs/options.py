@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from paligemma import files, machine
 from paligemma.errors import ImageError, UsageError
-from paligemma.pictures.folders import picture_errors
 from paligemma.pictures.names import is_address
 from paligemma.programs.commandline import command, print_notes
 from paligemma.tasks import MAX_ANSWER_TOKENS, Annotator, check_language
@@ -49,7 +48,7 @@ class ModelFlags:
 
     Args:
         model_path: a folder in hub layout, or a hub id such as google/paligemma2-3b-mix-224; by default the bundled model
-        base_model: the base model of an adapter; by default the one that the adapter names
+        base_model: base model of the adapter in --model_path; by default the one that the adapter names
         revision: branch, tag or commit of a hub id
         device: auto, cpu, cuda, cuda:N or mps
         only_cpu: do not use a GPU
@@ -148,12 +147,12 @@ class AnswerFlags:
     """What is asked, and how answers are read.
 
     Args:
-        language: of captions and answers: en, fr, zh
+        language: language of captions and answers: en, fr, zh
         grammar: with detect and segment, generate only valid objects with the given labels
         min_score: leave out objects with a lower score, 0 to 1
         denominator: divide locations by 1023, as the official code does, or by 1024
         mask_codec: vae-oid.npz, which decodes the masks of segment; by default the one in the model's folder
-        max_tokens_to_generate: the most tokens of an answer; by default what the task may need
+        max_tokens_to_generate: maximum number of tokens of an answer; the default depends on the task
     """
 
     language: str = "en"
@@ -214,7 +213,7 @@ class SamplingFlags:
         temperature: with --do_sample: lower is more predictable, higher more varied; 0 is greedy
         top_p: with --do_sample: draw from the fewest tokens whose probabilities sum to at least this
         top_k: with --do_sample: draw from this many of the most likely tokens
-        seed: of the random numbers; the same seed gives the same answer
+        seed: seed of the random numbers; the same seed gives the same answer
     """
 
     do_sample: bool = False
@@ -320,6 +319,7 @@ def find_picture(name: str) -> str | bytes:
 
 def read_picture(name: str, flags: PictureFlags) -> "Image.Image":
     """The picture, upright and RGB. Prints a note for each conversion. Raises: ImageError, AccessError, UsageError."""
+    from paligemma.pictures.folders import picture_errors
     from paligemma.pictures.images import load_image
 
     notes: list[str] = []

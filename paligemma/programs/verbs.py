@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING
 
 from paligemma import files
 from paligemma.errors import ImageError, PaliGemmaError, UsageError, counted
-from paligemma.pictures import folders
-from paligemma.pictures.folders import Loaded
 from paligemma.pictures.names import is_address, looks_like_picture, split_pictures
 from paligemma.programs.commandline import PROGRAMS, Words, as_utf8, command, note, print_notes, suggestion
 from paligemma.programs.options import (
@@ -49,6 +47,7 @@ if TYPE_CHECKING:
 
     from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
     from paligemma.opened import Checkpoint
+    from paligemma.pictures.folders import Loaded
 
 ROWS = 4  # requests that are answered at the same time
 VERBS_OF_FLAG = {  # the verbs that take a flag; a flag that is not listed here works with every verb
@@ -260,19 +259,23 @@ def plain_prompt(flags: VerbFlags, query: Query) -> str | None:
     return prompt(query.task, query.texts[0], checkpoint_kind(flags.model_path or ""), flags.language)
 
 
-def load_picture(name: str, flags: VerbFlags, side: int) -> Loaded:
+def load_picture(name: str, flags: VerbFlags, side: int) -> "Loaded":
     """The picture resized to the model's input, so that many can wait in memory; or the error."""
+    from paligemma.pictures import folders
+
     try:
         source = find_picture(name)
     except ImageError as error:
-        return Loaded(error)
+        return folders.Loaded(error)
     loaded = folders.load(source, side, keeps_original=bool(flags.save or flags.explain), **picture_options(flags))
     print_notes(*loaded.notes)
     return loaded
 
 
-def first_picture(name: str, flags: VerbFlags) -> Loaded:
+def first_picture(name: str, flags: VerbFlags) -> "Loaded":
     """The first picture, read before the model is loaded: what is wrong with it is reported without delay. Raises: UsageError."""
+    from paligemma.pictures.folders import Loaded
+
     try:
         picture: Image.Image | PaliGemmaError = read_picture(name, flags)
     except UsageError:
