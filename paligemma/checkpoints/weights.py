@@ -460,7 +460,7 @@ class ModelFiles:
 
 
 def load_model(
-    name: str | Path,
+    path_or_hub_id: str | Path,
     *,
     revision: str | None = None,
     base_model: str | Path | None = None,
@@ -475,8 +475,8 @@ def load_model(
     """The model of a checkpoint, in eval mode. Needs config.json and the weights; no tokenizer.
 
     Args:
-        name: a folder, or a hub id, which is downloaded. It may hold a model or a LoRA adapter; for an adapter its base model is
-            loaded and the adapter is merged into it. If a folder holds both, both are used, as in transformers.
+        path_or_hub_id: a folder, or a hub id, which is downloaded. It may hold a model or a LoRA adapter. For an adapter its base
+            model is loaded and the adapter is merged into it. If a folder holds both, both are used, as in transformers.
         revision: branch, tag or commit of a hub id, such as "bfloat16".
         base_model: folder or hub id of an adapter's base, in place of the one that the adapter names.
         device: see machine.find_device.
@@ -488,7 +488,7 @@ def load_model(
     Raises: CheckpointError, AccessError, DeviceError or UsageError. Where possible, checks run before memory is allocated.
     """
     device, dtype = find_device(device), parse_dtype(dtype)  # before anything is downloaded
-    return ModelFiles(name, revision, base_model).load(
+    return ModelFiles(path_or_hub_id, revision, base_model).load(
         device=device,
         dtype=dtype,
         quantize=quantize,

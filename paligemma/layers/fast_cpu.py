@@ -91,7 +91,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Fast(nn.Module):
-    """The base of the classes below: a module made of a plain one, whose parameters, submodules and settings it shares."""
+    """A module that shares the parameters, submodules and settings of the plain module that it replaces."""
 
     def __init__(self, plain: nn.Module):
         nn.Module.__init__(self)  # not the plain class's own, which would allocate parameters
