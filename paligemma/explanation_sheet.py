@@ -6,6 +6,7 @@ explanation.py computes what is drawn here. Checked in tests/test_explanation.py
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -55,14 +56,9 @@ def wrapped(text: str, size: int, width: float, max_lines: int) -> list[str]:
 
 def colour_map(shares: Image.Image) -> Image.Image:
     """A grey picture of values 0 to 255 in the colours of HEAT_COLOURS."""
-    tables = []
-    for channel in range(3):
-        table = []
-        for level in range(256):
-            above = next(i for i in range(1, len(HEAT_COLOURS)) if level / 255 <= HEAT_COLOURS[i][0])
-            (low, dark), (high, bright) = HEAT_COLOURS[above - 1], HEAT_COLOURS[above]
-            table.append(round(dark[channel] + (bright[channel] - dark[channel]) * (level / 255 - low) / (high - low)))
-        tables.append(table)
+    stops = [stop for stop, _ in HEAT_COLOURS]
+    channels = np.array([colour for _, colour in HEAT_COLOURS]).T
+    tables = [np.interp(np.arange(256) / 255, stops, channel).round().tolist() for channel in channels]
     return Image.merge("RGB", [shares.point(table) for table in tables])
 
 
@@ -154,19 +150,19 @@ def draw_head(sheet: Image.Image, picture: Image.Image, explanation: Explanation
         y += 22
 
 
-def draw_explanation(picture: Image.Image, explanation: Explanation) -> Image.Image:
+def draw_explanation(source: object, explanation: Explanation) -> Image.Image:
     """The explanation as a picture: the picture, the question and the answer at the top, then a card for each word.
 
     Args:
-        picture: the picture of the question; anything that load_image takes.
+        source: the picture of the question; anything that load_image takes.
     Raises: ImageError if the picture cannot be read.
     """
-    picture = load_image(picture)
+    picture = load_image(source)
     card_width = (WIDTH - 2 * MARGIN - 2 * PAD * CARDS - (CARDS - 1) * GAP) // CARDS
     ratio = min(max(picture.height / picture.width, 0.4), 2.0)  # a very wide or very high picture is drawn distorted
-    small: Image.Image = picture.resize((card_width, round(card_width * ratio)), Image.Resampling.LANCZOS)
+    small = picture.resize((card_width, round(card_width * ratio)), Image.Resampling.LANCZOS)
     head_height = 300
-    large: Image.Image = picture.resize((round(head_height / ratio), head_height), Image.Resampling.LANCZOS)
+    large = picture.resize((round(head_height / ratio), head_height), Image.Resampling.LANCZOS)
     card_height = small.height + 2 * PAD + 58 + 21 * BARS
     rows = -(-len(explanation.words) // CARDS)
     sheet = Image.new("RGB", (WIDTH, 2 * MARGIN + head_height + rows * (card_height + GAP)), SHEET)

@@ -428,7 +428,7 @@ class EncodedPicture:
     """
 
     def __init__(self, model: Model, picture: Any):
-        self.picture: Image.Image = load_image(picture)
+        self.picture = load_image(picture)
         self._model = model
         with torch.no_grad(), machine.memory_errors("encoding the picture"):
             self._features: Tensor | None = model.network.encode_images(model.processor.pixels([self.picture]))
