@@ -9,7 +9,8 @@ int_formats.py has the two layouts, "tiles" and "rows". A module is created and 
 compiler, it changes to rows at its first call. The CUDA side uses torch's operators and torch.compile; it has not been run on a
 GPU.
 
-Checked in tests/layers/test_quantization.py. Shapes: B rows of x, O outputs, X inputs, G groups of inputs with one scale each.
+Checked in tests/layers/test_quantization.py. Shapes: B rows of x, L tokens, O outputs, X inputs,
+G groups of inputs with one scale each.
 """
 
 import functools
