@@ -5,7 +5,6 @@ and exits with the `code` of the error. The modeling files raise plain ValueErro
 """
 
 import os
-import traceback
 from collections.abc import Sequence
 
 MAX_MESSAGE = 500  # characters of a message on the screen or in a row of results; --debug shows the whole message
@@ -135,6 +134,8 @@ def unexpected(error: BaseException) -> PaliGemmaError:
     if isinstance(error, MemoryError):
         found: PaliGemmaError = DeviceError("memory ran out. Close other programs, or take --dtype bf16 or --quantize int8.")
     else:
+        import traceback  # imported only for a bug
+
         frames = traceback.extract_tb(error.__traceback__)
         place = f"{os.path.basename(frames[-1].filename)} line {frames[-1].lineno}" if frames else "no traceback"
         advice = "This is a bug: please report what --debug prints."

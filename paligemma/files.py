@@ -377,7 +377,7 @@ def staging_folder(folder: Path, advice: str = MAKE_ROOM) -> Iterator[Path]:
 
     Raises: OutputError for every OSError inside the block.
     """
-    import tempfile  # not needed to answer a wrong flag
+    import tempfile  # imported only to write a checkpoint
 
     make_folder(folder, advice)
     with output_errors(folder, advice), tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
