@@ -40,10 +40,9 @@ FREE_TO_CHANGE = (  # flags that may differ in a resumed run, because they do no
 )  # fmt: skip
 ADJUSTABLE = ("dtype", "clip")  # and the learning rates: may be changed, for instance after updates that were not finite
 MAX_LOG_LINE_BYTES = 1 << 16
-NO_ROOM = "Make room, or name another --output."
-FILES = ("settings.json", "metrics.jsonl", "progress.svg", "preview.png")
-FOLDERS = ("checkpoints", "model", "adapter")
-NEW_OUTPUT = "Name another --output."
+NO_ROOM, NEW_OUTPUT = "Make room, or name another --output.", "Name another --output."  # advice in error messages
+OUTPUT_FILES = ("settings.json", "metrics.jsonl", "progress.svg", "preview.png")
+OUTPUT_FOLDERS = ("checkpoints", "model", "adapter")
 STATE_NAME = "state.json"  # the last file of a checkpoint to be written
 STEP_FOLDER = re.compile(r"step_\d{8}")
 
@@ -71,9 +70,9 @@ def check_inputs(folder: Path, inputs: Iterable[tuple[str, str | None]]) -> None
     Raises: UsageError; OutputError if the folder could not be written to.
     """
     given = [(flag, expand(file)) for flag, file in inputs if file]
-    check_outputs([], given, [("--output", folder / name) for name in FILES])
+    check_outputs([], given, [("--output", folder / name) for name in OUTPUT_FILES])
     for flag, file in given:
-        for name in FOLDERS:
+        for name in OUTPUT_FOLDERS:
             is_inside = False
             with suppress(ValueError):  # a NUL in the name: no such file can exist
                 is_inside = Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder / name))
