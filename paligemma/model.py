@@ -11,6 +11,7 @@ Shapes: C channels, H W pixels, P patches per image, D model width.
 """
 
 import functools
+import inspect
 import io
 import os
 import warnings
@@ -165,6 +166,9 @@ def verb(method: "Callable[Concatenate[Model, list[Any], Options], list[T]]") ->
             return method(self, [*picture], *args, **options)
         return method(self, [picture], *args, **options)[0]
 
+    owner, pictures, *options = inspect.signature(method).parameters.values()
+    picture = pictures.replace(name="picture", annotation="Picture | list[Picture]")
+    one_or_several.__dict__["__signature__"] = inspect.Signature([owner, picture, *options])  # what help() shows
     return cast("Verb[Options, T]", one_or_several)
 
 
@@ -414,6 +418,8 @@ def for_encoded(method: Verb[Options, T]) -> "Callable[Concatenate[EncodedPictur
     def for_this_picture(self: "EncodedPicture", *args: Options.args, **options: Options.kwargs) -> Any:
         return getattr(self._model, name)(self, *args, **options)
 
+    owner, _, *options = inspect.signature(cast(Any, method)).parameters.values()
+    for_this_picture.__dict__["__signature__"] = inspect.Signature([owner, *options])
     return cast("Callable[Concatenate[EncodedPicture, Options], T]", for_this_picture)
 
 

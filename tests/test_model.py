@@ -3,6 +3,7 @@
 import ast
 import base64
 import doctest
+import inspect
 import io
 import subprocess
 import sys
@@ -60,6 +61,13 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
         paligemma.lode  # noqa: B018
     with pytest.raises(ImportError):
         from paligemma import lode  # noqa: F401
+
+
+def test_help_shows_one_picture_or_a_list():
+    asked = inspect.signature(paligemma.Model.ask)
+    assert [*asked.parameters] == ["self", "picture", "question", "language", "sampling", "max_new_tokens"]
+    assert asked.parameters["picture"].annotation == "Picture | list[Picture]"
+    assert [*inspect.signature(paligemma.EncodedPicture.detect).parameters][:2] == ["self", "labels"]
 
 
 @pytest.mark.parametrize("module", [paligemma, front])
