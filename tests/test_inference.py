@@ -234,7 +234,7 @@ def test_nothing_given_asks_the_bundled_question_about_the_bundled_picture(ask, 
 # Answers
 
 
-def test_the_answer_is_what_generate_says(ask, world):
+def test_the_answer_is_that_of_generate(ask, world):
     from paligemma.generation import generate
 
     model = weights.load_model(world / "model")
@@ -266,7 +266,7 @@ def test_it_stops_at_eos(ask, world):
     assert answer["finish_reason"] == "stop" and answer["token_ids"][-1] == third and len(answer["token_ids"]) <= 3
 
 
-def test_streaming_says_the_same_piece_by_piece(ask, monkeypatch):
+def test_streaming_prints_the_same_piece_by_piece(ask, monkeypatch):
     whole, pieces = ask(), []
     write = commandline.write
     monkeypatch.setattr(inference, "write", lambda text: (pieces.append(text), write(text)))
@@ -307,7 +307,7 @@ def test_a_listing_that_repeats_itself_is_a_loop():
     assert not inference.is_looping("no ; no ; no ; no ;")
 
 
-def test_verbose_sets_times_beside_their_floors(ask):
+def test_verbose_prints_times_and_their_lower_bounds(ask):
     code, _, err = ask("--verbose")
     assert code == 0
     assert re.search(r"^loaded model in .* s: torch.float32, cpu, threads: 1$", err, re.MULTILINE)
@@ -354,7 +354,7 @@ def test_weights_that_are_not_numbers_are_4_and_when_allowed_6(ask, world):
     assert code == 6 and "not finite" in err
 
 
-def test_an_error_in_the_middle_ends_the_line_of_what_was_said(ask, monkeypatch):
+def test_an_error_in_the_middle_ends_the_line_of_what_was_generated(ask, monkeypatch):
     def broken(*_):
         yield from ((300, -1.0), (301, -1.0))
         raise GenerationError("the model's logits are not numbers.")
@@ -409,7 +409,7 @@ def test_verbs_answer_in_typed_json(verb):
     assert answer_of(verb("caption", SHAPES, "--json"))["text"] == CAPTION
 
 
-def test_words_behind_a_verb_are_objects_and_pictures_in_any_number():
+def test_words_after_a_verb_are_objects_and_pictures_in_any_number():
     def job(*words):
         job = verbs.parse_words(words)
         return [Path(name).name for name in job.pictures], list(job.texts)
@@ -628,7 +628,7 @@ def test_the_picture_itself_is_never_overwritten(verb, tmp_path):
         (["detect", SHAPES], "needs something to look for"),
         (["detect", "cat"], "'cat' is not an existing picture"), (["caption", SHAPES, "cat"], "takes no text"),
         (["caption", "-", "-"], "only once"), (["caption", SHAPES, "--save=x.png"], "goes with detect and segment"),
-        (["detect", SHAPES, "a", "--mask_codec=x"], "goes with segment"), (["ocr", SHAPES, "--language=fr"], "means nothing"),
+        (["detect", SHAPES, "a", "--mask_codec=x"], "goes with segment"), (["ocr", SHAPES, "--language=fr"], "does not go with"),
         (["detect", SHAPES, "a", "--prompt=b"], "exclude each other"), (["--grammar"], "goes with a verb"),
         (["detect", SHAPES, "a", "--save=x.gif"], "ends in .png"), (["detect", SHAPES, "a", "--export=x.yaml"], "ends in .json"),
     ],
@@ -803,7 +803,7 @@ def test_the_picture_is_encoded_once_for_many_questions(ask, world, monkeypatch)
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_keeps_what_was_said_and_ends_the_line(world, signum, code):
+def test_a_signal_keeps_what_was_generated_and_ends_the_line(world, signum, code):
     process = start(world, *ENDLESS, "--stream")
     first = process.stdout.read(1)
     process.send_signal(signum)
@@ -811,7 +811,7 @@ def test_a_signal_keeps_what_was_said_and_ends_the_line(world, signum, code):
     assert process.returncode == code and (first + rest).endswith(b"\n") and err == b""
 
 
-def test_a_signal_keeps_what_was_said_for_json_too(world):
+def test_a_signal_keeps_what_was_generated_for_json_too(world):
     process = start(world, *ENDLESS, "--json", "--verbose")
     process.stderr.readline()  # the model is loaded
     time.sleep(2)

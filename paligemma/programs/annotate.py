@@ -71,7 +71,7 @@ class Flags(JobFlags, DrawingFlags):
         )
         for name in ("save_dir", "export"):
             if getattr(self, name) is not None and not self.has_objects:
-                raise UsageError(f"--{name} means nothing to {self.chosen_task}. It goes with detect and segment.")
+                raise UsageError(f"--{name} does not go with {self.chosen_task}. It goes with detect and segment.")
 
     @property
     def part(self) -> tuple[int, int] | None:
@@ -149,7 +149,7 @@ def check_drawings(flags: Flags, folder: Path) -> None:
 
 @lru_cache(maxsize=1000)
 def note_once(text: str) -> None:
-    """Prints a text the first time that it comes: many pictures would repeat it."""
+    """Prints a text only once, although many pictures may cause it."""
     note(text)
 
 
@@ -216,7 +216,7 @@ def program(flags: Flags) -> None:
     checkpoint = flags.open()
     job.check_outputs(flags, flags.file, tables, checkpoint.files)
     about = None if flags.questions is not None else task_warning(flags.chosen_task, checkpoint.kind)
-    for text in filter(None, (about, flags.part and f"part {flags.shard} goes to {flags.file}.")):
+    for text in filter(None, (about, flags.part and f"part {flags.shard} is written to {flags.file}.")):
         note(f"note: {text}")
     with job.open_rows(flags, checkpoint, flags.file) as journal:
         work(flags, checkpoint, journal)

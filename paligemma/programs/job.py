@@ -225,7 +225,7 @@ def answer(
 
     A picture that cannot be read, or a question that cannot be asked, gets a row with the error.
     """
-    in_flight: dict[int, folders.Loaded] = {}
+    running: dict[int, folders.Loaded] = {}
     load = partial(
         folders.load,
         side=annotator.processor.image_size,
@@ -242,7 +242,7 @@ def answer(
         for number, (question, loaded) in enumerate(
             folders.read_ahead(asked, lambda q: (q.place, q.is_typed), read, threads, ahead)
         ):
-            in_flight[number] = loaded
+            running[number] = loaded
             yield Request(
                 picture=loaded.picture,
                 task=question.task,
@@ -253,10 +253,10 @@ def answer(
             )
 
     for number, result in annotator.run(requests()):
-        loaded = in_flight.pop(number)
+        loaded = running.pop(number)
         yield result.to_json() | ({"notes": loaded.notes} if loaded.notes else {}), loaded, result
-    if in_flight:
-        raise RuntimeError(f"{len(in_flight)} questions have no row")  # a bug of ours, which must not go unnoticed
+    if running:
+        raise RuntimeError(f"{len(running)} questions have no row")  # a bug of ours, which must not go unnoticed
 
 
 # Beginning and end

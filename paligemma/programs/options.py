@@ -174,7 +174,7 @@ class AnswerFlags:
         check_language(self.language)
 
     def max_new_tokens(self, tasks: Iterable[str]) -> int:
-        """The most tokens of an answer to any of these tasks."""
+        """The maximum number of tokens of an answer to any of these tasks."""
         return self.max_tokens_to_generate or max(MAX_ANSWER_TOKENS[task] for task in tasks)
 
     def load_codec(self, checkpoint: "Checkpoint") -> "MaskCodec | None":

@@ -186,7 +186,7 @@ def parse_words(words: tuple[str, ...]) -> Query:
 
 @dataclass(frozen=True, kw_only=True)
 class VerbFlags(ModelFlags, PictureFlags, AnswerFlags, SamplingFlags, OutputFlags, DrawingFlags):
-    """What a verb is told.
+    """All flags that a verb can take.
 
     Args:
         words: the verb, the pictures, the text
@@ -214,7 +214,7 @@ class VerbFlags(ModelFlags, PictureFlags, AnswerFlags, SamplingFlags, OutputFlag
                 raise UsageError(f"--{name} and the verb {verb} exclude each other. Drop one.")
         for name, verbs in VERBS_OF_FLAG.items():
             if name in given and verb not in verbs:
-                raise UsageError(f"--{name} means nothing to {verb}. It goes with {' and '.join(verbs)}.")
+                raise UsageError(f"--{name} does not go with {verb}. It goes with {' and '.join(verbs)}.")
 
     @cached_property
     def query(self) -> Query:
@@ -243,7 +243,7 @@ class VerbFlags(ModelFlags, PictureFlags, AnswerFlags, SamplingFlags, OutputFlag
 
 
 def print_query(flags: VerbFlags, query: Query) -> None:
-    """Notes on how the words were understood, and on whether the checkpoint knows the task."""
+    """Prints notes on how the words were understood, and a warning if the checkpoint may not know the task."""
     print_notes(*query.notes)
     if flags.verbose:
         pictures = f"{counted(len(query.pictures), 'picture')} {', '.join(query.pictures)}"
@@ -260,7 +260,7 @@ def plain_prompt(flags: VerbFlags, query: Query) -> str | None:
 
 
 def load_picture(name: str, flags: VerbFlags, side: int) -> "Loaded":
-    """The picture resized to the model's input, so that many can wait in memory; or the error."""
+    """The picture, or its error. It is resized to the model's input at once, so that many can wait in memory."""
     from paligemma.pictures import folders
 
     try:
@@ -273,7 +273,7 @@ def load_picture(name: str, flags: VerbFlags, side: int) -> "Loaded":
 
 
 def first_picture(name: str, flags: VerbFlags) -> "Loaded":
-    """The first picture, read before the model is loaded: what is wrong with it is reported without delay. Raises: UsageError."""
+    """The first picture, or its error. It is read before the model is loaded, so that an error is reported early."""
     from paligemma.pictures.folders import Loaded
 
     try:
@@ -288,7 +288,8 @@ def first_picture(name: str, flags: VerbFlags) -> "Loaded":
 def run(flags: VerbFlags, query: Query) -> None:
     """Answers the query and writes the results. A picture that cannot be read does not stop the others.
 
-    Raises: PaliGemmaError; that of a result, if it is the only one, else one with exit code 8 after the last result.
+    Raises: the error of the result, if there is only one result; otherwise PaliGemmaError with exit code 8 at the end, if some
+        results are errors.
     """
     first = first_picture(query.pictures[0], flags)
     if query.num_results == 1 and isinstance(first.picture, PaliGemmaError):

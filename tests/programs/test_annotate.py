@@ -202,7 +202,7 @@ def test_shards_have_files_of_their_own_and_together_all_rows(run):
     parts = []
     for part in (1, 2, 3):
         code, err = run("photos", f"--shard={part}/3")
-        assert code == 0 and f"part {part}/3 goes to rows-{part}-of-3.jsonl" in err
+        assert code == 0 and f"part {part}/3 is written to rows-{part}-of-3.jsonl" in err
         parts.append(images(f"rows-{part}-of-3.jsonl"))
     assert sorted(image for part in parts for image in part) == PHOTOS
     assert not os.path.exists("rows.jsonl")
@@ -564,8 +564,8 @@ def test_the_time_left_comes_from_the_rows_of_this_run(model, monkeypatch):
         (["photos", "--output=x", "--shard=1"], "shard"),
         (["photos", "--output=x", "--rows=0"], "rows"),
         (["photos", "--output=x", "--task=detect", "cat", "--export=xml"], "export"),
-        (["photos", "--output=x", "--export=coco"], "--export means nothing to caption"),
-        (["photos", "--output=x", "--save_dir=out"], "--save_dir means nothing to caption"),
+        (["photos", "--output=x", "--export=coco"], "--export does not go with caption"),
+        (["photos", "--output=x", "--save_dir=out"], "--save_dir does not go with caption"),
         (["--questions=q", "--output=x", "--task=ocr"], "Drop --task"),
         (["a", "b", "--questions=q", "--output=x"], "one word"),
         (["photos", "--output=x", "--quantize=int3"], "quantize"),

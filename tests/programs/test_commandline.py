@@ -1,4 +1,4 @@
-"""Fire's traps, closed; errors as one line and an exit code; output that survives every locale and terminal."""
+"""Flags are read as they are typed; errors are one line and an exit code; output works in every locale and terminal."""
 
 import importlib
 import io
@@ -102,7 +102,7 @@ def test_text_is_taken_as_it_stands(text):
 
 @settings(max_examples=30)
 @given(st.text())
-def test_any_text_behind_the_equals_sign_is_taken_as_it_stands(text):
+def test_any_text_after_the_equals_sign_is_taken_as_it_stands(text):
     assert read("--prompt=" + text).prompt == text
 
 
@@ -454,7 +454,7 @@ def test_a_full_disk_is_7(tmp_path):
 @pytest.mark.parametrize("where", [">/dev/full", "2>/dev/full", ">/dev/full 2>/dev/full", ">&-", "2>&-", ">&- 2>&-", "| true"])
 @pytest.mark.parametrize(("body", "code"), [("raise commandline.UsageError('no. Do it.')", 2), ("{}['missing']", 1)])
 @pytest.mark.parametrize("flags", ["", "--json", "--json --debug"])
-def test_saying_what_went_wrong_never_goes_wrong(tmp_path, where, body, code, flags):
+def test_reporting_an_error_never_fails(tmp_path, where, body, code, flags):
     start(tmp_path, body).communicate()
     script = f'"{sys.executable}" "{tmp_path / "program.py"}" {flags} {where}; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
@@ -504,7 +504,7 @@ def test_signals_end_the_process_quietly_while_it_loads(tmp_path, signum, code):
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_can_be_caught_to_keep_what_was_said(tmp_path, signum, code):
+def test_signals_can_be_caught_to_keep_what_was_printed(tmp_path, signum, code):
     body = (
         "import time\ntry:\n  with commandline.interruptible():\n    commandline.write('half')\n    commandline.note('ready')\n"
         "    time.sleep(20)\nfinally: commandline.write('\\n')"
