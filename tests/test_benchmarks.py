@@ -1,6 +1,6 @@
-"""The scripts of benchmarks/ work: on a tiny checkpoint, with few rounds. How fast anything is, is not asserted.
+"""The scripts of benchmarks/ work on a tiny checkpoint, with few rounds. No speed is asserted.
 
-The two sides are started once and stand in for those that each script would start.
+Two sides are started once, and every script uses them instead of starting its own.
 """
 
 import json
@@ -38,14 +38,14 @@ def folder(tools, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pair(tools, folder):
-    """Ours and transformers, loaded, each in its process."""
+    """Our side and transformers', loaded, each in its own process."""
     with tools["turns"].start(SIDES, folder, "cpu") as sides:
         yield sides
 
 
 @pytest.fixture
 def run(tools, folder, pair, monkeypatch, capsys):
-    """Runs a script in this process, with the sides that are there. Returns its document and all that it printed."""
+    """Runs a script in this process with the two sides above. Returns its document and its output."""
     turns = tools["turns"]
 
     @contextmanager
@@ -77,7 +77,7 @@ def test_decode_gives_each_side_its_floor_and_its_ratio(run):
 
 
 def test_llama_is_compared_with_as_many_bits(run, tmp_path):
-    interpreter = tmp_path / "python"  # stands in for one that has llama.cpp: it imports everything and answers everything
+    interpreter = tmp_path / "python"  # a fake interpreter with llama.cpp: it imports everything and replies to everything
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\nfor _ in sys.stdin if sys.argv[-1] == '--serve' else ():\n"

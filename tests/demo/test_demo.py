@@ -34,13 +34,13 @@ def scene(index: int, seed: int = 7) -> tuple[shapes.Scene, np.random.Generator]
 
 
 def bins_of(suffix: str) -> list[list[int]]:
-    """The boxes of an answer as they are said: y_min, x_min, y_max, x_max from 0 to 1023."""
+    """The boxes of an answer as generated: y_min, x_min, y_max, x_max from 0 to 1023."""
     numbers = [int(number) for number in re.findall(r"<loc(\d{4})>", suffix)]
     return [numbers[i : i + 4] for i in range(0, len(numbers), 4)]
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Area that two masks share over area that they cover."""
+    """Intersection over union of two masks."""
     return float((a & b).sum() / (a | b).sum())
 
 
@@ -73,12 +73,12 @@ def test_questions_do_not_depend_on_the_hashes_of_a_process():
     assert runs[0] == runs[1] and len(runs[0]) > 5000
 
 
-def test_annotations_name_pictures_beside_them_and_several_questions_each(tmp_path):
+def test_annotations_name_pictures_in_their_folder_and_several_questions_each(tmp_path):
     shapes.write(tmp_path, count=4, seed=1, size=48)
     lines = [json.loads(line) for line in (tmp_path / "annotations.jsonl").read_text(encoding="utf-8").splitlines()]
     assert all(set(line) == {"image", "prefix", "suffix"} for line in lines)
     nothing = [line["prefix"].split()[0] for line in lines if not line["suffix"] and line["prefix"] != "ocr"]
-    assert len(nothing) == 4 and set(nothing) <= {"detect", "segment"}  # one a picture asks for what is not there
+    assert len(nothing) == 4 and set(nothing) <= {"detect", "segment"}  # one question per picture asks for something absent
     assert sum(line["prefix"] == "ocr" for line in lines) == 4
     for name in {line["image"] for line in lines}:
         prefixes = [line["prefix"] for line in lines if line["image"] == name]
@@ -87,7 +87,7 @@ def test_annotations_name_pictures_beside_them_and_several_questions_each(tmp_pa
     assert len({line["image"] for line in lines}) == 4
 
 
-def test_the_program_answers_without_torch_and_refuses_nonsense():
+def test_the_program_works_without_torch_and_refuses_nonsense():
     code = "import sys; from demo import shapes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=DEMO).returncode == 0
     command = [sys.executable, "-m", "demo.shapes", "--out=x", "--size=0"]
@@ -166,7 +166,7 @@ def test_every_answer_follows_from_the_scene():
     assert len(checked) >= 8
 
 
-def test_what_was_asked_before_there_were_masks_is_still_asked():
+def test_questions_from_before_masks_are_the_same():
     """Measures of older checkpoints stay comparable: the first questions about a picture are those that they were asked."""
     drawn, rng = scene(5)
     asked = shapes.ask(drawn, rng, list(shapes.ASKED))
@@ -188,8 +188,8 @@ def test_what_was_asked_before_there_were_masks_is_still_asked():
 
 def test_yes_and_no_are_asked_for_equally_often():
     rng = np.random.default_rng(0)
-    said = [shapes.ask_exists(shapes.make_scene(rng), rng)[1] for _ in range(600)]
-    assert 0.43 < said.count("yes") / len(said) < 0.57  # three and a half standard deviations
+    generated = [shapes.ask_exists(shapes.make_scene(rng), rng)[1] for _ in range(600)]
+    assert 0.43 < generated.count("yes") / len(generated) < 0.57  # three and a half standard deviations
 
 
 def test_a_segment_answer_is_boxes_with_masks_and_the_words_asked_for():
@@ -199,9 +199,9 @@ def test_a_segment_answer_is_boxes_with_masks_and_the_words_asked_for():
         prefix, suffix = shapes.ask_segment(drawn, rng)
         words = prefix.removeprefix("segment ").split(" ; ")
         meant = [shape for word in words for shape in drawn.shapes if word in ("shape", shape.kind, shape.name)]
-        said = suffix.split(" ; ")
-        assert len(said) == len(meant)
-        for text, shape in zip(said, meant, strict=True):
+        generated = suffix.split(" ; ")
+        assert len(generated) == len(meant)
+        for text, shape in zip(generated, meant, strict=True):
             found = re.fullmatch(r"((?:<loc\d{4}>){4})((?:<seg\d{3}>){16}) ([a-z ]+)", text)
             assert found and found[3] in words
             assert bins_of(found[1])[0] == pytest.approx(np.array(shape.box) * 1023, abs=0.5)
@@ -210,19 +210,19 @@ def test_a_segment_answer_is_boxes_with_masks_and_the_words_asked_for():
     assert kinds_seen == set(shapes.KINDS)
 
 
-def test_several_words_are_answered_in_their_order_and_nothing_is_said_of_one_that_is_not_there():
+def test_several_words_are_answered_in_their_order_and_absent_ones_are_left_out():
     absent = 0
     for index in range(60):
         drawn, rng = scene(index)
         prefix, suffix = shapes.ask_several(drawn, rng)
         task, _, words = prefix.partition(" ")
         words = words.split(" ; ")
-        said = [re.sub(r"<[a-z0-9]+>", "", text).strip() for text in suffix.split(" ; ")]
+        generated = [re.sub(r"<[a-z0-9]+>", "", text).strip() for text in suffix.split(" ; ")]
         assert 2 <= len(words) <= 4 and len(set(words)) == len(words)
-        assert said == [word for word in words for shape in drawn.shapes if word in (shape.kind, shape.name)]
+        assert generated == [word for word in words for shape in drawn.shapes if word in (shape.kind, shape.name)]
         assert ("<seg" in suffix) == (task == "segment")
-        absent += len(set(words) - set(said))
-        assert len(set(words) - set(said)) <= 1
+        absent += len(set(words) - set(generated))
+        assert len(set(words) - set(generated)) <= 1
     assert 15 < absent < 45
 
 
@@ -231,7 +231,7 @@ def with_words(count: int) -> list[shapes.Scene]:
     return [one for one in drawn if one.word][:count]
 
 
-def test_a_word_stands_beside_the_shapes_and_can_be_told_from_the_ground():
+def test_a_word_is_outside_the_shapes_and_readable_on_the_background():
     fonts = set()
     for drawn in with_words(60):
         word = drawn.word
@@ -320,7 +320,7 @@ def test_every_word_of_the_demo_is_one_token(processor):
 
 
 @pytest.mark.parametrize(
-    ("said", "score"),
+    ("generated", "score"),
     [
         ("<loc0000><loc0000><loc0512><loc0512> a ; <loc0600><loc0600><loc0900><loc0900> b", 1.0),
         ("<loc0600><loc0600><loc0900><loc0900> b ; <loc0000><loc0000><loc0512><loc0512> a", 1.0),  # order does not count
@@ -337,13 +337,13 @@ def test_every_word_of_the_demo_is_one_token(processor):
         ("<loc0512><loc0512><loc0000><loc0000> a", 0.5),  # turned around, and put in order
     ],
 )
-def test_objects_score(said, score):
+def test_objects_score(generated, score):
     true = "<loc0000><loc0000><loc0512><loc0512> a ; <loc0600><loc0600><loc0900><loc0900> b"
-    said, true = (outputs.parse_text(text).objects for text in (said, true))
-    assert evaluate.objects_score(said, true, evaluate.box_overlap) == pytest.approx(score)
+    generated, true = (outputs.parse_text(text).objects for text in (generated, true))
+    assert evaluate.objects_score(generated, true, evaluate.box_overlap) == pytest.approx(score)
 
 
-def test_masks_are_scored_by_the_pixels_they_share():
+def test_masks_are_scored_by_intersection_over_union():
     mask = np.zeros((4, 4), dtype=bool)
     mask[:2] = True
     box = outputs.NormalizedBox(0, 0, 1, 1)
@@ -355,11 +355,12 @@ def test_masks_are_scored_by_the_pixels_they_share():
     assert evaluate.objects_score([outputs.ParsedObject("a", box)], true, evaluate.mask_overlap) == 0  # a box without a mask
 
 
-def test_a_scene_says_what_detect_and_segment_should_find():
+def test_a_scene_knows_what_detect_and_segment_should_find():
     for drawn, asked in evaluate.questions(count=30, seed=3):
         for question in asked:
-            said = outputs.parse_text(question.suffix).objects if question.task != "ask" else []
-            assert [(one.label, one.box.to_locations()) for one in question.true] == [(one.label, one.locations) for one in said]
+            generated = outputs.parse_text(question.suffix).objects if question.task != "ask" else []
+            found = [(one.label, one.locations) for one in generated]
+            assert [(one.label, one.box.to_locations()) for one in question.true] == found
             assert all((one.mask is not None) == (question.task == "segment") for one in question.true)
             assert question.kind != "absent" or question.true == []
         assert any(question.task == "detect" for question in asked) and drawn.shapes
@@ -372,8 +373,8 @@ def boxed(y, score=None, expected=None):
 def test_scores_and_expected_values_count_where_they_are_right():
     """Three questions: a cat that is not there comes first; two that are, with boxes a tenth of their height off."""
     right = outputs.NormalizedBox(0, 0.2, 1, 0.7)
-    said = [[boxed(0.1, score=0.2)], [boxed(0.25, 0.9, right)], [boxed(0.25, 0.8, right)]]
-    result = evaluate.detection(said, [[], [boxed(0.2)], [boxed(0.2)]])
+    generated = [[boxed(0.1, score=0.2)], [boxed(0.25, 0.9, right)], [boxed(0.25, 0.8, right)]]
+    result = evaluate.detection(generated, [[], [boxed(0.2)], [boxed(0.2)]])
     assert result["map_50"]["plain"] == pytest.approx(2 / 3, abs=0.01)  # precision of the last of three, at every recall
     assert result["map_50"]["scores"] == result["map_50"]["scores_and_expected"] == pytest.approx(1)
     assert result["map"]["scores"] == pytest.approx(0.7)  # an IoU of 9 / 11 passes seven of ten thresholds
@@ -383,7 +384,7 @@ def test_scores_and_expected_values_count_where_they_are_right():
     assert (result["boxes"], result["true_boxes"], result["matched"]) == (3, 2, 2)
 
 
-def test_a_box_counts_only_for_the_word_it_was_said_for():
+def test_a_box_counts_only_for_its_own_label():
     dog = outputs.ParsedObject("dog", outputs.NormalizedBox(0, 0.2, 1, 0.7))
     assert evaluate.detection([[boxed(0.2)]], [[dog]])["map"]["plain"] == 0
     assert evaluate.detection([[]], [[dog]])["map"] == {"plain": 0, "scores": 0, "scores_and_expected": 0}
@@ -398,7 +399,7 @@ def evaluated(monkeypatch, capsys, *flags) -> tuple[list[str], dict, str]:
     return lines, json.loads(last), err
 
 
-def test_evaluate_prints_a_line_a_measure_and_ends_with_json(monkeypatch, capsys):
+def test_evaluate_prints_a_line_per_measure_and_ends_with_json(monkeypatch, capsys):
     lines, result, _ = evaluated(monkeypatch, capsys)
     assert re.fullmatch(r"caption +\d+\.\d% of 2", lines[0])
     assert re.fullmatch(r"mAP +\d+\.\d% without scores, \d+\.\d% with scores, \d+\.\d% with scores and expected boxes", lines[-3])
@@ -566,18 +567,18 @@ def test_the_recipe_makes_a_checkpoint_like_any_other(recipe):
 
 
 def test_the_script_of_the_recipe_skips_what_is_done(tmp_path):
-    """Every stage is marked as done, so the script goes on with export and measure; python is replaced by one that says so."""
+    """All stages are marked as done, so only export and measurement remain; a fake python prints the commands that it gets."""
     stages = re.findall(r"^stage (\w+) (\d+) (\w+)", (DEMO / "recipe.sh").read_text(), re.MULTILINE)
     assert sum(int(share) for _, share, _ in stages) == 100 and {stage for *_, stage in stages} == set(train.STAGES)
     for name, *_ in stages:
         (tmp_path / f"{name}.done").touch()
-    said = tmp_path / "said"
+    generated = tmp_path / "generated"
     fake = tmp_path / "python"
-    fake.write_text(f'#!/bin/sh\necho "$@" >> {said}\nmkdir -p {tmp_path}/checkpoint\n')
+    fake.write_text(f'#!/bin/sh\necho "$@" >> {generated}\nmkdir -p {tmp_path}/checkpoint\n')
     fake.chmod(0o755)
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(fake)}
     subprocess.run(["bash", str(DEMO / "recipe.sh"), str(tmp_path)], check=True, env=environment, capture_output=True)
-    lines = said.read_text().splitlines()
+    lines = generated.read_text().splitlines()
     assert [line.split()[1] for line in lines] == ["demo.train", "demo.evaluate", "demo.transfer", *["paligemma"] * 2]
     assert lines[3].endswith("--method full --resume") and lines[4].endswith("--method lora --learning_rate 5e-3 --resume")
 
@@ -606,7 +607,7 @@ def test_the_codec_uses_its_codebook_and_is_small(mask_codec):
     assert shapes.CODEC.stat().st_size < 4_000_000
 
 
-def test_a_code_follows_what_it_stands_for_and_one_that_stands_for_nothing_starts_again():
+def test_a_code_follows_its_vectors_and_a_code_without_vectors_starts_again():
     torch.manual_seed(0)
     codebook = Codebook()
     codes, vectors, table = codec.TrainedCodebook(codebook), torch.randn(8, CODE_WIDTH), codebook._embedding
@@ -631,14 +632,14 @@ def test_a_few_steps_make_a_codec_better(capsys):
 
 def test_the_checkpoint_answers_unseen_scenes(processor):
     asked = evaluate.questions(count=8, seed=UNSEEN_SEED)
-    said = evaluate.answers(evaluate.Annotator(load_model(CHECKPOINT), processor, rows=64, max_new_tokens=48), asked)
+    generated = evaluate.answers(evaluate.Annotator(load_model(CHECKPOINT), processor, rows=64, max_new_tokens=48), asked)
     flat = [question for _, scene_questions in asked for question in scene_questions]
-    values = [(question.kind, evaluate.score(question, result)) for question, result in zip(flat, said, strict=True)]
+    values = [(question.kind, evaluate.score(question, result)) for question, result in zip(flat, generated, strict=True)]
     exact = [value for kind, value in values if kind in ANSWERED]
     boxes = [value for kind, value in values if kind == "detect"]
     assert np.mean(exact) >= 0.85, exact
     assert np.mean(boxes) >= 0.6, boxes
-    found = [found for result in said for found in (result.parsed.objects if result.parsed else []) if found.box]
+    found = [found for result in generated for found in (result.parsed.objects if result.parsed else []) if found.box]
     assert found and all(0 < one.score <= 1 and one.expected.iou(one.box) > 0.7 for one in found)
 
 
@@ -646,15 +647,15 @@ def test_the_checkpoint_segments_unseen_scenes_and_finds_nothing_where_nothing_i
     asked = evaluate.questions(count=12, seed=UNSEEN_SEED)
     asked = [(drawn, [question for question in questions if question.task == "segment"]) for drawn, questions in asked]
     annotator = evaluate.Annotator(load_model(CHECKPOINT), processor, codec=mask_codec, rows=64, max_new_tokens=112)
-    said = evaluate.answers(annotator, asked)
+    generated = evaluate.answers(annotator, asked)
     flat = [question for _, questions in asked for question in questions]
     assert {question.kind for question in flat} == {"segment", "absent", "several"}
-    values = [evaluate.score(question, result) for question, result in zip(flat, said, strict=True)]
+    values = [evaluate.score(question, result) for question, result in zip(flat, generated, strict=True)]
     assert np.mean(values) >= 0.7, values
     # The masks, not only the boxes: of what was found, they cover the shapes, and whole boxes would not.
     found = [
         (overlap(one.mask, true.mask), true.mask.mean() / true.box.area)
-        for question, result in zip(flat, said, strict=True)
+        for question, result in zip(flat, generated, strict=True)
         for _, one, true in evaluate.matches(result.parsed.objects, question.true, evaluate.box_overlap)
         if one.box.iou(true.box) > 0.8
     ]
@@ -696,5 +697,5 @@ def test_the_checkpoint_says_the_same_in_transformers(processor):
             torch.testing.assert_close(ours(**mine), logits.float(), rtol=0, atol=1e-3)
             whole = theirs.generate(**inputs, max_new_tokens=48, do_sample=False)
         answer = whole[0, inputs["input_ids"].shape[1] :].tolist()
-        said = [int(step) for step in generate(ours, mine, max_new_tokens=48, eos_token_id=processor.eos_token_id)]
-        assert said == answer[: len(said)] and set(answer[len(said) :]) <= {processor.pad_token_id}
+        generated = [int(step) for step in generate(ours, mine, max_new_tokens=48, eos_token_id=processor.eos_token_id)]
+        assert generated == answer[: len(generated)] and set(answer[len(generated) :]) <= {processor.pad_token_id}

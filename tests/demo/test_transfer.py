@@ -1,4 +1,4 @@
-"""demo/transfer.py: what it writes can be learned from as it stands."""
+"""demo/transfer.py: `paligemma finetune` accepts what it writes, without changes."""
 
 import json
 import sys
