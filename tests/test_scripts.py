@@ -220,6 +220,13 @@ def test_launch_answers_about_the_bundled_picture_with_the_bundled_checkpoint(la
     assert "paligemma/bundled/shapes.png" in done.stderr
 
 
+def test_launch_shows_itself_in_help_and_in_messages(launch, tmp_path):
+    command = "bash " + str(tmp_path / "a clone with spaces" / "launch_inference.sh").replace(" ", "\\ ")
+    assert f"\n  {command} detect street.jpg" in launch("--help").stdout
+    done = launch("cat.png")
+    assert done.returncode == 2 and f" {command} caption cat.png." in done.stderr
+
+
 def test_launch_takes_verbs_and_variables_about_the_model(launch, tmp_path):
     picture, model = str(ROOT / "examples" / "shapes.png"), str(ROOT / "paligemma" / "bundled")
     done = launch("detect", picture, "circle", "--save", "out.png", MODEL_PATH=model, ONLY_CPU="true")
