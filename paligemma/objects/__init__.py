@@ -1,1 +1,1 @@
-"""What an answer says: boxes, labels, masks and scores; and how they are drawn, listed and exported."""
+"""The objects in an answer (boxes, labels, masks, scores): parsed, drawn, printed and exported."""

@@ -1,1 +1,1 @@
-"""Picture files: reading them safely, fetching them from the web, and folders of a million of them."""
+"""Loads pictures safely from files, the web and memory, and lists folders of a million pictures."""

@@ -158,7 +158,7 @@ def test_many_labels_shrink_before_any_is_left_out():
     assert notes == []
 
 
-def test_a_letter_that_no_font_has_is_said(monkeypatch):
+def test_a_letter_that_no_font_has_gets_a_note(monkeypatch):
     monkeypatch.setattr(lettering, "system_font", lambda _: "")
     lettering.lettering.cache_clear()
     notes = []

@@ -166,7 +166,7 @@ def test_no_server_no_name_and_no_certificate_are_refused(server, monkeypatch):
     assert "Name or service not known" in refusal("http://nowhere.invalid/a.png")
 
 
-def test_a_proxy_is_not_used_and_that_is_said(monkeypatch):
+def test_a_proxy_is_not_used_and_the_message_says_so(monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
     assert "Proxies are not used" in refusal("http://127.0.0.1:1/")
 

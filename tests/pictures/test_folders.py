@@ -287,7 +287,7 @@ def test_questions_in_a_row_about_one_picture_share_it():
     assert found[0][1].picture is found[1][1].picture is not found[3][1].picture
 
 
-def test_an_abandoned_run_reads_nothing_more_and_leaves_no_thread_behind():
+def test_an_abandoned_run_reads_nothing_more_and_leaves_no_thread():
     others, closed = set(threading.enumerate()), threading.Event()
     reader = Reader(lambda place: place == "0" or closed.wait(timeout=60))
     pictures = ahead(range(50), reader, threads=1, count=30)

@@ -136,7 +136,7 @@ def test_what_is_no_picture_is_named(data, words):
 
 
 @pytest.mark.parametrize("kind", ["EPS", "TGA", "PCX", "ICO", "SGI"])
-def test_formats_that_nobody_photographs_in_are_not_decoded(kind):
+def test_formats_that_are_not_for_photographs_are_not_decoded(kind):
     refusal(saved(picture(32, 32), kind))
 
 
@@ -160,7 +160,7 @@ def test_max_pixels_moves_the_limit():
     assert load_image(picture(40, 30), max_pixels=1200).size == (40, 30)
 
 
-def test_a_large_page_behind_a_small_one_is_refused_too():
+def test_a_large_page_after_a_small_one_is_refused_too():
     pages = [Image.new("1", (8, 8)), Image.new("1", (200, 200))]
     data = saved(pages[0], "TIFF", save_all=True, append_images=pages[1:])
     assert load_image(data, max_pixels=1000).size == (8, 8)
@@ -199,7 +199,7 @@ def test_transparency_on_white_equals_transformers():
         assert np.array_equal(np.asarray(load_image(image)), convert_to_rgb(image, return_numpy=True))
 
 
-def test_nothing_is_said_about_transparency_that_nobody_sees():
+def test_transparency_without_effect_gets_no_note():
     notes = []
     load_image(blocks().convert("RGBA"), notes=notes)
     assert notes == []
@@ -690,7 +690,7 @@ def test_the_frames_of_a_gif_are_counted_without_decoding(monkeypatch):
     assert decoding.count_frames(data)[1] is False
 
 
-def test_a_frame_behind_too_many_large_ones_is_refused(monkeypatch):
+def test_a_frame_after_too_many_large_ones_is_refused(monkeypatch):
     frames = [Image.new("RGB", (40, 30), (0, 0, number)) for number in range(12)]
     for kind in ("GIF", "PNG", "WEBP"):
         data = saved(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
@@ -739,7 +739,7 @@ def test_an_address_of_a_file_may_name_no_machine():
             load_image(address)
 
 
-def test_a_missing_name_beside_very_many_files_is_compared_with_few(tmp_path, monkeypatch):
+def test_a_missing_name_among_very_many_files_is_compared_with_few(tmp_path, monkeypatch):
     import difflib
 
     names = [f"IMG_{number:05d}.jpg" for number in range(20_000)]
