@@ -19,7 +19,7 @@ kind (the file stores float16, 3.8 MB):
     0.987   1.000   0.987     0.963  0.980  0.984    0.980    0.963  0.942    0.954
     0.987   0.969   0.961     0.937  0.967  0.953    rotated by any angle up to 90 degrees
 
-Shapes: M masks, D = 512 width of a code vector.
+Shapes: M masks, Z = 512 width of a code.
 """
 
 import argparse
@@ -103,25 +103,25 @@ def draw_masks(rng: np.random.Generator, count: int) -> Tensor:
 
 
 def encode(codec: MaskCodec, masks: Tensor) -> Tensor:
-    """The encoder's output, float32[M, D, 4, 4], computed in bfloat16, which is twice as fast on newer processors."""
+    """The encoder's output, float32[M, Z, 4, 4], computed in bfloat16, which is twice as fast on newer processors."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return codec.encoder(2 * masks[:, None] - 1).float()
 
 
 def vectors_of(x: Tensor) -> Tensor:
-    """float[M, D, 4, 4] -> float[16 * M, D]."""
+    """float[M, Z, 4, 4] -> float[16 * M, Z]."""
     return x.detach().flatten(2).transpose(1, 2).flatten(0, 1)
 
 
 class TrainedCodebook:
-    """The codebook in training, float32[128, D], changed in place, with moving averages of the vectors nearest to each code."""
+    """The codebook in training, float32[128, Z], changed in place, with moving averages of the vectors nearest to each code."""
 
     def __init__(self, codebook: Codebook):
         self.codebook, self.table = codebook, codebook._embedding.data
         self.counts, self.sums = torch.ones(NUM_CODES), self.table.clone()
 
     def start(self, vectors: Tensor, rounds: int = 12) -> None:
-        """Sets the codes to the centres of k-means over vectors, float[count, D]."""
+        """Sets the codes to the centres of k-means over vectors, float[count, Z]."""
         self.table.copy_(vectors[torch.randperm(len(vectors))[:NUM_CODES]])
         for _ in range(rounds):
             nearest = torch.cdist(vectors, self.table).argmin(1)
@@ -131,7 +131,7 @@ class TrainedCodebook:
         self.counts, self.sums = torch.ones(NUM_CODES), self.table.clone()
 
     def follow(self, vectors: Tensor, codes: Tensor) -> None:
-        """Moves each code to the mean of its vectors, float[count, D]; a code without vectors starts again at a random one."""
+        """Moves each code to the mean of its vectors, float[count, Z]; a code without vectors starts again at a random one."""
         used = torch.bincount(codes, minlength=NUM_CODES)
         self.counts.lerp_(used.float(), 1 - DECAY)
         self.sums.lerp_(torch.zeros_like(self.table).index_add(0, codes, vectors), 1 - DECAY)
