@@ -142,7 +142,7 @@ class TrainedCodebook:
         self.table.copy_(self.sums / self.counts[:, None])
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest code vectors with the gradient of x, float[M, D, 4, 4], and the penalty for the distance from them."""
+        """The nearest code vectors with the gradient of x, float[M, Z, 4, 4], and the penalty for the distance from them."""
         indices = self.codebook.nearest(x.detach())
         nearest = self.codebook(indices).detach()
         self.follow(vectors_of(x), indices.flatten())
