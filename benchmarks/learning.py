@@ -70,7 +70,7 @@ def ours(options: argparse.Namespace, config: dict) -> Callable[[int], float]:
     if options.method == "lora":
         lora.inject(model, lora.LoraConfig(RANK, ALPHA), lora.targets(model, ["language"], lora.MATRICES))
     else:
-        training.trainable(model, training.ALL)
+        training.freeze_except(model, training.ALL)
     plan = training.Plan(1000, options.rows, options.rows, LEARNING_RATE, warmup=0.0, reduction="token")
     trainer = training.Trainer(model, plan, lambda _: make_batch(config, options.rows, trainer.step), 1_000_000)
     return lambda _: trainer.update().loss  # the trainer counts the steps itself

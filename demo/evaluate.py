@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from demo import shapes
-from paligemma.learning.scores import lacks_pycocotools, mask_iou
+from paligemma.learning.scores import mask_iou, pycocotools_problem
 from paligemma.objects.exports import coco, coco_results, collect
 from paligemma.objects.outputs import NormalizedBox, ParsedObject, as_json
 from paligemma.tasks import OBJECT_TASKS, Annotator, Request, Result, in_order
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=0, help="number of wrong answers to print")
     options = parser.parse_args()
 
-    no_map = lacks_pycocotools()
+    no_map = pycocotools_problem()
     if no_map:
         print(f"note: {no_map} The other scores are printed without it.", file=sys.stderr)
     start = time.perf_counter()

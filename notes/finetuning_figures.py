@@ -143,7 +143,7 @@ def run(
         torch.manual_seed(0)
         lora.inject(model, lora.LoraConfig(), lora.targets(model))
     else:
-        training.trainable(model, training.ALL)
+        training.freeze_except(model, training.ALL)
     examples = dataset.Examples(train, processor)
     count = way.count or len(train.examples)
     plan = replace(way.plan, steps=options.steps)

@@ -2,12 +2,12 @@
 
     {"image": "a.jpg", "prefix": "detect cat", "suffix": "<loc0104><loc0320><loc0458><loc0674> cat"}
 
-is the format of Roboflow's PaliGemma export and of big_vision. Names of pictures are relative to the folder of the JSONL file, or
-to --image_dir; neither names nor links may lead out of that folder. A number as suffix is taken as text.
+This is the format of Roboflow's PaliGemma export and of big_vision. Names of pictures are relative to the folder of the JSONL
+file, or to --image_dir; neither names nor links may lead out of that folder. A suffix may be a number, which is used as text.
 
-Without these checks a run could fail at line 40,000 after two hours, or learn boxes whose coordinates are in another order. So
+Without these checks a run could fail at line 40,000 after two hours, or learn boxes whose coordinates are in the wrong order. So
 every line and every picture is checked, and all problems are reported at once. A fault stops the run, unless the user chooses to
-skip faulty lines; a warning changes nothing.
+skip faulty lines; a warning does not stop it.
 
 `Examples` makes batches of the remaining lines. Checked in tests/learning/test_dataset.py.
 """
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 FIELDS = ("image", "prefix", "suffix")
 MAX_LINE_BYTES = 1 << 20
-HEAD_BYTES = 1 << 16  # of a file, to recognise its format
-MAX_QUOTED = 60  # characters of a text from the file in a message
+HEAD_BYTES = 1 << 16  # so many bytes of a file are read to recognise its format
+MAX_QUOTED = 60  # a text quoted in a message is cut after this many characters
 MAX_FAULTS_SHOWN, MAX_WARNINGS_SHOWN = 1000, 20
 NEEDED = "A line of JSON for each example is needed: {\"image\": \"a.jpg\", \"prefix\": \"detect cat\", \"suffix\": \"...\"}."
 MAGIC = {  # first bytes of files that are not UTF-8 text
@@ -69,11 +69,12 @@ WARNINGS = {  # for problems of objects.outputs
     CUT_MASK: "a mask of fewer than sixteen <seg> tokens",
     LONG_MASK: "a mask of more than sixteen <seg> tokens",
 }
-MAX_SWAPPED = 0.2  # if a larger share of the boxes has swapped corners, the whole file probably uses another order
+MAX_SWAPPED = 0.2  # if a larger fraction of the boxes has swapped corners, the file probably uses another order of coordinates
 MAX_PROMPTS = 50  # a file with at most this many different prompts uses fixed prompts, which the validation file should share
 NUM_THREADS = 4  # for checking pictures; images.MEMORY limits the memory of all threads together
 GOLDEN_RATIO = 0.5 + 5**0.5 / 2
-ADVICE = re.compile(r"(?<=[^.])\. [^.]*\.$")  # last sentence of an error about a picture; it names flags that finetune lacks
+# Matches the last sentence of an error message, which is removed, because it may recommend flags that finetune does not have.
+LAST_SENTENCE = re.compile(r"(?<=[^.])\. [^.]*\.$")
 CONTROL_TOKEN = re.compile(r"<(?:image|bos|eos|pad)>")
 
 
@@ -89,7 +90,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Problem:
-    """A fault or a warning. Line 0 means the whole file; `tokens` is the length of an example that is too long, else 0."""
+    """A fault or a warning. Line 0 means the whole file. If the example is too long, `tokens` is its length, else 0."""
 
     file: Path
     line: int
@@ -105,9 +106,9 @@ class Split:
     """The content of a JSONL file: usable examples, faults (of lines that cannot be used), and warnings.
 
     Args:
-        hashes: of each picture's bytes, in the order of `examples`; filled by check_pictures.
-        folder: names of pictures are relative to it and must not lead out of it.
-        options: of load_image, for all pictures.
+        hashes: the hash of each picture's bytes, in the order of `examples`; filled by check_pictures.
+        folder: names of pictures are relative to this folder and must not lead out of it.
+        options: arguments of load_image, for all pictures.
     """
 
     file: Path
@@ -119,16 +120,16 @@ class Split:
     options: dict = field(default_factory=dict)
 
     def drop(self, faults: Iterable[Problem]) -> None:
-        """Removes faulty lines from the examples and keeps their faults."""
+        """Adds faults, and removes the examples of their lines."""
         faults = list(faults)
-        bad = {fault.line for fault in faults}
+        faulty_lines = {fault.line for fault in faults}
         self.faults += faults
-        is_kept = [example.line not in bad for example in self.examples]
+        is_kept = [example.line not in faulty_lines for example in self.examples]
         self.examples = list(compress(self.examples, is_kept))
         self.hashes = list(compress(self.hashes, is_kept))
 
     def fingerprint(self) -> str:
-        """A text that is equal for equal examples in the same order, and different for all others."""
+        """A text that identifies the examples and their order."""
         digest = hashlib.sha256()
         for example, picture in zip(self.examples, self.hashes, strict=True):
             digest.update(repr((example.prefix, example.suffix)).encode() + picture)
@@ -143,34 +144,34 @@ class Number(str):
 
 
 class Record(dict):
-    """A JSON object; `twice` lists its repeated names, of which json keeps the last value."""
+    """A JSON object. `repeated` lists the names that it contains more than once; json keeps the last value of each."""
 
     def __init__(self, pairs: list[tuple[str, object]]):
         super().__init__(pairs)
         counts = Counter(name for name, _ in pairs) if len(pairs) > len(self) else {}
-        self.twice = [name for name, count in counts.items() if count > 1]
+        self.repeated = [name for name, count in counts.items() if count > 1]
 
 
-def no_constant(name: str) -> None:
+def refuse_nan_and_infinity(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-HOOKS = {"object_pairs_hook": Record, "parse_int": Number, "parse_float": Number, "parse_constant": no_constant}
+JSON_HOOKS = {"object_pairs_hook": Record, "parse_int": Number, "parse_float": Number, "parse_constant": refuse_nan_and_infinity}
 
 
-def short(text: object) -> str:
-    """A text from the file for a message: quoted, and cut after MAX_QUOTED characters."""
+def quote(text: str) -> str:
+    """The text in quotes for a message, cut after MAX_QUOTED characters."""
     return repr(text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}...")
 
 
 def parse_line(text: bytes, folder: Path, line: int) -> Example:
     """The example in a line. Raises: ValueError, whose message is the fault."""
     try:
-        record: Any = parse_json(text, MAX_LINE_BYTES, **HOOKS)
+        record: Any = parse_json(text, MAX_LINE_BYTES, **JSON_HOOKS)
     except JSONFault as fault:
         raise ValueError(f"{fault} (column {fault.column})") from fault
-    if record.twice:
-        raise ValueError(f"{short(record.twice[0])} is given twice; keep one")
+    if record.repeated:
+        raise ValueError(f"{quote(record.repeated[0])} is given twice; keep one")
     for name in FIELDS:
         if name not in record:
             raise ValueError(explain_missing(name, record))
@@ -179,8 +180,8 @@ def parse_line(text: bytes, folder: Path, line: int) -> Example:
         if type(record[name]) is not str:
             raise ValueError(f'{name} is {json_kind(record[name])}; text in quotes is needed, "" for an empty one')
         if any(0xD800 <= ord(letter) < 0xE000 for letter in record[name]):
-            raise ValueError(f"{name} contains half a surrogate pair, which UTF-8 cannot encode")
-    return Example(inside(folder, record["image"]), record["prefix"], record["suffix"], line)
+            raise ValueError(f"{name} contains half of a surrogate pair, which UTF-8 cannot encode")
+    return Example(path_inside(folder, record["image"]), record["prefix"], record["suffix"], line)
 
 
 def explain_missing(name: str, record: Record) -> str:
@@ -189,29 +190,29 @@ def explain_missing(name: str, record: Record) -> str:
         return f"a COCO file, which describes all pictures in one object. {NEEDED}"
     chat = next((key for key in ("messages", "conversations") if key in record), None)
     if chat is not None:
-        return f"a chat ({short(chat)}). Write its question as prefix, its answer as suffix, and the name of its picture as image"
-    has = ", ".join(short(key) for key in [*record][:6]) + f" and {len(record) - 6} more" * (len(record) > 6)
+        return f"a chat ({quote(chat)}). Write its question as prefix, its answer as suffix, and the name of its picture as image"
+    has = ", ".join(quote(key) for key in [*record][:6]) + f" and {len(record) - 6} more" * (len(record) > 6)
     return f"no {name!r}; it has {has or 'nothing'}"
 
 
-def inside(folder: Path, name: str) -> Path:
+def path_inside(folder: Path, name: str) -> Path:
     """The path of a picture in the dataset's folder. Raises: ValueError for a name that leads out of the folder."""
     if not name or "\0" in name:
-        raise ValueError(f"image is {short(name)}; the name of a file is needed")
+        raise ValueError(f"image is {quote(name)}, but the name of a file is needed")
     if "://" in name:
-        raise ValueError(f"image {short(name)} is an address; download it into the dataset's folder")
+        raise ValueError(f"image {quote(name)} is an address; download it into the dataset's folder")
     if os.path.isabs(name):
-        raise ValueError(f"image {short(name)} is an absolute name; one relative to the dataset's folder is needed")
+        raise ValueError(f"image {quote(name)} is an absolute path, but a path relative to the dataset's folder is needed")
     path = Path(os.path.normpath(folder / name))
     if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
-        raise ValueError(f"image {short(name)} lies outside the dataset's folder")
+        raise ValueError(f"image {quote(name)} lies outside the dataset's folder")
     return path
 
 
 def check_links(path: Path, folder: Path) -> str | None:
-    """The fault of a path that leads out of the dataset's folder through a link; None for all other paths.
+    """The message for a path that leads out of the dataset's folder through a link; None for all other paths.
 
-    In a snapshot of the hub's cache every file is a link into the cache's folder ../../blobs. Such links are allowed.
+    In a snapshot of the hub's cache every file is a link to a file in ../../blobs. Such links are allowed.
     """
     root, real = (Path(os.path.realpath(place)) for place in (folder, path))
     snapshot = next((above for above in (root, *root.parents) if above.parent.name == "snapshots"), None)
@@ -222,7 +223,7 @@ def check_links(path: Path, folder: Path) -> str | None:
 
 
 def read_lines(file: Path) -> Iterable[bytes]:
-    """The lines of a file without line ends. An overlong line is cut, to a length that is still over MAX_LINE_BYTES."""
+    """The lines of a file without line ends. A line over MAX_LINE_BYTES is cut, but stays too long, so parse_json refuses it."""
     with open(file, "rb") as stream:
         while line := stream.readline(MAX_LINE_BYTES + 2):
             rest = line
@@ -235,7 +236,7 @@ def read_split(file: str | Path, image_dir: str | Path | None = None) -> Split:
     """The examples and faults of a JSONL file. Blank lines and a byte order mark are ignored.
 
     Args:
-        image_dir: names of pictures are relative to it; default: the file's own folder.
+        image_dir: the folder to which names of pictures are relative; default: the folder of the file.
     Raises: DatasetError if the file is missing, empty, or recognised as another format.
     """
     file = Path(file)
@@ -267,14 +268,14 @@ def read_split(file: str | Path, image_dir: str | Path | None = None) -> Split:
 
 
 def kind_of_fault(text: str) -> str:
-    """A fault without quoted text, numbers and the names of fields: equal for faults of the same kind."""
+    """The message without quoted texts, numbers and the list of existing fields, so that messages of the same kind are equal."""
     return re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "", text.partition("; it has")[0])
 
 
 def fault_in_array(head: str) -> str | None:
-    """The message for a field that the first object of a JSON array lacks; None if it has all, or is not complete in `head`."""
+    """The message for a field that the first object of a JSON array lacks. None if it lacks none, or ends after `head`."""
     try:
-        record, _ = json.JSONDecoder(**HOOKS).raw_decode(head[1:].lstrip())
+        record, _ = json.JSONDecoder(**JSON_HOOKS).raw_decode(head[1:].lstrip())
     except (ValueError, RecursionError):
         return None
     return next((explain_missing(name, record) for name in FIELDS if name not in record), None)
@@ -288,7 +289,7 @@ def explain_unusable(split: Split, head: str) -> None:
         head: the beginning of the file.
     """
     first, _, rest = head.partition("\n")
-    is_broken = bool(split.faults) and split.faults[0].text.startswith("not JSON")  # the first line alone is not JSON
+    is_broken = bool(split.faults) and split.faults[0].text.startswith("not JSON")  # the first faulty line is not JSON
     name, what = split.file.name, None
     if not head:
         what = f"is empty. {NEEDED}"
@@ -297,10 +298,10 @@ def explain_unusable(split: Split, head: str) -> None:
     elif re.match(r'\s*\{\s*"(info|licenses|categories|images|annotations)"\s*:\s*[\[{]', head):
         what = f"is a COCO file, which describes all pictures in one object. {NEEDED}"
     elif re.match(r"\[\s*\{", head) and (fault := fault_in_array(head)):
-        what = f"is one JSON array, and not of examples: {fault.rstrip('.')}. {NEEDED}"
+        what = f"is one JSON array whose objects are not examples: {fault.rstrip('.')}. {NEEDED}"
     elif re.match(r"\[\s*\{", head):
         code = f"import json; [print(json.dumps(x)) for x in json.load(open({name!r}))]"
-        what = f"is one JSON array, not one line for each example. Convert it: python -c \"{code}\" > examples.jsonl."
+        what = f"is one JSON array, but one line for each example is needed. Convert it: python -c \"{code}\" > examples.jsonl."
     elif is_broken and head.startswith("{") and re.search(r'^\s*"(images|annotations)"\s*:\s*\[', rest, re.MULTILINE):
         what = f"is a COCO file, which describes all pictures in one object. {NEEDED}"
     elif is_broken and head.startswith("{") and re.match(r'\s*["}]', rest):
@@ -325,7 +326,7 @@ def explain_unusable(split: Split, head: str) -> None:
 
 
 def check_picture(path: Path, folder: Path, options: dict) -> tuple[bytes, str | None, bool]:
-    """The hash of a picture file, its fault or None, and whether it is nearly black. The picture is decoded as in training."""
+    """Decodes a picture as in training. Returns: the hash of its file, its fault or None, and whether it is nearly black."""
     if fault := check_links(path, folder):
         return b"", fault, False
     notes: list[str] = []
@@ -335,7 +336,7 @@ def check_picture(path: Path, folder: Path, options: dict) -> tuple[bytes, str |
             is_dark = any(text.endswith(NEARLY_BLACK) for text in notes)
             return hashlib.sha256(read_file(path)).digest(), None, is_dark
     except PaliGemmaError as error:
-        return b"", ADVICE.sub("", error.message), False
+        return b"", LAST_SENTENCE.sub("", error.message), False
 
 
 def check_pictures(split: Split) -> None:
@@ -343,13 +344,14 @@ def check_pictures(split: Split) -> None:
     paths = list(dict.fromkeys(example.image for example in split.examples))
     with ThreadPoolExecutor(NUM_THREADS) as threads:
         check = partial(check_picture, folder=split.folder, options=split.options)
-        found = dict(zip(paths, threads.map(check, paths), strict=True))
-    faults = {path: fault for path, (_, fault, _) in found.items() if fault is not None}
-    if num_dark := sum(is_dark for _, _, is_dark in found.values()):
+        results = dict(zip(paths, threads.map(check, paths), strict=True))
+    faults = {path: fault for path, (_, fault, _) in results.items() if fault is not None}
+    if num_dark := sum(is_dark for _, _, is_dark in results.values()):
         text = f"{num_dark} of {counted(len(paths), 'picture')} have 16 bits and are nearly black"
         split.warnings.append(Problem(split.file, 0, f"{text}; --stretch shows their brightest value as white"))
-    split.drop(Problem(split.file, line.line, faults[line.image]) for line in split.examples if line.image in faults)
-    split.hashes = [found[example.image][0] for example in split.examples]
+    bad = [example for example in split.examples if example.image in faults]
+    split.drop(Problem(split.file, example.line, faults[example.image]) for example in bad)
+    split.hashes = [results[example.image][0] for example in split.examples]
 
 
 # Texts
@@ -359,15 +361,15 @@ def check_texts(split: Split, processor: "PaliGemmaProcessor", max_text_tokens: 
     """Drops the lines whose prompt and answer are too long; warns about answers that would harm the training.
 
     Args:
-        max_text_tokens: maximum of <bos>, prefix, newline, suffix and <eos> together. A longer example is a fault and is never
-            truncated: without its <eos> it would teach the model not to stop.
+        max_text_tokens: maximum number of tokens of <bos>, prefix, newline, suffix and <eos> together. A longer example is a
+            fault. It is never truncated, because an example without <eos> would teach the model not to stop.
     """
     faults, num_boxes, num_swapped = [], 0, 0
     for example in split.examples:
         try:
             prefix, suffix = processor.encode(example.prefix.strip()), processor.encode(example.suffix)
         except PromptError as error:  # too long to be tokenised at all
-            faults.append(Problem(split.file, example.line, ADVICE.sub("", error.message)))
+            faults.append(Problem(split.file, example.line, LAST_SENTENCE.sub("", error.message)))
             continue
         count = len(prefix) + len(suffix) + 3
         if count > max_text_tokens:
@@ -377,31 +379,30 @@ def check_texts(split: Split, processor: "PaliGemmaProcessor", max_text_tokens: 
         split.warnings += [Problem(split.file, example.line, text) for text in text_warnings(example.prefix, example.suffix)]
         reading = parse_text(example.suffix)
         num_boxes += len(reading.objects)
-        num_swapped += sum(SWAPPED in found.problems for found in reading.objects)
+        num_swapped += sum(SWAPPED in obj.problems for obj in reading.objects)
     if num_boxes and num_swapped / num_boxes > MAX_SWAPPED:
         text = f"{num_swapped} of {num_boxes} boxes have swapped corners: are they x, y, width, height (YOLO, COCO)?"
         split.warnings.insert(0, Problem(split.file, 0, f"{text} <loc> tokens are y_min, x_min, y_max, x_max"))
-    placed = (example for example in split.examples if LOCATION_OR_CODE.search(example.suffix))
-    answers = {(example.image, example.prefix, example.suffix) for example in placed}
-    asked = Counter((image, prefix) for image, prefix, _ in answers)
-    several = sum(count > 1 for count in asked.values())
-    if several:
-        have = f"{counted(several, 'question')} {'have' if several > 1 else 'has'}"
+    with_boxes = (example for example in split.examples if LOCATION_OR_CODE.search(example.suffix))
+    answers = {(example.image, example.prefix, example.suffix) for example in with_boxes}
+    num_answers = Counter((image, prefix) for image, prefix, _ in answers)
+    if num_split := sum(number > 1 for number in num_answers.values()):
+        have = f"{counted(num_split, 'question')} {'have' if num_split > 1 else 'has'}"
         text = f"{have} boxes in several lines; join them into one answer with ' ; ', in the order that the model should generate"
         split.warnings.append(Problem(split.file, 0, text))
-    empty = sum(not example.suffix.strip() for example in split.examples)
-    if empty:
-        text = f"{empty} of {len(split.examples)} answers are empty; they teach the model to find nothing"
+    if num_empty := sum(not example.suffix.strip() for example in split.examples):
+        text = f"{num_empty} of {len(split.examples)} answers are empty; they teach the model to find nothing"
         split.warnings.append(Problem(split.file, 0, text))
     split.drop(faults)
 
 
 def text_warnings(prefix: str, suffix: str) -> list[str]:
-    """What is suspicious about a prompt and its answer, above all about the location and mask tokens of the answer."""
+    """The warnings about a prompt and its answer, above all about the location and mask tokens of the answer."""
     tokens = dict.fromkeys(LOOKS_LIKE_LOCATION_OR_CODE.findall(suffix))
     unknown = [token for token in tokens if not LOCATION_OR_CODE.fullmatch(token)]
     more = f", and {counted(len(unknown) - 3, 'other')} like it" if len(unknown) > 3 else ""
-    texts = [f"{token} is not a token; <loc0000> to <loc1023> and <seg000> to <seg127> are{more}" for token in unknown[:3]]
+    tokens_are = "the tokens are <loc0000> to <loc1023> and <seg000> to <seg127>"
+    texts = [f"{token}{more} is not a token; {tokens_are}" for token in unknown[:3]]
     control = dict.fromkeys(CONTROL_TOKEN.findall(f"{prefix} {suffix}"))
     texts += [f"{token} is treated as plain text; the processor adds this token where needed, so remove it" for token in control]
     texts += ["the suffix begins or ends with white space, which would be learned"] * (suffix.strip() not in ("", suffix))
@@ -430,32 +431,32 @@ def spread(total: int, count: int) -> list[int]:
 
 
 def compare(train: Split, valid: Split) -> list[Problem]:
-    """Warnings for what makes scores on `valid` misleading: pictures that are in both files, prompts that only one has."""
+    """Warnings about causes of misleading scores: pictures that are in both files, and prompts that are only in `valid`."""
     warnings = []
-    known = set(train.hashes)
-    lines = [example.line for example, digest in zip(valid.examples, valid.hashes, strict=True) if digest in known]
+    train_hashes = set(train.hashes)
+    lines = [example.line for example, digest in zip(valid.examples, valid.hashes, strict=True) if digest in train_hashes]
     if lines:
         text = f"{len(lines)} of {len(valid.examples)} pictures are in {train.file.name}, too (first in line {lines[0]})"
         warnings.append(Problem(valid.file, 0, f"{text}: scores will be too high"))
-    learned = Counter(example.prefix.strip() for example in train.examples)
-    if len(learned) <= MAX_PROMPTS:
-        new = dict.fromkeys(example.prefix.strip() for example in valid.examples if example.prefix.strip() not in learned)
+    known = {example.prefix.strip() for example in train.examples}
+    if len(known) <= MAX_PROMPTS:
+        new = dict.fromkeys(example.prefix.strip() for example in valid.examples if example.prefix.strip() not in known)
         if new:
             text = f"{len(new)} prompt{'s are' if len(new) > 1 else ' is'} not in {train.file.name}"
-            warnings.append(Problem(valid.file, 0, f"{text}, such as {short(next(iter(new)))}"))
+            warnings.append(Problem(valid.file, 0, f"{text}, such as {quote(next(iter(new)))}"))
     return warnings
 
 
 def read_splits(
     paths: Sequence[str], image_dir: str | None, options: dict, processor: "PaliGemmaProcessor", max_text_tokens: int
 ) -> list[Split]:
-    """The splits of the training file and, if there is one, of the validation file, checked in every respect.
+    """The splits of the training file and, if there is one, of the validation file, with all faults and warnings.
 
     Args:
         image_dir: see read_split.
-        options: of load_image.
+        options: arguments of load_image.
         max_text_tokens: see check_texts.
-    Raises: DatasetError as read_split. All other faults are in the splits: see `report` and `require_usable`.
+    Raises: DatasetError as read_split. All other faults are stored in the splits, for `report` and `require_usable`.
     """
     splits = [read_split(path, image_dir) for path in paths]
     for split in splits:
@@ -483,20 +484,20 @@ def report(split: Split) -> list[str]:
 
 
 def require_usable(splits: Sequence[Split], skip_bad: bool, max_tokens: int | None = None) -> None:
-    """Stops a run that has faulty lines, unless they are to be skipped, or no usable line.
+    """Stops a run whose data have faulty lines that are not to be skipped, or a file without usable lines.
 
     Args:
-        max_tokens: the number of text tokens that fit into the model's context after a picture.
-    Raises: DatasetError.
+        max_tokens: the number of text tokens that fit into the model's context after a picture; None if it is not known.
+    Raises: DatasetError if the run must stop.
     """
     faults = [fault for split in splits for fault in split.faults]
     if faults and not skip_bad:
         first, longest = str(faults[0]).rstrip("."), max(fault.tokens for fault in faults)
         num_long, advice = sum(fault.tokens > 0 for fault in faults), []
         if longest and (max_tokens is None or longest <= max_tokens):
-            advice.append(f"Raise the limit for the {num_long} that are too long: --max_text_tokens {longest}.")
+            advice.append(f"Raise the limit for the {counted(num_long, 'line')} that are too long: --max_text_tokens {longest}.")
         elif longest:
-            advice.append(f"The longest needs {longest} tokens, and the model has room for {max_tokens}: shorten it.")
+            advice.append(f"The longest line needs {longest} tokens, but the model has room for {max_tokens}: shorten it.")
         if num_long < len(faults):
             if not any(split.examples for split in splits) and all("does not exist" in fault.text for fault in faults):
                 advice.append("Name the folder that contains the pictures: --image_dir.")
@@ -516,8 +517,8 @@ class Examples:
     """The examples of a split, as the model is trained on them.
 
     Args:
-        split: read and checked.
-        augment: "none", or "zoom" (augmentation.py): another window in each epoch, the same for equal seed, epoch and line.
+        split: from read_splits.
+        augment: "none", or "zoom" (augmentation.py), which chooses the window by the seed, the epoch and the example.
     """
 
     def __init__(self, split: Split, processor: "PaliGemmaProcessor", augment: str = "none", seed: int = 0):
@@ -526,14 +527,14 @@ class Examples:
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Image.Image, str, str]:
         """Picture, prefix and suffix of the example (epoch, index)."""
-        line = self.lines[key[1]]
-        picture, suffix = load_image(line.image, notes=[], **self.options), line.suffix
+        example = self.lines[key[1]]
+        picture, suffix = load_image(example.image, notes=[], **self.options), example.suffix
         if self.augment == "zoom":
             picture, suffix = zoom(picture, suffix, seed=(self.seed, *key))
-        return picture, line.prefix, suffix
+        return picture, example.prefix, suffix
 
     def batch(self, keys: Sequence[tuple[int, int]]) -> dict:
-        """What the processor returns for these examples, each (epoch, index), labels included."""
+        """What the processor returns for these examples, labels included. Each key is (epoch, index)."""
         side = self.processor.image_size
         # Resized one by one, because a batch of large photos would take gigabytes.
         resized = ((resize_to_square(picture, side), *texts) for picture, *texts in (self[key] for key in keys))

@@ -1,4 +1,4 @@
-"""A page of training examples as the model will see them, with boxes and masks drawn from the tokens of the answers.
+"""A page of training examples as the model will see them: boxes and masks are drawn from the tokens of the answers.
 
 Checked in tests/programs/test_finetune.py.
 """
@@ -16,14 +16,14 @@ from paligemma.objects.outputs import parse_text
 
 MAX_PICTURES, COLUMNS = 12, 4
 SIDE, LINE = 336, 20  # pixels: side of the square for a picture, height of a line of text below it
-MAX_LETTERS = 48  # per line
+MAX_LETTERS = 48  # per line of text
 
 
 def draw_preview(examples: Examples, codec: MaskCodec | None, file: Path) -> None:
-    """Draws examples that are spread evenly over the file, augmented as in the first epoch. Raises: OutputError.
+    """Draws examples that are spread evenly over the data, augmented as in the first epoch. Raises: OutputError.
 
     Args:
-        codec: decodes masks, or None.
+        codec: decodes masks; None if there is no codec.
     """
     shown_lines = spread(len(examples.lines), MAX_PICTURES)
     count = len(shown_lines)
@@ -37,8 +37,8 @@ def draw_preview(examples: Examples, codec: MaskCodec | None, file: Path) -> Non
         shown = ImageOps.contain(drawing.draw(picture, objects), (SIDE - 8, SIDE - 8))
         x, y = number % columns * SIDE, number // columns * (SIDE + 2 * LINE + 8)
         page.paste(shown, (x + 4, y + 4))
-        answer = " ; ".join(found.label for found in objects) if objects else suffix or "(nothing)"
+        answer = " ; ".join(obj.label for obj in objects) if objects else suffix or "(nothing)"
         for row, text in enumerate((prefix, answer)):
-            place = x + 6, y + SIDE + row * LINE
-            lettering().write(page, place, drawing.clean(text)[:MAX_LETTERS], 13, "black" if row else "#555555")
+            position = x + 6, y + SIDE + row * LINE
+            lettering().write(page, position, drawing.clean(text)[:MAX_LETTERS], 13, "black" if row else "#555555")
     drawing.save(page, file)

@@ -1,7 +1,7 @@
-"""The processes of one run: rank, world size, and what they do together. Without torchrun there is one process, of rank 0.
+"""The processes of a run: rank, world size and communication. Without torchrun there is one process, whose rank is 0.
 
-torchrun describes the group in environment variables. So `rank` and `is_first` work before torch is imported, and before `group`
-connects the processes. Checked in tests/learning/test_processes.py.
+torchrun describes the processes in environment variables. So `rank` and `is_first` work before torch is imported, and before
+`group` connects the processes. Checked in tests/learning/test_processes.py.
 """
 
 import os
@@ -31,12 +31,12 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """The number of this process, counted from 0."""
     return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
 def is_first() -> bool:
-    """Whether this is the process that prints and writes files for all."""
+    """Whether this is the process that prints and writes files on behalf of all processes."""
     return rank() == 0
 
 
@@ -47,7 +47,7 @@ def num_on_this_machine() -> int:
 
 @contextmanager
 def group(device: "torch.device") -> Iterator[None]:
-    """Inside, the processes are connected. Raises: DeviceError if another process has ended."""
+    """Connects the processes within a `with` block. Raises: DeviceError if another process has ended."""
     if world_size() == 1:
         yield
         return
@@ -60,8 +60,8 @@ def group(device: "torch.device") -> Iterator[None]:
     try:
         yield
     except PaliGemmaError:
-        # Most errors happen in all processes. The first one reports its error at once, and torchrun then ends the others: only
-        # an error that the first process does not have is reported by another one.
+        # Most errors happen in all processes. The first process reports its error at once, and torchrun then ends the other
+        # processes before they report theirs. An error that the first process does not have is reported after the delay.
         if not is_first():
             time.sleep(REPORT_DELAY_S)
         raise
@@ -95,12 +95,12 @@ def sums(*values: float) -> list[float]:
 
 
 def from_first(make: Callable[[], Value]) -> Value:
-    """What make() returns in the first process, sent to all others. A PaliGemmaError that it raises is raised in all."""
+    """Calls make() in the first process. All processes return its result, or raise the PaliGemmaError that it raised."""
     if world_size() == 1:
         return make()
     from torch import distributed
 
-    sent: list = [None, None]
+    sent: list = [None, None]  # the result, and the error
     if is_first():
         try:
             sent[0] = make()
@@ -113,8 +113,11 @@ def from_first(make: Callable[[], Value]) -> Value:
 
 
 def leave(code: int) -> int:
-    """The exit code, for a process of its own. One of several exits here, because threads of torch.distributed sometimes call
-    abort() while the interpreter shuts down."""
+    """Ends this process if the run has several processes; otherwise returns the exit code.
+
+    With several processes the interpreter must not shut down normally, because threads of torch.distributed sometimes call
+    abort() during the shutdown.
+    """
     if world_size() > 1:
         sys.stderr.flush()
         os._exit(code)

@@ -1,4 +1,4 @@
-"""A fine-tuning run: the memory it needs, its updates with evaluations and checkpoints, and the model it leaves behind.
+"""A fine-tuning run: the memory that it needs, its updates with evaluations and checkpoints, and the model that it saves.
 
 Checked in tests/programs/test_finetune.py.
 Shapes: L tokens of a row, D model width, F MLP width, N query heads, V vocabulary size.
@@ -33,10 +33,10 @@ ADVICE = "Take --method lora, --gradient_checkpointing, a smaller --micro_batch_
 def memory_needed(model: nn.Module, plan: Plan, max_text_tokens: int, gradient_checkpointing: bool) -> int:
     """The bytes of memory that a run needs in each process, estimated from the model on the meta device.
 
-    A trained weight takes 16 bytes: float32 weight, gradient and two moments. Several processes share these, but each of them
-    first loads all weights (4 bytes). An evaluation makes one more copy of all weights. With gradient checkpointing every layer
-    stores its input only, and one layer at a time stores all activations. Attention with a soft cap (Gemma 2) does not use a
-    fused kernel: it stores about 10.5 bytes for each head and pair of tokens.
+    A trained weight takes 16 bytes: float32 weight, gradient and two moments. Several processes divide these bytes among them,
+    but each process first loads all weights (4 bytes). An evaluation makes one more copy of all weights. With gradient
+    checkpointing every layer stores only its input, and one layer at a time stores all activations. Attention with a soft cap
+    (Gemma 2) does not use a fused kernel: it stores about 10.5 bytes for each head and pair of tokens.
     """
     size = 2 if plan.dtype == torch.bfloat16 else 4
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -58,12 +58,12 @@ def memory_needed(model: nn.Module, plan: Plan, max_text_tokens: int, gradient_c
 
 
 def merged_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model as it would be saved now: not sharded, adapters merged, every weight in `dtype`."""
+    """The model as it would be saved now: not sharded, with adapters merged, and with every weight in `dtype`."""
     tensors = {}
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        tensors[name] = tensor if ".lora_" in name else tensor.to(dtype)  # at once, so that no float32 copy of the model is made
+        tensors[name] = tensor if ".lora_" in name else tensor.to(dtype)  # one by one: no float32 copy of the model
     for name, layer in lora.adapted(model):
         a, b = (tensors.pop(f"{name}.{matrix}.weight") for matrix in ("lora_A", "lora_B"))
         tensors[f"{name}.weight"] = lora.merged_weight(tensors[f"{name}.weight"], a, b, layer.scaling)
@@ -77,9 +77,9 @@ class Run:
 
     Args:
         trainer: the model and its optimiser, new or restored from a checkpoint.
-        judge: scores the model, or None.
+        judge: scores the model; None if there are no validation data.
         folder: the output folder (run_folder.py).
-        evaluate_every, save_every: in updates.
+        evaluate_every, save_every: numbers of updates.
     """
 
     def __init__(
@@ -92,12 +92,12 @@ class Run:
     def updates(self, should_stop: Callable[[], bool]) -> Iterator[dict]:
         """Trains until the last update, or until should_stop() is true in any process, and saves checkpoints.
 
-        Yields: each line of metrics.jsonl, of an update or of an evaluation, after it was written.
-        Raises: ImageError if a picture was deleted or changed during the run, DeviceError if memory runs out, CheckpointError
-            as Trainer.update.
+        Yields: each line of metrics.jsonl, about an update or an evaluation, after it was written.
+        Raises: ImageError if a picture was deleted or changed during the run, DeviceError if memory runs out, and
+            CheckpointError as Trainer.update does.
         """
         trainer, start, is_stopped = self.trainer, time.perf_counter(), False
-        if from_first(self.lacks_evaluation):  # the run was stopped between saving and evaluating
+        if from_first(self.lacks_evaluation):  # the run was stopped after it saved and before it evaluated
             yield from self.evaluate()
         while trainer.step < trainer.plan.steps and not is_stopped:
             try:
@@ -116,27 +116,27 @@ class Run:
                 yield from self.evaluate()
 
     def is_evaluation_due(self) -> bool:
-        """Whether an evaluation follows the last update."""
+        """Whether an evaluation is due after the update that was just made."""
         return self.trainer.step % self.evaluate_every == 0 or self.trainer.step == self.trainer.plan.steps
 
     def lacks_evaluation(self) -> bool:
-        """Whether an evaluation should have followed the last saved update, but metrics.jsonl has no line of it."""
+        """Whether an evaluation was due after the last saved update, but metrics.jsonl has no line about it."""
         step = self.trainer.step
         is_logged = any(line["step"] == step and "valid_loss" in line for line in self.log.lines)
         return self.judge is not None and step > 0 and self.is_evaluation_due() and not is_logged
 
     def evaluate(self) -> Iterator[dict]:
-        """Scores the model as it would be saved now, and draws the curves. Yields: the line of metrics.jsonl, if any."""
+        """Scores the model as it would be saved now, and draws the curves. Yields: the new line of metrics.jsonl."""
         if self.judge is not None:
             # Every process holds the whole model and answers its share of the questions.
-            numbers = self.judge(merged_model(self.trainer.model, self.trainer.plan.dtype))
-            rounded = {name: round(value, 5) for name, value in numbers.items()}
+            values = self.judge(merged_model(self.trainer.model, self.trainer.plan.dtype))
+            rounded = {name: round(value, 5) for name, value in values.items()}
             yield self.write({"step": self.trainer.step} | rounded | {"scored": self.judge.scored})
         if self.log is not None:
             self.log.draw()
 
     def write(self, line: dict) -> dict:
-        """Adds the line to metrics.jsonl, in the first process, and returns it."""
+        """Adds the line to metrics.jsonl (only the first process does this), and returns it."""
         if self.log is not None:
             self.log.write(line)
         return line
@@ -148,17 +148,18 @@ class Run:
         """Writes model/ with the processor's files, and adapter/ if an adapter was trained. Raises: OutputError.
 
         Args:
-            checkpoint: the starting model. If it is an adapter, its files replace those of its base.
+            checkpoint: the starting model. If it is an adapter, the processor's files in its folder replace those of its base.
             adapter: the configuration of the adapter that was trained; None if the model itself was trained.
-            revision: of the starting model.
+            revision: revision of the starting model, to be stored with the adapter.
         Returns: the folder model/.
         """
-        merged = merged_model(self.trainer.model, self.trainer.plan.dtype)  # all processes, because both gather the shards
+        # All processes call these two functions, because both functions gather the shards.
+        merged = merged_model(self.trainer.model, self.trainer.plan.dtype)
         matrices = lora.adapter_state(self.trainer.model)
         result = self.folder / "model"
         if not is_first():
             return result
-        for unfinished in self.folder.glob("*/.saving-*"):  # of a run that was killed
+        for unfinished in self.folder.glob("*/.saving-*"):  # left by a run that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
         weights.save_model(merged, result)
         for file in (folder / name for folder in dict.fromkeys((checkpoint.base, checkpoint.folder)) for name in SIDE_FILES):

@@ -1,4 +1,4 @@
-"""The output folder of a fine-tune: settings, log, curves, checkpoints, and the checks that keep a run from overwriting another.
+"""The output folder of a fine-tuning run: settings, log, curves, checkpoints; checks that no run overwrites another run.
 
 Imports no torch. Checked in tests/programs/test_finetune.py.
 """
@@ -38,9 +38,11 @@ FREE_TO_CHANGE = (  # flags that may differ in a resumed run, because they do no
     # Files and folders are compared by their content (fingerprints), not by their paths.
     "train", "valid", "image_dir", "mask_codec", "model_path", "base_model", "revision",
 )  # fmt: skip
-ADJUSTABLE = ("dtype", "clip")  # and the learning rates: may be changed, for instance after updates that were not finite
+# These flags and the learning rates change the weights, but may differ in a resumed run, for instance after losses that are NaN.
+ADJUSTABLE = ("dtype", "clip")
+RENAMED = {"rows": "micro_batch_size"}  # flags that had another name in earlier versions of settings.json
 MAX_LOG_LINE_BYTES = 1 << 16
-NO_ROOM, NEW_OUTPUT = "Make room, or name another --output.", "Name another --output."  # advice in error messages
+NO_ROOM, NEW_OUTPUT = "Make room, or name another --output.", "Name another --output."  # advice for error messages
 OUTPUT_FILES = ("settings.json", "metrics.jsonl", "progress.svg", "preview.png")
 OUTPUT_FOLDERS = ("checkpoints", "model", "adapter")
 STATE_NAME = "state.json"  # the last file of a checkpoint to be written
@@ -63,15 +65,15 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def check_inputs(folder: Path, inputs: Iterable[tuple[str, str | None]]) -> None:
-    """Makes sure that no input file of a run is one of its output files.
+    """Checks that no input file of a run is one of its output files.
 
     Args:
-        inputs: the flag of each file ("--train"), and its path or None.
+        inputs: the flag of each input file ("--train"), and the path or None.
     Raises: UsageError; OutputError if the folder could not be written to.
     """
-    given = [(flag, expand(file)) for flag, file in inputs if file]
-    check_outputs([], given, [("--output", folder / name) for name in OUTPUT_FILES])
-    for flag, file in given:
+    files = [(flag, expand(file)) for flag, file in inputs if file]
+    check_outputs([], files, [("--output", folder / name) for name in OUTPUT_FILES])
+    for flag, file in files:
         for name in OUTPUT_FOLDERS:
             is_inside = False
             with suppress(ValueError):  # a NUL in the name: no such file can exist
@@ -81,52 +83,53 @@ def check_inputs(folder: Path, inputs: Iterable[tuple[str, str | None]]) -> None
 
 
 def check_unused(folder: Path, resume: bool) -> None:
-    """Makes sure that a run does not overwrite an earlier one. Raises: UsageError if it would."""
+    """Checks that a run does not overwrite an earlier run. Raises: UsageError if it would."""
     is_finished, is_started = stat_path(folder / "model", OutputError) is not None, bool(checkpoints(folder / "checkpoints"))
     if (is_started or is_finished) and not resume:
         raise UsageError(f"{folder} already holds a run. Name another --output, or continue with --resume.")
     if is_finished and not is_started:
-        raise UsageError(f"{folder} holds the result of a run whose checkpoints are gone. Name another --output.")
+        raise UsageError(f"{folder} holds the result of a run whose checkpoints were deleted. Name another --output.")
     if resume and not is_started:
         log.warning("%s holds no checkpoint yet; the run starts from the beginning.", folder)
 
 
 def settings_of(flags: Any, data: str, model: str) -> dict:
-    """The settings that must be the same in a resumed run.
+    """The settings that are stored in settings.json and compared when a run is resumed.
 
     Args:
-        flags: a dataclass.
-        data, model: fingerprints of the examples and of the starting model.
+        flags: an instance of finetune.Flags.
+        data: fingerprint of the training examples.
+        model: fingerprint of the starting model.
     """
     settings = {name: value for name, value in asdict(flags).items() if name not in FREE_TO_CHANGE}
     return settings | {"data": data, "model": model}
 
 
 def check_settings(folder: Path, settings: dict) -> None:
-    """Makes sure that a run continues with the settings it was started with, as far as they change the weights.
+    """Checks that a resumed run has the settings with which it was started. ADJUSTABLE settings only give a warning.
 
     Args:
         settings: from settings_of.
-    Raises: UsageError for other settings, other data or another model.
+    Raises: UsageError for different settings, different data or a different model.
     """
     if not (checkpoints(folder / "checkpoints") and stat_path(folder / "settings.json", OutputError)):
         return
-    before = read_json(folder / "settings.json")
-    common = [name for name in settings if name in before]  # an older version of this program may have had fewer
+    before = {RENAMED.get(name, name): value for name, value in read_json(folder / "settings.json").items()}
+    common = [name for name in settings if name in before]  # an earlier version of this program may have had fewer settings
     changed = {
         name: f"{name} was {before[name]!r} and is {settings[name]!r}" for name in common if before[name] != settings[name]
     }
     adjusted = [changed.pop(name) for name in [*changed] if name in ADJUSTABLE or name.startswith("learning_rate")]
     if changed:
         text = "; ".join(changed.values())
-        raise UsageError(f"{folder} was started with other settings: {text}. Use the same settings, or another --output.")
+        raise UsageError(f"{folder} was started with other settings: {text}. Use the same settings, or name another --output.")
     if adjusted:
         log.warning("the run continues with other settings: %s.", "; ".join(adjusted))
 
 
 @contextmanager
 def claim(folder: Path, settings: dict) -> Iterator[None]:
-    """Makes the folder, locks it against other runs, and writes settings.json.
+    """A context manager: makes the folder, locks it against other runs, and writes settings.json.
 
     Raises: UsageError if the folder has other settings (check_settings), OutputError if another run has locked it.
     """
@@ -155,7 +158,7 @@ def claim(folder: Path, settings: dict) -> Iterator[None]:
 
 
 def read_log(file: Path, step: int) -> list[dict]:
-    """The lines of a metrics.jsonl up to this step, without incomplete lines and lines that this program did not write."""
+    """The lines of a metrics.jsonl up to `step`, without incomplete lines and lines that this program cannot have written."""
     lines = []
     with suppress(OSError):
         if is_file(file, OutputError):
@@ -164,28 +167,28 @@ def read_log(file: Path, step: int) -> list[dict]:
                     with suppress(ValueError):
                         lines.append(parse_json(text))
     lines = [line for line in lines if is_log_line(line)]
-    counts_from_0 = any(line["step"] == 0 for line in lines)  # older versions numbered the first update 0
+    counts_from_0 = any(line["step"] == 0 for line in lines)  # earlier versions gave the first update the number 0
     lines = [line | {"step": line["step"] + counts_from_0} for line in lines]
     return [line for line in lines if 0 < line["step"] <= step]
 
 
 def is_log_line(line: object) -> bool:
-    """Whether this is a line of `Log.write`: the step, and numbers, null, true, false, or the text of "scored"."""
+    """Whether `Log.write` can have written this line: a step, and numbers, null, true, false, or the text "scored"."""
 
-    def is_written(name: str, value: object) -> bool:
+    def is_possible(name: str, value: object) -> bool:
         if isinstance(value, float):
             return math.isfinite(value)
         is_short = isinstance(value, str) and name == "scored" and len(value) <= 200
         return value is None or is_short or (isinstance(value, int) and abs(value) < 2**53)
 
-    return isinstance(line, dict) and type(line.get("step")) is int and all(map(is_written, line.keys(), line.values()))
+    return isinstance(line, dict) and type(line.get("step")) is int and all(map(is_possible, line.keys(), line.values()))
 
 
 class Log:
     """metrics.jsonl, progress.svg and, if requested, a log for TensorBoard.
 
     Args:
-        step: number of updates so far. Lines of later updates, which a run wrote after its last checkpoint, are removed.
+        step: number of updates so far. Lines about later updates, which a run wrote after its last checkpoint, are removed.
     """
 
     def __init__(self, folder: Path, step: int, with_tensorboard: bool):
@@ -202,7 +205,7 @@ class Log:
         """Adds a line. NaN and infinity are written as null, because JSON has neither. Raises: OutputError."""
         line = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in line.items()}
         self.lines.append(line)
-        with output_errors(self.file, "Make room and add --resume."), open(self.file, "a", encoding="utf-8") as stream:
+        with output_errors(self.file, "Make room and continue with --resume."), open(self.file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
         if self.tensorboard is not None:
             for name, value in line.items():
@@ -210,7 +213,7 @@ class Log:
                     self.tensorboard.add_scalar(name, value, line["step"])
 
     def draw(self) -> None:
-        """Draws progress.svg. A failure is only a warning, because the numbers are in metrics.jsonl."""
+        """Draws progress.svg. A failure only gives a warning, because metrics.jsonl has the same numbers."""
         from paligemma.learning.curves import draw_curves
 
         try:

@@ -1,7 +1,7 @@
 """Scores of answers, as the papers define them: exact match, VQA accuracy, ANLS, relaxed accuracy, CIDEr-D, mAP, mIoU.
 
-Each function takes the predictions and the references of all examples and returns one number from 0 to 1 (CIDEr-D: 0 to 10);
-higher is better. For text scores, an example may have several references, because people give different answers.
+Each function takes the predictions and the references of all examples and returns one number from 0 to 1 (CIDEr-D: 0 to 10).
+A higher number is better. For text scores, an example may have several references, because people give different answers.
 
 Sources: VQA (arXiv:1505.00468) and its evaluation code, ANLS (arXiv:1905.13648), relaxed accuracy (ChartQA, arXiv:2203.10244),
 CIDEr-D (arXiv:1411.5726), AP (COCO's evaluation, by pycocotools), mIoU of referring segmentation (PaliGemma, arXiv:2407.07726).
@@ -28,7 +28,7 @@ NUMBER_WORDS = {"none": "0"} | {
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
 FULL_STOP = re.compile(r"\.(?!\d)")
-# VQA's evaluation code restores one missing apostrophe in these words; in a word with two, either may be missing.
+# VQA's evaluation code restores one missing apostrophe in these words. In a word with two apostrophes, either may be missing.
 CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd
 how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
@@ -59,7 +59,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def exact_match(predictions: Texts, references: References) -> float:
-    """The share of predictions that equal one of their references, except for white space at the ends."""
+    """The fraction of predictions that equal one of their references, ignoring white space at the ends."""
     pairs = zip(predictions, references, strict=True)
     return mean([float(text.strip() in {reference.strip() for reference in group}) for text, group in pairs])
 
@@ -69,14 +69,14 @@ def vqa_words(answer: str) -> str:
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     stripped = text
     for mark in PUNCTUATION:
-        is_apart = f"{mark} " in text or f" {mark}" in text or COMMA_IN_NUMBER.search(text)
-        stripped = stripped.replace(mark, "" if is_apart else " ")
+        removes = f"{mark} " in text or f" {mark}" in text or COMMA_IN_NUMBER.search(text)
+        stripped = stripped.replace(mark, "" if removes else " ")
     words = (NUMBER_WORDS.get(word, word) for word in FULL_STOP.sub("", stripped).lower().split())
     return " ".join(APOSTROPHES.get(word, word) for word in words if word not in ARTICLES)
 
 
 def vqa_accuracy(predictions: Texts, references: References) -> float:
-    """VQA's accuracy: an answer scores 1 if at least three people gave it, 1/3 for each person if fewer did.
+    """VQA's accuracy: an answer scores 1 if at least three people gave it; otherwise each person who gave it adds 1/3.
 
     The score is averaged over all subsets that leave out one person. As in the official code, answers are normalised with
     `vqa_words`, unless all people gave the same answer. If there is a single reference, the normalised prediction must equal the
@@ -87,12 +87,12 @@ def vqa_accuracy(predictions: Texts, references: References) -> float:
         if len(group) == 1:
             values.append(float(vqa_words(text) == vqa_words(group[0])))
             continue
-        ours, *theirs = (answer.replace("\n", " ").replace("\t", " ").strip() for answer in (text, *group))
-        if len(set(theirs)) > 1:
-            ours, *theirs = map(vqa_words, (ours, *theirs))
-        agreeing = theirs.count(ours)
-        # If the person left out is one of those who agree, one fewer agrees.
-        values.append(mean([min(1.0, (agreeing - (answer == ours)) / 3) for answer in theirs]))
+        prediction, *answers = (answer.replace("\n", " ").replace("\t", " ").strip() for answer in (text, *group))
+        if len(set(answers)) > 1:
+            prediction, *answers = map(vqa_words, (prediction, *answers))
+        num_equal = answers.count(prediction)
+        # If the answer that is left out equals the prediction, one fewer is counted.
+        values.append(mean([min(1.0, (num_equal - (answer == prediction)) / 3) for answer in answers]))
     return mean(values)
 
 
@@ -107,24 +107,23 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def anls(predictions: Texts, references: References, threshold: float = 0.5) -> float:
-    """Average normalised Levenshtein similarity: 1 - edit distance / length of the longer text, or 0 if that is 0.5 or less.
+    """Average normalised Levenshtein similarity: 1 - edit distance / length of the longer text.
 
-    Case and repeated spaces are ignored.
+    A similarity of 0.5 or less (1 - threshold) counts as 0. Case and repeated spaces are ignored.
     """
     values = []
     for text, group in zip(predictions, references, strict=True):
-        ours, best = " ".join(text.lower().split()), 0.0
-        for reference in group:
-            theirs = " ".join(reference.lower().split())
-            longest = max(len(ours), len(theirs))
-            distance = edit_distance(ours, theirs) / longest if longest else 0.0
+        prediction, best = " ".join(text.lower().split()), 0.0
+        for reference in (" ".join(answer.lower().split()) for answer in group):
+            longest = max(len(prediction), len(reference))
+            distance = edit_distance(prediction, reference) / longest if longest else 0.0
             best = max(best, 1 - distance if distance < threshold else 0.0)
         values.append(best)
     return mean(values)
 
 
 def as_number(text: str) -> float | None:
-    """Parses a number, or returns None. Percent signs are allowed ("25%" = 0.25), commas are not, as in ChartQA's code."""
+    """The number in a text, or None. As in ChartQA's code, a percent sign is allowed ("25%" = 0.25), but commas are not."""
     text = text.strip()
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
@@ -137,9 +136,9 @@ def relaxed_accuracy(predictions: Texts, references: References, tolerance: floa
     """ChartQA's accuracy: numbers may differ by 5 %; all other texts must be equal, ignoring case."""
 
     def is_right(text: str, answer: str) -> bool:
-        ours, theirs = as_number(text), as_number(answer)
-        if ours is not None and theirs:
-            return abs(ours - theirs) / abs(theirs) <= tolerance
+        predicted, expected = as_number(text), as_number(answer)
+        if predicted is not None and expected:
+            return abs(predicted - expected) / abs(expected) <= tolerance
         return text.strip().lower() == answer.strip().lower()
 
     pairs = zip(predictions, references, strict=True)
@@ -159,18 +158,18 @@ def ngrams(words: Sequence[str], longest: int = 4) -> list[Counter]:
 def cider_d(predictions: Texts, references: References, *, sigma: float = 6.0) -> float:
     """The similarity of captions to their references, in which rare n-grams count more than common ones.
 
-    It is the mean cosine similarity of TF-IDF vectors of n-grams. The IDF is computed from the references; counts are clipped, so
-    that repetition does not help, and a Gaussian penalises a difference in length. By convention the result is multiplied by 10.
+    The result is the mean cosine similarity of TF-IDF vectors of n-grams, by convention multiplied by 10. The IDF is computed
+    from the references. Counts are clipped, so that repetition does not help, and a Gaussian penalises a difference in length.
     """
-    ours = [ngrams(caption_words(text)) for text in predictions]
-    theirs = [[ngrams(caption_words(reference)) for reference in group] for group in references]
-    documents = Counter(chain.from_iterable({gram for counts in refs for n in counts for gram in n} for refs in theirs))
+    candidates = [ngrams(caption_words(text)) for text in predictions]
+    groups = [[ngrams(caption_words(reference)) for reference in group] for group in references]
+    documents = Counter(chain.from_iterable({gram for counts in refs for n in counts for gram in n} for refs in groups))
 
     def weighted(counts: Counter) -> dict[tuple, float]:
-        return {gram: count * (math.log(len(theirs)) - math.log(max(1, documents[gram]))) for gram, count in counts.items()}
+        return {gram: count * (math.log(len(groups)) - math.log(max(1, documents[gram]))) for gram, count in counts.items()}
 
     values = []
-    for candidate, group in zip(ours, theirs, strict=True):
+    for candidate, group in zip(candidates, groups, strict=True):
         total = 0.0
         for reference in group:
             # The original implementation measures length in bigrams.
@@ -181,53 +180,53 @@ def cider_d(predictions: Texts, references: References, *, sigma: float = 6.0) -
     return mean(values)
 
 
-def clipped_cosine(ours: dict[tuple, float], theirs: dict[tuple, float]) -> float:
-    """The cosine similarity of two sparse vectors, with the candidate's values clipped to those of the reference."""
-    dot = sum(min(value, theirs[gram]) * theirs[gram] for gram, value in ours.items() if gram in theirs)
-    norm = math.sqrt(sum(value**2 for value in ours.values()) * sum(value**2 for value in theirs.values()))
+def clipped_cosine(candidate: dict[tuple, float], reference: dict[tuple, float]) -> float:
+    """The cosine similarity of two sparse vectors; values of the candidate that exceed the reference's are clipped."""
+    dot = sum(min(value, reference[gram]) * reference[gram] for gram, value in candidate.items() if gram in reference)
+    norm = math.sqrt(sum(value**2 for value in candidate.values()) * sum(value**2 for value in reference.values()))
     return dot / norm if norm else dot
 
 
 # Boxes and masks
 
 
-def lacks_pycocotools() -> str | None:
-    """The message that pycocotools is missing and how to install it; None if it can be imported."""
+def pycocotools_problem() -> str | None:
+    """None if pycocotools can be imported; otherwise a message that says how to install it."""
     try:
-        import pycocotools.coco  # noqa: F401 - imported, because one that was built for another numpy cannot be used
+        import pycocotools.coco  # noqa: F401 - finding it is not enough: if it was built for another numpy, the import fails
     except (ImportError, ValueError):
         return "average precision (map) needs pycocotools. Install it: pip install pycocotools."
     return None
 
 
 def detection_map(predictions: Objects, references: Objects) -> dict[str, float]:
-    """COCO's mean average precision over the labels; an object without a score counts as score 1.
+    """COCO's mean average precision over the labels. An object without a score counts as an object with score 1.
 
     Returns: "map", the mean over the IoU thresholds 0.50, 0.55, ..., 0.95, and "map50", at the threshold 0.50.
     Raises: DeviceError if pycocotools is missing.
     """
-    if why := lacks_pycocotools():
-        raise DeviceError(why)
+    if problem := pycocotools_problem():
+        raise DeviceError(problem)
     import contextlib
     import io
 
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    labels = sorted({found.label for objects in chain(predictions, references) for found in objects})
+    labels = sorted({obj.label for objects in chain(predictions, references) for obj in objects})
     if not labels:
-        return {"map": 1.0, "map50": 1.0}  # no objects in the references, none predicted
+        return {"map": 1.0, "map50": 1.0}  # nothing expected and nothing predicted
 
     def entries(examples: Objects) -> list[dict]:
         rows = []
         for image, objects in enumerate(examples, start=1):
-            for found in objects:
-                if found.box is None:
+            for obj in objects:
+                if obj.box is None:
                     continue
-                left, top, right_edge, bottom = found.box.xyxy(1000, 1000)
-                box = [left, top, right_edge - left, bottom - top]
-                row = {"image_id": image, "category_id": labels.index(found.label) + 1, "bbox": box, "area": box[2] * box[3]}
-                rows.append(row | {"id": len(rows) + 1, "iscrowd": 0, "score": 1.0 if found.score is None else found.score})
+                left, top, right, bottom = obj.box.xyxy(1000, 1000)
+                box = [left, top, right - left, bottom - top]
+                row = {"image_id": image, "category_id": labels.index(obj.label) + 1, "bbox": box, "area": box[2] * box[3]}
+                rows.append(row | {"id": len(rows) + 1, "iscrowd": 0, "score": 1.0 if obj.score is None else obj.score})
         return rows
 
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints progress
@@ -238,10 +237,10 @@ def detection_map(predictions: Objects, references: Objects) -> dict[str, float]
             "annotations": entries(references),
         }
         truth.createIndex()
-        found = entries(predictions)
-        if not found:
+        predicted = entries(predictions)
+        if not predicted:
             return {"map": 0.0, "map50": 0.0}
-        evaluation = COCOeval(truth, truth.loadRes(found), "bbox")
+        evaluation = COCOeval(truth, truth.loadRes(predicted), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -251,30 +250,30 @@ def detection_map(predictions: Objects, references: Objects) -> dict[str, float]
 def segmentation_miou(predictions: Objects, references: Objects) -> float:
     """Mean IoU (intersection over union) of masks with the same label.
 
-    If there is one reference mask, as in referring expression segmentation, only the first predicted mask is scored, as in
-    big_vision's evaluator. If there are several, each is matched to the best remaining prediction; the sum of the IoUs is divided
-    by the number of references or of predictions, whichever is larger.
+    If an example has one reference mask (referring expression segmentation), only the first predicted mask is scored, as in
+    big_vision's evaluator. If it has several reference masks, each of them is matched to the best remaining prediction; the sum
+    of the IoUs is divided by the number of references or of predictions, whichever is larger.
     """
     values = []
-    for ours, theirs in zip(predictions, references, strict=True):
-        wanted = [found for found in theirs if found.mask is not None]
-        left = [found for found in ours if found.mask is not None]
-        if len(wanted) == 1:
-            ours = left = left[:1]
+    for predicted, expected in zip(predictions, references, strict=True):
+        expected = [obj for obj in expected if obj.mask is not None]
+        remaining = [obj for obj in predicted if obj.mask is not None]
+        if len(expected) == 1:
+            predicted = remaining = remaining[:1]
         total = 0.0
-        for goal in wanted:
-            fitting = [found for found in left if found.label == goal.label]
-            if fitting:
-                best = max(fitting, key=lambda found: mask_iou(found.mask, goal.mask))
-                left = [found for found in left if found is not best]
-                total += mask_iou(best.mask, goal.mask)
-        count = max(len(wanted), len(ours))
+        for reference in expected:
+            candidates = [obj for obj in remaining if obj.label == reference.label]
+            if candidates:
+                best = max(candidates, key=lambda obj: mask_iou(obj.mask, reference.mask))
+                remaining = [obj for obj in remaining if obj is not best]
+                total += mask_iou(best.mask, reference.mask)
+        count = max(len(expected), len(predicted))
         values.append(total / count if count else 1.0)
     return mean(values)
 
 
 def mask_iou(a: object, b: object) -> float:
-    """The IoU of two masks, bool[H, W]: shared pixels divided by covered pixels; 1 if both are empty."""
+    """The IoU of two masks, bool[H, W]: pixels in both masks divided by pixels in at least one. It is 1 if both are empty."""
     union = int((a | b).sum())
     return int((a & b).sum()) / union if union else 1.0
 

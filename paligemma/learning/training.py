@@ -3,13 +3,13 @@
     frozen weights     keep their values and the dtype of the file
     trained weights    are float32 (the master copy) with two moments in AdamW; the computation may run in bfloat16
 
-bfloat16 has 8 significant bits: an update of 1e-5, relative to the weight, would be rounded away. Hence the float32 copy.
+The master copy is needed because bfloat16 has 8 significant bits: it would round away an update of 1e-5, relative to the weight.
 
 Everything random (the order of the examples, their augmentation, dropout) is a function of the seed and the number of the update.
 So a checkpoint needs no random state: a run that is killed and resumed repeats the numbers of an uninterrupted run exactly.
-Several processes (torchrun) shard the weights with FSDP2; each computes its share of every batch.
+Several processes (torchrun) shard the weights with FSDP2; each process computes its share of every batch.
 
-Works on any model that is passed in; imports no model. Sources: AdamW (arXiv:1711.05101), FSDP (arXiv:2304.11277), and for the
+The model is passed in; this file imports none. Sources: AdamW (arXiv:1711.05101), FSDP (arXiv:2304.11277), and for the
 mean over examples the official trainer of PaliGemma (big_vision, trainers/proj/paligemma/train.py).
 Checked in tests/learning/test_training.py.
 Shapes: B rows of the micro-batch, L tokens of a row, T answer tokens of all rows together, D model width, V vocabulary size.
@@ -58,12 +58,12 @@ MAX_BAD_STEPS = 10  # consecutive updates whose loss or gradient is not finite
 def answer_losses(model: nn.Module, batch: dict, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """The cross entropy of each answer token, in nats.
 
-    Only the answers get logits: those of image and prompt tokens are not needed and would take gigabytes.
+    Logits are computed for the answers only, because logits for image and prompt tokens are not needed and would take gigabytes.
 
     Args:
         batch: what the processor returns for pictures, prompts and suffixes, labels included.
         label_smoothing: probability that is moved from the target token to all other tokens together.
-    Returns: float32[T], and int64[T], the row of each token.
+    Returns: float32[T], the losses, and int64[T], the row of each token.
     Source: PaliGemma (arXiv:2407.07726), section 3.2.4; label smoothing as in big_vision.
     """
     inputs = (batch.get(key) for key in ("input_ids", "pixel_values", "attention_mask", "token_type_ids"))
@@ -79,12 +79,12 @@ def answer_losses(model: nn.Module, batch: dict, label_smoothing: float = 0.0) -
 
 
 def token_weights(labels: Tensor, reduction: str) -> tuple[Tensor, float]:
-    """The weight of a token in the loss, for each row, and the total weight of all tokens.
+    """The weights of tokens in the loss. All tokens of a row have the same weight.
 
     Args:
         labels: int64[B, L].
-        reduction: "example" gives every answer the same weight, "token" every token.
-    Returns: float32[B], and the sum over the tokens of all answers.
+        reduction: with "example" every answer has the same total weight, with "token" every token has the weight 1.
+    Returns: float32[B], the weight of a token in each row, and the sum of the weights of all tokens.
     """
     counts = (labels[:, 1:] != IGNORE_INDEX).sum(1)  # [B]
     if reduction == "token":
@@ -95,8 +95,8 @@ def token_weights(labels: Tensor, reduction: str) -> tuple[Tensor, float]:
 # The trained weights
 
 
-def trainable(model: nn.Module, parts: Sequence[str]) -> None:
-    """Freezes all weights but those of the given parts, which become float32.
+def freeze_except(model: nn.Module, parts: Sequence[str]) -> None:
+    """Freezes all weights except those of the given parts, which become float32.
 
     Args:
         parts: names of PARTS.
@@ -116,19 +116,19 @@ def trainable(model: nn.Module, parts: Sequence[str]) -> None:
 def add_adapter(
     model: nn.Module, config: lora.LoraConfig, parts: Sequence[str], matrices: Sequence[str] = (), seed: int = 0
 ) -> None:
-    """Freezes the model and adds a LoRA adapter, the only weights to be trained.
+    """Freezes the model and adds a LoRA adapter, whose weights are the only ones to be trained.
 
     Args:
         parts: language_model, vision_tower or both.
-        matrices: last part of the names of the matrices to adapt, such as q_proj; all if empty.
-        seed: of the initial values of A, which are equal in all processes.
+        matrices: the last parts of the names of the matrices to adapt, such as q_proj; if empty, all matrices are adapted.
+        seed: seed of the initial values of the matrices A, which must be equal in all processes.
     Raises: UsageError for other parts, and for a name that no matrix has.
     """
-    keys = {whole: key for key, whole in lora.PARTS.items()}
-    if not set(parts) <= set(keys):
-        raise UsageError(f"--parts is {','.join(parts)}. Adapters go into {' and '.join(keys)}; name one or both.")
+    lora_part_of = {part: lora_part for lora_part, part in lora.PARTS.items()}  # layers/lora.py has other names for the parts
+    if not set(parts) <= set(lora_part_of):
+        raise UsageError(f"--parts is {','.join(parts)}. Adapters go into {' and '.join(lora_part_of)}; name one or both.")
     try:
-        names = lora.targets(model, [keys[part] for part in parts], matrices or lora.MATRICES)
+        names = lora.targets(model, [lora_part_of[part] for part in parts], matrices or lora.MATRICES)
     except ValueError as error:
         raise UsageError(f"--lora_matrices: {error}") from error
     torch.manual_seed(seed)
@@ -141,7 +141,7 @@ def part_of(name: str) -> str:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Layers drop their activations and recompute them in the backward pass: less memory for one more forward pass."""
+    """Makes layers drop their activations and recompute them in the backward pass. This needs less memory and more time."""
     from torch.utils.checkpoint import checkpoint
 
     layers = [*model.language_model.model.layers, *model.vision_tower.vision_model.encoder.layers]
@@ -152,7 +152,7 @@ def checkpoint_activations(model: nn.Module) -> None:
 def shard(model: nn.Module, device: torch.device) -> None:
     """Shards weights, gradients and moments over all processes, layer by layer (FSDP2).
 
-    Autocast decides what runs in bfloat16, as it does in one process; FSDP2's own mixed precision is not used.
+    FSDP2's own mixed precision is not used: autocast decides what runs in bfloat16, as in a run with one process.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -172,14 +172,14 @@ class Plan:
         steps: number of updates.
         batch_size: examples per update, over all processes and micro-batches.
         micro_batch_size: examples per forward and backward pass; their gradients are accumulated until the batch is complete.
-        learning_rate: the highest one of the schedule.
+        learning_rate: the highest learning rate of the schedule.
         rates: learning rates of parts (see ALL) that differ from learning_rate.
         warmup: fraction of the updates in which the learning rate rises from 0; afterwards it falls to 0 along half a cosine.
-        weight_decay: of matrices; norms and biases have none.
+        weight_decay: weight decay of matrices; norms and biases have none.
         clip: maximum norm of the gradient.
         reduction: see token_weights.
         label_smoothing: see answer_losses.
-        dtype: of the computation.
+        dtype: dtype of the computation.
     """
 
     steps: int
@@ -196,14 +196,14 @@ class Plan:
     dtype: torch.dtype = torch.bfloat16
 
     def rate(self, step: int) -> float:
-        """The factor on the learning rates in update `step`, counted from 0."""
+        """The factor by which all learning rates are multiplied in update `step`, counted from 0."""
         warm = self.warmup * self.steps
         if step < warm:
             return (step + 1) / (warm + 1)
         return 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, self.steps - warm))
 
 
-@lru_cache(2)  # a batch may take examples from two epochs, and shuffling a million examples is slower than an update
+@lru_cache(2)  # because shuffling a million examples takes longer than an update; 2, because a batch may extend over two epochs
 def draw_order(count: int, seed: int, epoch: int) -> Sequence[int]:
     """The order of `count` examples in an epoch."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
@@ -220,12 +220,12 @@ def examples_of(step: int, count: int, batch_size: int, seed: int) -> list[tuple
 class Update:
     """The numbers of one update, a line of metrics.jsonl."""
 
-    step: int  # number of updates so far, this one included: the first is 1 on the screen, in the log and in checkpoints
+    step: int  # number of updates so far, including this one and those that were skipped; the first update has step 1
     loss: float
     grad_norm: float
-    learning_rate: float  # the highest, if parts have learning rates of their own
+    learning_rate: float  # the highest one if the parts have different learning rates
     tokens: int
-    is_skipped: bool  # loss or gradient was not finite, so the weights were not changed
+    is_skipped: bool  # whether the loss or the gradient was not finite, so that the weights were not changed
     skipped: int  # number of skipped updates so far
 
 
@@ -233,16 +233,17 @@ class Trainer:
     """A model in training and its optimiser.
 
     Args:
-        model: weights with requires_grad are trained (see `trainable` and `add_adapter`). Sharded if there are several processes.
+        model: weights with requires_grad are trained (see `freeze_except` and `add_adapter`). If there are several processes, the
+            model must already be sharded (see `shard`).
         plan: the hyperparameters.
         make_batch: turns a list of (epoch, index) into what the processor returns for these examples, labels included.
         count: the number of examples.
-    Raises: UsageError for a batch that cannot be divided evenly among the processes: one would wait for the others forever.
+    Raises: UsageError for a batch that cannot be divided evenly among the processes, because one of them would wait forever.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, make_batch: Callable[[list[tuple[int, int]]], dict], count: int):
         self.model, self.plan, self.make_batch, self.count = model, plan, make_batch, count
-        self.step, self.updates, self.bad_steps = 0, 0, 0
+        self.step, self.updates, self.bad_steps = 0, 0, 0  # all updates, those not skipped, and those last skipped in a row
         self.rank, self.world_size = processes.rank(), processes.world_size()
         if plan.batch_size % self.world_size:
             raise UsageError(
@@ -262,9 +263,9 @@ class Trainer:
     def micro_batches(self) -> Iterator[tuple[dict, Tensor, float]]:
         """The micro-batches of this process in this update, each with its token_weights."""
         examples = examples_of(self.step, self.count, self.plan.batch_size, self.plan.seed)
-        mine = examples[self.rank :: self.world_size]
-        for first in range(0, len(mine), self.plan.micro_batch_size):
-            batch = self.make_batch(mine[first : first + self.plan.micro_batch_size])
+        own_examples = examples[self.rank :: self.world_size]
+        for first in range(0, len(own_examples), self.plan.micro_batch_size):
+            batch = self.make_batch(own_examples[first : first + self.plan.micro_batch_size])
             yield batch, *token_weights(batch["labels"], self.plan.reduction)
 
     def update(self) -> Update:
@@ -273,61 +274,62 @@ class Trainer:
         Raises: CheckpointError after MAX_BAD_STEPS skipped updates in a row.
         """
         device, loss, total, tokens = next(iter(self.named.values())).device, torch.zeros(()), 0.0, 0
-        torch.manual_seed((self.plan.seed * 1_000_003 + self.step) * 1_009 + self.rank)  # of dropout
+        torch.manual_seed((self.plan.seed * 1_000_003 + self.step) * 1_009 + self.rank)  # for dropout
         self.model.train()
-        for batch, weights, weight in self.micro_batches():  # weights: [B]
+        for batch, token_weight, batch_weight in self.micro_batches():  # token_weight: [B]
             with torch.autocast(device.type, self.plan.dtype, enabled=self.plan.dtype != torch.float32):
                 losses, row = answer_losses(self.model, batch, self.plan.label_smoothing)  # [T], [T]
-            share = (losses * weights.to(device)[row.to(device)]).sum()
-            (share * self.world_size).backward()  # FSDP averages over processes, but the sum is needed
-            loss, total, tokens = loss + share.detach().cpu(), total + weight, tokens + len(losses)
+            weighted_loss = (losses * token_weight.to(device)[row.to(device)]).sum()
+            (weighted_loss * self.world_size).backward()  # FSDP averages over processes, but the sum is needed
+            loss, total, tokens = loss + weighted_loss.detach().cpu(), total + batch_weight, tokens + len(losses)
+        # Loss and gradient are divided now, because the total weight is known only after all micro-batches of all processes.
         loss, total, tokens = processes.sums(float(loss), total, tokens)
         loss /= max(total, 1.0)
-        for parameter in self.named.values():  # the total weight is known only after all micro-batches of all processes
+        for parameter in self.named.values():
             if parameter.grad is not None:
                 parameter.grad /= max(total, 1.0)
         norm = nn.utils.clip_grad_norm_(self.named.values(), self.plan.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         is_skipped = not (math.isfinite(norm) and math.isfinite(loss))
-        rate = self.plan.rate(self.step)
+        factor = self.plan.rate(self.step)
         for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * rate
+            group["lr"] = peak * factor
         if not is_skipped:
             self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.step, self.updates = self.step + 1, self.updates + (not is_skipped)
         skipped = self.step - self.updates
-        done = Update(self.step, loss, norm, max(self.peaks) * rate, int(tokens), is_skipped, skipped)
+        update = Update(self.step, loss, norm, max(self.peaks) * factor, int(tokens), is_skipped, skipped)
         self.bad_steps = self.bad_steps + 1 if is_skipped else 0
         if self.bad_steps >= MAX_BAD_STEPS:
             raise CheckpointError(
-                f"{self.bad_steps} updates in a row had a loss or gradient that is not finite. Checkpoints are intact. "
+                f"{self.bad_steps} updates in a row had a loss or gradient that is not finite. The checkpoints are intact. "
                 "Continue with --resume and a smaller --learning_rate, or with --dtype fp32."
             )
-        return done
+        return update
 
     # Checkpoints
 
     def tensors(self) -> dict[str, Tensor]:
         """The trained weights and both of their moments, by name."""
-        found = {f"model.{name}": parameter.detach() for name, parameter in self.named.items()}
+        tensors = {f"model.{name}": parameter.detach() for name, parameter in self.named.items()}
         for name, parameter in self.named.items():
             state = self.optimiser.state[parameter]
             if not state:  # before the first update
                 state["step"] = torch.tensor(float(self.updates))
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            found |= {f"{moment}.{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
-        return found
+            tensors |= {f"{moment}.{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
+        return tensors
 
     def save(self, folder: Path, keep: int = 2) -> Path:
-        """Writes folder/step_N, complete or not at all, and deletes all but the last `keep` checkpoints. Raises: OutputError."""
+        """Writes folder/step_N completely or not at all, and deletes all but the last `keep` checkpoints. Raises: OutputError."""
         from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
 
         target = folder / f"step_{self.step:08d}"
         temporary = target.with_suffix(".tmp")
         try:
             if self.rank == 0:
-                for unfinished in folder.glob("step_*.tmp"):  # of runs that were killed
+                for unfinished in folder.glob("step_*.tmp"):  # left by runs that were killed
                     shutil.rmtree(unfinished, ignore_errors=True)
                 temporary.mkdir(parents=True)
             processes.barrier()
@@ -345,13 +347,16 @@ class Trainer:
             processes.barrier()
         except (OSError, CheckpointException) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            before = f"{found[-1].name} is intact." if (found := checkpoints(folder)) else "There is no earlier checkpoint."
-            text = f"{target} cannot be written: {reason(error)} {before} Make room and continue with --resume."
+            earlier = f"{saved[-1].name} is intact." if (saved := checkpoints(folder)) else "There is no earlier checkpoint."
+            text = f"{target} cannot be written: {reason(error)} {earlier} Make room and continue with --resume."
             raise OutputError(text, path=target) from error
         return target
 
     def restore(self, folder: Path) -> None:
-        """Continues from a checkpoint of `save`, bit for bit, on any number of processes. Raises: CheckpointError."""
+        """Restores a checkpoint of `save` exactly. The run that saved it may have had another number of processes.
+
+        Raises: CheckpointError.
+        """
         from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
 
         try:
@@ -359,7 +364,7 @@ class Trainer:
             for file in folder.glob("*.safetensors"):
                 read_header(file)  # torch's reader does not validate the header
         except CheckpointError as error:
-            # These functions advise to download a model again; a checkpoint of a run needs other advice.
+            # The advice of these functions is to download the model again, which is wrong for the checkpoint of a run.
             fault = re.sub(r"\. [^.]*\.$", "", error.message).rstrip(".")
             text = f"{fault}. Delete {folder.name}: the run resumes from the checkpoint before it."
             raise CheckpointError(text, path=error.path) from error
@@ -372,14 +377,14 @@ class Trainer:
                 if not tensor.isfinite().all() or (name.startswith("exp_avg_sq.") and (tensor < 0).any()):
                     raise ValueError(f"{name} holds values that are not finite, or negative second moments.")
         except (*UNREADABLE, CheckpointException) as error:
-            text = f"{folder} does not continue this run: {reason(error)} Name another output, or delete that folder."
+            text = f"{folder} cannot be used to resume this run: {reason(error)} Delete that folder, or name another --output."
             raise CheckpointError(text, path=folder) from error
         for parameter in self.named.values():
             self.optimiser.state[parameter]["step"].fill_(self.updates)
 
 
 def read_state(folder: Path) -> tuple[int, int, int]:
-    """Steps, updates and consecutive skipped steps of a checkpoint.
+    """The counters of a checkpoint: all updates, the updates that were not skipped, and the last updates skipped in a row.
 
     Raises: CheckpointError if the numbers are impossible or do not match the name of the folder.
     """
@@ -401,7 +406,7 @@ def quiet() -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error's message; if several processes failed, of the first one."""
+    """The first line of an error's message. If several processes failed, it is the message of the first of them."""
     for failed, _ in getattr(error, "failures", {}).values():
         return reason(failed)
     return str(error).splitlines()[0].rstrip(".") + "." if str(error) else f"{type(error).__name__}."

@@ -37,6 +37,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 COLUMN = 34  # the texts of --help begin here
 # Characters of the categories Cc and Cf that `printable` keeps: newline, tab, joiners, and Arabic signs, which are visible.
 KEPT = "\n\t\u200c\u200d\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u08e2"
+RENAMED = {"rows": "micro_batch_size"}  # flags of earlier versions, for which `suggestion` names the new flag
 Words = tuple[str, ...]  # the annotation of the field for words that belong to no flag; without such a field they are refused
 
 
@@ -116,6 +117,7 @@ def suggestion(name: str, names: list[str], dashes: str = "--") -> str:
     """" Did you mean --this?", or nothing."""
     import difflib  # only needed for a mistyped flag
 
+    name = RENAMED.get(name, name)
     close = [known for known in names if name and known.startswith(name)] or difflib.get_close_matches(name, names, n=1)
     return f" Did you mean {dashes}{close[0]}?" if close else ""
 

@@ -1,4 +1,4 @@
-"""The settings of a YAML file, as command-line arguments. Checked in tests/programs/test_finetune.py."""
+"""Converts the settings of a YAML file to command-line arguments. Checked in tests/programs/test_finetune.py."""
 
 from collections.abc import Collection
 from typing import TYPE_CHECKING
@@ -11,15 +11,16 @@ if TYPE_CHECKING:
     import yaml
 
 MAX_BYTES = 1 << 16
-MAX_NAME_LENGTH = 80  # characters of a name in a message
+MAX_NAME_LENGTH = 80  # a name in a message is cut after this many characters
 ADVICE = "Write a line `name: value` for each setting."
 
 
 def read_config(file: str, known: Collection[str]) -> list[str]:
     """The settings of a YAML file as arguments, "--name=value". Settings that are null are left out.
 
-    The file holds one mapping of names to values, or to lists of values. Values stay text until the flags convert them. Aliases,
-    tags and deeper nesting are refused before anything is built, so the work is linear in the size of the file, which is limited.
+    The file must contain one mapping of names to values, or to lists of values. Values remain text, as in any argument. Aliases,
+    tags and deeper nesting are refused before anything is built, so the time is proportional to the size of the file, which is
+    limited.
 
     Args:
         known: the names of all settings.
@@ -36,7 +37,7 @@ def read_config(file: str, known: Collection[str]) -> list[str]:
         if isinstance(value.value, list) and value.id == "mapping":
             raise UsageError(f"{where}: {name} is a mapping, but one value, or several with commas, is needed.")
         is_null = value.tag.endswith(":null")
-        settings[name] = None if is_null else value.value if value.id == "scalar" else ",".join(one.value for one in value.value)
+        settings[name] = None if is_null else value.value if value.id == "scalar" else ",".join(x.value for x in value.value)
     return [f"--{name}={text}" for name, text in settings.items() if text is not None]
 
 
@@ -55,12 +56,13 @@ def read_mapping(file: str) -> "yaml.MappingNode | None":
             if depth > 2:
                 raise UsageError(f"{where}: a value may be a list, but not a list of lists or mappings. {ADVICE}")
         root = yaml.compose(text, yaml.SafeLoader)
-    except (ValueError, RecursionError, OverflowError, yaml.YAMLError) as error:  # not UTF-8; an escape such as \UFFFFFFFF
+    except (ValueError, RecursionError, OverflowError, yaml.YAMLError) as error:
+        # ValueError: the text is not UTF-8. OverflowError: it has an escape such as \UFFFFFFFF.
         mark = getattr(error, "problem_mark", None)
-        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise UsageError(f"{file}{place} is not YAML. {ADVICE}") from error
-    if isinstance(root, yaml.ScalarNode) and root.tag.endswith(":null"):  # "---" and nothing else
+        position = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise UsageError(f"{file}{position} is not YAML. {ADVICE}") from error
+    if isinstance(root, yaml.ScalarNode) and root.tag.endswith(":null"):  # the file contains only "---"
         return None
     if root is not None and not isinstance(root, yaml.MappingNode):
-        raise UsageError(f"{file} holds a {'list' if isinstance(root, yaml.SequenceNode) else 'text'}. {ADVICE}")
+        raise UsageError(f"{file} contains a {'list' if isinstance(root, yaml.SequenceNode) else 'text'}. {ADVICE}")
     return root

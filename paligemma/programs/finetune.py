@@ -1,18 +1,18 @@
 """Fine-tunes a PaliGemma model: `python -m paligemma finetune --train train.jsonl --output runs/mine`.
 
-Data: a JSONL file with image, prefix and suffix in each line (learning/dataset.py). Settings: flags, or a YAML file. All data are
-checked before the first update. A run writes to --output:
+The data are a JSONL file with image, prefix and suffix in each line (learning/dataset.py). Settings are flags or lines of a YAML
+file. All data are checked before the first update. A run writes to --output:
 
-    settings.json      the settings; --resume refuses to continue with others
+    settings.json      the settings; --resume refuses to continue with other settings
     metrics.jsonl      one line for each update and each evaluation
-    progress.svg       the same numbers as curves, drawn anew after each evaluation
-    checkpoints/       weights and optimiser state for --resume; only complete checkpoints appear, and the last two are kept
+    progress.svg       the same numbers as curves, drawn again after each evaluation
+    checkpoints/       weights and optimiser state for --resume; every checkpoint is complete, and the last two are kept
     model/             the result: a checkpoint that this project and transformers can load
     adapter/           with --method lora, the adapter alone, in PEFT's format
 
-A run that was interrupted or killed at any moment continues with --resume, and its losses are then bit for bit those of an
-uninterrupted run (on the same kind of CPU). `torchrun --nproc_per_node N -m paligemma finetune ...` shares the work among N
-processes. Reading order: Flags, train. Checked in tests/programs/test_finetune.py.
+A run that was interrupted or killed at any moment continues with --resume. Its losses are then bit for bit those of a run
+without interruption (on the same kind of CPU). `torchrun --nproc_per_node N -m paligemma finetune ...` divides the work among N
+processes. To read this file, begin with Flags and train. Checked in tests/programs/test_finetune.py.
 """
 
 import logging
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 LEARNING_RATES = {"full": 1e-5, "lora": 2e-4}  # the default of each method
 SCORES = ("exact", "vqa", "anls", "relaxed", "cider", "map", "miou")
-MAX_COUNT = 10**9  # of every flag that is a whole number
+MAX_COUNT = 10**9  # the limit of flags that are whole numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +61,9 @@ class Flags(PictureFlags):
         valid: JSONL file of validation examples, which are scored during the run and never trained on
         image_dir: folder that contains the pictures; default: the folder of each JSONL file
         output: new folder for all output of the run; required
-        config: YAML file of settings, any of these flags by name; examples/finetune.yaml lists them all
+        config: YAML file of settings, named like these flags; examples/finetune.yaml lists all of them
         model_path: starting model, a folder or a hub id; default: the bundled model
-        base_model: base model of the adapter in --model_path; default: the one that the adapter names
+        base_model: base model of the adapter in --model_path; default: the base model that the adapter names
         revision: branch, tag or commit of a hub id
         device: auto, cpu, cuda or cuda:N
         dtype: precision of the computation, bf16 or fp32; trained weights are always kept in float32
@@ -80,11 +80,11 @@ class Flags(PictureFlags):
         micro_batch_size: examples per forward and backward pass; gradients are accumulated up to --batch_size, so a smaller
             value needs less memory
         learning_rate: highest learning rate of the schedule, between 0 and 1; default: 1e-5, with lora 2e-4
-        learning_rate_language_model: highest learning rate of the language model, if it differs
-        learning_rate_vision_tower: highest learning rate of the vision tower, if it differs
-        learning_rate_projector: highest learning rate of the projector, if it differs
-        warmup: fraction of the updates in which the learning rate rises from 0, from 0 to below 1; afterwards it falls to 0 along
-            half a cosine
+        learning_rate_language_model: highest learning rate of the language model; default: --learning_rate
+        learning_rate_vision_tower: highest learning rate of the vision tower; default: --learning_rate
+        learning_rate_projector: highest learning rate of the projector; default: --learning_rate
+        warmup: fraction of the updates that are used for warm-up (0 <= warmup < 1): the learning rate rises from 0, then falls to
+            0 along half a cosine
         weight_decay: weight decay of matrices (AdamW), from 0 to below 1; biases and norms have none
         clip: maximum norm of the gradient; a longer gradient is scaled down to it
         loss: example averages the loss per answer, so that all answers count equally; token averages it over all answer tokens
@@ -93,12 +93,12 @@ class Flags(PictureFlags):
         augment: none, or zoom: pictures are cropped or shifted a little at random, and boxes move with them
         gradient_checkpointing: recompute activations in the backward pass, which needs less memory and more time
         evaluate_every: number of updates between two evaluations; default: one epoch
-        num_scored: maximum number of validation questions that an evaluation answers, chosen evenly over the file
-        scores: scores to compute, separated by commas: exact, vqa, anls, relaxed, cider, map, miou; default: those that fit the
-            answers (map needs pycocotools)
-        mask_codec: vae-oid.npz, which decodes masks for miou and --preview; default: the one in the model's folder
-        save_every: number of updates between two checkpoints; each evaluation is preceded by a checkpoint, too
-        seed: seed of order, augmentation and dropout, from 0 to 2^31 - 1
+        num_scored: maximum number of validation questions in an evaluation, spread evenly over the file
+        scores: scores to compute, separated by commas: exact, vqa, anls, relaxed, cider, map, miou; default: the scores that fit
+            the answers (map needs pycocotools)
+        mask_codec: vae-oid.npz, which decodes masks for miou and --preview; default: the file in the model's folder
+        save_every: number of updates between two checkpoints; a checkpoint is also saved before each evaluation
+        seed: seed of the order of examples, of augmentation and of dropout, from 0 to 2^31 - 1
         skip_bad: train without the lines that cannot be used, instead of stopping
         preview: draw a page of examples as the model will see them, with boxes and masks from their tokens, and stop
         resume: continue from the last checkpoint in --output, or start if there is none
@@ -188,10 +188,10 @@ class Flags(PictureFlags):
 
     @staticmethod
     def expand(argv: list[str]) -> list[str]:
-        """argv after the settings of the --config file, so that flags on the command line override the file."""
-        given = [argument.partition("=")[2] or following for argument, following in pairwise([*argv, ""])
+        """The settings of the --config file, followed by argv, whose flags override the file because they come later."""
+        files = [argument.partition("=")[2] or following for argument, following in pairwise([*argv, ""])
                  if argument.partition("=")[0] == "--config"]  # fmt: skip
-        return [*(read_config(given[-1], SETTINGS) if given else []), *argv]
+        return [*(read_config(files[-1], SETTINGS) if files else []), *argv]
 
     @property
     def trained_parts(self) -> list[str]:
@@ -228,12 +228,12 @@ SETTINGS = [field.name for field in fields(Flags) if field.name != "config"]
 
 
 def names(text: str | None) -> list[str]:
-    """The names in a text that separates them by commas."""
+    """The names in a text in which they are separated by commas."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def train(flags: Flags, device: "torch.device") -> None:
-    """The steps of a run in order. Everything is checked before the weights are loaded, which takes long."""
+    """The steps of a run, in order. Everything is checked before the weights are loaded, because loading takes long."""
     from paligemma.checkpoints.weights import empty_model
     from paligemma.layers.lora import LoraConfig
     from paligemma.learning import dataset, preview, training
@@ -250,7 +250,7 @@ def train(flags: Flags, device: "torch.device") -> None:
     checkpoint = open_checkpoint(flags.model_path, revision=flags.revision, base_model=flags.base_model)
     config, stored_kind = checkpoint.config, checkpoint.stored_kind
     if stored_kind is not None:
-        advice = "Name the checkpoint before quantization."
+        advice = "Name the checkpoint that has not been quantized."
         raise UsageError(f"{checkpoint.name} is stored as {stored_kind}, which cannot be trained. {advice}")
     if flags.method == "lora" and checkpoint.adapter_config is not None:
         advice = "Name a merged model: a run with --method lora writes one to model/."
@@ -259,14 +259,14 @@ def train(flags: Flags, device: "torch.device") -> None:
 
     def choose_trained(model: "torch.nn.Module") -> None:
         if adapter is None:
-            training.trainable(model, flags.trained_parts)
+            training.freeze_except(model, flags.trained_parts)
         else:
             training.add_adapter(model, adapter, flags.trained_parts, names(flags.lora_matrices), flags.seed)
 
     blueprint = empty_model(config)
     choose_trained(blueprint)
 
-    # 2. The data. The context of the model holds the image tokens and up to max_tokens tokens of text.
+    # 2. The data. Next to the image tokens, the model's context has room for max_tokens tokens of text.
     max_tokens = config.text_config.max_position_embeddings - config.num_image_tokens
     limit = min(flags.max_text_tokens, max_tokens)
 
@@ -285,7 +285,7 @@ def train(flags: Flags, device: "torch.device") -> None:
     if flags.preview:
         make_folder(folder, run_folder.NEW_OUTPUT)
         preview.draw_preview(examples, codec, folder / "preview.png")
-        show(f"the examples are drawn in {folder / 'preview.png'}.")
+        show(f"the drawing of the examples is in {folder / 'preview.png'}.")
         return
     judge = None
     if flags.valid:
@@ -294,9 +294,9 @@ def train(flags: Flags, device: "torch.device") -> None:
 
     # 3. The memory.
     plan = flags.plan(len(examples.lines))
-    need = memory_needed(blueprint, plan, flags.max_text_tokens, flags.gradient_checkpointing)
-    need *= num_on_this_machine() if device.type == "cpu" else 1
-    machine.require_memory(need, device, "fine-tuning takes", ADVICE)
+    needed_bytes = memory_needed(blueprint, plan, flags.max_text_tokens, flags.gradient_checkpointing)
+    needed_bytes *= num_on_this_machine() if device.type == "cpu" else 1
+    machine.require_memory(needed_bytes, device, "fine-tuning takes", ADVICE)
 
     settings = run_folder.settings_of(flags, splits[0].fingerprint(), checkpoint.fingerprint)
     with run_folder.claim(folder, settings):
@@ -313,7 +313,7 @@ def train(flags: Flags, device: "torch.device") -> None:
         if flags.resume and saved:
             trainer.restore(saved[-1])
         num_trained = sum(parameter.numel() for parameter in trainer.named.values())
-        updates = counted(plan.steps, "update") + (f" of which {trainer.step} are done" if trainer.step else "")
+        updates = counted(plan.steps, "update") + (f", of which {trainer.step} are done" if trainer.step else "")
         show(f"{counted(trainer.count, 'example')}, {updates}; {num_trained / 1e6:.4g} M trained parameters, on {device}.")
 
         # 5. The updates, with evaluations and checkpoints.
@@ -323,7 +323,7 @@ def train(flags: Flags, device: "torch.device") -> None:
             for line in run.updates(should_stop=lambda: bool(signals)):
                 show_line(line)
         if trainer.step < plan.steps:
-            show(f"interrupted at step {trainer.step} of {plan.steps}; it is saved. Add --resume to continue.")
+            show(f"interrupted at step {trainer.step} of {plan.steps}, which is saved. Add --resume to continue.")
             raise commandline.Interrupted(signals[0] if signals else signal.SIGTERM)
         if skipped := trainer.step - trainer.updates:
             show(f"{skipped} of {plan.steps} updates were skipped: their loss or gradient was not finite.")
@@ -332,13 +332,13 @@ def train(flags: Flags, device: "torch.device") -> None:
         result = run.save_result(checkpoint, adapter, flags.revision)
         command = f"{commandline.command()} --model_path {result} --image_file_path PICTURE --prompt PREFIX"
         show(f"the result is in {result}. Try it: {command}")
-        barrier()  # torchrun would end the first process, which still writes, as soon as another one has ended
+        barrier()  # otherwise torchrun, when another process has ended, would end the first process, which still writes
 
 
 def program(flags: Flags) -> None:
     commandline.relay_logs(flags.verbose)
     if not is_first():
-        logging.disable()  # the first process logs the same
+        logging.disable()  # because the first process logs the same messages
     paths = {name: getattr(flags, name) for name in ("train", "valid", "image_dir", "output", "mask_codec")}
     flags = replace(flags, **{name: expand_text(path) for name, path in paths.items() if path})
     for name, file in (("train", flags.train), ("valid", flags.valid)):

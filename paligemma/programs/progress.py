@@ -18,9 +18,9 @@ def show(text: str) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Yields the list of received signals, which is empty at first.
+    """A context manager that collects signals. Yields: the list of received signals, which is empty at first.
 
-    One signal means that the run should stop after the current update and save. A second signal raises Interrupted.
+    After one signal, the run should stop after the current update and save. A second signal raises Interrupted.
     """
     received: list[int] = []
 
@@ -29,8 +29,8 @@ def stop_signals() -> Iterator[list[int]]:
         if len(received) > 1:
             raise commandline.Interrupted(signum)
         if is_first():
-            with suppress(OSError, ValueError):  # not print: the signal may have interrupted one
-                os.write(sys.stderr.fileno(), b"\nstops after this update and saves; a second signal stops at once.\n")
+            with suppress(OSError, ValueError):  # print is not used, because the signal may have interrupted another print
+                os.write(sys.stderr.fileno(), b"\nthe run stops after this update and saves; a second signal stops it at once.\n")
 
     with commandline.handlers(receive):
         yield received
@@ -38,7 +38,10 @@ def stop_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def progress(step: int, steps: int) -> Iterator[Callable[[dict], None]]:
-    """Yields a function that shows a line of metrics.jsonl: in a progress bar on a terminal, else about 20 updates as text."""
+    """A context manager. Yields: a function that shows a line of metrics.jsonl.
+
+    A terminal shows a progress bar of the updates; elsewhere, about 20 updates of the run are printed. Scores are always printed.
+    """
     is_terminal = sys.stderr is not None and sys.stderr.isatty() and is_first()
     interval, bar = max(1, steps // 20), None
     if is_terminal:

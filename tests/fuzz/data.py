@@ -282,7 +282,7 @@ class Runs(Fuzzer):
         super().__init__(folder)
         self.folder = folder
         model = make_model("gemma")
-        training.trainable(model, ("projector",))
+        training.freeze_except(model, ("projector",))
         self.trainer = training.Trainer(model, training.Plan(steps=4), lambda _: {}, 8)
         self.trainer.save(folder / "checkpoints")
         self.step = next((folder / "checkpoints").iterdir())

@@ -98,7 +98,7 @@ def test_further_fields_are_allowed(folder):
         ({"messages": []}, "a chat .'messages'.. Write its question as prefix"),
         (GOOD | {"prefix": "\ud800"}, "surrogate"),
         (GOOD | {"image": "../a.png"}, "outside the dataset"),
-        (GOOD | {"image": "/etc/passwd"}, "is an absolute name; one relative to the dataset's folder is needed"),
+        (GOOD | {"image": "/etc/passwd"}, "is an absolute path, but a path relative to the dataset's folder is needed"),
         (GOOD | {"image": "https://x.org/a.png"}, "is an address; download it"),
         (GOOD | {"image": "x/../../a.png"}, "outside the dataset"),
         (GOOD | {"image": ""}, "name of a file"),
@@ -144,10 +144,10 @@ OTHER = "\n".join(json.dumps({"img": "a", "q": "b"}) for i in range(1002))
         ("<annotation><folder/></annotation>", "is HTML or XML"),
         ("\n".join(json.dumps({"messages": [i]}) for i in range(1002)), "All 1002 lines have the same fault: a chat"),
         (OTHER, "All 1002 lines have the same fault: no 'image'; it has 'img', 'q'"),
-        ("\n".join(json.dumps(GOOD | {"image": f"/data/{i}.png"}) for i in range(1002)), "All 1002 lines .* an absolute name"),
+        ("\n".join(json.dumps(GOOD | {"image": f"/data/{i}.png"}) for i in range(1002)), "All 1002 lines .* an absolute path"),
         ("\n".join(json.dumps({"messages": [i, "\u4e00"]}, ensure_ascii=False) for i in range(9000)), "All 9000 .*: a chat"),
         ("\n".join(f"{json.dumps(GOOD | {'suffix': 'x' * i})}," for i in range(1002)), "has a comma at the end of each line"),
-        (json.dumps([{"image": "a.png", "conversations": []}]), "is one JSON array, and not of examples: a chat"),
+        (json.dumps([{"image": "a.png", "conversations": []}]), "is one JSON array whose objects are not examples: a chat"),
         (json.dumps({"version": "1", "images": [], "annotations": []}, indent=1), "is a COCO file"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12345\n", "git lfs pull"),
         (b"\x89PNG\r\n" + b"x\n" * 1000, "is not text in UTF-8"),
@@ -257,7 +257,7 @@ def test_the_advice_for_long_examples_is_the_limit_that_they_need(folder, proces
         dataset.require_usable([split], skip_bad=False, max_tokens=1000)
     assert "--skip_bad" not in caught.value.message
     assert checked(split.file, processor, needed).faults == []  # the number is the one that is needed
-    with pytest.raises(DatasetError, match=f"longest needs {needed} tokens, and the model has room for 100"):
+    with pytest.raises(DatasetError, match=f"longest line needs {needed} tokens, but the model has room for 100"):
         dataset.require_usable([split], skip_bad=False, max_tokens=100)
     mixed = checked(write(folder, GOOD, busy, "{"), processor, 60)
     with pytest.raises(DatasetError, match="--max_text_tokens .*Fix the others, or continue without them: --skip_bad"):

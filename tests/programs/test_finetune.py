@@ -154,7 +154,7 @@ def test_a_step_has_the_same_number_everywhere(model, data, tmp_path, capsys, mo
     for step, folder in zip(scored, run_folder.checkpoints(output / "checkpoints"), strict=True):
         assert folder.name == f"step_{step:08}" and json.loads((folder / "state.json").read_text())["step"] == step
     drawn = []
-    monkeypatch.setattr(curves, "panel", lambda *given: drawn.append(given[3]))
+    monkeypatch.setattr(curves, "draw_plot", lambda *given: drawn.append(given[3]))
     curves.draw_curves(lines, tmp_path / "progress.svg")
     assert [step for step, _ in drawn[0]["loss"]] == [1, 2, 3, 4, 5, 6] and [step for step, _ in drawn[1]["exact"]] == scored
 
@@ -242,7 +242,7 @@ def test_a_signal_saves_and_the_same_command_resumes(model, data, tmp_path, whol
     with monkeypatch.context() as patch:
         send_after(patch, 1, signum)
         code, said = run(capsys, *given)
-    assert code == expected and "interrupted at step 2 of 6; it is saved." in said
+    assert code == expected and "interrupted at step 2 of 6, which is saved." in said
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
     assert run(capsys, *given, "--resume")[0] == 0
     assert losses(tmp_path / "run") == losses(whole)
@@ -284,6 +284,16 @@ def test_a_run_may_resume_with_a_smaller_learning_rate(model, data, whole, tmp_p
     assert [line["learning_rate"] < 1e-4 for line in lines if "loss" in line] == [False] * 4 + [True] * 2
 
 
+def test_a_run_of_an_earlier_version_resumes(model, data, whole, tmp_path, capsys):
+    """The setting micro_batch_size was called rows."""
+    shutil.copytree(whole, tmp_path / "run")
+    file = tmp_path / "run" / "settings.json"
+    file.write_text(file.read_text().replace("micro_batch_size", "rows"))
+    code, said = run(capsys, *arguments(model, data, tmp_path / "run"), "--resume", "--micro_batch_size=1")
+    assert code == 2 and "micro_batch_size was 2 and is 1" in said
+    assert run(capsys, *arguments(model, data, tmp_path / "run"), "--resume")[0] == 0
+
+
 def test_a_start_that_failed_or_was_killed_leaves_the_folder_free(model, data, tmp_path, capsys, monkeypatch):
     given = arguments(model, data, tmp_path / "run", "--method=lora")
     assert run(capsys, *given, "--lora_matrices=q_prj")[0] == 2
@@ -305,7 +315,7 @@ def test_a_result_whose_checkpoints_are_gone_is_not_overwritten(model, data, who
     code, said = run(capsys, *given)
     assert code == 2 and "already holds a run. Name another --output, or continue with --resume." in said
     code, said = run(capsys, *given, "--resume")
-    assert code == 2 and "whose checkpoints are gone. Name another --output" in said
+    assert code == 2 and "whose checkpoints were deleted. Name another --output" in said
     assert losses(tmp_path / "run") == losses(whole)
 
 
@@ -611,7 +621,7 @@ def test_a_quantised_model_is_refused(model, data, tmp_path, capsys, method):
     for name in ("tokenizer.json", "preprocessor_config.json"):
         shutil.copy(model / name, tmp_path / "int8" / name)
     code, said = run(capsys, *arguments(tmp_path / "int8", data, tmp_path / "run", f"--method={method}"))
-    assert code == 2 and "is stored as int8, which cannot be trained. Name the checkpoint before quantization." in said
+    assert code == 2 and "is stored as int8, which cannot be trained. Name the checkpoint that has not been quantized." in said
     assert not (tmp_path / "run").exists()
 
 
@@ -619,6 +629,7 @@ def test_a_quantised_model_is_refused(model, data, tmp_path, capsys, method):
     ("flag", "says"),
     [
         ("--lerning_rate=1", "Did you mean --learning_rate?"),
+        ("--rows=1", "unknown flag --rows. Did you mean --micro_batch_size?"),
         ("--learning_rate=2", "--learning_rate is 2.0"),
         ("--method=qlora", "full or lora"),
         ("--loss=mean", "example or token"),
@@ -710,7 +721,7 @@ def test_the_estimate_of_memory_is_what_layers_keep_for_the_gradient(family):
     vision |= {"patch_size": 14, "projection_dim": 192}
     raw = {"model_type": "paligemma", "vision_config": vision, "text_config": text, "image_token_index": 300}
     model = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_hf(raw))
-    training.trainable(model, training.ALL)
+    training.freeze_except(model, training.ALL)
     kept, estimated, weighing = {}, {}, {parameter.data_ptr() for parameter in model.parameters()}
     for rows in (1, 3):
         found = {}
@@ -754,10 +765,11 @@ ALIASES = "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] *
     ("text", "says"),
     [
         ("learning_rat: 1", "c.yaml:1: unknown setting learning_rat. Did you mean learning_rate?"),
+        ("rows: 1", "c.yaml:1: unknown setting rows. Did you mean micro_batch_size?"),
         ("config: x", "unknown setting config"),
         ("x" * 1000 + ": 1", "unknown setting x{80}[.]"),
-        ("- a", "holds a list"),
-        ("a", "holds a text"),
+        ("- a", "contains a list"),
+        ("a", "contains a text"),
         ("a: [", r"c.yaml:\d+:\d+ is not YAML"),
         ("a: 1\n--- \nb: 2", "is not YAML"),
         ("clip: 1\nclip: 2", "c.yaml:2: clip is given twice"),
