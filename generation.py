@@ -1,20 +1,20 @@
-"""From logits to text: greedy or sampled, one row or many, streamed or whole.
+"""Generates answers token by token: greedy or sampled, for one request or many.
 
-`generate_greedy` is the whole idea in six lines. The rest of the file adds sampling, batches, stopping and speed:
+`generate_greedy` shows the whole algorithm in six lines. The rest of the file adds sampling, batches, stopping and speed:
 
 - `Sampling` and `sample` choose the next token from logits.
-- `RunningBatch` keeps the running rows side by side in the first rows of one static KV cache. `admit` prefills free rows, `step`
-  generates one token per row, `remove_finished` frees the rows that have ended, so that an ended row costs nothing.
+- `RunningBatch` keeps the running requests in the first rows of one static KV cache. `admit` prefills free rows, `step` generates
+  one token per row, and `remove_finished` frees the rows of finished answers, so that these cost no time.
 - `generate` admits all rows of a batch at once and yields one tensor per step. `generate_many` admits the next request as soon as
-  a row is free (continuous batching: Orca, OSDI 2022), so that a folder of a million pictures keeps every row busy.
+  a row is free (continuous batching: Orca, OSDI 2022), so that all rows are used while there are requests.
 
-A row may be constrained by a grammar (objects/grammar.py): its token is then chosen among the tokens that the grammar allows.
+A row may be constrained by a grammar (objects/grammar.py): its next token is then one of the tokens that the grammar allows.
 
-On CUDA the next step starts before the CPU has read the tokens of the last one. The end of a row is therefore noticed one step
-late, and the token that was generated after the end is dropped; the answers are the same. A row with a grammar cannot run ahead,
-because the grammar must know each token before it can tell which may follow.
+On CUDA, the next step starts before the CPU has read the tokens of the current step. The CPU therefore sees one step late that a
+row has ended; it drops the token that was generated after the end, so answers do not change. This is not done while a row has a
+grammar, because the grammar must read each token before it can compute which tokens may follow.
 
-The model may be anything that has a config and the methods new_cache, prefill and decode.
+The model can be any object with a config and the methods new_cache, prefill and decode.
 Checked in tests/test_generation.py.
 Shapes: B batch rows, L tokens of a prompt with its pictures, V vocabulary size, A candidates for the next token,
 Q bins of a coordinate.
@@ -39,11 +39,13 @@ from paligemma.layers.batch_cache import BatchCache
 if TYPE_CHECKING:
     from paligemma.objects.grammar import ConstraintState, Grammar
 
-PREFILL_TOKENS = 4096  # most tokens in one prefill pass: larger passes need more memory and are not faster
-NUCLEUS = 256  # top_p first sorts this many of the likeliest tokens; the vocabulary of 257216 is sorted only if they are too few
+MAX_PREFILL_TOKENS = 4096  # in one prefill pass; larger passes need more memory and are not faster
+NUCLEUS = 256  # top_p first sorts this many of the likeliest tokens, and more of the vocabulary of 257216 only if needed
 PICTURE_KEYS = ("pixel_values", "image_features")  # the two forms of pictures; a batch has one of them or neither
-MAX_FLOAT = sys.float_info.max  # a larger whole number cannot be compared with logits
-NEIGHBOURHOOD = 64  # bins on each side of a coordinate that count for its mean; 24 to 128 give the same within 1 %
+MAX_FLOAT = sys.float_info.max  # a larger Python int cannot be converted to a float
+# The mean of a coordinate is computed over this many bins on each side of the generated bin. With 24 to 128 bins, its mean error
+# differs by less than 1 %.
+NEIGHBOURHOOD = 64
 
 
 @torch.no_grad()
@@ -52,8 +54,8 @@ def generate_greedy(model: nn.Module, inputs: dict, max_new_tokens: int = 40) ->
 
     Args:
         inputs: what the processor returned for one row.
-        max_new_tokens: the most tokens of the answer.
-    Returns: the token ids of the answer, <eos> included if it was generated.
+        max_new_tokens: the maximum number of tokens of the answer.
+    Returns: the token ids of the answer, including <eos> if it was generated.
     """
     cache = model.new_cache(1, inputs["input_ids"].shape[1] + max_new_tokens)
     logits = model.prefill(cache, **inputs)  # [1, V]
@@ -65,24 +67,25 @@ def generate_greedy(model: nn.Module, inputs: dict, max_new_tokens: int = 40) ->
 
 
 def short_repr(value: object) -> str:
-    """A value for an error message, shortened: 10^400 has too many digits, and Python refuses to print 10^5000."""
+    """A value as short text for an error message. Python raises ValueError for integers of more than 4300 digits."""
     try:
         return reprlib.repr(value)
     except ValueError:
-        return "a whole number of thousands of digits"
+        return "a whole number with thousands of digits"
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Sampling() is greedy: the most likely token. With a temperature, top_k or top_p it is drawn.
+    """How the next token is chosen. Sampling() takes the likeliest token; temperature, top_k and top_p make the choice random.
 
     Args:
-        temperature: logits are divided by it: lower is more predictable, higher more varied, 0 is greedy. None = 1 if top_k or
-            top_p is given.
-        top_p: keep the fewest of the likeliest tokens whose probabilities sum to at least p (arXiv:1904.09751); None = all.
-        top_k: keep the k likeliest tokens; None = all. It is applied before top_p.
-        seed: the same seed gives the same answers; None = another seed each time. Row i of a batch draws from seed + i, so that
-            its answer does not depend on the other rows.
+        temperature: logits are divided by this number. Lower is more predictable, higher more varied, 0 is greedy. None = 1 if
+            top_k or top_p is given, otherwise 0.
+        top_p: draw from the smallest set of likeliest tokens whose probabilities sum to at least top_p (arXiv:1904.09751); None =
+            from all tokens.
+        top_k: draw from the k likeliest tokens; None = from all tokens. top_k is applied before top_p.
+        seed: the same seed gives the same answers; None = another seed each time. Row i of a batch uses seed + i, so that its
+            answer does not depend on the other rows.
     Raises: GenerationError with exit code 2 for a value out of range.
     """
 
@@ -92,7 +95,7 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self):
-        def is_number(value: object, kind: type = Real) -> bool:  # numpy's numbers as well
+        def is_number(value: object, kind: type = Real) -> bool:  # also numpy's numbers
             return isinstance(value, kind) and not isinstance(value, bool)
 
         checks = {
@@ -112,26 +115,30 @@ class Sampling:
 
 
 def probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """Softmax of logits / temperature, for float32[B, V]: float64[B, V], or float32 on Apple's GPUs, which have no float64.
+    """Softmax of logits / temperature.
 
-    In float64 no temperature or top_p that Python can write is rounded to 0 or 1, and top_p keeps exactly the tokens that exact
-    arithmetic keeps. If no token of a row has a probability (all are -inf, or NaN), all get the same.
+    Args:
+        logits: float32[B, V].
+    Returns: float64[B, V], so that no temperature or top_p is rounded to 0 or 1, and top_p keeps exactly the tokens that it keeps
+        in exact arithmetic. On Apple's GPUs, which have no float64: float32[B, V]. If a row has no valid logit (all are -inf, or
+        one is NaN), all its tokens get the same probability.
     """
     smallest, exact = (1e-30, torch.float32) if logits.device.type == "mps" else (1e-300, torch.float64)
-    # At the smallest temperature any two different logits are so far apart that the lower one gets probability 0. The largest
-    # logit is subtracted before the division, so that no quotient overflows.
+    # At the smallest temperature, all tokens except the likeliest ones get probability 0. The largest logit is subtracted before
+    # the division, so that no quotient overflows.
     logits = logits.to(exact)
     gaps = (logits - logits.amax(-1, keepdim=True)).nan_to_num(nan=0)  # [B, V]
     return (gaps / min(max(float(temperature), smallest), 1 / smallest)).softmax(-1)  # [B, V]
 
 
 def nucleus(logits: Tensor, probs: Tensor, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor]:
-    """The tokens that may be drawn, likeliest first: probabilities [B, A], 0 for the tokens cut off, and ids int64[B, A].
+    """The candidates for the next token after top_k and top_p, likeliest first.
 
     Args:
-        logits, probs: [B, V]. Tokens are sorted by logits, because a high temperature can round different probabilities to the
-            same number.
+        logits, probs: [B, V]. Tokens are sorted by logits, because at a high temperature different logits can have equal
+            probabilities after rounding.
         top_p, top_k: as in Sampling; top_p 1 = all.
+    Returns: probabilities [B, A], which are 0 for tokens that top_p excludes, and token ids int64[B, A].
     """
     vocabulary = logits.shape[-1]
     count = min(top_k or NUCLEUS, vocabulary)
@@ -143,7 +150,7 @@ def nucleus(logits: Tensor, probs: Tensor, top_p: float, top_k: int | None) -> t
         best = probs.gather(1, ids)  # [B, A]
     if top_k is not None:
         best = best / best.sum(-1, keepdim=True)
-    if top_p < 1:  # the first token always stays, even if top_p rounds to 0
+    if top_p < 1:  # the first token is always kept, also if a tiny top_p is rounded to 0 in float32
         best[:, 1:] = best[:, 1:].masked_fill(best.cumsum(-1)[:, :-1] >= top_p, 0)
     return best, ids
 
@@ -165,42 +172,43 @@ def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     if top_p < 1 or sampling.top_k is not None:
         probs, ids = nucleus(logits, probs, top_p, sampling.top_k)  # [B, A], [B, A]
     ends = probs.cumsum(-1)
-    # A number that was rounded up to 1 would select an index after the last interval, that is, a token that was cut off.
+    # A random number that is rounded up to 1 would select an index after the last interval, which is an excluded token.
     uniforms = uniforms.to(ends.dtype).clamp(max=1 - torch.finfo(ends.dtype).eps)
-    marks = uniforms.to(ends.device, non_blocking=ends.is_cuda)[:, None] * ends[:, -1:]  # [B, 1]
-    index = torch.searchsorted(ends, marks, right=True)  # [B, 1]
+    thresholds = uniforms.to(ends.device, non_blocking=ends.is_cuda)[:, None] * ends[:, -1:]  # [B, 1]
+    index = torch.searchsorted(ends, thresholds, right=True)  # [B, 1]
     return (index if ids is None else ids.gather(1, index))[:, 0]  # [B]
 
 
 def sample_allowed(logits: Tensor, sampling: Sampling, uniforms: Tensor, allowed: list[Tensor]) -> Tensor:
-    """Like sample, but the token of row i is one of allowed[i]: int64[A] on the CPU, of a length that may differ per row."""
+    """Like sample, but the token of row i is one of allowed[i], int64[A] on the CPU. A may differ from row to row."""
     ids = nn.utils.rnn.pad_sequence(allowed, batch_first=True, padding_value=-1).to(logits.device)  # [B, A]
     is_padding = ids < 0
-    ids = torch.where(is_padding, ids[:, :1], ids)  # whichever index is chosen, the id is allowed
+    ids = torch.where(is_padding, ids[:, :1], ids)  # padding becomes an allowed id
     candidates = logits.gather(1, ids).masked_fill(is_padding, -torch.inf)  # [B, A]
     index = sample(candidates, sampling, uniforms)[:, None]  # [B, 1]
     return ids.gather(1, index)[:, 0]  # [B]
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
-    """float32[B]: log-probability of each token before temperature, top-k, top-p and grammar; NaN if logits are not finite."""
+    """float32[B]: log-probability of each token, before temperature, top_k, top_p and grammar; NaN if logits are not finite."""
     total = logits.logsumexp(-1)  # [B]
     return logits.gather(1, tokens[:, None])[:, 0] - total.masked_fill(total.isinf(), torch.nan)  # [B]
 
 
 def coordinate_moments(logits: Tensor, tokens: Tensor, locations: range) -> tuple[Tensor, Tensor]:
-    """Expected value and standard deviation of a coordinate: the mean over bins near the generated one, the deviation over all.
+    """The mean of a coordinate over the bins near the generated bin, and its standard deviation over all bins.
 
-    A token names one of 1024 bins; the probabilities of the neighbouring bins tell where between them the edge of an object lies.
-    Bins far away belong to other objects that the model might have named. They would pull the mean towards a place between two
-    objects (mean error on the demo's scenes: 9.7 bins with all bins, 7.4 with near bins only, 8.1 for the generated bin itself).
-    They do count for the deviation, which is to be large if the model hesitates between objects.
+    A location token stands for one of 1024 bins. The probabilities of the neighbouring bins tell where the edge of an object is
+    more precisely than the generated bin alone. Distant bins belong to other objects, which the model could have generated
+    instead. They are excluded from the mean, because it would be between two objects. (Mean error on the demo's scenes: 9.7 bins
+    with all bins, 7.4 with near bins only, 8.1 for the generated bin itself.) They are included in the deviation, so that it is
+    large if the model hesitates between objects.
 
     Args:
         logits: float32[B, V].
-        tokens: int64[B], the generated tokens. For a token that is no location the two results have no meaning.
-        locations: the ids of the bins in order; probabilities are over these ids only.
-    Returns: float32[B] and float32[B], in bins: the mean, and the root of the mean squared distance from it.
+        tokens: int64[B], the generated tokens. If a token is not a location, the two results have no meaning.
+        locations: the ids of the bins in order. The probabilities are a softmax over these ids only.
+    Returns: float32[B] and float32[B], in bins: the mean, and the root of the mean squared distance from this mean.
     """
     scores = logits[:, locations.start : locations.stop]  # [B, Q]
     bins = torch.arange(len(locations), device=scores.device, dtype=scores.dtype)  # [Q]
@@ -212,17 +220,17 @@ def coordinate_moments(logits: Tensor, tokens: Tensor, locations: range) -> tupl
 
 
 def split_rows(inputs: dict, config: Any) -> list[dict]:
-    """A processor's batch as one dict per row without padding: input_ids int64[L], token_type_ids, the pictures of the row.
+    """Splits a batch of the processor into one dict per row: input_ids int64[L] without padding, token_type_ids, pictures.
 
-    Raises: PromptError if <image> tokens and pictures do not match, and for a row that is empty or fills the model's context.
+    Raises: PromptError if <image> tokens and pictures do not match, and if a row is empty or fills the model's context.
     """
     given = [key for key in PICTURE_KEYS if inputs.get(key) is not None]
     if len(given) == 2:
-        raise PromptError("pixel_values and image_features are two forms of the same pictures. Pass one of them.")
+        raise PromptError("pixel_values and image_features are two forms of the same pictures. Pass only one of them.")
     pictures = given[0] if given else None
     input_ids, types, mask = (inputs.get(key) for key in ("input_ids", "token_type_ids", "attention_mask"))
     if types is None and pictures is not None:
-        raise PromptError("token_type_ids are missing: without them it is not known where the prompt ends. Pass the processor's.")
+        raise PromptError("token_type_ids are missing, so the end of the prompt is unknown. Pass those of the processor.")
     mask = torch.ones_like(input_ids) if mask is None else mask
     rows, used = [], 0
     for i, is_token in enumerate(mask.bool()):
@@ -235,27 +243,28 @@ def split_rows(inputs: dict, config: Any) -> list[dict]:
         row = {"input_ids": ids, "token_type_ids": torch.ones_like(ids) if types is None else types[i][is_token]}
         count, rest = divmod(int((ids == config.image_token_index).sum()), config.num_image_tokens)
         if rest:
-            raise PromptError(f"row {i} ends a picture after {rest} of {config.num_image_tokens} <image> tokens. Pass them all.")
+            raise PromptError(f"row {i} ends a picture after {rest} of {config.num_image_tokens} <image> tokens. Pass all.")
         if pictures is not None and count:
             row[pictures] = inputs[pictures][used : used + count]
         used += count
         rows.append(row)
-    came = 0 if pictures is None else len(inputs[pictures])
-    if used != came:
-        raise PromptError(f"the rows have <image> tokens for {used} pictures, but {came} came. Pass what the processor returns.")
+    num_pictures = 0 if pictures is None else len(inputs[pictures])
+    if used != num_pictures:
+        reason = f"the rows have <image> tokens for {used} pictures, but {num_pictures} pictures were given"
+        raise PromptError(f"{reason}. Pass what the processor returns.")
     return rows
 
 
 def only_row(inputs: dict, config: Any) -> dict:
-    """The one row of a request, as split_rows returns it. Raises PromptError like split_rows, and for more than one row."""
+    """The only row of a request, as split_rows returns it. Raises: PromptError as split_rows, and for more than one row."""
     rows = split_rows(inputs, config)
     if len(rows) != 1:
-        raise PromptError(f"a request of {len(rows)} rows came. Pass each row as a request of its own.")
+        raise PromptError(f"the request has {len(rows)} rows, but it must have one. Pass each row as a separate request.")
     return rows[0]
 
 
 def join_rows(rows: list[dict], pad_token_id: int) -> dict:
-    """Rows of split_rows as one batch for prefill, padded on the right."""
+    """Joins rows from split_rows into one batch for prefill, padded on the right."""
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])  # [B]
     batch = {
         key: nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=pad_token_id)
@@ -269,23 +278,26 @@ def join_rows(rows: list[dict], pad_token_id: int) -> dict:
     return batch
 
 
-def first_prefill(requests: list[tuple[int, dict]]) -> list[tuple[int, dict]]:
-    """The first requests, as many as one prefill pass takes: at most PREFILL_TOKENS, and all pictures in the same form."""
+def next_prefill_group(requests: list[tuple[int, dict]]) -> list[tuple[int, dict]]:
+    """The first requests that fit into one prefill pass: at most MAX_PREFILL_TOKENS tokens, and all pictures in the same form."""
     longest, forms = 0, set()
     for count, (_, row) in enumerate(requests):
         longest = max(longest, len(row["input_ids"]))
         forms |= row.keys() & set(PICTURE_KEYS)
-        if count and ((count + 1) * longest > PREFILL_TOKENS or len(forms) > 1):
+        if count and ((count + 1) * longest > MAX_PREFILL_TOKENS or len(forms) > 1):
             return requests[:count]
     return requests
 
 
 @dataclass(frozen=True)
 class Step:
-    """One token of every row, on the CPU: tokens int64[B], logprobs float32[B], is_finished bool[B].
+    """One token of every row, on the CPU. A row that finished in an earlier step has the pad token and logprob 0.
 
-    A row that finished in an earlier step has the pad token and logprob 0.
-    moments: one entry per row: what coordinate_moments returns for a location token, None for any other token.
+    Attributes:
+        tokens: int64[B].
+        logprobs: float32[B], the log-probability of each token.
+        is_finished: bool[B].
+        moments: for each row, the result of coordinate_moments if the token is a location, otherwise None.
     """
 
     tokens: Tensor
@@ -299,10 +311,10 @@ class Answer:
     """The answer to one request.
 
     Attributes:
-        index: number of the request, counted from 0.
-        token_ids: the tokens, <eos> included if it was generated.
-        logprobs: log-probability of each token.
-        moments: for each token what coordinate_moments returns if the token is a location, otherwise None.
+        index: index of the request, from 0.
+        token_ids: the tokens, including <eos> if it was generated.
+        logprobs: the log-probability of each token.
+        moments: for each token, the result of coordinate_moments if the token is a location, otherwise None.
         finish_reason: "stop" = an eos was generated, "length" = max_new_tokens or the end of the model's context was reached.
     """
 
@@ -324,7 +336,7 @@ class Row:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     moments: list[tuple[float, float] | None] = field(default_factory=list)
-    num_generated: int = 0  # tokens generated so far, including those that are not yet copied to the CPU
+    num_generated: int = 0  # tokens generated so far, including tokens that are not yet on the CPU
     is_removed: bool = False
 
 
@@ -333,34 +345,34 @@ class PendingTokens:
 
     Args:
         rows: the rows that the tokens belong to.
-        numbers: float32[B, 2] or float32[B, 4] on the device: token, log-probability and, if requested, the moments.
+        numbers: float32[B, 2] on the device, token and log-probability, or float32[B, 4] with the two moments as well.
     """
 
     def __init__(self, rows: list[Row], numbers: Tensor):
         self.rows = rows
         self.numbers = numbers.to("cpu", non_blocking=True)
-        self.copied = None
+        self.copy_done = None
         if numbers.is_cuda:
-            self.copied = torch.cuda.Event()
-            self.copied.record()
+            self.copy_done = torch.cuda.Event()
+            self.copy_done.record()
 
     def wait(self) -> list[tuple[Row, list[float]]]:
-        """Waits for the copy. Returns each row with its numbers, without the rows that were removed in the meantime."""
-        if self.copied is not None:
-            self.copied.synchronize()
+        """Waits for the copy. Returns pairs of a row and its numbers, except for rows that were removed in the meantime."""
+        if self.copy_done is not None:
+            self.copy_done.synchronize()
         return [pair for pair in zip(self.rows, self.numbers.tolist(), strict=True) if not pair[0].is_removed]
 
 
 class RunningBatch:
-    """The running rows, side by side in the first rows of one static KV cache.
+    """The running requests, which use the first rows of one static KV cache without gaps.
 
     Args:
-        model: PaliGemmaForConditionalGeneration, or anything with its new_cache, prefill, decode and config.
-        max_rows: the most rows that run at the same time.
-        max_new_tokens: the most tokens of an answer. An answer is shorter if the model's context ends first.
+        model: PaliGemmaForConditionalGeneration, or any object with the same new_cache, prefill, decode and config.
+        max_rows: the maximum number of requests that run at the same time.
+        max_new_tokens: the maximum number of tokens of an answer. An answer is shorter if the model's context ends first.
         sampling: how tokens are chosen.
-        eos_token_id: the token or tokens that end an answer; "config" = those of the model's config; None = no token does.
-        locations: the ids that name coordinates, for Answer.moments; None = no moments are computed.
+        eos_token_id: the token or tokens that end an answer; "config" = the eos tokens in the model's config; None = no token.
+        locations: the ids of the location tokens, for Answer.moments; None = no moments are computed.
         suppress_tokens: ids that are never generated; <image> is always one of them. Ids outside the vocabulary are ignored.
     Raises: GenerationError with exit code 2 for arguments of the wrong type or out of range.
     """
@@ -396,7 +408,7 @@ class RunningBatch:
         self.eos = frozenset(eos)
         self.locations = locations
         vocabulary = model.config.text_config.vocab_size
-        suppressed = sorted({model.config.image_token_index, *suppressed})  # <image> may lie outside the vocabulary
+        suppressed = sorted({model.config.image_token_index, *suppressed})  # <image> may be outside the vocabulary
         self.suppressed = torch.tensor([token for token in suppressed if 0 <= token < vocabulary], dtype=torch.int64)
         self.seed = torch.Generator().seed() % 2**62 if sampling.seed is None else sampling.seed
         self.cache: Any = None
@@ -412,14 +424,14 @@ class RunningBatch:
         """Prefills free rows with the requests and generates the first token of each.
 
         Args:
-            requests: pairs of an index and a row of split_rows, which may have a "grammar" as well.
+            requests: pairs of an index and a row from split_rows, to which a "grammar" may have been added.
         """
         config = self.model.config
         context = config.text_config.max_position_embeddings
         longest = max(len(row["input_ids"]) for _, row in requests)
         self.ensure_slots(min(longest + self.max_new_tokens, context))
         while requests:
-            group = first_prefill(requests)
+            group = next_prefill_group(requests)
             requests = requests[len(group) :]
             first, count = len(self.rows), len(group)
             for index, row in group:
@@ -433,7 +445,7 @@ class RunningBatch:
             self.append_tokens(self.choose_next(logits, first))
 
     def ensure_slots(self, slots: int) -> None:
-        """Allocates the cache for the first request, and a larger one if a longer request comes."""
+        """Makes sure that each row of the cache has at least `slots` slots: allocates a cache, or a larger one."""
         if self.cache is None or self.cache.slots < slots:
             cache = self.model.new_cache(self.max_rows, slots, BatchCache)
             if self.cache is not None:
@@ -442,12 +454,12 @@ class RunningBatch:
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether the next step may start before the CPU reads the last one. It helps on CUDA only, which runs asynchronously."""
+        """Whether a step may start before the CPU has read the tokens of the step before. This helps only on CUDA."""
         return self.cache.lengths.is_cuda and all(row.constraint is None for row in self.rows)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Appends one more token to every row. Where `runs_ahead`, the device already computes the step after it."""
+        """Appends one token to every row. If `runs_ahead` is true, the device already computes the step after this one."""
         if not self.pending:
             self.pending.append(self.decode())
         if self.runs_ahead and any(row.num_generated < row.max_tokens for row in self.rows):
@@ -460,7 +472,7 @@ class RunningBatch:
         return self.choose_next(logits, 0)
 
     def sample(self, logits: Tensor, rows: list[Row]) -> Tensor:
-        """The next token of each row, int64[B]; for a row with a grammar, one of the tokens that it allows."""
+        """The next token of each row, int64[B]; for a row with a grammar, it is one of the tokens that the grammar allows."""
         uniforms = torch.zeros(len(rows), dtype=torch.float64)  # [B]
         if not self.sampling.is_greedy:
             for i, row in enumerate(rows):
@@ -475,7 +487,7 @@ class RunningBatch:
         return tokens
 
     def choose_next(self, logits: Tensor, first: int) -> PendingTokens:
-        """Chooses the next token of the rows from `first` on; their logits are float32[B, V]."""
+        """Chooses the next token of the rows from index `first` on; `logits` are those of these rows only, float32[B, V]."""
         self.suppressed = self.suppressed.to(logits.device)
         logits.index_fill_(1, self.suppressed, -torch.inf)
         rows = self.rows[first:]
@@ -504,7 +516,7 @@ class RunningBatch:
                 row.constraint.advance(token)
 
     def remove_finished(self) -> list[Answer]:
-        """Removes the finished rows and returns their answers; the last rows move into the gaps."""
+        """Removes the finished rows and returns their answers. Rows from the end move into the gaps."""
         answers = []
         for i in reversed(range(len(self.rows))):
             row = self.rows[i]
@@ -523,7 +535,7 @@ class RunningBatch:
 
 
 def static_batching(batch: RunningBatch, requests: list[tuple[int, dict]]) -> Iterator[Step]:
-    """Admits all requests at once and yields a Step per token, with the rows in the order of the requests."""
+    """Admits all requests at once and yields one Step per token; its rows are in the order of the requests."""
     batch.admit(requests)
     rows, pad = list(batch.rows), batch.model.config.pad_token_id
     while batch.rows:
@@ -566,7 +578,7 @@ def generate_steps(
     """Like generate, but each step has the log-probabilities of its tokens and tells which rows are finished.
 
     Args:
-        locations: the ids of the bins of a coordinate in order (processor.location_ids). If given, Step.moments is computed.
+        locations: the ids of the location tokens in order (processor.location_ids). If given, Step.moments is computed.
     """
     rows = split_rows(inputs, model.config)
     batch = RunningBatch(model, len(rows), max_new_tokens, sampling, eos_token_id, locations, suppress_tokens)
@@ -588,17 +600,17 @@ def generate(
     Args:
         inputs: what the processor returned, padded on either side. `image_features` of model.encode_images may replace
             `pixel_values`.
-        max_new_tokens: the most tokens of an answer.
-        sampling: how tokens are chosen; Sampling() takes the most likely one.
+        max_new_tokens: the maximum number of tokens of an answer.
+        sampling: how tokens are chosen; Sampling() takes the most likely token.
         grammar: constrains the answer of every row; None = no constraint.
         eos_token_id: the token or tokens that end an answer; "config" = those of model.config, as in transformers; None = answers
-            end at max_new_tokens only.
+            end only at max_new_tokens.
         suppress_tokens: ids that are never generated; <image> is always one of them. Pass processor.unused_ids(vocab_size) to
-            suppress the ids that have no token: the model does not know them.
-    Returns: an iterator over the steps. Each step is a new int64[B] on the CPU, with the pad token for finished rows. It ends
-        when all rows are finished.
-    Raises: GenerationError (exit code 2) for arguments out of range and PromptError for inconsistent inputs, both before the
-        first step; while running, GenerationError if logits are not finite.
+            suppress ids without a token, which the model was not trained on.
+    Returns: an iterator that yields a new int64[B] on the CPU in each step, with the pad token for finished rows. It ends when
+        all rows are finished.
+    Raises: before the first step, GenerationError (exit code 2) for arguments out of range and PromptError for inconsistent
+        inputs; later, GenerationError if logits are not finite.
     """
     steps = generate_steps(
         model, inputs, max_new_tokens, sampling, grammar, eos_token_id=eos_token_id, suppress_tokens=suppress_tokens
@@ -618,16 +630,17 @@ def generate_many(
     suppress_tokens: Iterable[int] = (),
     locations: range | None = None,
 ) -> Iterator[Answer]:
-    """Answers any number of requests, `rows` at a time; when a row finishes, the next request takes its place.
+    """Answers any number of requests, `rows` at a time. When an answer is finished, the next request takes its row.
 
     Args:
-        requests: what the processor returned, one row each. A request is read only when a row is free.
-        rows: the most requests that run at the same time. Each row needs its part of the cache, and decoding two rows together
-            takes less time than one after the other.
-        grammar: as in generate. A request that has the key "grammar" is constrained by that one instead; None = no constraint.
-        others: as in generate_steps. Request i draws from seed + i, so that its answer does not depend on the other requests.
-    Returns: an iterator of Answer, in the order in which the requests finish.
-    Raises: as generate; PromptError for a request when it is read.
+        requests: batches of one row each, as the processor returns them. A request is read only when a row is free.
+        sampling: as in generate. Request i uses seed + i, so that its answer does not depend on the other requests.
+        grammar: as in generate. If a request has the key "grammar", that grammar is used instead; None = no constraint.
+        rows: the maximum number of requests that run at the same time. More rows need more memory for the cache, but decoding
+            rows together takes less time than decoding them one after the other.
+        locations: as in generate_steps.
+    Returns: an iterator of Answer, in the order in which the answers are finished.
+    Raises: as in generate, but PromptError for a request is raised when the request is read.
     """
     batch = RunningBatch(model, rows, max_new_tokens, sampling, eos_token_id, locations, suppress_tokens)
     arrivals = (only_row(inputs, model.config) | {"grammar": inputs.get("grammar", grammar)} for inputs in requests)

@@ -1,11 +1,11 @@
 """Gemma decoder, versions 1 and 2: token vectors in, one hidden vector per token out.
 
-One implementation serves both versions: what Gemma 2 adds (two more norms per layer, soft caps, another query scale) is switched
-by fields of the config. The caller's mask decides which tokens attend to which; this file knows nothing of pictures.
+One implementation serves both versions: fields of the config turn on what Gemma 2 adds (two more norms per layer, soft caps,
+another query scale). The caller passes a mask that decides which tokens attend to which; nothing here depends on pictures.
 
 Sources: Gemma (arXiv:2403.08295), Gemma 2 (arXiv:2408.00118), RoPE (arXiv:2104.09864), grouped-query attention
 (arXiv:2305.13245). Checked in tests/test_modeling_gemma.py.
-Shapes: B batch rows, L tokens fed in this call, S slots of the KV cache that are read (L without a cache), D model width,
+Shapes: B batch rows, L tokens fed in this call, S slots of the KV cache that are read (S = L without a cache), D model width,
 F MLP width, N query heads, K key/value heads, E width of one head, V vocabulary size. In Gemma 2B, the decoder of PaliGemma 1,
 these are D 2048, F 16384, N 8, K 1, E 256, V 257216, in 18 layers.
 """
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from paligemma.configuration import GemmaConfig
 
-QUERY_BLOCK = 256  # queries per block in attention with a soft cap, so that [block, S] scores fit for pictures of 4096 tokens
+QUERY_BLOCK = 256  # attention with a soft cap computes this many queries at a time, to limit the memory for their scores
 
 
 class GemmaRMSNorm(nn.Module):
     """Divides by the root mean square and scales by 1 + weight, all in float32 (arXiv:1910.07467, equation 4).
 
-    Checkpoints store the difference of the scale from 1, so the 1 is added here. The cast back comes last: bit equality with
-    transformers needs this order.
+    Checkpoints store the scale minus 1, so the 1 is added here. The cast to the dtype of x comes last, because only this order is
+    bit-equal to transformers.
     """
 
     def __init__(self, width: int, eps: float):
@@ -38,12 +38,12 @@ class GemmaRMSNorm(nn.Module):
 
 
 def rotary_embedding(position_ids: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines with which RoPE rotates queries and keys, so that scores depend on distances between tokens only.
+    """The cosines and sines by which RoPE rotates queries and keys. Scores then depend only on the distance between tokens.
 
     Args:
         position_ids: int64[B, L].
         width: E. Dimensions i and i + E/2 form a pair, which is rotated by the angle position * theta^(-2i/E).
-    Returns: cos and sin, [B, 1, L, E] in `dtype`, computed in float32; the 1 broadcasts over heads.
+    Returns: cos and sin, [B, 1, L, E], computed in float32 and cast to `dtype`; the 1 broadcasts over heads.
     Source: RoPE (arXiv:2104.09864), section 3.4.2. The paper pairs neighbouring dimensions; the published weights
         pair dimensions i and i + E/2.
     """
@@ -65,24 +65,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     Args:
         q: [B, N, L, E].
         k, v: [B, K, S, E].
-        mask: bool[B, 1, L, S], True = the query attends to this slot; None = to all slots.
-        scale: factor of the scores.
-        cap: Gemma 2's soft cap, scores become cap * tanh(scores / cap); None = no cap (Gemma 1).
+        mask: bool[B, 1, L, S], True = the query attends to this slot; None = every query attends to all slots.
+        scale: q k^T is multiplied by this number.
+        cap: Gemma 2's soft cap: scores become cap * tanh(scores / cap). None = no cap (Gemma 1).
     Returns: [B, N, L, E].
     Source: grouped-query attention (arXiv:2305.13245), soft cap (arXiv:2408.00118, section 2).
     """
     b, n, length, e = q.shape
-    groups = n // k.shape[1]
+    heads_per_group = n // k.shape[1]  # N/K
     if cap is None and length == 1:
-        # With one query per head, the N/K query heads of a key head take the place of L: each key is read once, not N/K times.
-        x = F.scaled_dot_product_attention(q.view(b, -1, groups, e), k, v, attn_mask=mask, scale=scale)  # [B, K, N/K, E]
+        # With one query per head, the N/K query heads that share a key head are passed as N/K queries of a single head. Each key
+        # is then read once instead of N/K times.
+        q = q.view(b, -1, heads_per_group, e)  # [B, K, N/K, E]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)  # [B, K, N/K, E]
         return x.view(b, n, 1, e)  # [B, N, L, E]
     if cap is None:
-        # On CUDA the kernels for a mask or for float32 need as many key heads as query heads; otherwise torch falls back to a
-        # kernel that stores all scores. expand() repeats the key heads; with K = 1 it makes no copy, and all kernels accept this.
-        k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (k, v))  # [B, N, S, E], [B, N, S, E]
+        # The key heads are repeated, because CUDA's fast kernels for masks or float32 need as many key heads as query heads; with
+        # fewer, torch falls back to a kernel that stores all scores. With K = 1 this makes no copy, and all kernels accept the
+        # expanded tensor (stride 0).
+        k, v = (x[:, :, None].expand(-1, -1, heads_per_group, -1, -1).flatten(1, 2) for x in (k, v))  # [B, N, S, E], [B, N, S, E]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    blocks = []  # torch's fused kernel has no soft cap, so the scores are computed here, for a block of queries at a time
+    # torch's fused kernel has no soft cap, so the scores are computed here, for one block of queries at a time. In the shapes
+    # of the loop, L is the number of queries in the block.
+    blocks = []
     for start in range(0, length, QUERY_BLOCK):
         block = q[:, :, start : start + QUERY_BLOCK].reshape(b, k.shape[1], -1, e)  # [B, K, N/K*L, E]
         scores = (block @ k.transpose(2, 3)).float() * scale  # [B, K, N/K*L, S]
@@ -97,20 +102,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 
 
 class KVCache:
-    """Keys and values of every layer for all tokens so far: a decoding step then computes them for its own token only.
+    """The keys and values of all tokens so far, in every layer, so that a decoding step computes only those of its new token.
 
     The memory is allocated once. Rows may differ in length. A row has no gaps: the token at position p is in slot p - 1, and
     positions start at 1.
 
     Args:
-        config: of the decoder.
-        batch: B, number of rows.
-        slots: the most tokens that a row can hold: picture, prompt and answer together.
+        config: the config of the decoder.
+        batch: B, the number of rows.
+        slots: the maximum number of tokens in a row (picture, prompt and answer together).
     Attributes:
-        lengths: int64[B] on the device, number of tokens in each row.
-        slots_read: S, the number of slots that attention reads: the length of the longest row. It is a Python int, because
-            reading it from a GPU would stall.
-        same_length: whether all rows have this length; no mask is needed then.
+        lengths: int64[B] on the device, the number of tokens in each row.
+        slots_read: S, the number of slots that attention reads, which is the length of the longest row. It is a Python int,
+            so that the CPU can use it without waiting for a GPU.
+        same_length: whether all rows have the same length. If so, no mask is needed.
     """
 
     def __init__(self, config: GemmaConfig, batch: int, slots: int, *, device: torch.device, dtype: torch.dtype):
@@ -128,29 +133,29 @@ class KVCache:
     def fill(self, lengths: Tensor) -> None:
         """Sets the lengths of the rows, int64[B] on the CPU, before the forward pass that writes their keys and values."""
         self.lengths.copy_(lengths, non_blocking=True)
-        self.measure(lengths)
+        self.set_slots_read(lengths)
 
-    def measure(self, lengths: Tensor) -> None:
+    def set_slots_read(self, lengths: Tensor) -> None:
         """Sets `slots_read` and `same_length` for rows of these lengths, int64[B] on the CPU."""
         shortest, longest = lengths.aminmax()
         self.slots_read, self.same_length = int(longest), bool(shortest == longest)
 
     def reserve(self) -> None:
-        """Makes attention read one slot more, that of the next token. Raises ValueError if a row is full.
+        """Makes attention read one more slot, the slot of the next token. Raises ValueError if a row is full.
 
-        `lengths` is on the device and grows in the decoding step itself, which a GPU may have recorded.
+        `lengths` is not changed here: the decoding step adds 1 on the device, also when the step is replayed as a CUDA graph.
         """
         if self.slots_read == self.slots:
             raise ValueError(f"a row would hold {self.slots + 1} tokens, but the cache has {self.slots} slots per row.")
         self.slots_read += 1
 
     def write(self, layer: int, position_ids: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the keys and values of new tokens to their slots and returns those of all tokens, [B, K, S, E] each.
+        """Stores the keys and values of new tokens. Returns the keys and the values of all tokens, [B, K, S, E] each.
 
         Args:
-            layer: number of the layer.
+            layer: index of the layer, from 0.
             position_ids: int64[B, L], positions of the new tokens.
-            k, v: [B, K, L, E]. Under autocast they have its dtype; they are stored in the dtype of the cache.
+            k, v: [B, K, L, E]. They are cast to the dtype of the cache; under autocast they can have another one.
         """
         row = torch.arange(k.shape[0], device=k.device)[:, None]  # [B, 1]
         self.keys[layer][row, :, position_ids - 1] = k.transpose(1, 2).to(self.keys[layer].dtype)
@@ -158,7 +163,7 @@ class KVCache:
         return self.keys[layer][:, :, : self.slots_read], self.values[layer][:, :, : self.slots_read]
 
     def mask(self, window: int | None = None) -> Tensor | None:
-        """Which slots the newest token of each row attends to: all tokens of its row, or only the newest `window` of them.
+        """The slots that the newest token of each row attends to: all tokens of its row, or only the newest `window` tokens.
 
         Returns: bool[B, 1, 1, S], or None if the token attends to all S slots.
         """
@@ -180,7 +185,7 @@ class GemmaAttention(nn.Module):
         self.layer = layer
         self.scale = config.query_scale
         self.cap = config.attn_logit_softcapping
-        self.width = config.head_dim  # N E need not be D
+        self.width = config.head_dim  # E; N * E may differ from D
         query_width, key_width = config.num_attention_heads * self.width, config.num_key_value_heads * self.width
         self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
@@ -206,7 +211,7 @@ class GemmaAttention(nn.Module):
 
 
 class GemmaMLP(nn.Module):
-    """GeGLU (arXiv:2002.05202, equation 6): two projections to width F, GELU of the first times the second, a projection back."""
+    """GeGLU (arXiv:2002.05202, equation 6): down(gelu(gate(x)) * up(x)); gate and up project to width F, down to D."""
 
     def __init__(self, config: GemmaConfig):
         super().__init__()
@@ -220,10 +225,10 @@ class GemmaMLP(nn.Module):
 
 
 class GemmaDecoderLayer(nn.Module):
-    """Attention, then MLP, each applied to the normalised input and added to it. Gemma 2 normalises what is added, too.
+    """Attention and MLP: y = x + attention(norm(x)), then y + mlp(norm(y)). Gemma 2 also normalises both outputs before adding.
 
-    The name `post_attention_layernorm` has two meanings: it is applied to the input of the MLP in Gemma 1, and to the output of
-    attention in Gemma 2.
+    The name `post_attention_layernorm` has two meanings: in Gemma 1 this norm is applied to the input of the MLP, in Gemma 2 to
+    the output of attention.
     """
 
     def __init__(self, config: GemmaConfig, layer: int):
@@ -251,8 +256,8 @@ class GemmaDecoderLayer(nn.Module):
 class GemmaEmbedding(nn.Embedding):
     """Token ids to vectors and, with the same matrix, vectors to logits.
 
-    Only the vectors of tokens are multiplied by sqrt(D), those of pictures are not. As in transformers, the root is first rounded
-    to the dtype of the weights (45.2548... becomes 45.25 in bfloat16).
+    Token vectors are multiplied by sqrt(D). As in transformers, sqrt(D) is first rounded to the dtype of the weights (45.2548...
+    becomes 45.25 in bfloat16). Picture vectors are not multiplied; they do not pass through this class.
     """
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -267,13 +272,13 @@ class GemmaModel(nn.Module):
     """The decoder up to the last norm, without the output matrix.
 
     Args of forward:
-        inputs_embeds: [B, L, D], from embed_tokens and, for pictures, the projector.
+        inputs_embeds: [B, L, D], the token vectors from embed_tokens and the picture vectors from the projector.
         position_ids: int64[B, L], 1 for the first token of a row.
-        mask: bool[B, 1, L, S], True = the token attends to this slot; None = every token attends to all S.
-        cache: keys and values of the L tokens are written to it, and attention reads all that it holds. None = attention reads
-            the L tokens only.
-        window_mask: if given, it replaces `mask` in layers 0, 2, 4, ..., those that have a sliding window in Gemma 2.
-    Returns: [B, L, D], after the last norm.
+        mask: bool[B, 1, L, S], True = the token attends to this slot; None = every token attends to all S slots.
+        cache: the keys and values of the L tokens are written to the cache, and attention reads all tokens in it. None =
+            attention reads only the L tokens.
+        window_mask: if given, it replaces `mask` in layers 0, 2, 4, ..., which have a sliding window in Gemma 2.
+    Returns: [B, L, D], the output of the last norm.
     """
 
     def __init__(self, config: GemmaConfig):
@@ -300,10 +305,10 @@ class GemmaModel(nn.Module):
 
 
 class GemmaForCausalLM(nn.Module):
-    """The decoder with its output matrix, which is the matrix of the embedding.
+    """The decoder with its output matrix, which is the same matrix as the embedding.
 
     Args:
-        config: of the decoder.
+        config: the config of the decoder.
         final_softcap: logits become cap * tanh(logits / cap); None = no cap.
     """
 
@@ -315,7 +320,7 @@ class GemmaForCausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of the next token, float32[..., V], for hidden vectors [..., D].
 
-        The cap is computed in float32: in bfloat16 the largest logits would be rounded to the same number.
+        The cap is computed in float32, because in bfloat16 the largest logits would be rounded to the same number.
         """
         logits = self.model.embed_tokens.logits(hidden).float()
         return logits if self.final_softcap is None else torch.tanh(logits / self.final_softcap) * self.final_softcap

@@ -4,8 +4,7 @@
     input_ids -> embedding * sqrt(D) ────────────────────┴-> inputs_embeds -> decoder -> logits
 
 A row is `<image> * P <bos> prompt \n | answer <eos>`. The tokens before the bar attend to each other in both directions; a token
-of the answer attends to itself and all earlier tokens (a prefix LM). token_type_ids tell where the bar is: 0 before it, 1 after
-it.
+of the answer attends to itself and all earlier tokens (a prefix LM). token_type_ids are 0 before the bar and 1 after it.
 
 Sources: PaliGemma (arXiv:2407.07726), PaliGemma 2 (arXiv:2412.03555). Checked in tests/test_modeling_paligemma.py against
 transformers, and in tests/test_oracle.py against the official JAX code.
@@ -26,7 +25,7 @@ from paligemma.vocabulary import IGNORE_INDEX
 def prefix_lm_mask(attention_mask: Tensor, token_type_ids: Tensor, window: int | None = None) -> Tensor:
     """The attention mask of a prefix LM: full attention within picture and prompt, causal attention for the answer.
 
-    Three tokens of picture and prompt, then two tokens of the answer (lines are queries, columns are keys, 1 = may look):
+    For three tokens of picture and prompt, and two tokens of the answer (rows are queries, columns are keys, 1 = attends):
 
         1 1 1 . .
         1 1 1 . .
@@ -36,12 +35,12 @@ def prefix_lm_mask(attention_mask: Tensor, token_type_ids: Tensor, window: int |
 
     Args:
         attention_mask: [B, L], 1 = token, 0 = padding.
-        token_type_ids: [B, L], 0 = picture and prompt, 1 = answer; for padding the value does not matter.
-        window: if given, tokens attend only to the newest `window` tokens, themselves included; picture and prompt still attend
-            to each other fully.
-    Returns: bool[B, 1, L, L], True = the query attends to the key; the 1 broadcasts over heads. Padding attends to itself,
-        because softmax over an empty row is NaN.
-    Source: PaliGemma (arXiv:2407.07726), figure 2. The window is combined with the prefix as in transformers.
+        token_type_ids: [B, L], 0 = picture and prompt, 1 = answer; the value for padding does not matter.
+        window: if given, a token attends only to the newest `window` tokens up to and including itself, but the tokens of
+            picture and prompt still all attend to each other.
+    Returns: bool[B, 1, L, L], True = the query attends to the key; the 1 broadcasts over heads. A padding token attends to
+        itself, because the softmax of a row without any key is NaN.
+    Source: PaliGemma (arXiv:2407.07726), figure 2. Window and prefix are combined as in transformers.
     """
     length = attention_mask.shape[1]
     index = torch.arange(length, device=attention_mask.device)  # [L]
@@ -61,10 +60,10 @@ def suffix_loss(logits: Tensor, labels: Tensor, reduction: str = "example") -> T
     Args:
         logits: [B, L, V]; the logits at position i predict token i + 1.
         labels: int64[B, L], the tokens of the answer, and -100 for every other token.
-        reduction: "example" = mean over the tokens of each answer, then over answers, so that a word weighs as much as a
-            paragraph (the official trainer); "token" = mean over the tokens of all answers (transformers).
-    Returns: float32 scalar. Rows without an answer do not count; the loss is 0 if no row has an answer.
-    Source: PaliGemma (arXiv:2407.07726), section 3.2.4; Google's trainer for "example".
+        reduction: "example" = mean over the tokens of each answer, then mean over answers, so that a short answer counts as much
+            as a long one (as in Google's trainer); "token" = mean over the tokens of all answers (as in transformers).
+    Returns: float32 scalar. Rows without an answer are ignored; the loss is 0 if no row has an answer.
+    Source: PaliGemma (arXiv:2407.07726), section 3.2.4; for "example", Google's trainer.
     """
     if reduction not in ("example", "token"):
         raise ValueError(f"reduction is {reduction!r}; 'example' or 'token' is needed.")
@@ -79,7 +78,7 @@ def suffix_loss(logits: Tensor, labels: Tensor, reduction: str = "example") -> T
 
 
 class PaliGemmaMultiModalProjector(nn.Module):
-    """One linear layer, from the width of the tower to the width of the decoder."""
+    """A linear layer that projects the tower's vectors to the width of the decoder."""
 
     def __init__(self, config: PaliGemmaConfig):
         super().__init__()
@@ -90,11 +89,11 @@ class PaliGemmaMultiModalProjector(nn.Module):
 
 
 class PaliGemmaForConditionalGeneration(nn.Module):
-    """The whole model. `forward` gives logits at every position; `prefill` and `decode` do the same pass with a KV cache.
+    """The whole model. `forward` gives logits at every position; `prefill` and `decode` generate token by token with a KV cache.
 
     Args:
-        config: read from config.json.
-        final_softcap: "config" applies the soft cap of config.json to the logits, as in transformers; None applies no cap.
+        config: the contents of config.json.
+        final_softcap: "config" = the soft cap in config.json is applied to the logits, as in transformers; None = no cap.
         sliding_window: None = every layer attends to all tokens, as in the official JAX code that trained the checkpoints;
             "config" = the even layers of PaliGemma 2 have the sliding window of config.json, as in transformers.
     """
@@ -120,30 +119,30 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         return self.language_model.model.norm.weight.device
 
     def new_cache(self, batch: int, slots: int, kind: type[KVCache] = KVCache) -> KVCache:
-        """An empty cache for `batch` rows of at most `slots` tokens each: picture, prompt and answer together.
+        """An empty cache for `batch` rows of at most `slots` tokens each (picture, prompt and answer together).
 
-        `kind` may be a subclass, such as the BatchCache of layers/batch_cache.py, which has slices.
+        `kind` may be a subclass of KVCache, such as layers.batch_cache.BatchCache, which can be sliced.
         """
         return kind(self.config.text_config, batch, slots, device=self.device, dtype=self.dtype)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """What the decoder sees of each picture. Compute it once to ask many questions about the same picture.
+        """The vectors that the decoder reads for each picture. Compute them once to ask many questions about the same picture.
 
         Args:
             pixel_values: float32[I, C, H, W].
-        Returns: [I, P, D]; pass it as `image_features` instead of `pixel_values`.
+        Returns: [I, P, D]; pass them as `image_features` instead of `pixel_values`.
         """
         return self.multi_modal_projector(self.vision_tower(pixel_values.to(self.device)))
 
     def embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
-        """[B, L, D]: the vectors of the tokens, with image_features, in row order, in place of the <image> tokens.
+        """[B, L, D]: the token vectors. The vectors of <image> tokens are replaced by image_features, in the order of the rows.
 
-        Raises: ValueError if there are more or fewer <image> tokens than patches.
+        Raises: ValueError if there are more or fewer <image> tokens than vectors in image_features.
         """
         is_image = input_ids == self.config.image_token_index  # [B, L]
-        # input_ids are on the CPU here, as the processor returns them, so that counting does not stall a GPU.
+        # The processor returns input_ids on the CPU. The <image> tokens are counted there, so that nothing waits for a GPU.
         self.check_image_tokens(int(is_image.sum()), image_features)
-        # <image> may lie outside the vocabulary, so its id is replaced by 0; the vector of id 0 is then overwritten.
+        # The id of <image> may be outside the vocabulary, so id 0 is looked up instead; its vector is overwritten below.
         input_ids, is_image = input_ids.to(self.device), is_image.to(self.device)
         inputs_embeds = self.language_model.model.embed_tokens(input_ids.masked_fill(is_image, 0))  # [B, L, D]
         if image_features is None:
@@ -159,22 +158,24 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         image_features: Tensor | None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """The hidden vectors [B, L, D] of whole rows; `forward` and `prefill` share this pass and explain the arguments."""
+        """The hidden vectors [B, L, D] of whole rows, for `forward` and `prefill`, which explain the arguments."""
         self.check_pictures(pixel_values, image_features, token_type_ids)
         if pixel_values is not None:
             image_features = self.encode_images(pixel_values)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # [B, L]
         token_type_ids = torch.ones_like(input_ids) if token_type_ids is None else token_type_ids  # [B, L]
-        # Without padding and without an answer every token attends to every token: no mask is needed, and the fastest kernels
-        # take none. This is checked before the tensors move to the device: reading the result back from a GPU would stall.
+        # Without padding and without an answer, every token attends to every token. Then no mask is needed, and the fastest
+        # kernels accept no mask. This is checked before the tensors move to the device, because reading the result back from a
+        # GPU would make the CPU wait.
         needs_mask = bool(token_type_ids.any()) or not bool(attention_mask.all())
         embeds = self.embed(input_ids, image_features)  # [B, L, D]
         attention_mask, token_type_ids = attention_mask.to(self.device), token_type_ids.to(self.device)
-        # Positions start at 1, as in transformers; padding has position 0. RoPE sees only differences of positions, so starting
-        # at 0 would change nothing but the rounding.
+        # Positions start at 1, as in transformers; padding has position 0. RoPE depends only on differences of positions, so
+        # starting at 0 would change only the rounding.
         position_ids = attention_mask.long().cumsum(-1) * attention_mask.long()  # [B, L]
         if cache is not None:
-            # Here padding is on the right. It is written to the slots after the row, which the answer overwrites.
+            # With a cache, rows are padded on the right. The keys and values of the padding are written to the slots after the
+            # last token of the row. The tokens of the answer overwrite them later.
             position_ids = torch.arange(1, input_ids.shape[1] + 1, device=self.device).expand_as(input_ids)  # [B, L]
         mask = window_mask = None
         if needs_mask:
@@ -193,18 +194,18 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         image_features: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits at every position; with labels, the loss as well.
+        """The logits at every position; with labels, also the loss.
 
         Args:
-            input_ids: int64[B, L], padded on either side.
+            input_ids: int64[B, L], padded on the left or on the right.
             pixel_values: float32[I, C, H, W], the pictures of all rows in row order; None = text only.
             attention_mask: [B, L], 1 = token, 0 = padding; None = no padding.
             token_type_ids: [B, L], 0 = picture and prompt, 1 = answer. They are required with pictures; without pictures, None
                 means causal attention for all tokens.
-            image_features: from encode_images, instead of pixel_values.
+            image_features: the result of encode_images; pass it instead of pixel_values.
             labels: int64[B, L], the tokens of the answer, and -100 elsewhere. The processor makes them from suffixes.
-        Returns: logits, float32[B, L, V]; the logits of padding have no meaning. With labels (loss, logits), where the loss is
-            that of transformers: suffix_loss(logits, labels, "token").
+        Returns: logits, float32[B, L, V]; the logits of padding have no meaning. With labels: (loss, logits), where loss is
+            suffix_loss(logits, labels, "token"), as in transformers.
         Raises: ValueError for missing token_type_ids, and if <image> tokens and pictures do not match.
         """
         x = self.hidden(input_ids, pixel_values, attention_mask, token_type_ids, image_features)  # [B, L, D]
@@ -221,10 +222,10 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         *,
         image_features: Tensor | None = None,
     ) -> Tensor:
-        """Runs pictures and prompts through the model and fills the cache with their keys and values, replacing what it held.
+        """Runs pictures and prompts through the model and overwrites the cache with their keys and values.
 
-        Args: as in forward; rows are padded on the right or not at all.
-        Returns: float32[B, V], logits of the first answer token of each row.
+        Args: as in forward, but rows are padded on the right or not at all.
+        Returns: float32[B, V], the logits of the first answer token of each row.
         Raises: ValueError as in forward, and if the rows do not fit the cache, are padded on the left, or have no token.
         """
         if attention_mask is None:
@@ -240,20 +241,21 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         return self.language_model.logits(last)
 
     def decode(self, cache: KVCache, tokens: Tensor) -> Tensor:
-        """Appends one token to each row and returns the logits of the next.
+        """Appends one token to each row and returns the logits of the token after it.
 
         Args:
             tokens: int64[B], the token that was just generated in each row of the cache.
         Returns: float32[B, V].
-        Raises: ValueError if a row is full, and for more or fewer tokens than rows.
+        Raises: ValueError if a row is full, and if there are more or fewer tokens than rows.
         """
         if tokens.shape != cache.lengths.shape:
-            raise ValueError(f"tokens is {list(tokens.shape)}; one token for each of the {len(cache.lengths)} rows is needed.")
+            shape, needed = list(tokens.shape), list(cache.lengths.shape)
+            raise ValueError(f"tokens has the shape {shape}, but {needed} is needed: one token per row of the cache.")
         cache.reserve()
         return self.step(cache, tokens.to(self.device))
 
     def step(self, cache: KVCache, tokens: Tensor) -> Tensor:
-        """The part of `decode` that runs on the device, without synchronisation, so that it can be recorded as a CUDA graph."""
+        """The part of `decode` that runs on the device, without synchronisation, so that it can be captured as a CUDA graph."""
         cache.lengths.add_(1)
         x = self.language_model.model.embed_tokens(tokens[:, None])  # [B, 1, D]
         window_mask = None if self.window is None else cache.mask(self.window)
@@ -264,24 +266,24 @@ class PaliGemmaForConditionalGeneration(nn.Module):
 
     def check_pictures(self, pixel_values: Tensor | None, image_features: Tensor | None, token_type_ids: Tensor | None) -> None:
         if pixel_values is not None and image_features is not None:
-            raise ValueError("pixel_values and image_features are two forms of the same pictures; one of them is needed.")
+            raise ValueError("pixel_values and image_features are two forms of the same pictures. Pass only one of them.")
         if token_type_ids is None and not (pixel_values is None and image_features is None):
-            raise ValueError("token_type_ids are missing: they say where the prompt ends and the answer begins.")
+            raise ValueError("token_type_ids are missing. They are needed to tell where the prompt ends and the answer begins.")
 
     def check_image_tokens(self, num_image_tokens: int, image_features: Tensor | None) -> None:
         num_features = 0 if image_features is None else image_features.shape[0] * image_features.shape[1]
         if num_image_tokens != num_features:
             raise ValueError(
                 f"input_ids hold {num_image_tokens} <image> tokens, but the pictures give {num_features} vectors; "
-                f"each picture needs {self.config.num_image_tokens}."
+                f"one picture needs {self.config.num_image_tokens} tokens."
             )
 
     def check_rows(self, cache: KVCache, attention_mask: Tensor, lengths: Tensor) -> None:
         if bool((attention_mask.long().diff(dim=1) > 0).any()):
-            raise ValueError("prefill takes rows that are padded on the right; these begin with padding.")
+            raise ValueError("prefill needs rows that are padded on the right, but a row begins with padding.")
         if not lengths.all():
-            raise ValueError(f"rows of {lengths.tolist()} tokens came; a row needs at least one token.")
+            raise ValueError(f"the rows have {lengths.tolist()} tokens, but every row needs at least one.")
         if len(lengths) != len(cache.lengths):
-            raise ValueError(f"{len(lengths)} rows came, but the cache has {len(cache.lengths)} rows; as many are needed.")
+            raise ValueError(f"{len(lengths)} rows were given, but the cache has {len(cache.lengths)}; as many are needed.")
         if int(lengths.max()) > cache.slots:
-            raise ValueError(f"{int(lengths.max())} tokens do not fit the {cache.slots} slots of the cache.")
+            raise ValueError(f"a row has {int(lengths.max())} tokens, but the cache has only {cache.slots} slots per row.")

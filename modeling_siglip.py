@@ -1,7 +1,7 @@
 """SigLIP vision tower: pixels in, one vector per patch of 14x14 pixels out.
 
-A plain vision transformer. It has no class token and no pooling, because PaliGemma's decoder attends to every patch. It runs once
-per picture, however many tokens are generated.
+The tower is a plain vision transformer without a class token and without pooling, because PaliGemma's decoder attends to every
+patch. It runs once per picture, no matter how many tokens are generated.
 
 Sources: ViT (arXiv:2010.11929 section 3.1), SigLIP (arXiv:2303.15343). Checked in tests/test_modeling_siglip.py.
 Shapes: I images in the batch, C channels, H W pixels, P patches per image, D model width, F MLP width, N query heads,
@@ -64,7 +64,7 @@ class SiglipMLP(nn.Module):
 
 
 class SiglipEncoderLayer(nn.Module):
-    """Attention, then MLP, each applied to the normalised input and added to it (ViT, equations 2 and 3)."""
+    """Attention and MLP: y = x + attention(norm(x)), then y + mlp(norm(y)) (ViT, equations 2 and 3)."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -79,7 +79,7 @@ class SiglipEncoderLayer(nn.Module):
 
 
 class SiglipEncoder(nn.Module):
-    """The stack of layers; a module of its own, because parameter names in published checkpoints contain `encoder`."""
+    """The stack of layers. It is a separate module because the parameter names of published checkpoints contain `encoder`."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
@@ -108,9 +108,9 @@ class SiglipVisionModel(nn.Module):
     """The whole tower.
 
     Args of forward:
-        pixel_values: float[I, C, H, W] in [-1, 1] with H = W = config.image_size. Any float dtype is cast to that of the weights.
-    Returns: [I, P, D] in the dtype of the weights, patches in reading order.
-    Raises: ValueError for pixels of another shape.
+        pixel_values: float[I, C, H, W] in [-1, 1] with H = W = config.image_size. They are cast to the dtype of the weights.
+    Returns: [I, P, D] in the dtype of the weights; patches are in reading order (row by row, left to right).
+    Raises: ValueError if pixel_values has another shape.
     """
 
     def __init__(self, config: SiglipVisionConfig):
@@ -122,7 +122,8 @@ class SiglipVisionModel(nn.Module):
         side = self.config.image_size
         if pixel_values.dim() != 4 or pixel_values.shape[1:] != (self.config.num_channels, side, side):
             raise ValueError(
-                f"pixel_values is {list(pixel_values.shape)}; [pictures, {self.config.num_channels}, {side}, {side}] is needed."
+                f"pixel_values has the shape {list(pixel_values.shape)}, "
+                f"but [pictures, {self.config.num_channels}, {side}, {side}] is needed."
             )
         dtype = self.vision_model.embeddings.patch_embedding.weight.dtype
         return self.vision_model(pixel_values.to(dtype))

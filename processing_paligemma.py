@@ -5,12 +5,12 @@ One row of a batch, and its token_type_ids:
     <image> ... <image>   <bos>   prompt    \\n    answer    <eos>
     0       ...       0   0       0 ... 0   0     1 ... 1   1
 
-Each picture has P image tokens, which come first, wherever the prompt mentions a picture. The newline is a token of its own. The
-answer (suffix) is given for training only. Rows are padded on the left to the longest one. No token id is written in this file:
-checkpoints/processor_files.py reads them from the checkpoint and checks them. tokenization.py turns text into ids and back.
+The P image tokens of each picture always come first, no matter where the prompt mentions a picture. The newline is a separate
+token. The answer (suffix) is given only for training. Rows are padded on the left to the length of the longest row. The token ids
+are not constants: checkpoints/processor_files.py reads them from the checkpoint. tokenization.py turns text into ids and back.
 
 Sources: PaliGemma (arXiv:2407.07726, section 3.2), big_vision's configs/proj/paligemma/transfers/common.py (the newline),
-transformers' PaliGemmaProcessor (equal pixels and ids). Checked in tests/test_processing_paligemma.py.
+transformers' PaliGemmaProcessor (which gives the same pixels and ids). Checked in tests/test_processing_paligemma.py.
 Shapes: B batch rows, I images in the batch, C channels, H W pixels, P patches (= image tokens) per image, L tokens of the
 longest row.
 """
@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 from paligemma import files
 from paligemma.checkpoints.processor_files import check_tokenizer, read_processor_files, write_processor_files
 from paligemma.errors import ImageError, PromptError
-from paligemma.pictures.images import is_finished, load_image, resize_to_square
+from paligemma.pictures.images import is_loaded_picture, load_image, resize_to_square
 from paligemma.tokenization import PromptTokenizer
 from paligemma.vocabulary import IGNORE_INDEX, IMAGE_TOKEN
 
@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SPELLING = "Write processor(pictures, prompts, suffixes), or processor(images=..., text=..., suffix=...)."
-HARMLESS = {"return_tensors": ("pt",), "padding": (True, "longest")}  # options of transformers that this processor always follows
+USAGE = "Write processor(pictures, prompts, suffixes), or processor(images=..., text=..., suffix=...)."
+# Options of transformers' processor, with the values that are accepted because this processor always works like that.
+ACCEPTED = {"return_tensors": ("pt",), "padding": (True, "longest")}
 
 
 # A row
@@ -78,8 +79,8 @@ def pad_rows(rows: list[tuple[list[int], list[int]]], pad_token_id: int) -> dict
 def build_pixel_table(scale: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
     """float32[C, 256]: the model's input for each of the 256 levels of a channel, (level * scale - mean) / std.
 
-    The operations and their order are the same as in transformers, so the results are equal bit by bit. The table saves time:
-    they are computed for 3 * 256 levels instead of for every pixel.
+    The operations and their order are the same as in transformers, so the results are bit-equal. The table saves time: the
+    formula is computed for 3 * 256 levels instead of for every pixel.
     """
     levels = (np.arange(256, dtype=np.float64) * scale[:, None]).astype(np.float32)  # [C, 256]
     table: np.ndarray = (levels - mean[:, None]) / std[:, None]
@@ -89,9 +90,9 @@ def build_pixel_table(scale: np.ndarray, mean: np.ndarray, std: np.ndarray) -> n
 def to_square(picture: object, side: int, notes: list[str] | None) -> Image.Image:
     """Any picture as 8-bit RGB, resized to side * side pixels with Pillow's bicubic filter. Its aspect ratio is not kept.
 
-    A picture that load_image returned is only resized, so that its orientation cannot be corrected twice.
+    A picture that load_image has returned already is only resized, so that it is not rotated twice.
     """
-    if is_finished(picture):
+    if is_loaded_picture(picture):
         return resize_to_square(picture, side)
     return load_image(picture, notes=notes, then=lambda loaded: resize_to_square(loaded, side))
 
@@ -100,17 +101,17 @@ def to_square(picture: object, side: int, notes: list[str] | None) -> Image.Imag
 
 
 def to_text(value: object) -> object:
-    """A number as text, since labels of a dataset can be numbers; any other value unchanged."""
+    """Converts a number to text, because labels of a dataset can be numbers. Returns any other value unchanged."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return value
     try:
         return str(value) if math.isfinite(value) else value
-    except OverflowError:  # an integer above 10^308 is no label
+    except OverflowError:  # an integer above 10^308, which is not a label
         return value
 
 
 def as_texts(values: Any, what: str) -> list[str]:
-    """One text, or several in a list, array or generator, as a list. Raises: PromptError for anything else."""
+    """A list of texts from one text, or from a list, array or generator of texts. Raises: PromptError for anything else."""
     if hasattr(values, "tolist"):  # an array or a tensor
         values = values.tolist()
     is_one = isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Iterable)
@@ -118,22 +119,22 @@ def as_texts(values: Any, what: str) -> list[str]:
     texts = [to_text(text) for text in texts] if what == "suffix" else texts
     wrong = [type(text).__name__ for text in texts if not isinstance(text, str)]
     if wrong:
-        raise PromptError(f"a {what} is {wrong[0]}. Text, or a list of texts, is needed.")
+        raise PromptError(f"a {what} has the type {wrong[0]}. Text, or a list of texts, is needed.")
     return [str(text) for text in texts]  # numpy's strings become str
 
 
 def strip_prompt(prompt: str, num_images: int, notes: list[str]) -> str:
-    """The prompt without white space at its ends, because the model was trained without.
+    """The prompt without white space at its ends, because the model was trained on prompts without it.
 
-    transformers needs one <image> per picture at the beginning of the text. Exactly that many are removed here, because
-    build_row adds the image tokens. With any other number, every <image> is ordinary text.
+    transformers requires that the text begins with one <image> per picture. If it does, they are removed here, because build_row
+    adds the image tokens. If it begins with fewer or more, every <image> is ordinary text.
     """
     placeholders = IMAGE_TOKEN * num_images
     if prompt.startswith(placeholders) and not prompt.startswith(placeholders + IMAGE_TOKEN):
         prompt = prompt.removeprefix(placeholders)
     text = prompt.strip()
     if text != prompt:
-        notes.append("white space at the ends of the prompt was dropped.")
+        notes.append("white space at the ends of the prompt was removed.")
     return text
 
 
@@ -141,7 +142,7 @@ def strip_prompt(prompt: str, num_images: int, notes: list[str]) -> str:
 
 
 def as_list(images: Any) -> list[Any] | None:
-    """The pictures of a list, tuple, generator, array of shape [I, ...] or array of objects; None for a single picture."""
+    """A list of the pictures in a list, tuple, generator, 4-dimensional array or array of objects; None for a single picture."""
     if isinstance(images, str | bytes | bytearray | memoryview) or hasattr(images, "read"):  # an open file is an iterator, too
         return None
     is_array = getattr(images, "ndim", 0) == 4 or getattr(getattr(images, "dtype", None), "kind", "") == "O"
@@ -152,48 +153,51 @@ def as_list(images: Any) -> list[Any] | None:
 
 def images_of_rows(images: object, num_rows: int, is_one_row: bool) -> list[list[Any]]:
     """The pictures of each row. Raises: ImageError if the number of pictures does not match the number of rows."""
-    pictures = as_list(images)
-    if images is None or pictures == []:
+    entries = as_list(images)  # each is a picture, a list of pictures, or None
+    if images is None or entries == []:
         return [[] for _ in range(num_rows)]
-    if pictures is None:
+    if entries is None:
         return [[images] for _ in range(num_rows)]
-    rows = [as_list(row) for row in pictures]
-    if is_one_row and rows == [None] * len(rows):
-        return [pictures]
-    if len(pictures) != num_rows:
+    lists = [as_list(entry) for entry in entries]
+    if is_one_row and lists == [None] * len(lists):
+        return [entries]
+    if len(entries) != num_rows:
         raise ImageError(
-            f"{len(pictures)} pictures came for {num_rows} prompts. Give one picture for all, a list with one for each, or a "
-            "list of lists."
+            f"{len(entries)} pictures were given for {num_rows} prompts. Give one picture for all prompts, a list with one "
+            "picture per prompt, or a list with one list of pictures per prompt."
         )
-    return [[] if image is None else [image] if row is None else row for image, row in zip(pictures, rows, strict=True)]
+    return [
+        [] if entry is None else [entry] if pictures is None else pictures
+        for entry, pictures in zip(entries, lists, strict=True)
+    ]
 
 
 def check_arguments(images: Any, text: Any, options: dict[str, object]) -> None:
-    """Raises: TypeError if text comes before pictures, as in early versions of transformers, and for options not in HARMLESS."""
+    """Raises: TypeError if text comes before pictures, as in early versions of transformers, and for options not in ACCEPTED."""
     first, second = (value[0] if isinstance(value, list | tuple) and value else value for value in (images, text))
     pictures = (Image.Image, os.PathLike, bytes)
     if isinstance(first, str) and (isinstance(second, pictures) or hasattr(second, "read") or getattr(second, "ndim", 0) > 1):
-        raise TypeError(f"the pictures come before the text. {SPELLING}")
+        raise TypeError(f"the arguments are in the wrong order: the pictures come first, then the text. {USAGE}")
     unknown = [
         f"{name}={value!r:.40}"
         for name, value in options.items()
-        if not (isinstance(value, bool | str) and value in HARMLESS.get(name, ()))
+        if not (isinstance(value, bool | str) and value in ACCEPTED.get(name, ()))
     ]
     if unknown:
-        raise TypeError(f"the processor does not take {', '.join(unknown)}. {SPELLING}")
+        raise TypeError(f"the processor does not take {', '.join(unknown)}. {USAGE}")
 
 
 class PaliGemmaProcessor(PromptTokenizer):
-    """Makes the model's inputs from pictures and prompts: processor(picture, "caption en"). `from_pretrained` makes a processor.
+    """Makes the model's inputs from pictures and prompts: processor(picture, "caption en"). `from_pretrained` loads a processor.
 
     encode, decode, stream and the ids of special tokens are inherited from PromptTokenizer.
 
     Args:
         tokenizer, ids, context: see PromptTokenizer.
         image_size: H and W of the model's input.
-        num_image_tokens: P.
+        num_image_tokens: P, the number of image tokens per picture.
         normalization: rescale_factor float64[C], image_mean float32[C], image_std float32[C].
-        settings: the JSON files that came with the tokenizer, {file name: content}; save_pretrained writes them again.
+        settings: the JSON files of the checkpoint's processor, {file name: content}; save_pretrained writes them again.
     """
 
     def __init__(
@@ -217,9 +221,9 @@ class PaliGemmaProcessor(PromptTokenizer):
     def from_pretrained(
         cls, path_or_hub_id: str | Path, *, revision: str | None = None, base_model: str | Path | None = None
     ) -> "PaliGemmaProcessor":
-        """The processor of a model. For an adapter: that of its base model, but files in the adapter's own folder are preferred.
+        """The processor of a model. For an adapter, files of the processor in its own folder replace those of its base model.
 
-        Args: as of weights.load_model.
+        Args: as in weights.load_model.
         Raises: TokenizerError or CheckpointError if files are missing, broken, or contradict each other; AccessError.
         """
         from paligemma.checkpoints.weights import ModelFiles  # imports torch; importing this file does not
@@ -228,7 +232,7 @@ class PaliGemmaProcessor(PromptTokenizer):
 
     @classmethod
     def from_files(cls, model: "ModelFiles") -> "PaliGemmaProcessor":
-        """Like from_pretrained, for a model whose files were found already."""
+        """Like from_pretrained, for a model whose files have already been found."""
         processor = cls(**read_processor_files(model))
         check_tokenizer(processor, model)
         return processor
@@ -258,15 +262,16 @@ class PaliGemmaProcessor(PromptTokenizer):
             images: one picture (used for every prompt), a list of pictures (all for one prompt, or one for each prompt of a
                 list), a list of lists (several for each prompt), or None. A picture is anything that load_image reads: a path,
                 an address, bytes, an open file, a PIL image, an array or a tensor.
-            text: a prompt or a list of prompts. White space at both ends is removed and the newline is added. One <image> per
-                picture may stand at the beginning, as transformers needs it.
+            text: a prompt or a list of prompts. White space at both ends is removed, and the newline is added. A prompt may
+                begin with one <image> per picture, as transformers requires.
             suffix: the answers for training, one per prompt. They are not changed.
-            notes: a list; one sentence is appended for everything that was changed. Without it, the sentences are logged as
-                warnings.
-            options: return_tensors="pt" and padding=True or "longest" are allowed, because this is what the processor does.
-        Returns: input_ids, attention_mask, token_type_ids int64[B, L], padded on the left; pixel_values float32[I, C, H, W] in
-            the order of the rows, if there are pictures; with suffixes also labels int64[B, L], IGNORE_INDEX outside of answers.
-        Raises: PromptError, ImageError, AccessError; TypeError for other options, and for text before pictures.
+            notes: a list, to which a sentence is appended for each change to the input. If it is None, the sentences are logged
+                as warnings.
+            options: return_tensors="pt", padding=True and padding="longest" are accepted; the processor always works like that.
+        Returns: a dict of input_ids, attention_mask and token_type_ids, int64[B, L], padded on the left. With pictures, it also
+            has pixel_values, float32[I, C, H, W], in the order of the rows. With suffixes, it also has labels, int64[B, L], which
+            are IGNORE_INDEX outside of answers.
+        Raises: PromptError, ImageError, AccessError; TypeError for other options, and if text is passed before pictures.
         """
         check_arguments(images, text, options)
         messages = [] if notes is None else notes
@@ -304,14 +309,18 @@ class PaliGemmaProcessor(PromptTokenizer):
         *,
         notes: list[str] | None = None,
     ) -> dict[str, "torch.Tensor"]:
-        """The batch without pixel_values, for example if image_features are computed already; `num_images` per row."""
+        """The batch without pixel_values, for callers that have the image_features already.
+
+        Args: num_images: the number of pictures of each row. The others are as in __call__.
+        """
         import torch
 
         notes = [] if notes is None else notes
         prompts = as_texts(text, "prompt")
         answers = [None] * len(prompts) if suffix is None else as_texts(suffix, "suffix")
         if not prompts or len(answers) != len(prompts):
-            raise PromptError(f"{len(answers)} suffixes came for {len(prompts)} prompts. Give one for each, at least one.")
+            given = f"{len(answers)} suffixes were given for {len(prompts)} prompts"
+            raise PromptError(f"{given}. Give at least one prompt, and one suffix for each prompt.")
         rows = []
         for num, prompt, answer in zip(num_images, prompts, answers, strict=True):
             prompt_ids = self.encode(strip_prompt(prompt, num, notes), notes)

@@ -1,6 +1,6 @@
-"""config.json as three frozen dataclasses, checked: of the vision tower, of the decoder, and of the whole model.
+"""config.json as three frozen dataclasses: for the vision tower, for the decoder, and for the whole model. Values are checked.
 
-Fields have the names of config.json, so `from_hf` copies and never translates. What the model does not implement is refused.
+Fields have the same names as in config.json. A setting that the model does not implement is an error.
 Checked in tests/test_modeling_siglip.py, test_modeling_gemma.py, test_modeling_paligemma.py and checkpoints/test_hub_configs.py.
 """
 
@@ -13,9 +13,9 @@ from paligemma.vocabulary import IGNORE_INDEX
 MAX_SIZE = 2**20  # widths, depths, vocabularies
 MAX_IMAGE_SIZE = 2**12  # pixels; published models have at most 896
 MAX_PATCHES = 2**16  # published models have at most 4096
-MAX_NUMBER = 1e12  # rope_theta, eps, soft caps and scales: such numbers and their inverses are finite in float32
+MAX_NUMBER = 1e12  # rope_theta, eps, soft caps and scales; a number up to this limit and its inverse are finite in float32
 
-# transformers leaves out of config.json what equals the default of the config class that wrote it; `model_type` names the class.
+# transformers does not write a field that has its default value. `model_type` tells which of these defaults apply.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma": {
         "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
@@ -27,14 +27,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 30.0, "sliding_window": 4096,
     },
 }  # fmt: skip
-# In these fields null means that Gemma 2 does without the feature; if the field is missing, it has its default.
+# In Gemma 2, null in one of these fields turns the feature off, but a missing field has its default value.
 NULL_DISABLES = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
 
 
-def check_whole_numbers(config: Any, section: str, largest: dict[str, int]) -> None:
-    """Raises ValueError unless every int field is a whole number from 1 to its number in `largest`, or to MAX_SIZE."""
+def check_whole_numbers(config: Any, section: str, limits: dict[str, int]) -> None:
+    """Raises ValueError unless every int field is a whole number from 1 to limits[field name] or, by default, MAX_SIZE."""
     for field in fields(config):
-        value, most = getattr(config, field.name), largest.get(field.name, MAX_SIZE)
+        value, most = getattr(config, field.name), limits.get(field.name, MAX_SIZE)
         if field.type is int and not (type(value) is int and 0 < value <= most):
             raise ValueError(f"{section}.{field.name} is {value!r}; a whole number from 1 to {most} is needed.")
 
@@ -43,7 +43,7 @@ def check_whole_numbers(config: Any, section: str, largest: dict[str, int]) -> N
 class SiglipVisionConfig:
     """The numbers that define a vision tower, under the names of `vision_config` in config.json.
 
-    The defaults are those of transformers' config class, which leaves out of a file what equals its default.
+    A field that is missing in config.json has transformers' default value, because transformers does not write such values.
     """
 
     hidden_size: int = 768
@@ -66,7 +66,7 @@ class SiglipVisionConfig:
         if self.image_size % self.patch_size:
             raise ValueError(f"vision_config.patch_size {self.patch_size} does not divide image_size {self.image_size}.")
         if self.num_patches > MAX_PATCHES:
-            raise ValueError(f"vision_config asks for {self.num_patches} patches per picture; at most {MAX_PATCHES} make sense.")
+            raise ValueError(f"vision_config asks for {self.num_patches} patches per picture; at most {MAX_PATCHES} are allowed.")
 
     @property
     def num_patches(self) -> int:
@@ -74,9 +74,9 @@ class SiglipVisionConfig:
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> "SiglipVisionConfig":
-        """Reads `vision_config` of config.json. Raises ValueError for what modeling_siglip.py does not implement.
+        """Reads `vision_config` of config.json. Raises ValueError for settings that modeling_siglip.py does not implement.
 
-        Fields that PaliGemma does not use are ignored: `vision_use_head` is true in some files only because that is the default,
+        Fields that PaliGemma does not use are ignored: `vision_use_head` is true in some files only because true is the default,
         and `num_positions` and `num_image_tokens` do not always match the weights.
         """
         if raw.get("model_type") not in (None, "siglip_vision_model"):
@@ -101,7 +101,7 @@ class GemmaConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     model_type: str = "gemma"
-    query_pre_attn_scalar: float | None = None  # Gemma 2 divides scores by the root of this number, Gemma 1 by that of head_dim
+    query_pre_attn_scalar: float | None = None  # scores are divided by its square root; Gemma 1 uses head_dim instead
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     sliding_window: int | None = None  # used only if the model is made with sliding_window="config"
@@ -137,9 +137,9 @@ class GemmaConfig:
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> "GemmaConfig":
-        """Reads `text_config` of config.json; missing fields get the defaults of the transformers class that wrote the file.
+        """Reads `text_config` of config.json. A missing field has the default value of transformers.
 
-        Raises: ValueError for what modeling_gemma.py does not implement.
+        Raises: ValueError for settings that modeling_gemma.py does not implement.
         """
         given = {key: value for key, value in raw.items() if value is not None}
         # transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters; rope_scaling takes precedence.
@@ -149,7 +149,7 @@ class GemmaConfig:
             raise ValueError(f"text_config.{rope_key} is {rope!r}; an object is needed.")
         is_gemma2 = given.get("model_type") == "gemma2"
         supported = {
-            "hidden_act": ("gelu", "gelu_pytorch_tanh"),  # Gemma's first files say "gelu", but the tanh form is what was trained
+            "hidden_act": ("gelu", "gelu_pytorch_tanh"),  # Gemma's first files have "gelu", but it was trained with the tanh form
             "hidden_activation": ("gelu_pytorch_tanh",) if is_gemma2 else ("gelu", "gelu_pytorch_tanh"),
             "attention_bias": (False,),
             "use_bidirectional_attention": (True, False),
@@ -172,7 +172,7 @@ class GemmaConfig:
 
 @dataclass(frozen=True)
 class PaliGemmaConfig:
-    """A whole config.json: the configs of tower and decoder, and the token ids that the model itself needs."""
+    """A whole config.json: the configs of tower and decoder, and the token ids that the model uses."""
 
     vision_config: SiglipVisionConfig
     text_config: GemmaConfig
@@ -199,11 +199,11 @@ class PaliGemmaConfig:
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> "PaliGemmaConfig":
-        """Reads a whole config.json, in the spelling of the hub's files and of transformers 4 and 5.
+        """Reads a whole config.json, as transformers 4 and 5 write it, and as the files on the hub have it.
 
-        Two fields are ignored: the top-level `hidden_size`, because files of PaliGemma 2 have a 2048 there that is not the width
-        of the decoder, and vision_config's `projection_dim`, because transformers overwrites it with the top-level one.
-        Raises: ValueError, one sentence, for another model, a missing or absurd number, or something not implemented.
+        Two fields are ignored: the top-level `hidden_size`, because it is 2048 in files of PaliGemma 2, whatever the width of
+        the decoder, and vision_config's `projection_dim`, because transformers overwrites it with the top-level `projection_dim`.
+        Raises: ValueError for another type of model, a missing or absurd number, or a setting that is not implemented.
         """
         if raw.get("model_type") != "paligemma":
             raise ValueError(f"this is a {raw.get('model_type')!r} model; model_type 'paligemma' is needed.")
@@ -213,7 +213,7 @@ class PaliGemmaConfig:
         ids: dict[str, Any] = {}
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):  # transformers 5 writes them into text_config only
             value = raw.get(key) if raw.get(key) not in (None, []) else raw["text_config"].get(key)
-            # Some programs write a pad_token_id of -1 for "no padding token".
+            # Some programs write -1 if there is no padding token.
             is_absent = value in (None, []) or key == "pad_token_id" and value == -1
             if not is_absent:
                 ids[key] = tuple(value) if isinstance(value, list) else value
@@ -227,7 +227,7 @@ class PaliGemmaConfig:
         return config
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json that describes this model, readable by transformers and by from_hf."""
+        """The config.json that describes this model, for transformers and from_hf."""
         # Gemma 2 needs the null fields: null disables a feature, while a missing field would be read as the default.
         is_gemma2 = self.text_config.is_gemma2
         text = {key: value for key, value in asdict(self.text_config).items() if value is not None or is_gemma2}

@@ -225,8 +225,8 @@ def find_objects(token_ids: list[int], processor: PaliGemmaProcessor) -> Iterato
     """Label, token positions and box of each object that has all four locations."""
     for item in group_objects(split_ids(token_ids, processor)):
         if len(item.locations) == LOCATIONS_PER_BOX:
-            last = max(item.location_tokens[-1] + len(item.codes), *item.label_tokens, 0)
-            yield item.label, range(item.location_tokens[0], last + 1), NormalizedBox.from_locations(item.locations)
+            last = max(item.location_indices[-1] + len(item.codes), *item.label_indices, 0)
+            yield item.label, range(item.location_indices[0], last + 1), NormalizedBox.from_locations(item.locations)
 
 
 def split_words(token_ids: list[int], processor: PaliGemmaProcessor) -> list[tuple[str, range, NormalizedBox | None]]:

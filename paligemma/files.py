@@ -149,7 +149,7 @@ def read_regular(
     return content
 
 
-def describe_placeholder(head: bytes) -> str | None:
+def describe_wrong_download(head: bytes) -> str | None:
     """What was downloaded in place of the real file (a Git LFS pointer, a web page) and what to do; None if it is neither.
 
     Args:
@@ -211,7 +211,7 @@ def parse_json_file(
     try:
         return parse_json(content, max_bytes)
     except JSONFault as fault:
-        what = describe_placeholder(content)
+        what = describe_wrong_download(content)
         text = f"{path} {what}." if what else f"{path}:{fault.line}:{fault.column} is {fault}. Correct it, or download it again."
         raise error_class(text, path=path) from fault
 

@@ -163,9 +163,9 @@ def test_prompts_read_in_several_passes_give_the_same_answers(monkeypatch):
     model = make_model("gemma2")
     batch = make_batch(ROWS)
     whole = collect(model, batch, max_new_tokens=8)
-    monkeypatch.setattr(generation, "PREFILL_TOKENS", 30)  # two rows per pass
+    monkeypatch.setattr(generation, "MAX_PREFILL_TOKENS", 30)  # two rows per pass
     assert torch.equal(collect(model, batch, max_new_tokens=8), whole)
-    monkeypatch.setattr(generation, "PREFILL_TOKENS", 1)  # less than a row: one row per pass
+    monkeypatch.setattr(generation, "MAX_PREFILL_TOKENS", 1)  # less than a row: one row per pass
     assert torch.equal(collect(model, batch, max_new_tokens=8), whole)
 
 
@@ -426,7 +426,7 @@ def test_requests_are_read_no_sooner_than_there_is_room():
 
 
 def test_a_request_is_one_row():
-    with pytest.raises(PromptError, match="a request of 2 rows came"):
+    with pytest.raises(PromptError, match="the request has 2 rows, but it must have one"):
         next(generate_many(Scripted({}), [ask(3, 4)], rows=2, max_new_tokens=3))
 
 
@@ -961,9 +961,9 @@ def without(batch, *keys):
     "inputs, message",
     [
         (without(make_batch([(1, 3, 0)]), "token_type_ids"), "token_type_ids are missing"),
-        (without(make_batch([(1, 3, 0)]), "pixel_values"), "for 1 pictures, but 0 came"),
-        (make_batch([(1, 3, 0)]) | {"pixel_values": make_pixels(2)}, "for 1 pictures, but 2 came"),
-        (make_batch([(0, 3, 0)]) | {"pixel_values": make_pixels(1)}, "for 0 pictures, but 1 came"),
+        (without(make_batch([(1, 3, 0)]), "pixel_values"), "for 1 pictures, but 0 pictures were given"),
+        (make_batch([(1, 3, 0)]) | {"pixel_values": make_pixels(2)}, "for 1 pictures, but 2 pictures were given"),
+        (make_batch([(0, 3, 0)]) | {"pixel_values": make_pixels(1)}, "for 0 pictures, but 1 pictures were given"),
         (make_batch([(1, 3, 0)]) | {"image_features": torch.zeros(1, 4, 40)}, "two forms of the same pictures"),
         ({"input_ids": torch.tensor([[BOS], [IMAGE]])}, "row 1 ends a picture after 1 of 4 <image> tokens"),
         (make_batch([(0, 3, 0), (0, 0, 0)]), "row 1 has no token"),

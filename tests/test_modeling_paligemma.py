@@ -409,7 +409,7 @@ def test_pictures_and_image_tokens_must_match(pictures):
     batch = make_batch([(1, 3, 0), (1, 2, 0)])
     batch["pixel_values"] = make_pixels(3)[:pictures]
     with pytest.raises(
-        ValueError, match=f"hold 8 <image> tokens, but the pictures give {4 * pictures} vectors; each picture needs 4"
+        ValueError, match=f"hold 8 <image> tokens, but the pictures give {4 * pictures} vectors; one picture needs 4 tokens"
     ):
         model(**batch)
     with pytest.raises(ValueError, match="hold 8 <image> tokens, but the pictures give 0"):
@@ -503,13 +503,13 @@ def test_prefill_forgets_what_the_cache_held():
 
 def test_prefill_refuses_what_it_cannot_hold():
     model = make_model("gemma")
-    with pytest.raises(ValueError, match="these begin with padding"):
+    with pytest.raises(ValueError, match="a row begins with padding"):
         model.prefill(model.new_cache(2, 20), **make_batch([(1, 4, 0), (1, 2, 0)], "left"))
-    with pytest.raises(ValueError, match="8 tokens do not fit the 7 slots"):
+    with pytest.raises(ValueError, match="a row has 8 tokens, but the cache has only 7 slots"):
         model.prefill(model.new_cache(2, 7), **make_batch([(1, 4, 0), (1, 2, 0)], "right"))
-    with pytest.raises(ValueError, match="1 rows came, but the cache has 2"):
+    with pytest.raises(ValueError, match="1 rows were given, but the cache has 2"):
         model.prefill(model.new_cache(2, 20), **make_batch([(1, 4, 0)], "right"))
-    with pytest.raises(ValueError, match=r"rows of \[3, 0\] tokens came"):
+    with pytest.raises(ValueError, match=r"the rows have \[3, 0\] tokens"):
         model.prefill(model.new_cache(2, 7), **make_batch([(0, 3, 0), (0, 0, 0)], "right"))
 
 
@@ -528,7 +528,7 @@ def test_decode_refuses_another_number_of_tokens():
     model = make_model("gemma")
     cache = model.new_cache(2, 9)
     model.prefill(cache, **make_batch([(1, 3, 0), (1, 2, 0)], "right"))
-    with pytest.raises(ValueError, match=r"tokens is \[1\]; one token for each of the 2 rows is needed"):
+    with pytest.raises(ValueError, match=r"tokens has the shape \[1\], but \[2\] is needed"):
         model.decode(cache, torch.tensor([5]))
     assert cache.lengths.tolist() == [7, 6]
 

@@ -1023,7 +1023,7 @@ def test_a_label_may_be_a_number_and_a_prompt_an_array(processor):
     for prompts in (np.array(["a", "cat"]), ("a", "cat"), (text for text in ("a", "cat"))):
         assert_equal(processor(picture(), prompts), processor(picture(), ["a", "cat"]))
     for label in (True, np.bool_(True), math.nan, math.inf, 10**5000, b"x", {"a": 1}, {"a"}, 1j, None):
-        with pytest.raises(PromptError, match="a suffix is "):
+        with pytest.raises(PromptError, match="a suffix has the type "):
             processor(None, ["count"], [label])
 
 

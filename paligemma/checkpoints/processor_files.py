@@ -284,7 +284,7 @@ def check_tokenizer(tokenizer: PromptTokenizer, model: "ModelFiles") -> None:
     spaces and with characters of several bytes is the same after decoding."""
     path, num_rows = find_tokenizer_folder(model) / "tokenizer.json", model.config.text_config.vocab_size
     for kind, tokens in (("<loc>", LOCATION_TOKENS), ("<seg>", CODE_TOKENS)):
-        ids = [tokenizer.added_ids[token] for token in tokens]
+        ids = [tokenizer.loc_seg_ids[token] for token in tokens]
         if ids != list(range(ids[0], ids[0] + len(ids))):
             raise TokenizerError(f"{path}: the ids of the {kind} tokens are not consecutive. Is it PaliGemma's?", path=path)
     problem = None

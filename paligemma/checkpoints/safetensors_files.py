@@ -39,7 +39,7 @@ from paligemma.checkpoints.file_names import (
 from paligemma.errors import AccessError, CheckpointError, listed
 from paligemma.files import (
     MAX_TOKENIZER_BYTES,
-    describe_placeholder,
+    describe_wrong_download,
     is_file,
     move_into_place,
     parse_json,
@@ -150,7 +150,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         raise AccessError(f"{file} may not be read by this user. Change its permissions.", path=file) from error
     except ValueError as error:
         other = next((what for start, what in RENAMED.items() if head.startswith(start)), None)
-        reason = describe_placeholder(head) or (f"is {other}" if other else f"is damaged: {error}. Download it again")
+        reason = describe_wrong_download(head) or (f"is {other}" if other else f"is damaged: {error}. Download it again")
         raise CheckpointError(f"{file} {reason}.", path=file) from error
     return tensors
 

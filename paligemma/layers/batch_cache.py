@@ -1,8 +1,8 @@
-"""The KV cache of a running batch: rows end, move and are refilled at any time, and decoding steps can be recorded on a GPU.
+"""A KV cache whose rows can end, move and be refilled at any time. Decoding steps with it can be captured as CUDA graphs.
 
-KVCache in modeling_gemma.py is enough for rows that start and end together. generation.RunningBatch needs more: it works on the
-first rows of a larger cache, prefills some rows while others keep their tokens, and closes gaps. Checked in
-tests/layers/test_batch_cache.py.
+KVCache in modeling_gemma.py is enough for rows that start and end together. generation.RunningBatch needs more: it uses only the
+first rows of a larger cache, prefills some rows while others keep their tokens, and moves rows into the gaps of ended rows.
+Checked in tests/layers/test_batch_cache.py.
 Shapes: B batch rows.
 """
 
@@ -16,10 +16,10 @@ from paligemma.modeling_gemma import KVCache
 
 
 class BatchCache(KVCache):
-    """A KVCache of which slices can be used, and whose rows can be moved.
+    """A KVCache that can be sliced by rows, and whose rows can be moved.
 
     Attributes:
-        host_lengths: int64[B], the same numbers as `lengths`, on the CPU: reading them from a GPU would stall.
+        host_lengths: int64[B], a copy of `lengths` on the CPU, which can be read without waiting for a GPU.
     """
 
     def __init__(self, config: GemmaConfig, batch: int, slots: int, *, device: torch.device, dtype: torch.dtype):
@@ -27,7 +27,7 @@ class BatchCache(KVCache):
         self.host_lengths = torch.zeros(batch, dtype=torch.int64)
 
     def __getitem__(self, rows: slice) -> "BatchCache":
-        """Some of the rows as a cache that shares the memory of this one."""
+        """A cache of some of the rows, which shares its memory with this cache."""
         view = copy(self)
         view.keys, view.values = self.keys[:, rows], self.values[:, rows]
         view.lengths, view.host_lengths = self.lengths[rows], self.host_lengths[rows]
@@ -38,12 +38,12 @@ class BatchCache(KVCache):
         super().fill(self.host_lengths)
 
     def reserve(self) -> None:
-        self.measure(self.host_lengths)  # rows may have been filled or moved through another slice
+        self.set_slots_read(self.host_lengths)  # rows may have been filled or moved through another slice
         super().reserve()
         self.host_lengths += 1
 
     def move_row(self, source: int, target: int) -> None:
-        """Copies one row over another, so that the rows in use stay side by side when a row in the middle ends."""
+        """Copies one row over another: when a row in the middle ends, the last row moves there, so that no gap is left."""
         used = int(self.host_lengths[source])
         self.keys[:, target, :, :used] = self.keys[:, source, :, :used]
         self.values[:, target, :, :used] = self.values[:, source, :, :used]
@@ -60,8 +60,9 @@ class BatchCache(KVCache):
     def fixed(self, slots_read: int) -> "BatchCache":
         """A view of the same memory that always reads `slots_read` slots and always makes a mask, whatever the row lengths.
 
-        A decoding step with it has the same shapes every time and needs no synchronisation, so it can be recorded (graphs.py).
-        Each layer is a tensor of its own here: with one tensor for all layers, a compiler would copy every layer to write to one.
+        A decoding step with this view has the same shapes every time and needs no synchronisation, so it can be captured as a
+        CUDA graph (graphs.py). In the view, each layer has its own tensor. With one tensor for all layers, a compiler would copy
+        all layers in order to write to one of them.
         """
         view = copy(self)
         view.keys, view.values = self.keys.unbind(), self.values.unbind()

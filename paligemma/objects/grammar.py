@@ -1,19 +1,19 @@
-"""The grammar of answers that list objects. An answer that is constrained by it is always well-formed.
+"""The grammar of answers that list objects. An answer that is constrained by this grammar is always well-formed.
 
     answer := (object separator)* object eos | eos        object := location{4} code{16}? label        (codes: for masks only)
 
-The four locations are y_min, x_min, y_max, x_max: y_max is never below y_min, x_max never below x_min. A label is one of the
-labels that were asked for, and no label gets the same four locations twice. A further object may begin only if it still fits
-with the longest label and the eos after it. Every answer therefore ends with eos, however small its limit of tokens. If only
-short labels still fitted near the limit, the grammar would force one of them on the model, and that label could be wrong.
+The four locations are y_min, x_min, y_max, x_max; y_max is never below y_min, and x_max never below x_min. A label is one of the
+labels in the question, and no label gets the same four locations twice. An object may begin only if there are enough tokens left
+for an object with the longest label and for eos. Therefore every answer ends with eos within its limit of tokens. The longest
+label counts because otherwise, near the limit, only short labels would be allowed, and the model might have to choose a wrong one.
 
 Tokenizers merge characters across word boundaries, so the ids of " cat" followed by those of " ; " can differ from the ids of
-" cat ; ". The training answers were tokenised as a whole. Therefore each label is tokenised here with all the text after it: up
-to the next location (`followed`) or up to the end of the answer (`last`). The tokens allowed next are the next ids of all
-labels whose first ids equal those generated so far.
+" cat ; ". The training answers were tokenised as a whole. Therefore each label is tokenised here together with the text after it:
+up to the next location (`followed`) or up to the end of the answer (`last`). These ids are called an ending of an object. The
+allowed tokens are the next ids of all endings that begin with the ids generated so far.
 
-A `Grammar` belongs to a question and is shared by its answers; a `ConstraintState` belongs to one answer. generation.py asks it
-for the allowed ids (`allowed_tokens`) and reports the chosen one (`advance`). Neither works on the whole vocabulary.
+A `Grammar` belongs to a question and is shared by all its answers; a `ConstraintState` belongs to one answer. generation.py calls
+`allowed_tokens` of the state before it chooses a token, and `advance` afterwards. Neither works on the whole vocabulary.
 Checked in tests/objects/test_grammar.py. Shapes: A candidates for the next token.
 """
 
@@ -33,14 +33,19 @@ from paligemma.vocabulary import CODES_PER_MASK, LOCATIONS_PER_BOX
 if TYPE_CHECKING:
     from paligemma.tokenization import PromptTokenizer
 
-MAX_OBJECTS = 100  # per answer; COCO's evaluation counts no more
+MAX_OBJECTS = 100  # per answer; COCO's evaluation ignores further objects
 SEPARATOR = " ; "
 
 
 @dataclass(frozen=True)
 class Ending:
-    """One way in which an object can end: the number of a label, and all ids after the box (and its mask codes) up to the next
-    object or, for the last object, to the end of the answer including eos."""
+    """One way in which an object can end.
+
+    Args:
+        label: index of the label in the question.
+        ids: all ids after the box and the mask codes: up to the next object or, for the last object, up to and including eos.
+        is_last: whether the object is the last object of the answer.
+    """
 
     label: int
     ids: tuple[int, ...]
@@ -55,8 +60,8 @@ class Grammar:
         location_ids: the ids of <loc0000> to <loc1023>.
         code_ids: the ids of <seg000> to <seg127>.
         eos: the id that ends an answer.
-        endings: two per label, one for the last object of an answer and one for an object that another one follows.
-        num_codes: mask codes per object; 0 = boxes only.
+        endings: two per label: for the last object of an answer, and for an object with another object after it.
+        num_codes: number of mask codes per object; 0 = boxes only.
         max_objects: the maximum number of objects per answer.
     """
 
@@ -78,23 +83,23 @@ class Grammar:
         """The grammar of answers to "detect a ; b" (or "segment a ; b") for the labels ["a", "b"].
 
         The label "" allows objects without a label, which refcoco checkpoints generate.
-        Raises: PromptError if there is no label, or if outputs.py could not parse one out of an answer; GenerationError with
-            exit code 2 for a max_objects below 1.
+        Raises: PromptError if there is no label, or a label that outputs.py could not parse in an answer; GenerationError with
+            exit code 2 if max_objects is below 1.
         """
         if not (type(max_objects) is int and max_objects > 0):
             raise GenerationError(f"max_objects is {max_objects!r}; a whole number from 1 up is needed.", code=2)
         if isinstance(labels, str) or not labels:
-            raise PromptError(f"the labels are {labels!r}. A list with at least one is needed.")
+            raise PromptError(f"the labels are {labels!r}. A list with at least one label is needed.")
         special_ids = {*processor.location_ids, *processor.code_ids}
-        spellings = {}  # texts with the same ids are the same label
+        last_of_followed = {}  # for each label: ids if another object follows -> ids at the end of the answer; equal labels merge
         for label in (label.strip() for label in labels):
             text = f" {label}" if label else ""
-            last, followed = (tuple(processor.encode(spelled)) for spelled in (text, text + SEPARATOR))
+            last, followed = (tuple(processor.encode(part)) for part in (text, text + SEPARATOR))
             if END_OF_OBJECT.search(label) or not special_ids.isdisjoint(last):
-                raise PromptError(f"the label {label!r} holds a separator or a location. Use words without ; and <loc>.")
-            spellings[followed] = (*last, processor.eos_token_id)
+                raise PromptError(f"the label {label!r} contains a separator or a location. Use words without ; and <loc>.")
+            last_of_followed[followed] = (*last, processor.eos_token_id)
         endings = []
-        for number, (followed, last) in enumerate(spellings.items()):
+        for number, (followed, last) in enumerate(last_of_followed.items()):
             endings += [Ending(number, last, True), Ending(number, followed, False)]
         num_codes = CODES_PER_MASK if with_masks else 0
         return cls(processor.location_ids, processor.code_ids, processor.eos_token_id, tuple(endings), num_codes, max_objects)
@@ -105,7 +110,7 @@ class Grammar:
 
     @cached_property
     def object_length(self) -> int:
-        """The number of tokens of the longest object that can end an answer, including eos."""
+        """The number of tokens of the longest possible last object of an answer, including eos."""
         return LOCATIONS_PER_BOX + self.num_codes + max(len(ending.ids) for ending in self.endings if ending.is_last)
 
     @cached_property
@@ -122,7 +127,7 @@ class Grammar:
 
 
 class ConstraintState:
-    """What one answer may continue with, given the tokens generated so far.
+    """The state of one answer: it determines which tokens may come next.
 
     Args:
         limit: the maximum number of tokens of the answer.
@@ -133,20 +138,20 @@ class ConstraintState:
         self.tokens_left = limit
         self.is_over = limit < grammar.object_length
         self.num_objects = 0  # objects with a complete box
-        # Of the current object: its locations so far, and the number of its mask codes and label tokens so far.
+        # The locations, the number of mask codes and the number of label tokens of the current object so far.
         self.locations: list[int] = []
         self.num_codes = 0
         self.num_label_tokens = 0
-        self.endings: list[Ending] = []  # those that begin with the label tokens generated so far
-        self.labels_of: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)  # locations of a box -> labels it already has
-        # Locations that begin a box -> next locations that lead only to boxes that already have all labels.
+        self.endings: list[Ending] = []  # endings that begin with the label tokens generated so far
+        self.labels_of: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)  # locations of a box -> its labels so far
+        # The first locations of a box -> next locations after which only boxes are left that already have all labels.
         self.exhausted: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)
 
     def allowed_tokens(self) -> Tensor:
-        """The ids that may come next, at least one: int64[A] on the CPU."""
+        """The ids that may come next, int64[A] on the CPU; there is always at least one."""
         if self.is_over:
             return torch.tensor([self.grammar.eos])
-        if not self.locations:  # the first token of the answer: eos means that no object was found
+        if not self.locations:  # the first token of the answer; eos means that there is no object
             return torch.cat((torch.tensor([self.grammar.eos]), self.allowed_locations()))
         if len(self.locations) < LOCATIONS_PER_BOX:
             return self.allowed_locations(*self.locations)
@@ -154,7 +159,7 @@ class ConstraintState:
             return self.grammar.code_tensor
         next_ids = {ending.ids[self.num_label_tokens] for ending in self.endings if len(ending.ids) > self.num_label_tokens}
         ids = torch.tensor(sorted(next_ids), dtype=torch.int64)
-        return torch.cat((ids, self.allowed_locations())) if self.complete_ending() else ids
+        return torch.cat((ids, self.allowed_locations())) if self.generated_ending() else ids
 
     def allowed_locations(self, *locations: int) -> Tensor:
         """The ids of the locations that may come next in a box that begins with the given locations."""
@@ -171,12 +176,12 @@ class ConstraintState:
         """The lowest location that may come next: y_max is at least y_min, and x_max at least x_min."""
         return locations[len(locations) - 2] if len(locations) >= 2 else 0
 
-    def complete_ending(self) -> Ending | None:
-        """The ending that was generated completely, including the separator; then the next object may begin."""
+    def generated_ending(self) -> Ending | None:
+        """The ending whose ids have all been generated, or None. After it, the next object may begin."""
         return next((ending for ending in self.endings if len(ending.ids) == self.num_label_tokens), None)
 
     def advance(self, token: int) -> None:
-        """Updates the state with the chosen token, which must be an allowed one."""
+        """Updates the state with the chosen token, which must be one of allowed_tokens()."""
         grammar = self.grammar
         self.tokens_left -= 1
         if token == grammar.eos:
@@ -196,28 +201,29 @@ class ConstraintState:
             self.num_label_tokens += 1
 
     def possible_endings(self) -> list[Ending]:
-        """The endings for the box that was just completed: of labels that this box does not have yet, if they fit."""
+        """The endings for the box that was just generated: those that fit, with labels that this box does not have yet."""
         grammar, used = self.grammar, self.labels_of.get(tuple(self.locations), ())
-        # Tokens that an ending may take if another object is to follow it.
+        # The maximum number of tokens of an ending after which another object still fits.
         room = self.tokens_left - grammar.num_codes - grammar.object_length if self.num_objects < grammar.max_objects else -1
         return [ending for ending in grammar.endings if ending.label not in used and (ending.is_last or len(ending.ids) <= room)]
 
     def finish_object(self) -> None:
-        """Remembers the box and label of the current object, which is complete, and clears it."""
-        box, ending = tuple(self.locations), self.complete_ending()
-        assert ending is not None  # otherwise a location was not allowed
+        """Stores the box and label of the current object, which is complete, and prepares the state for the next object."""
+        box, ending = tuple(self.locations), self.generated_ending()
+        assert ending is not None  # a location is allowed only after an ending
         self.labels_of[box].add(ending.label)
         if len(self.labels_of[box]) == self.grammar.num_labels:
             self.exhaust(box)
         self.locations, self.num_codes, self.num_label_tokens = [], 0, 0
 
     def exhaust(self, box: tuple[int, ...]) -> None:
-        """Excludes a box that has all labels, and every beginning that now leads to excluded boxes only.
+        """Excludes a box that has all labels, and every first part of a box after which only excluded boxes are left.
 
-        Without the second part, a model that generates <loc1023> <loc1023> <loc1023> again would have no allowed location left.
+        If only whole boxes were excluded, an answer could reach a part of a box after which no location is allowed: for example
+        <loc1023> <loc1023> <loc1023>, after which only one box is possible.
         """
         for length in reversed(range(LOCATIONS_PER_BOX)):
-            beginning = box[:length]
-            self.exhausted[beginning].add(box[length])
-            if len(self.exhausted[beginning]) < len(self.grammar.location_ids) - self.lowest_location(beginning):
+            first = box[:length]
+            self.exhausted[first].add(box[length])
+            if len(self.exhausted[first]) < len(self.grammar.location_ids) - self.lowest_location(first):
                 return

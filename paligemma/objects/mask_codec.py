@@ -155,7 +155,7 @@ def read_arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
         reason = "".join(str(error).splitlines()[:1])[:200] or type(error).__name__
         where = f"{name}: {reason}" if name else reason
         what = f"is not a mask codec ({where}). An npz file of arrays is needed. Fetch {files.CODEC_NAME} again"
-        what = files.describe_placeholder(content) or what
+        what = files.describe_wrong_download(content) or what
         raise CheckpointError(f"{path} {what}.", path=path) from error
     missing = [name for name in shapes if name not in found]
     if missing:

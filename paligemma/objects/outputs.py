@@ -1,17 +1,17 @@
-"""Parses answers such as `<loc0102><loc0204>...<seg007>... cat ; ...` into labels, boxes, mask codes and scores; writes them too.
+"""Parses answers such as `<loc0102><loc0204>...<seg007>... cat ; ...` into objects, and writes such answers from objects.
 
-`parse_ids` parses the token ids of an answer, in which a location is a single token and cannot be confused with ordinary text.
-`parse_text` parses the text if there are no ids. The grammar of an answer is
+An object has a label, a box, mask codes and a score. `parse_ids` parses the token ids of an answer. There, a location is a single
+token and cannot be confused with ordinary text. `parse_text` parses the text if there are no ids. The grammar of an answer is
 
     answer := object (";" object)*        object := location{4} (code{16})? label       location := y_min, x_min, y_max, x_max
 
-but models stop too early, repeat themselves and swap the corners of a box. None of this raises an error: faults are repaired if
+but models stop too early, repeat themselves and swap the corners of a box. Such faults raise no error: they are repaired if
 possible, otherwise the object is left out, and `problems` lists the faults by the names below. An empty answer has the status
-"nothing" (no object was found); an answer with words but without a box has the status "unparsable".
+"nothing" (no object was found). An answer with words but without a box has the status "unparsable".
 
-Only locations are y first, as in the tokens; everything else is x first. A location as a fraction of the picture's side is
-location / 1023, as in the official code (big_vision, pp/proj/paligemma/segmentation.py). Imports neither torch nor numpy. Checked
-in tests/objects/test_outputs.py.
+Locations have y before x, as in the tokens; all other coordinates have x before y. A location divided by 1023 is a fraction of
+the picture's height or width, as in the official code (big_vision, pp/proj/paligemma/segmentation.py). This file imports neither
+torch nor numpy. Checked in tests/objects/test_outputs.py.
 """
 
 import math
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 END_OF_OBJECT = re.compile("[;\n]")
 
-SWAPPED = "swapped"  # y_min > y_max or x_min > x_max: exchanged
-NO_AREA = "no area"  # two equal sides: kept, but the box covers no pixel
-NO_LABEL = "no label"  # usual for refcoco checkpoints; from others, it means that the answer stopped too early
+SWAPPED = "swapped"  # y_min > y_max or x_min > x_max: the two values are exchanged
+NO_AREA = "no area"  # y_min = y_max or x_min = x_max: the object is kept, although its box covers no pixel
+NO_LABEL = "no label"  # normal for refcoco checkpoints; with other checkpoints, the answer stopped too early
 NO_BOX = "no box"  # a label or mask codes without locations before them
 CUT_BOX = "cut box"  # fewer than four locations: the object is left out
 CUT_MASK = "cut mask"  # fewer than sixteen mask codes: the box is kept, the codes are dropped
 LONG_MASK = "long mask"  # more than sixteen mask codes: the first sixteen are kept
-REPEATED = "repeated"  # same label and box as an earlier object: left out
+REPEATED = "repeated"  # same label and box as an earlier object: the object is left out
 PROBLEMS = (SWAPPED, NO_AREA, NO_LABEL, NO_BOX, CUT_BOX, CUT_MASK, LONG_MASK, REPEATED)
 
 
@@ -49,7 +49,7 @@ def sort_corners(locations: Sequence[float]) -> tuple[float, float, float, float
 
 @dataclass(frozen=True)
 class NormalizedBox:
-    """A rectangle in fractions, 0 to 1, of the picture's width (x) and height (y)."""
+    """A rectangle. Its coordinates are fractions, 0 to 1, of the picture's width (x) and height (y)."""
 
     x_min: float
     y_min: float
@@ -58,7 +58,7 @@ class NormalizedBox:
 
     @classmethod
     def from_locations(cls, locations: Sequence[float], denominator: float = NUM_LOCATIONS - 1) -> "NormalizedBox":
-        """The box of four locations: y x y x, sorted or not. The denominator 1024 is for comparison with code that uses it."""
+        """The box of four locations, y x y x, sorted or not. Use 1024 to compare with code that divides by 1024."""
         y_min, x_min, y_max, x_max = (value / denominator for value in sort_corners(locations))
         return cls(x_min, y_min, x_max, y_max)
 
@@ -70,7 +70,7 @@ class NormalizedBox:
         return y_min, x_min, y_max, x_max
 
     def xyxy(self, width: float, height: float) -> tuple[float, float, float, float]:
-        """x_min, y_min, x_max, y_max in pixels of a picture of this size."""
+        """x_min, y_min, x_max, y_max in pixels, for a picture of this size."""
         return self.x_min * width, self.y_min * height, self.x_max * width, self.y_max * height
 
     @property
@@ -94,14 +94,14 @@ class ParsedObject:
     Args:
         label: the whole label; "" if the answer has none.
         box: None for a label without a box.
-        locations: the numbers of the four location tokens, 0 to 1023, y x y x, in the generated order (not sorted).
+        locations: the numbers of the four location tokens, 0 to 1023, in the order of the answer: y x y x, not sorted.
         codes: the sixteen mask codes, 0 to 127.
-        score: probability 0 to 1, computed from the log-probabilities of the object's tokens by `object_score`.
+        score: confidence from 0 to 1, computed by `object_score`.
         expected: a box that is more precise than the locations: each coordinate is the mean of the locations near the generated
-            one, weighted by their probabilities.
-        spread: standard deviation of each coordinate, x y x y, in fractions of the picture's width and height.
-        problems: words of PROBLEMS.
-        mask: bool[H, W] of the whole picture, if the codes were decoded.
+            location, weighted by their probabilities.
+        spread: the standard deviation of each coordinate, x y x y, in fractions of the picture's width and height.
+        problems: names from PROBLEMS.
+        mask: bool[H, W] for the whole picture, if the codes were decoded.
     """
 
     label: str
@@ -120,10 +120,10 @@ class ParsedAnswer:
     """The objects of an answer.
 
     Args:
-        objects: in the order of the answer.
-        problems: words of PROBLEMS for all objects, in the order of the answer, also for objects that were left out.
-        status: "objects"; "nothing" for an empty answer; "unparsable" for words without a single complete box.
-        text: the answer.
+        objects: the objects in the order of the answer.
+        problems: names from PROBLEMS for all objects in the order of the answer, including the objects that were left out.
+        status: "objects" = there is at least one box; "nothing" = the answer is empty; "unparsable" = it has words, but no box.
+        text: the text of the answer.
     """
 
     objects: list[ParsedObject]
@@ -137,9 +137,9 @@ class ParsedAnswer:
 
 @dataclass(frozen=True)
 class Lexeme:
-    """A location, a mask code or some text (exactly one of the three), with the indices of its tokens in the answer."""
+    """A location, a mask code or some text (exactly one of the three). `indices` are those of its tokens in the answer."""
 
-    tokens: tuple[int, ...]
+    indices: tuple[int, ...]
     location: int | None = None
     code: int | None = None
     text: str | None = None
@@ -147,14 +147,14 @@ class Lexeme:
 
 @dataclass
 class PartialObject:
-    """An object while it is parsed: its values, and the indices of the tokens of its locations and of its label."""
+    """An object while it is parsed: the values found so far, and the indices of its tokens in the answer."""
 
     locations: list[int] = field(default_factory=list)
-    location_tokens: list[int] = field(default_factory=list)
+    location_indices: list[int] = field(default_factory=list)
     codes: list[int] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
-    label_tokens: list[int] = field(default_factory=list)
-    has_label: bool = False  # stored: computing `label` for each lexeme would take quadratic time
+    label_indices: list[int] = field(default_factory=list)
+    has_label: bool = False  # stored, because computing `label` for each lexeme would take quadratic time
 
     @property
     def label(self) -> str:
@@ -164,7 +164,7 @@ class PartialObject:
         return bool(self.locations or self.codes or self.has_label)
 
     def accepts(self, lexeme: Lexeme) -> bool:
-        """Whether the lexeme can belong to this object; if not, it begins the next one."""
+        """Whether the lexeme can belong to this object. If not, it begins the next object."""
         if lexeme.location is not None:
             return not (self.has_label or self.codes or len(self.locations) == LOCATIONS_PER_BOX)
         return lexeme.code is None or not self.has_label
@@ -172,18 +172,18 @@ class PartialObject:
     def add(self, lexeme: Lexeme) -> None:
         if lexeme.location is not None:
             self.locations.append(lexeme.location)
-            self.location_tokens += lexeme.tokens
+            self.location_indices += lexeme.indices
         elif lexeme.code is not None:
             self.codes.append(lexeme.code)
         elif lexeme.text is not None:
             self.texts.append(lexeme.text)
             if lexeme.text.strip():
                 self.has_label = True
-                self.label_tokens += lexeme.tokens
+                self.label_indices += lexeme.indices
 
 
 def group_objects(lexemes: Iterable[Lexeme]) -> Iterator[PartialObject]:
-    """Groups lexemes into objects. A new object begins after a separator and at a lexeme that the current one cannot accept."""
+    """Groups lexemes into objects. An object begins after a separator, and at a lexeme that the current object cannot accept."""
     current = PartialObject()
     for lexeme in lexemes:
         if not current.accepts(lexeme):
@@ -203,17 +203,18 @@ def group_objects(lexemes: Iterable[Lexeme]) -> Iterator[PartialObject]:
 def expected_box(
     moments: Sequence[tuple[float, float] | None], denominator: int
 ) -> tuple[NormalizedBox, tuple[float, float, float, float]] | tuple[None, None]:
-    """`expected` and `spread` of an object from (mean, standard deviation) of its four locations, y x y x.
+    """`expected` and `spread` of an object, as in ParsedObject; (None, None) if the moments of a location are unknown.
 
-    Returns (None, None) if the moments of any location are unknown.
+    Args:
+        moments: (mean, standard deviation) of the object's four locations, y x y x.
     """
     known = [pair for pair in moments if pair is not None]
     if len(known) < LOCATIONS_PER_BOX:
         return None, None
-    (y_min, y_max), (x_min, x_max) = sorted(known[::2]), sorted(known[1::2])
-    box = NormalizedBox.from_locations([y_min[0], x_min[0], y_max[0], x_max[0]], denominator)
-    left, top, right, bottom = (deviation / denominator for _, deviation in (x_min, y_min, x_max, y_max))
-    return box, (left, top, right, bottom)
+    (top, bottom), (left, right) = sorted(known[::2]), sorted(known[1::2])  # each is a pair (mean, standard deviation)
+    box = NormalizedBox.from_locations([top[0], left[0], bottom[0], right[0]], denominator)
+    x_min, y_min, x_max, y_max = (deviation / denominator for _, deviation in (left, top, right, bottom))
+    return box, (x_min, y_min, x_max, y_max)
 
 
 def object_score(
@@ -222,28 +223,33 @@ def object_score(
     expected: NormalizedBox | None,
     spread: tuple[float, float, float, float] | None,
 ) -> float:
-    """The model's confidence in an object: p(label) * exp(-mean of (spread / side)).
+    """The model's confidence in an object: p(label) * exp(-mean(spread / side)).
 
-    p(label) is the product over the label's tokens. A spread is the standard deviation of one coordinate, and the side is the
-    width or height of the expected box: the more certain the coordinates are, relative to the size of the box, the higher the
-    score. Without spreads the second factor is the geometric mean of the probabilities of the four locations.
+    p(label) is the product of the probabilities of the label's tokens. The mean is over the four coordinates: spread is the
+    standard deviation of a coordinate, and side is the width or height of the expected box. If spread is None, the second factor
+    is the geometric mean of the probabilities of the four locations.
 
-    Chosen by average precision (IoU 0.50 to 0.95, expected boxes) on 400 demo scenes of seed 500, and on 300 of seed 501 that
-    include questions for absent shapes:   no score .685 / .510,   locations .712 / .522,   locations x label .713 / .581,
-    label .701 / .646,   spreads .734 / .580,   this formula .734 / .642. Three more factors were tried and improved nothing: the
-    smallest probability of a location, the probability of the separator before the object, that of starting a box at all.
+    Other formulas have a lower average precision (IoU 0.50 to 0.95, expected boxes), measured on demo scenes:
+
+                                             no score  locations  locations * label  label  spreads  this formula
+        400 scenes of seed 500                   .685       .712               .713   .701     .734          .734
+        300 scenes of seed 501, which include
+        questions for absent shapes              .510       .522               .581   .646     .580          .642
+
+    Three more factors did not improve it: the smallest probability of a location, the probability of the separator before the
+    object, and the probability that a box begins at all.
     """
-    label = sum(logprobs[token] for token in partial.label_tokens)
+    label = sum(logprobs[i] for i in partial.label_indices)
     if expected is None or spread is None:
-        return math.exp(label + sum(logprobs[token] for token in partial.location_tokens) / LOCATIONS_PER_BOX)
+        return math.exp(label + sum(logprobs[i] for i in partial.location_indices) / LOCATIONS_PER_BOX)
     smallest = 1 / NUM_LOCATIONS  # avoids a division by zero for a box without area
     sides = 2 * (max(expected.x_max - expected.x_min, smallest), max(expected.y_max - expected.y_min, smallest))
     left, top, right, bottom = (deviation / side for deviation, side in zip(spread, sides, strict=True))
     return math.exp(label - (top + left + bottom + right) / LOCATIONS_PER_BOX)
 
 
-def complete(partial: PartialObject, denominator: int) -> tuple[ParsedObject | None, list[str]]:
-    """The object, or None if too little of it was generated; and its problems."""
+def finish(partial: PartialObject, denominator: int) -> tuple[ParsedObject | None, list[str]]:
+    """The parsed object, or None if too little of it was generated, and the list of its problems."""
     problems = []
     label = partial.label
     if not partial.locations:
@@ -271,12 +277,12 @@ def parse(
     logprobs: Sequence[float] | None = None,
     moments: Sequence[tuple[float, float] | None] | None = None,
 ) -> ParsedAnswer:
-    """The objects of an answer that was split into lexemes; the arguments are those of parse_ids."""
+    """The objects of an answer that has been split into lexemes. The other arguments are as in parse_ids."""
     objects: list[ParsedObject] = []
     problems: list[str] = []
     seen = set()
     for partial in group_objects(lexemes):
-        found, its_problems = complete(partial, denominator)
+        found, its_problems = finish(partial, denominator)
         if found is not None and (found.label, found.box) in seen:
             found, its_problems = None, [REPEATED]
         problems += its_problems
@@ -284,8 +290,8 @@ def parse(
             continue
         seen.add((found.label, found.box))
         if found.box is not None:
-            of_locations = [] if moments is None else [moments[token] for token in partial.location_tokens]
-            expected, spread = expected_box(of_locations, denominator)
+            location_moments = [] if moments is None else [moments[i] for i in partial.location_indices]
+            expected, spread = expected_box(location_moments, denominator)
             score = None if logprobs is None else object_score(partial, logprobs, expected, spread)
             found = replace(found, score=score, expected=expected, spread=spread)
         objects.append(found)
@@ -295,20 +301,20 @@ def parse(
 
 
 def split_ids(ids: list[int], processor: "PromptTokenizer") -> Iterator[Lexeme]:
-    """One lexeme per token. The byte tokens of one character form one lexeme; control tokens (<bos>, <pad>, ...) form none."""
+    """One lexeme per token, with two exceptions: the byte tokens of a character form one lexeme, and control tokens form none."""
     stream = processor.stream()
     pending: tuple[int, ...] = ()
-    for token, number in enumerate([*ids, processor.eos_token_id]):
-        is_text = not (number in processor.location_ids or number in processor.code_ids or number in processor.control_ids)
-        text = stream.put(number) if is_text else stream.end()
-        pending += (token,) if is_text else ()
+    for index, token in enumerate([*ids, processor.eos_token_id]):
+        is_text = not (token in processor.location_ids or token in processor.code_ids or token in processor.control_ids)
+        text = stream.put(token) if is_text else stream.end()
+        pending += (index,) if is_text else ()
         if text:
             yield Lexeme(pending, text=text)
             pending = ()
-        if number in processor.location_ids:
-            yield Lexeme((token,), location=number - processor.location_ids.start)
-        elif number in processor.code_ids:
-            yield Lexeme((token,), code=number - processor.code_ids.start)
+        if token in processor.location_ids:
+            yield Lexeme((index,), location=token - processor.location_ids.start)
+        elif token in processor.code_ids:
+            yield Lexeme((index,), code=token - processor.code_ids.start)
 
 
 def parse_ids(
@@ -323,10 +329,10 @@ def parse_ids(
     Args:
         ids: a list, or int64[L].
         processor: a PaliGemmaProcessor.
-        logprobs: float[L], one per token; with them the objects get scores.
-        moments: mean and standard deviation, in locations, for each token that is a location, None for the others; as in
-            generation.Answer.
-        denominator: 1023, or 1024 for comparison with code that divides by it.
+        logprobs: float[L], one per token. Without logprobs, the objects have no scores.
+        moments: as in generation.Answer: for each token that is a location, (mean, standard deviation) in units of locations;
+            None for each other token.
+        denominator: 1023, or 1024 to compare with code that divides by 1024.
     Raises: ValueError if logprobs or moments have another length than ids.
     """
     ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
@@ -334,14 +340,14 @@ def parse_ids(
         logprobs = logprobs.tolist()
     for name, values in (("logprobs", logprobs), ("moments", moments)):
         if values is not None and len(values) != len(ids):
-            raise ValueError(f"{len(values)} {name} came for {len(ids)} ids. Pass one for each id.")
+            raise ValueError(f"{len(values)} {name} were given for {len(ids)} ids. Pass one per id.")
     if processor.eos_token_id in ids:
         ids = ids[: ids.index(processor.eos_token_id)]
     return parse(split_ids(ids, processor), processor.decode(ids), denominator, logprobs, moments)
 
 
 def split_text(text: str) -> Iterator[Lexeme]:
-    """Locations, mask codes, and the text between them. <loc9999>, which no tokenizer knows, is text."""
+    """Lexemes for locations, mask codes and the text between them. <loc9999> is text, because it is not a token."""
     end = 0
     for token in LOCATION_OR_CODE.finditer(text):
         location, code = (None if digits is None else int(digits) for digits in token.groups())
@@ -353,7 +359,7 @@ def split_text(text: str) -> Iterator[Lexeme]:
 
 
 def parse_text(text: str, denominator: int = NUM_LOCATIONS - 1) -> ParsedAnswer:
-    """The objects in the text of an answer with its <loc> and <seg>. They have no scores, because scores need the tokens."""
+    """The objects in the text of an answer. They have no scores, because scores are computed from tokens."""
     return parse(split_text(text), text, denominator)
 
 
@@ -361,15 +367,15 @@ def parse_text(text: str, denominator: int = NUM_LOCATIONS - 1) -> ParsedAnswer:
 
 
 def to_suffix(objects: Iterable[ParsedObject]) -> str:
-    """The answer that names these objects, in the form used for training; parse_text and parse_ids parse it back.
+    """The answer that lists these objects, as in the training data. parse_text and parse_ids return the objects again.
 
-    Locations are written sorted, even if the model generated them in another order. An object without a box is written as its
-    label only. Raises: DatasetError for a label that would be parsed as something else, because it has a ";", a newline or <loc>.
+    Locations are written in sorted order, even if the model generated them in another order. Of an object without a box, only the
+    label is written. Raises: DatasetError for a label with ";", a newline or <loc>, which would be parsed as something else.
     """
     texts = []
     for found in objects:
         if END_OF_OBJECT.search(found.label) or LOCATION_OR_CODE.search(found.label):
-            raise DatasetError(f"the label {found.label!r} holds a separator or a location. Use words without ; and <loc>.")
+            raise DatasetError(f"the label {found.label!r} contains a separator or a location. Use words without ; and <loc>.")
         locations = () if found.box is None else sort_corners(found.locations) if found.locations else found.box.to_locations()
         tokens = [LOCATION_TOKENS[int(value)] for value in locations] + [CODE_TOKENS[code] for code in found.codes or ()]
         texts.append(f"{''.join(tokens)} {found.label.strip()}".strip())
@@ -377,10 +383,12 @@ def to_suffix(objects: Iterable[ParsedObject]) -> str:
 
 
 def as_json(found: ParsedObject, width: int, height: int) -> dict[str, Any]:
-    """The object as the programs write it, for a picture of this size; unknown values are left out.
+    """The object as a dict for JSON, as `inference` and `annotate` write it. Values that are None are left out.
 
-    Returns: label, box [x_min, y_min, x_max, y_max] in pixels, box_normalized (the same, 0 to 1), score, expected_box (pixels),
-        spread (pixels, x y x y), codes, mask (COCO's run lengths), problems.
+    Args:
+        width, height: size of the picture in pixels.
+    Returns: label, box [x_min, y_min, x_max, y_max] in pixels, box_normalized (the same as fractions, 0 to 1), score,
+        expected_box (in pixels), spread (in pixels, x y x y), codes, mask (COCO's run lengths), problems.
     """
     row: dict[str, Any] = {"label": found.label}
     if found.box is not None:
@@ -395,7 +403,7 @@ def as_json(found: ParsedObject, width: int, height: int) -> dict[str, Any]:
     if found.codes is not None:
         row["codes"] = list(found.codes)
     if found.mask is not None:
-        from paligemma.objects.masks import to_rle  # imports numpy, which is needed only for masks
+        from paligemma.objects.masks import to_rle  # imports numpy
 
         row["mask"] = to_rle(found.mask)
     return row | {"problems": list(found.problems)}

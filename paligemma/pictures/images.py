@@ -101,7 +101,7 @@ def load_image(
     """
     notes = [] if notes is None else notes
     check_options(background, frame, max_pixels)
-    if is_finished(source):
+    if is_loaded_picture(source):
         check_size(source.size, "the picture", max_pixels or math.inf)
         return source if then is None else then(source)
     is_large = is_large_file(source)
@@ -124,7 +124,7 @@ def load_image(
             return finished if then is None else then(finished)
 
 
-def is_finished(picture: object) -> TypeGuard[Image.Image]:
+def is_loaded_picture(picture: object) -> TypeGuard[Image.Image]:
     """Whether this is a picture as load_image returns it: 8-bit RGB in memory, with pixels and without metadata."""
     if type(picture) is not Image.Image or picture.mode != "RGB" or picture.info:
         return False

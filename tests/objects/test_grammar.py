@@ -441,11 +441,11 @@ def test_a_valid_answer_is_not_changed_and_others_become_valid(demo):
     [
         ([], "the labels are \\[\\]"),
         ("cat", "the labels are 'cat'"),
-        (["cat ; dog"], "the label 'cat ; dog' holds a separator"),
-        (["a;b"], "the label 'a;b' holds a separator"),
-        (["two\nlines"], "holds a separator or a location"),
-        (["cat", "<loc0012> dog"], "the label '<loc0012> dog' holds a separator or a location"),
-        (["x<seg127>"], "holds a separator or a location"),
+        (["cat ; dog"], "the label 'cat ; dog' contains a separator"),
+        (["a;b"], "the label 'a;b' contains a separator"),
+        (["two\nlines"], "contains a separator or a location"),
+        (["cat", "<loc0012> dog"], "the label '<loc0012> dog' contains a separator or a location"),
+        (["x<seg127>"], "contains a separator or a location"),
         (["\ud800"], "not valid UTF-8"),
     ],
 )
