@@ -736,7 +736,7 @@ def test_settings_for_eos_truncation_and_padding_are_ignored(tmp_path, processor
         ({"size": {"height": 28, "width": 14}}, "asks for pictures of"),
         ({"size": {"shortest_edge": 28}}, "asks for pictures of"),
         ({"size": None}, "asks for pictures of"),
-        ({"image_seq_length": 256}, "counts 256 tokens per picture"),
+        ({"image_seq_length": 256}, "has 256 tokens per picture"),
         ({"resample": 2}, "'resample': 2"),
         ({"do_resize": False}, "'do_resize': False"),
         ({"do_normalize": False}, "'do_normalize': False"),
@@ -747,7 +747,7 @@ def test_settings_for_eos_truncation_and_padding_are_ignored(tmp_path, processor
         ({"do_normalize": []}, "'do_normalize': []"),
         ({"resample": 3.0}, "'resample': 3.0"),
         ({"resample": [3]}, "'resample': [3]"),
-        ({"image_seq_length": [[4]]}, "counts [[4]] tokens"),
+        ({"image_seq_length": [[4]]}, "has [[4]] tokens"),
         ({"image_seq_length": 10**400}, "tokens per picture"),
         ({"size": [[28]] * 10_000}, "asks for pictures of [["),
         ({"image_mean": "x"}, "image_mean is 'x'. A number"),
@@ -811,7 +811,7 @@ def test_a_large_invalid_tokenizer_json_is_not_parsed_in_python(tmp_path, monkey
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "junk": [' + "[]," * 1000 + "1]")
     monkeypatch.setattr(files, "MAX_JSON_BYTES", 2000)  # parsed lists take 25 times as much memory
     monkeypatch.setattr(json, "loads", None)
-    with pytest.raises(TokenizerError, match="is no tokenizer: .* at line 1 column"):
+    with pytest.raises(TokenizerError, match="is not a tokenizer: .* at line 1 column"):
         read_tokenizer(tmp_path)
 
 

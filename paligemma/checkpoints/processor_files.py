@@ -1,8 +1,8 @@
-"""Reads and checks the files of a processor, tokenizer.json and the image settings, and writes them.
+"""Reads, checks and writes the files of a processor (tokenizer.json and the image settings).
 
-A folder can come from a stranger, so each file is checked before it is used. A file that would make a library panic, that has a
-regular expression of its author, or that contradicts the model is an error with the name of the file. Checked in
-tests/test_processing_paligemma.py.
+The author of the files may be unknown, so each file is checked before it is used. An error that names the file is raised if the
+file would make a library panic, if it contains a regular expression (which may never finish), or if it contradicts the model.
+Checked in tests/test_processing_paligemma.py.
 """
 
 import json
@@ -29,20 +29,20 @@ IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")  # transform
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 STEPS = ("do_resize", "do_rescale", "do_normalize")  # settings of an image processor; the three steps are always done
 MAX_NUMBER, MIN_STD = 1e6, 1e-6  # limits for rescale_factor, image_mean and image_std
-# The types of components that Gemma's tokenizer consists of. Other types are refused: they can hold regular expressions from the
-# author of the file, and matching those can take forever or panic in Rust.
+# The types of components in Gemma's tokenizer. Other types are refused, because they can contain regular expressions, and
+# matching an expression of an unknown author can take forever or panic in Rust.
 ALLOWED_TYPES = {
     "normalizer": {"Replace", "Sequence"},
     "pre_tokenizer": {"Split", "Sequence"},
     "post_processor": {"TemplateProcessing", "Sequence"},
 }
-# JSON can write ASCII characters as escapes. No usual program does, so such an escape suggests that the file hides a name.
+# In JSON, ASCII characters can be written as escapes. Usual programs do not do this, so an escape suggests that a name is hidden.
 ASCII_ESCAPES = tuple(f"\\u00{digit}".encode() for digit in range(2, 8))
 CONVERT = "Make one with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
 
 
 def read_processor_files(model: "ModelFiles") -> dict[str, Any]:
-    """The arguments of PaliGemmaProcessor for a model. For an adapter, files in its own folder replace the files of its base.
+    """The arguments of PaliGemmaProcessor for a model. For an adapter, files in its own folder replace those of its base model.
 
     Raises: TokenizerError or CheckpointError if a file is missing or broken, or if files contradict each other; AccessError.
     """
@@ -67,7 +67,7 @@ def read_processor_files(model: "ModelFiles") -> dict[str, Any]:
 
 
 def find_tokenizer_folder(model: "ModelFiles") -> Path:
-    """The adapter's folder if it has its own tokenizer.json, otherwise the model's."""
+    """The folder of the adapter if it contains a tokenizer.json, otherwise the folder of the base model."""
     return model.folder if files.is_file(model.folder / "tokenizer.json") else model.base
 
 
@@ -90,7 +90,7 @@ def choose_image_settings(settings: dict[str, dict], folder: Path) -> tuple[dict
         name, image_settings = IMAGE_FILES[1], settings[IMAGE_FILES[1]]
     path = folder / name
     if not isinstance(image_settings, dict):
-        raise CheckpointError(f"{path}: image_processor is no object. Download it again.", path=path)
+        raise CheckpointError(f"{path}: image_processor is not a JSON object. Download it again.", path=path)
     unsupported = {}
     for key, value in image_settings.items():
         if key in STEPS and not (value is None or value is True):
@@ -106,15 +106,15 @@ def choose_image_settings(settings: dict[str, dict], folder: Path) -> tuple[dict
 
 
 def check_image_settings(settings: dict, config: "PaliGemmaConfig", path: Path) -> None:
-    """Raises: CheckpointError if the image settings contradict the model's. Missing settings are accepted."""
+    """Raises: CheckpointError if the image settings contradict config.json. Missing settings are accepted."""
     image_size, num_tokens = config.vision_config.image_size, config.num_image_tokens
     size, length = settings.get("size", image_size), settings.get("image_seq_length")
     sides = [size.get("height"), size.get("width")] if isinstance(size, dict) else [size, size]
     mismatch = None
     if sides != [image_size, image_size]:
-        mismatch = f"asks for pictures of {reprlib.repr(size)} and the model for {image_size} pixels a side"
+        mismatch = f"asks for pictures of {reprlib.repr(size)}, but the model for {image_size} x {image_size} pixels"
     elif length not in (None, num_tokens):
-        mismatch = f"counts {reprlib.repr(length)} tokens per picture and the model {num_tokens}"
+        mismatch = f"has {reprlib.repr(length)} tokens per picture, but the model has {num_tokens}"
     if mismatch is not None:
         raise CheckpointError(f"{path} {mismatch}. The files belong to different checkpoints: download them again.", path=path)
 
@@ -161,11 +161,11 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     except Exception as error:  # tokenizers raises nothing more precise
         if len(content) <= files.MAX_JSON_BYTES:  # parsing a larger file in Python takes gigabytes of memory
             files.read_json(path, TokenizerError)  # raises an error with line and column if this is not JSON
-        raise TokenizerError(f"{path} is no tokenizer: {one_line(error)}. Download it again.", path=path) from error
+        raise TokenizerError(f"{path} is not a tokenizer: {one_line(error)}. Download it again.", path=path) from error
     except BaseException as error:  # a panic in Rust, which is not an Exception
         if type(error).__name__ != "PanicException":
             raise
-        raise TokenizerError(f"{path} is no tokenizer: {one_line(error)}. Download it again.", path=path) from error
+        raise TokenizerError(f"{path} is not a tokenizer: {one_line(error)}. Download it again.", path=path) from error
     check_components(tokenizer, path)
     tokenizer.no_truncation()  # a training script can leave these settings in the file
     tokenizer.no_padding()
@@ -173,10 +173,10 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def would_panic(data: bytes, path: Path) -> bool:
-    """Whether the tokenizers library would panic on this tokenizer.json; Rust would print the panic to stderr.
+    """Whether the tokenizers library would panic on this tokenizer.json. Rust prints a panic to stderr, even if it is caught.
 
-    Parsing the file in Python takes half as long as loading it. Therefore it is parsed only if a search in its bytes finds one
-    of two suspicious names, or an escape that could hide one.
+    Parsing the file in Python takes half as long as loading it. Therefore it is parsed only if a search in its bytes finds one of
+    two suspicious names, or an escape that could hide such a name.
     """
     is_suspect = any(escape in data for escape in ASCII_ESCAPES)
     for name, harmless in ((b'"continuing_subword_prefix"', rb'\s*:\s*(null|"")'), (b'"Precompiled"', rb"\s*:")):
@@ -218,7 +218,7 @@ def check_components(tokenizer: Tokenizer, path: Path) -> None:
             if inner["type"] not in allowed:
                 wrong.append(inner["type"])
             elif inner["type"] == "Replace" and (inner["pattern"], inner["content"]) != ({"String": " "}, SPACE):
-                wrong.append("Replace of other text than spaces")
+                wrong.append("Replace for other text than spaces")
             elif inner["type"] == "Split" and "String" not in inner["pattern"]:
                 wrong.append("Split by a regular expression")
     if wrong:
@@ -230,7 +230,7 @@ def add_missing_tokens(tokenizer: Tokenizer) -> None:
     missing = [token for token in LOCATION_TOKENS + CODE_TOKENS if tokenizer.token_to_id(token) is None]
     if missing:
         tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in missing])
-    # If <image> is there already, this marks it as a special token.
+    # If the tokenizer already has <image>, this marks it as a special token.
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
 
 
@@ -249,9 +249,9 @@ def configured_ids(config: dict, generation_config: dict) -> dict[str, set[int]]
 
 
 def find_ids(tokenizer: Tokenizer, tokenizer_config: dict, model: "ModelFiles", folder: Path) -> dict[str, int]:
-    """The ids of <image>, bos, eos, pad and the newline, by the name of the processor's attribute ("image_token_id").
+    """The ids of <image>, bos, eos, pad and the newline: {name of the processor's attribute, such as "image_token_id": id}.
 
-    The pad token can be any token, since padding is never attended to. `folder` is the folder of the tokenizer's files.
+    The pad token can be any token, because padding is never attended to. `folder` is the folder of the tokenizer's files.
     Raises: TokenizerError if config.json or generation_config.json give other ids.
     """
     tokens = {"image_token_id": IMAGE_TOKEN}
@@ -259,7 +259,7 @@ def find_ids(tokenizer: Tokenizer, tokenizer_config: dict, model: "ModelFiles", 
         token = tokenizer_config.get(f"{kind}_token") or f"<{kind}>"
         token = token.get("content") if isinstance(token, dict) else token
         if not (isinstance(token, str) and token.isprintable()):  # a lone surrogate, which cannot be looked up, is not printable
-            raise TokenizerError(f"{folder / 'tokenizer_config.json'}: {kind}_token is no text. Download it again.", path=folder)
+            raise TokenizerError(f"{folder / 'tokenizer_config.json'}: {kind}_token is not a text. Download it again.", path=folder)
         tokens[f"{kind}_token_id"] = token
     ids = {name: tokenizer.token_to_id(token) for name, token in tokens.items()}
     if ids["pad_token_id"] in (None, ids["image_token_id"]):  # padding with <image> would be counted as image tokens
@@ -268,9 +268,9 @@ def find_ids(tokenizer: Tokenizer, tokenizer_config: dict, model: "ModelFiles", 
     for name, needed in configured.items():
         if ids[name] is None or needed and ids[name] not in needed:
             raise TokenizerError(
-                f"{folder}: the tokenizer gives {tokens[name]} the id {ids[name]}, and {name} is "
+                f"{folder}: the tokenizer gives {tokens[name]} the id {ids[name]}, but {name} is "
                 f"{' or '.join(map(str, sorted(needed))) or 'needed'} in config.json or generation_config.json. "
-                "They belong to different models: download them again.",
+                "The tokenizer and the weights belong to different models: download both again.",
                 path=folder / "tokenizer.json",
             )
     newline = tokenizer.encode("\n", add_special_tokens=False).ids
@@ -286,18 +286,19 @@ def check_tokenizer(tokenizer: PromptTokenizer, model: "ModelFiles") -> None:
     for kind, tokens in (("<loc>", LOCATION_TOKENS), ("<seg>", CODE_TOKENS)):
         ids = [tokenizer.loc_seg_ids[token] for token in tokens]
         if ids != list(range(ids[0], ids[0] + len(ids))):
-            raise TokenizerError(f"{path}: the ids of the {kind} tokens are not consecutive. Is it PaliGemma's?", path=path)
+            raise TokenizerError(f"{path}: the ids of the {kind} tokens are not consecutive. Is this PaliGemma's?", path=path)
     problem = None
     if tokenizer.vocab_size > num_rows:
         problem = f"has {tokenizer.vocab_size} tokens, but the model's embedding only {num_rows} rows"
     elif num_rows - len(tokenizer.unused_ids(num_rows)) < tokenizer.vocab_size:
         problem = f"gives one id to two tokens, or an id above the {num_rows} rows of the model's embedding"
     if problem is not None:
-        raise TokenizerError(f"{path} {problem}. They belong to different models: download them again.", path=path)
+        text = f"{path} {problem}. The tokenizer and the weights belong to different models: download both again."
+        raise TokenizerError(text, path=path)
     text = " two  spaces \u00e9\U0001f600"
     decoded = tokenizer.decode(tokenizer.encode(text))
     if decoded != text:
-        raise TokenizerError(f"{path} makes {decoded!r} of {text!r}. Is this Gemma's tokenizer?", path=path)
+        raise TokenizerError(f"{path} decodes {text!r} as {decoded!r}. Is this Gemma's tokenizer?", path=path)
 
 
 # Writing
@@ -306,11 +307,11 @@ def check_tokenizer(tokenizer: PromptTokenizer, model: "ModelFiles") -> None:
 def write_processor_files(
     folder: Path, tokenizer: Tokenizer, tokens: dict[str, str], image_size: int, num_image_tokens: int, settings: dict[str, dict]
 ) -> None:
-    """Writes every file that PaliGemmaProcessor.from_pretrained and transformers read of a processor.
+    """Writes every processor file that PaliGemmaProcessor.from_pretrained and transformers read.
 
     Args:
         tokens: pad_token, bos_token and eos_token.
-        settings: the JSON files that came with the tokenizer. They are written again; what they lack is added.
+        settings: the JSON files of the checkpoint's processor, {file name: content}. Settings that they lack are added.
     Raises: OutputError.
     """
     defaults = dict.fromkeys(STEPS, True) | {

@@ -5,7 +5,7 @@
 The four locations are y_min, x_min, y_max, x_max; y_max is never below y_min, and x_max never below x_min. A label is one of the
 labels in the question, and no label gets the same four locations twice. An object may begin only if there are enough tokens left
 for an object with the longest label and for eos. Therefore every answer ends with eos within its limit of tokens. The longest
-label counts because otherwise, near the limit, only short labels would be allowed, and the model might have to choose a wrong one.
+label counts because otherwise, near the limit, only short labels would be allowed, and the model might be forced to a wrong one.
 
 Tokenizers merge characters across word boundaries, so the ids of " cat" followed by those of " ; " can differ from the ids of
 " cat ; ". The training answers were tokenised as a whole. Therefore each label is tokenised here together with the text after it:

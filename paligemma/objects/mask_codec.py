@@ -1,12 +1,12 @@
 """The VQ-VAE of PaliGemma's <seg> tokens: encodes the mask of a box as sixteen codes, and decodes them.
 
 The encoder turns a mask of 64 x 64 pixels into a grid of 4 x 4 vectors. Each vector is replaced by the nearest of the 128 vectors
-in a codebook. Its sixteen indices, row by row, are the tokens <seg000> to <seg127> of an answer. The decoder turns them back into
-a mask.
+in a codebook. The sixteen codes are the indices of these vectors, row by row; an answer has them as tokens <seg000> to <seg127>.
+The decoder turns the codes back into a mask.
 
-The weights are in a file with the names and shapes of Google's vae-oid.npz. The parameters here have the same names, so loading
-renames nothing. Sources: VQ-VAE (arXiv:1711.00937), google-research/big_vision (evaluators/proj/paligemma/transfers/
-segmentation.py); tests/oracle/segdecoder has outputs of that decoder. Checked in tests/objects/test_mask_codec.py.
+The weights are in a file with the names and shapes of Google's vae-oid.npz. The parameters here have the same names. Sources:
+VQ-VAE (arXiv:1711.00937), google-research/big_vision (evaluators/proj/paligemma/transfers/segmentation.py). Checked in
+tests/objects/test_mask_codec.py, also with outputs of Google's decoder (tests/oracle/segdecoder).
 Shapes: M masks.
 """
 
@@ -33,14 +33,15 @@ from paligemma.objects.masks import paste
 from paligemma.objects.outputs import ParsedObject
 from paligemma.vocabulary import NUM_CODES
 
-CODE_WIDTH = 512
+CODE_WIDTH = 512  # numbers per vector of the codebook
 GRID = 4  # the codes form 4 rows of 4
 MAX_FILE_BYTES = 64 << 20  # Google's file has 8 MB
-METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # with other methods, zipfile may decompress more bytes than were asked for
-MAX_HEADER_BYTES = 10_000  # of the header of one array
-NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-# What zipfile, zlib and numpy's header parser raise for a file that is not a valid npz. RuntimeError: the file has a password, or
-# a compression method that zipfile does not know.
+# Of other compression methods, zipfile may decompress more bytes than were requested.
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+MAX_HEADER_BYTES = 10_000  # for the header of one array
+HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+# The exceptions of zipfile, zlib and numpy's header parser for a file that is not a valid npz. RuntimeError means that the file
+# has a password or an unknown compression method.
 FORMAT_ERRORS = (
     OSError, ValueError, TypeError, ArithmeticError, LookupError, EOFError, SyntaxError, MemoryError, RuntimeError, struct.error,
     zipfile.BadZipFile, zlib.error, tokenize.TokenError,
@@ -48,7 +49,7 @@ FORMAT_ERRORS = (
 
 
 class Codebook(nn.Module):
-    """The 128 vectors of 512 numbers that stand for the codes."""
+    """The vectors of the 128 codes, with 512 numbers each."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +66,7 @@ class Codebook(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + three convolutions of x, without a ReLU before the first convolution and after the sum."""
+    """Adds three convolutions of x to x. There is no ReLU before the first convolution, and none after the sum."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -80,7 +81,7 @@ class ResidualBlock(nn.Module):
 
 
 class MaskCodec(nn.Module):
-    """Encoder, codebook and decoder, with random weights. `load_codec` returns a trained one."""
+    """Encoder, codebook and decoder, with random weights. `load_codec` returns a codec with trained weights."""
 
     def __init__(self):
         super().__init__()
@@ -101,31 +102,35 @@ class MaskCodec(nn.Module):
 
         Args:
             codes: int64[M, 16].
-        Raises: ValueError for other shapes, and for codes that do not exist.
+        Raises: ValueError for another shape, and for codes that do not exist.
         """
-        if codes.dim() != 2 or codes.shape[1] != GRID**2 or (codes.numel() and not 0 <= codes.min() <= codes.max() < NUM_CODES):
-            raise ValueError(f"codes are {list(codes.shape)}; [M, {GRID**2}] with numbers from 0 to {NUM_CODES - 1} is needed.")
+        if codes.dim() != 2 or codes.shape[1] != GRID**2:
+            raise ValueError(f"codes have the shape {list(codes.shape)}; [M, {GRID**2}] is needed.")
+        if codes.numel() and not 0 <= codes.min() <= codes.max() < NUM_CODES:
+            given = f"codes are from {codes.min()} to {codes.max()}"
+            raise ValueError(f"{given}; numbers from 0 to {NUM_CODES - 1} are needed.")
         return self.decoder(self._vq_vae(codes))[:, 0]
 
     def encode(self, masks: Tensor) -> Tensor:
-        """The codes, int64[M, 16], of masks, float32[M, 64, 64] from 0 (outside) to 1, as masks.crop returns them."""
+        """The codes, int64[M, 16], of masks, float32[M, 64, 64] from 0 (outside) to 1 (inside), as returned by masks.crop."""
         return self._vq_vae.nearest(self.encoder(2 * masks[:, None] - 1))
 
 
 def read_array(stream: IO[bytes], shape: tuple[int, ...]) -> Tensor:
-    """The array in an npy file, as float32. Raises: ValueError if it has another shape, before any memory is allocated for it.
+    """The array in an npy file, as float32. Raises: ValueError if it has another shape; no memory is allocated for it then.
 
-    numpy's own reader trusts the header: it would allocate memory for any shape, and decompress a file of 2 MB into 2 GB.
+    numpy's own reader is not used, because it trusts the header: it would allocate memory for any shape, and could decompress a
+    file of 2 MB into 2 GB.
     """
     data = io.BytesIO(stream.read(MAX_HEADER_BYTES + 8 * math.prod(shape) + 1))
     version = np.lib.format.read_magic(data)
-    if version not in NPY_HEADERS:
-        raise ValueError(f"an array is in version {version} of the npy format")
-    found, is_fortran_order, dtype = NPY_HEADERS[version](data, max_header_size=MAX_HEADER_BYTES)
+    if version not in HEADER_READERS:
+        raise ValueError(f"an array has version {version} of the npy format, which is not supported")
+    found, is_fortran_order, dtype = HEADER_READERS[version](data, max_header_size=MAX_HEADER_BYTES)
     if dtype.kind not in "biuf":
         raise ValueError(f"an array holds {dtype}, not numbers")
     if found != shape:
-        raise ValueError(f"an array is {list(found)}, and a mask codec has {list(shape)} there")
+        raise ValueError(f"an array has the shape {list(found)}; a mask codec needs {list(shape)}")
     values = np.frombuffer(data.read(), dtype)
     if not np.isfinite(values).all():
         raise ValueError("an array holds NaN or infinity")
@@ -135,7 +140,7 @@ def read_array(stream: IO[bytes], shape: tuple[int, ...]) -> Tensor:
 
 
 def read_arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The named arrays of an npz file, as float32; others are ignored. Pickle is never used, so no code of the file can run.
+    """The arrays in an npz file with the names in `shapes`, as float32. Pickle is never used, so no code in the file can run.
 
     Raises: CheckpointError.
     """
@@ -146,9 +151,9 @@ def read_arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
             counts = Counter(archive.namelist())
             for name in (name for name in shapes if f"{name}.npy" in counts):
                 if counts[f"{name}.npy"] > 1:
-                    raise ValueError("the array is there twice")
+                    raise ValueError("the file has this array twice")
                 if archive.getinfo(f"{name}.npy").compress_type not in METHODS:
-                    raise ValueError("the array is packed with LZMA or bzip2, which numpy never does")
+                    raise ValueError("the array is compressed with LZMA or bzip2, which numpy never uses")
                 with archive.open(f"{name}.npy") as stream:
                     found[name] = read_array(stream, shapes[name])
     except FORMAT_ERRORS as error:
@@ -160,14 +165,14 @@ def read_arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
     missing = [name for name in shapes if name not in found]
     if missing:
         raise CheckpointError(
-            f"{path} lacks {listed(missing)}. All {len(shapes)} arrays of {files.CODEC_NAME} are needed. Take the whole file.",
+            f"{path} lacks {listed(missing)}. All {len(shapes)} arrays of {files.CODEC_NAME} are needed. Use the whole file.",
             path=path,
         )
     return found
 
 
 def load_codec(path: str | Path) -> MaskCodec:
-    """The trained codec of a file like vae-oid.npz, in float32 on the CPU; arrays that it does not need are ignored.
+    """The trained codec from a file like vae-oid.npz, in float32 on the CPU. Other arrays in the file are ignored.
 
     Raises: CheckpointError if the file is not a valid npz file, or if an array is missing or has another shape.
     """

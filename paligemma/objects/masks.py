@@ -1,4 +1,4 @@
-"""Converts masks: 64 x 64 values in a box, pixels of a picture, COCO run lengths, polygons. Uses numpy and PIL only.
+"""Converts masks between 64 x 64 values in a box, pixels of a picture, COCO run lengths and polygons, with numpy and PIL only.
 
 `paste` and `crop` follow Google's code for the `segment` task step by step (google-research/big_vision: the evaluator and the
 preprocessing of refcoco-seg). Other ports of that code differ by a pixel or more. The corners of a decoded box are truncated to
@@ -17,14 +17,14 @@ from PIL import Image
 
 from paligemma.errors import DatasetError
 
-MASK_SIDE = 64  # the codec reads and writes masks of 64 x 64
-MAX_PIXELS = 1 << 28  # of a mask in a file; the largest picture that is read by default has 50 million
-SIMPLIFICATION = 0.01  # by this share of a mask's area, its polygons may differ from its outline
-STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # x, y: right, down, left, up; each is the previous one turned to the right
+MASK_SIDE = 64  # the codec reads and writes masks of 64 x 64 pixels
+MAX_PIXELS = 1 << 28  # maximum for a mask in a file; by default, a picture may have at most 50 million pixels
+SIMPLIFICATION = 0.01  # polygons may differ from the outline of the mask by this share of the mask's area
+STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # x, y of right, down, left, up: a turn to the right leads to the next direction
 
 
 class Box(Protocol):
-    """Corners in fractions of the picture, as in outputs.NormalizedBox. That file imports this one."""
+    """The attributes of outputs.NormalizedBox that are used here: corners in fractions of the picture."""
 
     y_min: float
     x_min: float
@@ -33,7 +33,7 @@ class Box(Protocol):
 
 
 def resize(values: np.ndarray, width: int, height: int) -> np.ndarray:
-    """float32[height, width], by bilinear interpolation. If the mask shrinks, each pixel is the mean of those it covers."""
+    """The values resized to float32[height, width] by bilinear interpolation. Pillow averages the pixels if the size shrinks."""
     picture = Image.fromarray(values.astype(np.float32))
     return np.array(picture.resize((width, height), Image.Resampling.BILINEAR))
 
@@ -70,10 +70,10 @@ def crop(mask: np.ndarray, box: Box) -> np.ndarray:
     return resize(mask[top:bottom, left:right], MASK_SIDE, MASK_SIDE)
 
 
-# COCO's run lengths are the numbers of pixels outside, inside, outside, ... of the mask, column by column. From the fourth number
-# on, the string stores the difference to the number two places before, which is usually small, since neighbouring columns are
-# similar. Each number is split into groups of five bits, lowest first. The bit 32 is set if another group follows; the character
-# is the one with the code 48 + group.
+# COCO's run lengths are the numbers of pixels outside, inside, outside, ... of the mask, column by column. A string stores the
+# first three numbers, and then for each number its difference from the number two places before. This is usually small, because
+# neighbouring columns are similar. Each stored number is split into groups of five bits, lowest first. A group is written as the
+# character with the code 48 + group, or 48 + group + 32 if another group of the same number follows.
 
 
 def run_lengths(mask: np.ndarray) -> list[int]:
@@ -90,9 +90,9 @@ def to_rle(mask: np.ndarray) -> dict:
     for i, run in enumerate(runs):
         value = run - runs[i - 2] if i > 2 else run
         while True:
-            five, value = value & 31, value >> 5
-            is_last = value == (-1 if five & 16 else 0)  # the fifth bit of the last group is the sign
-            text += chr(48 + (five if is_last else five | 32))
+            group, value = value & 31, value >> 5
+            is_last = value == (-1 if group & 16 else 0)  # the fifth bit of the last group is the sign
+            text += chr(48 + (group if is_last else group | 32))
             if is_last:
                 break
     return {"size": list(mask.shape), "counts": text}
@@ -101,33 +101,33 @@ def to_rle(mask: np.ndarray) -> dict:
 def read_counts(text: str) -> list[int]:
     """The run lengths in a COCO string.
 
-    Raises: ValueError for invalid characters, for a number above MAX_PIXELS, and if the string ends within a number.
+    Raises: ValueError for invalid characters, for a number that is too large, and if the string ends in the middle of a number.
     """
     runs: list[int] = []
     value = shift = 0
     for character in text:
-        five = ord(character) - 48
-        if not 0 <= five < 64:
+        group = ord(character) - 48
+        if not 0 <= group < 64:
             raise ValueError(f"{character!r} is not a character of COCO's run lengths")
-        value |= (five & 31) << shift
+        value |= (group & 31) << shift
         shift += 5
         if shift > MAX_PIXELS.bit_length() + 5:  # Python's integers are unbounded: without a limit, this takes quadratic time
-            raise ValueError("it holds a number that is larger than any mask")
-        if five & 32:
+            raise ValueError("a number is larger than any mask")
+        if group & 32:
             continue
-        if five & 16:
+        if group & 16:
             value -= 1 << shift
         runs.append(value + runs[-2] if len(runs) > 2 else value)
         value = shift = 0
     if shift:
-        raise ValueError("the string ends within a number")
+        raise ValueError("the string ends in the middle of a number")
     return runs
 
 
 def from_rle(rle: dict) -> np.ndarray:
-    """bool[H, W] of {"size": [height, width], "counts": text, bytes, or a list of run lengths}.
+    """The mask, bool[H, W], of {"size": [height, width], "counts": text, bytes, or a list of run lengths}.
 
-    Raises: DatasetError if it has another form, if the runs do not sum to height * width, and for more than MAX_PIXELS.
+    Raises: DatasetError if `rle` has another form, if the runs do not sum to height * width, and for more than MAX_PIXELS.
     """
     try:
         height, width = map(index, rle["size"])
@@ -135,13 +135,13 @@ def from_rle(rle: dict) -> np.ndarray:
         counts = counts.decode("ascii") if isinstance(counts, bytes) else counts
         runs = read_counts(counts) if isinstance(counts, str) else [*map(index, counts)]
         if not all(0 <= number <= MAX_PIXELS for number in (height, width, height * width, *runs)):
-            raise ValueError(f"a number or the product of the sides is not from 0 to {MAX_PIXELS}")
+            raise ValueError(f"a number, or height * width, is not from 0 to {MAX_PIXELS}")
     except (ValueError, TypeError, KeyError) as error:
-        raise DatasetError(f"Run lengths cannot be read ({error}). COCO's RLE is needed. Write this mask anew.") from error
+        raise DatasetError(f"Run lengths cannot be read ({error}). COCO's RLE is needed. Create this mask again.") from error
     if sum(runs) != height * width:
         raise DatasetError(
             f"A mask's run lengths sum to {sum(runs)}, but {height} x {width} has {height * width} pixels. "
-            "Both must be of the same mask. Correct its size or write it anew."
+            "Size and run lengths do not match. Correct the size, or create this mask again."
         )
     flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
     return flat.reshape(width, height).T
@@ -154,13 +154,14 @@ def trace(mask: np.ndarray) -> list[np.ndarray]:
     """The closed outlines of a mask, each float[points, 2] with x and y: clockwise around regions, counterclockwise around holes.
 
     An outline passes midway between a pixel inside and its neighbour outside. All pixel centres are therefore on the correct side
-    of it, and a diagonal edge is a straight line instead of a staircase. Corners lose an eighth of a pixel. Pixels that touch at
-    a corner only belong to separate regions.
+    of the outline, and a diagonal edge is a straight line instead of a staircase. At each corner, the region loses an eighth of a
+    pixel. Pixels that touch only at a corner belong to separate regions.
     """
     height, width = mask.shape
     inside = np.pad(np.asarray(mask, dtype=bool), 1).astype(np.int8)
     down, right = inside[1:] - inside[:-1], inside[:, 1:] - inside[:, :-1]
-    # Steps of one pixel along an outline, by direction and by the corner where they start. The region is on their right.
+    # steps[direction, y, x]: whether an outline goes from the pixel corner (x, y) to the next corner in this direction. The
+    # region is on the right of the step.
     steps = np.zeros((4, height + 1, width + 1), dtype=bool)
     steps[0], steps[1] = down[:, 1:] == 1, right[1:] == -1
     steps[2, :, 1:], steps[3, 1:] = down[:, 1:-1] == -1, right[1:-1] == 1
@@ -172,7 +173,7 @@ def trace(mask: np.ndarray) -> list[np.ndarray]:
             dx, dy = STEPS[direction]
             middles.append((x + dx / 2, y + dy / 2))
             x, y = x + dx, y + dy
-            turns = [(direction + turn) % 4 for turn in (1, 0, 3)]  # turn right first, to stay at the same pixel
+            turns = [(direction + turn) % 4 for turn in (1, 0, 3)]  # a turn to the right is tried first; it stays at the pixel
             direction = next((turn for turn in turns if steps[turn, y, x]), direction)
         if middles:
             outlines.append(np.array(middles))
@@ -186,9 +187,10 @@ def area(outline: np.ndarray) -> float:
 
 
 def surrounds(outline: np.ndarray, point: np.ndarray) -> bool:
-    """Whether the point is inside: a ray from it to the right crosses the outline an odd number of times."""
-    here, there = outline - point, np.roll(outline, -1, axis=0) - point
-    (x, y), (next_x, next_y) = (ends[(here[:, 1] <= 0) != (there[:, 1] <= 0)].T for ends in (here, there))
+    """Whether the point is inside the outline: a ray from the point to the right crosses the outline an odd number of times."""
+    start, end = outline - point, np.roll(outline, -1, axis=0) - point
+    crosses_line = (start[:, 1] <= 0) != (end[:, 1] <= 0)
+    (x, y), (next_x, next_y) = start[crosses_line].T, end[crosses_line].T
     return bool(np.count_nonzero(x - y * (next_x - x) / (next_y - y) > 0) % 2)
 
 
@@ -223,8 +225,8 @@ def simplify(outline: np.ndarray, allowed: float) -> np.ndarray:
     return outline[sorted(sizes)]
 
 
-def cut_out(outer: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """One outline for both: from the nearest pair of points straight to the hole, around it, and back on the same line."""
+def join_hole(outer: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """One outline for a region and its hole. A line between their nearest points leads to the hole and, after it, back."""
     distance = ((outer[:, None] - hole) ** 2).sum(-1)
     i, j = np.unravel_index(distance.argmin(), distance.shape)
     return np.concatenate([outer[: i + 1], hole[j:], hole[: j + 1], outer[i:]])
@@ -233,7 +235,7 @@ def cut_out(outer: np.ndarray, hole: np.ndarray) -> np.ndarray:
 def to_polygons(mask: np.ndarray, simplification: float = SIMPLIFICATION) -> list[list[float]]:
     """COCO's polygons of a mask, [x, y, x, y, ...] in pixels, one per region, the largest first; `fill` is the inverse.
 
-    COCO has no holes: each hole is joined to the outline around it by a line without width.
+    COCO has no holes, so each hole is joined to the outline around it by a line without width.
 
     Args:
         simplification: all outlines together may change by this share of the mask's area, to save points.
@@ -243,22 +245,22 @@ def to_polygons(mask: np.ndarray, simplification: float = SIMPLIFICATION) -> lis
     outers = sorted((outline for outline in outlines if area(outline) > 0), key=area)
     polygons = [simplify(outer, allowed_per_point * len(outer)) for outer in outers]
     for hole in (outline for outline in outlines if area(outline) < 0):
-        # Outlines are sorted by area, so this is the smallest one around the hole.
+        # Outlines are sorted by area, so the first outline around the hole is the smallest.
         around = next(i for i, outer in enumerate(outers) if surrounds(outer, hole[0]))
-        polygons[around] = cut_out(polygons[around], simplify(hole, allowed_per_point * len(hole)))
+        polygons[around] = join_hole(polygons[around], simplify(hole, allowed_per_point * len(hole)))
     return [polygon.ravel().tolist() for polygon in reversed(polygons)]
 
 
 def fill(polygons: list[list[float]], height: int, width: int) -> np.ndarray:
-    """bool[height, width]: pixels whose centres lie in a polygon. Where a polygon overlaps itself is outside."""
+    """bool[height, width]: pixels whose centres lie in a polygon. Areas where a polygon overlaps itself are outside."""
     covered = np.zeros((height, width), dtype=bool)
     for polygon in polygons:
         x, y = np.array(polygon, dtype=float).reshape(-1, 2).T
         next_x, next_y = np.roll(x, -1), np.roll(y, -1)
         centre = np.arange(height)[:, None] + 0.5
-        row, edge = np.nonzero((y <= centre) != (next_y <= centre))  # edges that cross the line through a row's pixel centres
-        at = x[edge] + (row + 0.5 - y[edge]) * (next_x - x)[edge] / (next_y - y)[edge]
-        crossed = np.zeros((height, width + 1), dtype=np.int64)
-        np.add.at(crossed, (row, np.clip(np.ceil(at - 0.5), 0, width).astype(int)), 1)
-        covered |= crossed[:, :-1].cumsum(axis=1) % 2 == 1
+        row, edge = np.nonzero((y <= centre) != (next_y <= centre))  # an edge crosses the line through the pixel centres of a row
+        crossing_x = x[edge] + (row + 0.5 - y[edge]) * (next_x - x)[edge] / (next_y - y)[edge]
+        crossings = np.zeros((height, width + 1), dtype=np.int64)
+        np.add.at(crossings, (row, np.clip(np.ceil(crossing_x - 0.5), 0, width).astype(int)), 1)
+        covered |= crossings[:, :-1].cumsum(axis=1) % 2 == 1
     return covered

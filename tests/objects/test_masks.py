@@ -125,7 +125,7 @@ def test_run_lengths_go_column_by_column_and_start_outside():
 
 @pytest.mark.parametrize(
     ("counts", "message"),
-    [([1, 2], "sum to 3, but 2 x 3 has 6"), ([8, -2], "not from"), ("6o", "ends within a number"), ("6é", "'é' is not")],
+    [([1, 2], "sum to 3, but 2 x 3 has 6"), ([8, -2], "not from"), ("6o", "in the middle of a number"), ("6é", "'é' is not")],
 )
 def test_run_lengths_that_do_not_fit_the_mask_are_refused_in_one_line(counts, message):
     with pytest.raises(DatasetError, match=message) as raised:
