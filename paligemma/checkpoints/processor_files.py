@@ -259,7 +259,7 @@ def find_ids(tokenizer: Tokenizer, tokenizer_config: dict, model: "ModelFiles", 
         token = tokenizer_config.get(f"{kind}_token") or f"<{kind}>"
         token = token.get("content") if isinstance(token, dict) else token
         if not (isinstance(token, str) and token.isprintable()):  # a lone surrogate, which cannot be looked up, is not printable
-            raise TokenizerError(f"{folder / 'tokenizer_config.json'}: {kind}_token is not a text. Download it again.", path=folder)
+            raise TokenizerError(f"{folder / 'tokenizer_config.json'}: {kind}_token is not text. Download it again.", path=folder)
         tokens[f"{kind}_token_id"] = token
     ids = {name: tokenizer.token_to_id(token) for name, token in tokens.items()}
     if ids["pad_token_id"] in (None, ids["image_token_id"]):  # padding with <image> would be counted as image tokens

@@ -101,7 +101,7 @@ def to_rle(mask: np.ndarray) -> dict:
 def read_counts(text: str) -> list[int]:
     """The run lengths in a COCO string.
 
-    Raises: ValueError for invalid characters, for a number that is too large, and if the string ends in the middle of a number.
+    Raises: ValueError for invalid characters, for a number larger than any mask, and if the string ends within a number.
     """
     runs: list[int] = []
     value = shift = 0
