@@ -4,15 +4,15 @@
 
 - `Sampling` and `sample` choose the next token from logits.
 - `RunningBatch` keeps the running requests in the first rows of one static KV cache. `admit` prefills free rows, `step` generates
-  one token per row, and `remove_finished` frees the rows of finished answers, so that these cost no time.
+  one token per row, and `remove_finished` frees the rows of finished answers, so that they cost no time.
 - `generate` admits all rows of a batch at once and yields one tensor per step. `generate_many` admits the next request as soon as
   a row is free (continuous batching: Orca, OSDI 2022), so that all rows are used while there are requests.
 
 A row may be constrained by a grammar (objects/grammar.py): its next token is then one of the tokens that the grammar allows.
 
 On CUDA, the next step starts before the CPU has read the tokens of the current step. The CPU therefore sees one step late that a
-row has ended; it drops the token that was generated after the end, so answers do not change. This is not done while a row has a
-grammar, because the grammar must read each token before it can compute which tokens may follow.
+row has ended. It drops the token that was generated after the end, so answers do not change. While a row has a grammar, no step
+starts early, because the grammar must read each token before it can compute which tokens may follow.
 
 The model can be any object with a config and the methods new_cache, prefill and decode.
 Checked in tests/test_generation.py.
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from paligemma.objects.grammar import ConstraintState, Grammar
 
 MAX_PREFILL_TOKENS = 4096  # in one prefill pass; larger passes need more memory and are not faster
-NUCLEUS = 256  # top_p first sorts this many of the likeliest tokens, and more of the vocabulary of 257216 only if needed
+NUCLEUS = 256  # top_p sorts this many of the likeliest tokens, and more only if needed; the vocabulary has 257216
 PICTURE_KEYS = ("pixel_values", "image_features")  # the two forms of pictures; a batch has one of them or neither
-MAX_FLOAT = sys.float_info.max  # a larger Python int cannot be converted to a float
+MAX_FLOAT = sys.float_info.max  # the largest temperature; a larger int cannot be converted to a float
 # The mean of a coordinate is computed over this many bins on each side of the generated bin. With 24 to 128 bins, its mean error
 # differs by less than 1 %.
 NEIGHBOURHOOD = 64
@@ -50,7 +50,7 @@ NEIGHBOURHOOD = 64
 
 @torch.no_grad()
 def generate_greedy(model: nn.Module, inputs: dict, max_new_tokens: int = 40) -> list[int]:
-    """The answer to one request, always taking the most likely token. `generate` does the same for batches, and more.
+    """The answer to one request. Each token is the most likely one. `generate` does the same for batches, and more.
 
     Args:
         inputs: what the processor returned for one row.
@@ -67,7 +67,7 @@ def generate_greedy(model: nn.Module, inputs: dict, max_new_tokens: int = 40) ->
 
 
 def short_repr(value: object) -> str:
-    """A value as short text for an error message. Python raises ValueError for integers of more than 4300 digits."""
+    """A value as short text for an error message. repr() raises ValueError for integers of more than 4300 digits."""
     try:
         return reprlib.repr(value)
     except ValueError:
@@ -123,10 +123,10 @@ def probabilities(logits: Tensor, temperature: float) -> Tensor:
         in exact arithmetic. On Apple's GPUs, which have no float64: float32[B, V]. If a row has no valid logit (all are -inf, or
         one is NaN), all its tokens get the same probability.
     """
-    smallest, exact = (1e-30, torch.float32) if logits.device.type == "mps" else (1e-300, torch.float64)
+    smallest, dtype = (1e-30, torch.float32) if logits.device.type == "mps" else (1e-300, torch.float64)
     # At the smallest temperature, all tokens except the likeliest ones get probability 0. The largest logit is subtracted before
     # the division, so that no quotient overflows.
-    logits = logits.to(exact)
+    logits = logits.to(dtype)
     gaps = (logits - logits.amax(-1, keepdim=True)).nan_to_num(nan=0)  # [B, V]
     return (gaps / min(max(float(temperature), smallest), 1 / smallest)).softmax(-1)  # [B, V]
 
@@ -150,7 +150,7 @@ def nucleus(logits: Tensor, probs: Tensor, top_p: float, top_k: int | None) -> t
         best = probs.gather(1, ids)  # [B, A]
     if top_k is not None:
         best = best / best.sum(-1, keepdim=True)
-    if top_p < 1:  # the first token is always kept, also if a tiny top_p is rounded to 0 in float32
+    if top_p < 1:  # the first token is always kept, even if a tiny top_p is rounded to 0 in float32
         best[:, 1:] = best[:, 1:].masked_fill(best.cumsum(-1)[:, :-1] >= top_p, 0)
     return best, ids
 
@@ -171,11 +171,12 @@ def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     top_p = 1.0 if sampling.top_p is None else float(sampling.top_p)
     if top_p < 1 or sampling.top_k is not None:
         probs, ids = nucleus(logits, probs, top_p, sampling.top_k)  # [B, A], [B, A]
-    ends = probs.cumsum(-1)
+    cumulative = probs.cumsum(-1)
     # A random number that is rounded up to 1 would select an index after the last interval, which is an excluded token.
-    uniforms = uniforms.to(ends.dtype).clamp(max=1 - torch.finfo(ends.dtype).eps)
-    thresholds = uniforms.to(ends.device, non_blocking=ends.is_cuda)[:, None] * ends[:, -1:]  # [B, 1]
-    index = torch.searchsorted(ends, thresholds, right=True)  # [B, 1]
+    uniforms = uniforms.to(cumulative.dtype).clamp(max=1 - torch.finfo(cumulative.dtype).eps)
+    uniforms = uniforms.to(cumulative.device, non_blocking=cumulative.is_cuda)
+    thresholds = uniforms[:, None] * cumulative[:, -1:]  # [B, 1]
+    index = torch.searchsorted(cumulative, thresholds, right=True)  # [B, 1]
     return (index if ids is None else ids.gather(1, index))[:, 0]  # [B]
 
 
@@ -183,7 +184,7 @@ def sample_allowed(logits: Tensor, sampling: Sampling, uniforms: Tensor, allowed
     """Like sample, but the token of row i is one of allowed[i], int64[A] on the CPU. A may differ from row to row."""
     ids = nn.utils.rnn.pad_sequence(allowed, batch_first=True, padding_value=-1).to(logits.device)  # [B, A]
     is_padding = ids < 0
-    ids = torch.where(is_padding, ids[:, :1], ids)  # padding becomes an allowed id
+    ids = torch.where(is_padding, ids[:, :1], ids)  # padding is replaced by an allowed id
     candidates = logits.gather(1, ids).masked_fill(is_padding, -torch.inf)  # [B, A]
     index = sample(candidates, sampling, uniforms)[:, None]  # [B, 1]
     return ids.gather(1, index)[:, 0]  # [B]
@@ -200,9 +201,9 @@ def coordinate_moments(logits: Tensor, tokens: Tensor, locations: range) -> tupl
 
     A location token stands for one of 1024 bins. The probabilities of the neighbouring bins tell where the edge of an object is
     more precisely than the generated bin alone. Distant bins belong to other objects, which the model could have generated
-    instead. They are excluded from the mean, because it would be between two objects. (Mean error on the demo's scenes: 9.7 bins
-    with all bins, 7.4 with near bins only, 8.1 for the generated bin itself.) They are included in the deviation, so that it is
-    large if the model hesitates between objects.
+    instead. They are excluded from the mean, because otherwise it could be between two objects. (Mean error on the demo's scenes:
+    9.7 bins with all bins, 7.4 with near bins only, 8.1 for the generated bin itself.) They are included in the deviation, which
+    is therefore large if the model hesitates between objects.
 
     Args:
         logits: float32[B, V].
@@ -227,9 +228,9 @@ def split_rows(inputs: dict, config: Any) -> list[dict]:
     given = [key for key in PICTURE_KEYS if inputs.get(key) is not None]
     if len(given) == 2:
         raise PromptError("pixel_values and image_features are two forms of the same pictures. Pass only one of them.")
-    pictures = given[0] if given else None
+    picture_key = given[0] if given else None
     input_ids, types, mask = (inputs.get(key) for key in ("input_ids", "token_type_ids", "attention_mask"))
-    if types is None and pictures is not None:
+    if types is None and picture_key is not None:
         raise PromptError("token_type_ids are missing, so the end of the prompt is unknown. Pass those of the processor.")
     mask = torch.ones_like(input_ids) if mask is None else mask
     rows, used = [], 0
@@ -243,12 +244,12 @@ def split_rows(inputs: dict, config: Any) -> list[dict]:
         row = {"input_ids": ids, "token_type_ids": torch.ones_like(ids) if types is None else types[i][is_token]}
         count, rest = divmod(int((ids == config.image_token_index).sum()), config.num_image_tokens)
         if rest:
-            raise PromptError(f"row {i} ends a picture after {rest} of {config.num_image_tokens} <image> tokens. Pass all.")
-        if pictures is not None and count:
-            row[pictures] = inputs[pictures][used : used + count]
+            raise PromptError(f"the last picture of row {i} has {rest} <image> tokens; {config.num_image_tokens} are needed.")
+        if picture_key is not None and count:
+            row[picture_key] = inputs[picture_key][used : used + count]
         used += count
         rows.append(row)
-    num_pictures = 0 if pictures is None else len(inputs[pictures])
+    num_pictures = 0 if picture_key is None else len(inputs[picture_key])
     if used != num_pictures:
         reason = f"the rows have <image> tokens for {used} pictures, but {num_pictures} pictures were given"
         raise PromptError(f"{reason}. Pass what the processor returns.")
@@ -371,7 +372,7 @@ class RunningBatch:
         max_rows: the maximum number of requests that run at the same time.
         max_new_tokens: the maximum number of tokens of an answer. An answer is shorter if the model's context ends first.
         sampling: how tokens are chosen.
-        eos_token_id: the token or tokens that end an answer; "config" = the eos tokens in the model's config; None = no token.
+        eos_token_id: the token or tokens that end an answer; "config" = those of the model's config; None = no token does.
         locations: the ids of the location tokens, for Answer.moments; None = no moments are computed.
         suppress_tokens: ids that are never generated; <image> is always one of them. Ids outside the vocabulary are ignored.
     Raises: GenerationError with exit code 2 for arguments of the wrong type or out of range.
@@ -445,7 +446,7 @@ class RunningBatch:
             self.append_tokens(self.choose_next(logits, first))
 
     def ensure_slots(self, slots: int) -> None:
-        """Makes sure that each row of the cache has at least `slots` slots: allocates a cache, or a larger one."""
+        """Allocates the cache, or a larger cache if a row now has fewer than `slots` slots."""
         if self.cache is None or self.cache.slots < slots:
             cache = self.model.new_cache(self.max_rows, slots, BatchCache)
             if self.cache is not None:
@@ -555,9 +556,9 @@ def continuous_batching(batch: RunningBatch, requests: Iterator[tuple[int, dict]
     """Admits a request whenever a row is free, and yields each answer when it is finished."""
     while True:
         yield from batch.remove_finished()
-        arrivals = list(islice(requests, batch.max_rows - len(batch.rows)))
-        if arrivals:
-            batch.admit(arrivals)
+        new_requests = list(islice(requests, batch.max_rows - len(batch.rows)))
+        if new_requests:
+            batch.admit(new_requests)
         elif batch.rows:
             batch.step()
         else:
@@ -643,5 +644,5 @@ def generate_many(
     Raises: as in generate, but PromptError for a request is raised when the request is read.
     """
     batch = RunningBatch(model, rows, max_new_tokens, sampling, eos_token_id, locations, suppress_tokens)
-    arrivals = (only_row(inputs, model.config) | {"grammar": inputs.get("grammar", grammar)} for inputs in requests)
-    return continuous_batching(batch, enumerate(arrivals))
+    rows_to_admit = (only_row(inputs, model.config) | {"grammar": inputs.get("grammar", grammar)} for inputs in requests)
+    return continuous_batching(batch, enumerate(rows_to_admit))

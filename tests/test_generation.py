@@ -965,7 +965,7 @@ def without(batch, *keys):
         (make_batch([(1, 3, 0)]) | {"pixel_values": make_pixels(2)}, "for 1 pictures, but 2 pictures were given"),
         (make_batch([(0, 3, 0)]) | {"pixel_values": make_pixels(1)}, "for 0 pictures, but 1 pictures were given"),
         (make_batch([(1, 3, 0)]) | {"image_features": torch.zeros(1, 4, 40)}, "two forms of the same pictures"),
-        ({"input_ids": torch.tensor([[BOS], [IMAGE]])}, "row 1 ends a picture after 1 of 4 <image> tokens"),
+        ({"input_ids": torch.tensor([[BOS], [IMAGE]])}, "the last picture of row 1 has 1 <image> tokens; 4 are needed"),
         (make_batch([(0, 3, 0), (0, 0, 0)]), "row 1 has no token"),
     ],
 )

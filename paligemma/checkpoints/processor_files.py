@@ -1,7 +1,7 @@
 """Reads, checks and writes the files of a processor (tokenizer.json and the image settings).
 
 The author of the files may be unknown, so each file is checked before it is used. An error that names the file is raised if the
-file would make a library panic, if it contains a regular expression (which may never finish), or if it contradicts the model.
+file would make a library panic, if it contains a regular expression (matching it may never end), or if it contradicts the model.
 Checked in tests/test_processing_paligemma.py.
 """
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from paligemma.checkpoints.weights import ModelFiles
     from paligemma.configuration import PaliGemmaConfig
 
-IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")  # transformers 5 writes the first, earlier ones the second
+IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")  # written by transformers 5 and by earlier versions
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-STEPS = ("do_resize", "do_rescale", "do_normalize")  # settings of an image processor; the three steps are always done
+STEPS = ("do_resize", "do_rescale", "do_normalize")  # settings for the three steps, which are always done
 MAX_NUMBER, MIN_STD = 1e6, 1e-6  # limits for rescale_factor, image_mean and image_std
 # The types of components in Gemma's tokenizer. Other types are refused, because they can contain regular expressions, and
 # matching an expression of an unknown author can take forever or panic in Rust.
@@ -38,7 +38,7 @@ ALLOWED_TYPES = {
 }
 # In JSON, ASCII characters can be written as escapes. Usual programs do not do this, so an escape suggests that a name is hidden.
 ASCII_ESCAPES = tuple(f"\\u00{digit}".encode() for digit in range(2, 8))
-CONVERT = "Make one with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+CONVERT = "Create tokenizer.json with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
 
 
 def read_processor_files(model: "ModelFiles") -> dict[str, Any]:
