@@ -644,5 +644,5 @@ def generate_many(
     Raises: as in generate, but PromptError for a request is raised when the request is read.
     """
     batch = RunningBatch(model, rows, max_new_tokens, sampling, eos_token_id, locations, suppress_tokens)
-    rows_to_admit = (only_row(inputs, model.config) | {"grammar": inputs.get("grammar", grammar)} for inputs in requests)
-    return continuous_batching(batch, enumerate(rows_to_admit))
+    single_rows = (only_row(inputs, model.config) | {"grammar": inputs.get("grammar", grammar)} for inputs in requests)
+    return continuous_batching(batch, enumerate(single_rows))
