@@ -1,8 +1,8 @@
-"""PaliGemma: a picture and a prompt in, text out.
+"""PaliGemma generates text from a picture and a prompt.
 
     import paligemma
 
-    model = paligemma.load()                       # the bundled demo model; or a hub id, a folder, an adapter's folder
+    model = paligemma.load()                       # the bundled demo model; load(name) takes a hub id or a folder
     model.caption("cat.jpg")                       # str
     model.ask("cat.jpg", "what is on the table?")  # str
     found = model.detect("street.jpg", "car", "person")
@@ -14,9 +14,10 @@ Every public name is in __all__. A name is imported when it is first used, so `i
 torch. Checked in tests/test_model.py.
 """
 
-__version__ = "0.1.0"  # read from here by pyproject.toml and by --version
+__version__ = "0.1.0"  # pyproject.toml and --version read it here
 
-TYPE_CHECKING = False  # type checkers take it for True, as typing.TYPE_CHECKING; importing typing takes longer than all the rest
+# Type checkers treat this name as True. It is not imported from typing, because that import is slow.
+TYPE_CHECKING = False
 if TYPE_CHECKING:  # the names of _SOURCES, for type checkers and editors
     from paligemma import errors
     from paligemma.checkpoints.weights import load_model, save_model

@@ -1,4 +1,4 @@
-"""`python -m paligemma`, and `paligemma` once it is installed: runs inference.py, or the program that the first word names.
+"""`python -m paligemma` and the installed command `paligemma`: run inference.py, or the program that the first argument names.
 
     python -m paligemma detect street.jpg car person --save out.png
     python -m paligemma finetune --train train.jsonl --output runs/mine
@@ -16,7 +16,7 @@ from paligemma.programs import commandline
 
 
 def main() -> int:
-    commandline.leave_on_signals()  # before the program is imported, which takes a while
+    commandline.leave_on_signals()  # first, because importing the program is slow
     if sys.argv[1:2] and sys.argv[1] in commandline.PROGRAMS:
         return importlib.import_module(f"paligemma.programs.{sys.argv.pop(1)}").main()
     from paligemma import inference

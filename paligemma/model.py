@@ -1,10 +1,10 @@
 """The Python interface: `paligemma.load()` returns a model with one method per task, for one picture or for a list of pictures.
 
 Each method writes the prompt that the checkpoint was trained on, runs the model, and returns text, a number or objects. The
-methods raise the first error; tasks.Annotator, which they use, returns errors as results, so that a long run continues.
+methods raise the first error. They use tasks.Annotator, which returns errors as results, so that a long run continues.
 
-Threads: one Model may be used from several threads at once. Each answer is then the same as the answer of one thread alone.
-Nothing is promised about speed: torch's operators already use several cores.
+Threads: several threads may use one Model at the same time and get the same answers as a single thread. This need not be
+faster, because torch's operators already use several cores.
 
 Checked in tests/test_model.py, which also runs the examples below.
 Shapes: C channels, H W pixels, P patches per image, D model width.
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
 EXAMPLE_PICTURE = str(files.BUNDLED / "shapes.png")  # a cross, a circle and a heart, which the bundled model knows
-STREAM_TOKENS = 256  # the most tokens of `stream` if the caller does not say
+STREAM_TOKENS = 256  # default of max_new_tokens in `stream`
 
 # A path, an address (http, https, file, data), the bytes of a file, an open file, a PIL image, an array or tensor, or the dict
 # {"bytes": ..., "path": ...} of Hugging Face data sets.
@@ -60,8 +60,8 @@ class DetectedObject:
     """One object that the model found.
 
     Attributes:
-        label: what it is, as the model wrote it; "" if the checkpoint writes no labels.
-        score: how sure the model is, 0 to 1.
+        label: the label that the model generated; "" if the checkpoint generates no labels.
+        score: confidence of the model, 0 to 1.
         xyxy: x_min, y_min, x_max, y_max in pixels of the original picture.
         mask: bool[H, W], the pixels of the original picture that belong to the object; None if there is no mask.
     """
@@ -80,11 +80,11 @@ class DetectedObject:
 
 
 class DetectionResult(Sequence[DetectedObject]):
-    """The objects that `detect` or `segment` found in one picture. It is a sequence of them, and a notebook shows the drawing.
+    """The objects that `detect` or `segment` found in one picture: a sequence of DetectedObject. A notebook shows the drawing.
 
     Attributes:
-        objects: list of DetectedObject, in the order of the answer; empty if nothing was found.
-        width, height: of the original picture, in pixels.
+        objects: list of DetectedObject in the order of the answer; empty if the model found nothing.
+        width, height: size of the original picture in pixels.
         text: the answer as the model generated it, with its <loc> and <seg> tokens.
         result: the tasks.Result with tokens, log-probabilities and problems.
     """
@@ -111,16 +111,16 @@ class DetectionResult(Sequence[DetectedObject]):
         return f"<DetectionResult: {counted(len(self), 'object')} in {self.width} x {self.height} pixels{things}>"
 
     def draw(self, style: drawing.Style | None = None) -> Image.Image:
-        """A copy of the picture with boxes, masks, labels and scores. A picture that is a path is read again.
+        """A copy of the picture with boxes, masks, labels and scores. A picture that was given as a path is read again.
 
-        Raises: ImageError if the file is gone; UsageError for a font that cannot be read.
+        Raises: ImageError if the file no longer exists; UsageError for a font that cannot be read.
         """
         return drawing.draw(load_image(self._picture), self._parsed, style or drawing.Style())
 
     def save(self, path: str | os.PathLike[str], style: drawing.Style | None = None) -> None:
-        """Writes the drawing into a file, in the format of its ending (.png, .jpg, .webp, .tif, .bmp and others).
+        """Writes the drawing into a file. The ending of its name sets the format (.png, .jpg, .webp, .tif, .bmp and others).
 
-        Raises: UsageError for an unknown ending, OutputError if the file cannot be written; and as `draw`.
+        Raises: UsageError for an unknown ending, OutputError if the file cannot be written, and the errors of `draw`.
         """
         file = files.expand(path)
         if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
@@ -134,7 +134,7 @@ class DetectionResult(Sequence[DetectedObject]):
         return content.getvalue()
 
     def to_json(self) -> dict[str, Any]:
-        """The result as a dict for json.dumps: the row that the programs print with --json."""
+        """The result as a dict for json.dumps, with the keys that the programs print with --json."""
         return self.result.to_json()
 
     def to_coco(self) -> dict[str, Any]:
@@ -146,8 +146,8 @@ class DetectionResult(Sequence[DetectedObject]):
         return exports.to_supervision(self._parsed, self.width, self.height)
 
 
-class Verb(Protocol[Options, T]):
-    """A method for one picture, which returns one answer, or for a list or tuple of pictures, which returns a list of answers."""
+class TaskMethod(Protocol[Options, T]):
+    """The type of a method that returns one answer for one picture, and a list of answers for a list or tuple of pictures."""
 
     @overload
     def __call__(self, picture: Picture, /, *args: Options.args, **options: Options.kwargs) -> T: ...
@@ -157,23 +157,23 @@ class Verb(Protocol[Options, T]):
     ) -> list[T]: ...
 
 
-def verb(method: "Callable[Concatenate[Model, list[Any], Options], list[T]]") -> Verb[Options, T]:
-    """Turns a method for a list of pictures into one that takes a single picture, too."""
+def one_or_many(method: "Callable[Concatenate[Model, list[Any], Options], list[T]]") -> TaskMethod[Options, T]:
+    """Decorator of a method that takes a list of pictures: the new method also takes a single picture."""
 
     @functools.wraps(method)
-    def one_or_several(self: "Model", picture: Any, /, *args: Options.args, **options: Options.kwargs) -> T | list[T]:
+    def task_method(self: "Model", picture: Any, /, *args: Options.args, **options: Options.kwargs) -> T | list[T]:
         if isinstance(picture, list | tuple):
             return method(self, [*picture], *args, **options)
         return method(self, [picture], *args, **options)[0]
 
     owner, pictures, *options = inspect.signature(method).parameters.values()
     picture = pictures.replace(name="picture", annotation="Picture | list[Picture]")
-    one_or_several.__dict__["__signature__"] = inspect.Signature([owner, picture, *options])  # what help() shows
-    return cast("Verb[Options, T]", one_or_several)
+    task_method.__dict__["__signature__"] = inspect.Signature([owner, picture, *options])  # what help() shows
+    return cast("TaskMethod[Options, T]", task_method)
 
 
 def can_be_reloaded(picture: object) -> bool:
-    """Whether the picture can be read again later: a file, bytes. An address may change, an array or an open file, too."""
+    """True if the picture can be read again later. False for an address, an array or an open file, because they may change."""
     is_file = isinstance(picture, str | os.PathLike) and not str(picture)[:8].lower().startswith(("http:", "https:", "data:"))
     return is_file or isinstance(picture, bytes | EncodedPicture)
 
@@ -182,23 +182,23 @@ class Model:
     """A PaliGemma model with one method per task. Made by `load`. Several threads may use one Model at the same time.
 
     A method that gets one picture returns one answer. A method that gets a list or tuple of pictures returns a list of answers,
-    of which it computes `batch_size` at a time. A picture is a path, an address, the bytes of a file, an open file, a PIL image,
+    which it computes in batches of `batch_size`. A picture is a path, an address, the bytes of a file, an open file, a PIL image,
     or a numpy array or torch tensor of shape [H, W], [H, W, C] or [C, H, W] (uint8, or floats from 0 to 1). Several methods have
     these keyword arguments:
-        language: language code of the answer: "en", "fr", "zh", ... It is not checked whether the checkpoint knows it.
-        sampling: how tokens are chosen, see Sampling; if not given, the most likely token. Picture i of a list uses seed + i.
-        max_new_tokens: the most tokens of an answer; if not given, as many as the task may need (tasks.MAX_ANSWER_TOKENS).
+        language: language code of the answer: "en", "fr", "zh", ... Nothing checks that the checkpoint knows this language.
+        sampling: how tokens are chosen, see Sampling; if not given, greedy decoding. Picture i of a list uses seed + i.
+        max_new_tokens: limit on the tokens of an answer; if not given, the limit of the task (tasks.MAX_ANSWER_TOKENS).
     Every method raises ImageError or AccessError for a picture that cannot be read, PromptError for a text that does not fit into
-    the context, UsageError or GenerationError for invalid arguments, and DeviceError if memory runs out. A UserWarning says that
-    the checkpoint was fine-tuned for another task.
+    the context, UsageError or GenerationError for invalid arguments, and DeviceError if memory runs out. They warn
+    (UserWarning) if the checkpoint was fine-tuned for another task.
 
     Args:
         network: PaliGemmaForConditionalGeneration, on its device.
-        processor: of the same checkpoint.
+        processor: the processor of the same checkpoint.
         name: the name of the checkpoint, shown by repr().
-        kind: what the checkpoint was trained for, from tasks.checkpoint_kind.
-        codec: decodes the masks of `segment`; without a codec, its objects have no mask.
-        batch_size: the number of pictures that are answered at once.
+        kind: what the checkpoint was trained for, as tasks.checkpoint_kind returns it.
+        codec: decodes the masks of `segment`; without a codec, objects have no mask.
+        batch_size: the number of pictures in one batch.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class Model:
         weights = machine.format_bytes(sum(tensor.nbytes for tensor in (*self.network.parameters(), *self.network.buffers())))
         return f"<paligemma.Model {self.name}: {weights} of weights, {self.network.dtype}, {self.network.device}>"
 
-    @verb
+    @one_or_many
     def caption(
         self, pictures: list[Any], *, language: str = "en", sampling: Sampling | None = None, max_new_tokens: int | None = None
     ) -> list[str]:
@@ -229,7 +229,7 @@ class Model:
         """
         return [result.text for result in self._run("caption", pictures, "", sampling, max_new_tokens, language=language)]
 
-    @verb
+    @one_or_many
     def ask(
         self, pictures: list[Any], question: str, *, language: str = "en", sampling: Sampling | None = None,
         max_new_tokens: int | None = None,
@@ -241,7 +241,7 @@ class Model:
         """
         return [result.text for result in self._run("ask", pictures, question, sampling, max_new_tokens, language=language)]
 
-    @verb
+    @one_or_many
     def detect(
         self, pictures: list[Any], *labels: str, grammar: bool = False, min_score: float | None = None,
         sampling: Sampling | None = None, max_new_tokens: int | None = None,
@@ -259,25 +259,25 @@ class Model:
         """
         return self._find("detect", pictures, labels, sampling, max_new_tokens, uses_grammar=grammar, min_score=min_score)
 
-    @verb
+    @one_or_many
     def segment(
         self, pictures: list[Any], *labels: str, grammar: bool = False, min_score: float | None = None,
         sampling: Sampling | None = None, max_new_tokens: int | None = None,
     ) -> list[DetectionResult]:  # fmt: skip
-        """The objects with one of these labels, each with its box, score and mask; arguments as `detect`.
+        """The objects with one of these labels, each with its box, score and mask. The arguments are those of `detect`.
 
-        A UserWarning says if there are no masks, because `load` found no mask codec.
+        Warns (UserWarning) if there are no masks because `load` found no mask codec.
 
         >>> found = model.segment(paligemma.EXAMPLE_PICTURE, "circle")
         >>> found.objects[0].mask.shape == (found.height, found.width)
         True
         """
         if self.codec is None:
-            text = "objects get boxes but no masks, because there is no mask codec: load(..., mask_codec='vae-oid.npz')."
+            text = "objects get boxes but no masks, because no mask codec is loaded. Use load(..., mask_codec='vae-oid.npz')."
             warnings.warn(text, stacklevel=3)
         return self._find("segment", pictures, labels, sampling, max_new_tokens, uses_grammar=grammar, min_score=min_score)
 
-    @verb
+    @one_or_many
     def ocr(
         self, pictures: list[Any], *, sampling: Sampling | None = None, max_new_tokens: int | None = None
     ) -> list[str]:
@@ -291,7 +291,7 @@ class Model:
         """
         return [result.text for result in self._run("ocr", pictures, "", sampling, max_new_tokens)]
 
-    @verb
+    @one_or_many
     def count(
         self, pictures: list[Any], what: str, *, sampling: Sampling | None = None, max_new_tokens: int | None = None
     ) -> list[int | None]:
@@ -302,12 +302,12 @@ class Model:
         """
         return [result.count for result in self._run("count", pictures, what, sampling, max_new_tokens)]
 
-    @verb
+    @one_or_many
     def embed(self, pictures: list[Any]) -> list[Tensor]:
         """The image features, float32[P, D] on the CPU: one vector per patch, row by row from the top left.
 
-        These are the vectors that the decoder reads: the output of the vision tower after the projector. They are not
-        normalised. For one vector per picture take the mean over the patches, `.mean(0)`.
+        The decoder reads these vectors: they are the output of the vision tower after the projector, not normalised. The mean
+        over the patches, `.mean(0)`, gives one vector per picture.
 
         >>> model.embed(paligemma.EXAMPLE_PICTURE).shape
         torch.Size([64, 192])
@@ -317,7 +317,7 @@ class Model:
     def stream(
         self, picture: Picture, prompt: str, *, sampling: Sampling | None = None, max_new_tokens: int = STREAM_TOKENS
     ) -> Iterator[str]:
-        """The answer to a prompt about one picture, piece by piece while it is generated. The pieces joined are the answer.
+        """The answer to a prompt about one picture, in pieces of text, each as soon as it is generated.
 
         Args:
             prompt: used word for word, such as "caption en" or "answer en what is this?".
@@ -336,7 +336,7 @@ class Model:
         return pieces()
 
     def look(self, picture: Picture) -> "EncodedPicture":
-        """The picture, encoded once, so that each of several questions about it runs the decoder only.
+        """Encodes the picture once. Each question about the returned EncodedPicture then runs only the decoder.
 
         >>> with model.look(paligemma.EXAMPLE_PICTURE) as picture:
         ...     picture.count("hearts"), picture.ask("what color is the heart?")
@@ -345,7 +345,7 @@ class Model:
         return picture if isinstance(picture, EncodedPicture) else EncodedPicture(self, picture)
 
     def explain(self, picture: Picture, prompt: str, answer: str | None = None) -> "Explanation":
-        """What an answer depends on: for each word a map over the patches, the alternatives, and the effect of the picture.
+        """Shows what an answer depends on: for each word a map over the patches, the alternatives, and the effect of the picture.
 
         Args:
             prompt: used word for word, such as "caption en".
@@ -364,7 +364,7 @@ class Model:
     def _steps(
         self, picture: "EncodedPicture", prompt: str, sampling: Sampling | None, max_new_tokens: int
     ) -> Iterator[Step]:
-        """The tokens of one answer. Raises: PromptError, GenerationError, both before the first token."""
+        """The tokens of one answer. Raises: PromptError or GenerationError before the first token."""
         inputs = self.processor.tokens([1], prompt) | {"image_features": picture.features}
         unused = self.processor.unused_ids(self.network.config.text_config.vocab_size)
         return generate_steps(self.network, inputs, max_new_tokens, sampling or Sampling(), suppress_tokens=unused)
@@ -402,16 +402,16 @@ class Model:
         self, task: str, pictures: list[Any], labels: tuple[object, ...], sampling: Sampling | None, max_new_tokens: int | None,
         **options: Any,
     ) -> list[DetectionResult]:  # fmt: skip
-        """The objects in each picture. A picture that could not be read again for a drawing is loaded first."""
+        """The objects in each picture. Loads pictures that DetectionResult.draw could not read again."""
         if wrong := [label for label in labels if not isinstance(label, str)]:
-            raise UsageError(f"a label is {wrong[0]!r}. Pass each label as a text of its own: 'car', 'person'.")
+            raise UsageError(f"a label is {wrong[0]!r}, which is not a str. Pass each label as a separate str: 'car', 'person'.")
         pictures = [each if can_be_reloaded(each) else load_image(each) for each in pictures]
         results = self._run(task, pictures, " ; ".join(map(str, labels)), sampling, max_new_tokens, **options)
         return [DetectionResult(*pair) for pair in zip(results, pictures, strict=True)]
 
 
-def for_encoded(method: Verb[Options, T]) -> "Callable[Concatenate[EncodedPicture, Options], T]":
-    """The method of Model without its first argument, the picture."""
+def for_encoded(method: TaskMethod[Options, T]) -> "Callable[Concatenate[EncodedPicture, Options], T]":
+    """A method of EncodedPicture that calls `method` of Model with the encoded picture as its first argument."""
     name = cast(Any, method).__name__
 
     @functools.wraps(cast(Any, method))
@@ -424,13 +424,13 @@ def for_encoded(method: Verb[Options, T]) -> "Callable[Concatenate[EncodedPictur
 
 
 class EncodedPicture:
-    """A picture and its image features: the methods of Model without their first argument. Made by Model.look.
+    """A picture with its image features, made by Model.look. It has the methods of Model, without their first argument.
 
     Leaving the `with` block, or `close`, frees the features.
 
     Attributes:
-        picture: the original, RGB and upright.
-        features: float[1, P, D] of encode_images, in the dtype and on the device of the model.
+        picture: the original picture, RGB and upright.
+        features: float[1, P, D] from encode_images, in the dtype and on the device of the model.
     """
 
     def __init__(self, model: Model, picture: Any):
@@ -442,7 +442,7 @@ class EncodedPicture:
     @property
     def features(self) -> Tensor:
         if self._features is None:
-            raise UsageError("this picture was closed. Ask inside the `with` block, or call model.look(...) again.")
+            raise UsageError("this picture is closed. Ask inside the `with` block, or call model.look(...) again.")
         return self._features
 
     def close(self) -> None:
@@ -465,11 +465,11 @@ class EncodedPicture:
     def stream(
         self, prompt: str, *, sampling: Sampling | None = None, max_new_tokens: int = STREAM_TOKENS
     ) -> Iterator[str]:
-        """As Model.stream."""
+        """See Model.stream."""
         return self._model.stream(self, prompt, sampling=sampling, max_new_tokens=max_new_tokens)
 
     def explain(self, prompt: str, answer: str | None = None) -> "Explanation":
-        """As Model.explain."""
+        """See Model.explain."""
         return self._model.explain(self, prompt, answer)
 
 
@@ -485,19 +485,19 @@ def load(
     mask_codec: str | os.PathLike[str] | None = None,
     batch_size: int = 4,
 ) -> Model:
-    """A model that is ready to answer.
+    """Loads a checkpoint and returns it as a Model.
 
     Args:
-        name: a hub id such as "google/paligemma2-3b-mix-224", which is downloaded; a folder; the folder of a LoRA adapter, whose
-            base model is loaded, too. None = the bundled demo model, which knows coloured shapes only.
+        name: a hub id such as "google/paligemma2-3b-mix-224", which is downloaded; or the folder of a checkpoint or of a LoRA
+            adapter, whose base model is also loaded. None = the bundled demo model, which knows only coloured shapes.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps", or a torch.device.
-        dtype: "bf16", "fp16", "fp32", or a torch.dtype; None = as stored.
-        quantize: store the decoder's weights in 8 or 4 bits: smaller and faster, a little less exact.
-        quantize_vision: quantize the vision tower, too.
+        dtype: "bf16", "fp16", "fp32", or a torch.dtype; None = the dtype of the checkpoint.
+        quantize: store the decoder's weights in 8 or 4 bits: smaller and faster, but a little less exact.
+        quantize_vision: also quantize the vision tower.
         revision: branch, tag or commit of a hub id.
-        base_model: the base model of an adapter, if it is not where the adapter's config says.
+        base_model: the base model of an adapter, if it is not in the place that the adapter's config names.
         mask_codec: vae-oid.npz, which decodes the masks of `segment`; None = the file of that name in the model's folder.
-        batch_size: the number of pictures of a list that are answered at once.
+        batch_size: if a method gets a list of pictures, the number of pictures in one batch.
     Raises: CheckpointError, TokenizerError, AccessError, DeviceError, UsageError.
 
     >>> import paligemma
@@ -505,16 +505,16 @@ def load(
     >>> model
     <paligemma.Model bundled: 7.0 MB of weights, torch.bfloat16, cpu>
     """
-    found = machine.find_device(device)
-    own, base, codec_file = (None if path is None else os.fspath(path) for path in (name, base_model, mask_codec))
-    checkpoint = open_checkpoint(own, revision=revision, base_model=base)
+    found_device = machine.find_device(device)
+    model_path, base, codec_file = (None if path is None else os.fspath(path) for path in (name, base_model, mask_codec))
+    checkpoint = open_checkpoint(model_path, revision=revision, base_model=base)
     codec = find_codec(checkpoint.base, codec_file)
     with machine.memory_errors("loading the weights"):
-        network = checkpoint.load(device=found, dtype=dtype, quantize=quantize, quantize_vision=quantize_vision)
+        network = checkpoint.load(device=found_device, dtype=dtype, quantize=quantize, quantize_vision=quantize_vision)
     return Model(
         network,
         checkpoint.processor,
-        name="bundled" if own is None else Path(own).name if os.path.isdir(own) else own,
+        name="bundled" if model_path is None else Path(model_path).name if os.path.isdir(model_path) else model_path,
         kind=checkpoint.kind,
         codec=None if codec is None else load_codec(codec),
         batch_size=batch_size,

@@ -141,7 +141,7 @@ def test_a_looked_at_picture_is_encoded_once(model, monkeypatch):
     assert calls == [1] and answers == (CAPTION, "purple", 1) and streamed == CAPTION
     assert found[0][0].xyxy == model.detect(SHAPES, "heart")[0].xyxy and found[1][0].mask is not None
     assert features.equal(model.embed(SHAPES)) and found[0].draw().size == (448, 448)
-    with pytest.raises(paligemma.UsageError, match="this picture was closed"):
+    with pytest.raises(paligemma.UsageError, match="this picture is closed"):
         picture.caption()
 
 
@@ -187,7 +187,7 @@ def test_an_explanation_is_of_the_models_own_answer_or_of_a_given_one(model):
         (lambda m: m.detect("gone.png", "cat"), "ImageError", "gone.png does not exist"),
         (lambda m: m.caption(3), "ImageError", "int is no picture"),
         (lambda m: m.detect(SHAPES), "UsageError", "detect needs something to look for"),
-        (lambda m: m.detect(SHAPES, ["car", "person"]), "UsageError", "Pass each label as a text of its own"),
+        (lambda m: m.detect(SHAPES, ["car", "person"]), "UsageError", "Pass each label as a separate str"),
         (lambda m: m.ask(SHAPES, ""), "UsageError", "ask needs a question"),
         (lambda m: m.caption(SHAPES, language="!"), "UsageError", "language is '!'"),
         (lambda m: m.caption(SHAPES, max_new_tokens=0), "GenerationError", "max_new_tokens is 0"),
