@@ -2,8 +2,8 @@
 
 architecture.svg  the modules of the model and the shapes of the tensors between them
 
-No number is typed in: the script builds the model on torch's meta device (shapes without memory), sends a picture and a prompt
-through its modules, and reads the shapes and the numbers of parameters from there.
+All numbers come from the code: the script builds the model on torch's meta device (shapes without memory), sends a picture and a
+prompt through its modules, and reads the shapes of the results and the numbers of parameters.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from paligemma.svg import BLUE, FAINT, GREEN, INK, ORANGE, PURPLE, SOFT, Drawing
 HERE = Path(__file__).resolve().parent
 NAME = "PaliGemma 3B"
 PROMPT = ["<bos>", "caption", "en", "\\n"]
-LEFT, RIGHT, WIDTH = 20, 420, 350  # the left edges of the two columns of boxes, and the width of a box
+LEFT, RIGHT, WIDTH = 20, 420, 350  # pixels: the left edges of the two columns of boxes, and the width of a box
 CELL = 26
 
 
@@ -64,7 +64,7 @@ def draw_architecture() -> None:
     logits = model.language_model.logits(embeds[:, -1])  # [B, V]
 
     drawing = Drawing(RIGHT + WIDTH + 40, 626)
-    left, right, centre = LEFT + 150, RIGHT + 50, LEFT + 300  # where arrows are
+    left, right, centre = LEFT + 150, RIGHT + 50, LEFT + 300  # x of the arrows
     drawing.text(LEFT, 24, "a picture of any size", size=14)
     arrow(drawing, left, 34, 76, f"resize, scale to [-1, 1]: {shape(pixel_values)}")
     bottom = box(

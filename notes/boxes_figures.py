@@ -1,8 +1,11 @@
 """Draws the figures of boxes.md and prints its numbers: `python -m notes.boxes_figures`.
 
-scores.svg  precision against recall of the demo checkpoint's boxes, with and without scores, from
-            benchmarks/results/detection.json: python -m demo.evaluate | tail -1 > benchmarks/results/detection.json
-codec.png   the masks of three shapes, their codes, and the masks that the codec decodes from them
+scores.svg  precision against recall of the demo checkpoint's boxes, with and without scores. The numbers are read from
+            benchmarks/results/detection.json, the output of: python -m demo.evaluate | tail -1
+codec.png   the masks of three shapes, their codes, and the masks that the codec decodes from the codes
+
+A coordinate is generated (the token with the highest probability) or expected (the mean of all 1024 locations, weighted by their
+probabilities).
 """
 
 import argparse
@@ -27,7 +30,7 @@ ROOT = HERE.parent
 RESULTS = ROOT / "benchmarks" / "results" / "detection.json"
 IOU = "0.75"
 CURVES = {
-    "scores_and_expected": ("expected boxes, with scores", BLUE),
+    "scores_and_expected": ("boxes of mean coordinates, with scores", BLUE),
     "scores": ("generated boxes, with scores", ORANGE),
     "plain": ("generated boxes, no scores", SOFT),
 }
@@ -39,7 +42,7 @@ def draw_scores() -> None:
     drawing = Drawing(640, 400)
     axes = Axes(drawing, (60, 50, 610, 340), x=(0, 1), y=(0, 1))
     axes.frame(TICKS, TICKS, f"recall: share of the {detection['true_boxes']} boxes that are found, IoU {IOU} or more",
-               "precision: share of right boxes among those that are kept")  # fmt: skip
+               "precision: share of right boxes among the boxes that are kept")  # fmt: skip
     legend = []
     for name, (title, color) in CURVES.items():
         points = [(i / 100, precision) for i, precision in enumerate(detection["curves"][name][IOU])]
@@ -60,7 +63,7 @@ def examples() -> list[tuple[shapes.Shape, np.ndarray, NormalizedBox]]:
 
 
 def draw_codec() -> None:
-    """codec.png: for each shape its mask, the 64 x 64 crop, the sixteen codes, and the decoded mask. Prints the overlaps."""
+    """Draws codec.png: for each shape its mask, the 64 x 64 crop, the sixteen codes and the decoded mask. Prints the overlaps."""
     import torch
 
     codec = load_codec(ROOT / "paligemma" / "bundled" / "vae-oid.npz")

@@ -1,4 +1,4 @@
-"""Prints the numbers of decoding.md and draws its first figure: `python -m notes.decoding_figures`. It measures nothing.
+"""Prints the numbers of decoding.md and draws its first figure, without measuring: `python -m notes.decoding_figures`.
 
 roofline.svg  the time of one matrix product of the decoder against the number of rows, from benchmarks/results/products.json
 """
@@ -27,7 +27,7 @@ PROMPT, ANSWER = 266, 20  # tokens
 
 
 def count_work(config: PaliGemmaConfig) -> None:
-    """Prints what one token and one prompt cost, counted on the meta device (shapes without memory)."""
+    """Prints the bytes and multiply-adds of one token and of one prompt, counted on the meta device (shapes without memory)."""
     for kind in (None, *int_formats.KINDS):
         model = empty_model(config).to(torch.bfloat16)
         for name in quantization.targets(model) if kind else ():

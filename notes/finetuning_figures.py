@@ -1,10 +1,10 @@
-"""Makes the mistakes of finetuning.md on purpose and prints their effects: `python -m notes.finetuning_figures`.
+"""Makes the mistakes that finetuning.md describes, on purpose, and prints their effects: `python -m notes.finetuning_figures`.
 
 mistakes.svg  for each run, the training loss and the share of right answers
 
 Every run starts from the demo checkpoint and learns "what is the largest shape?" (demo/transfer.py) with the trainer that
-`paligemma finetune` uses. Each mistake is one different line. All runs take a quarter of an hour on two cores; --quick only shows
-that the script works.
+`paligemma finetune` uses. Each mistake changes one line of code or one setting. All runs together take a quarter of an hour on
+two cores; --quick only shows that the script works.
 """
 
 import argparse
@@ -45,7 +45,7 @@ CHECKPOINT = ROOT / "paligemma" / "bundled"
 RESULTS = HERE / "mistakes.json"
 IMAGE_TOKEN = weights.ModelFiles(CHECKPOINT).config.image_token_index
 PLAN = training.Plan(steps=200, batch_size=8, micro_batch_size=8, learning_rate=5e-4)
-OLD_SCENES = 24  # scenes with questions that the checkpoint knew before; they measure what it forgot
+OLD_SCENES = 24  # scenes with questions that the checkpoint was trained on; they show what fine-tuning makes it forget
 
 
 def unchanged(batch: dict) -> dict:
@@ -53,7 +53,7 @@ def unchanged(batch: dict) -> dict:
 
 
 def leak(batch: dict) -> dict:
-    """The whole row is marked as prompt, so that every token sees the answer."""
+    """The whole row is marked as prompt, so that every token attends to the whole answer."""
     return batch | {"token_type_ids": torch.zeros_like(batch["token_type_ids"])}
 
 
@@ -77,42 +77,42 @@ def causal(batch: dict) -> dict:
 
 
 @dataclass(frozen=True)
-class Way:
-    """One run: its name in the table, how it changes a batch, and its settings."""
+class Run:
+    """The settings of one run."""
 
-    name: str
+    name: str  # in the table and in the figure
     change: Callable[[dict], dict] = unchanged
     plan: training.Plan = PLAN
     method: str = "full"
     is_rounded: bool = False  # round the weights to bfloat16 after each update
     count: int | None = None  # number of training examples; None = all
-    with_old: bool = False  # add as many questions that the checkpoint was trained on to each batch
-    on_train: bool = False  # compute the score on the training examples
+    with_old: bool = False  # add to each batch an equal number of old questions (questions that the checkpoint was trained on)
+    on_train: bool = False  # score the model on the training examples
 
 
-WAYS = [
-    Way("correct"),
-    Way("LoRA adapter", plan=replace(PLAN, learning_rate=5e-3), method="lora"),
-    Way("plus as many old questions", with_old=True),
-    Way("the prompt sees the answer", leak),
-    Way("the answer has no <eos>", no_end),
-    Way("causal mask for the whole row", causal),
-    Way("loss also on the prompt", with_prompt),
-    Way("learning rate times 10", plan=replace(PLAN, learning_rate=5e-3)),
-    Way("learning rate / 100", plan=replace(PLAN, learning_rate=5e-6)),
-    Way("learning rate / 100, bfloat16 weights", plan=replace(PLAN, learning_rate=5e-6), is_rounded=True),
-    Way("only 40 examples", count=40),
-    Way("only 40 examples, scored on the same", count=40, on_train=True),
+RUNS = [
+    Run("correct"),
+    Run("LoRA adapter", plan=replace(PLAN, learning_rate=5e-3), method="lora"),
+    Run("plus as many old questions", with_old=True),
+    Run("the prompt sees the answer", leak),
+    Run("the answer has no <eos>", no_end),
+    Run("causal mask for the whole row", causal),
+    Run("loss also on the prompt", with_prompt),
+    Run("learning rate times 10", plan=replace(PLAN, learning_rate=5e-3)),
+    Run("learning rate / 100", plan=replace(PLAN, learning_rate=5e-6)),
+    Run("learning rate / 100, bfloat16 weights", plan=replace(PLAN, learning_rate=5e-6), is_rounded=True),
+    Run("only 40 examples", count=40),
+    Run("only 40 examples, scored on the same", count=40, on_train=True),
 ]
 
 
 @dataclass
 class Outcome:
-    """The measurements of one run."""
+    """The results of one run."""
 
     losses: list[float] = field(default_factory=list)
     valid_loss: float = 0.0
-    exact: float = 0.0
+    exact: float = 0.0  # share of answers to the new question that equal the expected text
     old: float = 0.0  # share of right answers to questions that the checkpoint was trained on
     changed: float = 0.0  # share of the trained weights that differ from those at the start
     generated: list[str] = field(default_factory=list)  # three answers
@@ -126,7 +126,7 @@ def old_example(seed: tuple[int, int]) -> tuple[Image.Image, str, str]:
     return shapes.draw(scene, 112), *asked[rng.integers(len(asked))]
 
 
-def old_questions(model: torch.nn.Module, processor: PaliGemmaProcessor, count: int) -> float:
+def score_old_questions(model: torch.nn.Module, processor: PaliGemmaProcessor, count: int) -> float:
     """Share of right answers to the questions that the checkpoint was trained on."""
     asked = evaluate.questions(count, seed=1000)
     asked = [(scene, [question for question in questions if question.kind in evaluate.ANSWERS]) for scene, questions in asked]
@@ -135,47 +135,48 @@ def old_questions(model: torch.nn.Module, processor: PaliGemmaProcessor, count: 
     return sum(evaluate.score(question, result) for question, result in zip(flat, results, strict=True)) / len(flat)
 
 
-def run(
-    way: Way, train: dataset.Split, valid: dataset.Split, processor: PaliGemmaProcessor, options: argparse.Namespace
+def finetune(
+    run: Run, train: dataset.Split, valid: dataset.Split, processor: PaliGemmaProcessor, options: argparse.Namespace
 ) -> Outcome:
+    """Makes the updates of one run and measures the model that results."""
     model = weights.load_model(CHECKPOINT, dtype=torch.bfloat16)
-    if way.method == "lora":
+    if run.method == "lora":
         torch.manual_seed(0)
         lora.inject(model, lora.LoraConfig(), lora.targets(model))
     else:
         training.freeze_except(model, training.ALL)
     examples = dataset.Examples(train, processor)
-    count = way.count or len(train.examples)
-    plan = replace(way.plan, steps=options.steps)
+    count = run.count or len(train.examples)
+    plan = replace(run.plan, steps=options.steps)
 
-    def make_batch(places: list[tuple[int, int]]) -> dict:
-        rows = [examples[place] for place in places]
-        if way.with_old:
-            rows += [old_example(seed) for seed in places]
-        return way.change(processor(*map(list, zip(*rows, strict=True)), notes=[]))
+    def make_batch(keys: list[tuple[int, int]]) -> dict:
+        rows = [examples[key] for key in keys]
+        if run.with_old:
+            rows += [old_example(key) for key in keys]
+        return run.change(processor(*map(list, zip(*rows, strict=True)), notes=[]))
 
     trainer = training.Trainer(model, plan, make_batch, count)
     before = {name: parameter.detach().clone() for name, parameter in trainer.named.items()}
     found = Outcome()
     for _ in range(plan.steps):
         found.losses.append(round(trainer.update().loss, 5))
-        if way.is_rounded:
+        if run.is_rounded:
             for parameter in trainer.named.values():
                 parameter.data.copy_(parameter.data.bfloat16())
     changed = sum(int((parameter != before[name]).sum()) for name, parameter in trainer.named.items())
     found.changed = round(changed / sum(parameter.numel() for parameter in trainer.named.values()), 4)
     plain = merged_model(model, torch.bfloat16)
-    scored = dataset.Examples(train if way.on_train else valid, processor)
-    judge = Judge(scored, None, batch_size=32, count=way.count if way.on_train else options.scored, scores=["exact"])
+    scored = dataset.Examples(train if run.on_train else valid, processor)
+    judge = Judge(scored, None, batch_size=32, count=run.count if run.on_train else options.scored, scores=["exact"])
     numbers = judge(plain)
     found.valid_loss, found.exact = round(numbers["valid_loss"], 4), round(numbers["exact"], 4)
     found.generated = [result.text for result in judge.ask(plain)[:3]]
-    found.old = round(old_questions(plain, processor, options.old), 4)
+    found.old = round(score_old_questions(plain, processor, options.old), 4)
     return found
 
 
 def draw_mistakes() -> None:
-    """mistakes.svg: on the left the training loss, on the right the share of right answers of each run."""
+    """Draws mistakes.svg: for each run, the training loss on the left and the share of right answers on the right."""
     results = read_json(RESULTS)
     drawing = Drawing(980, 60 + 30 * len(results))
     most = max(len(found["losses"]) for found in results.values())
@@ -214,10 +215,10 @@ def main(options: argparse.Namespace) -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         train, valid = (dataset.read_split(Path(folder) / f"{name}.jsonl") for name in ("train", "valid"))
         before = read_json(RESULTS) if options.only else {}
-        results = {way.name: before.get(way.name) for way in WAYS}
-        for way in (way for way in WAYS if options.only in (None, way.name)):
-            results[way.name] = run(way, train, valid, processor, options).__dict__
-            print(f"done: {way.name}", file=sys.stderr)
+        results = {run.name: before.get(run.name) for run in RUNS}
+        for run in (run for run in RUNS if options.only in (None, run.name)):
+            results[run.name] = finetune(run, train, valid, processor, options).__dict__
+            print(f"done: {run.name}", file=sys.stderr)
     if not options.quick:
         RESULTS.write_text(json.dumps(results) + "\n", encoding="utf-8")
         draw_mistakes()

@@ -1,8 +1,8 @@
-"""Prints the numbers of loading.md, on Linux: `python -m notes.loading_figures`. It needs 0.5 GB of disk space for a moment.
+"""Prints the numbers of loading.md, on Linux: `python -m notes.loading_figures`. It needs 0.5 GB of disk space temporarily.
 
 It first prints the beginning of the bundled checkpoint's file. Then it writes a random model of 0.23 billion parameters in
-bfloat16 and loads it in four ways, each in a process of its own. For each process the kernel reports how much memory is its own
-("anonymous"), and how much consists of pages of the file.
+bfloat16 and loads it in four ways, each in a new process. For each process the kernel reports the anonymous memory ("own") and
+the pages of mapped files ("file").
 """
 
 import argparse
@@ -21,11 +21,11 @@ WAYS = {
     "as float32": {"dtype": "fp32"},
     "as int8": {"quantize": "int8"},
 }
-NAIVE = "a copy of each"
+NAIVE = "a copy of each"  # of each tensor, see load
 
 
 def memory() -> dict[str, float]:
-    """MB of this process: its own memory, pages of files, and the peak of their sum."""
+    """MB of this process: anonymous memory, pages of mapped files, and the peak of their sum."""
     lines = Path("/proc/self/status").read_text().splitlines()
     found = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines if line.startswith(("Rss", "VmHWM"))}
     return {"own": found["RssAnon"], "file": found["RssFile"], "peak": found["VmHWM"]}
@@ -61,7 +61,7 @@ def show_file(file: Path, count: int) -> None:
 
 
 def load(folder: str, way: str) -> None:
-    """Loads the model in one of the ways and prints the memory that it took, as JSON."""
+    """Loads the model in one way (NAIVE or a key of WAYS) and prints the memory that loading took, as JSON."""
     import torch
 
     from paligemma.checkpoints.weights import load_model

@@ -1,10 +1,10 @@
 """Draws the figures of looking.md and prints its numbers, with the demo checkpoint: `python -m notes.looking_figures`.
 
 looking.png      the explanation of a caption, as `--explain` draws it
-maps.png         two answers and their two maps: roll-out of attention, and gradient
-dependence.svg   how much the picture adds to answers that need it, and to answers that do not
+maps.png         for each of two answers, two maps of the picture: the roll-out of attention, and the gradient
+dependence.svg   how much the picture adds to the log-probability of answers that need the picture, and of answers that do not
 
-The seed of the scenes was used neither in training nor when the maps were designed.
+The scenes are new: their seed was used neither in training nor when the maps were designed.
 """
 
 import argparse
@@ -34,10 +34,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PICTURE = ROOT / "examples" / "shapes.png"
 SCENES, SEED = 50, 40_001
-ERASED = 16  # patches, of 64
-NEED_NO_LOOK = ("answer en is there a shape?", "answer en is there a dog?")  # every picture has shapes, no picture has a dog
-NEED_A_LOOK = ("caption", "color", "shape", "where", "detect")
-LOW, HIGH = -2.0, 14.0  # the range of nats in the figure
+ERASED = 16  # number of patches that are erased, of 64
+NEEDS_NO_PICTURE = ("answer en is there a shape?", "answer en is there a dog?")  # every picture has shapes, no picture has a dog
+NEEDS_PICTURE = ("caption", "color", "shape", "where", "detect")  # kinds of questions
+LOW, HIGH = -2.0, 14.0  # the range of the figure in nats
 SIDE = 280  # of a picture in a figure, pixels
 
 
@@ -69,21 +69,21 @@ def scenes() -> Iterator[tuple[int, shapes.Scene, Image.Image]]:
         number += 1
 
 
-# Which patches
+# Which patches does the answer depend on?
 
 
 def targets_of(scene: shapes.Scene, number: int) -> Iterator[tuple[str, str, list[tuple[shapes.Shape, slice]]]]:
-    """(kind, question, targets): a target is a shape, with the words of the answer that are about it."""
+    """(kind, question, targets): a target is a shape, and the slice of the answer's words that are about this shape."""
     every = slice(None)
-    for kind, ways in (("color", ("kind",)), ("shape", ("color",)), ("where", ("kind", "color", "name"))):
+    for kind, attributes in (("color", ("kind",)), ("shape", ("color",)), ("where", ("kind", "color", "name"))):
         question = shapes.QUESTIONS[kind](scene, np.random.default_rng(number))
-        if question:  # the same random draw again yields the shape that the question is about
-            yield kind, question[0], [(shapes.only_one(scene.shapes, np.random.default_rng(number), by=ways)[0], every)]
+        if question:  # the same seed makes only_one choose the shape that the question is about
+            yield kind, question[0], [(shapes.only_one(scene.shapes, np.random.default_rng(number), by=attributes)[0], every)]
     names = [shape.name for shape in scene.shapes]
     alone = [shape for shape in scene.shapes if names.count(shape.name) == 1]
     if alone:
         yield "detect", f"detect {alone[0].name}", [(alone[0], every)]
-    # In "a red circle, a blue star and ...", the colour and the kind follow "a".
+    # "a red circle, a blue star and ...": each colour word is followed by the kind of the shape.
     caption = shapes.ask_caption(scene, np.random.default_rng())[1].split()
     places = [place for place, word in enumerate(caption) if word in shapes.COLORS]
     yield "caption", "caption en", [(s, slice(p, p + 2)) for s, p in zip(scene.shapes, places, strict=True)]
@@ -108,14 +108,14 @@ def is_hit(values: Tensor, shape: shapes.Shape) -> bool:
 
 
 def measure_maps(demo: Demo) -> None:
-    """Prints how often the hottest patch, and how much of the mass, lies on the shape that the words are about."""
+    """Prints, for each map, how often the hottest patch lies in the right shape's box, and the share of the map's sum in it."""
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     chances = []
     for number, scene, picture in scenes():
         for kind, question, targets in targets_of(scene, number):
             words = demo.explain(picture, question).words
-            for shape, places in targets:
-                own = words[places]
+            for shape, part in targets:
+                own = words[part]
                 if not own:
                     continue
                 area = inside(shape, 8)
@@ -135,8 +135,12 @@ def measure_maps(demo: Demo) -> None:
 
 
 @torch.no_grad()
-def loss_without(demo: Demo, picture: Image.Image, question: str, ids: list[int], choices: list[Tensor]) -> list[float]:
-    """For each choice of patches: by how many nats the answer becomes less likely when the mean of all replaces their vectors."""
+def logprob_drops(demo: Demo, picture: Image.Image, question: str, ids: list[int], choices: list[Tensor]) -> list[float]:
+    """How much the log-probability of the answer falls, in nats, when some patch vectors are replaced by the mean of all.
+
+    Args:
+        choices: sets of patches; each set is replaced separately and gives one number.
+    """
     inputs = demo.processor(picture, question)
     types = torch.cat((inputs["token_type_ids"], torch.ones(1, len(ids), dtype=torch.int64)), dim=1)
     row = {"input_ids": torch.cat((inputs["input_ids"], torch.tensor([ids])), dim=1), "token_type_ids": types}
@@ -151,8 +155,8 @@ def loss_without(demo: Demo, picture: Image.Image, question: str, ids: list[int]
 
 
 def measure_erasing(demo: Demo) -> None:
-    """Prints the mean loss of answers without the hottest patches of each map, and without as many random patches."""
-    losses, draw = [], torch.Generator().manual_seed(0)
+    """Prints how much the log-probability of answers falls without the hottest patches of each map, or without random patches."""
+    drops, draw = [], torch.Generator().manual_seed(0)
     for number, scene, picture in scenes():
         for kind, question, _ in targets_of(scene, number):
             if kind not in ("color", "shape", "where"):
@@ -163,28 +167,28 @@ def measure_erasing(demo: Demo) -> None:
                 continue
             maps = [sum(getattr(word, name) for word in words).flatten() for name in ("roll_out", "gradient")]
             choices = [values.topk(ERASED).indices for values in maps]
-            losses.append(loss_without(demo, picture, question, ids, [*choices, torch.randperm(64, generator=draw)[:ERASED]]))
-    rolled, gradient, drawn = np.mean(losses, axis=0)
+            drops.append(logprob_drops(demo, picture, question, ids, [*choices, torch.randperm(64, generator=draw)[:ERASED]]))
+    rolled, gradient, drawn = np.mean(drops, axis=0)
     print(
-        f"mean loss of {len(losses)} answers in nats when {ERASED} of 64 patches are erased: "
+        f"mean drop of the log-probability of {len(drops)} answers, in nats, when {ERASED} of 64 patches are erased: "
         f"hottest by gradient {gradient:.1f}, by roll-out {rolled:.1f}, random {drawn:.1f}"
     )
 
 
-# Does the answer depend on the picture at all
+# Does the answer depend on the picture at all?
 
 
 def dependences(demo: Demo) -> dict[str, list[float]]:
-    """How many nats the picture adds to each answer, for three kinds of answers."""
-    found: dict[str, list[float]] = {"needs the picture": [], '"no" or "0"': [], "needs no look": []}
+    """How many nats the picture adds to the log-probability of each answer, for three kinds of answers."""
+    found: dict[str, list[float]] = {"needs the picture": [], '"no" or "0"': [], "does not need it": []}
     for number, scene, picture in scenes():
-        found["needs no look"] += [demo.explain(picture, question).dependence for question in NEED_NO_LOOK]
-        for kind in (*NEED_A_LOOK, "count", "exists"):
+        found["does not need it"] += [demo.explain(picture, question).dependence for question in NEEDS_NO_PICTURE]
+        for kind in (*NEEDS_PICTURE, "count", "exists"):
             question = shapes.QUESTIONS[kind](scene, np.random.default_rng(number))
             if not question:
                 continue
             answer = demo.explain(picture, question[0])
-            if kind in NEED_A_LOOK:
+            if kind in NEEDS_PICTURE:
                 found["needs the picture"].append(answer.dependence)
             elif answer.text in ("no", "0"):
                 found['"no" or "0"'].append(answer.dependence)
@@ -192,7 +196,7 @@ def dependences(demo: Demo) -> dict[str, list[float]]:
 
 
 def draw_dependence(demo: Demo) -> None:
-    """dependence.svg; prints how often the warning appears."""
+    """Draws dependence.svg; prints how often `--explain` warns that an answer does not depend on the picture."""
     found = dependences(demo)
     drawing = Drawing(640, 330)
     axes = Axes(drawing, (60, 50, 470, 270), x=(LOW, HIGH), y=(0, 1))
@@ -217,7 +221,7 @@ def draw_dependence(demo: Demo) -> None:
 
 
 def draw_maps(demo: Demo, picture: Image.Image) -> None:
-    """maps.png: the picture and both maps, for two answers."""
+    """Draws maps.png: for two answers, the picture and both maps."""
     small = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     sheet = Image.new("RGB", (3 * (SIDE + 12) - 12, 2 * (SIDE + 32)), "white")
     draw = ImageDraw.Draw(sheet)

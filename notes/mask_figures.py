@@ -1,8 +1,10 @@
-"""Draws the figures of mask.md and prints its numbers: `python -m notes.mask_figures`. Half a minute on one core.
+"""Draws the figures of mask.md and prints its numbers: `python -m notes.mask_figures`. It takes half a minute on one core.
 
 mask.svg       the result of prefix_lm_mask (modeling_paligemma.py) for one short row
 influence.svg  measured: one input token of a small random model is changed, and every position whose logits change is marked
-leak.svg       measured: a small model is trained on unpredictable answers, once with and once without the border
+leak.svg       measured: a small model is trained on random answers, once with and once without a border
+
+The border separates the prompt from the answer. token_type_ids mark it: 0 for picture and prompt, 1 for the answer.
 """
 
 import argparse
@@ -27,7 +29,7 @@ PREFIX = 8  # tokens of ROW before the answer
 IMAGE, WORDS = 40, 16  # id of <image>; number of different words in the random answers
 CELL = 24
 BATCH, PROMPT, ANSWER, STEPS = 32, 4, 6, 240
-BORDERS = {  # name: the values of token_type_ids
+BORDERS = {  # name: values of token_type_ids
     "prefix-LM": "0 for picture and prompt, 1 for the answer",
     "causal": "1 everywhere",
     "no border": "0 everywhere",
@@ -88,7 +90,7 @@ def draw_mask() -> None:
 
 @torch.no_grad()
 def influence(border: str) -> Tensor:
-    """bool[L, L]: whether the logits of position i change when the token at position j changes. No mask is looked at."""
+    """bool[L, L]: whether the logits of position i change when the token at position j changes. The mask itself is not read."""
     model, length = small_model(seed=0).eval(), len(ROW)
     draw = torch.Generator().manual_seed(1)
     pictures = ROW.count("<image>")
@@ -154,7 +156,7 @@ def train(border: str) -> tuple[list[float], PaliGemmaForConditionalGeneration]:
 
 
 def share_right(model: PaliGemmaForConditionalGeneration) -> float:
-    """The share of right words when the model generates the answer itself."""
+    """The share of right words when the model generates the answer, so that no word of the answer is in its input."""
     ids, _, features = random_batch(torch.Generator().manual_seed(3))
     prompt = {"input_ids": ids[:, : 4 + PROMPT], "image_features": features}
     prompt["token_type_ids"] = torch.zeros_like(prompt["input_ids"])

@@ -1,8 +1,9 @@
 """Draws the figures of picture.md and prints its numbers, with the demo checkpoint: `python -m notes.picture_figures`.
 
-patches.png  the picture as the tower sees it, cut into patches, and one patch enlarged
-scale.svg    the share of right captions when the picture's vectors are multiplied by a factor, on unseen scenes
-matters.png  the patches that an answer depends on: each patch and its neighbours in turn are replaced by the mean of all
+patches.png  the picture as the vision tower receives it, cut into patches, and one patch enlarged
+scale.svg    the share of right captions when the picture's vectors are multiplied by a factor, on new scenes
+matters.png  the patches that an answer depends on. For each patch, its vector and those of its neighbours are replaced by the
+             mean of all patch vectors, and the change of the answer's probability is measured
 """
 
 import argparse
@@ -29,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PICTURE, QUESTION, ANSWER = ROOT / "examples" / "shapes.png", "answer en what color is the heart?", "purple"
 SCENES, SEED = 100, 20_001  # the demo checkpoint was trained on other seeds
-SIDE = 448  # of the picture in a figure, pixels
+SIDE = 448  # pixels: the side of the picture in a figure
 PALE = (215, 215, 215)
 
 
@@ -46,7 +47,7 @@ def patch_grid(model: PaliGemmaForConditionalGeneration, pixels: Tensor) -> Imag
 
 
 def draw_patches(model: PaliGemmaForConditionalGeneration, pixels: Tensor) -> None:
-    """patches.png; prints that cutting and embedding patches is one matrix product."""
+    """Draws patches.png; prints how closely one matrix product over the cut patches equals the tower's convolution."""
     vision = model.config.vision_config
     size, across = vision.patch_size, vision.image_size // vision.patch_size
     grid = patch_grid(model, pixels)
@@ -78,7 +79,7 @@ def draw_patches(model: PaliGemmaForConditionalGeneration, pixels: Tensor) -> No
 
 
 def right_captions(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, factors: list[float]) -> list[float]:
-    """For each factor on the picture's vectors, the share of captions that are right to the letter."""
+    """For each factor, the share of captions that are exactly right when the picture's vectors are multiplied by the factor."""
     scenes = [shapes.make_scene(np.random.default_rng([SEED, index])) for index in range(SCENES)]
     truths = [shapes.ask_caption(scene, np.random.default_rng())[1] for scene in scenes]
     inputs = processor([shapes.draw(scene) for scene in scenes], ["caption en"] * SCENES)
@@ -92,11 +93,11 @@ def right_captions(model: PaliGemmaForConditionalGeneration, processor: PaliGemm
 
 
 def draw_scale(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, pixels: Tensor) -> None:
-    """scale.svg; prints the mean norm of the vectors of words and of patches."""
+    """Draws scale.svg; prints the mean norm of the vectors of words and of patches."""
     root = model.config.text_config.hidden_size**0.5
     words = processor([], "caption en what color is the heart?")["input_ids"]
-    lengths = model.language_model.model.embed_tokens(words).norm(dim=-1), model.encode_images(pixels[None]).norm(dim=-1)
-    print(f"mean norm of the vectors that enter the decoder: words {lengths[0].mean():.1f}, patches {lengths[1].mean():.1f}")
+    norms = model.language_model.model.embed_tokens(words).norm(dim=-1), model.encode_images(pixels[None]).norm(dim=-1)
+    print(f"mean norm of the vectors that enter the decoder: words {norms[0].mean():.1f}, patches {norms[1].mean():.1f}")
     factors = sorted([1 / root, 0.25, 0.5, 0.7, 1.0, 1.5, 2.0, 4.0, root])
     shares = right_captions(model, processor, factors)
     drawing = Drawing(640, 330)
@@ -118,7 +119,13 @@ def draw_scale(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaPro
 def importance(
     model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, picture: Image.Image, radius: int
 ) -> Tensor:
-    """float[P]: by how many nats the answer becomes less likely without each patch and its neighbours up to `radius` away."""
+    """float[P]: for each patch, how much the log-probability of the answer falls without the patch and its neighbours, in nats.
+
+    The vectors of these patches are replaced by the mean of all patch vectors.
+
+    Args:
+        radius: how far away neighbours may be, in patches.
+    """
     inputs = processor(picture, QUESTION)
     features = model.encode_images(inputs.pop("pixel_values"))  # [1, P, D]
     count, across = features.shape[1], math.isqrt(features.shape[1])
@@ -133,7 +140,7 @@ def importance(
 
 
 def draw_importance(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, picture: Image.Image) -> None:
-    """matters.png: the picture, and the same in grey with the patches that the answer depends on in orange."""
+    """Draws matters.png: the picture, and a grey copy with the patches that the answer depends on in orange."""
     for radius, words in ((0, "one patch"), (1, "a patch and its neighbours")):
         loss = importance(model, processor, picture, radius)
         across = math.isqrt(len(loss))

@@ -1,8 +1,8 @@
 """Draws recipe.svg from the log of the run that made the demo checkpoint, demo/recipe.jsonl: `python -m notes.recipe_figures`.
 
-Every training scene is new, so the share of right answers in a step is measured on scenes that the model has not seen. It is
-counted with teacher forcing (each token is predicted after the right tokens before it). demo/evaluate.py lets the model generate
-the whole answer, so its numbers are lower.
+Every training scene is new, so the share of right answers in a step is measured on scenes that the model has not seen. The
+answers are predicted with teacher forcing (each token is predicted from the right tokens before it). demo/evaluate.py lets the
+model generate the whole answer, so its numbers are lower.
 """
 
 import argparse
@@ -19,8 +19,8 @@ ROOT = HERE.parent
 LOG = ROOT / "demo" / "recipe.jsonl"
 ANSWERS = ("color", "shape", "count", "exists", "where")
 BEFORE = ("tower", "letters")  # the stages without a decoder
-STAGES = {
-    "tower": "0: captions", "letters": "0: letters", "joint": "1: all tasks", "higher": "2: 112 px", "last": "2: as used",
+STAGES = {  # name in demo/recipe.sh: title in the figure ("polish" is too short for a title)
+    "tower": "0: captions", "letters": "0: letters", "joint": "1: all tasks", "higher": "2: 112 px", "last": "2: prefix-LM mask",
     "polish": "", "words": "2: with every word",
 }  # fmt: skip
 WIDTH, TOP, BOTTOM = 860, 74, 354
@@ -38,7 +38,7 @@ def read_log() -> list[dict]:
 
 
 def curves(lines: list[dict]) -> dict[str, tuple[list[tuple[float, float]], str]]:
-    """Named curves from 0 to 1 with their colours."""
+    """Name: (points of minutes and share, colour) of each curve."""
     first, then = ([line for line in lines if (line["stage"] in BEFORE) == is_before] for is_before in (True, False))
 
     def points(part: list[dict], names: tuple[str, ...]) -> list[tuple[float, float]]:
@@ -85,9 +85,9 @@ def draw_recipe() -> None:
             axes.curve(points, color)
             if points[-1][0] == end:
                 ends.append((axes.at(*points[-1])[1], f"{name} {points[-1][1]:.1%}", color))
-            else:
+            else:  # a curve of the stages without a decoder, which ends inside the figure
                 x, y = axes.at(*points[-1])
-                drawing.text(x - 4, y + 18, f"{name} {points[-1][1]:.0%}", anchor="end", size=11, fill=SOFT)  # of patches
+                drawing.text(x - 4, y + 18, f"{name} {points[-1][1]:.0%}", anchor="end", size=11, fill=SOFT)
     drawing.labels(WIDTH - 142, ends)
     drawing.save(HERE / "recipe.svg")
 

@@ -5,8 +5,9 @@ It refreshes three things and leaves everything else as it is:
 - In the table of files, the numbers of lines become the real ones.
 - The text between `<!-- begin NAME -->` and `<!-- end NAME -->` becomes what the function GENERATED[NAME] of tables.py returns.
 
-An HTML comment above a console block may hold two marks: `slow` (takes minutes; run only with --slow) and `last N` (keep only the
-last N lines of the output). runs/found.jsonl, which one example writes, is deleted first, because `annotate` would resume it.
+An HTML comment above a console block may contain two marks: `slow` (the commands take minutes, so they run only with --slow) and
+`last N` (only the last N lines of the output are kept). runs/found.jsonl, which one example writes, is deleted first, because
+`annotate` would otherwise continue it.
 """
 
 import argparse
@@ -27,7 +28,7 @@ TIMEOUT_S = 1800
 
 
 def run(command: str) -> str:
-    """What a command prints when it is run in the project's folder. The path of that folder is removed from the output."""
+    """Runs a command in the project's folder. Returns its output, without the path of this folder."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "TERM": "dumb"}
     done = subprocess.run(
         ["bash", "-c", command],

@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/ and notes/decoding.md, made from the code itself and from benchmarks/results."""
+"""The tables of README.md, docs/ and notes/decoding.md, computed from the code itself and from benchmarks/results."""
 
 import re
 from collections.abc import Callable
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-OURS, THEIRS = ("ours bf16", "ours int8", "ours int4"), "transformers bf16"  # their names in benchmarks/results
+OURS, THEIRS = ("ours bf16", "ours int8", "ours int4"), "transformers bf16"  # names in benchmarks/results
 SIGLIP = {  # So400m/14, the vision tower of all published sizes
     "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "patch_size": 14,
 }  # fmt: skip
-DECODERS = {  # the four published sizes, from the hub's config.json and, for 10B and 28B, from Google's big_vision
+DECODERS = {  # the four published sizes; sources: config.json on the hub and, for 10B and 28B, Google's big_vision
     "PaliGemma 3B": {
         "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,
         "num_attention_heads": 8, "num_key_value_heads": 1,
@@ -89,18 +89,18 @@ def result(name: str) -> dict | None:
     if not file.exists():
         return None
     document = read_json(file)
-    # without the folders of the machine that measured
+    # the names of folders on the machine that was measured are removed
     document["command"] = re.sub(r"(--model|--python|--gguf) \S*/", r"\1 ", document["command"])
     return document
 
 
 def faster(ways: dict, name: str) -> str:
-    """How many times as fast as transformers a variant is; "" if it was not measured."""
+    """How many times as fast as transformers the variant `name` is; "" if it was not measured."""
     return f"{ways[name]['ratio']['median']:.2f}" if name in ways else ""
 
 
 def speed_lines(suffix: str) -> list[str]:
-    """Rows of the speed table for one machine. Args: suffix: of its files in benchmarks/results, such as "-cuda"."""
+    """Rows of the speed table for one machine. Args: suffix: the end of its file names in benchmarks/results, such as "-cuda"."""
     lines = []
     for name, words, key in (
         ("decode", "one more token", "ways"),
@@ -117,7 +117,7 @@ def speed_lines(suffix: str) -> list[str]:
     if document := result("decode" + suffix):
         shares = [document["ways"].get(side, {}).get("GB_per_s", 0) / document["floors"]["read_GB_per_s"] for side in OURS]
         cells = [f"{share:.0%}" if share else "" for share in shares]
-        lines.append(f"| share of the memory bandwidth used while decoding | {' | '.join(cells)} | as the first |")
+        lines.append(f"| share of the memory bandwidth used while decoding | {' | '.join(cells)} | `{document['command']}` |")
     if document := result("memory" + suffix):
         ways = document["ways"]
         cells = [f"{ways.get(f'{side}, from its own file', ways[side])['ratio']:.2f}" if side in ways else "" for side in OURS]
@@ -126,7 +126,7 @@ def speed_lines(suffix: str) -> list[str]:
 
 
 def speed_table() -> str:
-    """The ratios in benchmarks/results, one table for each machine that was measured."""
+    """The speed relative to transformers, from benchmarks/results: one table for each machine that was measured."""
     parts = []
     for suffix in ("", "-cuda"):
         if lines := speed_lines(suffix):
@@ -145,7 +145,7 @@ def speed_table() -> str:
 
 
 def steps_table() -> str:
-    """Milliseconds per token from benchmarks/results/decode.json, the slowest first; "" if nothing is stored."""
+    """Milliseconds per token of each variant, from benchmarks/results/decode.json, the slowest first; "" if nothing is stored."""
     document = result("decode")
     if document is None:
         return ""
@@ -158,7 +158,7 @@ def steps_table() -> str:
 
 
 def llama_table() -> str:
-    """Milliseconds per token of llama.cpp and of ours at the same bit width, from results/llama.json; "" if nothing is stored."""
+    """ms per token of llama.cpp and of our model at equal bit widths, from results/llama.json; "" if there is no such file."""
     document = result("llama")
     if document is None:
         return ""
