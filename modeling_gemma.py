@@ -155,7 +155,7 @@ class KVCache:
         Args:
             layer: index of the layer, from 0.
             position_ids: int64[B, L], positions of the new tokens.
-            k, v: [B, K, L, E]. They are cast to the dtype of the cache; under autocast they can have another one.
+            k, v: [B, K, L, E]. They are cast to the dtype of the cache, because autocast can change theirs.
         """
         row = torch.arange(k.shape[0], device=k.device)[:, None]  # [B, 1]
         self.keys[layer][row, :, position_ids - 1] = k.transpose(1, 2).to(self.keys[layer].dtype)

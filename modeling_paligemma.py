@@ -158,15 +158,15 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         image_features: Tensor | None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """The hidden vectors [B, L, D] of whole rows, for `forward` and `prefill`, which explain the arguments."""
+        """The hidden vectors [B, L, D] of whole rows. `forward` and `prefill` call this and explain the arguments."""
         self.check_pictures(pixel_values, image_features, token_type_ids)
         if pixel_values is not None:
             image_features = self.encode_images(pixel_values)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # [B, L]
         token_type_ids = torch.ones_like(input_ids) if token_type_ids is None else token_type_ids  # [B, L]
-        # Without padding and without an answer, every token attends to every token. Then no mask is needed, and the fastest
-        # kernels accept no mask. This is checked before the tensors move to the device, because reading the result back from a
-        # GPU would make the CPU wait.
+        # Without padding and without an answer, every token attends to every token. Then no mask is needed, and without a mask,
+        # torch has faster kernels. This is checked before the tensors move to the device, because reading the result back from
+        # a GPU would make the CPU wait.
         needs_mask = bool(token_type_ids.any()) or not bool(attention_mask.all())
         embeds = self.embed(input_ids, image_features)  # [B, L, D]
         attention_mask, token_type_ids = attention_mask.to(self.device), token_type_ids.to(self.device)

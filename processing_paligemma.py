@@ -90,7 +90,7 @@ def build_pixel_table(scale: np.ndarray, mean: np.ndarray, std: np.ndarray) -> n
 def to_square(picture: object, side: int, notes: list[str] | None) -> Image.Image:
     """Any picture as 8-bit RGB, resized to side * side pixels with Pillow's bicubic filter. Its aspect ratio is not kept.
 
-    A picture that load_image has returned already is only resized, so that it is not rotated twice.
+    A picture that load_image has already returned is only resized, so that its EXIF orientation is not applied twice.
     """
     if is_loaded_picture(picture):
         return resize_to_square(picture, side)
@@ -153,7 +153,7 @@ def as_list(images: Any) -> list[Any] | None:
 
 def images_of_rows(images: object, num_rows: int, is_one_row: bool) -> list[list[Any]]:
     """The pictures of each row. Raises: ImageError if the number of pictures does not match the number of rows."""
-    entries = as_list(images)  # each is a picture, a list of pictures, or None
+    entries = as_list(images)  # None for a single picture; each entry is a picture, a list of pictures or None
     if images is None or entries == []:
         return [[] for _ in range(num_rows)]
     if entries is None:

@@ -43,7 +43,7 @@ def check_whole_numbers(config: Any, section: str, limits: dict[str, int]) -> No
 class SiglipVisionConfig:
     """The numbers that define a vision tower, under the names of `vision_config` in config.json.
 
-    A field that is missing in config.json has transformers' default value, because transformers does not write such values.
+    A field that is missing in config.json has transformers' default value, because transformers does not write defaults.
     """
 
     hidden_size: int = 768

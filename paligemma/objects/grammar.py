@@ -5,7 +5,7 @@
 The four locations are y_min, x_min, y_max, x_max; y_max is never below y_min, and x_max never below x_min. A label is one of the
 labels in the question, and no label gets the same four locations twice. An object may begin only if there are enough tokens left
 for an object with the longest label and for eos. Therefore every answer ends with eos within its limit of tokens. The longest
-label counts because otherwise, near the limit, only short labels would be allowed, and the model might be forced to a wrong one.
+label counts because otherwise, near the limit, the model could choose only short labels, which may be wrong.
 
 Tokenizers merge characters across word boundaries, so the ids of " cat" followed by those of " ; " can differ from the ids of
 " cat ; ". The training answers were tokenised as a whole. Therefore each label is tokenised here together with the text after it:
@@ -91,15 +91,16 @@ class Grammar:
         if isinstance(labels, str) or not labels:
             raise PromptError(f"the labels are {labels!r}. A list with at least one label is needed.")
         special_ids = {*processor.location_ids, *processor.code_ids}
-        last_of_followed = {}  # for each label: ids if another object follows -> ids at the end of the answer; equal labels merge
+        # {ids if another object follows: ids at the end of the answer}, one entry per label. Labels with the same ids are merged.
+        followed_to_last = {}
         for label in (label.strip() for label in labels):
             text = f" {label}" if label else ""
             last, followed = (tuple(processor.encode(part)) for part in (text, text + SEPARATOR))
             if END_OF_OBJECT.search(label) or not special_ids.isdisjoint(last):
                 raise PromptError(f"the label {label!r} contains a separator or a location. Use words without ; and <loc>.")
-            last_of_followed[followed] = (*last, processor.eos_token_id)
+            followed_to_last[followed] = (*last, processor.eos_token_id)
         endings = []
-        for number, (followed, last) in enumerate(last_of_followed.items()):
+        for number, (followed, last) in enumerate(followed_to_last.items()):
             endings += [Ending(number, last, True), Ending(number, followed, False)]
         num_codes = CODES_PER_MASK if with_masks else 0
         return cls(processor.location_ids, processor.code_ids, processor.eos_token_id, tuple(endings), num_codes, max_objects)

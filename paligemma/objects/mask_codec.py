@@ -1,8 +1,8 @@
 """The VQ-VAE of PaliGemma's <seg> tokens: encodes the mask of a box as sixteen codes, and decodes them.
 
 The encoder turns a mask of 64 x 64 pixels into a grid of 4 x 4 vectors. Each vector is replaced by the nearest of the 128 vectors
-in a codebook. The sixteen codes are the indices of these vectors, row by row; an answer has them as tokens <seg000> to <seg127>.
-The decoder turns the codes back into a mask.
+in a codebook. The sixteen codes are the indices of these vectors, row by row. In an answer, they are tokens from <seg000> to
+<seg127>. The decoder turns the codes back into a mask.
 
 The weights are in a file with the names and shapes of Google's vae-oid.npz. The parameters here have the same names. Sources:
 VQ-VAE (arXiv:1711.00937), google-research/big_vision (evaluators/proj/paligemma/transfers/segmentation.py). Checked in
@@ -36,7 +36,7 @@ from paligemma.vocabulary import NUM_CODES
 CODE_WIDTH = 512  # numbers per vector of the codebook
 GRID = 4  # the codes form 4 rows of 4
 MAX_FILE_BYTES = 64 << 20  # Google's file has 8 MB
-# Of other compression methods, zipfile may decompress more bytes than were requested.
+# With other compression methods, zipfile may decompress more bytes than requested.
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 MAX_HEADER_BYTES = 10_000  # for the header of one array
 HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

@@ -71,9 +71,9 @@ def crop(mask: np.ndarray, box: Box) -> np.ndarray:
 
 
 # COCO's run lengths are the numbers of pixels outside, inside, outside, ... of the mask, column by column. A string stores the
-# first three numbers, and then for each number its difference from the number two places before. This is usually small, because
-# neighbouring columns are similar. Each stored number is split into groups of five bits, lowest first. A group is written as the
-# character with the code 48 + group, or 48 + group + 32 if another group of the same number follows.
+# first three numbers, and then for each number its difference from the number two places before. The difference is usually
+# small, because neighbouring columns are similar. Each stored number is split into groups of five bits, lowest first. A group is
+# written as the character with the code 48 + group, or 48 + group + 32 if another group of the same number follows.
 
 
 def run_lengths(mask: np.ndarray) -> list[int]:
@@ -173,7 +173,7 @@ def trace(mask: np.ndarray) -> list[np.ndarray]:
             dx, dy = STEPS[direction]
             middles.append((x + dx / 2, y + dy / 2))
             x, y = x + dx, y + dy
-            turns = [(direction + turn) % 4 for turn in (1, 0, 3)]  # a turn to the right is tried first; it stays at the pixel
+            turns = [(direction + turn) % 4 for turn in (1, 0, 3)]  # right first: this turn stays at the same pixel
             direction = next((turn for turn in turns if steps[turn, y, x]), direction)
         if middles:
             outlines.append(np.array(middles))
@@ -252,7 +252,7 @@ def to_polygons(mask: np.ndarray, simplification: float = SIMPLIFICATION) -> lis
 
 
 def fill(polygons: list[list[float]], height: int, width: int) -> np.ndarray:
-    """bool[height, width]: pixels whose centres lie in a polygon. Areas where a polygon overlaps itself are outside."""
+    """bool[height, width]: pixels whose centres lie in a polygon. Areas where a polygon overlaps itself count as outside."""
     covered = np.zeros((height, width), dtype=bool)
     for polygon in polygons:
         x, y = np.array(polygon, dtype=float).reshape(-1, 2).T
