@@ -211,7 +211,7 @@ class PaliGemmaConfig:
             if not isinstance(raw.get(key), dict):
                 raise ValueError(f"{key} is {raw.get(key)!r}; an object is needed.")
         ids: dict[str, Any] = {}
-        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):  # transformers 5 writes them into text_config only
+        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):  # transformers 5 writes these into text_config only
             value = raw.get(key) if raw.get(key) not in (None, []) else raw["text_config"].get(key)
             # Some programs write -1 if there is no padding token.
             is_absent = value in (None, []) or key == "pad_token_id" and value == -1

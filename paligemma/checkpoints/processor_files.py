@@ -81,9 +81,9 @@ def read_settings(path: Path, error_class: type[CheckpointError | TokenizerError
 
 
 def choose_image_settings(settings: dict[str, dict], folder: Path) -> tuple[dict, Path]:
-    """The settings in processor_config.json or, if it has none, in preprocessor_config.json; and the path of that file.
+    """(image settings, path of their file): from processor_config.json or, if it has none, from preprocessor_config.json.
 
-    Raises: CheckpointError for anything but "resize to a square with the bicubic filter, rescale, normalise".
+    Raises: CheckpointError if they ask for anything but "resize to a square with the bicubic filter, rescale, normalise".
     """
     name, image_settings = IMAGE_FILES[0], settings[IMAGE_FILES[0]].get("image_processor")
     if image_settings is None:
@@ -148,13 +148,13 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if files.stat_path(path, TokenizerError) is None and not path.is_symlink():
         if files.is_file(folder / "tokenizer.model", TokenizerError):
-            text = f"{folder} has a tokenizer.model but no tokenizer.json, which is the file that is read. {CONVERT}"
+            text = f"{folder} has a tokenizer.model, but a tokenizer.json is needed. {CONVERT}"
         else:
             text = f"{folder} has neither tokenizer.json nor tokenizer.model. Download them again."
         raise TokenizerError(text, path=path)
     content = files.read_regular(path, files.MAX_TOKENIZER_BYTES, TokenizerError)
     if would_panic(content, path):
-        reason = "its BPE has a continuing_subword_prefix, or one of its components is of type Precompiled"
+        reason = "its BPE model has a continuing_subword_prefix, or one of its components is of type Precompiled"
         raise TokenizerError(f"{path} is not a tokenizer like Gemma's: {reason}. Download it again.", path=path)
     try:
         tokenizer = Tokenizer.from_buffer(content)
@@ -237,8 +237,8 @@ def add_missing_tokens(tokenizer: Tokenizer) -> None:
 def configured_ids(config: dict, generation_config: dict) -> dict[str, set[int]]:
     """The ids of bos and eos in config.json and generation_config.json; an empty set if no file has one.
 
-    transformers 4 writes them at the top of config.json, transformers 5 into text_config; the files on the hub also have them in
-    generation_config.json. There can be several eos ids.
+    transformers 4 writes these ids at the top level of config.json, transformers 5 into text_config. The models on the hub also
+    have them in generation_config.json. There can be several eos ids.
     """
     ids = {}
     for name in ("bos_token_id", "eos_token_id"):
@@ -280,8 +280,8 @@ def find_ids(tokenizer: Tokenizer, tokenizer_config: dict, model: "ModelFiles", 
 
 
 def check_tokenizer(tokenizer: PromptTokenizer, model: "ModelFiles") -> None:
-    """Raises: TokenizerError unless <loc> and <seg> have consecutive ids, all ids fit into the embedding, and a text with two
-    spaces and with characters of several bytes is the same after decoding."""
+    """Raises: TokenizerError unless <loc> and <seg> have consecutive ids, all ids fit into the embedding, and encoding and decoding
+    do not change a text with two spaces and with characters of several bytes."""
     path, num_rows = find_tokenizer_folder(model) / "tokenizer.json", model.config.text_config.vocab_size
     for kind, tokens in (("<loc>", LOCATION_TOKENS), ("<seg>", CODE_TOKENS)):
         ids = [tokenizer.loc_seg_ids[token] for token in tokens]

@@ -205,7 +205,7 @@ def with_masks(objects: Sequence[ParsedObject], codec: MaskCodec, width: int, he
     """
     coded = [i for i, found in enumerate(objects) if found.codes is not None and found.box is not None]
     codes = torch.tensor([objects[i].codes for i in coded], dtype=torch.int64).view(-1, GRID**2)
-    complete = list(objects)
+    results = list(objects)
     for i, mask in zip(coded, codec.decode(codes).numpy(), strict=True):
-        complete[i] = replace(objects[i], mask=paste(mask, objects[i].box, height, width))
-    return complete
+        results[i] = replace(objects[i], mask=paste(mask, objects[i].box, height, width))
+    return results
