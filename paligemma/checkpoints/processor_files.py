@@ -280,8 +280,8 @@ def find_ids(tokenizer: Tokenizer, tokenizer_config: dict, model: "ModelFiles", 
 
 
 def check_tokenizer(tokenizer: PromptTokenizer, model: "ModelFiles") -> None:
-    """Raises: TokenizerError unless <loc> and <seg> have consecutive ids, all ids fit into the embedding, and encoding and decoding
-    do not change a text with two spaces and with characters of several bytes."""
+    """Raises: TokenizerError unless <loc> and <seg> have consecutive ids, all ids fit into the embedding, and a text with two
+    spaces and with characters of several bytes does not change when it is encoded and decoded."""
     path, num_rows = find_tokenizer_folder(model) / "tokenizer.json", model.config.text_config.vocab_size
     for kind, tokens in (("<loc>", LOCATION_TOKENS), ("<seg>", CODE_TOKENS)):
         ids = [tokenizer.loc_seg_ids[token] for token in tokens]
