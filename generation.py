@@ -53,7 +53,7 @@ def generate_greedy(model: nn.Module, inputs: dict, max_new_tokens: int = 40) ->
     """The answer to one request. Each token is the most likely one. `generate` does the same for batches, and more.
 
     Args:
-        inputs: what the processor returned for one row.
+        inputs: the result of the processor for one row.
         max_new_tokens: the maximum number of tokens of the answer.
     Returns: the token ids of the answer, including <eos> if it was generated.
     """
@@ -252,7 +252,7 @@ def split_rows(inputs: dict, config: Any) -> list[dict]:
     num_pictures = 0 if picture_key is None else len(inputs[picture_key])
     if used != num_pictures:
         reason = f"the rows have <image> tokens for {used} pictures, but {num_pictures} pictures were given"
-        raise PromptError(f"{reason}. Pass what the processor returns.")
+        raise PromptError(f"{reason}. Pass the result of the processor.")
     return rows
 
 
@@ -372,7 +372,7 @@ class RunningBatch:
         max_rows: the maximum number of requests that run at the same time.
         max_new_tokens: the maximum number of tokens of an answer. An answer is shorter if the model's context ends first.
         sampling: how tokens are chosen.
-        eos_token_id: the token or tokens that end an answer; "config" = those of the model's config; None = no token does.
+        eos_token_id: the token or tokens that end an answer; "config" = the eos tokens of model.config; None = no token.
         locations: the ids of the location tokens, for Answer.moments; None = no moments are computed.
         suppress_tokens: ids that are never generated; <image> is always one of them. Ids outside the vocabulary are ignored.
     Raises: GenerationError with exit code 2 for arguments of the wrong type or out of range.
@@ -488,7 +488,7 @@ class RunningBatch:
         return tokens
 
     def choose_next(self, logits: Tensor, first: int) -> PendingTokens:
-        """Chooses the next token of the rows from index `first` on; `logits` are those of these rows only, float32[B, V]."""
+        """Chooses the next token of the rows from index `first` on; `logits` are of these rows only, float32[B, V]."""
         self.suppressed = self.suppressed.to(logits.device)
         logits.index_fill_(1, self.suppressed, -torch.inf)
         rows = self.rows[first:]
@@ -599,8 +599,8 @@ def generate(
     """The answers to a batch, one token of every row at a time.
 
     Args:
-        inputs: what the processor returned, padded on either side. `image_features` of model.encode_images may replace
-            `pixel_values`.
+        inputs: the result of the processor, padded on the left or on the right. `image_features` from model.encode_images may
+            replace `pixel_values`.
         max_new_tokens: the maximum number of tokens of an answer.
         sampling: how tokens are chosen; Sampling() takes the most likely token.
         grammar: constrains the answer of every row; None = no constraint.

@@ -202,7 +202,7 @@ class ConstraintState:
             self.num_label_tokens += 1
 
     def possible_endings(self) -> list[Ending]:
-        """The endings for the box that was just generated: those that fit, with labels that this box does not have yet."""
+        """The endings that fit after the box that was just generated and whose label this box does not have yet."""
         grammar, used = self.grammar, self.labels_of.get(tuple(self.locations), ())
         # The maximum number of tokens of an ending after which another object still fits.
         room = self.tokens_left - grammar.num_codes - grammar.object_length if self.num_objects < grammar.max_objects else -1
