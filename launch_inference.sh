@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Answers a question about a picture: makes .venv if it is missing, installs requirements.txt, starts inference.py.
 #     bash launch_inference.sh detect street.jpg car person --save out.png
-# All arguments are passed on (--help lists them). The variables below set the classic flags; a flag overrides its variable.
+# All arguments are passed to inference.py (--help lists them). Each environment variable below sets the flag of the same name;
+# a flag in the arguments overrides its variable.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/make_venv.sh" requirements.txt
 PALIGEMMA_COMMAND="bash $(printf %q "$0")"  # the command that --help and messages show

@@ -1,6 +1,6 @@
-# Sourced by launch_inference.sh and run_tests.sh: makes .venv next to them and installs the requirements files $@ into it.
-# $python is then its python. .venv keeps a copy of each installed file, so that a second run needs only a `cmp` of each. An
-# interrupted installation leaves .venv/unfinished and starts again, because pip takes a package that is half there for installed.
+# Sourced by launch_inference.sh and run_tests.sh: makes .venv next to them, installs the requirements files $@ into it, and sets
+# $python to the interpreter in it. .venv keeps a copy of each requirements file, so that the next run only compares them (cmp).
+# An interrupted installation leaves .venv/unfinished and starts again, because pip treats a partly installed package as installed.
 
 home=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 python=$home/.venv/bin/python
@@ -12,13 +12,14 @@ is_installed() {
 }
 
 make_venv() {
-    local base=${PYTHON:-python3} quiet=--quiet wanted=${!#} file  # the last file named includes the others
+    local base=${PYTHON:-python3} quiet=--quiet wanted=${!#} file  # wanted: the last argument, a file that includes the others
     [ -t 2 ] && quiet=--progress-bar=on
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || {
-        echo "error: Python 3.10 or newer is needed ($base is not). Install one, or name it: PYTHON=python3.12 bash $0" >&2
+        echo "error: Python 3.10 or newer is needed. $base is older or cannot be run. Install a newer one, or name it:" \
+            "PYTHON=python3.12 bash $0" >&2
         exit 6
     }
-    if command -v flock >/dev/null; then  # if two start at once, the second waits here and then finds all installed
+    if command -v flock >/dev/null; then  # if two scripts start at once, the second waits here and then finds all files installed
         exec 9<"$home/make_venv.sh"
         flock 9 || true
         ! is_installed "$@" || return 0

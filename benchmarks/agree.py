@@ -4,11 +4,12 @@ It compares small random models of both families, in float32, bfloat16, int8 and
     device      logits of the whole row, and eight generated tokens, compared with the CPU
     recorded    logits of a decoding step replayed from a CUDA graph, three rows of unequal length, compared with the plain step
     compiled    the same for a CUDA graph of the compiled step (torch.compile)
-It also compares attention alone: torch's choice of kernel, with and without a mask, with the scores written out, and soft caps
-in flex_attention with soft caps written out. And it measures the memory of attention over 4096 tokens, which shows whether the
-full float32 score matrix is ever built. So it finds a kernel that is fast and wrong, and also one that was never used. The exit
-code is 1 if anything is WRONG. With --device cpu it runs what a CPU can run: no graphs, and nothing compiled, which would take
-minutes.
+It also compares attention alone, with and without a mask:
+    open, masked    the kernel that torch chooses, compared with plain matrix products and softmax
+    ..., capped     flex_attention with soft-capped scores, compared with the same in plain operations
+And it measures the memory of attention over 4096 tokens, which shows whether the full float32 score matrix is ever built. So the
+script finds a kernel that is fast and wrong, and also a kernel that was never used. The exit code is 1 if anything is WRONG. With
+--device cpu there are no graphs, and nothing is compiled, because that would take minutes.
 """
 
 import argparse
@@ -35,8 +36,8 @@ from paligemma.layers import graphs
 from paligemma.modeling_gemma import attention
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
-# Largest relative distance of all logits. Sums in another order differ by about 1e-6 in float32 and by 4e-3, the rounding of 8
-# bits, in bfloat16. The quantised models round their activations on some devices and not on others.
+# Largest allowed distance of all logits, relative to their norm. Sums in a different order differ by about 1e-6 in float32 and by
+# 4e-3 (rounding to 8 bits) in bfloat16. The quantised models round their activations on some devices and not on others.
 BOUNDS = {("fp32", None): 1e-4, ("bf16", None): 2e-2, ("bf16", "int8"): 5e-2, ("bf16", "int4"): 5e-2}
 CONTEXT, TOKENS, STEPS = 290, 8, 6
 LONG = 4096  # image tokens at 896 px
@@ -49,23 +50,27 @@ def distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 @torch.no_grad()
 def answers(model: torch.nn.Module, inputs: dict) -> tuple[torch.Tensor, list[int]]:
-    """The logits, float32[L, V], and the greedy tokens."""
+    """The logits of the prompt, float32[L, V], and the tokens of the greedy answer."""
     tokens = [int(token) for token in generate(model, inputs, max_new_tokens=TOKENS, eos_token_id=None)]
     return model(**inputs)[0].float().cpu(), tokens
 
 
 @torch.no_grad()
-def stepwise(model: torch.nn.Module, inputs: dict, uses_graphs: bool = True) -> tuple[torch.Tensor, list[graphs.Step]]:
+def decode_steps(model: torch.nn.Module, inputs: dict, uses_graphs: bool = True) -> tuple[torch.Tensor, list[graphs.Step]]:
     """Logits float32[steps, B, V] of STEPS steps after the prefill of three rows; and the recorded or compiled steps."""
-    kind = type(model) if uses_graphs else PaliGemmaForConditionalGeneration  # steps with a plain cache are not recorded
-    cache = kind.new_cache(model, 3, inputs["input_ids"].shape[1] + STEPS)
+    # PaliGemmaForConditionalGeneration.new_cache makes an ordinary KV cache, with which no CUDA graph is used.
+    model_class = type(model) if uses_graphs else PaliGemmaForConditionalGeneration
+    cache = model_class.new_cache(model, 3, inputs["input_ids"].shape[1] + STEPS)
     model.prefill(cache, **inputs)
     logits = [model.decode(cache, torch.tensor([500, 501, 502]) + i).cpu() for i in range(STEPS)]
     return torch.stack(logits), list(cache.steps.steps.values()) if isinstance(cache, graphs.RecordedCache) else []
 
 
-def compare_forms(folder: Path, family: str, device: str) -> Iterator[dict]:
-    """Compares one family in each dtype and quantisation; yields one result per comparison."""
+def compare_precisions(folder: Path, family: str, device: str) -> Iterator[dict]:
+    """Compares one family in each precision (dtype or quantisation); yields one result per comparison.
+
+    `is_as_intended` means: for "device", the tokens are the same; for "recorded" and "compiled", the graph was really used.
+    """
     config = read_json(folder / "config.json")
     one, three = make_rows(config, 1, CONTEXT, 0), make_rows(config, 3, CONTEXT, 0)
     three["attention_mask"][1, -20:] = three["attention_mask"][2, -5:] = 0
@@ -76,18 +81,18 @@ def compare_forms(folder: Path, family: str, device: str) -> Iterator[dict]:
         model = load_model(folder, device=device, dtype=dtype, quantize=quantize)
         found, tokens_there = answers(model, one)
         yield about | {"way": "device", "distance": distance(found, expected), "is_as_intended": tokens == tokens_there}
-        plain, _ = stepwise(model, three, uses_graphs=False)
+        plain, _ = decode_steps(model, three, uses_graphs=False)
         is_compiled_here = is_gpu and (dtype, quantize) in (("bf16", None), ("bf16", "int4"))  # each takes 15 seconds
         for way, compile_after in (("recorded", 10**9), *([("compiled", 0)] if is_compiled_here else [])):
             model = graphs.use_graphs(model, compile_after)
-            found, steps = stepwise(model, three)
+            found, steps = decode_steps(model, three)
             is_recorded = all(step.replay is not None for step in steps) or not is_gpu
             is_compiled = all((step.function is graphs.compiled_step()) for step in steps) or way == "recorded"
             yield about | {"way": way, "distance": distance(found, plain), "is_as_intended": is_recorded and is_compiled}
 
 
 def make_heads(device: str, dtype: torch.dtype, length: int, key_heads: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """q, k, v of two rows with eight query heads of Gemma's width, and the mask of prompts of which the second is shorter."""
+    """q, k, v of two rows with eight query heads of Gemma's width; and a mask that makes the second row a quarter shorter."""
     draw = torch.Generator().manual_seed(0)
     shapes = [(2, 8, length, 256), (2, key_heads, length, 256), (2, key_heads, length, 256)]
     heads = [torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes]
@@ -100,15 +105,15 @@ def make_heads(device: str, dtype: torch.dtype, length: int, key_heads: int) -> 
 def compare_attention(device: str) -> Iterator[dict]:
     is_gpu = device.startswith("cuda")
     capped = graphs.compiled_capped_attention() if is_gpu else graphs.capped_attention
-    for form, dtype, bound in (("fp32", torch.float32, 1e-4), ("bf16", torch.bfloat16, 2e-2)):
+    for precision, dtype, bound in (("fp32", torch.float32, 1e-4), ("bf16", torch.bfloat16, 2e-2)):
         for key_heads in (1, 4):
             heads, ragged = make_heads(device, dtype, 1100 if is_gpu else 40, key_heads)
             for mask, name in ((None, "open"), (ragged, "masked")):
-                about = {"family": f"{key_heads} key heads", "form": form, "bound": bound, "is_as_intended": True}
+                about = {"family": f"{key_heads} key heads", "form": precision, "bound": bound, "is_as_intended": True}
                 chosen = attention(*heads, mask, 1 / 16, None)
                 with sdpa_kernel(SDPBackend.MATH):
-                    written_out = attention(*heads, mask, 1 / 16, None)
-                yield about | {"way": name, "distance": distance(chosen, written_out)}
+                    plain = attention(*heads, mask, 1 / 16, None)
+                yield about | {"way": name, "distance": distance(chosen, plain)}
                 expected = attention(*heads, mask, 1 / 16, 50.0)
                 yield about | {"way": f"{name}, capped", "distance": distance(capped(*heads, mask, 1 / 16, 50.0), expected)}
 
@@ -121,7 +126,7 @@ def measure_memory(device: str) -> Iterator[dict]:
         heads, mask = [head[:1].clone() for head in heads], mask[1:].clone() if name.startswith("masked") else None
         run = graphs.compiled_capped_attention() if cap else attention
         arguments = (*heads, mask, 1 / 16, cap)
-        run(*arguments)  # so that the memory for compiling does not count
+        run(*arguments)  # the first call may compile, and the memory for compiling must not count
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run(*arguments)
@@ -146,7 +151,7 @@ def main(options: argparse.Namespace) -> None:
         for family in ("paligemma", "paligemma2"):
             path = Path(folder) / family
             write_checkpoint(path, family=family, size="tiny")
-            for row in compare_forms(path, family, device):
+            for row in compare_precisions(path, family, device):
                 note(row)
     if device.startswith("cuda"):
         for row in measure_memory(device):

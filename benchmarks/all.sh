@@ -3,9 +3,9 @@
 #
 #   bash benchmarks/all.sh --model DIR [--save] [--quick]
 #
-# DIR is a checkpoint such as make_checkpoint.py writes; if it does not exist, it is made. Run nothing else meanwhile.
-# Its quantised copies, DIR-int8 and DIR-int4, are deleted and made again. With --save, the JSON is stored in results/ and the plot
-# is drawn.
+# DIR is a checkpoint such as make_checkpoint.py writes. If it does not exist, it is made. Its quantised copies, DIR-int8 and
+# DIR-int4, are deleted and made again. Run nothing else on the machine meanwhile. With --save, the JSON is stored in results/ and
+# the plot is drawn.
 set -euo pipefail
 case " $* " in *" --help "* | *" -h "*) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;; esac
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)

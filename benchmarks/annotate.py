@@ -1,14 +1,14 @@
-"""Pictures per second of a folder: the loop of `paligemma annotate` compared with a plain loop over transformers; lost rows.
+"""Pictures per second of `paligemma annotate` on a folder, compared with a plain loop over transformers.
 
     python -m benchmarks.annotate [--model CHECKPOINT] [--pictures 64] [--rows 16]
     python -m benchmarks.annotate --kills 5         the same, and then 1,000 pictures, 10 of them damaged, with 5 kills
 
-The plain loop is the obvious one: open a picture, call the processor, generate, decode, take the next picture. `annotate`
-decodes `rows` pictures at the same time, starts the next one as soon as an answer has ended (continuous batching), reads
-pictures in threads meanwhile, and flushes every row to its file. Both sides read the same files from the disk and generate the
-same tokens in the same dtype. This is float32, because bfloat16 occasionally decides a near-tie differently. Both use the
-number of threads that `annotate` uses: all cores, or one for a model as small as the demo's, where one thread is also faster
-for transformers. The pictures come from demo/shapes.py; the prompts alternate: a caption, boxes, a count.
+The plain loop opens a picture, calls the processor, generates, decodes, and takes the next picture. `annotate` decodes `rows`
+pictures at the same time, starts the next picture as soon as an answer has ended (continuous batching), reads pictures in threads
+meanwhile, and flushes every row to its file. Both sides read the same files from the disk and generate the same tokens in the
+same dtype. The default is float32, because bfloat16 occasionally decides a near-tie differently. Both sides use the number of
+threads that `annotate` uses: all cores, or one thread for a model as small as the demo's, where one thread is also faster for
+transformers. The pictures are drawn by demo/shapes.py; the prompts alternate between a caption, boxes and a count.
 
 With --kills, the program runs on a folder that contains damaged pictures, is killed by SIGKILL at random moments, and is
 started again. Then the rows are counted: a picture without a row is lost, a picture with several rows is repeated.
@@ -72,7 +72,7 @@ def draw_pictures(folder: Path, count: int, size: int) -> list[Path]:
 
 
 def ours(options: argparse.Namespace, asked: list[tuple[Path, str]], folder: Path) -> Callable[[], dict]:
-    """The loop of `annotate`, with a new file of rows in each round."""
+    """The loop of `annotate`, with a new output file in each round."""
     flags = JobFlags(
         words=(str(folder),),
         model_path=str(options.model),
@@ -122,7 +122,7 @@ def theirs(options: argparse.Namespace, asked: list[tuple[Path, str]]) -> Callab
 
 
 def compare(options: argparse.Namespace, folder: Path) -> dict:
-    """Measures both loops alternately; pictures per second of each."""
+    """Measures both loops alternately; returns the pictures per second of each."""
     paths = draw_pictures(folder, options.pictures, options.size)
     asked = [(path, PROMPTS[number % len(PROMPTS)]) for number, path in enumerate(paths)]
     mine, plain = NAMES[options.dtype]
@@ -143,7 +143,7 @@ def count_rows(path: Path) -> int:
 
 
 def kill(options: argparse.Namespace, folder: Path) -> dict:
-    """Starts `annotate` and kills it, several times; then lets it finish and counts the rows."""
+    """Starts and kills `annotate` several times; then lets it finish and counts the rows."""
     count, num_damaged = (12, 2) if options.quick else (KILL_PICTURES, KILL_DAMAGED)
     paths = draw_pictures(folder / "photos", count, 32)
     draw = random.Random(0)
@@ -156,10 +156,10 @@ def kill(options: argparse.Namespace, folder: Path) -> dict:
     start = partial(subprocess.Popen, command, cwd=folder, stderr=subprocess.PIPE)
     kept = []
     for left in range(options.kills, 0, -1):
-        there = count_rows(file)
-        moment = there + draw.randrange(1, max(2, 2 * (len(paths) - there) // (left + 1)))
+        present = count_rows(file)
+        limit = present + draw.randrange(1, max(2, 2 * (len(paths) - present) // (left + 1)))
         process = start()
-        while process.poll() is None and count_rows(file) < moment:
+        while process.poll() is None and count_rows(file) < limit:
             time.sleep(0.001)
         time.sleep(draw.random() / 50)
         process.kill()

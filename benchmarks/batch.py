@@ -1,9 +1,9 @@
 """Throughput: captions per second of many pictures, against the number of rows that are decoded at the same time.
 
-A decoding step reads every weight, however many rows are in the batch. So more rows make a token cheaper, until arithmetic or
-memory is the limit. Answers differ in length. In a padded batch (transformers) the short answers wait for the longest, while
-generate_many starts the next picture in a row that has ended. The pictures are random noise and the model never generates eos,
-so the length of each answer is prescribed: 4 to 24 tokens, drawn once, the same for both sides.
+A decoding step reads every weight once, whatever the number of rows in the batch. So the time per token falls with more rows,
+until arithmetic or memory is the limit. Answers differ in length. In a padded batch (transformers) the short answers wait for the
+longest, while generate_many starts the next picture in a row that has ended. The pictures are random noise and the model never
+generates eos, so the length of each answer is prescribed: 4 to 24 tokens, drawn at random once, the same for both sides.
 
 On two cores, transformers needs many seconds per picture, so the default is one round; on CUDA use --rounds 5.
 """
@@ -17,7 +17,7 @@ from paligemma.files import read_json
 
 def main() -> None:
     flags = {
-        "--rows": {"help": "numbers of rows at the same time, with commas between them"},
+        "--rows": {"help": "numbers of rows to decode at the same time, separated by commas"},
         "--pictures": {"type": int, "help": "number of pictures per measurement"},
     }
     options = turns.parse(__doc__, rounds=1, flags=flags)

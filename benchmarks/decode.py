@@ -1,14 +1,14 @@
 """Decoding: milliseconds for one more token, batch 1, after one picture and a short prompt.
 
-To generate one token, the processor reads every weight of the decoder and the output matrix once, and does little else: two
-multiply-adds per four bytes. So the floor is bytes / read bandwidth, and the only way to lower it is fewer bytes: int8 halves
-them, int4 halves them again. Everything else that a program does (a product that reads slowly, allocation, Python between the
-layers, a cache that grows by copying) makes it slower than the floor.
+To generate one token, the processor reads every weight of the decoder and the output matrix once, and computes little: two
+multiply-adds per four bytes. So the floor is bytes / read bandwidth, and only fewer bytes lower it: int8 halves them, int4 halves
+them again. A program is slower than the floor because of everything else that it does: matrix products that read slowly,
+allocation, Python code between the layers, a cache that is copied when it grows.
 
-All sides have the same prompt. Each reads it once, and they alternately generate the next few tokens. On the CPU, transformers
-is also measured with torch's oneDNN products switched off while decoding, which is faster on some processors. On CUDA, ours is
-a recorded graph (graphs.py), "compiled" means a recorded graph of a compiled step, and "share" is the share of the bandwidth
-that is used.
+All sides have the same prompt. Each side prefills it once, and then the sides alternately generate the next few tokens. On the
+CPU, transformers is also measured with torch's oneDNN products switched off while decoding, which is faster on some processors.
+On CUDA, our side replays a recorded graph (graphs.py); "compiled" means a recorded graph of a compiled step. The column "share"
+is the share of the bandwidth that is used.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ from functools import partial
 from benchmarks import turns
 from paligemma.files import read_json
 
-RECORDING = 8  # tokens on CUDA until graphs are recorded and steps compiled (minutes); all sides do it at the same time
+RECORDING = 8  # tokens generated on CUDA before measuring, so that graphs are recorded and steps compiled (takes minutes)
 
 
 def main() -> None:
@@ -28,7 +28,8 @@ def main() -> None:
     context = config["text_config"]["num_image_tokens"] + turns.PROMPT
     floors = turns.Floors(options.device)
     with turns.start(names, options.model, options.device) as sides:
-        most = 1 + RECORDING + 2 * count * (options.rounds + 1)  # two variants share the answer of transformers
+        # twice `count`, because transformers with and without mkldnn are two variants that continue the same answer
+        most = 1 + RECORDING + 2 * count * (options.rounds + 1)
         turns.require_same({name: side.ask("begin", context=context, most=most) for name, side in sides.items()})
         if is_gpu:
             turns.require_same(turns.together(sides, "decode", count=RECORDING))

@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# Runs everything important on a CUDA machine, within eight minutes: first correctness, then the numbers.
+# Runs everything important on a CUDA machine, within eight minutes: first the checks of correctness, then the measurements.
 #
 #   bash benchmarks/gpu.sh [--model DIR] [--save] [--quick] [--rounds N] [--sides NAMES]
 #
-# DIR (default: paligemma-3b in the temporary folder) is made if it does not exist. Every step has its own time limit, and all steps
-# end after eight minutes, so that one that hangs does not cost the others. The end of the output lists the steps that failed or had
-# no time. torch caches compiled kernels, so a second run has more time. Set PYTHON to use another interpreter than .venv's.
+# DIR (default: paligemma-3b in the temporary folder) is made if it does not exist. Every step has its own time limit, so that a
+# step that hangs does not use up the time of the others, and the script ends after eight minutes. The end of the output lists the
+# steps that failed or had no time. torch caches compiled kernels, so a second run has more time. Set PYTHON to use another
+# interpreter than that of .venv.
 #
 # The goals on an H200:
-#   agree     every line is "fine"; a "WRONG" makes the numbers below worthless
-#   decode    share of ours in bf16 (the better of recorded and compiled): 0.85; 8 times as fast as transformers, 1.2 times as
-#             fast as its static cache; int8 and int4: 1.6 and 2.2 times as fast as our bf16
-#   prefill   share of ours: 0.5
-#   batch     best pictures per second: 3 times those of transformers
-#   memory    bf16, int8, int4: 1.0, 0.62, 0.45 of transformers
-#   start     0.6 of the time of transformers
+#   agree     every line is "fine"; a "WRONG" makes the other numbers worthless
+#   decode    our bf16 (the better of recorded and compiled) reaches 0.85 of the bandwidth, is 8 times as fast as transformers and
+#             1.2 times as fast as transformers with a static cache; our int8 and int4 are 1.6 and 2.2 times as fast as our bf16
+#   prefill   our bf16 reaches 0.5 of the matrix rate
+#   batch     ours makes 3 times as many pictures per second as transformers, each at its best batch size
+#   memory    bf16, int8, int4: 1.0, 0.62, 0.45 times the peak of transformers
+#   start     0.6 times the time of transformers
 set -uo pipefail
 case " $* " in *" --help "* | *" -h "*) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;; esac
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)

@@ -1,22 +1,22 @@
-"""The cost of a grammar and of the moments of coordinates: microseconds per step, compared with the whole step.
+"""The cost of a grammar, and of the mean and standard deviation of coordinates: microseconds per decoding step.
 
     python -m benchmarks.grammar_cost [--rows 1,8,32] [--device cuda]
 
-Constraining a row to a grammar means knowing, at each step, which ids may come next. The usual way, a mask over the vocabulary,
-writes and reads 257216 numbers per row once more. grammar.py instead lists the few allowed ids (at most 1024, mostly one or
-two), and the next token is chosen among them; moments look at the 1024 locations. Every row has to compute the maximum of all
-logits anyway, and the sum for the log-probability of the chosen token.
+To constrain a row to a grammar, the program must know at each step which ids are allowed next. The usual way, a mask over the
+vocabulary, writes and reads another 257216 numbers per row. grammar.py instead lists the few allowed ids (at most 1024, mostly
+one or two), and the next token is chosen among them. Mean and standard deviation (the moments) need the 1024 logits of the
+locations. For comparison: in every variant, each row computes the maximum of all logits, and the sum that the log-probability of
+the chosen token needs.
 
-Four variants generate the same answer, which is valid, so that the grammar has nothing to change. If the answers differ, the
-script stops.
+Four variants generate the same answer. It is valid, so the grammar changes nothing. If the answers differ, the script stops.
 
-    free          no grammar                        moments                 mean and spread of every coordinate (locations=...)
+    free          no grammar                        moments                 mean and standard deviation of each coordinate
     constrained   a grammar of 80 labels            constrained, moments    both
 
-The first measurement has no model: the loop of generation.py runs on logits of full size, drawn once, and in each step one of
-them is raised. The second one has the whole demo checkpoint, whose steps are so short that any extra cost is visible. The floor
-is that of a step of
-PaliGemma 3B in bfloat16: reading the weights of its decoder.
+The first measurement has no model: the loop of generation.py runs on random logits of full size, and in each step the logit of
+the next token of the answer is raised. The second measurement uses the whole demo checkpoint, whose steps are so short that any
+extra cost is visible. For comparison, the script also prints the least time of one decoding step of PaliGemma 3B in bfloat16:
+the time to read the weights of its decoder.
 """
 
 import argparse
@@ -31,7 +31,7 @@ if __name__ == "__main__":  # --help and wrong flags are answered before the slo
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=turns.HERE.parent / "paligemma" / "bundled")
     parser.add_argument("--picture", default=turns.HERE.parent / "examples" / "shapes.png")
-    parser.add_argument("--rows", default="1,8,32", help="numbers of rows, with commas between them")
+    parser.add_argument("--rows", default="1,8,32", help="numbers of rows, separated by commas")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="run briefly, only to see that the script works")
@@ -53,7 +53,7 @@ from paligemma.checkpoints.weights import load_model
 VOCABULARY, IMAGE, EOS = 257216, 257152, 1  # as in every PaliGemma
 LOCATIONS, SEGMENTS = range(256000, 257024), range(257024, IMAGE)
 DECODER_BYTES = 2 * 2_506_172_416  # of PaliGemma 3B
-LABELS, OBJECTS = 80, 15  # as many labels as COCO has classes; objects in the answer
+LABELS, OBJECTS = 80, 15  # number of labels (COCO has 80 classes), and of objects in the answer
 QUESTION = "detect shape"
 
 
@@ -76,7 +76,7 @@ def make_answer(grammar: Grammar) -> list[int]:
 
 
 class FakeModel:
-    """Replaces a model: gives logits of full size that generate one given answer in every row."""
+    """Replaces a model: returns logits of full size that make every row generate one given answer."""
 
     def __init__(self, answer: list[int], rows: int, device: torch.device):
         text = SimpleNamespace(max_position_embeddings=8192, vocab_size=VOCABULARY)
@@ -92,15 +92,15 @@ class FakeModel:
     def prefill(self, cache: KVCache, attention_mask: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
         cache.fill(attention_mask.sum(1))
         self.step = 0
-        return self.raised()
+        return self.next_logits()
 
     def decode(self, cache: KVCache, _: torch.Tensor) -> torch.Tensor:
         cache.reserve()
         cache.lengths.add_(1)
         self.step += 1
-        return self.raised()
+        return self.next_logits()
 
-    def raised(self) -> torch.Tensor:
+    def next_logits(self) -> torch.Tensor:
         self.logits[:, self.answer[self.step - 1]] = 0.0  # at step 0 this is the last token of the previous answer
         self.logits[:, self.answer[self.step]] = 30.0
         return self.logits
@@ -122,7 +122,7 @@ def variant(model: object, inputs: dict, count: int, device: torch.device, **opt
 
 
 def compare(model: object, inputs: dict, count: int, locations: range, grammar: Grammar, options: argparse.Namespace) -> dict:
-    """Prints and returns the microseconds per step of the four variants, and how much each adds to `free` in the same round."""
+    """Prints and returns the microseconds per step of each variant, and the difference from `free` in the same round."""
     device = torch.device(options.device)
     extras = {"free": {}, "moments": {"locations": locations}, "constrained": {"grammar": grammar}}
     extras["constrained, moments"] = extras["moments"] | extras["constrained"]

@@ -1,13 +1,13 @@
-"""Growth: how prefill and decoding become slower with context, from 266 to 4106 tokens, and with the size of the model.
+"""Growth: how the time of prefill and decoding grows with context (266 to 4106 tokens) and with the number of layers.
 
-The time of prefill grows with the number of tokens and, because of attention, a little with its square. In the tower, where
-every patch attends to every other, the square is visible at 896 px. The time of decoding hardly grows with context, because
-keys and values of PaliGemma 1 take 18 KB per token, compared with 5 GB of weights. Both times are proportional to the number of
-layers, plus the output matrix.
+The time of prefill grows in proportion to the number of tokens and, because of attention, a little with its square. In the vision
+tower, where every patch attends to every other, the square is visible at 896 px. The time of decoding hardly grows with context,
+because the keys and values of PaliGemma 1 take 18 KB per token, compared with 5 GB of weights. Both times are proportional to the
+number of layers, plus a constant for the output matrix.
 
-The effect of context is measured on models of full width with one layer, which the script makes, so that 896 px are affordable
-on two cores. The effect of the size is measured at 224 px. There is one round after a warm-up round, because only the shape of
-the curves matters.
+The effect of context is measured on models of full width with one layer, so that two cores can measure 896 px; the script writes
+these models. The effect of the number of layers is measured at 224 px. There is one round after a warm-up round, because only the
+shape of the curves matters.
 """
 
 import tempfile

@@ -1,14 +1,14 @@
-"""Examples per second and peak memory of fine-tuning: ours compared with the same step by transformers, and by peft for LoRA.
+"""Examples per second and peak memory of fine-tuning, compared with transformers and, for LoRA, with peft.
 
     python -m benchmarks.learning --model paligemma/bundled
     python -m benchmarks.make_checkpoint --out /tmp/wide --layers 1
     python -m benchmarks.learning --model /tmp/wide --rows 2 --steps 4        full width, one layer in each part
 
-Each turn is a new process that loads the model, makes one update to warm up and then --steps updates. So the peak is that of a
-fine-tune and nothing else, and there is never more than one model in memory. Both sides train on the same rows (a picture of
-noise, ten tokens of prompt, sixteen of answer) with the same loss (mean over answer tokens), AdamW, clipping, float32 master
-weights, bfloat16 compute (torch.autocast; with LoRA, the base weights are bfloat16, too), and the same number of threads. The
-transformers side is the loop of its documentation. The losses of the first update must be the same to 2 %, or the script stops.
+Each measurement is a new process that loads the model, makes one update to warm up and then --steps updates. So the peak is that
+of fine-tuning alone, and there is never more than one model in memory. Both sides train on the same rows (a picture of noise, a
+prompt of ten tokens, an answer of sixteen) with the same loss (mean over answer tokens), AdamW, clipping, float32 master weights,
+bfloat16 compute (torch.autocast; with LoRA, the base weights are bfloat16, too), and the same number of threads. The transformers
+side is the training loop of its documentation. If the losses of the first update differ by more than 2 %, the script stops.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from benchmarks import turns
 from paligemma.files import parse_json, read_json
 from paligemma.vocabulary import IGNORE_INDEX
 
-ANSWER, VOCABULARY = 16, (10, 250)  # tokens of an answer; ids that exist in every tokenizer
+ANSWER, VOCABULARY = 16, (10, 250)  # number of tokens of an answer; the range of their ids, which exist in every tokenizer
 LEARNING_RATE, RANK, ALPHA = 1e-4, 8, 16
 SIDES = {
     "ours full": ("ours", "full"),
@@ -35,7 +35,7 @@ SIDES = {
 BASELINES = {"full": "transformers full", "lora": "transformers + peft lora"}
 
 
-# One side, in a process of its own
+# One side, which runs in a process of its own
 
 
 def make_batch(config: dict, rows: int, step: int) -> dict:
@@ -106,7 +106,7 @@ def theirs(options: argparse.Namespace, config: dict) -> Callable[[int], float]:
 
 
 def work(options: argparse.Namespace) -> None:
-    """Runs one turn of one side; prints a line of JSON."""
+    """Runs one measurement of one side; prints a line of JSON."""
     config = read_json(options.model / "config.json")
     update = {"ours": ours, "transformers": theirs}[options.side](options, config)
     losses, seconds = [update(0)], []
@@ -127,7 +127,8 @@ def work(options: argparse.Namespace) -> None:
 # The comparison
 
 
-def turn(name: str, options: argparse.Namespace) -> dict:
+def measure(name: str, options: argparse.Namespace) -> dict:
+    """Runs `work` for one side in a new process."""
     side, method = SIDES[name]
     flags = {"model": options.model, "device": options.device, "rows": options.rows, "steps": options.steps}
     command = [sys.executable, "-m", "benchmarks.learning", "--side", side, "--method", method]
@@ -141,7 +142,7 @@ def turn(name: str, options: argparse.Namespace) -> dict:
 def main() -> None:
     flags = {
         "--rows": {"type": int, "default": 4, "help": "examples per update"},
-        "--steps": {"type": int, "default": 10, "help": "updates per turn"},
+        "--steps": {"type": int, "default": 10, "help": "updates per measurement"},
         "--method": {"choices": ("full", "lora"), "help": "measure only this method"},
         "--side": {"choices": ("ours", "transformers"), "help": "run only this side (used by the script itself)"},
     }
@@ -155,7 +156,7 @@ def main() -> None:
         seconds: dict[str, list[float]] = {name: [] for name in names}
         peaks: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(options.rounds):
-            replies = {name: turn(name, options) for name in names}
+            replies = {name: measure(name, options) for name in names}
             first = [reply["losses"][0] for reply in replies.values()]
             if max(first) > 1.02 * min(first):
                 raise SystemExit(f"the sides do not do the same work: their first losses are {first}.")

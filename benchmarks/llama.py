@@ -1,15 +1,16 @@
 """Decoding compared with llama.cpp: milliseconds for one more token of a Gemma of the same dimensions, in BF16, Q8_0 and Q4_0.
 
-llama.cpp cannot run PaliGemma, but the decoder, which takes the time, is an ordinary Gemma, and people with a CPU will compare
-with llama.cpp. So this script writes a decoder of the checkpoint's dimensions with random weights as GGUF files (5, 2.7 and 1.4
-GB; speed does not depend on the values). Then llama.cpp and our model at the same bit width alternately generate tokens after a
-prompt of the same length. The output matrix is Q4_0, too, as in our int4; llama.cpp's own quantiser would keep it at 6 bits.
+llama.cpp cannot run PaliGemma. But the decoder, which takes most of the time, is an ordinary Gemma, and users with only a CPU
+will want to compare with llama.cpp. So this script writes a decoder of the checkpoint's dimensions with random weights as GGUF
+files (5, 2.7 and 1.4 GB; speed does not depend on the values). Then llama.cpp and our model at the same bit width alternately
+generate tokens after a prompt of the same length. In the Q4_0 file the output matrix is Q4_0, too, as in our int4; llama.cpp's
+own quantiser would keep it at 6 bits.
 
     pip install gguf llama-cpp-python                               # compiles for this machine, which takes a while
     python -m benchmarks.llama --model /tmp/paligemma-3b --gguf /tmp/gguf [--python OTHER/bin/python]
 
-Both packages are optional and may be installed for another interpreter, which --python names. That interpreter then runs this
-file as a server that executes commands line by line, like sides.py.
+Both packages are optional and may be installed for another interpreter, given by --python. That interpreter then runs this file
+as a server that executes commands line by line, like sides.py.
 """
 
 import ctypes
@@ -27,7 +28,7 @@ PAIRS = {"BF16": turns.OURS, "Q8_0": turns.INT8, "Q4_0": turns.INT4}  # llama.cp
 
 
 def write_gguf(file: str, kind: str, text: dict) -> None:
-    """Writes a random Gemma with the dimensions of `text_config`. All layers are equal, but each has its own bytes."""
+    """Writes a random Gemma with the dimensions of `text_config`. All layers have equal weights, but each stores its own copy."""
     import gguf
     import numpy as np
 
@@ -84,24 +85,24 @@ class Server:
         import llama_cpp
 
         self.llama = llama_cpp
-        self.silence = llama_cpp.llama_log_callback(lambda *_: None)  # kept: C holds no reference
+        self.silence = llama_cpp.llama_log_callback(lambda *_: None)  # an attribute, because C holds no reference
         llama_cpp.llama_log_set(self.silence, None)
         self.model = llama_cpp.llama_model_load_from_file(file.encode(), llama_cpp.llama_model_default_params())
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = slots
         settings.n_threads = settings.n_threads_batch = turns.THREADS
         self.context = llama_cpp.llama_init_from_model(self.model, settings)
-        self.words = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         return {"version": llama_cpp.__version__}
 
     def read(self, tokens: list[int]) -> int:
-        """Reads tokens and returns the most likely next one."""
+        """Feeds tokens to the model and returns the most likely next token."""
         import numpy as np
 
         row = (ctypes.c_int32 * len(tokens))(*tokens)
         if self.llama.llama_decode(self.context, self.llama.llama_batch_get_one(row, len(tokens))):
             raise SystemExit("llama.cpp could not read the tokens.")
-        return int(np.ctypeslib.as_array(self.llama.llama_get_logits_ith(self.context, -1), (self.words,)).argmax())
+        return int(np.ctypeslib.as_array(self.llama.llama_get_logits_ith(self.context, -1), (self.vocab_size,)).argmax())
 
     def begin(self, context: int) -> dict:
         start = time.perf_counter()
@@ -123,16 +124,16 @@ def serve() -> None:
 
 
 class Llama(turns.Side):
-    """A process that runs this file as a server, with the interpreter that has llama.cpp."""
+    """A process that runs this file as a server, with an interpreter that can import llama_cpp."""
 
     def __init__(self, python: str, file: Path, slots: int, text: dict):
         command = [python, "-m", "benchmarks.llama", "--serve"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            self.tell("write", file=str(file), kind=file.stem, text=text)
-            self.hear()
-        self.tell("load", file=str(file), slots=slots)
+            self.send("write", file=str(file), kind=file.stem, text=text)
+            self.receive()
+        self.send("load", file=str(file), slots=slots)
 
 
 def require_llama(python: str) -> None:

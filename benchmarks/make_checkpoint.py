@@ -6,9 +6,9 @@ The files, names, shapes, dtype and sharding are those of the published checkpoi
 tokenizer is random, too, but has the format and size of the real one, because parsing it is a large part of a start.
 
 Every matrix is drawn from N(0, 0.02^2). The output matrix is the embedding, and the residual stream carries the vector of the
-last token to the end, so the most likely next token is that same token: the model repeats the newline of the prompt, with a
-margin that survives bfloat16 and int4. So two programs can be compared on the same tokens. The script takes a minute and 6 GB
-of disk space.
+last token to the end, so the most likely next token is the last token again. The model therefore repeats the newline of the
+prompt, with a margin that survives bfloat16 and int4, and two programs can be compared on the same tokens. The script takes a
+minute and 6 GB of disk space.
 """
 
 import argparse
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARD_BYTES = 4_950_000_000  # size of the first of the hub's two files
-UNTRAINED = 64  # rows of the embedding from <image> to the end
+UNTRAINED = 64  # number of ids from <image> to the end of the vocabulary
 VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27}
 TEXT = {
     ("paligemma", "3b"): {
@@ -77,7 +77,7 @@ def make_config(family: str, size: str, resolution: int, layers: int | None) -> 
 
 
 def make_pieces(count: int, seed: int) -> tuple[dict[str, int], list[list[str]]]:
-    """A vocabulary of `count` tokens and its merges, in the order of Gemma's: control, newlines, bytes, characters, words.
+    """A vocabulary of `count` tokens, and its merges. The order is Gemma's: control tokens, newlines, bytes, characters, words.
 
     As in the real files, a word has a merge for every pair of known tokens that forms it.
     """
@@ -91,7 +91,8 @@ def make_pieces(count: int, seed: int) -> tuple[dict[str, int], list[list[str]]]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     merges = []
     while len(vocabulary) < count:
-        left, right = words[int(len(words) * draw.random() ** 3)], words[int(len(words) * draw.random() ** 3)]  # early = frequent
+        # The cube favours small indices: earlier words are merged more often, as in a real vocabulary.
+        left, right = words[int(len(words) * draw.random() ** 3)], words[int(len(words) * draw.random() ** 3)]
         word = left + right
         if word in vocabulary or "▁" in right or len(word) > 14:
             continue
@@ -103,7 +104,7 @@ def make_pieces(count: int, seed: int) -> tuple[dict[str, int], list[list[str]]]
 
 
 def write_tokenizer(folder: Path, count: int, seed: int) -> None:
-    """Writes tokenizer.json: BPE with byte fallback, ▁ for a space; <loc>, <seg> and <image> are added tokens."""
+    """Writes the tokenizer's files: BPE with byte fallback and ▁ for a space; <loc>, <seg> and <image> are added tokens."""
     vocabulary, merges = make_pieces(count, seed)
     control = [(i, token, True) for token, i in vocabulary.items() if i < 4]
     tail = LOCATION_TOKENS + CODE_TOKENS
@@ -148,7 +149,7 @@ def draw(name: str, shape: "torch.Size", generator: "torch.Generator") -> "torch
 
 
 def write_weights(folder: Path, config: dict, seed: int) -> int:
-    """Writes the weights shard by shard, so that at most one is in memory. Returns the number of parameters."""
+    """Writes the weights shard by shard, so that at most one shard is in memory. Returns the number of parameters."""
     import torch
     from safetensors.torch import save_file
 

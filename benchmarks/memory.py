@@ -1,9 +1,9 @@
 """Memory: the peak of a process that loads the model, reads a picture and a prompt, and generates a few tokens.
 
-The number is VmHWM of the kernel. It counts pages of mapped files as soon as they are touched, so it is the memory that the
-machine must have. The floor is the size of the weights. Programs often double it while loading: by a copy in another dtype, or
-by a state dict next to the model. A quantised model is measured twice: quantised from the bf16 files while loading, and mapped
-from its own file. On CUDA, the number is the most that torch had allocated there; the memory of the CPU is stored next to it.
+On the CPU, the peak is the kernel's VmHWM. It counts pages of mapped files as soon as they are touched, so it is the memory that
+the machine must have. The floor is the size of the weights. Programs often need twice as much while loading, because of a copy in
+another dtype or a state dict next to the model. A quantised model is measured twice: quantised from the bf16 files while loading,
+and mapped from its own file. On CUDA, the peak is the most GPU memory that torch had allocated; CPU memory is stored as well.
 """
 
 
@@ -12,7 +12,7 @@ from paligemma.files import read_json
 
 
 def peak(name: str, model: object, device: str, context: int) -> tuple[turns.Side, dict]:
-    """Runs a new process that loads and answers. Returns the ended side and its memory."""
+    """Loads the model and generates 8 tokens in a new process. Returns the process, which has ended, and its memory."""
     side = turns.Side(name, model, device)
     side.ask("begin", context=context, most=8)
     side.ask("decode", count=7)

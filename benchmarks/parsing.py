@@ -1,12 +1,12 @@
-"""How many answers are parsed correctly? outputs.py compared with supervision, on the same texts, with expectations by hand.
+"""How many answers are parsed correctly? Compares outputs.py with supervision on texts with hand-written expected results.
 
     python -m benchmarks.parsing          (pip install supervision)
 
-Each case is a text and the objects that it contains: label and box, in 1023rds, y first. A parser is right if it finds exactly
-these objects in this order, each box within 2 pixels in a picture of 1000 x 1000. This tolerance allows dividing by 1024; one
-case asks for the right edge of a picture of 4000 pixels, where the difference is visible. The texts in "faults" are malformed,
-and the expected result is a convention: swapped corners are put in order, incomplete boxes are left out, repeated objects count
-once, and a box without a label is kept. The last line is JSON.
+Each case is a text and the objects that it contains: label and box (y first, in 1/1023 of the picture's side). A parser is right
+if it finds exactly these objects in this order, with each box within 2 pixels in a picture of 1000 x 1000. This tolerance accepts
+parsers that divide by 1024 instead; one case has a picture of 4000 pixels, where the difference is visible at the right edge. The
+texts in "faults" are malformed. What they should give is a convention: swapped corners are put in order, incomplete boxes are
+left out, repeated objects count once, and a box without a label is kept. The last line of the output is JSON.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def loc(box: tuple[int, ...]) -> str:
 
 
 C, D = loc(CAT), loc(DOG)
-# Group -> (text, objects as (label, box)). A third entry is (side of the picture, tolerance) in pixels.
+# group: list of (text, expected objects) or (text, expected objects, (side of the picture, tolerance) in pixels)
 CASES = {
     "labels": [
         (f"{C} cat", [("cat", CAT)]),
@@ -106,7 +106,7 @@ def is_right(found: Objects, wanted: Objects, side: int, tolerance: float) -> bo
 
 
 def short(text: str) -> str:
-    """The text with a symbol for each box and each mask."""
+    """The text for the printed table, with a symbol for each box and each mask."""
     for tokens, sign in ((C, "□cat"), (D, "□dog"), (loc(ALL), "□all"), (CODES, "▦"), (CODES[:-8], "▦⅞")):
         text = text.replace(tokens, sign)
     return text.replace("\n", "\\n")[:56]

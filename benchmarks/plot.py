@@ -1,9 +1,9 @@
-"""Draws results/speed.svg from the stored JSON: a panel per benchmark, a bar per side, a mark at the floor.
+"""Draws results/speed.svg from the stored JSON: a panel per benchmark, a bar per side, a mark at the floor (the best possible).
 
     python -m benchmarks.plot [--device cuda]
 
-Shorter is better everywhere. This script measures nothing; results/*.json contain the command and the machine of each
-measurement.
+In every panel, shorter bars are better. This script measures nothing; results/*.json contain the command and the machine of
+each measurement.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from paligemma.svg import BLUE, GREEN, INK, ORANGE, PURPLE, SOFT, Axes, Drawing
 
 HERE = Path(__file__).resolve().parent
 COLORS = {"transformers": ORANGE, "ours bf16": BLUE, "ours int8": GREEN, "ours int4": PURPLE}
-WIDTH, PANEL, ROW, LEFT = 820, 390, 22, 180  # pixels: width of the sheet; of a panel; height of a bar with its gap; x of the bars
+WIDTH, PANEL = 820, 390  # pixels: width of the sheet, and of a panel
+ROW, LEFT = 22, 180  # pixels: height of a bar with its gap, and the left end of the bars in a panel
 
 
 def color(name: str) -> str:

@@ -1,11 +1,11 @@
-"""Prefill: milliseconds from pixels and prompt to the first token, and the part of the vision tower in it.
+"""Prefill: milliseconds from pixels and prompt to the first token, and how many of them the vision tower takes.
 
 Every token is multiplied with every weight: about 2.5 billion multiply-adds for each of 266 tokens. The weights are read once
-for many tokens, so arithmetic takes the time. The floor is the number of multiply-adds / the rate of one large product, in the
-floating-point type that is fastest on this machine (float32 on a processor without bfloat16 instructions). int8 products can be
-faster than this floor, because processors multiply small integers faster.
+for many tokens, so the time depends on arithmetic. The floor is the number of multiply-adds / the rate of one large matrix
+product, in the floating-point type that is fastest on this machine (float32 on a processor without bfloat16 instructions). int8
+products can be faster than this floor, because processors multiply small integers faster.
 
-"decoder" is the difference of the whole and the tower, round by round.
+The time of "decoder" is the difference between "whole" and "tower", computed in each round.
 """
 
 from functools import partial

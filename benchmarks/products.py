@@ -5,11 +5,11 @@
 The product is x[B, X] @ W[O, X].T with W from a Gemma-2B layer. With one row (decoding), each weight is read once and used
 once, so the time is bytes / read bandwidth. With 266 rows (a picture and a prompt), each weight is used 266 times, so the time
 is multiply-adds / matrix rate. Between these two, each operator is best at the number of rows that it was written for. Each
-line of the output has the median in ms, and the rate to compare with the floor: GB/s of weights up to 8 rows, G multiply-adds/s
-above.
+line of the output has the median in ms, and the rate to compare with the floor: GB/s of weights for up to 8 rows, G
+multiply-adds/s for more.
 
-Several copies of W are used one after the other, more than fit into any cache, because decoding reads each layer's weights once
-per token. The operators take turns, too, so that a busy machine slows down all of them. These are torch's operators and ours:
+Several copies of W, together larger than any cache, are used one after the other, because decoding reads each layer's weights
+only once per token. The operators take turns, so that a busy machine slows down all of them. The operators of torch and ours are:
     F.linear           the usual call, with oneDNN ("mkldnn") and without
     through float32    the weight is converted to float32, a few MB at a time, then sgemm
     ours               kernels.cpp: bfloat16 weights, int8, int4 (inputs rounded to 8 bits in groups)
@@ -42,8 +42,8 @@ from paligemma.layers import fast_cpu, int_formats, kernels
 from paligemma.layers import quantization
 # isort: on
 
-COPIES_BYTES = 2**28  # of all copies of a weight together: more than the last cache holds
-FEW_ROWS = 8  # up to this number of rows, reading is the floor
+COPIES_BYTES = 2**28  # size of all copies of a weight together: larger than the last-level cache
+FEW_ROWS = 8  # up to this number of rows, the floor is the time to read the weights
 
 
 def without_mkldnn(x: Tensor, w: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def ours(w: Tensor, kind: str) -> Callable[[Tensor], Tensor]:
     return quantization.quantize_module(linear, kind, {"weight": w})
 
 
-# name: (bytes per weight, largest number of rows to measure (more would take seconds), W -> product)
+# name: (bytes per weight, largest number of rows to measure (more rows would take seconds), function from W to its product)
 OPERATORS = {
     "F.linear bf16": (2, 266, lambda w: lambda x: F.linear(x, w)),
     "F.linear bf16, mkldnn off": (2, 16, lambda w: lambda x: without_mkldnn(x, w)),

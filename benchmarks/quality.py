@@ -1,11 +1,11 @@
 """Quality of quantisation: the effect of int8 and int4 on answers and on logits.
 
-There are two measurements. The first one scores the demo checkpoint, which is trained, with demo/evaluate.py in each form: the
-share of right answers is what matters in the end. The second one compares the logits of each form with those of float32
-weights, at full size and at the text positions of one prompt: the distance relative to the norm of the logits (rounding noise
-adds up over layers), the divergence KL(float32 | form) in nats, and how often the best token is the same. Rounding to bfloat16,
-which is generally accepted, is the yardstick, for our model and for transformers. Random weights are the hard case for the
-distance, since nothing in them is redundant.
+There are two measurements, in each precision (bfloat16, int8, int4). The first scores the demo checkpoint, which is trained, with
+demo/evaluate.py: the share of right answers matters most. The second compares the logits of a full-size model with those of its
+float32 weights, at the text positions of one prompt: the distance relative to the norm of the logits (rounding noise adds up over
+the layers), the divergence KL(float32 | precision) in nats, and how often the best token is the same. Rounding to bfloat16 is
+generally accepted, so its distances, for our model and for transformers, are the ones to compare with. Random weights are the
+hard case for the distance, because nothing in them is redundant.
 """
 
 import subprocess
@@ -38,7 +38,7 @@ def distance(reference: "Tensor", logits: "Tensor") -> dict:
 
 
 def full_size(options: object, folder: Path) -> dict:
-    """The distances of the logits of all forms, one after another, so that only one model is in memory."""
+    """The distances of the logits in each precision, computed one after another, so that only one model is in memory."""
     import torch
 
     config = read_json(options.model / "config.json")
@@ -56,7 +56,7 @@ def full_size(options: object, folder: Path) -> dict:
 
 
 def demo(options: object) -> dict:
-    """The scores of the demo checkpoint in each form."""
+    """The scores of the demo checkpoint in each precision."""
     rows = {}
     print(f"\n{'demo checkpoint':34}{'answers':>10}{'captions':>12}{'detect':>11}")
     for name in (name for name in options.sides if name in (turns.OURS, turns.INT8, turns.INT4)):

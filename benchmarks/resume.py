@@ -1,11 +1,12 @@
-"""Kills fine-tunes at random moments, resumes them, and counts those whose result equals an uninterrupted run bit for bit.
+"""Kills fine-tuning runs at random moments, resumes them, and counts those that equal an uninterrupted run bit for bit.
 
     python -m benchmarks.resume [--kills 20] [--seed 0]
 
-Each run is `paligemma finetune` on pictures of demo/transfer.py, with evaluations and a checkpoint every few updates. It gets
-SIGKILL at a random moment within the length of an uninterrupted run (start, updates, writing a checkpoint, writing the result)
-and is started again with --resume. Then it must have the same loss in every line of metrics.jsonl, without missing or repeated
-lines, the same scores, and the same bytes in model/model.safetensors. Every fourth run is killed twice. The last line is JSON.
+Each run is `paligemma finetune` on pictures of demo/transfer.py, with an evaluation and a checkpoint every few updates. It is
+killed by SIGKILL at a random moment within the duration of an uninterrupted run (start, updates, writing a checkpoint, writing
+the result) and is started again with --resume. At the end it must have the same loss in every line of metrics.jsonl, without
+missing or repeated lines, the same scores, and the same bytes in model/model.safetensors. Every fourth run is killed twice. The
+last line of the output is JSON.
 """
 
 import argparse
@@ -31,9 +32,9 @@ def command(folder: Path, output: Path, steps: int) -> list[str]:
     return [sys.executable, "-m", "paligemma", "finetune", *(f"--{name}={value}" for name, value in settings.items())]
 
 
-def run(words: list[str], kill_after_s: float | None = None) -> bool:
+def run(arguments: list[str], kill_after_s: float | None = None) -> bool:
     """True if the run ended by itself, False if it was killed after `kill_after_s` seconds."""
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     with suppress(subprocess.TimeoutExpired):
         _, errors = process.communicate(timeout=kill_after_s)
         if process.returncode:
@@ -64,19 +65,19 @@ def main() -> None:
         subprocess.run(demo, check=True, stdout=subprocess.DEVNULL)
         start = time.monotonic()
         run(command(folder, folder / "uninterrupted", options.steps))
-        length, right = time.monotonic() - start, result(folder / "uninterrupted")
+        duration, expected = time.monotonic() - start, result(folder / "uninterrupted")
         equal, steps_at_kill, killed = 0, [], 0
         for number in range(options.kills):
             output = folder / f"run{number}"
-            words, kills = command(folder, output, options.steps), 2 if number % 4 == 3 else 1
+            arguments, kills = command(folder, output, options.steps), 2 if number % 4 == 3 else 1
             for attempt in range(kills):
-                if run(words + ["--resume"] * (attempt > 0), draw.uniform(0, length)):
+                if run(arguments + ["--resume"] * (attempt > 0), draw.uniform(0, duration)):
                     break
                 killed += 1
                 metrics = output / "metrics.jsonl"
                 steps_at_kill.append(len(metrics.read_text().splitlines()) if metrics.exists() else 0)
-            run([*words, "--resume"])
-            is_equal = result(output) == right
+            run([*arguments, "--resume"])
+            is_equal = result(output) == expected
             equal += is_equal
             print(
                 f"run {number}: killed with {steps_at_kill[-1:]} lines written, {'equal' if is_equal else 'DIFFERENT'}",

@@ -4,9 +4,9 @@
           {"do": "begin", "context": 266, "most": 16}
           {"do": "decode", "count": 15}' | python -m benchmarks.sides transformers
 
-Each line names a method below and its arguments; the reply is one line of JSON with seconds and tokens. Both models stay in
-memory, each in its own process, and a parent process (turns.py) lets them work alternately, so that whatever slows down the
-machine slows down both. Both are used as a user would use them: our generate, and transformers' generate.
+Each line names a method of the class below and its arguments; the reply is one line of JSON with seconds and tokens. Both models
+stay in memory, each in its own process, and a parent process (turns.py) lets them work alternately, so that whatever slows down
+the machine slows down both. Each side calls its ordinary interface: our generate, and transformers' generate.
 """
 
 import argparse
@@ -36,11 +36,11 @@ if __name__ == "__main__":  # --help and wrong flags are answered before the slo
     parser.add_argument("--static", action="store_true", help="transformers only")
     options = parser.parse_args()
 
-machine.use_cores()  # both sides get the same threads
+machine.use_cores()  # both sides get the same number of threads
 
-import torch  # noqa: E402  (after the number of threads is set)
+import torch  # noqa: E402  (torch reads the number of threads when it is imported)
 
-NEWLINE = 108  # the last token of a prompt; the same id in every tokenizer of the family
+NEWLINE = 108  # the last token of a prompt; it has the same id in every PaliGemma tokenizer
 WORDS = range(500, 2000)  # ids of ordinary tokens, both in a full-size and in a tiny tokenizer
 
 
@@ -72,7 +72,7 @@ def make_rows(config: dict, rows: int, context: int, seed: int) -> dict:
 
 
 class Side:
-    """The common part of both sides: the commands, and how the replies are timed."""
+    """The common part of both sides: the commands and the measurement of time."""
 
     def __init__(self, device: str, **options: object):
         self.device = torch.device(device)
@@ -80,7 +80,7 @@ class Side:
         self.tokens: Generator[int] = (token for token in ())
 
     def load(self, model: str) -> dict:
-        """Loads the weights; returns the time it took."""
+        """Loads the weights; returns the time that this took."""
         self.folder = Path(model)
         self.config = read_json(self.folder / "config.json")
         start = time.perf_counter()
@@ -131,7 +131,7 @@ class Side:
         return {}
 
     def memory(self) -> dict:
-        """The peak and the current memory of this process in bytes, pages of mapped files included."""
+        """The peak and the current memory of this process in bytes, including pages of mapped files."""
         lines = Path("/proc/self/status").read_text().splitlines()
         status = {line.split(":")[0]: line.split()[1] for line in lines if line.endswith("kB")}
         found = {key: int(status[key]) * 1024 for key in ("VmHWM", "VmRSS", "RssAnon", "RssFile")}
@@ -145,7 +145,7 @@ class Side:
 
 
 class Ours(Side):
-    """This project. Options: dtype, quantize; compiled: on CUDA, compile the decoding step at once, not after a while."""
+    """This project. Options: dtype, quantize; compiled: on CUDA, compile the decoding step when it is first used, not later."""
 
     def load_model(self) -> torch.nn.Module:
         from paligemma.checkpoints.weights import load_model
@@ -214,7 +214,7 @@ class PausingStreamer:
             raise SystemExit  # ends the thread without a message
 
     def end(self) -> None:
-        """Called by generate at the end of an answer; `run` reports the end instead."""
+        """generate calls this at the end of an answer. Nothing to do: `run` reports the end."""
 
     def run(self, generate: Callable, inputs: dict, most: int) -> None:
         try:
@@ -251,7 +251,7 @@ class Transformers(Side):
             thread.join()
 
     def decode(self, count: int, mkldnn: bool = True) -> dict:
-        """As Side.decode. Without mkldnn, torch uses its own kernels, which are faster for one row on some processors."""
+        """Like Side.decode. Without mkldnn, torch uses its own kernels, which are faster for one row on some processors."""
         torch.backends.mkldnn.enabled = mkldnn
         reply = super().decode(count)
         torch.backends.mkldnn.enabled = True
@@ -279,7 +279,7 @@ class Transformers(Side):
 def main(options: argparse.Namespace) -> None:
     given = vars(options)
     side = {"ours": Ours, "transformers": Transformers}[given.pop("side")](**given)
-    replies, sys.stdout = sys.stdout, sys.stderr  # libraries print to stderr then, not between the replies
+    replies, sys.stdout = sys.stdout, sys.stderr  # so that nothing that libraries print appears between the replies
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for line in sys.stdin:
         arguments = parse_json(line)

@@ -1,10 +1,10 @@
 """Start: seconds from starting the process to the first token of an answer about a picture file; all files are in the page cache.
 
-This is how long a user waits for one question: interpreter, imports, tokenizer, weights, picture, vision tower, prompt. Ours is
-the command line, `python inference.py ... --max_tokens_to_generate 1 --json`. The other side is the shortest script that does
-the same with AutoProcessor, from_pretrained and generate (THEIRS, below). The clock runs from the start of the process to the
-line with the token. "import torch" alone is the least that either side could take. A quantised model starts from its own file,
-as save_model wrote it.
+This is how long a user waits for the answer to one question: interpreter, imports, tokenizer, weights, picture, vision tower,
+prompt. Our side is the command line, `python inference.py ... --max_tokens_to_generate 1 --json`. The other side is the shortest
+script that does the same with AutoProcessor, from_pretrained and generate (THEIRS, below). The time ends when the line with the
+token is read. "import torch" alone is the least time that either side could take. A quantised model is loaded from its own file,
+which save_model wrote.
 """
 
 import subprocess

@@ -1,8 +1,8 @@
 """The common part of the scripts of this folder: runs programs alternately and compares them.
 
-One round runs each variant of the job once: A B C A B C ... Whatever slows down the machine for a while slows down all of them,
-and ratios are taken within a round. After each round the tokens must be the same, or the script stops. The floor, the best that
-the machine could do, is measured in the same run, before and after the rounds.
+One round runs each variant of the job once: A B C A B C ... Whatever slows down the machine for a while slows down all variants,
+and ratios are computed within a round. After each round the tokens of all variants must be the same, or the script stops. The
+floor, the least time in which this machine could do the job, is computed from rates measured before and after the rounds.
 """
 
 import argparse
@@ -27,7 +27,7 @@ THREADS = machine.use_cores()  # for this process and every side, because a chil
 OURS, INT8, INT4, EXACT = "ours bf16", "ours int8", "ours int4", "ours fp32"
 THEIRS, STATIC = "transformers bf16", "transformers bf16, static cache"
 BASELINE = THEIRS  # the side that ratios refer to, unless a script names another one
-PROMPT = 10  # tokens of bos, prompt and newline, in the scripts that do not vary them
+PROMPT = 10  # number of text tokens (bos, prompt and newline), in the scripts that do not vary it
 ARGUMENTS = {
     OURS: ["ours"],
     INT8: ["ours", "--quantize", "int8"],
@@ -53,7 +53,7 @@ def parse(doc: str, *, rounds: int = 5, flags: dict[str, dict] | None = None) ->
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--quick", action="store_true", help="run briefly, only to see that the script works")
     parser.add_argument("--save", action="store_true", help="store the JSON in results/")
-    parser.add_argument("--sides", help=f"any of: {', '.join(ARGUMENTS)}; with commas between them")
+    parser.add_argument("--sides", help=f"any of the following, separated by commas: {', '.join(ARGUMENTS)}")
     for name, description in (flags or {}).items():
         parser.add_argument(name, **description)
     options = parser.parse_args()
@@ -69,22 +69,22 @@ class Side:
     def __init__(self, name: str, model: Path, device: str):
         command = [sys.executable, "-m", "benchmarks.sides", *ARGUMENTS[name], "--device", device]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.tell("load", model=str(model))  # the reply is read later, so that all sides load at the same time
+        self.send("load", model=str(model))  # the reply is read later, so that all sides load at the same time
 
     @cached_property
     def loaded(self) -> dict:
-        return self.hear()
+        return self.receive()
 
     def ask(self, do: str, **arguments: object) -> dict:
         _ = self.loaded
-        self.tell(do, **arguments)
-        return self.hear()
+        self.send(do, **arguments)
+        return self.receive()
 
-    def tell(self, do: str, **arguments: object) -> None:
+    def send(self, do: str, **arguments: object) -> None:
         self.process.stdin.write(json.dumps({"do": do} | arguments) + "\n")
         self.process.stdin.flush()
 
-    def hear(self) -> dict:
+    def receive(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"{shlex.join(self.process.args)} ended without a reply; its error is above.")
@@ -111,7 +111,7 @@ def start(names: list[str], model: Path, device: str) -> Iterator[dict[str, Side
 
 
 def quantised(model: Path, kind: str, device: str = "cpu") -> Path:
-    """The folder MODEL-KIND with the quantised model, as save_model writes it; made if it does not exist."""
+    """The folder MODEL-KIND with the quantised model, as save_model writes it. It is made if it does not exist."""
     folder = model.with_name(f"{model.name}-{kind}")
     if not (folder / "config.json").exists():
         side = Side(f"ours {kind}", model, device)
@@ -121,14 +121,14 @@ def quantised(model: Path, kind: str, device: str = "cpu") -> Path:
 
 
 def together(sides: dict[str, Side], do: str, **arguments: object) -> dict[str, dict]:
-    """Runs a command on all sides at the same time: for work that takes long and is not measured."""
+    """Runs a command on all sides at the same time, for long work that is not measured."""
     for side in sides.values():
-        side.tell(do, **arguments)
-    return {name: side.hear() for name, side in sides.items()}
+        side.send(do, **arguments)
+    return {name: side.receive() for name, side in sides.items()}
 
 
 def in_turn(ways: dict[str, Callable[[], dict]], options: argparse.Namespace, *, is_warm: bool = False) -> dict[str, list[float]]:
-    """Seconds of each variant, round by round, after a warm-up round unless `is_warm`. Ends the script if tokens differ."""
+    """Seconds of each variant in each round. There is a warm-up round unless `is_warm`. Ends the script if tokens differ."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(0 if is_warm or options.quick else -1, options.rounds):
         replies = {name: work() for name, work in ways.items()}
@@ -149,7 +149,10 @@ def require_same(replies: dict[str, dict]) -> None:
 
 
 def product_bandwidth() -> float:
-    """Bytes per second that our own product of one row reads, on some processors more than torch's; 0 = no kernels."""
+    """The read bandwidth that our own kernel for one row reaches, in bytes per second; 0 if the kernels are not available.
+
+    On some processors this is more than any of torch's operators reaches.
+    """
     import torch
 
     from paligemma import roofline
@@ -163,7 +166,7 @@ def product_bandwidth() -> float:
 
 
 def copy_bandwidth(device: object, size: int = 2**30) -> float:
-    """Bytes per second, read plus written, of copying `size` bytes: the usual measure of a GPU's bandwidth."""
+    """The usual measure of a GPU's bandwidth: bytes read plus bytes written per second while `size` bytes are copied."""
     import torch
 
     from paligemma import roofline
@@ -227,7 +230,7 @@ def compare(
     Args:
         seconds: from in_turn; multiplied by `scale` they are in `unit`.
         floors: the least possible seconds, where they are known.
-        baseline: the variant that ratios refer to; there are no ratios if it was not measured.
+        baseline: the variant that ratios refer to. If it was not measured, there are no ratios.
     """
     rows = {}
     print(f"{'':34}{'median ' + unit:>12}{'spread':>20}{'floor':>10}{'share':>7}   times as fast as {baseline}")

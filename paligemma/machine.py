@@ -17,7 +17,7 @@ from paligemma.errors import DeviceError, UsageError
 if TYPE_CHECKING:
     import torch
 
-OLDEST_TORCH = "2.6"  # everything we call exists in slightly older versions, too; only the version in requirements.txt is tested
+OLDEST_TORCH = "2.9"  # older versions cannot write the checkpoints of fine-tuning; pyproject.toml has the same number
 MEMORY_SIGNS = ("can't allocate memory", "Cannot allocate memory", "unable to mmap", "not enough memory")  # in RuntimeErrors
 SAVE_MEMORY = "Take --dtype bf16, --quantize int8 or int4, a smaller model, or another device."
 GIB = 2**30

@@ -1,7 +1,9 @@
 """Cores, memory and devices, as the files of the system and torch report them. All hardware here is simulated."""
 
 import os
+import re
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,9 +70,14 @@ def test_omp_num_threads_is_kept_only_where_it_is_smaller(monkeypatch, before, a
 
 def test_an_old_torch_is_refused(monkeypatch):
     machine.check_torch()
-    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
-    with pytest.raises(DeviceError, match="torch 2.5.1.cpu is too old. 2.6 or newer is needed"):
+    monkeypatch.setattr(torch, "__version__", "2.8.1+cpu")
+    with pytest.raises(DeviceError, match="torch 2.8.1.cpu is too old. 2.9 or newer is needed"):
         machine.check_torch()
+
+
+def test_the_oldest_torch_is_the_one_in_pyproject():
+    pyproject = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'"torch>=([\d.]+)"', pyproject)[1] == machine.OLDEST_TORCH
 
 
 # Memory
