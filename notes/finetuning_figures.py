@@ -185,8 +185,8 @@ def draw_mistakes() -> None:
     drawing.text(970, 38, "right answers to the new question, and to the old ones", anchor="end")
     for number, (name, found) in enumerate(results.items()):
         color = (BLUE, GREEN, ORANGE, PURPLE)[number] if number < 4 else FAINT
-        smooth = curves.smoothed([(step, min(loss, 3.0)) for step, loss in enumerate(found["losses"], 1)])
-        axes.curve(smooth, color if number < 4 else SOFT)
+        smoothed = curves.smooth([(step, min(loss, 3.0)) for step, loss in enumerate(found["losses"], 1)])
+        axes.curve(smoothed, color if number < 4 else SOFT)
         y = 52 + 30 * number
         drawing.text(650, y + 10, name, anchor="end", size=12)
         drawing.rect(660, y, 220 * found["exact"], 11, color if number < 4 else SOFT)

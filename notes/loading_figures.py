@@ -93,7 +93,7 @@ def main() -> None:
         load(*options.load)
         return
     show_file(ROOT / "paligemma" / "bundled" / "model.safetensors", 5)
-    print(f"\n{'way':16}{'weights':>9}{'own':>9}{'file':>9}{'peak':>9}   MB")
+    print(f"\n{'memory in MB':16}{'weights':>9}{'own':>9}{'file':>9}{'peak':>9}")
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
         for way in (*WAYS, NAIVE):
