@@ -1,11 +1,12 @@
 """Ask a PaliGemma about a picture: `python inference.py detect street.jpg car person --save out.png`.
 
-There are two ways to ask. After a verb (caption, ask, detect, segment, ocr, count) come pictures and a text: the verb writes the
-prompt that the checkpoint was trained on and gives typed results: tables, JSON, drawings, annotation files (programs/verbs.py).
-With the classic flags, `--image_file_path cat.jpg --prompt "caption en"`, the model gets any prompt as it is typed. Without both,
-the program answers the bundled question about the bundled picture with the bundled checkpoint.
+There are two ways to ask. Give a verb (caption, ask, detect, segment, ocr, count), then pictures and a text: the program writes
+the prompt that the checkpoint was trained on, and prints tables or JSON, or writes drawings and annotation files
+(programs/verbs.py). Or give the classic flags, `--image_file_path cat.jpg --prompt "caption en"`: the model gets this prompt
+unchanged. With neither a verb nor these flags, the program answers the bundled question about the bundled picture with the
+bundled checkpoint.
 
-The answer goes to stdout, everything else to stderr; exit codes are in errors.py. Reading order: Flags (what can be asked for),
+The answer goes to stdout, everything else to stderr; errors.py lists the exit codes. Reading order: Flags (the command line),
 Session (a model and its pictures), answer_prompt, program. torch is imported only after the flags and the pictures have been
 checked. Checked in tests/test_inference.py.
 """
@@ -17,7 +18,7 @@ if sys.version_info < (3, 10):
 if __name__ == "__main__":
     from paligemma.programs import commandline
 
-    commandline.leave_on_signals()  # before the rest is imported, which takes a while
+    commandline.leave_on_signals()  # first, because the other imports are slow
 
 import json
 import time
@@ -43,32 +44,34 @@ if TYPE_CHECKING:
     from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
 BUNDLED_PICTURE, BUNDLED_QUESTION = str(files.BUNDLED / "shapes.png"), "caption en"
-MAX_NEW_TOKENS = 100  # unless --max_tokens_to_generate or a verb sets another number
-MAX_PICTURES = 64  # of one prompt; they are read before it is known how many fit: 31 at 224 pixels
-ANSWER_ROOM = 64  # tokens that a prompt cut by --truncate_prompt leaves for the answer
-REPEATS = 3  # an answer that repeats an object this many times in a row is stopped
+MAX_NEW_TOKENS = 100  # the default of --max_tokens_to_generate without a verb
+# Upper limit on pictures in one prompt, checked before they are read. The context decides how many fit: 31 at 224 pixels.
+MAX_PICTURES = 64
+ANSWER_ROOM = 64  # --truncate_prompt leaves room for this many tokens of the answer
+REPEATS = 3  # generation stops when the answer holds the same object this many times in a row
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(VerbFlags):
     """Asks a PaliGemma model about a picture and prints its answer.
 
-      python inference.py detect street.jpg car person --save out.png     a verb: caption, ask, detect, segment, ocr or count;
-      python inference.py ask cat.jpg "what is on the table?" --json      `python inference.py detect --help` explains one
-      python inference.py --image_file_path cat.jpg --prompt "caption en" any prompt, word for word
+      python inference.py detect street.jpg car person --save out.png     verbs: caption, ask, detect, segment, ocr, count
+      python inference.py detect --help                                   explains a verb
+      python inference.py ask cat.jpg "what is on the table?" --json
+      python inference.py --image_file_path cat.jpg --prompt "caption en" any prompt, used unchanged
 
     Pictures are files, http(s) addresses, or - for stdin. Several pictures are separated by commas; after a verb also by spaces.
-    With a verb the model is asked about each picture separately, with --prompt about all of them together. Without a verb and
-    without --prompt it is asked for a caption; on a terminal you can ask any number of questions. Without a picture it is asked
-    about the bundled one. Without --model_path the bundled model answers, which knows only coloured shapes.
+    With a verb the model is asked about each picture separately, with --prompt about all pictures together. With neither a verb
+    nor --prompt, you type questions about the picture if stdin is a terminal; otherwise the model is asked for a caption. Without
+    a picture the bundled picture is used. Without --model_path the bundled model is used, which knows only coloured shapes.
 
-    Other programs, each with a --help of its own: python -m paligemma finetune, annotate, cluster. --version prints the version.
+    Other programs, each with its own --help: python -m paligemma finetune, annotate, cluster. --version prints the version.
 
     Args:
         prompt: what to ask: "caption en", "answer en what is this?", "detect cat", "segment cat", "ocr"
-        image_file_path: a file, an http(s) address, or - for stdin; several are separated by commas
+        image_file_path: a file, an http(s) address, or - for stdin; separate several pictures by commas
         stream: print words as they are generated; this is the default on a terminal, where --stream=false turns it off
-        truncate_prompt: cut a prompt that is too long instead of refusing it
+        truncate_prompt: shorten a prompt that is too long, instead of refusing it
     """
 
     prompt: str | None = None
@@ -83,20 +86,20 @@ class Flags(VerbFlags):
             raise UsageError("--explain takes one picture, but several were given. Give one, or use a verb.")
         if not self.words and len(self.query.pictures) > MAX_PICTURES:
             given = f"--prompt asks about all pictures together, and {len(self.query.pictures)} were given"
-            raise UsageError(f"{given}; at most {MAX_PICTURES} can fit. Use a verb to ask about each one separately.")
+            raise UsageError(f"{given}; at most {MAX_PICTURES} can fit. Use a verb to ask about each picture separately.")
         if self.json and self.stream:
             raise UsageError("--json prints one object at the end. Drop --stream.")
         self.check_files(self.query, [] if self.mask_codec is None else [("the mask codec", self.mask_codec)])
 
     @cached_property
     def query(self) -> Query:
-        """What the words ask; without words, the pictures of the prompt."""
+        """The Query from the positional arguments; without them, a Query that holds only the pictures for --prompt."""
         if self.words:
             return super().query
         return Query("prompt", tuple(split_pictures(self.image_file_path or BUNDLED_PICTURE)))
 
 
-# What is asked
+# Prompts
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -104,7 +107,7 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def choose_prompt(flags: Flags) -> str | None:
-    """What to ask; None = the questions that the user types."""
+    """The prompt to answer; None if the user types the questions."""
     if flags.prompt is not None:
         return as_utf8(flags.prompt)
     if flags.image_file_path is None:
@@ -116,12 +119,12 @@ def choose_prompt(flags: Flags) -> str | None:
 
 
 def typed_prompts() -> Iterator[str]:
-    """The lines that the user types, until Ctrl-D."""
+    """The lines that the user types until Ctrl-D."""
     with suppress(ImportError):
         import readline  # noqa: F401  (importing it gives input() its line editing and history)
     note("Ask about the picture; Ctrl-D ends.")
     while True:
-        is_echoed = is_terminal(sys.stdout)  # otherwise the "> " would be written among the answers
+        is_echoed = is_terminal(sys.stdout)  # otherwise stdout would contain "> " between the answers
         if not is_echoed:
             sys.stderr.write("> ")
             sys.stderr.flush()
@@ -145,25 +148,26 @@ def typed_prompts() -> Iterator[str]:
 class Answer:
     """What --json prints.
 
-    token_ids includes eos. logprobs are those of the model, before temperature. seconds do not include loading the model.
+    token_ids includes eos. logprobs are taken before temperature. seconds does not include loading the model.
     """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    finish_reason: str = "length"  # stop, length, repetition (stopped because it repeated an object), interrupted
+    finish_reason: str = "length"  # stop, length, repetition (an object was repeated), interrupted
     prompt_tokens: int = 0
     seconds: float = 0.0
 
 
 def is_looping(text: str) -> bool:
-    """Whether the last objects of a listing, "<loc..>x4 label ; ...", are all the same."""
-    objects = [part.strip() for part in text.rsplit(";", REPEATS + 1)[-REPEATS - 1 : -1]]  # not the whole text for each token
+    """Whether the last REPEATS objects of an answer such as "<loc..>x4 label ; ..." are equal."""
+    # Splits only the end, because splitting the whole text after each object would be slow.
+    objects = [part.strip() for part in text.rsplit(";", REPEATS + 1)[-REPEATS - 1 : -1]]
     return len(objects) == REPEATS and len(set(objects)) == 1 and "<loc" in objects[0]
 
 
 class Session:
-    """A model, and the pictures that every question is about."""
+    """A model, and the pictures that all questions are about."""
 
     def __init__(self, flags: Flags, pictures: list["Image.Image"]):
         self.flags = flags
@@ -176,27 +180,27 @@ class Session:
         self.sampling = flags.sampling()
 
     def load(self) -> None:
-        """Loads the weights. Not a part of __init__, so that a prompt can be checked before this slow step."""
+        """Loads the weights. __init__ does not, so that a prompt can be checked before this slow step."""
         self.model = self.flags.load(self.checkpoint)
 
     def inputs(self, prompt: str) -> dict:
-        """The processor's dict for one question, without pixels. Raises: PromptError if no room is left for an answer."""
+        """The model's inputs for one question, without the pixels. Raises: PromptError if no room is left for an answer."""
         context = self.config.text_config.max_position_embeddings
         taken = len(self.pictures) * self.config.num_image_tokens
         room = context - taken - 1
         notes: list[str] = []
-        max_words = room - 2  # tokens for the prompt itself: bos and the newline take two more
-        if self.flags.truncate_prompt and max_words > ANSWER_ROOM and self.processor.shorten(prompt, max_words) != prompt:
+        prompt_room = room - 2  # without bos and the newline
+        if self.flags.truncate_prompt and prompt_room > ANSWER_ROOM and self.processor.shorten(prompt, prompt_room) != prompt:
             count = "too many" if self.processor.is_too_long(prompt) else len(self.processor.encode(prompt)) + 2
-            prompt = self.processor.shorten(prompt, max_words - ANSWER_ROOM)
+            prompt = self.processor.shorten(prompt, prompt_room - ANSWER_ROOM)
             fits = room - ANSWER_ROOM
-            notes.append(f"the prompt takes {count} tokens and {fits} fit; it is cut after {len(prompt)} characters.")
+            notes.append(f"the prompt takes {count} tokens and {fits} fit; it is shortened to {len(prompt)} characters.")
         inputs = self.processor.tokens([len(self.pictures)], prompt, notes=notes)
         count = inputs["input_ids"].shape[1] - taken
         if count > room:
             raise PromptError(
                 f"the prompt takes {count} tokens, but {room} fit. The context is {context}, of which pictures take {taken}. "
-                "Shorten it, or add --truncate_prompt."
+                "Shorten the prompt, or add --truncate_prompt."
             )
         print_notes(*notes)
         return inputs
@@ -207,7 +211,7 @@ class Session:
             self.image_features = self.model.encode_images(self.pixels)
 
     def steps(self, inputs: dict) -> Iterator[tuple[int, float]]:
-        """The tokens of the answer and their log-probabilities, one by one."""
+        """Each token of the answer with its log-probability."""
         from paligemma.generation import generate_steps
 
         flags = self.flags
@@ -217,27 +221,27 @@ class Session:
             inputs = inputs | {"image_features": self.image_features}
         room = self.config.text_config.max_position_embeddings - inputs["input_ids"].shape[1]
         if flags.max_tokens_to_generate is not None and flags.max_tokens_to_generate > room:
-            print_notes(f"--max_tokens_to_generate {flags.max_tokens_to_generate} is cut to {room}, where the context ends.")
-        longest = flags.max_new_tokens([flags.words[0]]) if flags.words else flags.max_tokens_to_generate or MAX_NEW_TOKENS
+            print_notes(f"--max_tokens_to_generate {flags.max_tokens_to_generate} is cut to {room}, the room in the context.")
+        limit = flags.max_new_tokens([flags.words[0]]) if flags.words else flags.max_tokens_to_generate or MAX_NEW_TOKENS
         for step in generate_steps(
             self.model,
             inputs,
-            max_new_tokens=min(longest, room),
+            max_new_tokens=min(limit, room),
             sampling=self.sampling,
             suppress_tokens=self.processor.unused_ids(self.config.text_config.vocab_size),
         ):
             yield step.tokens.item(), step.logprobs.item()
 
     def answer(self, inputs: dict, is_streaming: bool) -> Answer:
-        """Prints the answer. After a signal it prints what was generated so far and raises Interrupted."""
+        """Generates and prints the answer. After a signal, prints the text generated so far and raises Interrupted."""
         eos = self.config.eos_token_id
         answer = Answer(prompt_tokens=inputs["input_ids"].shape[1])
-        stream, interrupted, seconds = self.processor.stream(), None, []
+        stream, interrupted, times = self.processor.stream(), None, []
         start = time.perf_counter()
         try:
             with commandline.interruptible(), machine.memory_errors("answering"):
                 for token, logprob in self.steps(inputs):
-                    seconds.append(time.perf_counter() - start)
+                    times.append(time.perf_counter() - start)
                     answer.token_ids.append(token)
                     answer.logprobs.append(logprob)
                     piece = stream.put(token)
@@ -259,26 +263,29 @@ class Session:
         piece = stream.end()
         answer.text += piece
         answer.seconds = round(time.perf_counter() - start, 4)
-        self.print(answer, piece if is_streaming else answer.text, inputs)
+        self.print_answer(answer, piece if is_streaming else answer.text, inputs)
         if interrupted:
             raise interrupted
         if self.flags.verbose:
-            self.print_speed(answer, seconds)
+            self.print_speed(answer, times)
         return answer
 
-    def print(self, answer: Answer, rest: str, inputs: dict) -> None:
-        """Prints the answer, or the `rest` of it that was not streamed, and explains it if --explain is given."""
+    def print_answer(self, answer: Answer, rest: str, inputs: dict) -> None:
+        """Prints the answer, or its `rest` that was not streamed yet. With --explain, draws its explanation."""
         if not self.flags.json:
             write(rest + "\n")
-        more = {"model": self.checkpoint.name, "seed": self.sampling.seed}
+        extra = {"model": self.checkpoint.name, "seed": self.sampling.seed}
         if self.flags.explain and answer.finish_reason != "interrupted":
             inputs, (file,) = inputs | {"pixel_values": self.pixels}, self.flags.explanations(self.flags.query)
-            more |= save_explanation(self.model, self.processor, inputs, self.pictures[0], answer.token_ids, file)
+            extra |= save_explanation(self.model, self.processor, inputs, self.pictures[0], answer.token_ids, file)
         if self.flags.json:
-            write(json.dumps(asdict(answer) | more) + "\n")
+            write(json.dumps(asdict(answer) | extra) + "\n")
 
-    def print_speed(self, answer: Answer, seconds: list[float]) -> None:
-        """Reports how long prefill and decoding took, and the least time that this machine could need (see roofline.py)."""
+    def print_speed(self, answer: Answer, times: list[float]) -> None:
+        """Prints the time of prefill and decoding, and the minimum times of this machine (see roofline.py).
+
+        `times` holds the seconds from the start to each token.
+        """
         from paligemma import roofline
 
         products = roofline.prefill_products(self.config, len(self.pictures), answer.prompt_tokens)
@@ -286,11 +293,11 @@ class Session:
         weights = roofline.decode_bytes(self.model.language_model)
         bandwidth = roofline.read_bandwidth(self.model.device)
         note(
-            f"prefill: {seconds[0] * 1e3:.1f} ms for {answer.prompt_tokens} tokens; floor {products / rate * 1e3:.1f} ms "
+            f"prefill: {times[0] * 1e3:.1f} ms for {answer.prompt_tokens} tokens; floor {products / rate * 1e3:.1f} ms "
             f"({products / 1e9:.3g} G multiply-adds at the measured {rate / 1e9:.3g} G/s)"
         )
-        if len(seconds) > 1:
-            decode = (seconds[-1] - seconds[0]) / (len(seconds) - 1)
+        if len(times) > 1:
+            decode = (times[-1] - times[0]) / (len(times) - 1)
             note(
                 f"decode: {decode * 1e3:.2f} ms per token, {1 / decode:.1f} tokens/s; floor {weights / bandwidth * 1e3:.2f} ms "
                 f"({machine.format_bytes(weights)} of weights at the measured {machine.format_bytes(bandwidth)}/s)"
@@ -304,7 +311,7 @@ def is_streamed(flags: Flags) -> bool:
 
 
 def answer_once(flags: Flags, pictures: list["Image.Image"], prompt: str) -> None:
-    """Answers one prompt. The prompt is checked before the weights are loaded, which is slow."""
+    """Answers one prompt. Checks the prompt before it loads the weights, because loading is slow."""
     session = Session(flags, pictures)
     inputs = session.inputs(prompt)
     session.load()
@@ -324,7 +331,7 @@ def answer_typed(flags: Flags, pictures: list["Image.Image"]) -> None:
 
 
 def answer_prompt(flags: Flags) -> None:
-    """The classic way: one prompt about all pictures together."""
+    """Without a verb: answers one prompt about all pictures together, or the questions that the user types."""
     prompt = choose_prompt(flags)
     if flags.image_file_path is None:
         print_notes(f'this asks "{prompt}" about the bundled picture, {BUNDLED_PICTURE}; --help lists the flags.')

@@ -1,9 +1,8 @@
-"""Tasks and typed results: the prompt that makes a checkpoint detect, count or read, and the answer as an object.
+"""Tasks and typed results: the prompt of a task (detect, count, ocr, ...) and the answer as an object.
 
 `prompt` writes the prompt of a task in the form that the checkpoint was trained on. `Annotator.run` takes any number of requests
 (a picture and a task each), keeps `rows` of them running at once (generation.generate_many) and yields each result when it is
-ready. An error in one request is returned as the result of this request and does not stop the run. torch is imported only when
-a request runs.
+ready. If a request fails, its result holds the error and the run continues. torch is imported only when a request runs.
 
 Sources of the prompts: Google's guide (ai.google.dev/gemma/docs/paligemma/prompt-system-instructions) and big_vision's
 configs/proj/paligemma/transfers. Checked in tests/test_tasks.py.
@@ -36,11 +35,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The most tokens of an answer, by task. An object takes five or six tokens; its mask takes sixteen more.
+# Limit on the tokens of an answer, by task. An object takes five or six tokens; its mask takes sixteen more.
 MAX_ANSWER_TOKENS = {"caption": 128, "ask": 64, "detect": 256, "segment": 512, "ocr": 512, "count": 16}
 TASKS = tuple(MAX_ANSWER_TOKENS)
 OBJECT_TASKS = ("detect", "segment")
-REQUIRED_TEXT = {  # what the text of a task is, for the tasks that need one
+REQUIRED_TEXT = {  # the tasks that need a text, and what this text is
     "ask": "a question",
     "detect": "something to look for",
     "segment": "something to look for",
@@ -55,8 +54,8 @@ PROMPTS = {
     "count": "answer en how many {text} are there?",
 }
 HUB_NAME = re.compile(r"paligemma2?[-_]\d+b[-_](pt|mix|ft[-_]([a-z0-9_-]+?))[-_](?:224|448|896)", re.IGNORECASE)
-# Prompts of checkpoints that were fine-tuned on other prompts than PROMPTS. The ai2d checkpoint was trained with two spaces.
-OWN_PROMPTS = {
+# Prompts of checkpoints that were not fine-tuned on those of PROMPTS. The ai2d checkpoint was trained with two spaces.
+FINE_TUNED_PROMPTS = {
     "ai2d": {"ask": "answer {language}  {text}"},
     "chartqa": {"ask": "{text}", "count": "how many {text} are there?"},
     "docvqa": {"ask": "{text}", "count": "how many {text} are there?"},
@@ -72,7 +71,7 @@ eighteen nineteen twenty".split()
 
 
 def checkpoint_kind(name: str) -> str:
-    """What a checkpoint was trained for, told from its public name, which may be any part of a path.
+    """What a checkpoint was trained for, inferred from its public name, which may appear anywhere in the path `name`.
 
     Returns: "pretrained"; "mix" (many tasks); the data set of a fine-tuned checkpoint, such as "docvqa"; else "other".
     """
@@ -84,7 +83,7 @@ def checkpoint_kind(name: str) -> str:
 
 
 def split_objects(text: str) -> list[str]:
-    """The names between the semicolons without repetitions: "cat ; dog ; cat" -> ["cat", "dog"]."""
+    """The names between the semicolons, without duplicates: "cat ; dog ; cat" -> ["cat", "dog"]."""
     return list(dict.fromkeys(name for part in text.split(";") if (name := " ".join(part.split()))))
 
 
@@ -99,26 +98,26 @@ def check_task(task: str, text: str) -> None:
 
 
 def check_language(language: str) -> None:
-    """Raises: UsageError unless it looks like a language code. It is not checked whether the checkpoint knows the language."""
+    """Raises: UsageError unless this looks like a language code. Nothing checks that the checkpoint knows the language."""
     if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]{2,4})?", language):
-        raise UsageError(f"language is {language!r}. A code such as en, fr or zh is needed.")
+        raise UsageError(f"language is {language!r}, but a code such as en, fr or zh is needed.")
 
 
 def prompt(task: str, text: str = "", kind: str = "other", language: str = "en") -> str:
-    """The prompt of a task, as a checkpoint of this kind was trained on it.
+    """The prompt of a task in the form that a checkpoint of this kind was trained on.
 
     Args:
         task: one of TASKS.
         text: the question, or the object to look for or to count; several objects are separated by " ; ".
-        kind: what the checkpoint was trained for, from checkpoint_kind.
+        kind: what the checkpoint was trained for, as checkpoint_kind returns it.
         language: language code of the caption or answer; the prompts of the other tasks have no language.
-    Raises: UsageError as check_task and check_language.
+    Raises: the UsageError of check_task or check_language.
     """
     check_task(task, text)
     check_language(language)
-    words = " ; ".join(split_objects(text)) if task in OBJECT_TASKS else text.strip()
-    template = OWN_PROMPTS.get(kind, {}).get(task, PROMPTS[task])
-    return template.replace("{language}", language).replace("{text}", words)
+    text = " ; ".join(split_objects(text)) if task in OBJECT_TASKS else text.strip()
+    template = FINE_TUNED_PROMPTS.get(kind, {}).get(task, PROMPTS[task])
+    return template.replace("{language}", language).replace("{text}", text)
 
 
 def task_warning(task: str, kind: str) -> str | None:
@@ -132,7 +131,7 @@ def task_warning(task: str, kind: str) -> str | None:
 
 
 def read_count(text: str) -> int | None:
-    """The number in an answer, written in digits or as a word; None unless the answer holds exactly one number."""
+    """The number in an answer, in digits or as a word. None if the answer does not hold exactly one number."""
     words = re.findall(r"\d+|[a-z]+", text.lower())
     numbers = [int(word) if word.isdecimal() else NUMBERS.index(word) for word in words if word.isdecimal() or word in NUMBERS]
     if not numbers and words[:1] in (["no"], ["none"]):
@@ -148,13 +147,13 @@ class Request:
     """One question about one picture.
 
     Args:
-        picture: anything that load_image takes; or a PaliGemmaError, which then becomes the error of the result.
+        picture: anything that load_image takes; or a PaliGemmaError, which becomes the error of the result.
         task: one of TASKS.
         text: the question, or the objects to look for or to count.
-        prompt: a prompt that is used word for word in place of the prompt of the task.
-        image: the name of the picture in the result; if it is empty and `picture` is a path or an address, that is the name.
-        size: width and height of the original in pixels, if `picture` is a smaller copy.
-        image_features: float[1, P, D] of model.encode_images, used in place of `picture`, which is then not read; needs `size`.
+        prompt: a prompt that is used unchanged, instead of the prompt of the task.
+        image: the name of the picture in the result; if it is empty, a path or address in `picture` is used.
+        size: width and height of the original picture in pixels, if `picture` is a smaller copy.
+        image_features: float[1, P, D] from model.encode_images. If given, `picture` is not read, and `size` is required.
     """
 
     picture: Any
@@ -170,8 +169,8 @@ class Request:
 class Result:
     """The result of a request: the answer, or an `error`.
 
-    `parsed` holds the objects of detect and segment, and of any other answer that contains boxes. `count` holds the number that
-    count found, and None if the answer has none.
+    `parsed`: the objects of detect and segment, and of any other answer that contains boxes.
+    `count`: the number in the answer to a count task; None if the answer does not hold exactly one number.
     """
 
     image: str
@@ -194,7 +193,7 @@ class Result:
         return math.exp(sum(self.logprobs))
 
     def to_json(self) -> dict[str, Any]:
-        """The result as the programs write it: one object of --json, one row of annotate."""
+        """The result as a dict for json.dumps: one object of --json, one row of annotate."""
         row: dict[str, Any] = {"image": self.image, "task": self.task, "asked": self.asked, "prompt": self.prompt}
         if self.error is not None:
             return row | {"error": self.error.to_json()}
@@ -208,15 +207,15 @@ class Result:
         return row | {"status": self.parsed.status, "objects": objects, "problems": list(self.parsed.problems)}
 
 
-# The run
+# Running requests
 
 
 Numbered = tuple[int, Request]  # the index of a request in the sequence, and the request
-Entry = tuple[Numbered, Numbered | None]  # a request and its successor
+Entry = tuple[Numbered, Numbered | None]  # a request and the next request
 
 
 class RequestQueue:
-    """An iterator over requests, each with its index and its successor.
+    """An iterator over Entry: a request and the next request, both with their indices.
 
     Requests are read with a look-ahead of one. Requests that were put back are returned first.
     """
@@ -224,7 +223,7 @@ class RequestQueue:
     def __init__(self, requests: Iterable[Request]):
         self.source = pairwise(chain[Numbered | None](enumerate(requests), [None]))
         self.waiting: deque[Entry] = deque()  # requests that were put back
-        self.is_broken = False  # whether `requests` raised; an iterator that raised cannot be continued
+        self.is_broken = False  # True if `requests` raised, because it cannot be continued then
 
     def __iter__(self) -> "RequestQueue":
         return self
@@ -247,14 +246,14 @@ class RequestQueue:
         return not self.waiting
 
     def put_back(self, entries: Iterable[Entry]) -> None:
-        """Makes these entries the next ones, in their order."""
+        """Puts these entries in front of the queue, in the same order."""
         self.waiting.extendleft(reversed(list(entries)))
 
 
 def in_order(results: Iterable[tuple[int, Result]], count: int) -> Iterator[Result]:
-    """The results of `count` requests in the order of the requests, each as soon as all earlier ones are there.
+    """The results of `count` requests in the order of the requests. Each is yielded as soon as no earlier result is missing.
 
-    Raises: RuntimeError if a result is missing at the end. That would be a bug of this file, and it must not pass unnoticed.
+    Raises: RuntimeError if a result is missing at the end, which would be a bug of this file.
     """
     waiting: dict[int, Result] = {}
     following = 0
@@ -275,15 +274,15 @@ class Annotator:
 
     Args:
         model: PaliGemmaForConditionalGeneration.
-        processor: of the same checkpoint.
-        codec: decodes the masks of `segment`; without a codec, objects keep the codes of their masks and have no mask.
-        rows: the number of requests that run at once; it is halved when memory runs out.
-        max_new_tokens: the most tokens of an answer; MAX_ANSWER_TOKENS has what each task may need.
+        processor: the processor of the same checkpoint.
+        codec: decodes the masks of `segment`; without a codec, objects have mask codes but no mask.
+        rows: the number of requests in one batch; it is halved when memory runs out.
+        max_new_tokens: limit on the tokens of an answer; MAX_ANSWER_TOKENS holds the limits of the tasks.
         uses_grammar: constrain the answers of detect and segment to whole objects with the labels asked for.
         min_score: objects with a lower score are left out.
-        kind: what the checkpoint was trained for, from checkpoint_kind.
+        kind: what the checkpoint was trained for, as checkpoint_kind returns it.
         language: language code of captions and answers.
-        denominator: what a location is divided by; 1023 as in the official code, 1024 in some other code.
+        denominator: locations are divided by this: 1023 as in the official code, or 1024 as in some other code.
         sampling: how tokens are chosen; None = greedy.
     """
 
@@ -299,21 +298,22 @@ class Annotator:
     language: str = "en"
     denominator: int = 1023
     sampling: "Sampling | None" = None
-    grammars: "dict[tuple[str, str], Grammar]" = field(default_factory=dict, init=False)  # the grammar of the last labels
-    encoded: "tuple[Image.Image | None, torch.Tensor | None]" = field(default=(None, None), init=False)  # the last shared picture
+    # Caches of one entry: the grammar of the latest labels, and the image features of the latest shared picture.
+    grammars: "dict[tuple[str, str], Grammar]" = field(default_factory=dict, init=False)
+    encoded: "tuple[Image.Image | None, torch.Tensor | None]" = field(default=(None, None), init=False)
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Result]]:
-        """Answers requests. Each request that is read gets one result, which is an answer or an error.
+        """Answers requests. Each request gets one result, which is an answer or an error.
 
-        If memory runs out while a request runs alone, the result of this request is that error. If this happens to two requests
-        in a row, the error is raised, because the machine has too little memory.
+        If memory runs out while a request runs alone, its result is a DeviceError. If this happens to two requests in a row,
+        the DeviceError is raised, because the machine has too little memory.
 
         Args:
             requests: read one at a time, with a look-ahead of one. Two requests in a row about the same picture object share
                 the output of the vision tower.
-        Returns: an iterator of (index of the request, result), in the order in which the requests end.
+        Returns: an iterator of (index of the request, result), in the order in which the answers end.
         Raises: DeviceError as above, GenerationError for logits that are not finite, and any error that `requests` raises.
-            Before that, the results of requests that could not be started are yielded; requests that are running get no result.
+            The error results of requests that could not be started are yielded before; running requests get no result.
         """
         queue = RequestQueue(self.load_pictures(requests))
         failed: deque[tuple[int, Result]] = deque()  # results of requests that could not be started
@@ -329,7 +329,7 @@ class Annotator:
                             yield failed.popleft()
                         yield index, result
             except DeviceError as error:
-                shortage = DeviceError(error.message)  # a new one: the traceback of the old one keeps the KV cache in memory
+                shortage = DeviceError(error.message)  # a copy, because the traceback of `error` keeps the KV cache
             except GeneratorExit:
                 raise
             except BaseException:
@@ -352,13 +352,13 @@ class Annotator:
             queue.put_back(running.values())
 
     def load_pictures(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """The requests with their pictures loaded. Pictures are resized at once, so that waiting requests use little memory."""
+        """The requests with loaded pictures, each resized when it is loaded, so that waiting requests need little memory."""
         from paligemma.pictures.images import is_loaded_picture, load_image, resize_to_square
 
         def resized(original: "Image.Image") -> "tuple[Image.Image, tuple[int, int]]":
             return resize_to_square(original, self.processor.image_size), original.size
 
-        source: object = object()  # of the last request whose picture had to be loaded
+        latest: object = object()  # the picture of the latest request that had to be loaded
         loaded: tuple[Image.Image | PaliGemmaError | None, tuple[int, int] | None] = (None, None)
         for request in requests:
             picture = request.picture
@@ -367,20 +367,20 @@ class Annotator:
                 continue
             is_name = isinstance(picture, str | os.PathLike)
             # Arrays are compared by identity only: == would compare all pixels.
-            is_same = picture is source or (is_name and isinstance(source, str | os.PathLike) and picture == source)
+            is_same = picture is latest or (is_name and isinstance(latest, str | os.PathLike) and picture == latest)
             if not is_same:
                 try:
                     loaded = load_image(picture, then=resized)
                 except PaliGemmaError as error:
                     loaded = error, None
-            source = picture
+            latest = picture
             name = request.image or (os.fspath(picture) if is_name else "")
             yield replace(request, picture=loaded[0], size=request.size or loaded[1], image=name)
 
     def generate(
         self, queue: RequestQueue, running: dict[int, Entry], failed: deque[tuple[int, Result]]
     ) -> Iterator[tuple[int, Result]]:
-        """The results of one call of generate_many; `running` holds the requests that were started and have no result yet."""
+        """The results of one call of generate_many. `running` holds the started requests that have no result yet."""
         from paligemma.generation import Sampling, generate_many
 
         sampling = self.sampling or Sampling()
@@ -401,7 +401,7 @@ class Annotator:
             yield index, result
 
     def grammar(self, request: Request) -> "Grammar | None":
-        """The grammar that constrains the answer, None for no constraint. Requests with the same labels share a grammar."""
+        """The grammar that constrains the answer; None for no constraint. Successive requests with the same labels share it."""
         if not (self.uses_grammar and request.task in OBJECT_TASKS):
             return None
         from paligemma.objects.grammar import Grammar
@@ -416,9 +416,9 @@ class Annotator:
     def model_inputs(
         self, queue: RequestQueue, running: dict[int, Entry], failed: deque[tuple[int, Result]]
     ) -> Iterator[dict[str, Any]]:
-        """The model's input for each request, built when a row is free. Requests that cannot be started go to `failed`.
+        """The model's inputs for each request, made when a row is free. Requests that cannot be started go to `failed`.
 
-        It ends early when as many requests have failed as there are rows, so that their results need not wait for an answer.
+        Stops after `rows` failures, so that `run` yields their results before it waits for the next answer.
         """
         num_started = 0
         for entry in queue:
@@ -438,7 +438,10 @@ class Annotator:
             yield inputs
 
     def model_input(self, request: Request, following: Numbered | None) -> dict[str, Any]:
-        """The model's input for a request. Raises: PaliGemmaError, which is the picture itself if it could not be loaded."""
+        """The model's inputs for a request. Raises: PaliGemmaError.
+
+        If the picture could not be loaded, `request.picture` holds the error, which is raised.
+        """
         from paligemma.generation import only_row
 
         if isinstance(request.picture, PaliGemmaError):
@@ -446,11 +449,11 @@ class Annotator:
         inputs: dict[str, Any] = self.processor.tokens([1], self.prompt_of(request))
         inputs |= self.picture_input(request, following)
         inputs["grammar"] = self.grammar(request)
-        only_row(inputs, self.model.config)  # raises what generate_many would raise, but here it fails this request only
+        only_row(inputs, self.model.config)  # raises here, so that this request fails and not all of generate_many
         return inputs
 
     def picture_input(self, request: Request, following: Numbered | None) -> "dict[str, torch.Tensor | None]":
-        """The picture as pixels; as image features if it was encoded before, or if the next request is about it, too."""
+        """The pixels of the picture; or its image features, if they exist or the next request needs them too."""
         import torch
 
         if request.image_features is not None:
@@ -474,13 +477,13 @@ class Annotator:
 
     def error_result(self, request: Request, error: PaliGemmaError) -> Result:
         """The result of a request that failed."""
-        asked = request.prompt or ""
+        prompt_text = request.prompt or ""
         with suppress(UsageError):
-            asked = self.prompt_of(request)
-        return Result(image=request.image, task=request.task, asked=request.text, prompt=asked, error=error)
+            prompt_text = self.prompt_of(request)
+        return Result(image=request.image, task=request.task, asked=request.text, prompt=prompt_text, error=error)
 
     def to_result(self, request: Request, answer: "Answer") -> Result:
-        """The result of an answer; an error result if memory runs out, as the masks of a large picture may need much."""
+        """The result of an answer; an error result if the masks of a large picture need too much memory."""
         try:
             with machine.memory_errors("reading the answer"):
                 return self.parse(request, answer)
@@ -488,13 +491,13 @@ class Annotator:
             return self.error_result(request, error)
 
     def parse(self, request: Request, answer: "Answer") -> Result:
-        """The result of an answer: its text, and its objects or its number. Raises: DeviceError."""
+        """The result of an answer: the text, and its objects or number. Raises: DeviceError."""
         width, height = request.size or request.picture.size
         text = self.processor.decode(answer.token_ids).strip()
         parsed = None
         if request.task in OBJECT_TASKS or "<loc" in text:
             parsed = parse_ids(answer.token_ids, self.processor, answer.logprobs, answer.moments, self.denominator)
-            parsed = self.finish(parsed, width, height)
+            parsed = self.filter_and_decode(parsed, width, height)
         return Result(
             image=request.image,
             task=request.task,
@@ -510,8 +513,8 @@ class Annotator:
             count=read_count(text) if request.task == "count" else None,
         )
 
-    def finish(self, parsed: ParsedAnswer, width: int, height: int) -> ParsedAnswer:
-        """The parsed answer without objects of too low a score, and with decoded masks if there is a codec."""
+    def filter_and_decode(self, parsed: ParsedAnswer, width: int, height: int) -> ParsedAnswer:
+        """The parsed answer with decoded masks if there is a codec, without objects whose score is below min_score."""
         objects = parsed.objects
         if self.min_score is not None:
             objects = [found for found in objects if found.score is None or found.score >= self.min_score]
