@@ -1,20 +1,22 @@
-"""What an answer depends on: for each word a heat map over the picture, the alternatives, and the effect of the picture.
+"""Shows what an answer depends on: for each word a heat map over the picture, the alternatives, and the effect of the picture.
 
 `explain` answers three questions about an answer; explanation_sheet.py draws the results on one sheet.
-- Where? Two maps per word. `gradient`: how much the logits of the word depend on the vector of each patch, to first order: the
-  sum of |gradient * (vector - mean of all vectors)|. `roll_out`: attention followed from the word back to the patches, through
-  decoder and tower, averaged over heads, with half of the weight kept on the residual path of each layer.
-- What else? The most likely tokens at each position, and the entropy of the distribution.
-- From the picture at all? The log-likelihood of the answer with this picture minus its log-likelihood with a flat picture of the
-  same mean colour.
+- Which patches does a word depend on? Two maps per word answer this. `gradient` is the sum of
+  |gradient * (vector - mean of all vectors)|, a first-order estimate of how much the logits of the word depend on the vector of
+  each patch. `roll_out` follows the attention from the word back to the patches, through decoder and tower, averaged over heads,
+  with half of the weight kept on the residual path of each layer.
+- Which other tokens were likely? The most likely tokens at each position, and the entropy of the distribution.
+- Does the answer depend on the picture at all? The log-likelihood of the answer with this picture minus its log-likelihood with a
+  flat picture of the same mean colour.
 
-The model's files are not changed: hooks record the inputs of each attention module, and `decoder_weights` and `tower_weights`
-recompute the attention weights from these inputs. notes/looking.md measures how far the maps can be trusted.
+The model's code knows nothing of this file: hooks record the inputs of each attention module, and `decoder_weights` and
+`tower_weights` recompute the attention weights from these inputs. notes/looking.md measures how reliable the maps are.
 
-Threads: other threads may use the model at the same time; the hooks record the calls of their own thread only.
+Threads: other threads may use the model at the same time, because the hooks record only the calls of their own thread.
 
-Sources: attention rollout (arXiv:2005.00928, equation 1); gradient * (input - reference) (arXiv:1704.02685), of logits, because
-the gradient of a probability near 1 vanishes (arXiv:1610.02391, section 3). Checked in tests/test_explanation.py.
+Sources: attention rollout (arXiv:2005.00928, equation 1); gradient * (input - reference) (arXiv:1704.02685). The gradient is that
+of the logits, because the gradient of a probability near 1 vanishes (arXiv:1610.02391, section 3).
+Checked in tests/test_explanation.py.
 Shapes: B batch rows, I images in the batch, P patches per image, L tokens of picture, prompt and answer, S keys, N query heads,
 E width of one head, D model width, V vocabulary size, T tokens of the answer, U words of the answer.
 """
@@ -40,10 +42,10 @@ from paligemma.tokenization import SPACE
 from paligemma.vocabulary import LOCATIONS_PER_BOX
 
 NUM_ALTERNATIVES = 5  # alternatives listed per token
-# In nats. An answer that the picture makes less than twice as likely hardly depends on it. Measured by notes/looking_figures.py.
+# In nats. An answer hardly depends on the picture if the picture makes it less than twice as likely (notes/looking_figures.py).
 MIN_DEPENDENCE = math.log(2)
 NO_GRADIENT = (
-    "quantised weights have no gradient, so the maps show attention only. Load the model unquantised to get gradient maps."
+    "quantised weights have no gradient, so the maps show only attention. Load the model unquantised to get gradient maps."
 )
 
 # The results
@@ -54,11 +56,11 @@ class Token:
     """One token of the answer.
 
     Args:
-        text: its entry in the vocabulary, with the sign for a space shown as a space.
+        text: the vocabulary entry of the token, with the sign for a space replaced by a space.
         logprob: log-probability of the token, given picture, prompt and all tokens before it.
-        blank_logprob: the same with a flat picture of the mean colour.
-        entropy: of the distribution over the vocabulary, in nats: 0 = certain, ln k = uniform over k tokens.
-        alternatives: the most likely tokens at this position with their probabilities (may include this token).
+        blank_logprob: its log-probability with a flat picture of the mean colour.
+        entropy: entropy of the distribution over the vocabulary, in nats; 0 = certain, ln k = uniform over k tokens.
+        alternatives: the most likely tokens at this position with their probabilities; they may include this token.
     """
 
     id: int
@@ -76,16 +78,16 @@ class Token:
 
 @dataclass(frozen=True, eq=False)
 class Word:
-    """A word of the answer, or an object, whose locations, codes and label count as one word.
+    """A word of the answer. The locations, mask codes and label of an object together are one word.
 
     Args:
-        text: the word without the space before it; the label of an object.
-        tokens: the positions of its tokens in the answer.
+        text: the word without the space before it; for an object, its label.
+        tokens: the positions of the tokens of the word in the answer.
         roll_out: float32[rows, columns of patches], the attention map; its sum is `share`.
         gradient: float32[rows, columns of patches], the gradient map, in units of logits; None if the weights have no gradient.
         share: the fraction of the attention that falls on picture tokens, 0 to 1; the rest falls on prompt and answer.
-        box: the box of an object, None for a word.
-        logprob, dependence: sums over its tokens.
+        box: the box of an object; None for other words.
+        logprob, dependence: sums over the tokens of the word.
     """
 
     text: str
@@ -100,7 +102,7 @@ class Word:
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """The explanation of an answer. `notes` has one sentence for each thing that could not be computed."""
+    """The explanation of an answer. `notes` holds one sentence for each thing that could not be computed."""
 
     prompt: str
     text: str
@@ -126,12 +128,12 @@ class Explanation:
         """One sentence if the answer hardly depends on the picture, else None."""
         if self.dependence >= MIN_DEPENDENCE:
             return None
-        return f"this answer hardly depends on the picture: it is {as_ratio(self.dependence)} as likely as with a blank one."
+        return f"this answer hardly depends on the picture: it is {as_ratio(self.dependence)} as likely as with a blank picture."
 
     def to_json(self) -> dict[str, Any]:
         """The explanation as a dict for json.dumps.
 
-        Maps are lists of rows from top to bottom, boxes [x_min, y_min, x_max, y_max] from 0 to 1; the tokens of a word are
+        A map is a list of rows from top to bottom. A box is [x_min, y_min, x_max, y_max], from 0 to 1. The tokens of a word are
         positions in the list of tokens.
         """
         tokens = [
@@ -160,7 +162,7 @@ def as_ratio(nats: float) -> str:
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, cap: float | None) -> Tensor:
-    """Attention weights, float32[B, N, L, S]; each row sums to 1. Arguments as modeling_gemma.attention."""
+    """Attention weights, float32[B, N, L, S]; each row sums to 1. The arguments are those of modeling_gemma.attention."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # [B, N, S, E]
     scores = (q @ k.transpose(2, 3)).float() * scale  # [B, N, L, S]
     if cap is not None:
@@ -205,24 +207,24 @@ def recording(modules: Iterable[nn.Module]) -> Iterator[list[tuple[Any, ...]]]:
             hook.remove()
 
 
-def roll_out(rows: Tensor, weights: Iterable[Tensor]) -> Tensor:
-    """Follows attention back through the layers: half of the weight stays on each token, half follows the mean over heads.
+def follow_attention(word_weights: Tensor, attention: Iterable[Tensor]) -> Tensor:
+    """Attention rollout: in each layer half of the weight stays on its token, half moves with the attention, averaged over heads.
 
     Args:
-        rows: float32[U, L], the weight of each token at the output of the last layer; each row sums to 1.
-        weights: the attention weights float32[1, N, L, L] of each layer, last layer first.
+        word_weights: float32[U, L], the weight of each token at the output of the last layer; each row sums to 1.
+        attention: the attention weights float32[1, N, L, L] of each layer, last layer first.
     Returns: float32[U, L], the weight of each token at the input of the first layer; each row still sums to 1.
     """
-    for layer in weights:
-        rows = (rows + rows @ layer[0].mean(0)) / 2
-    return rows
+    for layer in attention:
+        word_weights = (word_weights + word_weights @ layer[0].mean(0)) / 2
+    return word_weights
 
 
-# The words of the answer
+# Splitting the answer into words
 
 
 def find_objects(token_ids: list[int], processor: PaliGemmaProcessor) -> Iterator[tuple[str, range, NormalizedBox]]:
-    """Label, token positions and box of each object that has all four locations."""
+    """The label, token positions and box of each object that has all four locations."""
     for item in group_objects(split_ids(token_ids, processor)):
         if len(item.locations) == LOCATIONS_PER_BOX:
             last = max(item.location_indices[-1] + len(item.codes), *item.label_indices, 0)
@@ -230,17 +232,18 @@ def find_objects(token_ids: list[int], processor: PaliGemmaProcessor) -> Iterato
 
 
 def split_words(token_ids: list[int], processor: PaliGemmaProcessor) -> list[tuple[str, range, NormalizedBox | None]]:
-    """The words and objects of the answer, in order: text, token positions, and the box of an object.
+    """The words and objects of the answer in order, as (text, token positions, box or None).
 
-    A word begins with white space. A piece without any letter or digit is not a word.
+    A word begins with white space. Text without any letter or digit is not a word.
     """
     found: list[tuple[str, range, NormalizedBox | None]] = list(find_objects(token_ids, processor))
     in_objects = {position for _, positions, _ in found for position in positions}
     stream = processor.stream()
     spans: list[range] = []
-    texts = [stream.put(number) for number in token_ids]  # a character of several byte tokens appears with the last of them
-    for position, number in enumerate(token_ids):
-        if position in in_objects or number in processor.control_ids:
+    # If several byte tokens form one character, the text of the last token holds the character.
+    texts = [stream.put(token_id) for token_id in token_ids]
+    for position, token_id in enumerate(token_ids):
+        if position in in_objects or token_id in processor.control_ids:
             continue
         if spans and spans[-1].stop == position and not texts[position][:1].isspace():
             spans[-1] = range(spans[-1].start, position + 1)
@@ -251,9 +254,9 @@ def split_words(token_ids: list[int], processor: PaliGemmaProcessor) -> list[tup
     return sorted(found, key=lambda word: word[1].start)
 
 
-def token_text(number: int, processor: PaliGemmaProcessor) -> str:
-    """The entry of a token in the vocabulary, with the sign for a space shown as a space."""
-    return (processor.tokenizer.id_to_token(number) or f"<{number}>").replace(SPACE, " ")
+def token_text(token_id: int, processor: PaliGemmaProcessor) -> str:
+    """The vocabulary entry of a token, with the sign for a space replaced by a space."""
+    return (processor.tokenizer.id_to_token(token_id) or f"<{token_id}>").replace(SPACE, " ")
 
 
 # The analysis
@@ -272,22 +275,25 @@ def answer_logits(model: PaliGemmaForConditionalGeneration, row: dict[str, Any],
 
 
 @torch.no_grad()
-def roll_outs(tower_calls: list[tuple[Any, ...]], decoder_calls: list[tuple[Any, ...]], rows: Tensor, num_patches: int) -> Tensor:
-    """The attention maps float32[U, P]: attention followed from each word to the patches, without prompt and answer.
+def attention_maps(
+    tower_calls: list[tuple[Any, ...]], decoder_calls: list[tuple[Any, ...]], word_weights: Tensor, num_patches: int
+) -> Tensor:
+    """The attention maps float32[U, P]: attention rollout from each word to the patches, without prompt and answer.
 
     Args:
-        tower_calls, decoder_calls: the calls that `recording` collected, layer by layer.
-        rows: float32[U, L], the starting weights of each word, from word_starts.
+        tower_calls, decoder_calls: the calls that `recording` collected, first layer first.
+        word_weights: float32[U, L], from initial_weights.
     """
-    rows = roll_out(rows, (decoder_weights(*call) for call in reversed(decoder_calls)))[:, :num_patches]  # [U, P]
-    return roll_out(rows, (tower_weights(*call) for call in reversed(tower_calls)))
+    word_weights = follow_attention(word_weights, (decoder_weights(*call) for call in reversed(decoder_calls)))  # [U, L]
+    word_weights = word_weights[:, :num_patches]  # [U, P]
+    return follow_attention(word_weights, (tower_weights(*call) for call in reversed(tower_calls)))
 
 
 def gradient_maps(chosen: Tensor, spans: Sequence[range], features: Tensor) -> list[Tensor]:
     """The gradient map of each word, float32[P]: the sum over D of |gradient * (vector - mean vector)| for each patch.
 
-    This estimates, to first order, how much the logits of the word change when each component of the patch's vector is replaced
-    by the mean over all patches; the changes of the components are summed without their signs.
+    This is a first-order estimate: each component of the patch's vector is replaced by its mean over all patches, and the
+    absolute changes of the word's logits are summed.
 
     Args:
         chosen: float32[T], the logits of the answer's tokens, with their autograd graph.
@@ -304,20 +310,20 @@ def gradient_maps(chosen: Tensor, spans: Sequence[range], features: Tensor) -> l
 
 
 def flat_picture(pixel_values: Tensor) -> Tensor:
-    """A picture of one colour, the mean of each picture: float32[I, 3, H, W] of the same shape."""
+    """Pictures of the same shape, float32[I, 3, H, W], in which each pixel has the mean colour of its picture."""
     return pixel_values.mean((2, 3), keepdim=True).expand_as(pixel_values)
 
 
 def check_request(inputs: dict[str, Any], token_ids: Sequence[int], model: PaliGemmaForConditionalGeneration) -> dict[str, Any]:
-    """The row of the question.
+    """The question as one batch row (input_ids, pixel_values, ...), without padding.
 
-    Raises: PromptError unless it has one picture, as pixels, and the answer fits into the context after the prompt.
+    Raises: PromptError unless the inputs hold the pixels of one picture and the answer fits into the context after the prompt.
     """
     if inputs.get("pixel_values") is None:
-        raise PromptError("an explanation needs pixels, and the inputs have none. Pass the pixel_values of the processor.")
+        raise PromptError("an explanation needs pixels, but the inputs have none. Pass the pixel_values of the processor.")
     row = only_row(inputs, model.config)
     if len(row["pixel_values"]) != 1:
-        raise PromptError(f"the row has {len(row['pixel_values'])} pictures, and one is needed. Ask about one picture.")
+        raise PromptError(f"the row has {len(row['pixel_values'])} pictures, but one is needed. Ask about one picture.")
     context = model.config.text_config.max_position_embeddings
     if not 0 < len(token_ids) <= context - len(row["input_ids"]):
         room = context - len(row["input_ids"])
@@ -326,43 +332,43 @@ def check_request(inputs: dict[str, Any], token_ids: Sequence[int], model: PaliG
 
 
 def read_tokens(logprobs: Tensor, blank_logprobs: Tensor, token_ids: list[int], processor: PaliGemmaProcessor) -> list[Token]:
-    """The tokens with their alternatives, from log-probabilities float32[T, V] with the picture and with a flat one."""
+    """The tokens with their alternatives, from log-probabilities float32[T, V] with the picture and with a flat picture."""
     entropy = torch.special.entr(logprobs.exp()).sum(-1).tolist()
     best, ids = (values.tolist() for values in logprobs.topk(min(NUM_ALTERNATIVES, logprobs.shape[1])))
     tokens = []
-    for position, number in enumerate(token_ids):
+    for position, token_id in enumerate(token_ids):
         others = tuple(
             (token_text(other, processor), math.exp(value)) for other, value in zip(ids[position], best[position], strict=True)
         )
-        values = logprobs[position, number].item(), blank_logprobs[position, number].item(), entropy[position]
-        tokens.append(Token(number, token_text(number, processor), *values, others))
+        values = logprobs[position, token_id].item(), blank_logprobs[position, token_id].item(), entropy[position]
+        tokens.append(Token(token_id, token_text(token_id, processor), *values, others))
     return tokens
 
 
 def make_word(
-    text: str, span: range, box: NormalizedBox | None, tokens: list[Token], rolled: Tensor, gradient: Tensor | None
+    text: str, span: range, box: NormalizedBox | None, tokens: list[Token], attention: Tensor, gradient: Tensor | None
 ) -> Word:
-    """A word with its maps float32[P], reshaped to a square grid, because the processor resizes the picture to a square."""
-    side = math.isqrt(len(rolled))
-    own = tokens[span.start : span.stop]
+    """A word with its maps float32[P] as square grids, because the processor resizes the picture to a square."""
+    side = math.isqrt(len(attention))
+    word_tokens = tokens[span.start : span.stop]
     return Word(
         text=text,
         tokens=span,
-        roll_out=rolled.view(side, side).cpu(),
+        roll_out=attention.view(side, side).cpu(),
         gradient=None if gradient is None else gradient.view(side, side).cpu(),
-        share=rolled.sum().item(),
+        share=attention.sum().item(),
         box=box,
-        logprob=sum(token.logprob for token in own),
-        dependence=sum(token.dependence for token in own),
+        logprob=sum(token.logprob for token in word_tokens),
+        dependence=sum(token.dependence for token in word_tokens),
     )
 
 
-def word_starts(spans: Sequence[range], num_prompt: int, length: int) -> Tensor:
-    """float32[U, L]: for each word, equal weight on the positions that predict its tokens (each one before its token)."""
-    starts = torch.zeros(len(spans), length)  # [U, L]
-    for start, span in zip(starts, spans, strict=True):
-        start[num_prompt - 1 + span.start : num_prompt - 1 + span.stop] = 1 / len(span)
-    return starts
+def initial_weights(spans: Sequence[range], num_prompt: int, length: int) -> Tensor:
+    """float32[U, L]: for each word, equal weights on the positions that predict its tokens (the position before each token)."""
+    weights = torch.zeros(len(spans), length)  # [U, L]
+    for row, span in zip(weights, spans, strict=True):
+        row[num_prompt - 1 + span.start : num_prompt - 1 + span.stop] = 1 / len(span)
+    return weights
 
 
 def explain(
@@ -372,12 +378,12 @@ def explain(
 
     Args:
         model: PaliGemmaForConditionalGeneration.
-        processor: of the same checkpoint.
+        processor: the processor of the same checkpoint.
         inputs: the output of the processor for one row with one picture.
-        token_ids: the answer to explain; it need not come from this model. An eos at its end is explained, too.
+        token_ids: the answer to explain; it need not come from this model. A final eos is also explained.
     Raises: PromptError for several rows or pictures, missing pixels, an empty answer, or an answer that does not fit the context.
     """
-    token_ids = [int(number) for number in token_ids]
+    token_ids = [int(token_id) for token_id in token_ids]
     question, decoder = check_request(inputs, token_ids, model), model.language_model
     pixels, num_prompt = question["pixel_values"], len(question["input_ids"])
     answer = torch.tensor(token_ids)
@@ -385,7 +391,7 @@ def explain(
         "input_ids": torch.cat((question["input_ids"].cpu(), answer))[None].to(model.device),  # [1, L]
         "token_type_ids": torch.cat((question["token_type_ids"].cpu(), torch.ones_like(answer)))[None].to(model.device),  # [1, L]
     }
-    # Quantised weights have no autograd graph: gradients would flow through the residual connections only, and be wrong.
+    # Quantised weights have no autograd graph: gradients would be wrong, because they flow only through the residual connections.
     has_gradient = all(tensor.is_floating_point() for tensor in (*decoder.parameters(), *decoder.buffers()))
     tower_modules = [module for module in model.vision_tower.modules() if isinstance(module, SiglipAttention)]
     decoder_modules = [module for module in decoder.modules() if isinstance(module, GemmaAttention)]
@@ -401,11 +407,11 @@ def explain(
     found = split_words(token_ids, processor)
     spans = [span for _, span, _ in found]
     gradients = gradient_maps(chosen, spans, features) if has_gradient else [None] * len(spans)
-    starts = word_starts(spans, num_prompt, row["input_ids"].shape[1]).to(model.device)  # [U, L]
-    rolled = roll_outs(tower_calls, decoder_calls, starts, features.shape[1])  # [U, P]
+    word_weights = initial_weights(spans, num_prompt, row["input_ids"].shape[1]).to(model.device)  # [U, L]
+    maps = attention_maps(tower_calls, decoder_calls, word_weights, features.shape[1])  # [U, P]
     words = [
-        make_word(text, span, box, tokens, rows, gradient)
-        for (text, span, box), rows, gradient in zip(found, rolled, gradients, strict=True)
+        make_word(text, span, box, tokens, attention, gradient)
+        for (text, span, box), attention, gradient in zip(found, maps, gradients, strict=True)
     ]
     prompt = processor.decode(question["input_ids"]).strip()
     return Explanation(prompt, processor.decode(token_ids), tokens, words, [] if has_gradient else [NO_GRADIENT])

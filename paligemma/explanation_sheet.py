@@ -1,6 +1,6 @@
-"""The drawing of an explanation: one sheet with the picture, the answer, and a card with a heat map for each word.
+"""Draws an explanation as one sheet: the picture, the answer, and a card with a heat map for each word.
 
-explanation.py computes what is drawn here. Checked in tests/test_explanation.py.
+explanation.py computes the explanation. Checked in tests/test_explanation.py.
 """
 
 import math
@@ -18,11 +18,11 @@ from paligemma.pictures.images import load_image
 from paligemma.vocabulary import LOCATION_OR_CODE
 
 WIDTH, MARGIN, GAP, PAD = 1240, 28, 18, 12  # pixels
-CARDS = 5  # side by side
+CARDS = 5  # cards per row
 INK, SOFT, FAINT, SHEET = "#22262b", "#707780", "#e4e6e9", "#f6f7f8"
 BLUE, SKY, ORANGE, GREEN = PALETTE[4], PALETTE[1], PALETTE[5], PALETTE[2]
-BARS = 3  # alternatives that a card shows
-HEAT_COLOURS = (  # value from 0 to 1, and red, green, blue
+BARS = 3  # alternatives per card
+HEAT_COLOURS = (  # (value from 0 to 1, (red, green, blue))
     (0.0, (255, 255, 255)), (0.35, (255, 214, 92)), (0.7, (240, 112, 24)), (1.0, (176, 18, 40)),
 )  # fmt: skip
 
@@ -33,7 +33,7 @@ def signed(value: float, digits: int) -> str:
 
 
 def fitted(text: str, size: int, width: float) -> str:
-    """The text, cut to a width in pixels; "…" marks a cut."""
+    """The text, shortened to a width in pixels; a shortened text ends with "…"."""
     text = clean(text)
     if lettering().width(text, size) <= width:
         return text
@@ -43,7 +43,7 @@ def fitted(text: str, size: int, width: float) -> str:
 
 
 def wrapped(text: str, size: int, width: float, max_lines: int) -> list[str]:
-    """The text in at most `max_lines` lines of at most `width` pixels; the last line is cut if there is more text."""
+    """The text in at most `max_lines` lines of at most `width` pixels; the last line is shortened if it is too long."""
     lines: list[str] = []
     for word in text.split():
         if lines and lettering().width(f"{lines[-1]} {word}", size) <= width:
@@ -54,39 +54,39 @@ def wrapped(text: str, size: int, width: float, max_lines: int) -> list[str]:
     return [fitted(line, size, width) for line in kept if line]
 
 
-def colour_map(shares: Image.Image) -> Image.Image:
-    """A grey picture of values 0 to 255 in the colours of HEAT_COLOURS."""
+def colour_map(grey: Image.Image) -> Image.Image:
+    """Maps a grey picture (values 0 to 255) to the colours of HEAT_COLOURS."""
     stops = [stop for stop, _ in HEAT_COLOURS]
     channels = np.array([colour for _, colour in HEAT_COLOURS]).T
     tables = [np.interp(np.arange(256) / 255, stops, channel).round().tolist() for channel in channels]
-    return Image.merge("RGB", [shares.point(table) for table in tables])
+    return Image.merge("RGB", [grey.point(table) for table in tables])
 
 
 def heat_map(picture: Image.Image, values: Tensor) -> Image.Image:
-    """The picture in pale grey with a map laid over it; the largest value of the map is the darkest red.
+    """The picture in pale grey under a heat map, in which the largest value has the darkest red.
 
     Args:
         values: float32[rows, columns of patches], not negative.
     """
-    shares = values / values.max().clamp(min=1e-30)
-    small = Image.fromarray((shares * 255).round().byte().numpy())
-    share = small.resize(picture.size, Image.Resampling.BICUBIC)
+    scaled = values / values.max().clamp(min=1e-30)
+    small = Image.fromarray((scaled * 255).round().byte().numpy())
+    heat = small.resize(picture.size, Image.Resampling.BICUBIC)
     pale = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "white"), 0.35)
-    cover = share.point([min(225, round(1.6 * level)) for level in range(256)])
-    return Image.composite(colour_map(share), pale, cover)
+    opacity = heat.point([min(225, round(1.6 * level)) for level in range(256)])
+    return Image.composite(colour_map(heat), pale, opacity)
 
 
 def by_text(alternatives: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Alternatives with the same text added up ("cat" and " cat" are two tokens and one word), the most likely one first."""
-    shares: dict[str, float] = {}
+    """The alternatives, most likely first. Probabilities of equal words are added ("cat" and " cat" are two tokens, one word)."""
+    probabilities: dict[str, float] = {}
     for text, probability in alternatives:
         shown = text.strip() or repr(text)[1:-1]
-        shares[shown] = shares.get(shown, 0.0) + probability
-    return sorted(shares.items(), key=lambda pair: -pair[1])
+        probabilities[shown] = probabilities.get(shown, 0.0) + probability
+    return sorted(probabilities.items(), key=lambda pair: -pair[1])
 
 
 def draw_bars(sheet: Image.Image, x: int, y: int, width: int, bars: Sequence[tuple[str, float]]) -> None:
-    """Draws one line per alternative: its text, a bar, its probability. A bar over the full width is the probability 1."""
+    """Draws one line per alternative: text, bar and probability. The bar of probability 1 has the full length."""
     draw, label, number = ImageDraw.Draw(sheet), int(0.42 * width), 46
     for line, (text, probability) in enumerate(bars):
         top, room = y + 21 * line, width - label - number
@@ -97,7 +97,7 @@ def draw_bars(sheet: Image.Image, x: int, y: int, width: int, bars: Sequence[tup
 
 
 def with_boxes(picture: Image.Image, words: Sequence[Word]) -> Image.Image:
-    """A copy of the picture with the boxes of the words that are objects."""
+    """A copy of the picture with a box for each word that is an object."""
     out = picture.copy()
     for word in words:
         if word.box is not None:
@@ -106,7 +106,7 @@ def with_boxes(picture: Image.Image, words: Sequence[Word]) -> Image.Image:
 
 
 def draw_card(sheet: Image.Image, x: int, y: int, picture: Image.Image, word: Word, tokens: Sequence[Token]) -> None:
-    """Draws one word: its map, its probability, how many nats the picture adds, and the alternatives."""
+    """Draws the card of a word: its map, its probability, how many nats the picture adds, and the alternatives."""
     width = picture.width
     heat = heat_map(picture, word.roll_out if word.gradient is None else word.gradient)
     sheet.paste(with_boxes(heat, [word]), (x, y))
@@ -121,18 +121,18 @@ def draw_card(sheet: Image.Image, x: int, y: int, picture: Image.Image, word: Wo
 
 
 def draw_head(sheet: Image.Image, picture: Image.Image, explanation: Explanation) -> None:
-    """Draws the picture, the question, the answer, and whether the answer depends on the picture."""
+    """Draws the picture, the prompt, the answer, and whether the answer depends on the picture."""
     draw, x, y = ImageDraw.Draw(sheet), MARGIN + picture.width + 28, MARGIN
     sheet.paste(with_boxes(picture, explanation.words), (MARGIN, MARGIN))
     width = sheet.width - x - MARGIN
     lettering().write(sheet, (x, y), fitted(explanation.prompt, 17, width), 17, SOFT)
     y += 32
-    answer = LOCATION_OR_CODE.sub("", explanation.text)  # without locations, which are drawn as boxes
+    answer = LOCATION_OR_CODE.sub("", explanation.text)  # locations are drawn as boxes
     for line in wrapped(answer, 27, width, 3) or ["(no words)"]:
         lettering().write(sheet, (x, y), line, 27, INK)
         y += 36
     y += 12
-    verdict = "It comes from the picture" if explanation.warning is None else "It hardly depends on the picture"
+    verdict = "The answer depends on the picture" if explanation.warning is None else "The answer hardly depends on the picture"
     color = GREEN if explanation.warning is None else ORANGE
     draw.rounded_rectangle((x, y, x + lettering().width(verdict, 17) + 28, y + 34), 6, color)
     lettering().write(sheet, (x + 14, y + 17), verdict, 17, "white", "lm")
@@ -143,7 +143,7 @@ def draw_head(sheet: Image.Image, picture: Image.Image, explanation: Explanation
         f"{as_ratio(explanation.dependence)} as likely as with a flat picture of the same mean colour:",
         f"{signed(explanation.dependence, 1)} nats, {signed(explanation.dependence / count, 2)} per token "
         f"({counted(count, 'token')}).",
-        f"Maps: what each word {kind}; the darkest red is the most. Bars: the alternatives.",
+        f"Maps: what each word {kind}; the darkest red is the maximum. Bars: the alternatives.",
         *explanation.notes,
     ):
         lettering().write(sheet, (x, y), fitted(line, 15, width), 15, SOFT)
@@ -151,10 +151,10 @@ def draw_head(sheet: Image.Image, picture: Image.Image, explanation: Explanation
 
 
 def draw_explanation(source: object, explanation: Explanation) -> Image.Image:
-    """The explanation as a picture: the picture, the question and the answer at the top, then a card for each word.
+    """The explanation as one sheet: the picture, the prompt and the answer at the top, then a card for each word.
 
     Args:
-        source: the picture of the question; anything that load_image takes.
+        source: the picture that the prompt is about; anything that load_image takes.
     Raises: ImageError if the picture cannot be read.
     """
     picture = load_image(source)

@@ -124,7 +124,7 @@ def test_roll_out_of_two_layers():
     # One head. The last layer sends token 1 to token 0, the first sends token 0 to token 1; half of the weight stays each time.
     last = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])
     first = torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]]])
-    rolled = explanation.roll_out(torch.tensor([[0.0, 1.0]]), [last, first])
+    rolled = explanation.follow_attention(torch.tensor([[0.0, 1.0]]), [last, first])
     assert rolled.tolist() == [[0.25, 0.75]]  # 0 1 -> 0.5 0.5 -> 0.25 0.75
 
 
@@ -133,7 +133,7 @@ def test_roll_out_of_two_layers():
 
 def test_a_words_weight_starts_one_position_before_each_of_its_tokens():
     # A prompt of three tokens and an answer of three; its words are the tokens 0 and 1, and 2.
-    starts = explanation.word_starts([range(0, 2), range(2, 3)], 3, 6)
+    starts = explanation.initial_weights([range(0, 2), range(2, 3)], 3, 6)
     assert starts.tolist() == [[0, 0, 0.5, 0.5, 0, 0], [0, 0, 0, 0, 1, 0]]
 
 
@@ -142,8 +142,8 @@ def test_roll_outs_sum_to_one_over_all_tokens_and_to_the_share_over_the_picture(
     model, inputs, ids = tiny_case(family, processor)
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        whole = explanation.roll_out
-        patch.setattr(explanation, "roll_out", lambda rows, layers: seen.append(whole(rows, layers)) or seen[-1])
+        whole = explanation.follow_attention
+        patch.setattr(explanation, "follow_attention", lambda rows, layers: seen.append(whole(rows, layers)) or seen[-1])
         found = explanation.explain(model, processor, inputs, ids)
     decoder, tower = seen
     torch.testing.assert_close(decoder.sum(1), torch.ones(len(found.words)), rtol=0, atol=1e-5)
