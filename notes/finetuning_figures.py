@@ -156,15 +156,15 @@ def finetune(
         return run.change(processor(*map(list, zip(*rows, strict=True)), notes=[]))
 
     trainer = training.Trainer(model, plan, make_batch, count)
-    before = {name: parameter.detach().clone() for name, parameter in trainer.named.items()}
+    before = {name: parameter.detach().clone() for name, parameter in trainer.trained.items()}
     found = Outcome()
     for _ in range(plan.steps):
         found.losses.append(round(trainer.update().loss, 5))
         if run.is_rounded:
-            for parameter in trainer.named.values():
+            for parameter in trainer.trained.values():
                 parameter.data.copy_(parameter.data.bfloat16())
-    changed = sum(int((parameter != before[name]).sum()) for name, parameter in trainer.named.items())
-    found.changed = round(changed / sum(parameter.numel() for parameter in trainer.named.values()), 4)
+    changed = sum(int((parameter != before[name]).sum()) for name, parameter in trainer.trained.items())
+    found.changed = round(changed / sum(parameter.numel() for parameter in trainer.trained.values()), 4)
     plain = merged_model(model, torch.bfloat16)
     scored = dataset.Examples(train if run.on_train else valid, processor)
     judge = Judge(scored, None, batch_size=32, count=run.count if run.on_train else options.scored, scores=["exact"])

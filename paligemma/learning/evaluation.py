@@ -1,4 +1,4 @@
-"""Scores of a model on questions whose answers are known. The model is passed in; this file imports none.
+"""Scores of a model on questions whose answers are known. The model is passed in; this file imports no model.
 
 Checked in tests/learning/test_evaluation.py, with a whole run in tests/programs/test_finetune.py.
 """
@@ -37,8 +37,8 @@ class Judge:
     scores.
 
     Args:
-        examples: lines with the same picture and prompt are one question. The suffixes of these lines are the references of the
-            question: texts, or lists of objects that are joined.
+        examples: lines with the same picture and prompt are one question. The suffixes of these lines are its references if
+            they are texts; if they have objects, the objects of all these lines together are its reference.
         codec: decodes masks; None if there is no codec.
         batch_size: number of questions that are answered at the same time.
         count: at most this many questions are answered, and the loss is computed on at most this many lines. Questions and lines

@@ -9,7 +9,7 @@ Everything random (the order of the examples, their augmentation, dropout) is a 
 So a checkpoint needs no random state: a run that is killed and resumed repeats the numbers of an uninterrupted run exactly.
 Several processes (torchrun) shard the weights with FSDP2; each process computes its share of every batch.
 
-The model is passed in; this file imports none. Sources: AdamW (arXiv:1711.05101), FSDP (arXiv:2304.11277), and for the
+The model is passed in; this file imports no model. Sources: AdamW (arXiv:1711.05101), FSDP (arXiv:2304.11277), and for the
 mean over examples the official trainer of PaliGemma (big_vision, trainers/proj/paligemma/train.py).
 Checked in tests/learning/test_training.py.
 Shapes: B rows of the micro-batch, L tokens of a row, T answer tokens of all rows together, D model width, V vocabulary size.
@@ -39,17 +39,17 @@ from paligemma.learning import processes
 from paligemma.learning.run_folder import STATE_NAME, checkpoints
 from paligemma.vocabulary import IGNORE_INDEX
 
-PARTS = {  # what may be trained: regular expressions for the names of parameters; attention is a subset of language_model
+PARTS = {  # parts that can be trained, as regular expressions for names of parameters; language_model includes attention
     "attention": re.compile(r"language_model\..*\.self_attn\..*"),
     "language_model": re.compile(r"language_model\..*"),
     "vision_tower": re.compile(r"vision_tower\..*"),
     "projector": re.compile(r"multi_modal_projector\..*"),
 }
 ALL = ("language_model", "vision_tower", "projector")  # the parts that do not overlap; together they are the model
-UNREADABLE = (  # what torch's reader of checkpoints raises for files that are damaged, forged, or of another model
+UNREADABLE = (  # exceptions of torch's reader of checkpoints if files are damaged, forged, or belong to another model
     OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError, ArithmeticError, MemoryError,
 )  # fmt: skip
-MAX_BAD_STEPS = 10  # consecutive updates whose loss or gradient is not finite
+MAX_BAD_STEPS = 10  # a run ends after so many updates in a row whose loss or gradient is not finite
 
 
 # The loss
@@ -100,7 +100,7 @@ def freeze_except(model: nn.Module, parts: Sequence[str]) -> None:
 
     Args:
         parts: names of PARTS.
-    Raises: UsageError for another name.
+    Raises: UsageError for a name that is not in PARTS.
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
@@ -136,7 +136,7 @@ def add_adapter(
 
 
 def part_of(name: str) -> str:
-    """The part of ALL that a parameter belongs to."""
+    """The part of the model, a name of ALL, to which a parameter belongs."""
     return next(part for part in ALL if PARTS[part].fullmatch(name))
 
 
@@ -210,7 +210,7 @@ def draw_order(count: int, seed: int, epoch: int) -> Sequence[int]:
 
 
 def examples_of(step: int, count: int, batch_size: int, seed: int) -> list[tuple[int, int]]:
-    """The examples of an update as (epoch, index): batches are cut from the sequence of all epochs."""
+    """The examples of an update as (epoch, index). All epochs form one sequence, from which batches are cut."""
     positions = range(step * batch_size, (step + 1) * batch_size)
     orders = {epoch: draw_order(count, seed, epoch) for epoch in {position // count for position in positions}}
     return [(position // count, orders[position // count][position % count]) for position in positions]
@@ -218,7 +218,7 @@ def examples_of(step: int, count: int, batch_size: int, seed: int) -> list[tuple
 
 @dataclass(frozen=True)
 class Update:
-    """The numbers of one update, a line of metrics.jsonl."""
+    """The numbers of one update. They become a line of metrics.jsonl."""
 
     step: int  # number of updates so far, including this one and those that were skipped; the first update has step 1
     loss: float
@@ -243,16 +243,16 @@ class Trainer:
 
     def __init__(self, model: nn.Module, plan: Plan, make_batch: Callable[[list[tuple[int, int]]], dict], count: int):
         self.model, self.plan, self.make_batch, self.count = model, plan, make_batch, count
-        self.step, self.updates, self.bad_steps = 0, 0, 0  # all updates, those not skipped, and those last skipped in a row
+        self.step, self.updates, self.bad_steps = 0, 0, 0  # updates made, not skipped, and skipped in a row just now
         self.rank, self.world_size = processes.rank(), processes.world_size()
         if plan.batch_size % self.world_size:
             raise UsageError(
                 f"--batch_size {plan.batch_size} cannot be divided by {self.world_size} processes. "
                 f"Take a multiple of {self.world_size}."
             )
-        self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in self.named.items():
+        for name, parameter in self.trained.items():
             rate = (plan.rates or {}).get(part_of(name), plan.learning_rate)
             groups.setdefault((rate, plan.weight_decay if parameter.dim() > 1 else 0.0), []).append(parameter)
         self.peaks = [rate for rate, _ in groups]
@@ -261,7 +261,7 @@ class Trainer:
         )
 
     def micro_batches(self) -> Iterator[tuple[dict, Tensor, float]]:
-        """The micro-batches of this process in this update, each with its token_weights."""
+        """The micro-batches of this process in the next update. Yields: the batch, and both results of token_weights for it."""
         examples = examples_of(self.step, self.count, self.plan.batch_size, self.plan.seed)
         own_examples = examples[self.rank :: self.world_size]
         for first in range(0, len(own_examples), self.plan.micro_batch_size):
@@ -273,7 +273,7 @@ class Trainer:
 
         Raises: CheckpointError after MAX_BAD_STEPS skipped updates in a row.
         """
-        device, loss, total, tokens = next(iter(self.named.values())).device, torch.zeros(()), 0.0, 0
+        device, loss, total, tokens = next(iter(self.trained.values())).device, torch.zeros(()), 0.0, 0
         torch.manual_seed((self.plan.seed * 1_000_003 + self.step) * 1_009 + self.rank)  # for dropout
         self.model.train()
         for batch, token_weight, batch_weight in self.micro_batches():  # token_weight: [B]
@@ -285,10 +285,10 @@ class Trainer:
         # Loss and gradient are divided now, because the total weight is known only after all micro-batches of all processes.
         loss, total, tokens = processes.sums(float(loss), total, tokens)
         loss /= max(total, 1.0)
-        for parameter in self.named.values():
+        for parameter in self.trained.values():
             if parameter.grad is not None:
                 parameter.grad /= max(total, 1.0)
-        norm = nn.utils.clip_grad_norm_(self.named.values(), self.plan.clip)
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.plan.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         is_skipped = not (math.isfinite(norm) and math.isfinite(loss))
         factor = self.plan.rate(self.step)
@@ -312,8 +312,8 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """The trained weights and both of their moments, by name."""
-        tensors = {f"model.{name}": parameter.detach() for name, parameter in self.named.items()}
-        for name, parameter in self.named.items():
+        tensors = {f"model.{name}": parameter.detach() for name, parameter in self.trained.items()}
+        for name, parameter in self.trained.items():
             state = self.optimiser.state[parameter]
             if not state:  # before the first update
                 state["step"] = torch.tensor(float(self.updates))
@@ -379,7 +379,7 @@ class Trainer:
         except (*UNREADABLE, CheckpointException) as error:
             text = f"{folder} cannot be used to resume this run: {reason(error)} Delete that folder, or name another --output."
             raise CheckpointError(text, path=folder) from error
-        for parameter in self.named.values():
+        for parameter in self.trained.values():
             self.optimiser.state[parameter]["step"].fill_(self.updates)
 
 

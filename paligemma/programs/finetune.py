@@ -312,7 +312,7 @@ def train(flags: Flags, device: "torch.device") -> None:
         saved = run_folder.checkpoints(folder / "checkpoints")
         if flags.resume and saved:
             trainer.restore(saved[-1])
-        num_trained = sum(parameter.numel() for parameter in trainer.named.values())
+        num_trained = sum(parameter.numel() for parameter in trainer.trained.values())
         updates = counted(plan.steps, "update") + (f", of which {trainer.step} are done" if trainer.step else "")
         show(f"{counted(trainer.count, 'example')}, {updates}; {num_trained / 1e6:.4g} M trained parameters, on {device}.")
 

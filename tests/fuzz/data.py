@@ -334,14 +334,14 @@ class Runs(Fuzzer):
         for name, data in files.items():
             write_files({name: data}, folder if name in ("settings.json", "metrics.jsonl") else step)
         run_folder.check_settings(folder, self.settings)
-        before = [parameter.detach().clone() for parameter in self.trainer.named.values()]
+        before = [parameter.detach().clone() for parameter in self.trainer.trained.values()]
         try:
             self.trainer.restore(run_folder.checkpoints(folder / "checkpoints")[-1])
             step_now = self.trainer.step
             assert 0 <= self.trainer.updates <= step_now and self.trainer.bad_steps >= 0, "numbers that no run has"
         finally:
             with torch.no_grad():
-                for parameter, values in zip(self.trainer.named.values(), before, strict=True):
+                for parameter, values in zip(self.trainer.trained.values(), before, strict=True):
                     parameter.copy_(values)
             self.trainer.step = self.trainer.updates = self.trainer.bad_steps = 0
         log = run_folder.Log(folder, 2, with_tensorboard=False)

@@ -51,7 +51,7 @@ def make_trainer(family="gemma", parts=training.ALL, **plan):
 
 
 def weights(trainer):
-    return {name: parameter.detach().clone() for name, parameter in trainer.named.items()}
+    return {name: parameter.detach().clone() for name, parameter in trainer.trained.items()}
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_small_updates_are_not_lost_to_bfloat16():
 def test_rates_of_parts_and_decay_of_matrices_only():
     trainer = make_trainer(rates={"vision_tower": 5e-3}, weight_decay=0.1)
     rate = {id(p): (group["lr"], group["weight_decay"]) for group in trainer.optimiser.param_groups for p in group["params"]}
-    for name, parameter in trainer.named.items():
+    for name, parameter in trainer.trained.items():
         assert rate[id(parameter)] == (5e-3 if "vision" in name else 1e-2, 0.1 if parameter.dim() > 1 else 0.0)
 
 
@@ -219,7 +219,7 @@ def test_only_gradients_above_the_maximum_norm_are_clipped(clip, monkeypatch):
     step = trainer.optimiser.step
 
     def measure():
-        lengths.append(float(torch.cat([p.grad.flatten() for p in trainer.named.values()]).norm()))
+        lengths.append(float(torch.cat([p.grad.flatten() for p in trainer.trained.values()]).norm()))
         step()
 
     monkeypatch.setattr(trainer.optimiser, "step", measure)
@@ -234,7 +234,7 @@ def test_the_gradient_is_that_of_the_mean_over_the_whole_batch(reduction):
     batch = toy_batch(training.examples_of(0, COUNT, 6, 0))
     labels = batch.pop("labels")
     loss = suffix_loss(trainer.model(**batch), labels, reduction)
-    expected = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(trainer.named.values()))]).norm()
+    expected = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(trainer.trained.values()))]).norm()
     done = trainer.update()
     assert done.loss == pytest.approx(loss.item(), abs=SAME) and done.grad_norm == pytest.approx(expected.item(), abs=SAME)
 
