@@ -1,1 +1,1 @@
-"""How the bundled checkpoint was made: pictures of shapes, training from nothing, scores."""
+"""How the bundled checkpoint was made: pictures of shapes, training from scratch, scores."""

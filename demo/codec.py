@@ -1,16 +1,16 @@
-"""Trains the demo's mask codec, paligemma/bundled/vae-oid.npz: PaliGemma's architecture, two million parameters, from nothing.
+"""Trains the demo's mask codec, paligemma/bundled/vae-oid.npz: PaliGemma's architecture, two million parameters, from scratch.
 
-    python -m demo.codec [--steps N] [--out FILE]      the last line is the IoU of masks and their reconstructions
+    python -m demo.codec [--steps N] [--out FILE]      the last line has the IoU of masks and reconstructions
 
 Half of the masks are the demo's six shapes, some of them rotated; the others are ellipses, blobs, polygons and rings, so that the
-codec learns masks in general and not a list of six. Each mask is drawn at a random size without smoothing, like the mask of a
-picture, and cropped as masks.crop does it.
+codec learns masks in general, not only these six shapes. Each mask is drawn at a random size without smoothing, like the mask of
+a picture, and cropped as in masks.crop.
 
-First, encoder and decoder learn alone to copy masks. Then the codebook starts as the 128 centres of the encoder's outputs
-(k-means), and all three are trained together: the decoder gets the nearest code vectors; the encoder gets the gradient as if
-there were no quantisation (straight-through); each code vector follows the mean of the encoder outputs that are nearest to it;
-and a code that is nearest to none starts again at an output of the batch. The loss is the mean square error; targets are -1
-outside, 1 inside.
+First, encoder and decoder are trained without a codebook to copy masks. Then the codebook is initialised with 128 centres of the
+encoder's outputs (k-means), and encoder, codebook and decoder are trained together. The decoder gets the nearest code vectors.
+The encoder gets the gradient as if there were no quantisation (straight-through). Each code vector follows the mean of the
+encoder outputs that are nearest to it. A code that is not the nearest one for any output is reset to a random output of the
+batch. The loss is the mean square error; targets are -1 outside, 1 inside.
 
 1500 steps took 219 seconds on one core. The table shows the mean IoU of a mask and its reconstruction, over 200 unseen masks per
 kind (the file stores float16, 3.8 MB):
@@ -49,7 +49,7 @@ from paligemma.objects.mask_codec import Codebook, MaskCodec, load_codec
 from paligemma.objects.masks import MASK_SIDE, resize
 from paligemma.vocabulary import NUM_CODES
 
-COPYING = 0.3  # share of the steps without a codebook, in which encoder and decoder learn to copy masks
+COPYING_SHARE = 0.3  # share of the steps in which encoder and decoder learn to copy masks without a codebook
 DECAY = 0.98  # decay of the moving averages of a code
 OTHERS = ("ellipse", "blob", "polygon", "ring")
 
@@ -72,7 +72,7 @@ def turn(points: np.ndarray, angle: float) -> np.ndarray:
 
 
 def draw_mask(kind: str, rng: np.random.Generator, turned: float = 0.0) -> np.ndarray:
-    """float32[64, 64] from 0 to 1: the crop of a shape of 20 to 260 pixels whose box was rounded to pixels.
+    """float32[64, 64] from 0 to 1: the mask of a shape of 20 to 260 pixels, cropped to its box in whole pixels.
 
     Args:
         turned: the shape is rotated by a random angle up to this one, in radians.
@@ -82,7 +82,7 @@ def draw_mask(kind: str, rng: np.random.Generator, turned: float = 0.0) -> np.nd
     points = (points - points.min(axis=0)) / np.ptp(points, axis=0)
     width, height = (int(np.exp(rng.uniform(np.log(20), np.log(260)))) for _ in range(2))
     width = height if kind in shapes.KINDS else width
-    margins = rng.uniform(-0.5, 0.5, (2, 2))  # pixels by which rounding moved the box's corners
+    margins = rng.uniform(-0.5, 0.5, (2, 2))  # in pixels: how far rounding moved the box's corners
     corners = margins[0] + points * (np.array([width, height]) + margins[1] - margins[0])
     mask = Image.new("L", (width, height))
     ImageDraw.Draw(mask).polygon([tuple(corner) for corner in corners - 0.5], fill=1)
@@ -131,14 +131,14 @@ class TrainedCodebook:
         self.counts, self.sums = torch.ones(NUM_CODES), self.table.clone()
 
     def follow(self, vectors: Tensor, codes: Tensor) -> None:
-        """Moves each code to the mean of its vectors, float[count, Z]; a code without vectors starts again at a random one."""
+        """Moves each code towards the mean of its vectors, float[count, Z]; a code without vectors becomes a random vector."""
         used = torch.bincount(codes, minlength=NUM_CODES)
         self.counts.lerp_(used.float(), 1 - DECAY)
         self.sums.lerp_(torch.zeros_like(self.table).index_add(0, codes, vectors), 1 - DECAY)
-        lost = (self.counts < 0.03).nonzero()[:, 0]
-        if len(lost):
-            self.sums[lost] = vectors[torch.randint(len(vectors), (len(lost),))]
-            self.counts[lost] = 1.0
+        unused = (self.counts < 0.03).nonzero()[:, 0]
+        if len(unused):
+            self.sums[unused] = vectors[torch.randint(len(vectors), (len(unused),))]
+            self.counts[unused] = 1.0
         self.table.copy_(self.sums / self.counts[:, None])
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,13 +157,13 @@ def train(steps: int, batch: int, seed: int, rate: float) -> MaskCodec:
     codes = TrainedCodebook(codec._vq_vae)
     learned = [*codec.encoder.parameters(), *codec.decoder.parameters()]
     optimiser = torch.optim.AdamW(learned, rate, betas=(0.9, 0.98), weight_decay=1e-3)
-    began, losses, copying = time.process_time(), [], round(COPYING * steps)
+    began, losses, copying = time.process_time(), [], round(COPYING_SHARE * steps)
     for step in range(steps):
         if step == copying:
             codes.start(vectors_of(encode(codec, draw_masks(rng, 600))))
         masks = draw_masks(rng, batch)
         x = encode(codec, masks)
-        # As long as there are no codes, only the penalty keeps the vectors from growing.
+        # While there is no codebook, only this penalty keeps the vectors from growing.
         quantised, penalty = codes(x) if step >= copying else (x, 1e-3 * x.square().mean())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             decoded = codec.decoder(quantised)[:, 0].float()
@@ -188,7 +188,7 @@ def round_trip(codec: MaskCodec, masks: Tensor) -> np.ndarray:
 
 
 def report(codec: MaskCodec, seed: int = 1000, count: int = 200) -> dict[str, float]:
-    """Mean IoU of unseen masks by kind, first the demo's shapes upright, then its shapes rotated."""
+    """Mean IoU of unseen masks by kind: the demo's shapes upright, then the same shapes rotated, then the other kinds."""
     rng = np.random.default_rng(seed)
     sets = {kind: (kind, 0.0) for kind in shapes.KINDS} | {"turned " + kind: (kind, np.pi / 2) for kind in shapes.KINDS}
     sets |= {kind: (kind, np.pi / 2) for kind in OTHERS}

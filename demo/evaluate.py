@@ -2,16 +2,18 @@
 
     python -m demo.evaluate [--model FOLDER] [--count PICTURES] [--seed S] [--quantize int8] [--grammar]
 
-The model answers the questions of shapes.ASKED about each picture. An answer or caption counts if it is right to the letter.
-The score of a `detect` is the sum of the IoU of boxes with the same label, matched best first, divided by the number of true or
-of generated boxes, whichever is larger. The score of a `segment` is the same for its masks, if the checkpoint has a codec; a
-`several` is one of the two. `ocr` questions have words that were in training, `letters` random letters, `blank` no text in the
-picture. Training draws its scenes from other seeds.
+The model answers the questions of shapes.ASKED about each picture. An answer or caption is right only if every letter is right.
+For a `detect` question, generated and true boxes with the same label are matched, the best pairs first; the score is the sum of
+the IoU of these pairs, divided by the number of true or of generated boxes, whichever is larger. The score of a `segment`
+question is the same for masks, if the checkpoint has a codec. A `several` question is a `detect` or a `segment`. `ocr` asks for
+words that were in training, `letters` asks for random letters, and in `blank` the picture has no text. Training draws its scenes
+from other seeds.
 
 Then COCO's average precision, over the IoU from 0.50 to 0.95, is computed for all boxes of `detect` together. Each (question,
 label) pair is a separate image for COCO, so that a box counts only for the label that it was generated for. Boxes are evaluated
-with and without their scores, and with generated or expected coordinates; the mean errors of both kinds of coordinates are
-printed, too. The output is one line per measure; the last line is JSON, with the curves that notes/boxes_figures.py draws.
+with and without their scores, and with generated or expected coordinates (expected: see outputs.ParsedObject). The mean errors of
+both kinds of coordinates are printed, too. The output has one line per measure. The last line is JSON, with the curves that
+notes/boxes_figures.py draws.
 """
 
 import argparse
@@ -36,19 +38,19 @@ from paligemma.tasks import OBJECT_TASKS, Annotator, Request, Result, in_order
 ROOT = Path(__file__).resolve().parent.parent
 ANSWERS = ("color", "shape", "count", "exists", "where")
 SIZE = 224  # pixels of a picture's side
-ROWS = 96  # questions that are decoded at the same time
+ROWS = 96  # number of questions that are decoded at the same time
 CURVES = ("0.50", "0.75")  # the IoUs whose precision-recall curves are stored
 MAX_NEW_TOKENS = 112  # a caption is shorter, and so are four boxes with masks
 
 
 @dataclass(frozen=True)
 class Question:
-    """One of a scene's questions.
+    """A question about a scene.
 
     Args:
         kind: a key of shapes.QUESTIONS.
         prefix, suffix: the question and its answer.
-        true: the objects of `detect` and `segment`, with the boxes and masks of the scene itself, not those of its tokens.
+        true: the right objects for `detect` and `segment`. Boxes and masks are exact, not rounded to the tokens of the answer.
     """
 
     kind: str
@@ -67,7 +69,7 @@ class Question:
 
 
 def truth(scene: shapes.Scene, prefix: str) -> list[ParsedObject]:
-    """The objects that a `detect` or `segment` should find; [] for other questions."""
+    """The objects that a `detect` or `segment` question asks for; [] for other questions."""
     task, _, words = prefix.partition(" ")
     named = shapes.named(scene, words.split(" ; ")) if task in OBJECT_TASKS else []
     masks = [shapes.silhouette(shape, SIZE) if task == "segment" else None for shape, _ in named]
@@ -148,7 +150,7 @@ def score(question: Question, result: Result) -> float:
 def average_precision(
     generated: list[list[ParsedObject]], true: list[list[ParsedObject]]
 ) -> tuple[float, float, dict[str, list[float]]]:
-    """(average precision over the IoU from 0.50 to 0.95, average precision at 0.50, {IoU: precision at recall 0, 0.01, ... 1}).
+    """(average precision over IoU from 0.50 to 0.95, average precision at IoU 0.50, {IoU: precision at recall 0, 0.01, ... 1}).
 
     Args:
         generated, true: the objects of each question. A box without a score counts as if its score were 1.
@@ -156,13 +158,13 @@ def average_precision(
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    found, wanted = [], []
+    found, expected = [], []
     for number, (a, b) in enumerate(zip(generated, true, strict=True)):
         for word in dict.fromkeys(one.label for one in [*b, *a]):
-            for objects, rows in ((a, found), (b, wanted)):
+            for objects, rows in ((a, found), (b, expected)):
                 named = [as_json(replace(one, label="", mask=None), 1000, 1000) for one in objects if one.label == word]
                 rows.append({"image": f"{number} {word}", "width": 1000, "height": 1000, "objects": named})
-    reference = coco(collect(wanted))
+    reference = coco(collect(expected))
     results = coco_results(collect(found), reference)
     if not results:  # COCOeval fails on an empty list
         return 0.0, 0.0, {iou: [0.0] * 101 for iou in CURVES}
@@ -170,22 +172,22 @@ def average_precision(
         index = COCO()
         index.dataset = reference
         index.createIndex()
-        judge = COCOeval(index, index.loadRes(results), "bbox")
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-    precision = judge.eval["precision"][:, :, 0, 0, -1].round(4).tolist()  # by IoU and recall
-    curves = {f"{iou:.2f}": curve for iou, curve in zip(judge.params.iouThrs, precision, strict=True)}
-    return float(judge.stats[0]), float(judge.stats[1]), {iou: curves[iou] for iou in CURVES}
+        evaluation = COCOeval(index, index.loadRes(results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    precision = evaluation.eval["precision"][:, :, 0, 0, -1].round(4).tolist()  # by IoU and recall
+    curves = {f"{iou:.2f}": curve for iou, curve in zip(evaluation.params.iouThrs, precision, strict=True)}
+    return float(evaluation.stats[0]), float(evaluation.stats[1]), {iou: curves[iou] for iou in CURVES}
 
 
 def detection(generated: list[list[ParsedObject]], true: list[list[ParsedObject]]) -> dict:
     """Average precision and curves with and without scores and expected coordinates, and the mean error of a coordinate."""
     expected = [[replace(one, box=one.expected or one.box) for one in objects] for objects in generated]
-    bare = [[replace(one, score=None) for one in objects] for objects in generated]
-    ways = {"plain": bare, "scores": generated, "scores_and_expected": expected}
+    without_scores = [[replace(one, score=None) for one in objects] for objects in generated]
+    variants = {"plain": without_scores, "scores": generated, "scores_and_expected": expected}
     result: dict = {"map": {}, "map_50": {}, "curves": {}}
-    for name, objects in ways.items():
+    for name, objects in variants.items():
         result["map"][name], result["map_50"][name], result["curves"][name] = average_precision(objects, true)
     pairs = [pair for a, b in zip(generated, true, strict=True) for pair in matches(a, b, box_overlap) if pair[0] >= 0.5]
     sides = ("y_min", "x_min", "y_max", "x_max")
@@ -205,14 +207,14 @@ def report_detection(result: dict) -> None:
 
 
 def rounded(value: object) -> object:
-    """The value with all floats in it, also those in nested dicts, rounded to five decimals."""
+    """The value with all floats rounded to five decimals, also those in nested dicts."""
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     return round(value, 5) if isinstance(value, float) else value
 
 
 def annotator(options: argparse.Namespace) -> Annotator:
-    """The checkpoint, ready to annotate; with its mask codec if it has one."""
+    """An Annotator with the model of the checkpoint, and with its mask codec if there is one."""
     from paligemma.objects.mask_codec import find_codec, load_codec
     from paligemma.programs.options import ModelFlags
 
@@ -257,7 +259,7 @@ def main() -> None:
         scores[question.kind].append(value)
         if value < 0.5 and shown < options.show:
             shown += 1
-            print(f"  {question.prefix!r}: generated {result.text!r}, right is {question.suffix!r}")
+            print(f"  {question.prefix!r}: generated {result.text!r}, expected {question.suffix!r}")
     for kind in dict.fromkeys(shapes.ASKED):
         if scores[kind]:
             print(f"{kind:8} {np.mean(scores[kind]):6.1%} of {len(scores[kind])}")

@@ -1,7 +1,7 @@
-"""The optimisers of the demo's training: Muon for the matrices of layers, AdamW for all other weights, on one core per process.
+"""The optimisers of the demo's training: Muon for the matrices of layers, AdamW for all other weights.
 
-The learning rate is a function of the CPU time used so far. So a stage does the same amount of work whatever else runs on the
-machine, and it may be paused. The processes average their gradients.
+Training runs in several processes with one core each, which average their gradients. The learning rate is a function of the CPU
+time used so far, so a stage does the same amount of work whatever else runs on the machine, and the processes may be paused.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 
 from paligemma.files import open_atomic
 
-WARMUP, PLATEAU = 0.03, 0.4  # shares of a stage: the learning rate reaches its peak; it begins to fall
+WARMUP, PLATEAU = 0.03, 0.4  # shares of a stage after which the learning rate reaches its peak, and after which it begins to fall
 
 
 class Muon(torch.optim.Optimizer):
@@ -42,30 +42,30 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            shapes_seen: dict[tuple, list[nn.Parameter]] = {}
+            by_shape: dict[tuple, list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    shapes_seen.setdefault(tuple(parameter.shape), []).append(parameter)
-            for (rows, columns), alike in shapes_seen.items():
-                pushes = []
-                for parameter in alike:
-                    speed = self.state[parameter].setdefault("speed", torch.zeros_like(parameter))
-                    speed.lerp_(parameter.grad, 1 - group["momentum"])
-                    pushes.append(parameter.grad.lerp(speed, group["momentum"]))
-                moves = torch.zeros(len(alike), rows, columns)  # each process fills its share; all_reduce adds them up
+                    by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
+            for (rows, columns), parameters in by_shape.items():
+                updates = []
+                for parameter in parameters:
+                    buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                    buffer.lerp_(parameter.grad, 1 - group["momentum"])
+                    updates.append(parameter.grad.lerp(buffer, group["momentum"]))
+                orthogonal = torch.zeros(len(parameters), rows, columns)  # each process fills its share; all_reduce adds them
                 mine = slice(distributed.get_rank(), None, distributed.get_world_size())
-                if len(moves[mine]):
-                    moves[mine] = self.orthogonalise(torch.stack(pushes)[mine]) * max(1, rows / columns) ** 0.5
-                distributed.all_reduce(moves)
-                for parameter, move in zip(alike, moves, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(move, alpha=group["lr"])
+                if len(orthogonal[mine]):
+                    orthogonal[mine] = self.orthogonalise(torch.stack(updates)[mine]) * max(1, rows / columns) ** 0.5
+                distributed.all_reduce(orthogonal)
+                for parameter, update in zip(parameters, orthogonal, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
 
 
 class Trainer:
-    """Two optimisers, a learning rate that depends on the CPU time used, and a log.
+    """Updates modules with both optimisers, sets the learning rate, and writes a log.
 
     Args:
-        modules: the modules to train; parameters of a `vision_tower` in it have `options.tower_rate` times the learning rate.
+        modules: the modules to train. Parameters of a `vision_tower` get `options.tower_rate` times the learning rate.
         options: minutes, muon_lr, adam_lr, tower_rate, and final (the learning rate at the end, relative to its peak).
     """
 
@@ -86,6 +86,7 @@ class Trainer:
 
     @property
     def clock(self) -> float:
+        """The share of its CPU time that this process has used. `progress` is the mean over all processes."""
         return (time.process_time() - self.start) / self.seconds
 
     def step(self, loss: Tensor) -> None:
@@ -122,7 +123,7 @@ class Trainer:
 
 
 def save(folder: Path, name: str, state: dict) -> None:
-    """Writes the file completely, or leaves the old one as it was."""
+    """Writes the state to folder/name. If the program is interrupted, the old file stays unchanged."""
     with open_atomic(folder / name) as stream:
         torch.save(state, stream)
 

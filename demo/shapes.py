@@ -3,13 +3,13 @@
     python -m demo.shapes --out DIR --count N --seed S      N pictures and DIR/annotations.jsonl, one question per line
 
 A scene has one to four shapes that do not touch, on a background that is flat, a gradient, striped or noisy, and often a word
-in capital letters. Every question has exactly one right answer, and the picture decides it:
+in capital letters. Every question has exactly one right answer, which can be seen in the picture:
 - No two shapes are in the same column, so the order of captions and boxes, from left to right, is unambiguous.
 - Questions about "the circle" are asked only if there is exactly one circle.
 - "where" questions are asked only about shapes well inside one of the nine fields of a 3 x 3 grid.
 
-The answer to `detect` or `segment` of something absent is empty. All shapes of a kind fill their boxes in the same way, so they
-all have the same sixteen codes: those that the encoder of paligemma/bundled/vae-oid.npz computes for the outline.
+If `detect` or `segment` asks for something absent, the answer is empty. All shapes of a kind fill their boxes in the same way, so
+they all have the same sixteen codes: those that the encoder of paligemma/bundled/vae-oid.npz computes for the outline.
 
 The same seed draws the same scenes. Coordinates are fractions of the picture's side, x to the right, y down. The module needs
 numpy and PIL, and torch only for mask codes; the fonts are in demo/fonts/.
@@ -36,10 +36,10 @@ COLORS = {
     "blue": (45, 85, 220), "purple": (140, 55, 185), "black": (18, 18, 20), "white": (248, 248, 246),
 }  # fmt: skip
 KINDS = ("circle", "square", "triangle", "star", "heart", "cross")
-MIN_SIDE, MAX_SIDE = 0.17, 0.36  # of a shape's box
-GAP = 0.02  # least distance of two boxes
-COLUMN_GAP = 0.08  # least horizontal distance of two centres
-FIELD_MARGIN = 0.04  # least distance of a centre from the lines of the 3 x 3 grid, for "where"
+MIN_SIDE, MAX_SIDE = 0.17, 0.36  # smallest and largest side of a shape's box
+GAP = 0.02  # smallest distance between two boxes
+COLUMN_GAP = 0.08  # smallest horizontal distance between two centres
+FIELD_MARGIN = 0.04  # smallest distance between a centre and the lines of the 3 x 3 grid, for "where"
 SUPERSAMPLING = 4
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono", "STIXGeneralBol", "cmss10")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -51,9 +51,10 @@ WORDS = """
     RIVER ROAD ROOM SALE SALT SCHOOL SHOE SHOP SLOW SOUTH STOP SUN TAXI TEA TICKET TOWN TRAIN TREE UP VIDEO WATER WEST WINE YARD
     YES ZERO ZONE ZOO
 """.split()
-WITH_WORD, MADE_UP = 0.8, 0.35  # share of scenes that get a word if there is room; share of words that are random letters
-MIN_HEIGHT, MAX_HEIGHT = 0.1, 0.16  # of the letters
-CONTRAST = 110  # least RGB distance of a word's colour from both colours of the background
+WORD_SHARE = 0.8  # share of scenes that get a word if there is room
+RANDOM_SHARE = 0.35  # share of words that are random letters
+MIN_HEIGHT, MAX_HEIGHT = 0.1, 0.16  # smallest and largest height of the letters
+CONTRAST = 110  # smallest RGB distance between a word's colour and either colour of the background
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Word:
-    """Capital letters. The box begins at the pen position, a little to the left of the ink, and ends where the ink ends."""
+    """A word in capital letters. Its box begins at the pen position, a little to the left of the ink, and ends with the ink."""
 
     text: str
     font: str  # one of FONTS
@@ -107,7 +108,7 @@ class Word:
 class Scene:
     shapes: tuple[Shape, ...]  # from left to right
     background: str  # flat, graded (a gradient), striped or noisy
-    tones: tuple[tuple[int, int, int], tuple[int, int, int]]  # its two colours
+    tones: tuple[tuple[int, int, int], tuple[int, int, int]]  # the two colours of the background
     angle: float  # direction of the gradient or the stripes, radians
     waves: float  # number of stripes across the picture
     noise_seed: int
@@ -148,7 +149,7 @@ def outline(kind: str) -> np.ndarray:
 
 
 def place(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
-    """(x, y, side) of `count` random boxes that keep their distance, from left to right. Draws again until they fit."""
+    """(x, y, side) of `count` random boxes, from left to right. They are drawn again until none is too close to another."""
     while True:
         largest = MAX_SIDE if count < 4 else 0.3
         side = rng.uniform(MIN_SIDE, largest, count)
@@ -165,10 +166,10 @@ def place(rng: np.random.Generator, count: int) -> list[tuple[float, float, floa
 
 def place_word(scene: Scene, rng: np.random.Generator) -> Word | None:
     """A random word outside the shapes, in a readable colour; None for some scenes, and if there is no room."""
-    if rng.random() >= WITH_WORD:
+    if rng.random() >= WORD_SHARE:
         return None
-    is_made_up = rng.random() < MADE_UP
-    text = "".join(rng.choice(list(LETTERS), rng.integers(2, 6))) if is_made_up else str(rng.choice(WORDS))
+    is_random = rng.random() < RANDOM_SHARE
+    text = "".join(rng.choice(list(LETTERS), rng.integers(2, 6))) if is_random else str(rng.choice(WORDS))
     readable = [rgb for rgb in COLORS.values() if np.linalg.norm(np.array(scene.tones) - np.array(rgb), axis=-1).min() > CONTRAST]
     font, rgb = str(rng.choice(FONTS)), tuple(rng.choice(readable).tolist())
     word = Word(text, font, rgb, 0, 0, float(rng.uniform(MIN_HEIGHT, MAX_HEIGHT)))
@@ -193,7 +194,7 @@ def make_scene(rng: np.random.Generator) -> Scene:
             kind, color = (other.kind, color) if rng.random() < 0.6 else (kind, other.color)
         rgb = np.clip(np.array(COLORS[color]) + rng.integers(-14, 15, 3), 0, 255)
         shapes.append(Shape(kind, color, tuple(rgb.tolist()), x, y, side))
-    while True:  # two dull tones, both far from the colours of all shapes
+    while True:  # two dull tones, both very different from the colours of all shapes
         tone = rng.uniform(55, 225) + rng.uniform(-28, 28, 3)
         tones = np.clip(np.stack([tone, tone + rng.uniform(-30, 30) + rng.uniform(-12, 12, 3)]), 0, 255)
         used = np.array([shape.rgb for shape in shapes])
@@ -266,10 +267,10 @@ def article(name: str) -> str:
 
 
 def only_one(shapes: tuple[Shape, ...], rng: np.random.Generator, *, by: tuple[str, ...]) -> tuple[Shape, str] | None:
-    """A random shape and a word for it that fits no other shape; None if there is none.
+    """A random shape and a word that fits only this shape; None if every word fits several shapes.
 
     Args:
-        by: the words to try: "kind" ("circle"), "color" ("red shape"), "name" ("red circle").
+        by: the kinds of words to try: "kind" ("circle"), "color" ("red shape"), "name" ("red circle").
     """
     words = {"kind": lambda shape: shape.kind, "color": lambda shape: f"{shape.color} shape", "name": lambda shape: shape.name}
     found = []
@@ -307,24 +308,24 @@ def ask_count(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     return f"answer en how many {color} shapes are there?", str(sum(shape.color == color for shape in scene.shapes))
 
 
-def absent(scene: Scene, pick: Shape, rng: np.random.Generator) -> str:
-    """A word for something absent: a kind, "red shape", or a name with the kind or the colour of a shape in the scene."""
+def absent_thing(scene: Scene, pick: Shape, rng: np.random.Generator) -> str:
+    """A word for something absent: a kind, "red shape", or (half of the time) a name whose kind or colour is in the scene."""
     there = {word for shape in scene.shapes for word in (shape.kind, f"{shape.color} shape", shape.name)}
-    far = [word for word in KINDS if word not in there], [word for word in COLORS if f"{word} shape" not in there]
-    near = [f"{color} {pick.kind}" for color in COLORS] + [f"{pick.color} {kind}" for kind in KINDS]
-    near += [f"{a.color} {b.kind}" for a in scene.shapes for b in scene.shapes] * 3
-    near = [word for word in near if word not in there]
+    kinds, colors = [word for word in KINDS if word not in there], [word for word in COLORS if f"{word} shape" not in there]
+    names = [f"{color} {pick.kind}" for color in COLORS] + [f"{pick.color} {kind}" for kind in KINDS]
+    names += [f"{a.color} {b.kind}" for a in scene.shapes for b in scene.shapes] * 3
+    names = [word for word in names if word not in there]
     way = rng.integers(4)
-    return str(rng.choice(near) if way >= 2 else rng.choice(far[way])) + (" shape" if way == 1 else "")
+    return str(rng.choice((kinds, colors, names, names)[way])) + (" shape" if way == 1 else "")
 
 
 def ask_exists(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    """Half of the answers are yes. Half of the others ask for a kind and a colour that are there, but not together."""
+    """Half of the answers are yes. Of the other questions, half ask for a name whose kind or colour is in the scene."""
     pick = scene.shapes[rng.integers(len(scene.shapes))]
     if rng.random() < 0.5:
         word = str(rng.choice([pick.kind, f"{pick.color} shape", pick.name, pick.name]))
         return f"answer en is there {article(word)}?", "yes"
-    return f"answer en is there {article(absent(scene, pick, rng))}?", "no"
+    return f"answer en is there {article(absent_thing(scene, pick, rng))}?", "no"
 
 
 def ask_where(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
@@ -360,7 +361,7 @@ def pick_words(scene: Scene, rng: np.random.Generator) -> list[str]:
 
 
 def named(scene: Scene, words: list[str]) -> list[tuple[Shape, str]]:
-    """The shapes that the words name, each with its word, in the order of the words; for one word, from left to right."""
+    """Pairs (shape, word) of the shapes that the words name, in the order of the words; for each word, from left to right."""
     return [(shape, word) for word in words for shape in scene.shapes if word in ("shape", shape.kind, shape.name)]
 
 
@@ -398,9 +399,9 @@ def ask_segment(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | Non
     return "segment " + " ; ".join(words), mask_answer(scene, words)
 
 
-def missing(scene: Scene, pick: Shape, rng: np.random.Generator) -> str:
-    """A label of something absent."""
-    while (word := absent(scene, pick, rng)).endswith(" shape"):  # detect and segment are never asked about "red shape"
+def absent_label(scene: Scene, pick: Shape, rng: np.random.Generator) -> str:
+    """The kind or the name of something absent, as a label for detect and segment."""
+    while (word := absent_thing(scene, pick, rng)).endswith(" shape"):  # detect and segment never ask for "red shape"
         pass
     return word
 
@@ -409,7 +410,7 @@ def ask_absent(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None
     """`detect` or `segment` of something absent."""
     pick = scene.shapes[rng.integers(len(scene.shapes))]
     task = str(rng.choice(["detect", "segment"]))
-    return f"{task} {missing(scene, pick, rng)}", ""
+    return f"{task} {absent_label(scene, pick, rng)}", ""
 
 
 def ask_several(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
@@ -419,7 +420,7 @@ def ask_several(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | Non
     there = sorted({shape.kind if by_kind else shape.name for shape in scene.shapes})
     words = [str(word) for word in rng.permutation(there)[:3]]
     if len(words) == 1 or rng.random() < 0.3:
-        words.insert(int(rng.integers(len(words) + 1)), missing(scene, scene.shapes[0], rng))
+        words.insert(int(rng.integers(len(words) + 1)), absent_label(scene, scene.shapes[0], rng))
     answer = box_answer if task == "detect" else mask_answer
     return f"{task} " + " ; ".join(words), answer(scene, words)
 
@@ -443,8 +444,8 @@ QUESTIONS: dict[str, Callable[[Scene, np.random.Generator], tuple[str, str] | No
     "where": ask_where, "detect": ask_detect, "segment": ask_segment, "absent": ask_absent, "several": ask_several,
     "ocr": ask_ocr, "letters": ask_letters, "blank": ask_blank,
 }  # fmt: skip
-# The questions about each picture that is written or measured. New kinds are added at the end, so that the random draws of the
-# others stay the same.
+# The questions that are asked about each picture, here and in evaluate.py. New kinds are added at the end, so that the random
+# numbers of the other kinds stay the same.
 ASKED = (
     "caption", "color", "shape", "count", "exists", "where", "detect", "count", "exists", "detect", "segment", "absent",
     "several", "ocr", "letters", "blank",
@@ -452,7 +453,7 @@ ASKED = (
 
 
 def ask(scene: Scene, rng: np.random.Generator, kinds: list[str]) -> list[tuple[str, str]]:
-    """Questions (prefix, suffix) of these kinds, in this order; without repetitions and kinds that do not fit the scene."""
+    """Questions (prefix, suffix) of these kinds, in this order, without repetitions. Kinds that do not fit are skipped."""
     found = dict.fromkeys(QUESTIONS[kind](scene, rng) for kind in kinds)
     return [question for question in found if question is not None]
 

@@ -1,12 +1,12 @@
-"""Where the vision tower comes from: the whole SigLIP model, with a tower for pictures and one for texts.
+"""The whole SigLIP model, from which PaliGemma takes its vision tower: one tower for pictures and one for texts.
 
-Imports modeling_siglip only.
+Of the files of PaliGemma's model, only modeling_siglip.py is needed.
 
     picture -> vision tower -> attention pooling -> image_embeds ─┐ cosine * exp(logit_scale) + logit_bias -> logits
     text    -> text tower   -> last token, linear -> text_embeds ─┘ does this text belong to this picture?
 
-PaliGemma takes the vision tower from this model, without the pooling, and trains it further. So the text tower no longer
-matches PaliGemma's vision tower. The file has two losses. CLIP's loss is a softmax: which of all texts of the batch belongs to
+PaliGemma takes the vision tower without the pooling and trains it further, so its vision tower no longer fits the text tower. The
+file has two losses. CLIP's loss is a softmax: which of all texts of the batch belongs to
 this picture? SigLIP's loss is a sigmoid per pair: do this picture and this text belong together? Its pairs are independent, so
 a batch can be split into blocks over several processes.
 
@@ -27,7 +27,7 @@ from paligemma.modeling_siglip import SiglipEncoder, SiglipMLP, SiglipVisionTran
 
 @dataclass(frozen=True)
 class SiglipTextConfig:
-    """The numbers that define a text tower, under the names of `text_config` in config.json; defaults are So400m's."""
+    """The numbers that define a text tower, under the names of `text_config` in config.json; the defaults are those of So400m."""
 
     vocab_size: int = 32000
     hidden_size: int = 1152
@@ -52,7 +52,7 @@ class SiglipTextEmbeddings(nn.Module):
 
 
 class SiglipTextTransformer(nn.Module):
-    """The layers of the vision tower, applied to tokens; the vector of the last token, usually padding, is the text's.
+    """The layers of the vision tower, applied to tokens. The vector of the last token, usually padding, represents the text.
 
     Args of forward:
         input_ids: int64[B, L], padded to the length used in training.
@@ -108,7 +108,7 @@ def softmax_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor) -> Te
     """CLIP's loss: cross entropy of finding, among the whole batch, the text of each picture and the picture of each text.
 
     Args:
-        image_embeds, text_embeds: [I, D], normalised; rows i of both belong together.
+        image_embeds, text_embeds: [I, D], normalised; text i belongs to picture i.
         scale: factor on the cosines.
     Returns: scalar.
     """
@@ -122,24 +122,24 @@ def sigmoid_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor, bias:
 
     Args:
         image_embeds: [I, D], text_embeds: [B, D], normalised; they may be a block of a larger batch.
-        scale, bias: of the logits.
-        offset: text i belongs to picture i + offset; if there is no such picture, no pair of the text belongs together.
+        scale, bias: scale and bias of the logits.
+        offset: text i belongs to picture i + offset; if there is no such picture, the text belongs to none of these pictures.
     Returns: [B].
     """
     logits = text_embeds @ image_embeds.T * scale + bias  # [B, I]
-    place = torch.arange(logits.shape[0], device=logits.device)[:, None] + offset
-    is_pair = place == torch.arange(logits.shape[1], device=logits.device)  # [B, I]
+    partner = torch.arange(logits.shape[0], device=logits.device)[:, None] + offset
+    is_pair = partner == torch.arange(logits.shape[1], device=logits.device)  # [B, I]
     return -F.logsigmoid(torch.where(is_pair, logits, -logits)).sum(1)  # [B]
 
 
 def distributed_sigmoid_loss(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """SigLIP's loss over the batch of all processes, computed for one block of (pictures of a process, own texts) at a time.
+    """SigLIP's loss over the batch of all processes. A block is the texts of this process and the pictures of one process.
 
     Args: as sigmoid_loss, for the part of the batch in this process; all parts have the same size.
     Returns: scalar, the mean over the texts of this process. Its mean over all processes is the loss of the whole batch, and
         gradients that are averaged over processes, as in data-parallel training, are those of the whole batch.
     Source: SigLIP, section 3.3 and figure 1. Only the vectors of pictures are gathered, a few MB, not the logits, whose size
-        grows quadratically.
+        grows with the square of the batch.
     """
     from torch.distributed._functional_collectives import all_gather_tensor_autograd
     from torch.utils.checkpoint import checkpoint
@@ -188,5 +188,5 @@ class SiglipModel(nn.Module):
 
     @torch.no_grad()
     def zero_shot(self, pixel_values: Tensor, input_ids: Tensor) -> Tensor:
-        """Probability of each text to describe each picture, float[I, B]; the pairs are independent."""
+        """The probability that a text describes a picture, float[I, B], independently for each pair."""
         return self(pixel_values, input_ids).sigmoid()

@@ -1,8 +1,9 @@
 """Makes the demo's tokenizer, a small one in PaliGemma's format, and the other small files of a checkpoint folder.
 
-It is a BPE over characters. `▁` represents a space, and no space is added before the text. Characters that it has never seen
-are encoded as bytes (256 tokens). The added tokens are <loc0000> to <loc1023> for coordinates, <seg000> to <seg127> for mask
-codes, and <image>. The ids of the special tokens: pad 0, eos 1, bos 2, unk 3, mask 4. transformers reads the same files.
+The tokenizer is a BPE over characters. `▁` represents a space, and no space is added before the text. Characters that are not in
+its vocabulary are encoded as bytes (256 tokens). The added tokens are <loc0000> to <loc1023> for coordinates, <seg000> to
+<seg127> for mask codes, and <image>. The ids of the special tokens are pad 0, eos 1, bos 2, unk 3 and mask 4. transformers reads
+the same files.
 """
 
 import json
@@ -21,8 +22,8 @@ SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
 def corpus(scenes: int = 2000) -> list[str]:
     """Questions and answers about random scenes, without their coordinates.
 
-    `segment` and the kinds of `ocr` questions were added after the vocabulary was fixed: their prompts and capital letters are
-    spelled with the pieces that it has.
+    `segment` and the kinds of `ocr` questions were added after the vocabulary was fixed, so their prompts and capital letters
+    are spelled with the tokens that it already had.
     """
     kinds = [kind for kind in shapes.QUESTIONS if kind not in ("segment", "absent", "several", "ocr", "letters", "blank")]
     rng = np.random.default_rng(0)

@@ -1,11 +1,11 @@
 """Stage 0 of the recipe: a vision tower that learns from pictures and their captions, before there is a decoder.
 
-The stage trains SigLIP's two towers with its loss (siglip_contrastive.py): which of the batch's captions belongs to which of
-its pictures? A caption names the shapes from left to right, and the word, if there is one. This trains what is in a picture,
-but hardly where it is. SigLIP saw ten thousand million pictures, this tower sees a hundred thousand, so it needs a second loss:
-from the vector of each patch, a linear head predicts which shape covers the patch, where the edges of that shape's box are, and
-which letters are in it. The head is removed after training. (SigLIP 2, arXiv:2502.14786, section 2, also adds losses on patches
-to the contrastive loss.)
+The stage trains SigLIP's two towers with SigLIP's loss (siglip_contrastive.py): does this caption belong to this picture? A
+caption names the shapes from left to right, and the word that is written in the picture, if there is one. The tower learns from
+it what is in a picture, but hardly where it is. SigLIP was trained on ten billion pictures, this tower is trained on a hundred
+thousand, so it needs a second loss: from the vector of each patch, a linear head predicts which shape covers the patch, where the
+edges of that shape's box are, and which letters are in the patch. The head is not part of the exported checkpoint. (SigLIP 2,
+arXiv:2502.14786, section 2, also adds losses on patches to the contrastive loss.)
 """
 
 import argparse
@@ -33,13 +33,13 @@ TEXT = {
     "max_position_embeddings": CAPTION_LENGTH, "projection_size": VISION["hidden_size"],
 }  # fmt: skip
 DRAWN_SIZES = (112, 112, 160, 224)
-IS_COVERED = 0.25  # a patch belongs to a shape whose box covers at least this share of it
+MIN_COVERED_SHARE = 0.25  # a shape covers a patch if its box covers at least this share of the patch
 MAX_LETTERS = 3  # in one patch
 COLORS, KINDS = list(shapes.COLORS), list(shapes.KINDS)
 
 
 def pixels_of(scene: shapes.Scene, side: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8[3, H, W], as the processor makes them: drawn at a random size, then resized with PIL's bicubic filter."""
+    """uint8[3, H, W]: the scene is drawn at a random size, then resized with PIL's bicubic filter, as the processor does."""
     picture = shapes.draw(scene, int(rng.choice(DRAWN_SIZES)))
     if picture.width != side:
         picture = picture.resize((side, side), Image.Resampling.BICUBIC)
@@ -50,7 +50,7 @@ def patch_targets(scene: shapes.Scene, grid: int) -> tuple[np.ndarray, np.ndarra
     """The targets of the patch head for each of grid x grid patches.
 
     Returns:
-        int64[P, 4 + MAX_LETTERS]: whether a shape covers the patch; the shape's colour, kind and rank from left to right; the
+        int64[P, 4 + MAX_LETTERS]: whether a shape covers the patch; this shape's colour, kind and rank from left to right; the
             letters whose centres lie in the patch, 1 = A, 0 = none.
         float32[P, 4]: the shape's box minus the patch's centre.
     """
@@ -58,14 +58,14 @@ def patch_targets(scene: shapes.Scene, grid: int) -> tuple[np.ndarray, np.ndarra
     centre = edge + 0.5 / grid
     words = np.zeros((grid, grid, 4 + MAX_LETTERS), dtype=np.int64)
     boxes = np.zeros((grid, grid, 4), dtype=np.float32)
-    best = np.full((grid, grid), IS_COVERED)
+    largest_share = np.full((grid, grid), MIN_COVERED_SHARE)
     for rank, shape in enumerate(scene.shapes):
         top, left, bottom, right = shape.box
         rows = np.clip(np.minimum(edge + 1 / grid, bottom) - np.maximum(edge, top), 0, None) * grid
         columns = np.clip(np.minimum(edge + 1 / grid, right) - np.maximum(edge, left), 0, None) * grid
         share = rows[:, None] * columns
-        mine = share >= best
-        best = np.where(mine, share, best)
+        mine = share >= largest_share
+        largest_share = np.where(mine, share, largest_share)
         words[mine, :4] = 1, COLORS.index(shape.color), KINDS.index(shape.kind), rank
         offsets = np.stack(
             np.broadcast_arrays(top - centre[:, None], left - centre, bottom - centre[:, None], right - centre), axis=-1
@@ -88,7 +88,10 @@ def draw_batch(rng: np.random.Generator, count: int, side: int) -> tuple[list[sh
 
 
 class PatchHead(nn.Linear):
-    """Predicts from a patch's vector what the patch shows. Trains the tower faster than captions and answers; not kept."""
+    """Predicts from a patch's vector what the patch shows.
+
+    The tower learns faster with this loss than from captions and answers alone. The head is not exported.
+    """
 
     sizes = (1, len(COLORS), len(KINDS), 4, 4, MAX_LETTERS * (len(shapes.LETTERS) + 1))
 
@@ -96,7 +99,7 @@ class PatchHead(nn.Linear):
         super().__init__(width, sum(self.sizes))
 
     def loss(self, x: Tensor, words: Tensor, boxes: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """The loss, and for each target the share of patches predicted correctly ("box": mean error in shares of the side)."""
+        """The loss; and for each target the share of right patches ("box": mean error relative to the picture's side)."""
         covered, color, kind, rank, box, letters = self(x).float().split(self.sizes, dim=-1)
         is_covered = words[..., 0].bool()
         loss = F.binary_cross_entropy_with_logits(covered[..., 0], words[..., 0].float())
@@ -135,7 +138,7 @@ class Captions:
 
 
 def train_contrastive(options: argparse.Namespace, rng: np.random.Generator) -> None:
-    """Trains both towers and the patch head; keeps the vision tower and, for the next stages, the head."""
+    """Trains both towers and the patch head, and saves all. The next stages use the vision tower and the head."""
     tokenizer = Tokenizer.from_file(str(options.runs / "tokenizer.json"))
     vision, text = VISION | {"image_size": options.pixels}, TEXT | {"vocab_size": tokenizer.get_vocab_size()}
     siglip = SiglipModel(SiglipVisionConfig(**vision), SiglipTextConfig(**text))

@@ -1,23 +1,29 @@
-"""Trains the demo checkpoint, 3.5 million parameters, from nothing, in the stages of PaliGemma's recipe; recipe.sh runs them all.
+"""Trains the demo checkpoint (3.5 million parameters) from scratch, in the stages of PaliGemma's recipe; recipe.sh runs them all.
 
     python -m demo.train contrastive --name tower   --pixels 84 ...      0  the vision tower alone, on captions (tower.py)
     python -m demo.train shared      --name joint   --pixels 84 ...      1  tower and decoder, on all tasks
     python -m demo.train shared      --name higher  --pixels 112 ...     2  the same with 64 instead of 36 patches,
-    python -m demo.train prefix      --name last    --pixels 112 ...        then as it will be used
+    python -m demo.train prefix      --name last    --pixels 112 ...        then with the attention mask of inference
     python -m demo.train export      --start last.pt
 
-shared  The picture is read once for all its questions, a dozen or more. They attend to the picture, but it does not attend to
-        them.
-prefix  There is one question per row, and the picture attends to it: the prefix-LM pass that generation does. It is slower, so it
-        comes last.
+There are two ways to train the decoder:
+shared  The picture is encoded once for all its questions, a dozen or more. Questions attend to the picture, but the picture does
+        not attend to the questions.
+prefix  There is one question per row, and the picture attends to the question, as in inference (prefix-LM mask). This is slower,
+        so it comes last.
 
-Each stage continues from the state of another stage, `--start`. A position embedding for fewer patches is interpolated
-(bilinearly, as big_vision does for PaliGemma's stages). Everything is computed in bfloat16, with weights in float32. In the
-loss, each answer has weight 1, however long it is. In a `detect` or `segment`, each object has weight 1. An `ocr` answer has
-weight 3.
+recipe.sh runs three more stages:
+letters  continues `tower` with another seed, above all to learn letters.
+polish   continues `last` with a lower learning rate.
+words    continues `polish` and asks for every word that is in a picture. Then the recipe exports the checkpoint.
 
-The learning rate depends on the CPU time used, and `minutes` are minutes on two cores. The table shows the results on new
-scenes: shares of answers with every token right under teacher forcing, and the mean error of a coordinate in pixels (of 112).
+Each stage continues from the state of another stage, `--start`. If the new stage has more patches, the position embedding is
+interpolated (bilinearly, as big_vision does for PaliGemma's stages). Everything is computed in bfloat16, with weights in float32.
+In the loss, each answer has weight 1, however long it is. In the answer to `detect` or `segment`, each object has weight 1. An
+`ocr` answer has weight 3.
+
+The learning rate depends on the CPU time used, and `minutes` are minutes on two cores. The table shows results on new scenes: the
+share of answers in which every token is right under teacher forcing, and the mean error of a coordinate in pixels (of 112).
 
     stage   minutes  steps  caption  color  shape  count  exists  where   ocr  pixels
     tower       9.8   1022   patches: color 1.00, shape 0.99, letters 0.23; caption retrieved among 48: 0.98;  1.4
@@ -46,14 +52,13 @@ Greedy decoding on 300 pictures per unseen seed (evaluate.py):
       2000       99.3 %    98.7 %   0.943    0.899  95.5 %   41.5 %
       3000       99.1 %    99.0 %   0.925    0.888  98.4 %   46.7 %
 
-The stages up to `higher` take an hour on two cores. The stage `words`, one more hour, asks for every word that is in a picture.
-It also halves the error of boxes, because of its many updates, with a learning rate that rises once more and then falls to
-zero. Halfway through it, all numbers are worse than before it.
+The stages up to `higher` take an hour on two cores, and the stage `words` takes one more hour. `words` also halves the error of
+boxes, because it has many updates and a learning rate that rises once more and then falls to zero. Halfway through `words`, all
+numbers are worse than at its beginning. Masks are learned in minutes, because all shapes of a kind have the same codes.
 
-This run differed from what recipe.sh does now. In `tower`, 60 of 100 scenes were to have a word, in the other stages 80. Up to
-`joint`, there were two `segment` questions per picture, not one. In `last` and `polish`, questions about words had no
-precedence. And `words` began with the weights of `polish` in bfloat16. Masks are learned in minutes, because all shapes of a
-kind have the same codes.
+This run differed from what recipe.sh does now. In `tower`, 60 % of the scenes got a word if there was room, in the other stages
+80 %. Up to `joint`, there were two `segment` questions per picture, not one. In `last` and `polish`, questions about words were
+not preferred to others. And `words` started from the weights of `polish` in bfloat16.
 """
 
 import argparse
@@ -73,7 +78,7 @@ if __name__ == "__main__":  # --help and wrong flags are answered before the slo
     parser.add_argument("--minutes", type=float, default=15, help="CPU minutes per process")
     parser.add_argument("--start", help="state of an earlier stage in RUNS, or `checkpoint`: the bundled weights")
     parser.add_argument("--questions", type=int, default=4, help="questions per picture in the stage prefix")
-    parser.add_argument("--bins", type=float, default=25, help="standard deviation of <loc> targets; a fifth of it at the end")
+    parser.add_argument("--bins", type=float, default=25, help="standard deviation of <loc> targets; it falls to a fifth of this")
     parser.add_argument("--head_weight", type=float, default=0.2, help="weight of the patch head's loss")
     parser.add_argument("--batch", type=int, default=20, help="pictures per step and process")
     parser.add_argument("--processes", type=int, default=2, help="number of processes, one core each")
@@ -112,15 +117,15 @@ QUESTIONS = {
     "several": 2, "ocr": 1, "letters": 1, "blank": 1,
 }  # fmt: skip  # how often each kind of question is tried per picture
 OCR_WEIGHT = 3.0  # weight of an OCR answer in the loss; other answers have 1
-CODE_WEIGHT = 0.1  # weight of a mask code relative to a coordinate: the codes are the same for all shapes of a kind
+CODE_WEIGHT = 0.1  # weight of a mask code relative to a coordinate; small, because all shapes of a kind have the same codes
 GROUPS = 8  # the rows of a batch are grouped by length, because an answer with masks is ten times as long as most others
 
 
 @dataclass
 class Pack:
-    """Questions with their answers as tensors, one per row, without the picture's tokens; L is the length of the longest row.
+    """Questions and answers as tensors, one question per row, without the picture's tokens; L is the length of the longest row.
 
-    The target of a position is the next token if it belongs to an answer, else IGNORE_INDEX.
+    The target of a position is the next token if that token belongs to an answer, else IGNORE_INDEX.
     """
 
     picture: Tensor  # int64[B], index of the picture that each row is about
@@ -172,11 +177,11 @@ class Packer:
 
 
 class SharedPicture:
-    """Replaces a KVCache when many questions share a picture: its keys and values are computed once and used by all of them.
+    """Replaces a KVCache when many questions share a picture, whose keys and values are computed once and used by all questions.
 
-    Gradients flow back through it. First the pictures are read; their keys and values have the shape [I, K, P, E] per layer.
-    Then `picture` is set to int64[B], and rows of questions are read: the keys and values of a row's picture are put before its
-    own.
+    Gradients flow through the keys and values. First the decoder reads the pictures, whose keys and values have the shape
+    [I, K, P, E] per layer. Then `picture` is set to int64[B], and the decoder reads rows of questions: the keys and values of a
+    row's picture are put before the row's own.
     """
 
     def __init__(self):
@@ -194,7 +199,7 @@ class SharedPicture:
 class Smooth:
     """Cross entropy with soft targets for <loc> tokens: a Gaussian around the true bin, with a standard deviation of `bins`.
 
-    Only the targets are softened, and less and less so during a stage; the tokens that the model reads stay exact.
+    Only the targets are soft, and `narrow` makes them sharper during a stage; the tokens that the model reads stay exact.
     """
 
     def __init__(self, first_loc: int):
@@ -206,17 +211,17 @@ class Smooth:
             self.bins, self.table = bins, torch.softmax(-0.5 * ((at - at[:, None]) / bins) ** 2, dim=-1)
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        nats = -logits.log_softmax(-1)
-        loss = nats.gather(1, targets[:, None])[:, 0]
+        losses = -logits.log_softmax(-1)
+        loss = losses.gather(1, targets[:, None])[:, 0]
         is_loc = (targets >= self.first_loc) & (targets < self.first_loc + 1024)
         wanted = self.table[targets[is_loc] - self.first_loc]
-        soft = (nats[is_loc, self.first_loc : self.first_loc + 1024] * wanted).sum(-1)
+        soft = (losses[is_loc, self.first_loc : self.first_loc + 1024] * wanted).sum(-1)
         return loss.masked_scatter(is_loc, soft)
 
 
 @torch.no_grad()
 def scores(logits: Tensor, pack: Pack, chosen: Tensor, first_loc: int) -> dict[str, float]:
-    """By kind of question, the share of answers with every token right under teacher forcing; and the mean error of boxes."""
+    """The share of answers with every token right under teacher forcing, by kind of question, and the mean error of boxes."""
     predicted, targets = logits.argmax(-1), pack.targets[chosen]
     row = torch.arange(len(pack.ids))[:, None].expand_as(pack.ids)[chosen]
     is_right = torch.zeros(len(pack.ids)).index_add(0, row, (predicted != targets).float()) == 0
@@ -234,7 +239,7 @@ def scores(logits: Tensor, pack: Pack, chosen: Tensor, first_loc: int) -> dict[s
 
 
 def new_model(tokenizer: Tokenizer, pixels: int) -> PaliGemmaForConditionalGeneration:
-    """A model with initial weights. The vectors of neighbouring <loc> tokens start similar: sine waves over the coordinate."""
+    """A model with initial weights. Neighbouring <loc> tokens start with similar vectors: sine waves over the coordinate."""
     vision = VISION | {"image_size": pixels}
     raw = {"model_type": "paligemma", "vision_config": vision, "image_token_index": tokenizer.token_to_id("<image>")}
     vocabulary = math.ceil(tokenizer.get_vocab_size() / 64) * 64
@@ -257,7 +262,7 @@ def stretch(positions: Tensor, patches: int) -> Tensor:
 
 
 class Joint:
-    """The common part of all stages with a decoder: the model, the patch head as a small extra loss, scenes, the log."""
+    """What all stages with a decoder need: the model, the patch head as a small extra loss, random scenes, and the log."""
 
     def __init__(self, options: argparse.Namespace, rng: np.random.Generator):
         self.options, self.rng = options, rng
@@ -287,7 +292,7 @@ class Joint:
         return self.model.multi_modal_projector(x), self.head.loss(x, words, boxes)[0], rows
 
     def load(self, start: str) -> None:
-        """Loads the state of a stage (tower and head, if it is a contrastive one), or the weights of the bundled checkpoint."""
+        """Loads the state of a stage (of a contrastive stage: tower and head), or the weights of the bundled checkpoint."""
         if start == "checkpoint":
             return self.model.load_state_dict(load_file(BUNDLED / "model.safetensors"))  # copies into float32
         state = torch.load(self.options.runs / start, weights_only=True)
@@ -307,7 +312,7 @@ class Joint:
         return [self.packer([rows[i] for i in part]) for part in np.array_split(np.arange(len(rows)), GROUPS)]
 
     def loss(self, x: Tensor, pack: Pack, progress: float) -> Tensor:
-        """The weighted sum of the loss over answer tokens. Args: x: the decoder's output, [B, L, D]."""
+        """The weighted sum of the loss over answer tokens; x is the decoder's output, [B, L, D]."""
         chosen = pack.weights > 0
         logits = self.model.language_model.logits(x[chosen])
         self.smooth.narrow(self.options.bins * 0.2**progress)
@@ -316,14 +321,14 @@ class Joint:
         return (self.smooth(logits, pack.targets[chosen]) * pack.weights[chosen]).sum()
 
     def shared(self, features: Tensor, packs: list[Pack], progress: float) -> Tensor:
-        """The loss of questions that attend to their picture, which does not attend to them; a weighted mean over answers."""
+        """The loss of the stage `shared`, where pictures do not attend to questions: a weighted mean over answers."""
         decoder, p = self.model.language_model.model, features.shape[1]
         cache = SharedPicture()
         decoder(features, torch.arange(1, p + 1).expand(len(features), p), None, cache)
         total, count = torch.zeros(()), 0.0
         for pack in packs:
             cache.picture = pack.picture
-            # The picture's tokens come before the row's, so the mask is that of a whole row without the queries of the picture.
+            # The picture's tokens come before the row's own, so this is the mask of the whole row without the picture's queries.
             rows, length = pack.ids.shape
             is_token = torch.cat([torch.ones(rows, p, dtype=torch.int64), pack.is_token], dim=1)
             is_answer = torch.cat([torch.zeros(rows, p, dtype=torch.int64), pack.is_answer], dim=1)
@@ -334,7 +339,7 @@ class Joint:
         return total / count
 
     def prefix(self, features: Tensor, packs: list[Pack], progress: float) -> Tensor:
-        """The loss of rows of picture, question and answer: the same pass as in inference."""
+        """The loss of the stage `prefix`, with the attention mask of inference: a weighted mean over answers."""
         decoder, p = self.model.language_model.model, features.shape[1]
         total, count = torch.zeros(()), 0.0
         for pack in packs:
@@ -346,7 +351,7 @@ class Joint:
         return total / count
 
     def finish_step(self, trainer: Trainer, loss: Tensor, extra: Tensor) -> None:
-        """Makes an update. Every 25 updates, logs the means since the last line and saves the state."""
+        """Makes an update. Every 25 updates, logs the means since the last log line, and saves the state."""
         trainer.step(loss + self.options.head_weight * extra)
         self.recent.setdefault("loss", []).append(loss.item())
         self.recent.setdefault("head", []).append(extra.item())
@@ -356,8 +361,8 @@ class Joint:
             save(self.options.runs, f"{self.options.name}.pt", self.both.state_dict())
 
 
-def is_unread(question: tuple[int, str, str, str]) -> bool:
-    """False for questions about words. They are the hardest, so none of them is left out."""
+def is_not_ocr(question: tuple[int, str, str, str]) -> bool:
+    """The sort key of questions: those about words come first. They are the hardest, so none of them should be left out."""
     return question[1] not in ("ocr", "letters")
 
 
@@ -370,7 +375,7 @@ def train_joint(options: argparse.Namespace, rng: np.random.Generator) -> None:
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # for short rows, the flash kernel is slower
             features, extra, rows = joint.batch()
             if options.stage == "prefix":
-                rows = [sorted((row[j] for j in rng.permutation(len(row))), key=is_unread)[: options.questions] for row in rows]
+                rows = [sorted((row[j] for j in rng.permutation(len(row))), key=is_not_ocr)[: options.questions] for row in rows]
             packs = joint.groups([question for row in rows for question in row])
             loss = getattr(joint, options.stage)(features, packs, trainer.progress)
         joint.finish_step(trainer, loss, extra)
@@ -390,8 +395,8 @@ def export(options: argparse.Namespace) -> None:
 def run(rank: int, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{options.port}"
-    patience = timedelta(days=1)  # a process may be paused and continue
-    distributed.init_process_group("gloo", rank=rank, world_size=options.processes, init_method=address, timeout=patience)
+    timeout = timedelta(days=1)  # long, because a process may be paused
+    distributed.init_process_group("gloo", rank=rank, world_size=options.processes, init_method=address, timeout=timeout)
     torch.manual_seed(options.seed)  # the same initial weights in all processes; the scenes differ
     STAGES[options.stage](options, np.random.default_rng([options.seed, rank, list(STAGES).index(options.stage)]))
     distributed.destroy_process_group()

@@ -4,9 +4,9 @@
     python -m paligemma finetune --config runs/largest/finetune.yaml --output runs/largest/full
     python -m paligemma finetune --config runs/largest/finetune.yaml --output runs/largest/lora --method lora --learning_rate 5e-3
 
-The question was not in the demo's training, and no question in it required sizes to be compared. The scenes are those of
-shapes.py with two shapes or more, from seeds that nothing else uses. A scene whose two largest shapes differ by less than a
-tenth is left out.
+The demo was not trained on this question, nor on any other question in which sizes are compared. The scenes are drawn by
+shapes.py from seeds that the demo's training does not use, and have at least two shapes. Scenes are skipped if the sides of the
+two largest shapes differ by less than a tenth.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from paligemma.files import write_atomic
 
 QUESTION = "answer en what is the largest shape?"
 SEEDS = {"train": 3000, "valid": 4000}
-CLEAR = 1.1  # least ratio of the largest side to the second largest
+MIN_RATIO = 1.1  # smallest ratio of the largest side to the second largest
 SETTINGS = """\
 train: {folder}/train.jsonl
 valid: {folder}/valid.jsonl
@@ -37,7 +37,7 @@ def scenes(seed: int) -> Iterator[tuple[shapes.Scene, str]]:
     for index in count():
         scene = shapes.make_scene(np.random.default_rng([seed, index]))
         largest, *others = sorted(scene.shapes, key=lambda shape: -shape.side)
-        if others and largest.side > CLEAR * others[0].side:
+        if others and largest.side > MIN_RATIO * others[0].side:
             yield scene, largest.name
 
 

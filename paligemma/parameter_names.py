@@ -1,4 +1,4 @@
-"""Four spellings of the same parameter names, one model: the table of prefixes, and the conversion in both directions.
+"""The parameter names of one model in four spellings: the table of prefixes, and the conversion in both directions.
 
 The same matrix is called, for example,
     language_model.model.layers.0.self_attn.q_proj.weight          in files of the hub, and in this project
@@ -14,15 +14,16 @@ Checked in tests/checkpoints/test_weights.py, with one test per spelling, and in
 import re
 from functools import lru_cache
 
-# (prefix in the file, our prefix, which is that of the hub). The first prefix that matches counts, so longer ones come first.
+# Pairs of a prefix in the file and our prefix, which the hub also uses. The first one that matches is used, so longer prefixes
+# come before shorter ones.
 SPELLINGS = (
     ("model.vision_tower.vision_model.", "vision_tower.vision_model."),  # files of transformers 4.52 and later 4.x
     ("model.vision_tower.", "vision_tower.vision_model."),  # state dicts of transformers 5
-    ("model.language_model.", "language_model.model."),  # both of them
-    ("model.multi_modal_projector.", "multi_modal_projector."),  # both of them
+    ("model.language_model.", "language_model.model."),  # files of transformers 4.52 and later 4.x, state dicts of transformers 5
+    ("model.multi_modal_projector.", "multi_modal_projector."),  # the same two
     ("vision_tower.vision_model.", "vision_tower.vision_model."),  # the hub
     ("vision_tower.", "vision_tower.vision_model."),  # files of transformers 5
-    # The output matrix is the embedding. Some files hold the matrix twice, some only under this name.
+    # The output matrix is the embedding matrix. Some files store it under both names, some only as lm_head.
     ("language_model.lm_head.", "lm_head."),
 )
 WRAPPERS = re.compile(r"^(?:base_model\.model\.|module\.)+")  # prefixes that PEFT and DistributedDataParallel add
@@ -45,6 +46,6 @@ def all_spellings(name: str) -> tuple[str, ...]:
 
 
 def peft_name(name: str) -> str:
-    """The name that PEFT gives to one of our modules: the one in the state dict of transformers 5."""
+    """The name that PEFT gives to one of our modules, as in the state dict of transformers 5."""
     shorter = name.replace("language_model.model.", "language_model.").replace("vision_tower.vision_model.", "vision_tower.")
     return f"model.{shorter}"

@@ -32,14 +32,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter in a folder: its settings, and the position of each A and B, under our names. No tensor is loaded yet."""
+    """A LoRA adapter in a folder: its settings, and where its file stores each A and B. No tensor is loaded yet."""
 
     folder: Path
     config: lora.LoraConfig
-    stored: dict[str, StoredTensor]
+    stored: dict[str, StoredTensor]  # by our parameter names
 
-    def check(self, model: nn.Module) -> dict[str, float]:
-        """The names of the adapted modules, each with the scaling factor of its update B A.
+    def checked_scalings(self, model: nn.Module) -> dict[str, float]:
+        """The scaling factor of the update B A of each adapted module, by the name of the module.
 
         Raises: CheckpointError unless every tensor belongs to a matrix of this model.
         """
@@ -49,14 +49,15 @@ class Adapter:
             scalings = {name: self.config.scaling(name) for name in lora.modules_of(shapes, self.config, bases)}
             unused = self.config.unused_keys(scalings)
         except ValueError as error:
-            text = f"{self.folder} does not fit its base model: {error} Name the right base."
+            text = f"{self.folder} does not fit its base model: {error} Give the right base model as --base_model."
             raise CheckpointError(text, path=self.folder) from error
         if unused:
-            log.warning("%s: its patterns %s match no module that it changes.", self.folder / ADAPTER_CONFIG_NAME, listed(unused))
+            file = self.folder / ADAPTER_CONFIG_NAME
+            log.warning("%s: the patterns %s match none of the modules that the adapter changes.", file, listed(unused))
         return scalings
 
     def merged(self, name: str, weight: Tensor, scaling: float, reader: TensorReader) -> Tensor:
-        """The matrix of the module of that name, with its update added."""
+        """The matrix `weight` of the module `name`, with the update of the adapter added."""
         a, b = (reader.read(self.stored[f"{name}.{matrix}.weight"], torch.float32) for matrix in ("lora_A", "lora_B"))
         merged = lora.merged_weight(weight, a, b, scaling)
         if not reader.allow_nonfinite:
@@ -74,20 +75,21 @@ def read_adapter(folder: Path, raw: dict[str, Any]) -> Adapter:
     try:
         config = lora.LoraConfig.from_peft(raw)
     except ValueError as error:
-        raise CheckpointError(f"{file}: {error} Or merge the adapter with the program that made it.", path=file) from error
+        text = f"{file}: {error} Alternatively, merge the adapter with the program that made it."
+        raise CheckpointError(text, path=file) from error
     if stat_path(folder / ADAPTER_NAME) is None and not (folder / ADAPTER_NAME).is_symlink():
         raise CheckpointError(explain_no_adapter(folder), path=folder / ADAPTER_NAME)
     stored: dict[str, StoredTensor] = {}
     for tensor in read_header(folder / ADAPTER_NAME).values():
         name = canonical_name(tensor.name)
         if tensor.dtype not in FLOATS:
-            raise CheckpointError(f"{tensor.file}: {tensor.name} is {tensor.dtype}; floats are needed.", path=tensor.file)
+            raise CheckpointError(f"{tensor.file}: {tensor.name} has dtype {tensor.dtype}; floats are needed.", path=tensor.file)
         if name in stored:
             check_equal(stored[name], tensor)
         stored[name] = tensor
     if others := [tensor.name for name, tensor in stored.items() if lora.OTHER_MODULES & {*name.split(".")}]:
         text = f"{folder / ADAPTER_NAME} holds {listed(others)}, but only adapters for the matrices of layers are supported."
-        text += " Train it without them, or merge it with the program that made it."
+        text += " Train the adapter without them, or merge it with the program that made it."
         raise CheckpointError(text, path=folder / ADAPTER_NAME)
     return Adapter(folder, config, stored)
 

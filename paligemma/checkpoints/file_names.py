@@ -1,6 +1,6 @@
-"""The names of the files in a model's folder; and, for a folder or file that is not a model, what it is and what to do.
+"""The names of the files in a model's folder, and error messages for folders and files that are not a model.
 
-Nothing here opens a file of weights. Checked in tests/checkpoints/test_hub.py.
+Weights are not read here. Checked in tests/checkpoints/test_hub.py.
 """
 
 import os
@@ -18,15 +18,17 @@ SINGLE_NAME = "model.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_NAME = "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
-# The other files of a model that are read, besides config.json and weights. Downloading and copying use the same list.
+# The files of a model that are read besides config.json and the weights. Downloading and copying use this list, too.
 SIDE_FILES = (
     GENERATION_CONFIG_NAME, "preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer.model",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CODEC_NAME,
 )  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NO_PICKLE = "Unpickling runs any code that the file contains, so pickles are never read."
-CONVERT_PICKLE = "Save it as safetensors, with transformers: from_pretrained(folder).save_pretrained(new_folder)."
-CONVERT_ADAPTER = "Save it as safetensors, with PEFT: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)."
+CONVERT_PICKLE = "Save the weights as safetensors, with transformers: from_pretrained(folder).save_pretrained(new_folder)."
+CONVERT_ADAPTER = (
+    "Save the adapter as safetensors, with PEFT: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)."
+)
 CONVERT_ARRAYS = (
     "If it is a big_vision checkpoint, convert it with transformers' convert_paligemma_weights_to_hf.py or take the same model "
     "from the hub."
@@ -35,9 +37,9 @@ CONVERT_ARRAYS = (
 TRAINER_FILES = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler|rng_state.*)\.(bin|pth?)")
 # Files of checkpoints that DeepSpeed and FSDP save, with the weights divided among the processes.
 DISTRIBUTED_FILES = re.compile(r"zero_to_fp32\.py|global_step\d+|pytorch_model_fsdp_\d+|\.metadata")
-JOIN_SHARDS = "Join them: zero_to_fp32.py of DeepSpeed with --safe_serialization, or `accelerate merge-weights` for FSDP."
+JOIN_SHARDS = "Join the parts, with zero_to_fp32.py --safe_serialization (DeepSpeed) or `accelerate merge-weights` (FSDP)."
 FOREIGN = (".gguf", ".onnx", ".h5", ".msgpack", ".tflite", ".ot")  # llama.cpp, ONNX, TensorFlow, JAX, Rust
-ONLY_SAFETENSORS = "Only safetensors files are read: take the checkpoint that it was made from."
+ONLY_SAFETENSORS = "Only safetensors files are read: use the checkpoint from which this one was converted."
 MAX_FOLDERS = 1000  # subfolders that are searched for a model
 
 
@@ -53,7 +55,7 @@ def has_adapter(folder: Path, error_class: type[PaliGemmaError] = CheckpointErro
 
 
 def models_in(folder: Path) -> list[str]:
-    """The subfolders that hold models or adapters: checkpoint-500 of a Trainer, model/ of a fine-tune, snapshots/... of a cache.
+    """The subfolders that hold models or adapters, such as checkpoint-500 (Trainer), model/ (fine-tuning), snapshots/... (cache).
 
     They are sorted by the numbers in their names, so the newest comes last.
     """
@@ -73,16 +75,16 @@ def explain_no_weights(folder: Path) -> str:
     cached = next((path.name for path in (folder, *folder.parents) if path.name.startswith("models--")), None)
     inner = models_in(folder)
     if cached is not None:
-        own = f", or its folder {folder / inner[-1]}" if inner else ""
+        or_folder = f", or its folder {folder / inner[-1]}," if inner else ""
         name = cached_id(cached)
-        return f"{folder} belongs to the hub's cache of {name} and is not the model itself. Name {name}{own}."
+        return f"{folder} belongs to the hub's cache of {name} and is not the model itself. Give {name}{or_folder} as the model."
     if inner:
-        return f"{folder} is not a model, but holds {listed(inner)}. Name one of them, such as {folder / inner[-1]}."
+        return f"{folder} is not a model, but holds {listed(inner)}. Give one of them, such as {folder / inner[-1]}."
     return f"{folder} {explain_names(names_in(folder))}"
 
 
 def explain_names(names: list[str]) -> str:
-    """Says why files with these names cannot be loaded; to be appended to the name of a folder or of a hub model."""
+    """Says why files with these names cannot be loaded. The text continues a sentence that begins with a folder or hub id."""
     pickles = [name for name in names if name.endswith(PICKLES) and not TRAINER_FILES.fullmatch(name)]
     arrays = [name for name in names if name.endswith(".npz") and name != CODEC_NAME]
     shards = [name for name in names if name.endswith(".safetensors")]
@@ -91,7 +93,7 @@ def explain_names(names: list[str]) -> str:
     cached = [cached_id(name) for name in names if name.startswith("models--")]
     inner = sorted({name.rpartition("/")[0] for name in shards})
     if inner and "" not in inner:  # names with a folder occur for hub models only
-        return f"is not a model itself, but has some in its folders: {listed(inner)}. Download one of them and name its folder."
+        return f"is not a model, but its folders {listed(inner)} are. Download one of them and give its folder."
     if ADAPTER_NAME in shards:
         return f"holds an adapter, {ADAPTER_NAME}, without its {ADAPTER_CONFIG_NAME}. Copy {ADAPTER_CONFIG_NAME} into the folder."
     if shards:
@@ -107,11 +109,11 @@ def explain_names(names: list[str]) -> str:
     if foreign:
         return f"holds {listed(foreign)}. {ONLY_SAFETENSORS}"
     if cached:
-        return f"is the hub's cache. Name a model in it by its id: {listed(cached)}."
+        return f"is the hub's cache. Give the id of a model in it: {listed(cached)}."
     weights = f"neither {SINGLE_NAME} nor {INDEX_NAME}"
     if CONFIG_NAME in names:
         return f"holds no weights: {weights}. Download the checkpoint again."
-    return f"is not a model: {CONFIG_NAME} is missing, and there are no weights, {weights}. Name another folder."
+    return f"is not a model: {CONFIG_NAME} is missing, and there are no weights, {weights}. Give another folder."
 
 
 def explain_no_adapter(folder: Path) -> str:
@@ -119,15 +121,15 @@ def explain_no_adapter(folder: Path) -> str:
     if has_weights(folder):
         return (
             f"{folder} holds a whole model and an {ADAPTER_CONFIG_NAME}, but no {ADAPTER_NAME}. Delete {ADAPTER_CONFIG_NAME} if "
-            "the adapter is merged already, else copy the adapter into the folder."
+            "the adapter is already merged; otherwise copy the adapter into the folder."
         )
     if stat_path(folder / ADAPTER_PICKLE) is not None:
         return f"{folder} holds an adapter only as {ADAPTER_PICKLE}. {NO_PICKLE} {CONVERT_ADAPTER}"
-    return f"{folder / ADAPTER_NAME} is missing. Download the adapter again, or name another folder."
+    return f"{folder / ADAPTER_NAME} is missing. Download the adapter again, or give another folder."
 
 
 def explain_file(file: Path) -> str:
-    """Says what a file is that was given instead of a model's folder, and what to do."""
+    """Says what kind of file was given in place of a model's folder, and what to do."""
     suffix = file.suffix.lower()
     if is_file(file):  # opening a pipe would wait for another program to write to it
         with suppress(OSError), open(file, "rb") as stream:
@@ -135,7 +137,7 @@ def explain_file(file: Path) -> str:
     if file.name == CODEC_NAME:
         return f"{file} is a mask codec. Give it as --mask_codec, and a model's folder as the model."
     if any(os.path.isfile(file.parent / name) for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
-        return f"{file} is a file of a model. Name its folder, {file.parent}."
+        return f"{file} is a file of a model. Give its folder, {file.parent}."
     if suffix in FOREIGN:
         return f"{file} is {'a file of llama.cpp' if suffix == '.gguf' else 'a model of another program'}. {ONLY_SAFETENSORS}"
     if suffix == ".npz":
@@ -143,5 +145,5 @@ def explain_file(file: Path) -> str:
     if suffix in PICKLES:
         return f"{file} is a pickle. {NO_PICKLE} {CONVERT_PICKLE}"
     if suffix in (".zip", ".tar", ".gz", ".tgz", ".xz", ".zst", ".7z"):
-        return f"{file} is an archive. Unpack it and name the folder with config.json and the weights."
-    return f"{file} is a file. Name the folder with config.json and the weights."
+        return f"{file} is an archive. Unpack it and give the folder with config.json and the weights."
+    return f"{file} is a file. Give the folder with config.json and the weights."

@@ -1,8 +1,9 @@
 """Resolves a folder name or a hub id to a local folder, and explains names that are neither.
 
-huggingface_hub downloads: it reads HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE, locks its cache and resumes interrupted
-downloads. It is imported only when a hub id has to be resolved. Checked in tests/checkpoints/test_hub.py, with a local server in
-place of the hub.
+The library huggingface_hub downloads the files. It reads HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE, locks its cache and
+resumes interrupted downloads. It is imported only when a hub id has to be resolved.
+
+Checked in tests/checkpoints/test_hub.py, with a local server in place of the hub.
 """
 
 import errno
@@ -33,12 +34,13 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 FILES = (CONFIG_NAME, *SIDE_FILES, INDEX_NAME, "model*.safetensors", ADAPTER_CONFIG_NAME, ADAPTER_NAME)
-PAGE = re.compile(
+PAGE = re.compile(  # the address of a model's page; group 1 is the hub id
     r"(?i:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)|hf:/)"
     r"/(?!(?:collections|datasets|spaces|papers|docs|blog)/)([^/\s]+/[^/?#\s]+?)(?:\.git)?(?:[/?#].*)?"
 )
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-NO_HUB = (ValueError, KeyError, TypeError)  # what huggingface_hub raises if the server is not a hub, for example a login page
+# huggingface_hub raises these if the server is not a hub, for example if it answers with a login page.
+NOT_A_HUB = (ValueError, KeyError, TypeError)
 LOGIN = "run: hf auth login"
 EXAMPLE = "google/paligemma-3b-mix-224"
 
@@ -89,7 +91,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
     if cached is not None and (constants.HF_HUB_OFFLINE or is_complete(cached)):
         return cached
     try:
-        # One request with a timeout comes first: for each file, huggingface_hub would try a dead network five times.
+        # One request with a timeout comes first: without a network, huggingface_hub would try five times per file.
         info = HfApi().model_info(repo_id, revision=revision or "main", timeout=constants.HF_HUB_ETAG_TIMEOUT)
         names = [file.rfilename for file in info.siblings or ()]
         if names and not any(fnmatch(name, pattern) for name in names for pattern in FILES if pattern.endswith(".safetensors")):
@@ -99,34 +101,34 @@ def download(repo_id: str, revision: str | None = None) -> Path:
         if shards := missing_shards(folder):  # shards whose names do not match the patterns in FILES
             snapshot_download(repo_id=repo_id, revision=revision, allow_patterns=shards)
         return folder
-    except (OSError, errors.HTTPError, RuntimeError, *NO_HUB) as error:  # RuntimeError is what the xet client raises
+    except (OSError, errors.HTTPError, RuntimeError, *NOT_A_HUB) as error:  # RuntimeError is what the xet client raises
         if cached is not None and getattr(error, "response", None) is None:
             return cached  # there is no network, so the cached files are used; loading reports any file that is missing
         raise explain(error, repo_id, revision) from error
 
 
 def explain(error: Exception, repo_id: str, revision: str | None) -> PaliGemmaError:
-    """The error with a message that says what happened and what to do."""
+    """The error to raise instead, with a message that says what happened and what to do."""
     from huggingface_hub import constants, errors
 
     page, cache = f"{constants.ENDPOINT}/{repo_id}", constants.HF_HUB_CACHE
     if getattr(error, "response", None) is not None:
         return AccessError(explain_refusal(error, repo_id, revision), path=page)
     if isinstance(error, errors.OfflineModeIsEnabled):
-        text = f"{repo_id} is not (completely) in the cache {cache}, and HF_HUB_OFFLINE forbids asking the hub. Unset it."
+        text = f"{repo_id} is not (completely) in the cache {cache}, and HF_HUB_OFFLINE is set. Unset it to ask the hub."
         return AccessError(f"{text}{suggest_demo()}", path=page)
     if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
         text = f"the cache {cache} cannot be written: {error.strerror}. Make room, or set HF_HOME to another folder."
         return OutputError(text, path=cache)
-    if isinstance(error, NO_HUB):
-        text = f"{constants.ENDPOINT} does not answer as a hub does ({type(error).__name__}: {first_line(error)})."
+    if isinstance(error, NOT_A_HUB):
+        text = f"{constants.ENDPOINT} does not answer like a hub ({type(error).__name__}: {first_line(error)})."
         return AccessError(f"{text} Does the network ask you to log in, or is HF_ENDPOINT wrong?{suggest_demo()}", path=page)
     text = f"{constants.ENDPOINT} cannot be reached ({first_line(error)}), and {repo_id} is not in the cache {cache}."
     return AccessError(f"{text} {suggest_folder(repo_id)}{suggest_demo()}", path=page)
 
 
 def explain_refusal(error: "HfHubHTTPError", repo_id: str, revision: str | None) -> str:
-    """Says what the hub refused: the token, the licence, the name or the revision.
+    """Says why the hub refused: because of the token, the licence, the name or the revision.
 
     The HTTP status alone is ambiguous, so the message of the server is used as well.
     """
@@ -139,11 +141,12 @@ def explain_refusal(error: "HfHubHTTPError", repo_id: str, revision: str | None)
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo_id} has no revision {revision!r}. {page}/tree/main lists the revisions."
     if status == 401 and get_token():
-        return f"the hub does not accept the token: {message}. Make a new one at {tokens}, then set HF_TOKEN or {LOGIN}"
+        return f"the hub does not accept the token: {message}. Create a new token at {tokens}, then set HF_TOKEN or {LOGIN}"
     if status == 401 and is_gated:
-        return f"{repo_id} has a licence to accept, and no token was sent. Accept it at {page}, then set HF_TOKEN or {LOGIN}"
+        text = f"{repo_id} has a licence that you must accept, and no token was sent."
+        return f"{text} Accept the licence at {page}, then set HF_TOKEN or {LOGIN}"
     if status == 403 and re.search("fine-?grained", f"{message} {error}", re.IGNORECASE):
-        return f"the token is fine-grained and may not read gated models. Grant it that at {tokens}, or make one of type read."
+        return f"the token is fine-grained and may not read gated models. Allow it at {tokens}, or create a token of type read."
     if is_gated:
         return f"the owner of the token has not accepted the licence of {repo_id}. Accept it at {page}, then try again."
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -176,14 +179,14 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
 
     Args:
         revision: branch, tag or commit of a hub id, such as "bfloat16"; not allowed for a folder.
-    Raises: CheckpointError if the name is neither a folder nor a hub id, with a message that says what it is; AccessError if the
-        hub cannot be reached or refuses; UsageError for a revision of a folder.
+    Raises: CheckpointError if the name is neither a folder nor a hub id, with a message that says what it is; AccessError
+        if the hub cannot be reached or refuses; UsageError for a revision of a folder.
     """
     name = str(path_or_hub_id)
     path = expand(name)
     if is_folder(path):
         if revision is not None:
-            raise UsageError(f"revision {revision} is for hub ids, and {path} is a folder. Leave it out.")
+            raise UsageError(f"revision {revision} is for hub ids, and {path} is a folder. Leave out the revision.")
         if stat_path(path / CONFIG_NAME) is None and not has_adapter(path) and not has_weights(path):
             raise CheckpointError(explain_no_weights(path), path=path)
         return path
@@ -191,31 +194,31 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(explain_file(path), path=path)
     page = PAGE.fullmatch(name)
     if page is not None and is_id(page[1]):
-        raise CheckpointError(f"{name} is the address of a page. Name the model's id, {page[1]}.", path=name)
+        raise CheckpointError(f"{name} is the address of a page. Give the model's id, {page[1]}.", path=name)
     if "://" in name:
-        raise CheckpointError(f"{name} is an address. Name a folder, or an id of the hub such as {EXAMPLE}.", path=name)
+        raise CheckpointError(f"{name} is an address. Give a folder, or an id of the hub such as {EXAMPLE}.", path=name)
     if is_id(name):
         return download(name, revision)
     similar = similar_folders(path)
     similar += [f"google/{name}"] if re.fullmatch(r"paligemma2?-[\w-]+", name) else []
     in_cache = cached_id(name)
     similar += [in_cache] if in_cache != name and is_id(in_cache) else []
-    hint = f"Did you mean {listed(similar)}?" if similar else f"Name a folder, or an id of the hub such as {EXAMPLE}."
+    hint = f"Did you mean {listed(similar)}?" if similar else f"Give a folder, or an id of the hub such as {EXAMPLE}."
     raise CheckpointError(f"there is no folder {path}. {hint}", path=path)
 
 
 def find_base(folder: Path, adapter_config: dict | None, base_model: str | Path | None = None) -> Path:
-    """The folder with config.json, tokenizer and weights: `folder` itself or, for an adapter without weights, its base model's.
+    """The folder with config.json, tokenizer and weights: for an adapter without weights that of its base model, else `folder`.
 
     Args:
         adapter_config: content of the folder's adapter_config.json, None if there is none.
         base_model: folder or hub id of an adapter's base, in place of the one that adapter_config.json names.
-    Raises: CheckpointError for an adapter that names no base, and for everything that `resolve` raises it for; AccessError;
-        UsageError for a base_model if the folder has weights of its own.
+    Raises: CheckpointError for an adapter that names no base; UsageError for a base_model if `folder` itself has weights; and the
+        errors of `resolve`.
     """
     if adapter_config is None or has_weights(folder):
         if base_model is not None:
-            raise UsageError(f"base_model {base_model} is for adapters, and {folder} is a whole model. Leave it out.")
+            raise UsageError(f"base_model {base_model} is for adapters, and {folder} is a whole model. Leave out base_model.")
         return folder
     file = folder / ADAPTER_CONFIG_NAME
     name, revision = adapter_config.get("base_model_name_or_path"), adapter_config.get("revision")
@@ -227,8 +230,8 @@ def find_base(folder: Path, adapter_config: dict | None, base_model: str | Path 
         try:
             base = resolve(name, revision if isinstance(revision, str) and is_id(name) else None)
         except (CheckpointError, AccessError) as error:
-            text = f"{file} names the base model {name!r:.200}, but {error.message} To use another one, give --base_model."
+            text = f"{file} names the base model {name!r:.200}, but {error.message} To use another base model, give --base_model."
             raise type(error)(text, path=file) from error
     if has_adapter(base):
-        raise CheckpointError(f"{base}, the base model of {folder}, has an adapter itself. Merge that one first.", path=file)
+        raise CheckpointError(f"{base}, the base model of {folder}, has an adapter itself. Merge that adapter first.", path=file)
     return base

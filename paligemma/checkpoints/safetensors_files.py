@@ -1,8 +1,8 @@
-"""safetensors files and their index, read and written, for names and tensors of any model.
+"""Reads and writes safetensors files and their index, for any model.
 
 A safetensors file consists of 8 bytes (the length of the header), the header (JSON: name, dtype, shape and position of each
-tensor) and the tensors, one after the other. Headers are read here, and everything they claim is compared with the size of the
-file before memory is allocated, because a file may be truncated, damaged or hostile. Python's `pickle` is never used.
+tensor) and the tensors, one after the other. All that a header claims is compared with the size of the file before
+memory is allocated, because a file may be truncated, damaged or hostile. Python's `pickle` is never used.
 
 Format: https://github.com/huggingface/safetensors#format. Checked in tests/checkpoints/test_safetensors_files.py.
 Shapes: O outputs of a weight matrix.
@@ -52,8 +52,8 @@ from paligemma.files import (
 log = logging.getLogger(__name__)
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # the names of the files that are written here
-ALIGNMENT = 64  # bytes: position of the first tensor, so that vector instructions read whole cache lines
-MAX_HEADER_BYTES = 5_000_000  # the largest real header has 0.2 MB; at this limit even a hostile one is parsed within seconds
+ALIGNMENT = 64  # the first tensor starts at a multiple of 64 bytes, so that vector instructions read whole cache lines
+MAX_HEADER_BYTES = 5_000_000  # the largest real header has 0.2 MB; at this limit even a hostile header is parsed within seconds
 MAX_NAME = 500  # characters of a tensor's name
 MAX_DIMENSIONS = 8
 RENAMED = {
@@ -61,9 +61,11 @@ RENAMED = {
     b"GGUF": "a file of llama.cpp that was renamed. " + ONLY_SAFETENSORS.removesuffix("."),
     b"\x1f\x8b": "packed by gzip. Unpack it",
 }
-HEAD_BYTES = 64  # read from a damaged file, enough to recognise other formats
-CHUNK_ELEMENTS = 2**22  # read or written at a time: smaller chunks add waiting of threads, larger ones take more memory
-SAMPLE_BYTES = 4096  # hashed from the beginning of each tensor for the fingerprint
+HEAD_BYTES = 64  # bytes at the beginning of a file, enough to recognise other formats
+# Elements that are read or written at a time. With smaller chunks, threads wait for each other more often; larger chunks need
+# more memory.
+CHUNK_ELEMENTS = 2**22
+SAMPLE_BYTES = 4096  # bytes at the beginning of each tensor that are hashed for the fingerprint
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -94,9 +96,9 @@ class StoredTensor:
 def check_regular(path: Path) -> None:
     """Raises CheckpointError unless the path is a file, or a link to a file (the hub's cache consists of links)."""
     if stat_path(path) is None and os.path.islink(path):
-        raise CheckpointError(f"{path} is a link to nothing. The cache is incomplete: download the checkpoint again.", path=path)
+        raise CheckpointError(f"{path} is a broken link. The cache is incomplete: download the checkpoint again.", path=path)
     if stat_path(path) is None:
-        raise CheckpointError(f"{path} is missing. Download the checkpoint again, or name another folder.", path=path)
+        raise CheckpointError(f"{path} is missing. Download the checkpoint again, or give another folder.", path=path)
     if not is_file(path):
         raise CheckpointError(f"{path} is not a file.", path=path)
 
@@ -112,7 +114,7 @@ def no_duplicates(pairs: list[tuple[str, object]]) -> dict:
 
 
 def parse_unsigned(digits: str) -> int:
-    """A hook for json: the number. Raises ValueError for a sign: the safetensors library rejects even -0."""
+    """A hook for json: the number. Raises ValueError for a minus sign, because the safetensors library rejects even -0."""
     if digits.startswith("-"):
         raise ValueError(f"it holds {digits[:20]}; whole numbers from 0 are needed")
     return int(digits)
@@ -172,14 +174,14 @@ def read_entry(name: str, entry: object, file: Path, offset: int) -> StoredTenso
         raise ValueError(f"{name} has dtype {reprlib.repr(dtype)}, which is none of {', '.join(BITS)}")
     num_bytes, rest = divmod(math.prod(shape) * BITS[dtype], 8)
     if len(offsets) != 2 or rest or offsets[1] - offsets[0] != num_bytes:
-        raise ValueError(f"{name} is {dtype} {shape}, {num_bytes} bytes, but lies at {offsets}")
+        raise ValueError(f"{name} has dtype {dtype} and shape {shape}, {num_bytes} bytes, but data_offsets {offsets}")
     return StoredTensor(name, file, dtype, tuple(shape), offset + offsets[0], num_bytes)
 
 
 def find_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: the single file if there is one, else the files that the index names.
 
-    If both exist, the index is left over from an older save and is ignored, as transformers does.
+    If both exist, the index is left over from an older save and is ignored, as in transformers.
 
     Raises: CheckpointError if there are no weights, the index is wrong, or files that it names are missing.
     """
@@ -201,7 +203,7 @@ def find_files(folder: Path) -> list[Path]:
         )
     stale = sorted({path.name for path in folder.glob("*.safetensors")} - set(names))
     if stale:
-        log.info("%s: %s not in the index, ignored.", folder, listed(stale))
+        log.info("%s: ignored, because the index does not name them: %s", folder, listed(stale))
     return [folder / name for name in names]
 
 
@@ -212,7 +214,7 @@ def read_index(index: Path) -> list[str]:
         raise CheckpointError(f"{index} has no weight_map. Download it again.", path=index)
     for name in weight_map.values():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.\-]{1,200}\.safetensors", name, re.ASCII) or name.startswith("."):
-            raise CheckpointError(f"{index} names {name!r}. A bare file name with .safetensors is needed.", path=index)
+            raise CheckpointError(f"{index} names {name!r}. A bare file name that ends with .safetensors is needed.", path=index)
     return sorted(set(weight_map.values()))
 
 
@@ -223,7 +225,7 @@ def fingerprint(folders: Iterable[Path], contents: Mapping[Path, bytes]) -> str:
 
     Args:
         folders: the folder of the model; for an adapter, that of its base model and that of the adapter.
-        contents: files that were read before; they are not read again.
+        contents: the bytes of files that were read before; these files are not read again.
     Raises: CheckpointError, AccessError.
     """
     digest = blake2b(digest_size=6)
@@ -252,7 +254,7 @@ def fingerprint(folders: Iterable[Path], contents: Mapping[Path, bytes]) -> str:
 def read_chunks(tensor: StoredTensor, pin: bool = False) -> Iterator[Tensor]:
     """The values of a stored tensor in order, CHUNK_ELEMENTS at a time (the last chunk may be shorter).
 
-    All chunks share one buffer: a chunk is valid until the next one is requested, and any tensor can be read in little memory.
+    All chunks share one small buffer, so a chunk is valid only until the next one is requested.
     """
     dtype = DTYPES[tensor.dtype]
     size = CHUNK_ELEMENTS * dtype.itemsize
@@ -278,7 +280,7 @@ def is_equal(first: StoredTensor, second: StoredTensor) -> bool:
 
 
 def check_equal(first: StoredTensor, second: StoredTensor) -> None:
-    """Raises CheckpointError unless two stored tensors, which are the same parameter, hold the same values."""
+    """Raises CheckpointError unless two stored copies of the same parameter hold the same values."""
     if not is_equal(first, second):
         raise CheckpointError(
             f"{first.name} in {first.file.name} and {second.name} in {second.file.name} are the same parameter with "
@@ -288,7 +290,7 @@ def check_equal(first: StoredTensor, second: StoredTensor) -> None:
 
 
 class TensorReader:
-    """Reads stored tensors onto a device. A file is mapped once, when the first of its tensors can be mapped."""
+    """Reads stored tensors onto a device. A file is mapped once, when its first mappable tensor is read."""
 
     def __init__(self, device: torch.device, allow_nonfinite: bool):
         self.device = device
@@ -299,11 +301,14 @@ class TensorReader:
         """The tensor in `dtype`.
 
         On the CPU it is a view of the mapped file if the file has this dtype and `is_kept` is true. Otherwise it is copied
-        through a small buffer: mapped pages count as memory of this process until the whole file is unmapped, so a tensor that is
-        only read in order to be quantised must not be mapped.
+        through a small buffer.
+
+        Args:
+            is_kept: whether the model keeps this tensor; false if it is only read in order to be quantised. Then it must not be
+                mapped, because mapped pages count as memory of this process until the whole file is unmapped.
         """
         if dtype.is_floating_point and tensor.dtype not in FLOATS:
-            text = f"{tensor.file}: {tensor.name} is {tensor.dtype}, and floats are needed. Take the plain one, not quantised."
+            text = f"{tensor.file}: {tensor.name} has dtype {tensor.dtype}; floats are needed. Use an unquantised checkpoint."
             raise CheckpointError(text, path=tensor.file)
         stored = DTYPES[tensor.dtype]
         is_mappable = self.device.type == "cpu" and stored == dtype and tensor.start % stored.itemsize == 0
@@ -332,12 +337,12 @@ class TensorReader:
 def check_values(x: Tensor, tensor: StoredTensor) -> None:
     """Raises CheckpointError for NaN and infinity, and warns of a matrix whose values are all equal.
 
-    It runs at the speed of memory: the product of the matrix and a vector of ones reads the matrix once, with all vector units of
-    the machine, and every NaN or infinity shows in the sum of its row. In bfloat16 this is twice as fast as min and max. Only if
-    a sum is not finite, or all sums are equal, are min and max of the matrix computed as well.
+    Its time is limited by memory bandwidth: the product of the matrix and a vector of ones reads the matrix once, with all vector
+    units of the machine, and a NaN or infinity makes the sum of its row NaN or infinite. In bfloat16 this is twice as fast as min
+    and max, which are computed only if a sum is not finite or all sums are equal.
 
     Args:
-        tensor: where x comes from, for the message.
+        tensor: the stored tensor that x was read from, for the message.
     """
     if x.numel() == 0:
         return
@@ -349,8 +354,8 @@ def check_values(x: Tensor, tensor: StoredTensor) -> None:
     low, high = torch.stack(torch.aminmax(x)).tolist()
     if not (math.isfinite(low) and math.isfinite(high)):
         raise CheckpointError(
-            f"{tensor.file}: {tensor.name} holds NaN or infinity as {str(x.dtype).removeprefix('torch.')}. Download it again; "
-            "fp16 cannot hold numbers above 65504, bf16 can; --allow_nonfinite loads it all the same.",
+            f"{tensor.file}: {tensor.name} holds NaN or infinity as {str(x.dtype).removeprefix('torch.')}. Download it again. "
+            "With fp16, try bf16: fp16 cannot hold numbers above 65504. Or load it as it is, with --allow_nonfinite.",
             path=tensor.file,
         )
     if low == high and x.dim() == 2 and x.numel() > 1:

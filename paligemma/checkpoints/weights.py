@@ -1,10 +1,11 @@
-"""Loads a model from a folder or a hub id, and saves a model. Files spell its names in four ways, see parameter_names.py.
+"""Loads a model from a folder or a hub id, and saves a model.
 
-`ModelFiles` finds the files of a model and reads their settings; its `load` makes the model. No tensor is loaded before every
-name, dtype and shape in the headers of the files has been compared with the model that config.json describes, which is built
-without memory (on torch's "meta" device). Then tensors are read one at a time: memory-mapped if the file has the wanted dtype,
-otherwise copied through a small buffer, and quantised if requested. So there are never two copies of the weights. If the folder
-holds a LoRA adapter, its updates B A are added to the matrices of its base model while these are read.
+`ModelFiles` finds the files of a model and reads their settings; its method `load` makes the model. First, the model that
+config.json describes is built without memory (on torch's "meta" device), and every name, dtype and shape in the headers of the
+files is compared with it. Then tensors are read one at a time: memory-mapped if the file has the wanted dtype, otherwise copied
+through a small buffer, and quantised if requested. So there are never two copies of the weights. If the folder holds a LoRA
+adapter, its updates B A are added to the matrices of its base model while these are read. Files spell the names of parameters in
+four ways, see parameter_names.py.
 
 A mapped file must not change while the model is in use: if another program shortens it, the system ends this program (SIGBUS).
 `save_model` never writes into an existing file but replaces it; a loaded model keeps using the old file.
@@ -52,7 +53,7 @@ from paligemma.parameter_names import canonical_name
 
 log = logging.getLogger(__name__)  # notes (info) and warnings; the program decides whether they are shown
 
-MAX_LAYERS = 512  # the deepest real model has 46; a damaged config.json must not make us build a million
+MAX_LAYERS = 512  # the deepest real model has 46; a damaged config.json must not make us build a million layers
 DTYPE_NAMES = {
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
     "fp32": torch.float32, "float32": torch.float32,
@@ -63,7 +64,7 @@ EMBEDDING = "language_model.model.embed_tokens.weight"
 POSITIONS = "vision_tower.vision_model.embeddings.position_embedding.weight"
 PATCHES = "vision_tower.vision_model.embeddings.patch_embedding.weight"
 DECODER_LAYER, TOWER_LAYER = "language_model.model.layers.", "vision_tower.vision_model.encoder.layers."
-LAYERS = {  # the number of layers can be read from the names of the tensors
+LAYERS = {  # names of tensors in a layer; group 1 is the number of the layer
     "text_config": re.compile(re.escape(DECODER_LAYER) + "([0-9]{1,4})[.]"),
     "vision_config": re.compile(re.escape(TOWER_LAYER) + "([0-9]{1,4})[.]"),
 }
@@ -79,7 +80,7 @@ SHAPE_FIELDS = (  # fields of config.json that follow from the shape of a tensor
     ("vision_config.intermediate_size", f"{TOWER_LAYER}0.mlp.fc1.weight", 0),
     ("vision_config.image_size", POSITIONS, 0),
 )
-# The unused pooling head, and buffers that follow from config.json. Some programs and older versions write them.
+# Tensors that are skipped: the unused pooling head, and buffers that can be computed from config.json. Some programs write them.
 HARMLESS = re.compile(
     r"vision_tower\.vision_model\.head\..*"
     r"|.*\.(position_ids|embed_scale|causal_mask|rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached))"
@@ -90,9 +91,9 @@ HARMLESS = re.compile(
 
 
 def find_tensors(folder: Path, is_tied: bool = True) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint under our name, without harmless extras.
+    """Every tensor of a checkpoint by our parameter name, without those that match HARMLESS.
 
-    Only headers are read, except that tensors which are stored twice are compared by value.
+    Only headers are read, except if a tensor is stored twice: then the values of both copies are compared.
 
     Args:
         is_tied: tie_word_embeddings of config.json. If false, the files must hold both the embedding and the output matrix.
@@ -116,8 +117,8 @@ def find_tensors(folder: Path, is_tied: bool = True) -> dict[str, StoredTensor]:
         output = found.pop(OUTPUT_MATRIX)
         if EMBEDDING in found and not is_equal(found[EMBEDDING], output):
             raise CheckpointError(
-                f"{output.name} in {output.file} is not the embedding: this output matrix was trained on its own (untied), and a "
-                "PaliGemma has one matrix for both. Train again without lm_head among the trained modules, or use transformers.",
+                f"{output.name} in {output.file} is not the embedding: this output matrix was trained on its own (untied), but "
+                "PaliGemma uses one matrix for both. Train again without lm_head among the trained modules, or use transformers.",
                 path=output.file,
             )
         found.setdefault(EMBEDDING, output)
@@ -162,34 +163,34 @@ def image_size(num_positions: int, tower: dict) -> int:
 
 
 def check_names(model: nn.Module, raw: dict, stored: dict[str, StoredTensor], folder: Path) -> None:
-    """Raises one CheckpointError that names missing, unexpected and misshapen tensors, with a hint at the usual cause.
+    """Raises one CheckpointError that names missing and unexpected tensors and wrong shapes, with a hint at the usual cause.
 
     Args:
-        raw: content of config.json, needed to know which fields it sets explicitly.
+        raw: content of config.json; the hint says which fields are set in it.
     """
     expected = model.state_dict()
     missing = [name for name in expected if name not in stored]
     unexpected = [name for name in stored if name not in expected]
     wrong_dtype = [
-        f"{tensor.name} is {tensor.dtype}"
+        f"{tensor.name} has dtype {tensor.dtype}"
         for name, tensor in stored.items()
         if (tensor.dtype not in FLOATS if needs_floats(expected.get(name)) else DTYPES.get(tensor.dtype) != expected[name].dtype)
     ]
     if wrong_dtype:
         raise CheckpointError(
             f"{folder}: {len(wrong_dtype)} tensors do not hold floats: {listed(wrong_dtype)}. Is it a quantised checkpoint of "
-            "another program? Take the plain one and --quantize int8.",
+            "another program? Use the unquantised checkpoint with --quantize int8.",
             path=folder,
         )
     shapes = [
-        f"{name} is {list(stored[name].shape)}, not {list(tensor.shape)}"
+        f"{name} has shape {list(stored[name].shape)}, not {list(tensor.shape)}"
         for name, tensor in expected.items()
         if name in stored and stored[name].shape != tensor.shape
     ]
     parts = [
         f"{len(names)} {what}: {listed(names)}."
         for what, names in (
-            ("missing", missing), ("unexpected", [stored[name].name for name in unexpected]), ("of another shape", shapes),
+            ("missing", missing), ("unexpected", [stored[name].name for name in unexpected]), ("with another shape", shapes),
         )
         if names
     ]  # fmt: skip
@@ -199,7 +200,7 @@ def check_names(model: nn.Module, raw: dict, stored: dict[str, StoredTensor], fo
 
 
 def needs_floats(expected: Tensor | None) -> bool:
-    """Whether the file must hold floats for this tensor of the model; None stands for a tensor that only the file has."""
+    """Whether the file must hold floats for this tensor of the model; None = the model has no such tensor."""
     return expected is None or expected.is_floating_point()
 
 
@@ -231,7 +232,7 @@ def explain_misfit(config: PaliGemmaConfig, raw: dict, stored: dict[str, StoredT
         ours = getattr(getattr(config, part), name)
         if found != ours:
             is_absent = raw[part].get(name) is None
-            origin = f"absent, so its class's default {ours} was taken" if is_absent else f"{ours} in config.json"
+            origin = f"absent from config.json, so the default {ours} is used" if is_absent else f"{ours} in config.json"
             differences.append(f"{field} is {origin}, and the weights have {found}")
     what = "; ".join(differences)
     return f"{what}{': t' if what else 'T'}ake config.json and weights from the same model."
@@ -243,7 +244,8 @@ def explain_misfit(config: PaliGemmaConfig, raw: dict, stored: dict[str, StoredT
 class NoInit(TorchFunctionMode):
     """A context in which torch.nn.init does nothing.
 
-    On the meta device it has nothing to fill, yet its first call imports 800 modules (sympy among them), 1.8 s on two cores.
+    On the meta device it has nothing to fill, but its first call imports 800 modules (sympy among them), which takes 1.8 s on two
+    cores.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -267,7 +269,7 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         return dtype
     if isinstance(dtype, str) and dtype in DTYPE_NAMES:
         return DTYPE_NAMES[dtype]
-    raise UsageError(f"dtype is {dtype!r}. bf16, fp16 or fp32 is needed; leave it out for that of the file.")
+    raise UsageError(f"dtype is {dtype!r}. bf16, fp16 or fp32 is needed; without dtype, that of the file is used.")
 
 
 def stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
@@ -287,7 +289,7 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def run_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a tensor in the loaded model: that of the model for parameters, its own for buffers (quantised weights)."""
+    """The dtype of a tensor in the loaded model: `dtype` for parameters; buffers (quantised weights) keep their own dtype."""
     return dtype if isinstance(tensor, nn.Parameter) else tensor.dtype
 
 
@@ -317,9 +319,9 @@ def fill(
 
     Args:
         quantised: names of the modules that are to be quantised.
-        kind: "int8" or "int4"; None if no module is.
+        kind: "int8" or "int4"; None if no module is to be quantised.
     """
-    scalings = {} if adapter is None else adapter.check(model)
+    scalings = {} if adapter is None else adapter.checked_scalings(model)
     sizes = {name: sum(tensor.numel() for tensor in own_tensors(module).values()) for name, module in model.named_modules()}
     for name in sorted((name for name in sizes if sizes[name]), key=lambda name: -sizes[name]):
         module, is_replaced = model.get_submodule(name), name in quantised
@@ -343,8 +345,8 @@ def fill(
 def save_model(model: PaliGemmaForConditionalGeneration, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
     """Writes config.json and safetensors in the layout of the hub. transformers reads it, too, unless the model is quantised.
 
-    All files are written to a temporary folder, flushed to the disk and then renamed, so other programs see the old model or the
-    new one. Tensors are written one by one, without a second copy in memory.
+    All files are written to a temporary folder, flushed to the disk and then renamed, so other programs see either the old or the
+    new model. Tensors are written one by one, without a second copy in memory.
 
     Raises: OutputError if the folder cannot be written; the old files are then unchanged.
     """
@@ -370,7 +372,7 @@ class ModelFiles:
         revision: branch, tag or commit of a hub id, such as "bfloat16".
         base_model: folder or hub id of an adapter's base model, in place of the one that the adapter names.
     Attributes:
-        folder: the folder of the model or adapter that `name` stands for.
+        folder: the folder of the model or adapter that is called `name`.
         base: the folder with config.json, tokenizer and weights. It differs from `folder` only for an adapter.
         raw, generation, adapter_config: content of config.json, of generation_config.json ({} if there is none) and of
             adapter_config.json (None if there is none).
@@ -409,8 +411,9 @@ class ModelFiles:
 
     @property
     def files(self) -> list[tuple[str, Path]]:
-        """The files of the model, which no output may overwrite, in the form that files.check_outputs takes."""
+        """(what it is, path) of each file of the model, for files.check_outputs: no output may overwrite them."""
         folders = dict.fromkeys((self.folder, self.base))
+        # An error message then reads: --output FILE would overwrite a file of the model, FILE.
         return [("a file of the model,", folder / name) for folder in folders for name in names_in(folder)]
 
     @property
@@ -433,10 +436,10 @@ class ModelFiles:
         device, dtype, folder = find_device(device), parse_dtype(dtype), self.base
         adapter = None if self.adapter_config is None else read_adapter(self.folder, self.adapter_config)
         kind, with_vision, is_stored = quantization.choose(self.raw, folder, quantize, quantize_vision)
-        stored = self.tensors  # before config: that the weights are missing is more helpful than a fault in config.json
+        stored = self.tensors  # read before config: if both are faulty, the error about the weights is the more helpful one
         if adapter is not None and is_stored:
             text = f"{folder} is stored as {kind}, and an adapter can only be merged into unquantised weights."
-            raise CheckpointError(f"{text} Name the plain checkpoint as --base_model.", path=adapter.folder)
+            raise CheckpointError(f"{text} Give the unquantised checkpoint as --base_model.", path=adapter.folder)
         # stored_dtype() would be wrong for a quantised checkpoint, which has few float tensors.
         as_stored = DTYPE_NAMES.get(str(self.raw.get("torch_dtype"))) if is_stored else None
         dtype = dtype or as_stored or stored_dtype(stored)
@@ -472,7 +475,7 @@ def load_model(
     sliding_window: str | None = None,
     allow_nonfinite: bool = False,
 ) -> PaliGemmaForConditionalGeneration:
-    """The model of a checkpoint, in eval mode. Needs config.json and the weights; no tokenizer.
+    """The model of a checkpoint, in eval mode. It needs config.json and the weights, but no tokenizer.
 
     Args:
         path_or_hub_id: a folder, or a hub id, which is downloaded. It may hold a model or a LoRA adapter. For an adapter its base

@@ -1,8 +1,8 @@
 """Modules that compute faster on a CPU in bfloat16 or with quantised weights: `accelerate` puts them into a model.
 
-Each takes the place of one module of modeling_gemma.py or of nn.Linear, has its parameters under the same names, and overrides
-`forward` only. They use kernels.cpp where it was compiled and is faster than torch. `product` is the one place that chooses an
-operator for bfloat16 weights; it follows measurements with benchmarks/products.py.
+Each class replaces a module of modeling_gemma.py or nn.Linear, keeps the parameters under the same names, and overrides only the
+method that computes the output. kernels.cpp is used if it was compiled and is faster than torch. `product` is the only function
+that chooses an operator for bfloat16 weights; the choice follows measurements with benchmarks/products.py.
 
 Checked in tests/layers/test_quantization.py. Shapes: as in modeling_gemma.py, and O outputs, X inputs of one matrix.
 """
@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paligemma.layers import kernels
-from paligemma.layers.int_formats import GROUP, KERNEL_DTYPES, WORK
+from paligemma.layers.int_formats import CHUNK_WEIGHTS, GROUP, KERNEL_DTYPES
 from paligemma.layers.quantization import QuantizedLinear
 from paligemma.modeling_gemma import GemmaAttention, GemmaEmbedding, GemmaMLP, GemmaRMSNorm, KVCache
 
-# Up to how many rows of x our bfloat16 product is faster than torch's, by the bfloat16 instructions of the processor: products of
-# matrices (AMX), dot products of pairs of numbers, or none.
+# The largest number of rows of x for which our bfloat16 product is faster than torch's, by the bfloat16 instructions that the
+# processor has: products of matrices (AMX), dot products of pairs of numbers, or none.
 BF16_ROWS = {"matrices": 4, "pairs": 32, "nothing": 64}
-MIN_PARAMETERS = 2**24  # smaller models stay in the processor's cache, and compiling a kernel would only delay their first start
+MIN_PARAMETERS = 2**24  # smaller models fit into the processor's cache, and compiling would only delay their first start
 
 
 # Products in bfloat16
@@ -40,14 +40,14 @@ def upcast_product(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T computed in float32, with a few MB of the weight converted at a time."""
     rows = x.flatten(0, -2).float()
     y = x.new_empty(len(rows), len(weight))
-    step = max(1, WORK // weight.shape[1])
+    step = max(1, CHUNK_WEIGHTS // weight.shape[1])
     for start in range(0, len(weight), step):
         y[:, start : start + step] = rows @ weight[start : start + step].float().T
     return y.view(*x.shape[:-1], -1)
 
 
-def is_untrained_bf16(x: Tensor, weight: Tensor) -> bool:
-    """Whether both are bfloat16 on the CPU and no gradient is needed. Only then is there a choice of product."""
+def is_bf16_without_gradient(x: Tensor, weight: Tensor) -> bool:
+    """Whether x and weight are bfloat16 on the CPU and need no gradient. Otherwise torch's product is used."""
     is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return (
         x.dtype is weight.dtype is torch.bfloat16 and x.is_cpu and weight.is_cpu and not is_trained
@@ -56,7 +56,7 @@ def is_untrained_bf16(x: Tensor, weight: Tensor) -> bool:
 
 
 def suits_kernel(x: Tensor, weight: Tensor) -> bool:
-    """Whether our bfloat16 product can compute x @ weight.T and is the fastest. Requires is_untrained_bf16(x, weight)."""
+    """Whether our bfloat16 product can compute x @ weight.T, and is faster than torch's. Assumes is_bf16_without_gradient."""
     inputs = weight.shape[1]
     if inputs % 32 or not weight.is_contiguous() or kernels.library() is None:
         return False
@@ -76,7 +76,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             F.linear                                     3.9   5.1   5.2    13    44
             kernels.product                              1.6   3.6   4.6    13    58
     """
-    if is_untrained_bf16(x, weight):
+    if is_bf16_without_gradient(x, weight):
         y = None
         if suits_kernel(x, weight):
             y = kernels.product("bf16", x, [(weight, None, len(weight))], torch.bfloat16)
@@ -94,7 +94,7 @@ class Fast(nn.Module):
     """A module that shares the parameters, submodules and settings of the plain module that it replaces."""
 
     def __init__(self, plain: nn.Module):
-        nn.Module.__init__(self)  # not the plain class's own, which would allocate parameters
+        nn.Module.__init__(self)  # the __init__ of the plain class would allocate parameters
         self.__dict__.update(plain.__dict__)
 
 
@@ -106,11 +106,11 @@ class FastLinear(Fast, nn.Linear):
 
 
 class FastEmbedding(Fast, GemmaEmbedding):
-    """GemmaEmbedding whose logits are computed by `product`; for few rows they are float32, not rounded to bfloat16."""
+    """GemmaEmbedding whose logits are computed by `product`. For few rows the logits are float32, not rounded to bfloat16."""
 
     def logits(self, x: Tensor) -> Tensor:
         w = self.weight
-        if is_untrained_bf16(x, w) and suits_kernel(x, w):
+        if is_bf16_without_gradient(x, w) and suits_kernel(x, w):
             return kernels.product("bf16", x, [(w, None, len(w))], torch.float32)
         return product(x, w)
 
@@ -120,7 +120,7 @@ class FastRMSNorm(Fast, GemmaRMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
-        if w.numel() % 16 == 0 and is_untrained_bf16(x, w) and kernels.library() is not None:
+        if w.numel() % 16 == 0 and is_bf16_without_gradient(x, w) and kernels.library() is not None:
             return kernels.bf16_rms_norm(x, w, self.eps)
         return super().forward(x)
 
@@ -132,7 +132,7 @@ def joint_product(x: Tensor, modules: tuple[nn.Module, ...], is_gated: bool = Fa
         return None
     if type(first) is FastLinear:
         weights = [module.weight for module in modules]
-        if all(is_untrained_bf16(x, w) and suits_kernel(x, w) for w in weights):
+        if all(is_bf16_without_gradient(x, w) and suits_kernel(x, w) for w in weights):
             return kernels.product("bf16", x, [(w, None, len(w)) for w in weights], torch.bfloat16, is_gated)
     if type(first) is QuantizedLinear and x.is_cpu and x.dtype in KERNEL_DTYPES and x.shape[-1] % GROUP[first.kind] == 0:
         if all(module.is_tiled and module.kind == first.kind for module in modules) and kernels.library() is not None:
@@ -142,20 +142,20 @@ def joint_product(x: Tensor, modules: tuple[nn.Module, ...], is_gated: bool = Fa
 
 
 class FastMLP(Fast, GemmaMLP):
-    """GemmaMLP with gelu(gate) * up in one kernel call. If torch computes the two products, the kernel does the gating only."""
+    """GemmaMLP with gelu(gate) * up in one kernel call. If torch computes the products, the kernel computes only gelu and *."""
 
     def forward(self, x: Tensor) -> Tensor:
         gated = joint_product(x, (self.gate_proj, self.up_proj), is_gated=True)  # [B, L, F]
         if gated is None:
             gate, up = self.gate_proj(x), self.up_proj(x)  # [B, L, F], [B, L, F]
-            if gate.numel() % 16 or kernels.library() is None or not is_untrained_bf16(gate, up):
+            if gate.numel() % 16 or kernels.library() is None or not is_bf16_without_gradient(gate, up):
                 return self.down_proj(F.gelu(gate, approximate="tanh") * up)
             gated = kernels.bf16_gate(gate, up)
         return self.down_proj(gated)
 
 
 class FastAttention(Fast, GemmaAttention):
-    """GemmaAttention in three kernel calls if each row has one new token: q, k and v; the attention; the output projection."""
+    """GemmaAttention in three kernel calls if each row has one new token: for q, k and v, for attention, and for the output."""
 
     def forward(
         self, x: Tensor, position_ids: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
@@ -172,19 +172,20 @@ class FastAttention(Fast, GemmaAttention):
 
 
 FAST_IN_BF16 = {nn.Linear: FastLinear, GemmaEmbedding: FastEmbedding, GemmaRMSNorm: FastRMSNorm}
-FAST_WITH_FAST_PARTS = {GemmaAttention: FastAttention, GemmaMLP: FastMLP}  # they also combine quantised matrices
+# Used for quantised models, too: these modules compute products with the same input in one call.
+FAST_IN_ANY_DTYPE = {GemmaAttention: FastAttention, GemmaMLP: FastMLP}
 
 
 def accelerate(model: nn.Module, min_parameters: int = MIN_PARAMETERS) -> None:
     """Replaces modules of a CPU model by their faster versions. Parameters are shared, and their names do not change.
 
     Modules are matched by their exact class: a subclass, such as LoRALinear, computes something else. Norms, matrices and the
-    embedding are replaced if their weight is bfloat16. Models with fewer than min_parameters parameters stay as they are.
+    embedding are replaced if their weight is bfloat16. Models with fewer than min_parameters parameters are not changed.
     """
     if sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers())) < min_parameters:
         return
     for name, module in list(model.named_modules()):
-        fast = FAST_WITH_FAST_PARTS.get(type(module))
+        fast = FAST_IN_ANY_DTYPE.get(type(module))
         if fast is None and type(module) in FAST_IN_BF16 and module.weight.dtype == torch.bfloat16:
             fast = FAST_IN_BF16[type(module)]
         if fast is not None:

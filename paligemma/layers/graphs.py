@@ -1,9 +1,10 @@
-"""Faster decoding on CUDA: steps recorded as CUDA graphs, compiled after many steps, and soft caps in one attention kernel.
+"""Faster decoding on CUDA: steps are recorded as CUDA graphs, and later compiled; attention with soft caps is one kernel.
 
-A decoding step is some fifty small kernels per layer, and Python starts them more slowly than a fast GPU runs them. A step that
-was recorded as a CUDA graph starts with one call. A graph has fixed shapes and fixed addresses:
+A decoding step consists of about fifty small kernels per layer, and Python starts them more slowly than a fast GPU runs them. A
+step that was recorded as a CUDA graph is started with one call. A graph has fixed shapes and fixed addresses:
 
-- Shapes are rounded up (`bucket`): rows to a power of two, slots to 256 times a power of two. Each pair has its own `Step`.
+- Shapes are rounded up (`bucket`): rows to a power of two, slots to 256 times a power of two. Each pair (rows, slots) has
+  its own `Step`.
 - The tokens are copied to the input buffer of the graph, and the logits are copied from its output buffer.
 - The lengths of the rows are on the device, and the graph increments them. Rows of the graph that are not in use write to the
   slot that their next token will overwrite.
@@ -11,9 +12,9 @@ was recorded as a CUDA graph starts with one call. A graph has fixed shapes and 
 After many thousand steps of one shape the step is compiled and recorded again: torch.compile fuses the operations between the
 matrix products, and generates its own matrix-vector kernels, as gpt-fast does. `Step.__call__` alone decides when.
 
-`use_graphs` enables all this for a model. tests/layers/test_graphs.py runs it on a CPU, with a stand-in for the graph. What only
-a GPU can show has not been tested: `record` has never run, inductor's kernels for CUDA have not either, no speed was measured,
-and the numbers below are estimates. benchmarks/gpu.sh measures them on a GPU.
+`use_graphs` enables all this for a model. tests/layers/test_graphs.py runs it on a CPU, with a fake graph. The parts that need a
+GPU have not been tested: `record` and inductor's kernels for CUDA have never run, no speed was measured, and the numbers below
+are estimates. benchmarks/gpu.sh measures them on a GPU.
 Shapes: B batch rows, L tokens fed in this call, S slots of the KV cache that are read, N query heads, K key/value heads,
 E width of one head, V vocabulary size.
 """
@@ -32,12 +33,16 @@ from paligemma.modeling_gemma import GemmaAttention, KVCache
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
 SLOTS = 256  # a graph reads 256, 512, 1024, ... slots; the number of slots of a cache is a multiple of 256
-WARM_UP = 3  # normal steps before recording: libraries initialise in them, and answers of one word need no graph
-COMPILE_AFTER = 20_000  # steps of one shape. They take about as long as compiling may take, so the total time at most doubles
+WARM_UP = 3  # steps that run normally before one is recorded: libraries initialise in them, and short answers need no graph
+# Steps of one shape before it is compiled. These steps take about as long as compiling may take, so compiling at most doubles the
+# total time.
+COMPILE_AFTER = 20_000
 COMPILED_SHAPES = 256  # torch refuses to compile more shapes than its recompile_limit, which is raised to this number
-CAPPED_TOKENS = 1024  # tokens of 448 px. For shorter prompts the full score matrix is small: plain attention, nothing to compile
+# The number of image tokens at 448 px. Shorter prompts have a small score matrix, so plain attention is used and nothing is
+# compiled.
+CAPPED_TOKENS = 1024
 
-RECORDING = threading.Lock()  # torch records every graph on the same stream of the process: one thread at a time
+RECORDING = threading.Lock()  # torch records all graphs of a process on one stream, so only one thread may record at a time
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +64,7 @@ def record(work: Callable[[], Tensor], pool: object) -> tuple[Callable[[], None]
     """Records `work` as a CUDA graph without running it. This function has never run.
 
     Args:
-        work: it has run before, and it uses only tensors whose addresses do not change.
+        work: a function that has run before, and that uses only tensors whose addresses do not change.
         pool: torch.cuda.graph_pool_handle(); graphs that never run at the same time share the memory of intermediate results.
     Returns: a function that runs the graph, and the tensor to which the graph writes the result.
     """
@@ -73,10 +78,10 @@ def record(work: Callable[[], Tensor], pool: object) -> tuple[Callable[[], None]
 
 @functools.cache
 def compiled_step() -> Callable[[PaliGemmaForConditionalGeneration, KVCache, Tensor], Tensor]:
-    """The step of the model, compiled once per shape. With fullgraph, a step that waits for the device is an error."""
+    """The step of the model, compiled once per shape. With fullgraph, an operation that needs a value on the CPU fails."""
     import torch._dynamo  # imported only when needed: it takes a second
 
-    kernels.keep_torch_private()
+    kernels.set_private_compile_cache()
     torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
     # With this option inductor generates its own matrix-vector kernels instead of calling cuBLAS.
     options = {"coordinate_descent_tuning": True}
@@ -115,7 +120,7 @@ class Step:
         return self.function(self.model, self.cache, self.tokens)
 
     def compile(self) -> None:
-        """Runs the compiled step once and switches to it; if it fails, keeps the old one."""
+        """Compiles the step, runs it once and uses it from now on; if that fails, the plain step is used as before."""
         plain, lengths = self.function, self.cache.lengths.clone()
         self.function = compiled_step()
         try:
@@ -127,7 +132,7 @@ class Step:
         self.cache.lengths.copy_(lengths)
 
     def record(self) -> None:
-        """Records the step; if that fails, steps continue without a graph."""
+        """Records the step; if that fails, it runs without a graph as before."""
         try:
             with RECORDING:
                 self.replay, self.logits = record(self.work, self.pool)
@@ -185,8 +190,8 @@ class RecordedPaliGemma(PaliGemmaForConditionalGeneration):
     """PaliGemma that records its decoding steps.
 
     Args:
-        model: its modules and parameters become those of this model.
-        compile_after: steps of one shape after which they are compiled; 0 = at once.
+        model: the model whose modules and parameters are used.
+        compile_after: number of steps of one shape before the step is compiled; 0 = at once.
     """
 
     def __init__(self, model: PaliGemmaForConditionalGeneration, compile_after: int = COMPILE_AFTER):
@@ -204,9 +209,9 @@ class RecordedPaliGemma(PaliGemmaForConditionalGeneration):
         return RecordedCache(self, batch, -(-slots // SLOTS) * SLOTS)
 
     def step(self, cache: KVCache, tokens: Tensor) -> Tensor:
-        is_inside = cache.lengths.storage_offset() > 0  # a slice such as cache[2:4]; graphs begin at row 0
-        is_derived = type(self) is not RecordedPaliGemma  # FSDP derives a class; it gathers weights in every step
-        if torch.is_grad_enabled() or is_inside or is_derived or not isinstance(cache, RecordedCache):
+        starts_later = cache.lengths.storage_offset() > 0  # a slice such as cache[2:4]; graphs begin at row 0
+        is_derived = type(self) is not RecordedPaliGemma  # FSDP derives a class that gathers the weights in every step
+        if torch.is_grad_enabled() or starts_later or is_derived or not isinstance(cache, RecordedCache):
             return super().step(cache, tokens)
         return cache.steps.find(len(tokens), cache.slots_read)(tokens)
 
@@ -224,7 +229,7 @@ def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
 
 @functools.cache
 def compiled_capped_attention() -> Callable[..., Tensor]:
-    kernels.keep_torch_private()
+    kernels.set_private_compile_cache()
     return torch.compile(capped_attention, fullgraph=True)
 
 
@@ -253,7 +258,7 @@ def use_graphs(model: PaliGemmaForConditionalGeneration, compile_after: int = CO
     """The same model with CUDA graphs and compiled soft caps. Use it instead of `model`: both share modules and parameters.
 
     Args:
-        compile_after: steps of one shape after which they are compiled; 0 = at once.
+        compile_after: number of steps of one shape before the step is compiled; 0 = at once.
     """
     for layer in model.language_model.model.layers:
         if type(layer.self_attn) is GemmaAttention and layer.self_attn.cap is not None:

@@ -4,14 +4,15 @@ Stored per weight:
     int8  1 byte: w ~ scale * q, q in -127..127, one bfloat16 scale per output
     int4  0.5625 bytes: q in -8..7, one bfloat16 scale per 32 inputs of an output, chosen among candidates (see `round_groups`)
 
-Layout "tiles", on disk and on a CPU (LAYOUT 1): unsigned q + 128 or q + 8, in blocks of 16 outputs, so that 16 running sums fill
-a vector and no sum across the lanes of a vector is ever needed. Of the 16 outputs of a block, one line of 64 bytes holds
-    int8  4 inputs:  byte 4 o + j = output o, input 4 line + j
-    int4  8 inputs:  byte 4 o + j = output o, input 8 line + j (low half) and 8 line + 4 + j (high half)
+Layout "tiles", on disk and on a CPU (LAYOUT 1): integers are stored unsigned, as q + 128 or q + 8, in blocks of 16 outputs, so
+that 16 running sums fill a vector and the lanes of a vector never need to be added up. A block consists of lines of 64 bytes. In
+the line with the number l, byte 4 o + j belongs to output o of the block and holds
+    int8  input 4 l + j
+    int4  input 8 l + j (low half of the byte) and input 8 l + 4 + j (high half)
 Outputs are padded with zeros to a multiple of 16, inputs to a multiple of 64 (int8) or 32 (int4).
 
 Layout "rows", on CUDA and where there is no compiler: int8[O, X]; or, for int4, uint8[O, X / 2] with the inputs i and i + 16 of
-each 32 in one byte.
+each group of 32 inputs in one byte.
 
 Checked in tests/layers/test_quantization.py. Shapes: O outputs, X inputs, G groups of inputs with one scale each (1 for int8).
 """
@@ -25,10 +26,11 @@ from paligemma.layers import kernels
 KINDS = ("int8", "int4")
 LAYOUT = 1  # written into config.json
 BLOCK = 16  # outputs of a block
-GROUP = {"int8": 64, "int4": 32}  # inputs are padded to a multiple of it; int4 has a scale for each
-# Candidates for the scale, relative to the scale that represents the largest weight exactly, which is tried first.
+GROUP = {"int8": 64, "int4": 32}  # inputs are padded to a multiple of this; int4 has one scale per group of inputs
+# Candidates for the scale of a group, as fractions of the scale that represents the largest weight exactly. That scale is tried
+# first.
 SCALE_FRACTIONS = (1.05, 0.95, 0.9, 0.85, 0.8)
-WORK = 2**22  # number of weights that are in float32 at a time while they are quantised or dequantised
+CHUNK_WEIGHTS = 2**22  # number of weights that are in float32 at a time while a matrix is quantised or dequantised
 KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -47,7 +49,7 @@ def rounded(w: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def round_groups(w: Tensor) -> tuple[Tensor, Tensor]:
-    """int4 integers and scale of each group of 32 weights, with the least squared error among a few candidates.
+    """int4 integers and scale of each group of 32 weights, with the smallest squared error among a few candidate scales.
 
     The first candidate maps the weight of largest magnitude exactly to -8 (so a scale may be negative). Smaller scales clip that
     weight and round the others more finely. The best candidate's scale is then fitted to its integers, and the fitted scale is
@@ -140,8 +142,8 @@ def scales_from_tiles(scales: Tensor) -> Tensor:
 
 
 def to_int4pack(q: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """int8[O, X] and scales [O, G] in the layout of torch's int4 product for CPUs, which also wants zero points: they are 0."""
-    step = 64 * max(1, WORK // q.shape[1] // 64)  # whole blocks of that layout
+    """int8[O, X] and scales [O, G] in the layout of torch's int4 product for CPUs, which also needs zero points (all 0)."""
+    step = 64 * max(1, CHUNK_WEIGHTS // q.shape[1] // 64)  # whole blocks of that layout
     parts = [torch._convert_weight_to_int4pack_for_cpu((q[i : i + step] + 8).int(), 1) for i in range(0, len(q), step)]
     return torch.cat(parts), torch.stack((scales, torch.zeros_like(scales)), 2).transpose(0, 1).contiguous()
 
@@ -156,7 +158,7 @@ def tile_shapes(outputs: int, inputs: int, kind: str) -> tuple[tuple[int, int, i
 def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Floats [O, X] -> tiles uint8[O / 16, lines, 64] and bfloat16 scales [O / 16, G, 16], on the same device.
 
-    It works on blocks of rows, so that besides source and result only a few dozen MB are needed.
+    It works on blocks of rows, so that only a few dozen MB are needed besides the weight and the result.
     """
     packed_shape, scales_shape = tile_shapes(len(weight), weight.shape[1], kind)
     zero = 128 if kind == "int8" else 0x88
@@ -166,7 +168,7 @@ def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         floats = weight if weight.dtype in KERNEL_DTYPES else weight.float()
         kernels.int_quantize(kind, floats.contiguous(), packed, scales)
         return packed, scales
-    step = max(1, WORK // weight.shape[1] // BLOCK) * BLOCK
+    step = max(1, CHUNK_WEIGHTS // weight.shape[1] // BLOCK) * BLOCK
     for start in range(0, len(weight), step):
         rows = weight[start : start + step].float()
         rows = F.pad(rows, (0, -rows.shape[1] % GROUP[kind], 0, -len(rows) % BLOCK))

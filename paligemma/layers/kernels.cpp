@@ -2,7 +2,7 @@
 // per row, RMS norm and gating. kernels.py compiles this file once and calls the functions marked extern "C"; int_formats.py
 // documents the layouts of int8 and int4 weights.
 //
-// One token reads every weight once, so products with few rows are limited by memory bandwidth: each thread reads several long
+// Each token needs every weight once, so products with few rows are limited by memory bandwidth: each thread reads several long
 // ranges of W at the same time and prefetches ahead, because one range keeps too few cache lines in flight (notes/decoding.md has
 // the numbers). Products with many rows are limited by arithmetic: the sums of a tile (outputs x rows) stay in registers while
 // the loop runs over the inputs.
@@ -10,7 +10,8 @@
 // At the end of a parallel loop all threads wait for each other. That costs a microsecond on an idle machine and milliseconds on
 // a busy one, so loops are merged where possible.
 //
-// Vectors are the compiler's own vector types (16 lanes on every machine); only the dot products of short numbers use intrinsics.
+// Vectors are the compiler's own vector types (16 lanes on every machine). Only the dot products of bfloat16 and 8-bit
+// numbers use intrinsics.
 //
 // Shapes: B rows of x, O outputs and X inputs of one matrix, N query heads. Template parameters B, O and N are sizes of a tile.
 
@@ -138,14 +139,14 @@ template <class Product> static void multiply(const Product& product, const Call
             before += matrix->outputs;
         }
         const int64_t count = std::min(chunk, matrix->outputs - start);
-        float sums[TILE_ROWS * CHUNK], gated[TILE_ROWS * CHUNK];
+        float sums[TILE_ROWS * CHUNK], ups[TILE_ROWS * CHUNK];
         for (int64_t row = 0; row < call.rows; row += TILE_ROWS) {
             const int height = std::min<int64_t>(TILE_ROWS, call.rows - row);
             product.tile(*matrix, start, count, row, height, sums);
-            if (call.is_gated) product.tile(matrices[1], start, count, row, height, gated);
+            if (call.is_gated) product.tile(matrices[1], start, count, row, height, ups);
             for (int r = 0; r < height; r++) {
-                const float* other = call.is_gated ? gated + r * CHUNK : nullptr;
-                write_outputs(call, (row + r) * width + before + start, count, sums + r * CHUNK, other);
+                const float* up = call.is_gated ? ups + r * CHUNK : nullptr;
+                write_outputs(call, (row + r) * width + before + start, count, sums + r * CHUNK, up);
             }
         }
     }
@@ -173,7 +174,7 @@ typedef uint16_t Input;
 static inline F32 dot2(F32 acc, U32 w, const Input* x) {
     return (F32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)load<U32>(x));
 }
-#else  // x is converted to float32, whose upper half is a bfloat16; of each 32 inputs, the even ones come before the odd ones
+#else  // x is converted to float32 (a bfloat16 is its upper half); of each 32 inputs, the even ones come before the odd ones
 typedef float Input;
 static inline F32 dot2(F32 acc, U32 w, const Input* x) {
     acc += as_float(w << 16) * load<F32>(x);
@@ -197,7 +198,7 @@ static const Input* as_inputs(const uint16_t* x, int64_t count, int threads) {
 #endif
 }
 
-// Computes sums for B rows and O outputs; the outputs have a distance of `stride` rows of w.
+// Computes sums for B rows and O outputs; the next output is `stride` rows of w further on.
 template <int B, int O> static void bf16_tile(const uint16_t* w, const Input* x, float* sums, int64_t stride, int64_t inputs) {
     F32 acc[B][O] = {};
     for (int64_t i = 0; i < inputs; i += 32) {
@@ -382,7 +383,7 @@ static inline I32 dot4(I32 acc, U32 w, int32_t x) {
 #endif
 }
 
-// Rows of x in 8 bits, with one scale per group of inputs. `start` corrects for the offset of the unsigned weights.
+// Rows of x in 8 bits, with one scale per group of inputs. Sums begin at `start`, which corrects the offset of unsigned weights.
 struct Rows {
     int8_t* q;
     float* scale;
@@ -415,7 +416,7 @@ static void quantize_group(const void* x, bool is_bf16, int64_t i, int zero, Row
     rows.start[i / GROUP] = -zero * whole;
 }
 
-// Computes sums for B rows from `row` on and for 16 outputs in each of O blocks; the blocks have a distance of `stride` blocks.
+// Computes sums for B rows, starting at `row`, and 16 outputs in each of O blocks; the next block is `stride` blocks further on.
 template <int BITS, int GROUP, int B, int O>
 static void int_tile(const uint8_t* w, const uint16_t* scales, int64_t stride, Rows x, int64_t row, float* sums) {
     const int64_t inputs = x.inputs, bytes = 16 * inputs * BITS / 8;  // bytes of one block
@@ -496,7 +497,7 @@ extern "C" void int4_product(const void* x, int x_is_bf16, CALL_ARGUMENTS) { int
 
 // ---------------------------------------------------------------- rounding weights (int_formats.py does the same with torch)
 
-// 16 numbers of a row of `inputs` numbers, from i on; zeros past the end of the row.
+// The numbers i to i + 15 of a row with `inputs` numbers; zeros after the end of the row.
 static inline F32 read_padded(const void* w, int64_t row, int64_t i, int64_t inputs, bool is_bf16) {
     if (i + 16 <= inputs) return read16(w, row * inputs + i, is_bf16);
     F32 out = {};

@@ -42,15 +42,16 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-Wno-psabi")
 COMPILE_TIMEOUT_S = 120
 RETRY_AFTER_S = 3600  # compiling is retried at most once per hour if the source does not compile or the compiler hangs
-MIN_FREE_BYTES = 2**23  # on the disk before compiling; several times what it needs
-MAX_COMPILER_FILE_BYTES = 2**26  # limits the files that a compiler writes, such as endless messages, which would fill the disk
+MIN_FREE_BYTES = 2**23  # must be free on the disk before compiling; several times the size of the compiled file
+MAX_COMPILER_FILE_BYTES = 2**26  # limit for each file that a compiler writes: endless messages would fill the disk
 DIGEST = hashlib.sha256
+SLOWER = "decoding will be slower, with torch's own matrix products"  # begins messages
 OPEN: list[Iterator[Path]] = []  # keeps generators alive: when cache_folders ends, its temporary folder is deleted
 
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """The instruction sets of the processor, by Linux's names ("avx512_vnni", "amx_bf16", ...); empty on other systems."""
+    """The instruction sets of the processor, under Linux's names ("avx512_vnni", "amx_bf16", ...); empty on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -83,9 +84,9 @@ def could_be_exchanged(folder: Path) -> bool:
 
 
 def cache_folders() -> Iterator[Path]:
-    """Writable private folders, the best first. Missing ones are made."""
+    """Writable private folders, the best first. Missing folders are made."""
     with suppress(RuntimeError):  # no home folder
-        named = Path(os.environ.get("XDG_CACHE_HOME", ""))  # its specification says that a relative path is to be ignored
+        named = Path(os.environ.get("XDG_CACHE_HOME", ""))  # its specification says that relative paths must be ignored
         yield from private_folder((named if named.is_absolute() else Path.home() / ".cache") / "paligemma")
     with suppress(OSError):  # no folder for temporary files
         user = f"-{os.geteuid()}" if hasattr(os, "geteuid") else ""
@@ -106,7 +107,7 @@ def private_folder(folder: Path) -> Iterator[Path]:
         log.info("%s is not used: %s.", folder, error.strerror or error)
 
 
-def keep_torch_private() -> None:
+def set_private_compile_cache() -> None:
     """Sets a private cache folder for torch.compile. Another user could have created its default folder and put code into it."""
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         OPEN.append(folders := cache_folders())
@@ -127,7 +128,9 @@ def is_whole(file: Path) -> bool:
 
 
 def run_compiler(command: list[str], messages: Path) -> int:
-    """Runs a compiler and returns its exit status. Its messages, in English, go to a file, its temporary files next to that file.
+    """Runs a compiler and returns its exit status. Its messages, in English, are written to a file.
+
+    Its temporary files are next to that file.
 
     Raises: subprocess.TimeoutExpired, after ending the compiler and all processes that it started; OSError.
     """
@@ -157,7 +160,7 @@ def find_compiler() -> list[str]:
         if program := shutil.which(words[0]):
             return [program, *words[1:]]
     if named:
-        log.warning("slower products are used: $CXX names the compiler %s, which does not exist.", named[0])
+        log.warning("%s: $CXX names the compiler %s, which does not exist.", SLOWER, named[0])
     return []
 
 
@@ -180,14 +183,14 @@ def compile_once(source: Path, folder: Path) -> Path | None:
     """
     compiler = find_compiler()
     if not compiler or not source.exists():
-        log.info("torch's own products are used: there is no %s.", source.name if compiler else "C++ compiler")
+        log.info("%s: there is no %s.", SLOWER, source.name if compiler else "C++ compiler")
         return None
     name = compiled_name(source, compiler)
     target, failed = folder / f"{name}.so", folder / f"{name}.failed"
     if is_whole(target):
         return target
     if is_private(failed, is_folder=False) and abs(time.time() - failed.stat().st_mtime) < RETRY_AFTER_S:
-        log.warning("slower products are used: compiling %s failed within the last hour, see %s.", source.name, failed)
+        log.warning("%s: compiling %s failed within the last hour, see %s.", SLOWER, source.name, failed)
         return None
     if shutil.disk_usage(folder).free < MIN_FREE_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
@@ -212,7 +215,7 @@ def compile_once(source: Path, folder: Path) -> Path | None:
             move_into_place(messages, failed)
         ended = f"{compiler[0]} ended with status {status}"
         last = reason or next((line for line in output.splitlines() if "error" in line), ended)
-        log.warning("slower products are used: %s does not compile: %s", source.name, last)
+        log.warning("%s: %s does not compile: %s", SLOWER, source.name, last)
         return None
 
 
@@ -246,7 +249,7 @@ def library() -> ctypes.CDLL | None:
             return None if file is None else open_library(file)
         except (OSError, AttributeError) as error:  # a full disk, a folder without execution permission, a missing function
             reason = error
-    log.warning("slower products are used: the kernels cannot be kept or loaded (%s).", reason)
+    log.warning("%s: the compiled kernels cannot be saved or loaded (%s).", SLOWER, reason)
     return None
 
 
@@ -262,10 +265,10 @@ def product(
         kind: "bf16": w is bfloat16[O, X], contiguous, X a multiple of 32, and x is bfloat16; sums are float32. "int8", "int4": w
             is in tiles (see int_formats.py), x is bfloat16 or float32, and each group of its numbers is rounded to 8 bits.
         x: [..., X].
-        matrices: for each matrix w, its scales or None, and its number of outputs O.
-        dtype: of the result, bfloat16 or float32.
+        matrices: for each matrix the tuple (w, its scales or None, its number of outputs O).
+        dtype: the dtype of the result, bfloat16 or float32.
         is_gated: combines two matrices of the same size: gelu(x @ first.T) * (x @ second.T).
-    Returns: [..., sum of all O], the outputs in the order of the matrices; or [..., O] if is_gated.
+    Returns: [..., sum of all O], with the outputs in the order of the matrices; or [..., O] if is_gated.
     """
     x = x.contiguous()
     outputs = matrices[0][2] if is_gated else sum(matrix[2] for matrix in matrices)

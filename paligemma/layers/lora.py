@@ -7,7 +7,7 @@ an ordinary matrix: `merge` makes a plain model, which is as fast as before. loa
 by matrix, while it reads the base model (checkpoints/adapters.py reads and writes the files).
 
 By default only the language model is trained. In PEFT, a target that is given as the last word of a name ("q_proj") also matches
-the vision tower, whose matrices have the same names. Here a part of the model is always named.
+the vision tower, whose matrices have the same names. Here the caller always says which part of the model is adapted.
 
 Sources: LoRA (arXiv:2106.09685), equation 3; scaling alpha / sqrt(r): arXiv:2312.03732. Checked against peft in
 tests/layers/test_lora.py.
@@ -30,20 +30,20 @@ from paligemma.parameter_names import all_spellings
 PARTS = {"language": "language_model", "vision": "vision_tower"}
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 OTHER_MODULES = {"lm_head", "embed_tokens", "patch_embedding", "position_embedding"}  # PEFT can also adapt or copy these
-# Keys of adapter_config.json that do not matter for a finished adapter: how it was trained, and which modules it changes, which
-# the names of the tensors show. Any other key with a true value is rejected, and the error names it.
+# Keys of adapter_config.json that do not matter for a finished adapter: they say how it was trained, and which modules it changes
+# (the names of the tensors show that as well). Any other key with a true value is rejected, and the error names it.
 HARMLESS_KEYS = (
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "r", "lora_alpha", "lora_dropout", "use_rslora",
     "rank_pattern", "alpha_pattern",
-    "fan_in_fan_out",  # PEFT itself sets it to false for nn.Linear, and there is nothing else here
+    "fan_in_fan_out",  # PEFT itself sets it to false for nn.Linear, and all our adapted layers are nn.Linear
     # These are only used together with other keys.
     "megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # settings of init_lora_weights, which is checked
 )  # fmt: skip
 # Values of init_lora_weights that leave W unchanged. The others (pissa, olora, corda, loftq, lora_ga) subtract a part from W.
 KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
-MAX_ALPHA = 1e9  # a larger value is a damaged number
+MAX_ALPHA = 1e9  # a larger value can only come from a damaged file
 MAX_PATTERNS = 2048  # keys of a pattern; the largest model has 485 matrices
 MAX_EXPRESSIONS = 32  # keys that are regular expressions, not names
 
@@ -52,8 +52,8 @@ MAX_EXPRESSIONS = 32  # keys that are regular expressions, not names
 def parsed_key(key: str) -> tuple[bool, re.Pattern | None, patterns.Pattern | None]:
     """Compiles a key of rank_pattern or alpha_pattern.
 
-    A key of letters and dots is matched by `re` in linear time. Any other expression could keep `re` busy for ever, so
-    patterns.Pattern is used.
+    A key of letters and dots is matched by `re` in linear time. With any other expression `re` might
+    never finish, so patterns.Pattern is used.
 
     Returns: whether the key must match the whole name of a module; the expression of a key of letters and dots, else None; the
         expression of any other key, else None.
@@ -74,8 +74,8 @@ def fits(key: str, name: str) -> bool:
         return any(expression.fullmatch(full) for full in all_spellings(name))
     for full in all_spellings(name):
         start = len(full) - len(words.pattern)
-        begins_well = start == 0 or (start > 0 and full[start - 1] == "." and not is_whole)
-        if begins_well and words.fullmatch(full, start):
+        is_word_start = start == 0 or (start > 0 and full[start - 1] == "." and not is_whole)
+        if is_word_start and words.fullmatch(full, start):
             return True
     return False
 
@@ -90,7 +90,7 @@ def checked_pattern(pattern: object, what: str) -> dict[str, float]:
     if pattern is None:
         return {}
     if not (isinstance(pattern, Mapping) and all(isinstance(key, str) for key in pattern)):
-        raise ValueError(f"{what} is {pattern!r:.200}; an object from names to numbers is needed.")
+        raise ValueError(f"{what} is {pattern!r:.200}; an object with names as keys and numbers as values is needed.")
     expressions = [key for key in pattern if not re.fullmatch(r"[\w.]+", key)]
     if len(pattern) > MAX_PATTERNS or len(expressions) > MAX_EXPRESSIONS:
         text = f"{what} has {len(pattern)} keys, {len(expressions)} of them expressions"
@@ -107,7 +107,7 @@ class LoraConfig:
     Args:
         r: rank of every matrix for which rank_pattern gives no other value.
         lora_alpha: numerator of the scaling of every matrix for which alpha_pattern gives no other value.
-        rank_pattern, alpha_pattern: other values, by regular expressions that match the end of a module's name.
+        rank_pattern, alpha_pattern: other values; the keys are regular expressions that match the end of a module's name.
         lora_dropout: share of the inputs of A that is set to 0 in training.
         use_rslora: scaling is alpha / sqrt(r) instead of alpha / r.
     Raises: ValueError for values out of range.
@@ -155,8 +155,8 @@ class LoraConfig:
         start = raw.get("init_lora_weights", True)
         if start not in KEEPS_BASE and start is not None:
             raise ValueError(
-                f"init_lora_weights is {start!r:.50}: such an adapter also changes the base model's own weights, so adding it to "
-                "them gives wrong answers. Save it as a plain one with path_initial_model_for_weight_conversion of PEFT."
+                f"init_lora_weights is {start!r:.50}: such an adapter also changes the base model's own weights, so the "
+                "answers would be wrong. Save it as a plain adapter, with path_initial_model_for_weight_conversion of PEFT."
             )
         unsupported = {key: value for key, value in raw.items() if value and key not in (*HARMLESS_KEYS, "init_lora_weights")}
         if unsupported.get("bias") == "none":
@@ -211,9 +211,9 @@ class LoRALinear(nn.Linear):
     """nn.Linear with A and B next to its frozen weight. `weight` and `bias` keep their names: base checkpoints load unchanged.
 
     Args:
-        base: the layer that it replaces and whose tensors it shares.
+        base: the nn.Linear that this layer replaces, and whose tensors it shares.
         rank, scaling, dropout: see LoraConfig.
-        dtype: of A and B. It is float32 even if the base is bfloat16, which would round away an update of a thousandth.
+        dtype: the dtype of A and B: float32 even if the base is bfloat16, because bfloat16 rounds away an update of a thousandth.
     """
 
     def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float = 0.0, dtype: torch.dtype = torch.float32):
@@ -246,7 +246,7 @@ def targets(model: nn.Module, parts: Collection[str] = ("language",), matrices: 
 
     Args:
         parts: "language", "vision" or both.
-        matrices: last parts of their names, such as "q_proj"; by default all matrices of the layers.
+        matrices: last parts of the matrices' names, such as "q_proj"; by default all matrices of the layers.
     Raises: ValueError for parts and matrices that the model does not have.
     """
     unknown = [part for part in parts if part not in PARTS]
@@ -275,10 +275,10 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def merge(model: nn.Module) -> None:
-    """Makes the model a plain one that computes the same: W becomes W + scaling * B A. Raises: ValueError without an adapter."""
+    """Replaces each W by W + scaling * B A, so the model has no adapter and computes the same. Raises: ValueError without one."""
     layers = list(adapted(model))
     if not layers:
-        raise ValueError("the model has no adapter; it was merged already, or never had one.")
+        raise ValueError("the model has no adapter: either it was already merged, or the model never had one.")
     for name, layer in layers:
         model.set_submodule(name, layer.merged())
 
@@ -314,5 +314,6 @@ def modules_of(shapes: Mapping[str, tuple[int, ...]], config: LoraConfig, bases:
         needed = (rank, base[1]), (base[0], rank)
         if found != needed:
             a, b = (list(shape) if shape else "missing" for shape in found)
-            raise ValueError(f"A and B of {module} are {a} and {b}; {list(needed[0])} and {list(needed[1])} fit the base model.")
+            text = f"the shapes of A and B of {module} are {a} and {b}"
+            raise ValueError(f"{text}; {list(needed[0])} and {list(needed[1])} are needed.")
     return list(modules)

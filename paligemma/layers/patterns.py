@@ -9,10 +9,11 @@ Checked against `re` in tests/layers/test_patterns.py.
 
 import re
 
-MAX_LETTERS = 1000  # of an expression
-MAX_STATES = 2000  # of its automaton; this refuses a{1000} repeated a thousand times
-MAX_VISITS = 200_000  # of states, while the sets of one expression are built; a long expression needs about 10,000
-MAX_DEPTH = 40  # of nested brackets
+MAX_LETTERS = 1000  # letters of an expression
+MAX_STATES = 2000  # states of the automaton of an expression; (a{1000}){1000} would have a million
+MAX_VISITS = 200_000  # visits to states while the sets of one expression are built; a long expression needs about 10,000
+MAX_DEPTH = 40  # nested brackets
+# A set of letters, an escaped letter, a number of repetitions, (?: or any single letter.
 PIECE = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\.|\{\d{1,4}(?:,\d{0,4})?\}|\(\?:|.", re.DOTALL)
 ESCAPES = "dDwWsS"
 
@@ -56,7 +57,7 @@ class Pattern:
     def alternatives(self) -> tuple:
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise self.refuse("its brackets are nested too deep")
+            raise self.refuse("its brackets are nested too deeply")
         ways = [self.sequence()]
         while self.next() == "|":
             self.position += 1
@@ -75,7 +76,7 @@ class Pattern:
         self.position += 1
         if piece in ("(", "(?:"):
             if self.next() == "?":
-                raise self.refuse("of the brackets that begin with ?, only (?: is supported")
+                raise self.refuse("(?: is the only bracket with ? that is supported")
             inner = self.alternatives()
             if self.next() != ")":
                 raise self.refuse("a bracket is not closed")
@@ -106,7 +107,7 @@ class Pattern:
             minimum, maximum = int(low), int(high) if high else None if comma else int(low)
         if maximum is not None and maximum < minimum:
             raise self.refuse(f"{piece} has a maximum below its minimum")
-        if self.next() == "?":  # lazy repetition makes no difference for fullmatch
+        if self.next() == "?":  # whether a repetition is lazy makes no difference for fullmatch
             self.position += 1
         elif self.next() in ("*", "+") or self.next()[:1] == "{" and len(self.next()) > 1:
             raise self.refuse(f"{self.next()} may not follow {piece}")
@@ -144,7 +145,7 @@ class Pattern:
         return entry
 
     def closure(self, states) -> frozenset[int]:
-        """The states that can be reached from these without reading a letter."""
+        """The states that can be reached from `states` without reading a letter."""
         found, todo = set(), list(states)
         while todo:
             state = todo.pop()

@@ -1,13 +1,13 @@
-"""int8 and int4 weights in a model: what is quantised, the modules that compute with it, and how config.json records it.
+"""int8 and int4 weights in a model: which modules are quantised, what replaces them, and the entry in config.json.
 
 Decoding reads every weight once per token, so its time is the bytes of the weights divided by the memory bandwidth; int8 halves
 the bytes of bfloat16, int4 takes 28 percent of them. Only weights are stored as integers. In addition, kernels.cpp rounds the
 inputs of a product to 8 bits, with one scale per 64 (int8) or 32 (int4) inputs. This adds 0.6 percent of error and allows integer
-dot products; without our kernels, inputs stay floats.
+dot products. Without our kernels, inputs stay floats.
 
-int_formats.py has the two layouts, "tiles" and "rows". A module is created and saved in tiles. On CUDA, and where there is no
-compiler, it changes to rows at its first call. The CUDA side uses torch's operators and torch.compile; it has not been run on a
-GPU.
+int_formats.py describes the two layouts, "tiles" and "rows". A module is created and saved in tiles. On CUDA, and where there is
+no compiler, it changes to rows at its first call. The code for CUDA uses torch's operators and torch.compile; it has not been run
+on a GPU.
 
 Checked in tests/layers/test_quantization.py. Shapes: B rows of x, L tokens, O outputs, X inputs,
 G groups of inputs with one scale each.
@@ -27,11 +27,11 @@ from paligemma.errors import CheckpointError, UsageError
 from paligemma.layers import kernels
 from paligemma.layers.int_formats import (
     BLOCK,
+    CHUNK_WEIGHTS,
     GROUP,
     KERNEL_DTYPES,
     KINDS,
     LAYOUT,
-    WORK,
     dequantize,
     from_rows,
     from_tiles,
@@ -45,19 +45,21 @@ from paligemma.layers.int_formats import (
 )
 from paligemma.modeling_gemma import GemmaEmbedding
 
-# The entry "format" in quantization_config of config.json. It is not called "quant_method", because transformers ignores an
-# unknown quant_method and loads random matrices, but raises an error for an entry without one.
+# The value of "format" in quantization_config of config.json. We write no "quant_method": transformers ignores an unknown
+# quant_method and loads random matrices, but raises an error if there is none, which is what we want.
 FORMAT = "paligemma_rows"
 CONFIG_KEYS = ("quantization_config", "quantization", "compression_config")  # of transformers, MLX, compressed-tensors
-FEW_ROWS = 16  # for so many rows of x a product is limited by memory bandwidth, and torch's integer products beat dequantising
+# Up to this many rows of x, a product is limited by memory bandwidth, and torch's integer products are faster than dequantising.
+SMALL_BATCH = 16
 LAYOUT_LOCK = threading.Lock()  # held while a module changes its layout, which several threads may request at once
 
 
 # Products without our kernels
 
 
-def few_rows_product(x: Tensor, packed: Tensor, scales: Tensor, kind: str) -> Tensor:
-    """float32[B, O] from x, float32[B, X], and weights in rows. torch.compile fuses it into one pass over the weights."""
+def small_batch_product_in_float32(x: Tensor, packed: Tensor, scales: Tensor, kind: str) -> Tensor:
+    """float32[B, O] from x, float32[B, X], and weights in rows. torch.compile makes one kernel of it, which reads the
+    weights once."""
     outputs, groups = scales.shape
     if kind == "int8":
         parts = [packed.view(outputs, groups, -1).float()]
@@ -72,35 +74,37 @@ def few_rows_product(x: Tensor, packed: Tensor, scales: Tensor, kind: str) -> Te
 
 
 @functools.cache
-def compiled_few_rows_product() -> Callable[..., Tensor]:
+def compiled_small_batch_product() -> Callable[..., Tensor]:
     import torch._dynamo  # imported late, because it takes a second
 
     kernels.keep_torch_private()
     # Each size of matrix is compiled separately, and a decoder has more sizes than the eight that torch allows.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(few_rows_product, dynamic=False)
+    return torch.compile(small_batch_product_in_float32, dynamic=False)
 
 
-def few_rows(x: Tensor, packed: Tensor, scales: Tensor, kind: str) -> Tensor:
-    """few_rows_product in the dtype of x, compiled on its own or as a part of what is being compiled (graphs.py)."""
-    function = few_rows_product if torch.compiler.is_compiling() else compiled_few_rows_product()
+def small_batch_product(x: Tensor, packed: Tensor, scales: Tensor, kind: str) -> Tensor:
+    """small_batch_product_in_float32 in the dtype of x, compiled, alone or as a part of a larger function (graphs.py)."""
+    function = small_batch_product_in_float32 if torch.compiler.is_compiling() else compiled_small_batch_product()
     return function(x.float(), packed, scales, kind).to(x.dtype)
 
 
-def rows_product(x: Tensor, packed: Tensor, scales: Tensor, kind: str, int4pack: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def product_of_row_layout(
+    x: Tensor, packed: Tensor, scales: Tensor, kind: str, int4pack: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """x[B, X] @ w.T in the dtype of x, for weights in rows; used where our kernels are not available.
 
     Args:
-        int4pack: the same weights from to_int4pack, used for few rows. This product computes in bfloat16.
+        int4pack: the same weights in the layout of to_int4pack, used if x has few rows. That product computes in bfloat16.
     """
     if x.is_cuda and len(x) <= 4:
-        return few_rows(x, packed, scales, kind)
-    if kind == "int8" and x.device.type == "cpu" and len(x) <= FEW_ROWS:
+        return small_batch_product(x, packed, scales, kind)
+    if kind == "int8" and x.device.type == "cpu" and len(x) <= SMALL_BATCH:
         return torch._weight_int8pack_mm(x, packed, scales[:, 0].to(x.dtype))
-    if int4pack is not None and x.device.type == "cpu" and len(x) <= FEW_ROWS:
+    if int4pack is not None and x.device.type == "cpu" and len(x) <= SMALL_BATCH:
         return torch._weight_int4pack_mm_for_cpu(x.bfloat16(), int4pack[0], GROUP["int4"], int4pack[1]).to(x.dtype)
     y = x.new_empty(len(x), len(packed))
-    step = len(packed) if x.is_cuda else max(1, WORK // x.shape[1])
+    step = len(packed) if x.is_cuda else max(1, CHUNK_WEIGHTS // x.shape[1])
     for start in range(0, len(packed), step):
         w = dequantize(from_rows(packed[start : start + step], kind), scales[start : start + step], x.dtype)
         y[:, start : start + step] = F.linear(x, w)
@@ -117,7 +121,7 @@ class QuantizedLinear(nn.Module):
         kind: "int8" or "int4".
         outputs, inputs: as in nn.Linear, without padding.
         packed, scales: from `quantize`, or empty tensors on the meta device.
-        bias: of the nn.Linear; it is not quantised.
+        bias: the bias of the nn.Linear; it is not quantised.
     """
 
     packed: Tensor
@@ -141,7 +145,7 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         scales = self.scales
         super()._apply(fn, recurse)
-        self.scales = scales.to(self.packed.device)  # they stay bfloat16: model.to(dtype) must not convert them
+        self.scales = scales.to(self.packed.device)  # scales stay bfloat16: model.to(dtype) must not convert them
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -159,8 +163,8 @@ class QuantizedLinear(nn.Module):
         scales = scales_from_tiles(self.scales) if self.is_tiled else self.scales
         return dequantize(self.integers(), scales, torch.float32)[: self.out_features, : self.in_features]
 
-    def leave_tiles(self) -> None:
-        """Changes the layout from tiles to rows, for torch's operators. For int4 on a CPU this keeps a second copy.
+    def change_to_rows(self) -> None:
+        """Changes the layout from tiles to rows, for torch's operators. For int4 on a CPU, a second copy is kept.
 
         Other threads may compute at the same time: `packed`, whose shape shows the layout, is set last.
         """
@@ -182,12 +186,12 @@ class QuantizedLinear(nn.Module):
             matrices = [(packed, self.scales, self.out_features)]
             return kernels.product(self.kind, x, matrices, dtype if dtype in KERNEL_DTYPES else torch.float32).to(dtype)
         if self.is_tiled:
-            self.leave_tiles()
+            self.change_to_rows()
         x = x.flatten(0, -2)
         # torch's products need stride 1, but an empty tensor reports is_contiguous() with any stride.
         if not x.is_contiguous() or x.stride(1) != 1:
             x = x.clone(memory_format=torch.contiguous_format)
-        y = rows_product(x, self.packed, self.scales, self.kind, self.int4pack)
+        y = product_of_row_layout(x, self.packed, self.scales, self.kind, self.int4pack)
         return y[:, : self.out_features].reshape(*shape, self.out_features).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -196,10 +200,10 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(QuantizedLinear):
-    """GemmaEmbedding with its matrix in 8 or 4 bits: ids to scaled vectors, vectors to logits.
+    """GemmaEmbedding with its matrix in 8 or 4 bits. It maps ids to scaled vectors, and vectors to logits.
 
     Args:
-        dtype: of the vectors that `forward` returns.
+        dtype: the dtype of the vectors that `forward` returns.
     """
 
     def __init__(self, kind: str, outputs: int, inputs: int, packed: Tensor, scales: Tensor, *, dtype: torch.dtype):
@@ -210,11 +214,11 @@ class QuantizedEmbedding(QuantizedLinear):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
         return super()._apply(fn, recurse)
 
-    def rows(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def lookup(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The integers, int8[L, X], and scales, [L, G], of the matrix rows with these ids, int64[L]."""
         packed, scales = self.packed, self.scales
         if packed.ndim == 3:
-            with LAYOUT_LOCK:  # another thread may be in leave_tiles
+            with LAYOUT_LOCK:  # another thread may be in change_to_rows
                 packed, scales = self.packed, self.scales
         if packed.ndim == 2:
             return from_rows(packed[ids], self.kind), scales[ids]
@@ -227,10 +231,10 @@ class QuantizedEmbedding(QuantizedLinear):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         ids = input_ids.flatten()
-        is_checked = ids.device.type == "cpu" and not torch.compiler.is_compiling()  # CUDA and compiled code check the ids anyway
+        is_checked = ids.device.type == "cpu" and not torch.compiler.is_compiling()  # CUDA and compiled code check the ids
         if is_checked and ((ids < 0) | (ids >= self.out_features)).any():
             raise IndexError(f"token ids must lie in 0..{self.out_features - 1}.")
-        q, scales = self.rows(ids)
+        q, scales = self.lookup(ids)
         scale = torch.tensor(self.in_features**0.5, dtype=self.dtype).item()  # rounded as in GemmaEmbedding
         vectors = dequantize(q, scales, torch.float32)[:, : self.in_features].to(self.dtype) * scale
         return vectors.view(*input_ids.shape, -1)
@@ -243,7 +247,7 @@ class QuantizedEmbedding(QuantizedLinear):
 
 
 def targets(model: nn.Module, vision: bool = False) -> list[str]:
-    """Names of the modules that are quantised: the decoder's matrices, the tied embedding and, on request, the vision tower's."""
+    """Names of the modules that are quantised: those of the decoder, the tied embedding and, on request, the vision tower."""
     parts = ("language_model.", "vision_tower.") if vision else ("language_model.",)
     matrices = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, GemmaEmbedding)))
     return [name for name in matrices if name.startswith(parts)]
@@ -296,7 +300,7 @@ def choose(raw: dict, folder: Path, quantize: str | None, with_vision: bool) -> 
 
     Args:
         raw: content of config.json in `folder`.
-        quantize, with_vision: what the caller asks for.
+        quantize, with_vision: the caller's request, see load_model.
     Raises: CheckpointError for the formats of other programs, UsageError for an unknown kind, or for a kind that contradicts the
         files.
     """
@@ -307,26 +311,26 @@ def choose(raw: dict, folder: Path, quantize: str | None, with_vision: bool) -> 
     if not entries:
         return Quantization(quantize, with_vision, False)
     entry = raw.get("quantization_config")
-    # Folders that were saved by older versions have the name as quant_method.
+    # Older versions saved FORMAT under the key quant_method.
     names = (entry.get("format"), entry.get("quant_method")) if isinstance(entry, dict) else ()
     if len(entries) > 1 or FORMAT not in names:
         key, entry = next(iter(entries.items()))
         method = entry.get("quant_method", entry.get("format")) if isinstance(entry, dict) else entry
         text = f"{folder} is quantised by another program ({key} in config.json{f': {method!r:.60}' if method else ''})."
-        raise CheckpointError(f"{text} Take the plain checkpoint and --quantize int8.", path=folder)
+        raise CheckpointError(f"{text} Use the unquantised checkpoint with --quantize int8.", path=folder)
     kind = entry.get("kind")
     if kind not in KINDS or entry.get("layout") != LAYOUT:
         known = f"{', '.join(KINDS)} in layout {LAYOUT}"
         raise CheckpointError(
-            f"{folder} is quantised as {entry}, and this version reads {known}. Quantise it again.", path=folder
+            f"{folder} is quantised as {entry}, and this version reads {known}. Quantise the original again.", path=folder
         )
     if quantize not in (None, kind):
-        raise UsageError(f"{folder} is stored as {kind} and cannot become {quantize}. Take the plain checkpoint.")
+        raise UsageError(f"{folder} is stored as {kind} and cannot become {quantize}. Use the unquantised checkpoint.")
     return Quantization(kind, entry.get("vision") is True, True)
 
 
 def config_entry(model: nn.Module) -> dict | None:
-    """The "quantization_config" for config.json, which `choose` reads; None for a model that is not quantised."""
+    """The value of "quantization_config" in config.json, which `choose` reads; None for a model that is not quantised."""
     kinds = {name: module.kind for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     if not kinds:
         return None

@@ -244,7 +244,7 @@ def test_weights_under_names_of_their_own_are_downloaded_by_the_index(ask):
         ("owner/pickled-adapter", "holds an adapter only as adapter_model.bin"),
         ("owner/llama", "holds paligemma-q4.gguf"),
         ("owner/jax", "holds paligemma.npz. If it is a big_vision checkpoint"),
-        ("owner/in-folders", "has some in its folders: one, two. Download one of them"),
+        ("owner/in-folders", "its folders one, two are. Download one of them"),
     ],
 )
 def test_a_hub_model_without_safetensors_is_named_for_what_it_is(ask, name, says):
@@ -306,11 +306,12 @@ def test_an_incomplete_cache_is_completed(ask):
 
 @pytest.mark.parametrize("name", ODD_ANSWERS)
 def test_an_answer_that_is_none_of_a_hub(ask, name):
-    assert_refused(ask(name), "does not answer as a hub does", "Does the network ask you to log in")
+    assert_refused(ask(name), "does not answer like a hub", "Does the network ask you to log in")
 
 
 def test_no_token(ask):
-    assert_refused(ask("owner/gated"), "has a licence to accept, and no token was sent", f"{ask.endpoint}/owner/gated", "hf auth")
+    says = "has a licence that you must accept, and no token was sent"
+    assert_refused(ask("owner/gated"), says, f"{ask.endpoint}/owner/gated", "hf auth")
 
 
 def test_licence_not_accepted(ask):
@@ -405,12 +406,12 @@ def refusal(name, error=CheckpointError):
     ],
 )
 def test_the_address_of_a_page_gives_its_id(address):
-    assert "the address of a page. Name the model's id, google/paligemma-3b-mix-224." in refusal(address)
+    assert "the address of a page. Give the model's id, google/paligemma-3b-mix-224." in refusal(address)
 
 
 @pytest.mark.parametrize("kind", ["collections", "datasets", "spaces", "papers"])
 def test_the_address_of_a_page_of_another_kind_is_no_id(kind):
-    assert "is an address. Name a folder, or an id of the hub" in refusal(f"https://huggingface.co/{kind}/google/paligemma")
+    assert "is an address. Give a folder, or an id of the hub" in refusal(f"https://huggingface.co/{kind}/google/paligemma")
 
 
 def test_a_name_of_the_cache_gives_its_id():
@@ -446,7 +447,7 @@ def test_a_file_that_was_renamed_is_not_called_damaged(tmp_path, head, says):
 
 @pytest.mark.parametrize("address", ["https://huggingface.co", "https://www.kaggle.com/models/google/paligemma", "s3://bucket/x"])
 def test_other_addresses_are_refused(address):
-    assert "is an address. Name a folder" in refusal(address)
+    assert "is an address. Give a folder" in refusal(address)
 
 
 def test_an_id_without_its_owner_is_completed():
@@ -469,7 +470,7 @@ def test_the_bundled_model_is_recommended_by_its_place(monkeypatch, tmp_path):
         ("vae-oid.npz", b"PK", "Give it as --mask_codec"),
         ("pytorch_model.bin", b"PK", "Unpickling runs any code"),
         ("model.tar.gz", b"", "an archive. Unpack it"),
-        ("notes.txt", b"", "is a file. Name the folder"),
+        ("notes.txt", b"", "is a file. Give the folder"),
     ],
 )
 def test_a_file_in_place_of_a_folder_is_named_for_what_it_is(tmp_path, name, content, says):
@@ -493,9 +494,9 @@ def test_the_folders_of_the_cache_give_the_id_and_the_snapshot(tmp_path):
     (cache / "refs").mkdir()
     message = refusal(cache)
     assert "the hub's cache of google/paligemma-3b" in message and str(cache / "snapshots" / ("a" * 40)) in message
-    assert "Name google/paligemma-3b" in refusal(cache / "refs")
+    assert "Give google/paligemma-3b" in refusal(cache / "refs")
     assert f"or its folder {cache / 'snapshots' / ('a' * 40)}" in refusal(cache / "snapshots")
-    assert "is the hub's cache. Name a model in it by its id: google/paligemma-3b." in refusal(tmp_path)
+    assert "is the hub's cache. Give the id of a model in it: google/paligemma-3b." in refusal(tmp_path)
 
 
 def test_the_output_of_a_trainer_gives_its_last_checkpoint(tmp_path):

@@ -180,7 +180,8 @@ def test_a_default_that_contradicts_the_weights_is_named(tmp_path, family):
         changed = copy.deepcopy(raw)
         del changed["text_config"][name]
         write_json(tmp_path, "config.json", changed)
-        says = f"text_config.{name} is absent, so its class's default {DEFAULTS[family][name]} was taken, and the weights have "
+        default = DEFAULTS[family][name]
+        says = f"text_config.{name} is absent from config.json, so the default {default} is used, and the weights have "
         with pytest.raises(CheckpointError) as caught:
             weights.load_model(tmp_path)
         assert says + str(raw["text_config"][name]) in caught.value.message and "\n" not in caught.value.message

@@ -167,7 +167,7 @@ def test_missing_and_unexpected_and_misshapen_are_one_error_that_names_them(tmp_
         weights.load_model(write_checkpoint(tmp_path, tensors))
     assert f"1 missing: {DOWN}." in caught.value.message
     assert "1 unexpected: language_model.model.layers.7.extra.weight." in caught.value.message
-    assert f"1 of another shape: {NORM} is [41], not [40]." in caught.value.message
+    assert f"1 with another shape: {NORM} has shape [41], not [40]." in caught.value.message
     assert "\n" not in caught.value.message
 
 
@@ -180,7 +180,7 @@ def test_many_missing_tensors_are_counted(tmp_path):
 def test_weights_of_another_resolution_are_told_so(tmp_path):
     tensors = tensors_of()
     tensors[POSITIONS] = torch.rand(16, 48)
-    with pytest.raises(CheckpointError, match=f"{POSITIONS} is .16, 48.*image_size is 28 in config.json, and .* have 56"):
+    with pytest.raises(CheckpointError, match=f"{POSITIONS} has shape .16, 48.*image_size is 28 in config.json, and .* have 56"):
         weights.load_model(write_checkpoint(tmp_path, tensors))
 
 
@@ -340,7 +340,7 @@ def test_a_constant_matrix_is_warned_of_and_a_constant_vector_is_not(tmp_path, c
 def test_integers_in_place_of_floats_are_refused(tmp_path, dtype):
     tensors = tensors_of()
     tensors[DOWN] = tensors[DOWN].to(dtype)
-    with pytest.raises(CheckpointError, match=f"{DOWN} is .*quantised"):
+    with pytest.raises(CheckpointError, match=f"{DOWN} has dtype .*quantised"):
         weights.load_model(write_checkpoint(tmp_path, tensors))
 
 
@@ -369,7 +369,7 @@ def test_quantised_checkpoints_of_other_programs_are_recognised_before_their_hea
 def test_packed_numbers_are_no_damage(tmp_path, method):
     tensors = tensors_of()
     tensors[DOWN] = torch.zeros(3, 4, dtype=torch.uint8).repeat(1, 8).view(method)
-    with pytest.raises(CheckpointError, match=f"{DOWN} is .*quantised checkpoint of another program"):
+    with pytest.raises(CheckpointError, match=f"{DOWN} has dtype .*quantised checkpoint of another program"):
         weights.load_model(write_checkpoint(tmp_path, tensors))
     tensors[DOWN] = tensors_of()[DOWN]
     spare = torch.zeros(8, dtype=torch.uint8).view(method)
@@ -701,7 +701,7 @@ def test_a_quantised_folder_with_floats_in_place_of_bytes_is_refused(tmp_path):
     tensors[name] = tensors[name].float()
     save_file(tensors, tmp_path / "new.safetensors")
     os.replace(tmp_path / "new.safetensors", tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=f"{name} is F32"):
+    with pytest.raises(CheckpointError, match=f"{name} has dtype F32"):
         weights.load_model(tmp_path)
 
 
@@ -859,12 +859,12 @@ def test_a_folder_with_a_typo_is_told_with_its_neighbours(tmp_path):
     write_checkpoint(tmp_path / "checkpoint")
     with pytest.raises(CheckpointError, match=f"no folder {tmp_path}/chekpoint. Did you mean {tmp_path}/checkpoint"):
         weights.load_model(tmp_path / "chekpoint")
-    with pytest.raises(CheckpointError, match="Name a folder, or an id of the hub"):
+    with pytest.raises(CheckpointError, match="Give a folder, or an id of the hub"):
         weights.load_model(tmp_path / "nothing" / "like" / "it")
 
 
 def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="is a file of a model. Name its folder"):
+    with pytest.raises(CheckpointError, match="is a file of a model. Give its folder"):
         weights.load_model(write_checkpoint(tmp_path) / "model.safetensors")
 
 

@@ -315,16 +315,17 @@ def test_a_quantised_step_compiles_without_a_break(kind, monkeypatch):
     for name in quantization.targets(model):
         module = model.get_submodule(name)
         model.set_submodule(name, quantization.quantize_module(module, kind, {"weight": module.weight.detach()}))
-        model.get_submodule(name).leave_tiles()  # as on CUDA
-    monkeypatch.setattr(quantization, "compiled_few_rows_product", lambda: quantization.few_rows_product)
-    monkeypatch.setattr(quantization, "rows_product", lambda *arguments: quantization.few_rows(*arguments[:4]))
+        model.get_submodule(name).change_to_rows()  # as on CUDA
+    monkeypatch.setattr(quantization, "compiled_small_batch_product", lambda: quantization.small_batch_product_in_float32)
+    product = quantization.small_batch_product
+    monkeypatch.setattr(quantization, "product_of_row_layout", lambda *arguments: product(*arguments[:4]))
     cache = model.new_cache(2, 24, BatchCache)
     with torch.no_grad():
         model.prefill(cache, **make_batch(ROWS[:2], "right"))
         plain = model.step(cache.fixed(16), script(2, 1)[0])
         cache.lengths.sub_(1)
         torch._dynamo.reset()
-        monkeypatch.setattr(quantization, "compiled_few_rows_product", None)  # a call while compiling would fail
+        monkeypatch.setattr(quantization, "compiled_small_batch_product", None)  # a call while compiling would fail
         step = torch.compile(PaliGemmaForConditionalGeneration.step, fullgraph=True, dynamic=False, backend="eager")
         assert (step(model, cache.fixed(16), script(2, 1)[0]) - plain).abs().max() <= 4e-5
     torch._dynamo.reset()

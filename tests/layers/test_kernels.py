@@ -177,7 +177,7 @@ def test_a_source_that_does_not_compile_is_tried_once_an_hour_and_says_why(sourc
 def test_what_may_be_over_at_the_next_start_is_not_remembered(source, cache, compiler, text, caplog):
     compiler(text)
     assert kernels.compile_once(source, cache) is None and names(cache) == []
-    assert "slower products are used" in caplog.text
+    assert "decoding will be slower" in caplog.text
     compiler(COPY)
     assert kernels.compile_once(source, cache) is not None
 
@@ -281,13 +281,13 @@ def test_a_sticky_folder_above_is_fine_and_a_planted_one_in_it_is_not(places):
 def test_what_torch_compiles_is_kept_where_no_other_user_can_write(places, monkeypatch):
     cache, _ = places
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/chosen")
-    kernels.keep_torch_private()
+    kernels.set_private_compile_cache()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    kernels.keep_torch_private()
+    kernels.set_private_compile_cache()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache / "paligemma" / "inductor")
-    for function in (quantization.compiled_few_rows_product, graphs.compiled_step, graphs.compiled_capped_attention):
-        monkeypatch.setattr(kernels, "keep_torch_private", lambda: 1 / 0)
+    for function in (quantization.compiled_small_batch_product, graphs.compiled_step, graphs.compiled_capped_attention):
+        monkeypatch.setattr(kernels, "set_private_compile_cache", lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             function.__wrapped__()
 
@@ -318,7 +318,7 @@ def test_where_nothing_can_be_written_there_is_no_library_and_a_warning(monkeypa
         assert kernels.library() is None
     finally:
         kernels.library.cache_clear()
-    assert "slower products are used" in caplog.text and "No space left" in caplog.text
+    assert "decoding will be slower" in caplog.text and "No space left" in caplog.text
 
 
 @pytest.mark.usefixtures("places")
@@ -335,7 +335,7 @@ def test_torch_keeps_its_own_place_where_no_folder_can_be_written_and_one_for_th
     for folders, is_there in ((lambda: iter(()), False), (for_this_process, True)):
         monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
         monkeypatch.setattr(kernels, "cache_folders", folders)
-        kernels.keep_torch_private()
+        kernels.set_private_compile_cache()
         assert ("TORCHINDUCTOR_CACHE_DIR" in os.environ) is is_there
     assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent.is_dir()
     kernels.OPEN.clear()

@@ -74,7 +74,7 @@ def test_work_has_a_limit(monkeypatch):
         ("a**", "may not follow"),
         ("a++", "may not follow"),
         ("a{3,2}", "a maximum below its minimum"),
-        ("(?=a)", "begin with \\?"),
+        ("(?=a)", "only bracket with \\?"),
         (r"(a)\1", "not supported"),
         (r"\b", "not supported"),
         ("[", "no meaning"),

@@ -273,7 +273,7 @@ def test_float16_goes_through(kind):
 def test_the_gpu_product_is_the_same_sum(kind):
     module, x = quantized(random_linear(48, 128), kind), torch.randn(3, 128)
     assert_product(module(x), x, module)  # changes the layout to rows
-    fused, weight = quantization.few_rows_product(x, module.packed, module.scales, kind), module.weight_as_floats()
+    fused, weight = quantization.small_batch_product_in_float32(x, module.packed, module.scales, kind), module.weight_as_floats()
     assert_within(fused, x.double() @ weight.double().T, product_bound(x, weight, torch.float32))
 
 
