@@ -77,7 +77,7 @@ def small_batch_product_in_float32(x: Tensor, packed: Tensor, scales: Tensor, ki
 def compiled_small_batch_product() -> Callable[..., Tensor]:
     import torch._dynamo  # imported late, because it takes a second
 
-    kernels.keep_torch_private()
+    kernels.set_private_compile_cache()
     # Each size of matrix is compiled separately, and a decoder has more sizes than the eight that torch allows.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(small_batch_product_in_float32, dynamic=False)
