@@ -340,7 +340,7 @@ def check_picture(path: Path, folder: Path, options: dict) -> tuple[bytes, str |
 
 
 def check_pictures(split: Split) -> None:
-    """Drops the lines whose picture is missing, damaged or not a picture; warns about nearly black ones."""
+    """Drops the lines whose picture is missing, damaged or not a picture; warns about pictures that are nearly black."""
     paths = list(dict.fromkeys(example.image for example in split.examples))
     with ThreadPoolExecutor(NUM_THREADS) as threads:
         check = partial(check_picture, folder=split.folder, options=split.options)
@@ -381,8 +381,8 @@ def check_texts(split: Split, processor: "PaliGemmaProcessor", max_text_tokens: 
         num_boxes += len(reading.objects)
         num_swapped += sum(SWAPPED in obj.problems for obj in reading.objects)
     if num_boxes and num_swapped / num_boxes > MAX_SWAPPED:
-        text = f"{num_swapped} of {num_boxes} boxes have swapped corners: are they x, y, width, height (YOLO, COCO)?"
-        split.warnings.insert(0, Problem(split.file, 0, f"{text} <loc> tokens are y_min, x_min, y_max, x_max"))
+        text = f"{num_swapped} of {num_boxes} boxes have swapped corners: is their order x, y, width, height (YOLO, COCO)?"
+        split.warnings.insert(0, Problem(split.file, 0, f"{text} The order of <loc> tokens is y_min, x_min, y_max, x_max"))
     with_boxes = (example for example in split.examples if LOCATION_OR_CODE.search(example.suffix))
     answers = {(example.image, example.prefix, example.suffix) for example in with_boxes}
     num_answers = Counter((image, prefix) for image, prefix, _ in answers)
@@ -400,9 +400,9 @@ def text_warnings(prefix: str, suffix: str) -> list[str]:
     """The warnings about a prompt and its answer, above all about the location and mask tokens of the answer."""
     tokens = dict.fromkeys(LOOKS_LIKE_LOCATION_OR_CODE.findall(suffix))
     unknown = [token for token in tokens if not LOCATION_OR_CODE.fullmatch(token)]
-    more = f", and {counted(len(unknown) - 3, 'other')} like it" if len(unknown) > 3 else ""
-    tokens_are = "the tokens are <loc0000> to <loc1023> and <seg000> to <seg127>"
-    texts = [f"{token}{more} is not a token; {tokens_are}" for token in unknown[:3]]
+    more = f" (and {counted(len(unknown) - 3, 'other')} like it)" if len(unknown) > 3 else ""
+    allowed = "the tokens are <loc0000> to <loc1023> and <seg000> to <seg127>"
+    texts = [f"{token} is not a token{more}; {allowed}" for token in unknown[:3]]
     control = dict.fromkeys(CONTROL_TOKEN.findall(f"{prefix} {suffix}"))
     texts += [f"{token} is treated as plain text; the processor adds this token where needed, so remove it" for token in control]
     texts += ["the suffix begins or ends with white space, which would be learned"] * (suffix.strip() not in ("", suffix))
@@ -415,11 +415,11 @@ def text_warnings(prefix: str, suffix: str) -> list[str]:
 
 
 def spread(total: int, count: int) -> list[int]:
-    """At most `count` indices below `total`, evenly spread, with the first and the last one; always the same for equal arguments.
+    """At most `count` indices below `total`, evenly spread, including the first and the last. Nothing is random.
 
     The first lines of a sorted file are not representative, and neither is every n-th line of a periodic file (picture 1: detect,
-    caption, count; picture 2: ...). So the indices are cut into `count` runs of equal length, and one index is taken from each
-    run, at a position given by the fractional parts of the multiples of the golden ratio.
+    caption, count; picture 2: ...). So the indices are divided into `count` ranges of equal length, and one index is taken from
+    each range. Its position in the range is a fractional part of a multiple of the golden ratio.
     """
     count = min(count, total)
     starts = [total * i // count for i in range(count)] if count else []
@@ -492,18 +492,18 @@ def require_usable(splits: Sequence[Split], skip_bad: bool, max_tokens: int | No
     """
     faults = [fault for split in splits for fault in split.faults]
     if faults and not skip_bad:
-        first, longest = str(faults[0]).rstrip("."), max(fault.tokens for fault in faults)
-        num_long, advice = sum(fault.tokens > 0 for fault in faults), []
+        longest, num_long = max(fault.tokens for fault in faults), sum(fault.tokens > 0 for fault in faults)
+        advice = []
         if longest and (max_tokens is None or longest <= max_tokens):
-            advice.append(f"Raise the limit for the {counted(num_long, 'line')} that are too long: --max_text_tokens {longest}.")
+            advice.append(f"Lines that are too long: {num_long}. Raise the limit: --max_text_tokens {longest}.")
         elif longest:
             advice.append(f"The longest line needs {longest} tokens, but the model has room for {max_tokens}: shorten it.")
         if num_long < len(faults):
             if not any(split.examples for split in splits) and all("does not exist" in fault.text for fault in faults):
                 advice.append("Name the folder that contains the pictures: --image_dir.")
             advice.append(f"Fix {'the others' if num_long else 'them'}, or continue without them: --skip_bad.")
-        number = counted(len(faults), "line")
-        raise DatasetError(f"{number} cannot be used; the first: {first}. {' '.join(advice)}", path=faults[0].file)
+        text = f"{counted(len(faults), 'line')} cannot be used; the first: {str(faults[0]).rstrip('.')}."
+        raise DatasetError(f"{text} {' '.join(advice)}", path=faults[0].file)
     for split in splits:
         if not split.examples:
             text = f"{split.file} has no usable line. The first fault: {split.faults[0].text.rstrip('.')}."
@@ -514,7 +514,7 @@ def require_usable(splits: Sequence[Split], skip_bad: bool, max_tokens: int | No
 
 
 class Examples:
-    """The examples of a split, as the model is trained on them.
+    """The examples of a split in the form in which the model is trained on them: resized, augmented and tokenised.
 
     Args:
         split: from read_splits.

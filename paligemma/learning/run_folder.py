@@ -69,7 +69,7 @@ def check_inputs(folder: Path, inputs: Iterable[tuple[str, str | None]]) -> None
 
     Args:
         inputs: the flag of each input file ("--train"), and the path or None.
-    Raises: UsageError; OutputError if the folder could not be written to.
+    Raises: UsageError if an input file is an output file, OutputError as files.check_outputs.
     """
     files = [(flag, expand(file)) for flag, file in inputs if file]
     check_outputs([], files, [("--output", folder / name) for name in OUTPUT_FILES])

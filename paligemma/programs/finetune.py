@@ -228,7 +228,7 @@ SETTINGS = [field.name for field in fields(Flags) if field.name != "config"]
 
 
 def names(text: str | None) -> list[str]:
-    """The names in a text in which they are separated by commas."""
+    """Splits a text at its commas into names."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
@@ -253,8 +253,8 @@ def train(flags: Flags, device: "torch.device") -> None:
         advice = "Name the checkpoint that has not been quantized."
         raise UsageError(f"{checkpoint.name} is stored as {stored_kind}, which cannot be trained. {advice}")
     if flags.method == "lora" and checkpoint.adapter_config is not None:
-        advice = "Name a merged model: a run with --method lora writes one to model/."
-        raise UsageError(f"{checkpoint.name} has an adapter, and a second one cannot be added to it. {advice}")
+        advice = "Name the merged model, which a run with --method lora writes to model/."
+        raise UsageError(f"{checkpoint.name} has an adapter, and a second adapter cannot be added to it. {advice}")
     adapter = LoraConfig(flags.lora_r, flags.lora_alpha, flags.lora_dropout) if flags.method == "lora" else None
 
     def choose_trained(model: "torch.nn.Module") -> None:
@@ -332,7 +332,7 @@ def train(flags: Flags, device: "torch.device") -> None:
         result = run.save_result(checkpoint, adapter, flags.revision)
         command = f"{commandline.command()} --model_path {result} --image_file_path PICTURE --prompt PREFIX"
         show(f"the result is in {result}. Try it: {command}")
-        barrier()  # otherwise torchrun, when another process has ended, would end the first process, which still writes
+        barrier()  # because torchrun ends the first process, which still writes, as soon as another process has ended
 
 
 def program(flags: Flags) -> None:

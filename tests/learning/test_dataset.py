@@ -394,7 +394,7 @@ def test_good_answers_are_not_warned_about(suffix):
 def test_a_file_with_boxes_in_another_order_is_warned_about_as_a_whole(folder, processor):
     wrong = GOOD | {"suffix": "<loc0600><loc0500><loc0100><loc0200> cat"}  # centre, then width and height
     split = checked(write(folder, GOOD, GOOD, wrong), processor)
-    assert texts(split.warnings)[0].startswith("0: 1 of 3 boxes have swapped corners: are they x, y, width, height")
+    assert texts(split.warnings)[0].startswith("0: 1 of 3 boxes have swapped corners: is their order x, y, width, height")
 
 
 def test_control_tokens_and_white_space_are_warned_about(folder, processor):

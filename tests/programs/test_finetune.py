@@ -510,7 +510,7 @@ def test_an_adapter_finds_its_base_from_any_folder_and_takes_no_second_adapter(m
     monkeypatch.chdir(tmp_path)
     weights.load_model("run/adapter")
     code, said = run(capsys, *arguments("run/adapter", data, tmp_path / "second", "--method=lora"))
-    assert code == 2 and "run/adapter has an adapter, and a second one cannot be added to it" in said
+    assert code == 2 and "run/adapter has an adapter, and a second adapter cannot be added to it" in said
     assert not (tmp_path / "second").exists()
     assert run(capsys, *arguments("run/adapter", data, tmp_path / "second"))[0] == 0  # all weights, from the merged ones on
 
@@ -532,7 +532,7 @@ def test_only_the_processor_s_files_are_copied_to_the_result(model, data, whole,
     assert not {"adapter_config.json", "trainer_state.json"} & {file.name for file in result.iterdir()}
     transformers.PaliGemmaForConditionalGeneration.from_pretrained(result)
     code, said = run(capsys, *arguments(folder, data, tmp_path / "second", "--method=lora"))
-    assert code == 2 and "both has an adapter, and a second one cannot be added to it" in said
+    assert code == 2 and "both has an adapter, and a second adapter cannot be added to it" in said
 
 
 @pytest.mark.parametrize("flag", ["model_path", "base_model", "train", "output", "mask_codec"])
