@@ -42,9 +42,17 @@ def expand_text(name: str) -> str:
         return name
 
 
+def as_text(path: str | bytes | os.PathLike[str]) -> str:
+    """The path as text. Raises: UsageError if it is no path."""
+    try:
+        return os.fsdecode(path)
+    except TypeError:
+        raise UsageError(f"{path!r:.40} is not a path. Text or a pathlib.Path is needed.") from None
+
+
 def expand(name: str | os.PathLike[str]) -> Path:
     """The path with ~ and ~user replaced. The ~user of an unknown user stays as it is, like any other name."""
-    return Path(expand_text(os.fspath(name)))
+    return Path(expand_text(as_text(name)))
 
 
 def split_file_address(address: str) -> tuple[str, Path]:
@@ -135,7 +143,8 @@ def read_regular(
         what = "is a broken link" if os.path.islink(path) else "is missing"
         raise error_class(f"{name} {what}. {advice}", path=path)
     if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+        pipe = "a pipe or a device", "Save its content to a file, and name that file."
+        kind, advice = ("a folder", advice) if stat.S_ISDIR(status.st_mode) else pipe
         raise error_class(f"{name} is {kind}, not a regular file. {advice}", path=path)
     try:
         with open(path, "rb") as stream:

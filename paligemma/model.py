@@ -211,6 +211,8 @@ class Model:
         codec: MaskCodec | None = None,
         batch_size: int = 4,
     ):
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size!r}. A whole number from 1 up is needed.")
         self.network, self.processor = network, processor
         self.name, self.kind, self.codec, self.batch_size = name, kind, codec, batch_size
 
@@ -506,7 +508,11 @@ def load(
     <paligemma.Model bundled: 7.0 MB of weights, torch.bfloat16, cpu>
     """
     found_device = machine.find_device(device)
-    model_path, base, codec_file = (None if path is None else os.fspath(path) for path in (name, base_model, mask_codec))
+    if quantize_vision and quantize is None:
+        raise UsageError("quantize_vision needs quantize, which is None. Add quantize='int8' or 'int4'.")
+    model_path, base, codec_file = (None if path is None else files.as_text(path) for path in (name, base_model, mask_codec))
+    if model_path == "":
+        raise UsageError("name is ''. A folder or a hub id is needed; leave it out for the bundled model.")
     checkpoint = open_checkpoint(model_path, revision=revision, base_model=base)
     codec = find_codec(checkpoint.base, codec_file)
     with machine.memory_errors("loading the weights"):

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import chain, islice, pairwise
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from paligemma import machine
@@ -91,6 +92,8 @@ def check_task(task: str, text: str) -> None:
     """Raises: UsageError if the task is unknown, lacks a text that it needs, or has a text that it does not take."""
     if task not in TASKS:
         raise UsageError(f"task is {task!r}. It must be one of {', '.join(TASKS)}.")
+    if not isinstance(text, str):
+        raise UsageError(f"the text for {task} is {text!r:.40}. A text (str) is needed.")
     if task in REQUIRED_TEXT and not text.replace(";", "").strip():
         raise UsageError(f"{task} needs {REQUIRED_TEXT[task]}. Put it after the picture.")
     if task not in REQUIRED_TEXT and text.strip():
@@ -99,7 +102,7 @@ def check_task(task: str, text: str) -> None:
 
 def check_language(language: str) -> None:
     """Raises: UsageError unless this looks like a language code. Nothing checks that the checkpoint knows the language."""
-    if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]{2,4})?", language):
+    if not isinstance(language, str) or not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]{2,4})?", language):
         raise UsageError(f"language is {language!r}, but a code such as en, fr or zh is needed.")
 
 
@@ -284,6 +287,7 @@ class Annotator:
         language: language code of captions and answers.
         denominator: locations are divided by this: 1023 as in the official code, or 1024 as in some other code.
         sampling: how tokens are chosen; None = greedy.
+    Raises: UsageError for a min_score that is not a number from 0 to 1.
     """
 
     model: "PaliGemmaForConditionalGeneration"
@@ -301,6 +305,10 @@ class Annotator:
     # Caches of one entry: the grammar of the latest labels, and the image features of the latest shared picture.
     grammars: "dict[tuple[str, str], Grammar]" = field(default_factory=dict, init=False)
     encoded: "tuple[Image.Image | None, torch.Tensor | None]" = field(default=(None, None), init=False)
+
+    def __post_init__(self) -> None:
+        if self.min_score is not None and not (isinstance(self.min_score, Real) and 0 <= self.min_score <= 1):
+            raise UsageError(f"min_score is {self.min_score!r}. A number from 0 to 1 is needed.")
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Result]]:
         """Answers requests. Each request gets one result, which is an answer or an error.
@@ -383,8 +391,8 @@ class Annotator:
         """The results of one call of generate_many. `running` holds the started requests that have no result yet."""
         from paligemma.generation import Sampling, generate_many
 
-        sampling = self.sampling or Sampling()
-        if sampling.seed is not None:  # so that no two requests draw the same random numbers
+        sampling = Sampling() if self.sampling is None else self.sampling
+        if isinstance(sampling, Sampling) and sampling.seed is not None:  # so that no two requests draw the same random numbers
             sampling = replace(sampling, seed=sampling.seed + queue.waiting[0][0][0])
         for answer in generate_many(
             self.model,

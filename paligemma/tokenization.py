@@ -93,8 +93,10 @@ class PromptTokenizer:
     def encode(self, text: str, notes: list[str] | None = None) -> list[int]:
         """The ids of a text. Nothing is added to it, and its characters never become <image>, bos, eos or pad.
 
-        Raises: PromptError if the text cannot be encoded as UTF-8, or is too long for the model.
+        Raises: PromptError if the text is not a str, cannot be encoded as UTF-8, or is too long for the model.
         """
+        if not isinstance(text, str):
+            raise PromptError(f"the text is {text!r:.40}. A text (str) is needed.")
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -377,7 +377,7 @@ def test_a_fifo_a_device_and_a_socket_are_refused_without_waiting(tmp_path):
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket"))
         for path in (tmp_path / "fifo", tmp_path / "socket", "/dev/zero", "/dev/null"):
-            assert "not a regular file" in refusal(path)
+            assert "not a regular file. Save its content to a file" in refusal(path)
 
 
 def test_links_are_followed_unless_they_lead_nowhere(tmp_path):
