@@ -58,7 +58,7 @@ class NormalizedBox:
 
     @classmethod
     def from_locations(cls, locations: Sequence[float], denominator: float = NUM_LOCATIONS - 1) -> "NormalizedBox":
-        """The box of four locations, y x y x, sorted or not. Use 1024 to compare with code that divides by 1024."""
+        """The box of four locations, y x y x, sorted or not. Pass the denominator 1024 to compare with code that divides by it."""
         y_min, x_min, y_max, x_max = (value / denominator for value in sort_corners(locations))
         return cls(x_min, y_min, x_max, y_max)
 
@@ -305,7 +305,7 @@ def split_ids(ids: list[int], processor: "PromptTokenizer") -> Iterator[Lexeme]:
     """One lexeme per token, with two exceptions: the byte tokens of a character form one lexeme, and control tokens form none."""
     stream = processor.stream()
     pending: tuple[int, ...] = ()
-    for index, token in enumerate([*ids, processor.eos_token_id]):
+    for index, token in enumerate([*ids, processor.eos_token_id]):  # eos completes a text at the end of the answer
         is_text = not (token in processor.location_ids or token in processor.code_ids or token in processor.control_ids)
         text = stream.put(token) if is_text else stream.end()
         pending += (index,) if is_text else ()
@@ -370,7 +370,7 @@ def parse_text(text: str, denominator: int = NUM_LOCATIONS - 1) -> ParsedAnswer:
 def to_suffix(objects: Iterable[ParsedObject]) -> str:
     """The answer that lists these objects, as in the training data. parse_text and parse_ids return the objects again.
 
-    Locations are written in sorted order, even if the model generated them in another order. Of an object without a box, only the
+    Locations are written in sorted order, even if the model generated them in another order. If an object has no box, only its
     label is written. Raises: DatasetError for a label with ";", a newline or <loc>, which would be parsed as something else.
     """
     texts = []
