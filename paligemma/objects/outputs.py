@@ -58,7 +58,7 @@ class NormalizedBox:
 
     @classmethod
     def from_locations(cls, locations: Sequence[float], denominator: float = NUM_LOCATIONS - 1) -> "NormalizedBox":
-        """The box of four locations, y x y x, sorted or not. Pass the denominator 1024 to compare with code that divides by it."""
+        """The box of four locations, y x y x, sorted or not. Pass denominator 1024 to compare with code that divides by it."""
         y_min, x_min, y_max, x_max = (value / denominator for value in sort_corners(locations))
         return cls(x_min, y_min, x_max, y_max)
 
