@@ -52,7 +52,7 @@ class TextStream:
         return self.end() + token.replace(SPACE, " ")
 
     def end(self) -> str:
-        """The text to show after the last token: U+FFFD if it ends in the middle of a character, otherwise ""."""
+        """The text to show after the last token: U+FFFD if the answer ends in the middle of a character, otherwise ""."""
         return self.decoder.decode(b"", final=True)
 
 
@@ -62,7 +62,7 @@ class PromptTokenizer:
     Args:
         tokenizer: a tokenizer like Gemma's, with <loc>, <seg> and <image>.
         ids: image_token_id, pad_token_id, bos_token_id, eos_token_id, newline_token_id.
-        context: the maximum number of tokens that the model can read. A much longer text is not even tokenised.
+        context: the maximum number of tokens that the model can read. encode refuses a text that is much longer.
     """
 
     def __init__(self, tokenizer: Tokenizer, ids: dict[str, int], context: int):
