@@ -288,7 +288,7 @@ class Session:
         """
         from paligemma import roofline
 
-        products = roofline.prefill_products(self.config, len(self.pictures), answer.prompt_tokens)
+        products = roofline.prefill_multiply_adds(self.config, len(self.pictures), answer.prompt_tokens)
         rate = roofline.matrix_rate(self.model.device, self.model.dtype)
         weights = roofline.decode_bytes(self.model.language_model)
         bandwidth = roofline.read_bandwidth(self.model.device)

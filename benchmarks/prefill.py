@@ -17,7 +17,7 @@ from paligemma.files import read_json
 def main() -> None:
     options = turns.parse(__doc__)
     from paligemma.configuration import PaliGemmaConfig
-    from paligemma.roofline import prefill_products
+    from paligemma.roofline import prefill_multiply_adds
 
     raw = read_json(options.model / "config.json")
     config = PaliGemmaConfig.from_hf(raw)
@@ -32,8 +32,8 @@ def main() -> None:
     whole = {name: seconds[name] for name in sides}
     tower = {name: seconds[name + "/tower"] for name in sides}
     decoder = {name: [a - b for a, b in zip(whole[name], tower[name], strict=True)] for name in sides}
-    products = prefill_products(config, 1, context)
-    tower_products = prefill_products(config, 1, 0) - prefill_products(config, 0, 0)
+    products = prefill_multiply_adds(config, 1, context)
+    tower_products = prefill_multiply_adds(config, 1, 0) - prefill_multiply_adds(config, 0, 0)
     results = {"prompt": context, "image_size": config.vision_config.image_size, "floors": floors.document()}
     print(f"one picture of {results['image_size']} px, {context} tokens; {floors.document()}")
     for part, part_seconds, count in (

@@ -33,14 +33,14 @@ def count_work(config: PaliGemmaConfig) -> None:
         for name in quantization.targets(model) if kind else ():
             model.set_submodule(name, quantization.empty_module(model.get_submodule(name), kind))
         weights = roofline.decode_bytes(model.language_model)
-        products = roofline.prefill_products(config, 0, 1)
+        products = roofline.prefill_multiply_adds(config, 0, 1)
         print(f"one token, {kind or 'bf16'}: {weights / 1e9:.2f} GB read, {products / 1e9:.2f} G multiply-adds, "
               f"{products / weights:.1f} per byte")  # fmt: skip
-    products = roofline.prefill_products(config, 1, PROMPT)
+    products = roofline.prefill_multiply_adds(config, 1, PROMPT)
     print(f"one picture and prompt, {PROMPT} tokens: {products / 1e9:.0f} G multiply-adds")
-    cached = roofline.prefill_products(config, 1, PROMPT) + (ANSWER - 1) * roofline.prefill_products(config, 0, 1)
-    plain = sum(roofline.prefill_products(config, 0 if i else 1, PROMPT + i) for i in range(ANSWER))
-    repeated = sum(roofline.prefill_products(config, 1, PROMPT + i) for i in range(ANSWER))
+    cached = roofline.prefill_multiply_adds(config, 1, PROMPT) + (ANSWER - 1) * roofline.prefill_multiply_adds(config, 0, 1)
+    plain = sum(roofline.prefill_multiply_adds(config, 0 if i else 1, PROMPT + i) for i in range(ANSWER))
+    repeated = sum(roofline.prefill_multiply_adds(config, 1, PROMPT + i) for i in range(ANSWER))
     print(
         f"an answer of {ANSWER} tokens: {cached / 1e9:.0f} G multiply-adds with a cache, {plain / cached:.0f} times as many "
         f"without, {repeated / cached:.0f} times with the vision tower in every step as well"

@@ -1,4 +1,4 @@
-"""The exceptions for everything that a user can get wrong, each with the exit code of the program, and short texts for messages.
+"""The exceptions for everything that a user can get wrong, each with an exit code; and functions that shorten texts for messages.
 
 Library code raises these when it checks its inputs (picture, prompt, file, device). A program prints `error: message` on one line
 and exits with the `code` of the error. The modeling files raise plain ValueError instead, so that they can be copied out alone.
@@ -16,20 +16,20 @@ MAX_LISTED, MAX_LISTED_NAME = 5, 150  # names in a list, characters of each name
 
 
 def shorten(text: str, max_length: int = MAX_MESSAGE) -> str:
-    """The text, or its beginning and end if it is too long: a message begins with what is wrong and ends with what to do."""
+    """The text; if it is too long, its beginning (in a message: what is wrong) and its end (in a message: what to do)."""
     last = max_length // 3
     return text if len(text) <= max_length else f"{text[: max_length - last - 5]} ... {text[-last:]}"
 
 
 def one_line(text: object) -> str:
-    """A text from outside (an address, another library's error) for our messages: one line, printable, at most 200 characters."""
+    """A text from outside (an address, another library's error) in a form for our messages: printable, at most 200 characters."""
     line = str(text).strip()
     line = line if line.isprintable() else repr(line)[1:-1]
     return line if len(line) <= 200 else f"{line[:120]}...{line[-60:]}"
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few names, shortened, with unprintable characters escaped, and how many more there are: "a, b and 3 more"."""
+    """The first few names, shortened and printable, and the number of the others: "a, b and 3 more"."""
     plain = [name if name.isprintable() else repr(name)[1:-1] for name in names[:MAX_LISTED]]
     cut = [name if len(name) <= MAX_LISTED_NAME else f"{name[:MAX_LISTED_NAME]}..." for name in plain]
     return ", ".join(cut) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
@@ -44,7 +44,7 @@ def counted(number: int, thing: str) -> str:
 
 
 class PaliGemmaError(Exception):
-    """An error that a user can understand: what came, what was needed, what to do, all on one line.
+    """An error that a user can understand. Its message says on one line what was given, what was expected, and what to do.
 
     Args:
         message: the text that the user sees.
@@ -76,7 +76,7 @@ class UsageError(PaliGemmaError):
 
 
 class ImageError(PaliGemmaError):
-    """A picture cannot be read, or is refused."""
+    """A picture cannot be read, or is not accepted."""
 
     code = 3
 
@@ -106,7 +106,7 @@ class TokenizerError(PaliGemmaError):
 
 
 class AccessError(PaliGemmaError):
-    """There is no network or no permission, or a server refuses."""
+    """There is no network or no permission, or a server does not send the file."""
 
     code = 5
 
@@ -130,7 +130,7 @@ class OutputError(PaliGemmaError):
 
 
 def unexpected(error: BaseException) -> PaliGemmaError:
-    """Converts any other exception: MemoryError to a DeviceError, all others to a PaliGemmaError that asks for a bug report."""
+    """Converts an exception of another class: MemoryError to a DeviceError, others to a PaliGemmaError that asks for a report."""
     if isinstance(error, MemoryError):
         found: PaliGemmaError = DeviceError("memory ran out. Close other programs, or take --dtype bf16 or --quantize int8.")
     else:

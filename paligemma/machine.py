@@ -1,4 +1,4 @@
-"""What this process may use: CPU cores, memory, and devices by name, all checked before anything is loaded.
+"""What this process may use: CPU cores, memory and devices. Programs check this before they load anything.
 
 torch is imported inside the functions, because use_cores must be called before torch is imported for the first time.
 Checked in tests/test_machine.py.
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 OLDEST_TORCH = "2.9"  # older versions cannot write the checkpoints of fine-tuning; pyproject.toml has the same number
-MEMORY_SIGNS = ("can't allocate memory", "Cannot allocate memory", "unable to mmap", "not enough memory")  # in RuntimeErrors
+# A RuntimeError whose message contains one of these means that memory ran out.
+MEMORY_SIGNS = ("can't allocate memory", "Cannot allocate memory", "unable to mmap", "not enough memory")
 SAVE_MEMORY = "Take --dtype bf16, --quantize int8 or int4, a smaller model, or another device."
 GIB = 2**30
 
@@ -27,11 +28,12 @@ GIB = 2**30
 
 
 def control_groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
-    """The control groups (of a container, a service) that limit "cpu" or "memory" of this process: its own, then each above it.
+    """The control groups (of a container or a service) that limit this process: its own group, then each group above it.
 
     Args:
+        controller: "cpu" or "memory".
         root: the root of the file system; tests pass another folder.
-    Yields: the version, 1 or 2, and the folder of the group.
+    Yields: the version of the control groups, 1 or 2, and the folder of the group.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -48,7 +50,7 @@ def control_groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """How many cores' worth of time the control groups allow this process; None = no limit. `root` as in control_groups."""
+    """CPU seconds per second that the control groups allow this process; None = no limit. Args: root: see control_groups."""
     limits = []
     for version, group in control_groups("cpu", root):
         with suppress(OSError):
@@ -62,14 +64,14 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
 
 def available_cores() -> int:
-    """The number of cores this process can use: those of its affinity mask, limited by the quota of its control groups."""
+    """The number of cores this process can use: the cores of its affinity mask, limited by the quota of its control groups."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, min(cores, int(cpu_quota() or cores)))
 
 
 def use_cores() -> int:
-    """Sets the number of torch's threads, which torch reads once, when it is imported. A smaller OMP_NUM_THREADS is kept."""
+    """Sets OMP_NUM_THREADS, which torch reads once when it is imported, and returns it. A smaller value is kept."""
     cores = available_cores()
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdecimal() and 0 < int(wanted) < cores:
@@ -99,10 +101,11 @@ def read_number(path: Path) -> int | None:
 
 
 def free_memory(device: "torch.device", root: Path = Path("/")) -> int | None:
-    """Bytes that this process can still allocate on the device; None if the system does not tell.
+    """Bytes that this process can still allocate on the device; None if this is not known.
 
-    On a CPU this is the least of: what the system calls available, what is left of each control group's limit, and what is left
-    of the process's own limit (ulimit -v). The file cache counts as free, because the system drops it when memory is needed.
+    On a CPU this is the smallest of three numbers: the memory that the system reports as available, the rest of each control
+    group's limit, and the rest of the process's own limit (ulimit -v). The file cache counts as free, because the system drops
+    it when memory is needed.
 
     Args:
         root: the root of the file system; tests pass another folder.
@@ -164,7 +167,7 @@ def memory_errors(doing: str, advice: str = SAVE_MEMORY) -> Iterator[None]:
 
 
 def peak_memory(device: "torch.device") -> int:
-    """The most bytes this process has held: GPU memory for a CUDA device, else CPU memory including mapped files."""
+    """The peak memory of this process in bytes: GPU memory for a CUDA device, else CPU memory including mapped files."""
     if device.type == "cuda":
         import torch
 
@@ -203,7 +206,7 @@ def find_device(name: "str | torch.device" = "auto") -> "torch.device":
 
 
 def check_cuda(name: str) -> None:
-    """Raises: DeviceError if there is no such CUDA device, with the reason: the build of torch, the driver, or the number."""
+    """Raises: DeviceError if there is no such CUDA device, with the reason: torch's build, the driver, or too large an index."""
     import torch
 
     if torch.version.cuda is None and torch.version.hip is None:
@@ -221,7 +224,7 @@ def check_cuda(name: str) -> None:
 
 
 def why_no_cuda() -> str:
-    """torch's own message: there is no driver, the driver is too old, or there is no GPU."""
+    """torch's own message: for example, there is no driver, or the driver is too old."""
     import torch
 
     try:

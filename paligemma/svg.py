@@ -29,7 +29,10 @@ class Drawing:
     def text(
         self, x: float, y: float, words: str, *, anchor: str = "start", size: int = 13, fill: str = INK, turn: int = 0
     ) -> None:
-        """Draws words with their baseline at y. `anchor` is start, middle or end; `turn` is in degrees, clockwise."""
+        """Draws words with their baseline at y. `anchor` says which part of the words is at x: start, middle or end.
+
+    `turn` is in degrees, clockwise.
+    """
         turned = f' transform="rotate({turn} {x:g} {y:g})"' if turn else ""
         style = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}" fill="{fill}"'
         self.parts.append(f"<text {style}{turned}>{escape(words)}</text>")
@@ -60,7 +63,7 @@ class Drawing:
 
 @dataclass
 class Axes:
-    """The frame of a plot on a drawing.
+    """A plot on a drawing: converts numbers to pixels, draws the frame and the curves.
 
     Args:
         box: left, top, right, bottom in pixels.
@@ -77,10 +80,11 @@ class Axes:
     def at(self, x: float, y: float) -> tuple[float, float]:
         """The pixel position of a point."""
         left, top, right, bottom = self.box
-        across, up = share(x, *self.x, self.is_log[0]), share(y, *self.y, self.is_log[1])
+        across, up = axis_fraction(x, *self.x, self.is_log[0]), axis_fraction(y, *self.y, self.is_log[1])
         return left + (right - left) * across, bottom + (top - bottom) * up
 
     def frame(self, x_ticks: list[float], y_ticks: list[float], x_title: str, y_title: str) -> None:
+        """Draws the grid lines, the numbers at the ticks, and the titles of both axes."""
         left, top, right, bottom = self.box
         for tick in y_ticks:
             height = self.at(self.x[0], tick)[1]
@@ -98,7 +102,7 @@ class Axes:
         self.drawing.line([self.at(x, y) for x, y in points], color, 2, dash)
 
 
-def share(value: float, low: float, high: float, is_log: bool) -> float:
+def axis_fraction(value: float, low: float, high: float, is_log: bool) -> float:
     """The position of a number on an axis, from 0 at the low end to 1 at the high end."""
     if is_log:
         value, low, high = math.log(value), math.log(low), math.log(high)

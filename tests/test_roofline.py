@@ -12,14 +12,14 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prefill_products_are_those_that_torch_counts(family):
+def test_prefill_multiply_adds_are_those_that_torch_counts(family):
     model = make_model(family)
     ids = torch.cat((torch.full((1, 2 * PATCHES), IMAGE), torch.full((1, 5), 3)), 1)
     # FlopCounterMode counts the plain attention, but not the fused one of CPUs.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         cache = model.new_cache(1, ids.shape[1])
         model.prefill(cache, ids, make_pixels(2), torch.ones_like(ids), torch.zeros_like(ids))
-    assert roofline.prefill_products(model.config, 2, ids.shape[1]) == counter.get_total_flops() / 2
+    assert roofline.prefill_multiply_adds(model.config, 2, ids.shape[1]) == counter.get_total_flops() / 2
 
 
 def test_the_measured_rates_are_plausible_numbers():

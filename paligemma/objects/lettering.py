@@ -1,8 +1,11 @@
-"""Draws text of any script with Pillow: each character in the first font that has it. Imports only errors.py of this project.
+"""Draws text of any script with Pillow. Each character is drawn in the first font that has it.
 
-The fonts are tried in this order: the font that the user names; Pillow's own font, which has little more than English; DejaVu
-Sans, which comes with this project (the other alphabets of Europe, Arabic, Hebrew); the fonts of the system, on Linux those that
-fontconfig finds, on macOS those that come with it. Checked in tests/objects/test_lettering.py.
+This module imports only errors.py of this project. The fonts are tried in this order:
+    - the font that the user names;
+    - Pillow's own font, which has little more than the letters of English;
+    - DejaVu Sans, which comes with this project (the other alphabets of Europe, Arabic, Hebrew);
+    - the fonts of the system: on Linux the fonts that fontconfig finds, on macOS those in SYSTEM_FONTS.
+Checked in tests/objects/test_lettering.py.
 """
 
 import math
@@ -18,9 +21,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from paligemma.errors import UsageError
 
-SYSTEM_FONTS = ("Arial Unicode.ttf", "PingFang.ttc", "Apple Color Emoji.ttc")  # of macOS; Pillow knows their folders
+SYSTEM_FONTS = ("Arial Unicode.ttf", "PingFang.ttc", "Apple Color Emoji.ttc")  # on macOS; Pillow knows their folders
 PICTURE_SIZES = (109, 136, 160, 128, 96, 64)  # pixels: the sizes in which fonts store coloured emoji
-PROBE_SIZE = 32  # pixels: the size at which fonts are searched for a character
+PROBE_SIZE = 32  # pixels: the size at which glyphs are compared, to find out whether a font has a character
 NO_CHARACTER = "\U0010fffe"  # a code point that no font has
 UNKNOWN = "?"  # drawn for a character that no font has
 
@@ -48,7 +51,7 @@ class Font:
             self.picture_size = next((size for size in PICTURE_SIZES if self.has_size(size)), None)
             if self.picture_size is None:
                 raise OSError(f"{file} has no size that can be drawn")
-        self.missing_glyph = self.pixels(NO_CHARACTER)
+        self.missing_glyph = self.pixels(NO_CHARACTER)  # a font draws this glyph for every character that it does not have
         self.known: dict[str, bool] = {}
 
     def has_size(self, size: int) -> bool:
@@ -76,7 +79,7 @@ class Font:
         return all(self.known[character] for character in text)
 
     def scale(self, size: float) -> float:
-        """The factor from lengths of `at(size)` to lengths at `size`."""
+        """The factor that converts lengths measured with `at(size)` to lengths at `size`: 1 unless the font has only one size."""
         return size / self.picture_size if self.picture_size else 1
 
 
@@ -130,12 +133,12 @@ class Lettering:
         return self.choices[cluster]
 
     def missing(self, text: str) -> str:
-        """The different characters that no font has."""
+        """The characters of the text that no font has, each once."""
         pieces = clusters(unicodedata.normalize("NFC", text))
         return "".join(dict.fromkeys(cluster[0] for cluster in pieces if self.choose(cluster) is None))
 
     def runs(self, text: str) -> list[tuple[Font, str]]:
-        """The text divided into pieces of one font each. A word is not divided if one font has all of its characters."""
+        """The text divided into pieces, each with its font. A word is not divided if one font has all of its characters."""
         pieces = []
         for word in re.split("( )", unicodedata.normalize("NFC", text)):
             whole = next((font for font in self.fonts if font.has(word)), None)
@@ -159,9 +162,9 @@ class Lettering:
 
         Args:
             place: x and y in pixels.
-            fill: a colour, as Pillow takes it.
-            anchor: which point of the text is at the place: "l" for the left or "r" for the right end, then "a" for the upper
-                edge or "m" for the middle.
+            fill: a colour in any form that Pillow accepts.
+            anchor: the point of the text that is at `place`: "l" for the left or "r" for the right end, followed by "a" for the
+                upper edge or "m" for the middle.
         """
         x, y = place
         above, below = self.height(text, size)
@@ -198,5 +201,5 @@ def system_font(character: str) -> str:
 
 @lru_cache(maxsize=8)
 def lettering(file: str | None = None) -> Lettering:
-    """The Lettering whose first font is this file (None: no file), made once."""
+    """The Lettering whose first font is this file (None: no such font). It is made once for each file."""
     return Lettering(file)
