@@ -10,10 +10,11 @@ import io
 import json
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
@@ -155,22 +156,22 @@ def coco_results(pictures: list[Picture], truth: dict) -> list[dict]:
 
 def voc(picture: Picture) -> str:
     """The XML file of Pascal VOC. Its pixels are numbered from 1, and the maximum of a box is the last pixel inside."""
+
+    def add(parent: ElementTree.Element, **texts: object) -> None:
+        for name, text in texts.items():
+            ElementTree.SubElement(parent, name).text = NOT_IN_XML.sub("?", str(text))
+
     root = ElementTree.Element("annotation")
-    ElementTree.SubElement(root, "filename").text = NOT_IN_XML.sub("?", os.path.basename(picture.name))
-    size = ElementTree.SubElement(root, "size")
-    for name, value in (("width", picture.width), ("height", picture.height), ("depth", 3)):
-        ElementTree.SubElement(size, name).text = str(value)
-    ElementTree.SubElement(root, "segmented").text = "0"
+    add(root, filename=os.path.basename(picture.name))
+    add(ElementTree.SubElement(root, "size"), width=picture.width, height=picture.height, depth=3)
+    add(root, segmented=0)
     for found in picture.objects:
         element = ElementTree.SubElement(root, "object")
-        for name, text in (("name", name_of(found)), ("pose", "Unspecified"), ("truncated", "0"), ("difficult", "0")):
-            ElementTree.SubElement(element, name).text = NOT_IN_XML.sub("?", text)
+        add(element, name=name_of(found), pose="Unspecified", truncated=0, difficult=0)
         x, y, x_end, y_end = (round(value) for value in found["box"])
         left, top = min(x, picture.width - 1) + 1, min(y, picture.height - 1) + 1
-        right, bottom = max(x_end, left), max(y_end, top)
         corners = ElementTree.SubElement(element, "bndbox")
-        for name, value in (("xmin", left), ("ymin", top), ("xmax", right), ("ymax", bottom)):
-            ElementTree.SubElement(corners, name).text = str(value)
+        add(corners, xmin=left, ymin=top, xmax=max(x_end, left), ymax=max(y_end, top))
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 
@@ -244,17 +245,13 @@ def output_files(names: Iterable[str], folder: Path, suffix: str, taken: Iterabl
         is_taken = rest and known(folder / first) in others  # a folder called classes.txt
         paths.append(folder.joinpath(f"{first}_" if is_taken else first, *rest))
     used = {*others, *(known(above) for path in paths for above in path.parents)}
-    counts: Counter[str] = Counter()
+    counters: dict[str, Iterator[int]] = defaultdict(lambda: count(2))  # kept, so that many equal names take no time
     files = []
     for path in paths:
-        free = [path.with_suffix(suffix), path.with_name(path.name + suffix)]
-        while free and known(free[0]) in used:
-            free.pop(0)
-        while not free or known(free[0]) in used:  # the count is kept, so that many equal names take no time
-            counts[known(path)] += 1
-            free = [path.with_name(f"{path.name}-{counts[known(path)] + 1}{suffix}")]
-        used.add(known(free[0]))
-        files.append(free[0])
+        numbered = (path.with_name(f"{path.name}-{number}{suffix}") for number in counters[known(path)])
+        candidates = chain([path.with_suffix(suffix), path.with_name(path.name + suffix)], numbered)
+        files.append(next(file for file in candidates if known(file) not in used))
+        used.add(known(files[-1]))
     return files
 
 
@@ -289,10 +286,9 @@ def export(rows: Iterable[dict], kind: str, path: str | Path, names: Iterable[st
         return files
     classes = {name: number for number, name in enumerate(class_names(pictures))}
     file_of, written = dict(zip(names, files[: len(names)], strict=True)), []
-    numbers = {name: number for number, name in enumerate(classes)}
     for picture in pictures:
         written.append(file_of[picture.name])
-        put(written[-1], voc(picture) if kind == "voc" else yolo(picture, numbers))
+        put(written[-1], voc(picture) if kind == "voc" else yolo(picture, classes))
     if kind == "yolo":
         written.append(files[-1])
         put(files[-1], "".join(f"{' '.join(name.split()) or UNNAMED}\n" for name in classes))  # one line each

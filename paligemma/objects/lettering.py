@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import unicodedata
+from contextlib import suppress
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -115,10 +116,8 @@ class Lettering:
 
     def add(self, file: str) -> None:
         """Adds a font as the last one; does nothing if there is no such font."""
-        try:
+        with suppress(OSError):
             self.fonts.append(Font(file))
-        except OSError:
-            return
 
     def choose(self, cluster: str) -> Font | None:
         """The font for a character and its marks; None if no font has the character."""

@@ -8,22 +8,21 @@ A server may send one byte per second, never finish, or redirect to a machine in
 A user may type an address in the local network. But a public server must not redirect to one, and a dataset, such as a list of
 pictures, must not contain one. Proxies are not used, because none of this could be checked through a proxy.
 
-The network modules are imported when the first address is read. Checked in tests/pictures/test_fetch.py.
+Checked in tests/pictures/test_fetch.py.
 """
 
+import http.client
+import ipaddress
 import os
 import queue
+import socket
+import ssl
 import threading
 import time
 import urllib.parse
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from paligemma.errors import AccessError, one_line
-
-if TYPE_CHECKING:
-    import http.client
-    import socket
 
 MAX_DOWNLOAD_BYTES = 32 << 20
 MAX_REDIRECTS = 3
@@ -51,8 +50,6 @@ class Deadline:
         self.timer.start()
 
     def cut(self) -> None:
-        import socket
-
         self.is_over = True
         if self.socket is not None:
             with suppress(OSError):  # the socket was closed in the meantime
@@ -73,8 +70,6 @@ class Deadline:
 
 def is_public(address: str) -> bool:
     """Whether an IP address is public. An IPv4 address inside an IPv6 one is checked, too."""
-    import ipaddress
-
     ip = ipaddress.ip_address(address.partition("%")[0])
     if ip.version == 4:
         return ip.is_global and not ip.is_multicast
@@ -95,8 +90,6 @@ def look_up(host: str, port: int, deadline: Deadline) -> list[str]:
 
     Raises: TimeoutError, OSError, UnicodeError.
     """
-    import socket
-
     found: queue.SimpleQueue = queue.SimpleQueue()
 
     def ask() -> None:
@@ -115,15 +108,13 @@ def look_up(host: str, port: int, deadline: Deadline) -> list[str]:
     return addresses
 
 
-def connect(host: str, port: int, deadline: Deadline, refusal: str | None) -> tuple["socket.socket", bool]:
+def connect(host: str, port: int, deadline: Deadline, refusal: str | None) -> tuple[socket.socket, bool]:
     """A connection to the first IP address of a host that answers, and whether this address is public.
 
     Args:
         refusal: the reason why the address must be public, for the message; None if it may be in the local network.
     Raises: AccessError if a public address is needed and the host has none; OSError.
     """
-    import socket
-
     found = look_up(host, port, deadline)
     allowed = [address for address in found if refusal is None or is_public(address)]
     if not allowed:
@@ -141,17 +132,13 @@ def connect(host: str, port: int, deadline: Deadline, refusal: str | None) -> tu
 
 def open_connection(
     url: urllib.parse.SplitResult, deadline: Deadline, refusal: str | None
-) -> tuple["http.client.HTTPConnection", bool]:
+) -> tuple[http.client.HTTPConnection, bool]:
     """A connection to the server of an address, encrypted for https, and whether the server is public."""
-    import http.client
-
     host = url.hostname if url.hostname.isascii() else url.hostname.encode("idna").decode()
     port = url.port or (443 if url.scheme == "https" else 80)
     connection = http.client.HTTPConnection(host, port)
     connection.sock, is_open_to_all = connect(host, port, deadline, refusal)
     if url.scheme == "https":
-        import ssl
-
         context = ssl.create_default_context()
         connection.sock = context.wrap_socket(connection.sock, server_hostname=host, do_handshake_on_connect=False)
         deadline.socket = connection.sock
@@ -160,7 +147,7 @@ def open_connection(
     return connection, is_open_to_all
 
 
-def read_body(response: "http.client.HTTPResponse", name: str, deadline: Deadline) -> bytes:
+def read_body(response: http.client.HTTPResponse, name: str, deadline: Deadline) -> bytes:
     """The body of a response. Raises: AccessError if it is too large or incomplete; TimeoutError."""
     promised = response.length
     too_large = f"{name} is larger than {MAX_DOWNLOAD_BYTES >> 20} MB. Download a smaller version of the picture."
@@ -228,8 +215,6 @@ def fetch(address: str, *, may_be_private: bool = True, timeout_s: float = TIMEO
     Raises: AccessError for a status other than 200, more than 3 redirects, a redirect into the local network, more than 32 MB,
         or a download that takes longer than `timeout_s`.
     """
-    import http.client
-
     name, deadline = shorten(address), Deadline(timeout_s)
     try:
         return follow(address, deadline, may_be_private)

@@ -45,14 +45,6 @@ def identity(folder: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def is_folder(entry: os.DirEntry) -> bool:
-    """Whether the entry is a folder or a link to one."""
-    try:
-        return entry.is_dir()
-    except OSError:  # its links form a loop
-        return False
-
-
 def in_folder(folder: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[str]:
     """The pictures in a folder and in the folders below it, ordered by name.
 
@@ -62,29 +54,22 @@ def in_folder(folder: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[s
         seen: identities of folders that are skipped. A folder that is reached twice (through a link) is listed only once.
     Yields: paths that begin with `folder`. A folder that cannot be listed is yielded itself: reading it raises the error.
     """
-    left, seen = [folder], set(seen)
-    while left:
-        folder = left.pop()
-        folders, files = [], []
+    seen, unreadable = set(seen), []
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: unreadable.append(error.filename)):
+        yield from unreadable
+        unreadable.clear()
         try:
-            number = identity(folder)
-            if number in seen:
-                continue
-            seen.add(number)
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if is_folder(entry):
-                        folders.append(entry.name)
-                    elif entry.name.lower().endswith(PICTURE_SUFFIXES):
-                        files.append(entry.name)
-        except OSError:
-            yield folder
+            number = identity(place)
+        except OSError:  # it was deleted meanwhile
             continue
-        for name in sorted(files):
-            yield os.path.join(folder, name)
-        left += [os.path.join(folder, name) for name in sorted(folders, reverse=True)]
+        if number in seen:
+            folders.clear()  # os.walk then goes no deeper
+            continue
+        seen.add(number)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        pictures = sorted(name for name in names if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith("."))
+        yield from (os.path.join(place, name) for name in pictures)
+    yield from unreadable
 
 
 def matches(pattern: str) -> Iterator[str]:

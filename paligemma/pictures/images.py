@@ -182,10 +182,9 @@ def open_source(
 def as_array(source: object, name: str) -> tuple[np.ndarray, bool]:
     """A tensor or any array as a numpy array, and whether its channels come first by convention. Raises: ImageError."""
     torch = sys.modules.get("torch")  # if the source is a tensor, torch has been imported
-    if torch is None or not isinstance(source, torch.Tensor):
-        with decoder_errors(name):
-            return np.asarray(source), False
     with decoder_errors(name):
+        if torch is None or not isinstance(source, torch.Tensor):
+            return np.asarray(source), False
         values = source.detach().resolve_neg()
         values = values.dequantize() if values.is_quantized else values.to_dense() if values.is_sparse else values
         values = values.cpu()

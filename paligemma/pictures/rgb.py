@@ -38,7 +38,6 @@ def find_converter(dtype: np.dtype, low: float, high: float, name: str, stretch:
         return lambda values: values
     if dtype == np.bool_:
         return lambda values: values.astype(np.uint8) * np.uint8(255)
-    is_16_bits = dtype.kind == "u" and dtype.itemsize == 2
     if stretch and math.isfinite(float(high) - float(low)):
         notes.append(f"{name}: values from {low:g} to {high:g}, stretched so that they reach from black to white.")
         factor = 255 / ((float(high) - float(low)) or 1)
@@ -50,7 +49,7 @@ def find_converter(dtype: np.dtype, low: float, high: float, name: str, stretch:
         top = 1 if high <= 1 else 255
         notes.append(f"{name}: floats from {low:g} to {high:g}, taken as 0 (black) to {top} (white).")
         return lambda values: np.rint(values * np.float32(255 / top)).astype(np.uint8)
-    if is_16_bits:
+    if dtype.kind == "u" and dtype.itemsize == 2:
         notes.append(f"{name}: 16 bits, values from {low} to {high}, divided by 257.{NEARLY_BLACK if 0 < high < DARK else ''}")
         return lambda values: ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if low < 0 or high > 255:

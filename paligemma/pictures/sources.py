@@ -85,14 +85,6 @@ def read_address(source: str, name: str, is_typed: bool) -> bytes:
     return data
 
 
-def local_path(address: str, name: str) -> str:
-    """The path in a file:// address. Raises: ImageError if the address names another machine."""
-    host, path = split_file_address(address)
-    if host:
-        raise ImageError(f"{name} names the machine {one_line(host)}. Write file:///, then the path.", path=name)
-    return str(path)
-
-
 def as_path(source: str, is_typed: bool) -> str:
     """The path, with ~ expanded if a user typed it and no file has this very name."""
     try:
@@ -129,4 +121,7 @@ def read_bytes(source: object, is_typed: bool) -> tuple[bytes, str]:
         raise ImageError(f"{name} begins with {kind}:. Give a path, or an address with http(s).", path=name)
     if not is_typed:
         raise ImageError(f"{name} comes from a data file, where file: is not allowed. Write the path instead.", path=name)
-    return read_file(local_path(source, name)), name
+    host, path = split_file_address(source)
+    if host:
+        raise ImageError(f"{name} names the machine {one_line(host)}. Write file:///, then the path.", path=name)
+    return read_file(path), name

@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error_of_its_own(monkeypatch):
 
     def refuse(folder):
         if folder == "photos/b":
-            raise PermissionError(13, "Permission denied")
+            raise PermissionError(13, "Permission denied", folder)
         return scandir(folder)
 
     monkeypatch.setattr(os, "scandir", refuse)
