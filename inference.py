@@ -167,7 +167,7 @@ def is_looping(text: str) -> bool:
 
 
 class Session:
-    """A model, and the pictures that all questions are about."""
+    """A model, and the pictures that all questions are about. The weights, `model`, may be loaded after `inputs` was called."""
 
     def __init__(self, flags: Flags, pictures: list["Image.Image"]):
         self.flags = flags
@@ -178,10 +178,7 @@ class Session:
         self.model: PaliGemmaForConditionalGeneration | None = None
         self.image_features: torch.Tensor | None = None
         self.sampling = flags.sampling()
-
-    def load(self) -> None:
-        """Loads the weights. __init__ does not, so that a prompt can be checked before this slow step."""
-        self.model = self.flags.load(self.checkpoint)
+        self.is_streaming = not flags.json and (is_terminal(sys.stdout) if flags.stream is None else flags.stream)
 
     def inputs(self, prompt: str) -> dict:
         """The model's inputs for one question, without the pixels. Raises: PromptError if no room is left for an answer."""
@@ -205,20 +202,13 @@ class Session:
         print_notes(*notes)
         return inputs
 
-    def encode_pictures(self) -> None:
-        """Runs the vision tower once for all questions."""
-        with machine.memory_errors("encoding the picture"):
-            self.image_features = self.model.encode_images(self.pixels)
-
     def steps(self, inputs: dict) -> Iterator[tuple[int, float]]:
         """Each token of the answer with its log-probability."""
         from paligemma.generation import generate_steps
 
         flags = self.flags
-        if self.image_features is None:
-            inputs = inputs | {"pixel_values": self.pixels}
-        else:
-            inputs = inputs | {"image_features": self.image_features}
+        features = self.image_features
+        inputs = inputs | ({"pixel_values": self.pixels} if features is None else {"image_features": features})
         room = self.config.text_config.max_position_embeddings - inputs["input_ids"].shape[1]
         if flags.max_tokens_to_generate is not None and flags.max_tokens_to_generate > room:
             print_notes(f"--max_tokens_to_generate {flags.max_tokens_to_generate} is cut to {room}, the room in the context.")
@@ -232,7 +222,7 @@ class Session:
         ):
             yield step.tokens.item(), step.logprobs.item()
 
-    def answer(self, inputs: dict, is_streaming: bool) -> Answer:
+    def answer(self, inputs: dict) -> None:
         """Generates and prints the answer. After a signal, prints the text generated so far and raises Interrupted."""
         eos = self.config.eos_token_id
         answer = Answer(prompt_tokens=inputs["input_ids"].shape[1])
@@ -246,7 +236,7 @@ class Session:
                     answer.logprobs.append(logprob)
                     piece = stream.put(token)
                     answer.text += piece
-                    if is_streaming:
+                    if self.is_streaming:
                         write(piece)
                     if token in (eos if isinstance(eos, tuple) else (eos,)):
                         answer.finish_reason = "stop"
@@ -257,18 +247,17 @@ class Session:
         except commandline.Interrupted as signal:
             answer.finish_reason, interrupted = "interrupted", signal
         except PaliGemmaError:
-            if is_streaming and answer.token_ids:
+            if self.is_streaming and answer.token_ids:
                 write("\n")
             raise
         piece = stream.end()
         answer.text += piece
         answer.seconds = round(time.perf_counter() - start, 4)
-        self.print_answer(answer, piece if is_streaming else answer.text, inputs)
+        self.print_answer(answer, piece if self.is_streaming else answer.text, inputs)
         if interrupted:
             raise interrupted
         if self.flags.verbose:
             self.print_speed(answer, times)
-        return answer
 
     def print_answer(self, answer: Answer, rest: str, inputs: dict) -> None:
         """Prints the answer, or its `rest` that was not streamed yet. With --explain, draws its explanation."""
@@ -305,27 +294,23 @@ class Session:
         note(f"peak memory: {machine.format_bytes(machine.peak_memory(self.model.device))}")
 
 
-def is_streamed(flags: Flags) -> bool:
-    """Whether words are printed as they are generated."""
-    return not flags.json and (is_terminal(sys.stdout) if flags.stream is None else flags.stream)
-
-
 def answer_once(flags: Flags, pictures: list["Image.Image"], prompt: str) -> None:
     """Answers one prompt. Checks the prompt before it loads the weights, because loading is slow."""
     session = Session(flags, pictures)
     inputs = session.inputs(prompt)
-    session.load()
-    session.answer(inputs, is_streamed(flags))
+    session.model = flags.load(session.checkpoint)
+    session.answer(inputs)
 
 
 def answer_typed(flags: Flags, pictures: list["Image.Image"]) -> None:
     """Answers the questions that the user types."""
     session = Session(flags, pictures)
-    session.load()
-    session.encode_pictures()
+    session.model = flags.load(session.checkpoint)
+    with machine.memory_errors("encoding the picture"):
+        session.image_features = session.model.encode_images(session.pixels)  # once for all questions
     for typed in typed_prompts():
         try:
-            session.answer(session.inputs(as_utf8(typed)), is_streamed(flags))
+            session.answer(session.inputs(as_utf8(typed)))
         except PaliGemmaError as error:
             commandline.report(error, flags.json, flags.debug)
 
@@ -355,7 +340,6 @@ def program(flags: Flags) -> None:
 
 
 def main() -> int:
-    sys.excepthook = commandline.report_bug
     return commandline.run(Flags, program, topics=verbs.HELP)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 MAX_MESSAGE = 500  # characters of a message on the screen or in a row of results; --debug shows the whole message
 MAX_PATH = 4096  # characters of a path in a row of results
-MAX_LISTED, MAX_LISTED_NAME = 5, 150  # names in a list, characters of each name
+MAX_LISTED = 5  # names in a list
 
 
 # Texts for messages
@@ -29,10 +29,9 @@ def one_line(text: object) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few names, shortened and printable, and the number of the others: "a, b and 3 more"."""
-    plain = [name if name.isprintable() else repr(name)[1:-1] for name in names[:MAX_LISTED]]
-    cut = [name if len(name) <= MAX_LISTED_NAME else f"{name[:MAX_LISTED_NAME]}..." for name in plain]
-    return ", ".join(cut) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
+    """The first few names, each as in one_line, and the number of the others: "a, b and 3 more"."""
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(map(one_line, names[:MAX_LISTED])) + more
 
 
 def counted(number: int, thing: str) -> str:

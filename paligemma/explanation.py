@@ -25,7 +25,7 @@ import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -137,10 +137,9 @@ class Explanation:
         positions in the list of tokens.
         """
         tokens = [
-            {"id": token.id, "text": token.text, "logprob": token.logprob, "blank_logprob": token.blank_logprob,
-             "entropy": token.entropy, "alternatives": [{"text": text, "probability": p} for text, p in token.alternatives]}
+            asdict(token) | {"alternatives": [{"text": text, "probability": p} for text, p in token.alternatives]}
             for token in self.tokens
-        ]  # fmt: skip
+        ]
         words = [
             {"text": word.text, "tokens": list(word.tokens), "logprob": word.logprob, "dependence": word.dependence,
              "box_normalized": None if word.box is None else list(word.box.xyxy(1, 1)), "picture_share": word.share,
@@ -309,11 +308,6 @@ def gradient_maps(chosen: Tensor, spans: Sequence[range], features: Tensor) -> l
     return maps
 
 
-def flat_picture(pixel_values: Tensor) -> Tensor:
-    """Pictures of the same shape, float32[I, 3, H, W], in which each pixel has the mean colour of its picture."""
-    return pixel_values.mean((2, 3), keepdim=True).expand_as(pixel_values)
-
-
 def check_request(inputs: dict[str, Any], token_ids: Sequence[int], model: PaliGemmaForConditionalGeneration) -> dict[str, Any]:
     """The question as one batch row (input_ids, pixel_values, ...), without padding.
 
@@ -402,7 +396,8 @@ def explain(
         logits = answer_logits(model, row, features)  # [T, V]
         chosen = logits.gather(1, row["input_ids"][0, num_prompt:, None])[:, 0]  # [T]
     with torch.no_grad():
-        blank_logits = answer_logits(model, row, model.encode_images(flat_picture(pixels)))  # [T, V]
+        flat_picture = pixels.mean((2, 3), keepdim=True).expand_as(pixels)  # of one colour, the mean of the picture
+        blank_logits = answer_logits(model, row, model.encode_images(flat_picture))  # [T, V]
     tokens = read_tokens(logits.detach().log_softmax(-1), blank_logits.log_softmax(-1), token_ids, processor)
     found = split_words(token_ids, processor)
     spans = [span for _, span, _ in found]

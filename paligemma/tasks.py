@@ -361,7 +361,7 @@ class Annotator:
 
     def load_pictures(self, requests: Iterable[Request]) -> Iterator[Request]:
         """The requests with loaded pictures, each resized when it is loaded, so that waiting requests need little memory."""
-        from paligemma.pictures.images import is_loaded_picture, load_image, resize_to_square
+        from paligemma.pictures.images import load_image, resize_to_square
 
         def resized(original: "Image.Image") -> "tuple[Image.Image, tuple[int, int]]":
             return resize_to_square(original, self.processor.image_size), original.size
@@ -370,7 +370,7 @@ class Annotator:
         loaded: tuple[Image.Image | PaliGemmaError | None, tuple[int, int] | None] = (None, None)
         for request in requests:
             picture = request.picture
-            if request.image_features is not None or isinstance(picture, PaliGemmaError) or is_loaded_picture(picture):
+            if request.image_features is not None or isinstance(picture, PaliGemmaError):
                 yield request
                 continue
             is_name = isinstance(picture, str | os.PathLike)

@@ -316,7 +316,7 @@ def open_picture(data: bytes, name: str, frame: int, max_pixels: int, notes: lis
 # Decoding
 
 
-def is_turned_by_pillow(picture: Image.Image) -> bool:
+def pillow_turns(picture: Image.Image) -> bool:
     """Whether Pillow turns the picture upright when it decodes it, and then removes the tag. It does so for TIFF only."""
     return picture.format == "TIFF"
 
@@ -339,7 +339,7 @@ def decode(picture: Image.Image, name: str, max_pixels: float, allow_truncated: 
         quiet_libtiff()
     with decoder_errors(name), truncated_allowed(allow_truncated):
         check_size(picture.size, name, max_pixels)  # each page of a TIFF has its own size
-        number = orientation(picture) if is_turned_by_pillow(picture) else 1
+        number = orientation(picture) if pillow_turns(picture) else 1
         picture.load()
         # In a PNG the EXIF chunk may come after the pixels, so it is read last.
-        return number if is_turned_by_pillow(picture) else orientation(picture)
+        return number if pillow_turns(picture) else orientation(picture)

@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -140,15 +139,12 @@ def read_text_lines(path: str) -> Iterator[tuple[int, str]]:
         raise DatasetError(f"{path} cannot be read: it {what}. Name a text file.", path=path)
     try:
         with open(place, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-            for number in count(1):
-                line = file.readline(MAX_LINE)
+            for number, line in enumerate(iter(partial(file.readline, MAX_LINE), ""), 1):
                 if number == 1 and line.startswith(UTF16):
                     raise DatasetError(f"{path} is in UTF-16, and UTF-8 is needed. Save it as UTF-8.", path=path)
                 if len(line) == MAX_LINE:
                     too_long = f"{path}:{number} is longer than {MAX_LINE >> 20} million characters"
                     raise DatasetError(f"{too_long}. This is not a list: name another file.", path=path)
-                if not line:
-                    return
                 if text := line.rstrip("\r\n"):
                     yield number, text
     except OSError as error:
@@ -236,12 +232,12 @@ def picture_errors(place: object) -> Iterator[None]:
         raise ImageError(message, path=place) from error
 
 
-def load(place: str | bytes, side: int, keeps_original: bool = False, is_typed: bool = True, **options: Any) -> Loaded:
+def load(place: str | bytes, side: int | None, keeps_original: bool = False, is_typed: bool = True, **options: Any) -> Loaded:
     """Reads a picture and resizes it as the processor does. Nothing is raised: an error is returned as `picture`.
 
     Args:
         place: a path or an address, or the bytes of a file.
-        side: of the square that the model takes, in pixels.
+        side: of the square that the model takes, in pixels; None = the picture is not resized.
         keeps_original: whether to provide `original`.
         is_typed: whether a user typed the place, see load_image.
         options: for load_image.
@@ -256,7 +252,7 @@ def load(place: str | bytes, side: int, keeps_original: bool = False, is_typed: 
             source = place
             if keeps_original and isinstance(place, str) and is_address(place):  # so that it is downloaded only once
                 source = {"bytes": read_bytes(place, is_typed)[0], "path": place}
-            resize = lambda picture: (resize_to_square(picture, side), picture.size)  # noqa: E731
+            resize = lambda picture: (resize_to_square(picture, side) if side else picture, picture.size)  # noqa: E731
             small, size = load_image(source, is_typed=is_typed, notes=notes, then=resize, **options)
             if isinstance(place, str) and file_version(place) != before:
                 raise ImageError(f"{place} changed while it was read. Ask again with --retry_failed.", path=place)

@@ -22,15 +22,7 @@ from PIL import Image, ImageColor, ImageFile
 
 from paligemma.errors import ImageError, UsageError
 from paligemma.files import shown
-from paligemma.pictures.decoding import (
-    MAX_PIXELS,
-    check_size,
-    decode,
-    decoder_errors,
-    is_turned_by_pillow,
-    open_picture,
-    orientation,
-)
+from paligemma.pictures.decoding import MAX_PIXELS, check_size, decode, decoder_errors, open_picture, orientation, pillow_turns
 from paligemma.pictures.rgb import from_array, to_rgb
 from paligemma.pictures.sources import read_bytes
 
@@ -110,7 +102,7 @@ def load_image(
         limit = max_pixels or (MAX_PIXELS if isinstance(picture, ImageFile.ImageFile) else math.inf)
         check_size(picture.size, name, limit)
         with MEMORY.take(0 if is_large else BYTES_PER_PIXEL * math.prod(picture.size)):
-            is_turned = is_turned_by_pillow(picture)
+            is_turned = pillow_turns(picture)
             number = decode(picture, name, limit, allow_truncated)
             if max(picture.size) > MAX_ASPECT * min(picture.size):
                 width, height = picture.size

@@ -7,7 +7,6 @@ the run is complete and some rows are errors. Reading order: Flags, program. Che
 
 import os
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -227,5 +226,4 @@ def program(flags: Flags) -> None:
 
 
 def main() -> int:
-    sys.excepthook = commandline.report_bug
     return commandline.run(Flags, program)

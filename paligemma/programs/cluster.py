@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import secrets
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -211,5 +210,4 @@ def program(flags: Flags) -> None:
 
 
 def main() -> int:
-    sys.excepthook = commandline.report_bug
     return commandline.run(Flags, program)

@@ -397,13 +397,16 @@ def run_guarded(flags: type, program: Callable, argv: list[str], topics: dict[st
 
 
 def run(flags: type, program: Callable, argv: list[str] | None = None, topics: dict[str, str] | None = None) -> int:
-    """Calls the program with the flags in argv (default: those of the process). Returns: the exit code.
+    """Calls the program with the flags in argv (default: those of the process). From now on report_bug prints bugs.
+
+    Returns: the exit code.
 
     Args:
         flags: a dataclass with keyword-only fields, one per flag; its docstring is the help, its __post_init__ checks ranges.
         program: is called with an instance of `flags`.
         topics: word -> the beginning of --help if the word is in argv, in place of the docstring.
     """
+    sys.excepthook = report_bug
     prepare_streams()
     try:
         return run_guarded(flags, program, sys.argv[1:] if argv is None else argv, topics or {})

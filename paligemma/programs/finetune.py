@@ -17,7 +17,6 @@ processes. To read this file, begin with Flags and train. Checked in tests/progr
 
 import logging
 import signal
-import sys
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from itertools import pairwise
@@ -31,7 +30,7 @@ from paligemma.learning import run_folder
 from paligemma.learning.processes import barrier, from_first, group, is_first, leave, num_on_this_machine, world_size
 from paligemma.programs import commandline
 from paligemma.programs.config_file import read_config
-from paligemma.programs.options import PictureFlags, picture_options, require
+from paligemma.programs.options import PictureFlags, require
 from paligemma.programs.progress import progress, show, stop_signals
 
 if TYPE_CHECKING:
@@ -272,7 +271,7 @@ def train(flags: Flags, device: "torch.device") -> None:
 
     def read_data() -> list[dataset.Split]:
         paths = [path for path in (flags.train, flags.valid) if path]
-        splits = dataset.read_splits(paths, flags.image_dir, picture_options(flags), checkpoint.processor, limit)
+        splits = dataset.read_splits(paths, flags.image_dir, flags.picture_options, checkpoint.processor, limit)
         for line in (line for split in splits for line in dataset.report(split)):
             show(line)
         dataset.require_usable(splits, flags.skip_bad, max_tokens)
@@ -356,5 +355,4 @@ def program(flags: Flags) -> None:
 
 
 def main() -> int:
-    sys.excepthook = commandline.report_bug
     return leave(commandline.run(Flags, program))

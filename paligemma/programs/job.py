@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ from paligemma.pictures import folders
 from paligemma.pictures.names import PICTURE_SUFFIXES, file_of, is_address, looks_like_picture
 from paligemma.programs.commandline import Interrupted, Words, note
 from paligemma.programs.journal import PART, Journal
-from paligemma.programs.options import AnswerFlags, ModelFlags, PictureFlags, picture_options, require
+from paligemma.programs.options import AnswerFlags, ModelFlags, PictureFlags, require
 from paligemma.tasks import OBJECT_TASKS, REQUIRED_TEXT, TASKS, Annotator, Request, Result, check_task, prompt
 
 if TYPE_CHECKING:
@@ -175,10 +174,10 @@ def questions(flags: JobFlags, kind: str, without: Iterable[str] = ()) -> Iterat
         yield Question(image, image, words, flags.chosen_task, flags.asked, is_typed)
 
 
-def check_pictures(flags: JobFlags, without: Iterable[str] = ()) -> str:
-    """The name of the first picture, after all checks that need no picture to be read.
+def check_pictures(flags: JobFlags, without: Iterable[str] = ()) -> None:
+    """Makes all checks that need no picture to be read.
 
-    Raises: ImageError for words that name no picture, DatasetError for a list that cannot be read or has a damaged line.
+    Raises: ImageError if there is no picture, DatasetError for a list that cannot be read or has a damaged line.
     """
     if flags.questions is not None:
         names = [image for image, _ in folders.questions(flags.questions)][:1]
@@ -187,7 +186,6 @@ def check_pictures(flags: JobFlags, without: Iterable[str] = ()) -> str:
         names = [name for name, _ in islice(images(flags, without), 1)]
     if not names:
         raise ImageError(f"no picture was found. In folders, only names that end in {', '.join(PICTURE_SUFFIXES)} count.")
-    return names[0]
 
 
 # What decides the answers
@@ -226,15 +224,10 @@ def answer(
     A picture that cannot be read, or a question that cannot be asked, gets a row with the error.
     """
     running: dict[int, folders.Loaded] = {}
-    load = partial(
-        folders.load,
-        side=annotator.processor.image_size,
-        keeps_original=keeps_original,
-        **picture_options(flags),
-    )
+    side = annotator.processor.image_size
 
     def read(place: tuple[str, bool]) -> folders.Loaded:
-        return load(place[0], is_typed=place[1])
+        return folders.load(place[0], side=side, keeps_original=keeps_original, is_typed=place[1], **flags.picture_options)
 
     def requests() -> Iterator[Request]:
         threads = min(READERS, machine.available_cores())

@@ -10,13 +10,13 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from paligemma import files, machine
 from paligemma.errors import ImageError, UsageError
 from paligemma.pictures.names import is_address
 from paligemma.programs.commandline import command, print_notes
-from paligemma.tasks import MAX_ANSWER_TOKENS, Annotator, check_language
+from paligemma.tasks import MAX_ANSWER_TOKENS, Annotator, check_language, checkpoint_kind
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -89,10 +89,9 @@ class ModelFlags:
         machine.check_torch()
         import torch
 
-        from paligemma.machine import find_device
         from paligemma.opened import open_checkpoint
 
-        find_device(self.device_name)  # before anything is downloaded
+        machine.find_device(self.device_name)  # before anything is downloaded
         checkpoint = open_checkpoint(self.model_path, revision=self.revision, base_model=self.base_model)
         if sum(os.path.getsize(file) for file in checkpoint.base.glob("*.safetensors") if files.is_file(file)) < SMALL_MODEL:
             torch.set_num_threads(1)
@@ -112,6 +111,11 @@ class ModelFlags:
     @property
     def device_name(self) -> str:
         return "cpu" if self.only_cpu else self.device
+
+    @property
+    def kind(self) -> str:
+        """What the checkpoint was trained for, see tasks.checkpoint_kind."""
+        return checkpoint_kind(self.model_path or "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +144,11 @@ class PictureFlags:
             ("frame", self.frame >= 0, "a whole number from 0 up"),
             ("max_pixels", self.max_pixels >= 1, "a whole number from 1 up"),
         )
+
+    @property
+    def picture_options(self) -> dict[str, Any]:
+        """The flags as arguments of load_image."""
+        return {field.name: getattr(self, field.name) for field in fields(PictureFlags)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,11 +303,6 @@ class DrawingFlags:
 # Pictures
 
 
-def picture_options(flags: PictureFlags) -> dict:
-    """The flags as arguments of load_image."""
-    return {field.name: getattr(flags, field.name) for field in fields(PictureFlags)}
-
-
 def read_stdin() -> bytes:
     """The bytes of the picture on stdin. Raises: UsageError, ImageError."""
     if sys.stdin is None or sys.stdin.isatty():
@@ -324,6 +328,6 @@ def read_picture(name: str, flags: PictureFlags) -> "Image.Image":
 
     notes: list[str] = []
     with picture_errors(name):
-        picture = load_image(find_picture(name), notes=notes, **picture_options(flags))
+        picture = load_image(find_picture(name), notes=notes, **flags.picture_options)
     print_notes(*notes)
     return picture

@@ -105,8 +105,6 @@ class OutputFlags:
             from paligemma.objects.exports import files_of
 
             exported = files_of(self.export_format, files.expand(self.export), dict.fromkeys(query.pictures))
-        if not outputs and not exported:
-            return
         read = [("the picture", file) for file in map(file_of, query.pictures) if file is not None]
         read += [(what, files.expand(file)) for what, file in inputs]
         new = [("--export", file) for file in exported]
@@ -142,16 +140,6 @@ def check_numbered(flag: str, file: str) -> None:
 
 
 # The results
-
-
-def is_fancy() -> bool:
-    """Whether stdout is a terminal that can show the characters of bars."""
-    return sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf")
-
-
-def has_colors() -> bool:
-    """Whether the user wants colours in the terminal (no-color.org)."""
-    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def with_polygons(result: Result) -> dict:
@@ -245,9 +233,10 @@ class ResultWriter:
             print_notes(f"the answer about {result.image} holds no box: {result.text!r}.")
         from paligemma.objects.tables import listing, table
 
-        if is_fancy():
+        if sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf"):  # it can show the characters of bars
             title = f"{commandline.printable(result.image)}\n" if head else ""
-            commandline.put(title + table(result.parsed.objects, result.width, result.height, has_colors()))
+            has_colors = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"  # see no-color.org
+            commandline.put(title + table(result.parsed.objects, result.width, result.height, has_colors))
         else:
             lines = listing(result.parsed.objects, result.width, result.height).splitlines(keepends=True)
             commandline.write("".join("\t".join([*head, line]) for line in lines))

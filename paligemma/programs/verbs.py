@@ -18,51 +18,19 @@ from paligemma import files
 from paligemma.errors import ImageError, PaliGemmaError, UsageError, counted
 from paligemma.pictures.names import is_address, looks_like_picture, split_pictures
 from paligemma.programs.commandline import PROGRAMS, Words, as_utf8, command, note, print_notes, suggestion
-from paligemma.programs.options import (
-    AnswerFlags,
-    DrawingFlags,
-    ModelFlags,
-    PictureFlags,
-    SamplingFlags,
-    find_picture,
-    picture_options,
-    read_picture,
-)
+from paligemma.programs.options import AnswerFlags, DrawingFlags, ModelFlags, PictureFlags, SamplingFlags, find_picture
 from paligemma.programs.results import OutputFlags, Query, ResultWriter, save_explanation
-from paligemma.tasks import (
-    OBJECT_TASKS,
-    REQUIRED_TEXT,
-    TASKS,
-    Request,
-    check_task,
-    checkpoint_kind,
-    in_order,
-    prompt,
-    split_objects,
-    task_warning,
-)
+from paligemma.tasks import OBJECT_TASKS, REQUIRED_TEXT, TASKS, Request, check_task, in_order, prompt, split_objects, task_warning
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
     from paligemma.opened import Checkpoint
     from paligemma.pictures.folders import Loaded
 
 ROWS = 4  # requests that are answered at the same time
-VERBS_OF_FLAG = {  # the verbs that take a flag; a flag that is not listed here works with every verb
-    "save": OBJECT_TASKS,
-    "line_width": OBJECT_TASKS,
-    "no_labels": OBJECT_TASKS,
-    "plain": OBJECT_TASKS,
-    "font": OBJECT_TASKS,
-    "export": OBJECT_TASKS,
-    "grammar": OBJECT_TASKS,
-    "min_score": OBJECT_TASKS,
-    "denominator": OBJECT_TASKS,
-    "mask_codec": ("segment",),
-    "language": ("caption", "ask"),
-}
+OBJECT_FLAGS = ("save", "line_width", "no_labels", "plain", "font", "export", "grammar", "min_score", "denominator")
+# The verbs that take a flag; a flag that is not listed here works with every verb.
+VERBS_OF_FLAG = dict.fromkeys(OBJECT_FLAGS, OBJECT_TASKS) | {"mask_codec": ("segment",), "language": ("caption", "ask")}
 WITHOUT_VERB = ("prompt", "image_file_path", "stream", "truncate_prompt")  # flags that no verb takes
 
 HELP = {
@@ -248,7 +216,7 @@ def print_query(flags: VerbFlags, query: Query) -> None:
     if flags.verbose:
         pictures = f"{counted(len(query.pictures), 'picture')} {', '.join(query.pictures)}"
         print_notes(f"{query.task} {' ; '.join(query.texts)} in the {pictures}")
-    if warning := task_warning(query.task, checkpoint_kind(flags.model_path or "")):
+    if warning := task_warning(query.task, flags.kind):
         print_notes(warning)
 
 
@@ -256,33 +224,20 @@ def plain_prompt(flags: VerbFlags, query: Query) -> str | None:
     """The prompt, if there is one answer and it is only text, so that it can be streamed; else None."""
     if query.num_results > 1 or query.task not in ("caption", "ask", "ocr") or flags.json:
         return None
-    return prompt(query.task, query.texts[0], checkpoint_kind(flags.model_path or ""), flags.language)
+    return prompt(query.task, query.texts[0], flags.kind, flags.language)
 
 
-def load_picture(name: str, flags: VerbFlags, side: int) -> "Loaded":
-    """The picture, or its error. It is resized to the model's input at once, so that many can wait in memory."""
+def load_picture(name: str, flags: VerbFlags, side: int | None) -> "Loaded":
+    """The picture, or its error. It is resized to `side`, the model's input, at once, so that many can wait in memory."""
     from paligemma.pictures import folders
 
     try:
         source = find_picture(name)
     except ImageError as error:
         return folders.Loaded(error)
-    loaded = folders.load(source, side, keeps_original=bool(flags.save or flags.explain), **picture_options(flags))
+    loaded = folders.load(source, side, keeps_original=bool(flags.save or flags.explain), **flags.picture_options)
     print_notes(*loaded.notes)
     return loaded
-
-
-def first_picture(name: str, flags: VerbFlags) -> "Loaded":
-    """The first picture, or its error. It is read before the model is loaded, so that an error is reported early."""
-    from paligemma.pictures.folders import Loaded
-
-    try:
-        picture: Image.Image | PaliGemmaError = read_picture(name, flags)
-    except UsageError:
-        raise
-    except PaliGemmaError as error:
-        picture = error
-    return Loaded(picture, original=lambda: picture)
 
 
 def run(flags: VerbFlags, query: Query) -> None:
@@ -291,9 +246,10 @@ def run(flags: VerbFlags, query: Query) -> None:
     Raises: the error of the result, if there is only one result; otherwise PaliGemmaError with exit code 8 at the end, if some
         results are errors.
     """
-    first = first_picture(query.pictures[0], flags)
-    if query.num_results == 1 and isinstance(first.picture, PaliGemmaError):
+    first = load_picture(query.pictures[0], flags, None)  # before the model is loaded, so that an error is reported early
+    if isinstance(first.picture, PaliGemmaError if query.num_results == 1 else UsageError):
         raise first.picture
+    first = replace(first, original=lambda: first.picture)  # not read again
     checkpoint = flags.open()
     codec = flags.load_codec(checkpoint) if query.task == "segment" else None
     if query.task == "segment" and codec is None:
