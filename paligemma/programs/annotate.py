@@ -19,7 +19,7 @@ from paligemma.errors import AccessError, ImageError, UsageError
 from paligemma.objects.exports import digest, export, path_parts
 from paligemma.pictures import folders
 from paligemma.programs import commandline, job
-from paligemma.programs.commandline import note
+from paligemma.programs.commandline import note, print_notes
 from paligemma.programs.job import JobFlags, Question
 from paligemma.programs.journal import Journal, key, rows
 from paligemma.programs.options import DrawingFlags, require
@@ -146,10 +146,7 @@ def check_drawings(flags: Flags, folder: Path) -> None:
             raise UsageError(f"{picture} was not drawn by this program and lies in --save_dir {flags.save_dir}: {advice}")
 
 
-@lru_cache(maxsize=1000)
-def note_once(text: str) -> None:
-    """Prints a text only once, although many pictures may cause it."""
-    note(text)
+print_note_once = lru_cache(maxsize=1000)(print_notes)  # many pictures may cause the same note
 
 
 def save_drawing(flags: Flags, row: dict, picture: "Image.Image", reading: "ParsedAnswer") -> None:
@@ -167,7 +164,7 @@ def save_drawing(flags: Flags, row: dict, picture: "Image.Image", reading: "Pars
     notes: list[str] = []
     drawing.save(drawing.draw(picture, reading.objects, flags.style, notes), path, source)
     for text in notes:
-        note_once(f"note: {text}")
+        print_note_once(text)
 
 
 def check_folder(flags: Flags) -> None:
@@ -215,8 +212,7 @@ def program(flags: Flags) -> None:
     checkpoint = flags.open()
     job.check_outputs(flags, flags.file, tables, checkpoint.files)
     about = None if flags.questions is not None else task_warning(flags.chosen_task, checkpoint.kind)
-    for text in filter(None, (about, flags.part and f"part {flags.shard} is written to {flags.file}.")):
-        note(f"note: {text}")
+    print_notes(*filter(None, (about, flags.part and f"part {flags.shard} is written to {flags.file}.")))
     with job.open_rows(flags, checkpoint, flags.file) as journal:
         work(flags, checkpoint, journal)
     if flags.export is not None:

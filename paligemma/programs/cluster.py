@@ -83,8 +83,7 @@ class Worker:
         self.flags = flags
         self.fault: PaliGemmaError | None = None
         try:
-            checkpoint = flags.open()
-            self.annotator = job.make_annotator(flags, checkpoint)
+            self.annotator = job.make_annotator(flags, flags.open())
         except PaliGemmaError as error:
             self.fault = error
 
@@ -119,8 +118,7 @@ def ray_running(flags: Flags) -> Iterator[None]:
         except ConnectionError as error:
             advice = "Start one with ray start --head; if it needs a token, set RAY_AUTH_MODE=token here, too."
             raise AccessError(f"no Ray cluster answers at {flags.address}. {advice}", path=flags.address) from error
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
+        ray.data.DataContext.get_current().enable_progress_bars = False
         try:
             yield
         finally:
