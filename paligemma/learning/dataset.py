@@ -171,14 +171,14 @@ def parse_line(text: bytes, folder: Path, line: int) -> Example:
     except JSONFault as fault:
         raise ValueError(f"{fault} (column {fault.column})") from fault
     if record.repeated:
-        raise ValueError(f"{quote(record.repeated[0])} is given twice; keep one")
+        raise ValueError(f"{quote(record.repeated[0])} is given twice; remove one of the two")
     for name in FIELDS:
         if name not in record:
             raise ValueError(explain_missing(name, record))
         if isinstance(record[name], Number) and name == "suffix":
             record[name] = str(record[name])
         if type(record[name]) is not str:
-            raise ValueError(f'{name} is {json_kind(record[name])}; text in quotes is needed, "" for an empty one')
+            raise ValueError(f'{name} is {json_kind(record[name])}; text in quotes is needed, or "" for an empty text')
         if any(0xD800 <= ord(letter) < 0xE000 for letter in record[name]):
             raise ValueError(f"{name} contains half of a surrogate pair, which UTF-8 cannot encode")
     return Example(path_inside(folder, record["image"]), record["prefix"], record["suffix"], line)
@@ -192,7 +192,7 @@ def explain_missing(name: str, record: Record) -> str:
     if chat is not None:
         return f"a chat ({quote(chat)}). Write its question as prefix, its answer as suffix, and the name of its picture as image"
     has = ", ".join(quote(key) for key in [*record][:6]) + f" and {len(record) - 6} more" * (len(record) > 6)
-    return f"no {name!r}; it has {has or 'nothing'}"
+    return f"no {name!r}; the object has {has or 'nothing'}"
 
 
 def path_inside(folder: Path, name: str) -> Path:
@@ -269,7 +269,7 @@ def read_split(file: str | Path, image_dir: str | Path | None = None) -> Split:
 
 def kind_of_fault(text: str) -> str:
     """The message without quoted texts, numbers and the list of existing fields, so that messages of the same kind are equal."""
-    return re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "", text.partition("; it has")[0])
+    return re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "", text.partition("; the object has")[0])
 
 
 def fault_in_array(head: str) -> str | None:

@@ -38,7 +38,7 @@ def memory_needed(model: nn.Module, plan: Plan, max_text_tokens: int, gradient_c
     checkpointing every layer stores only its input, and one layer at a time stores all activations. Attention with a soft cap
     (Gemma 2) does not use a fused kernel: it stores about 10.5 bytes for each head and pair of tokens.
     """
-    size = 2 if plan.dtype == torch.bfloat16 else 4
+    bytes_per_weight = 2 if plan.dtype == torch.bfloat16 else 4
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     text, vision = model.config.text_config, model.config.vision_config
@@ -53,8 +53,9 @@ def memory_needed(model: nn.Module, plan: Plan, max_text_tokens: int, gradient_c
         else:
             activations += part.num_hidden_layers * layer
     logits = min(max_text_tokens, 64) * text.vocab_size * 4 * 3  # [L, V] of the answer, its softmax and its gradient
-    per_trained = max(16 // world_size(), 4)
-    return trained * per_trained + (total - trained) * size + total * size + plan.micro_batch_size * (activations + logits)
+    model_bytes = trained * max(16 // world_size(), 4) + (total - trained) * bytes_per_weight
+    copy_for_evaluation = total * bytes_per_weight
+    return model_bytes + copy_for_evaluation + plan.micro_batch_size * (activations + logits)
 
 
 def merged_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -69,8 +69,8 @@ def vqa_words(answer: str) -> str:
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     stripped = text
     for mark in PUNCTUATION:
-        removes = f"{mark} " in text or f" {mark}" in text or COMMA_IN_NUMBER.search(text)
-        stripped = stripped.replace(mark, "" if removes else " ")
+        is_removed = f"{mark} " in text or f" {mark}" in text or COMMA_IN_NUMBER.search(text)
+        stripped = stripped.replace(mark, "" if is_removed else " ")
     words = (NUMBER_WORDS.get(word, word) for word in FULL_STOP.sub("", stripped).lower().split())
     return " ".join(APOSTROPHES.get(word, word) for word in words if word not in ARTICLES)
 
@@ -91,7 +91,7 @@ def vqa_accuracy(predictions: Texts, references: References) -> float:
         if len(set(answers)) > 1:
             prediction, *answers = map(vqa_words, (prediction, *answers))
         num_equal = answers.count(prediction)
-        # If the answer that is left out equals the prediction, one fewer is counted.
+        # If the answer that is left out equals the prediction, one answer fewer is counted.
         values.append(mean([min(1.0, (num_equal - (answer == prediction)) / 3) for answer in answers]))
     return mean(values)
 
