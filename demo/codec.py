@@ -51,7 +51,7 @@ from paligemma.vocabulary import NUM_CODES
 
 COPYING_SHARE = 0.3  # share of the steps in which encoder and decoder learn to copy masks without a codebook
 DECAY = 0.98  # decay of the moving averages of a code
-OTHERS = ("ellipse", "blob", "polygon", "ring")
+OTHER_KINDS = ("ellipse", "blob", "polygon", "ring")
 
 
 def other_outline(kind: str, rng: np.random.Generator) -> np.ndarray:
@@ -97,7 +97,7 @@ def draw_masks(rng: np.random.Generator, count: int) -> Tensor:
     """float32[M, 64, 64]: half of them are the demo's shapes, and a third of these are rotated by up to 90 degrees."""
     drawn = []
     for index in range(count):
-        kind = str(rng.choice(shapes.KINDS if index % 2 else OTHERS))
+        kind = str(rng.choice(shapes.KINDS if index % 2 else OTHER_KINDS))
         drawn.append(draw_mask(kind, rng, turned=0.0 if index % 2 and rng.random() < 0.67 else np.pi / 2))
     return torch.from_numpy(np.stack(drawn))
 
@@ -191,7 +191,7 @@ def report(codec: MaskCodec, seed: int = 1000, count: int = 200) -> dict[str, fl
     """Mean IoU of unseen masks by kind: the demo's shapes upright, then the same shapes rotated, then the other kinds."""
     rng = np.random.default_rng(seed)
     sets = {kind: (kind, 0.0) for kind in shapes.KINDS} | {"turned " + kind: (kind, np.pi / 2) for kind in shapes.KINDS}
-    sets |= {kind: (kind, np.pi / 2) for kind in OTHERS}
+    sets |= {kind: (kind, np.pi / 2) for kind in OTHER_KINDS}
     result = {}
     for name, (kind, turned) in sets.items():
         masks = torch.from_numpy(np.stack([draw_mask(kind, rng, turned) for _ in range(count)]))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole recipe of PaliGemma in miniature, from nothing to a checkpoint and two transfers:
+# The whole recipe of PaliGemma in miniature, from scratch to a checkpoint and two transfers:
 #
 #     bash demo/recipe.sh [FOLDER] [HOURS]      default: FOLDER runs/recipe, HOURS 2.4
 #

@@ -1,8 +1,8 @@
 """Stage 0 of the recipe: a vision tower that learns from pictures and their captions, before there is a decoder.
 
 The stage trains SigLIP's two towers with SigLIP's loss (siglip_contrastive.py): does this caption belong to this picture? A
-caption names the shapes from left to right, and the word that is written in the picture, if there is one. The tower learns from
-it what is in a picture, but hardly where it is. SigLIP was trained on ten billion pictures, this tower is trained on a hundred
+caption names the shapes from left to right, and the word that is written in the picture, if there is one. This loss teaches the
+tower what is in a picture, but hardly where it is. SigLIP was trained on ten billion pictures, this tower is trained on a hundred
 thousand, so it needs a second loss: from the vector of each patch, a linear head predicts which shape covers the patch, where the
 edges of that shape's box are, and which letters are in the patch. The head is not part of the exported checkpoint. (SigLIP 2,
 arXiv:2502.14786, section 2, also adds losses on patches to the contrastive loss.)

@@ -13,9 +13,9 @@ prefix  There is one question per row, and the picture attends to the question, 
         so it comes last.
 
 recipe.sh runs three more stages:
-letters  continues `tower` with another seed, above all to learn letters.
-polish   continues `last` with a lower learning rate.
-words    continues `polish` and asks for every word that is in a picture. Then the recipe exports the checkpoint.
+letters  continues `tower` with another seed; the share of right letters nearly doubles.
+polish   continues `last` with lower learning rates.
+words    continues `polish`, and asks for every word that is in a picture. Its state is exported as the checkpoint.
 
 Each stage continues from the state of another stage, `--start`. If the new stage has more patches, the position embedding is
 interpolated (bilinearly, as big_vision does for PaliGemma's stages). Everything is computed in bfloat16, with weights in float32.

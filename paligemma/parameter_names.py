@@ -20,7 +20,7 @@ SPELLINGS = (
     ("model.vision_tower.vision_model.", "vision_tower.vision_model."),  # files of transformers 4.52 and later 4.x
     ("model.vision_tower.", "vision_tower.vision_model."),  # state dicts of transformers 5
     ("model.language_model.", "language_model.model."),  # files of transformers 4.52 and later 4.x, state dicts of transformers 5
-    ("model.multi_modal_projector.", "multi_modal_projector."),  # the same two
+    ("model.multi_modal_projector.", "multi_modal_projector."),  # as in the line above
     ("vision_tower.vision_model.", "vision_tower.vision_model."),  # the hub
     ("vision_tower.", "vision_tower.vision_model."),  # files of transformers 5
     # The output matrix is the embedding matrix. Some files store it under both names, some only as lm_head.

@@ -411,7 +411,7 @@ class ModelFiles:
 
     @property
     def files(self) -> list[tuple[str, Path]]:
-        """(what it is, path) of each file of the model, for files.check_outputs: no output may overwrite them."""
+        """Pairs of a description and a path, for files.check_outputs: the files of the model, which no output may overwrite."""
         folders = dict.fromkeys((self.folder, self.base))
         # An error message then reads: --output FILE would overwrite a file of the model, FILE.
         return [("a file of the model,", folder / name) for folder in folders for name in names_in(folder)]

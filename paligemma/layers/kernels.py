@@ -42,7 +42,7 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-Wno-psabi")
 COMPILE_TIMEOUT_S = 120
 RETRY_AFTER_S = 3600  # compiling is retried at most once per hour if the source does not compile or the compiler hangs
-MIN_FREE_BYTES = 2**23  # must be free on the disk before compiling; several times the size of the compiled file
+MIN_FREE_BYTES = 2**23  # must be free on the disk before compiling; several times what compiling needs
 MAX_COMPILER_FILE_BYTES = 2**26  # limit for each file that a compiler writes: endless messages would fill the disk
 DIGEST = hashlib.sha256
 SLOWER = "decoding will be slower, with torch's own matrix products"  # begins messages

@@ -275,7 +275,7 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def merge(model: nn.Module) -> None:
-    """Replaces each W by W + scaling * B A, so the model has no adapter and computes the same. Raises: ValueError without one."""
+    """Replaces each W by W + scaling * B A: the model computes the same without an adapter. Raises: ValueError if it has none."""
     layers = list(adapted(model))
     if not layers:
         raise ValueError("the model has no adapter: either it was already merged, or the model never had one.")

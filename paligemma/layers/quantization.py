@@ -58,8 +58,7 @@ LAYOUT_LOCK = threading.Lock()  # held while a module changes its layout, which 
 
 
 def small_batch_product_in_float32(x: Tensor, packed: Tensor, scales: Tensor, kind: str) -> Tensor:
-    """float32[B, O] from x, float32[B, X], and weights in rows. torch.compile makes one kernel of it, which reads the
-    weights once."""
+    """float32[B, O] from x, float32[B, X], and weights in rows. Compiled, it is one kernel that reads the weights once."""
     outputs, groups = scales.shape
     if kind == "int8":
         parts = [packed.view(outputs, groups, -1).float()]
