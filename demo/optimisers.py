@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 
 from paligemma.files import open_atomic
 
-WARMUP, PLATEAU = 0.03, 0.4  # shares of a stage after which the learning rate reaches its peak, and after which it begins to fall
+WARMUP, PLATEAU = 0.03, 0.4  # shares of a stage at which the learning rate reaches its peak, and at which it begins to fall
 
 
 class Muon(torch.optim.Optimizer):

@@ -89,7 +89,7 @@ def assert_product(y: torch.Tensor, x: torch.Tensor, module: QuantizedLinear) ->
     weight = module.weight_as_floats()
     bound = product_bound(x, weight, y.dtype, group=GROUP[module.kind]) if kernels.library() else None
     if bound is None:  # torch's own products: of bfloat16 weights, if the inputs are few or bfloat16 (int4: always where few)
-        is_short = x.dtype is not torch.float32 or (module.kind == "int4" and x[..., 0].numel() <= quantization.FEW_ROWS)
+        is_short = x.dtype is not torch.float32 or (module.kind == "int4" and x[..., 0].numel() <= quantization.SMALL_BATCH)
         bound = product_bound(x, weight, torch.bfloat16 if is_short else y.dtype, factors=torch.bfloat16 if is_short else None)
     exact = x.double() @ weight.double().T
     if module.bias is not None:
