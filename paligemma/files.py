@@ -1,7 +1,7 @@
-"""Paths from users, the one JSON reader, and atomic writes: a file is complete or absent. Checked in tests/test_files.py.
+"""Checks paths, reads JSON, and writes files atomically: a file is complete or absent. Checked in tests/test_files.py.
 
 Use these functions for every path that a user, a dataset or a checkpoint gives. Path.exists() and similar methods raise OSError
-for a name of 300 characters or a folder that may not be searched, and expanduser() raises RuntimeError for an unknown ~user.
+for a name of 300 characters or for a folder without search permission, and expanduser() raises RuntimeError for an unknown ~user.
 """
 
 import errno
@@ -26,8 +26,8 @@ BUNDLED = Path(__file__).with_name("bundled")  # the checkpoint, the picture and
 CODEC_NAME = "vae-oid.npz"  # the file with the mask codec, in the folder of a model
 MAX_JSON_BYTES = 10_000_000  # a parsed JSON file can take 25 times its size in memory; the largest real config has 0.3 MB
 MAX_TOKENIZER_BYTES = 50_000_000  # Gemma's tokenizer.json has 35 MB
-MAX_NAMES = 100_000  # how many names of a folder are searched for a similar one
-MAX_COMPARED = 100  # how many of these are compared with difflib
+MAX_NAMES = 100_000  # how many names of a folder are searched for similar names
+MAX_COMPARED = 100  # how many of these names are compared with difflib
 MAKE_ROOM = "Make room, or write elsewhere."
 
 
@@ -35,7 +35,7 @@ MAKE_ROOM = "Make room, or write elsewhere."
 
 
 def expand_text(name: str) -> str:
-    """The name with ~ and ~user replaced, otherwise unchanged. The ~user of an unknown user stays as it is."""
+    """The name with ~ and ~user replaced by home folders. The ~user of an unknown user stays as it is."""
     try:
         return os.path.expanduser(name)
     except ValueError:  # the name holds a NUL or a lone surrogate
@@ -51,7 +51,7 @@ def as_text(path: str | bytes | os.PathLike[str]) -> str:
 
 
 def expand(name: str | os.PathLike[str]) -> Path:
-    """The path with ~ and ~user replaced. The ~user of an unknown user stays as it is, like any other name."""
+    """The path, with ~ and ~user replaced as in expand_text."""
     return Path(expand_text(as_text(name)))
 
 
@@ -62,16 +62,16 @@ def split_file_address(address: str) -> tuple[str, Path]:
     return "" if host.lower() == "localhost" else host, Path(urllib.parse.unquote(slash + path))
 
 
-def shown(path: str | os.PathLike[str]) -> str:
-    """A path for messages: one printable line."""
+def printable_path(path: str | os.PathLike[str]) -> str:
+    """The path in a form for messages: one printable line."""
     return one_line(os.fsdecode(path))
 
 
 def stat_path(path: str | os.PathLike[str], error_class: type[PaliGemmaError] = CheckpointError) -> os.stat_result | None:
-    """The status of the file at a path (links followed), or None if there is none.
+    """The status of the file at a path (links are followed), or None if there is no file.
 
-    Raises: error_class if the system cannot tell: the name is too long or holds a NUL, links form a loop, or a folder may not be
-        searched. The last case raises AccessError if error_class is CheckpointError.
+    Raises: error_class if the path cannot be checked, because the name is too long or holds a NUL, links form a loop, or a
+        folder has no search permission. The last case raises AccessError if error_class is CheckpointError.
     """
     try:
         return os.stat(path)
@@ -82,13 +82,13 @@ def stat_path(path: str | os.PathLike[str], error_class: type[PaliGemmaError] = 
     except (OSError, ValueError) as error:
         known = {errno.ELOOP: "its links form a loop", errno.ENAMETOOLONG: "the name is too long"}
         reason = known.get(getattr(error, "errno", None) or 0) or getattr(error, "strerror", None) or error
-        raise error_class(f"{shown(path)} cannot be opened: {reason}. Check the path.", path=path) from error
+        raise error_class(f"{printable_path(path)} cannot be opened: {reason}. Check the path.", path=path) from error
 
 
 def not_permitted(path: str | os.PathLike[str], error_class: type[PaliGemmaError]) -> PaliGemmaError:
     """The error for a file that may not be read: an AccessError if error_class is CheckpointError, else of error_class."""
     denied = AccessError if error_class is CheckpointError else error_class
-    return denied(f"{shown(path)} may not be read by this user. Change its permissions.", path=path)
+    return denied(f"{printable_path(path)} may not be read by this user. Change its permissions.", path=path)
 
 
 def is_file(path: str | os.PathLike[str], error_class: type[PaliGemmaError] = CheckpointError) -> bool:
@@ -115,8 +115,8 @@ def names_in(folder: str | os.PathLike[str]) -> list[str]:
 def similar_names(name: str, names: list[str]) -> list[str]:
     """Up to three of `names` that are spelled almost like `name`; upper and lower case count as equal.
 
-    The names are first ranked by the letters they have in common, which is fast. Only the best are compared by difflib, which
-    is slow.
+    The names are first ranked by the number of letters that they share with `name`. Only the best are compared by difflib,
+    because it is slow.
     """
     import difflib  # imported only for a mistyped name
 
@@ -134,11 +134,11 @@ def read_regular(
     error_class: type[PaliGemmaError] = CheckpointError,
     advice: str = "Download it again, or name another folder.",
 ) -> bytes:
-    """The content of a regular file or of a link to one. It never waits for a pipe, and never takes more memory than max_bytes.
+    """The content of a regular file or of a link to one. This function never waits for a pipe and reads at most max_bytes.
 
     Raises: error_class if the file is missing, of another kind, too large or unreadable; AccessError as in stat_path.
     """
-    status, name = stat_path(path, error_class), shown(path)
+    status, name = stat_path(path, error_class), printable_path(path)
     if status is None:
         what = "is a broken link" if os.path.islink(path) else "is missing"
         raise error_class(f"{name} {what}. {advice}", path=path)
@@ -159,7 +159,7 @@ def read_regular(
 
 
 def describe_wrong_download(head: bytes) -> str | None:
-    """What was downloaded in place of the real file (a Git LFS pointer, a web page) and what to do; None if it is neither.
+    """What was downloaded instead of the real file, and what to do. None unless it is a Git LFS pointer or a web page.
 
     Args:
         head: the first bytes of the file.
@@ -172,7 +172,7 @@ def describe_wrong_download(head: bytes) -> str | None:
 
 
 class JSONFault(ValueError):
-    """Says why text is not a JSON object, in words that follow "is"; `line` and `column`, from 1, say where."""
+    """A text is not a JSON object. The message completes the sentence "The text is ..."; `line` and `column` count from 1."""
 
     def __init__(self, reason: str, line: int = 1, column: int = 1):
         super().__init__(reason)
@@ -213,9 +213,9 @@ def parse_json(content: bytes | str, max_bytes: int = MAX_JSON_BYTES, **hooks: A
 def parse_json_file(
     content: bytes, path: Path, error_class: type[PaliGemmaError] = CheckpointError, max_bytes: int = MAX_JSON_BYTES
 ) -> dict[str, Any]:
-    """The object in the content of a JSON file, which was read before.
+    """Parses the content of a JSON file that is already in memory.
 
-    Raises: error_class for anything else, with line and column.
+    Raises: error_class, with line and column, if it is not a JSON object.
     """
     try:
         return parse_json(content, max_bytes)
@@ -226,7 +226,7 @@ def parse_json_file(
 
 
 def read_json(path: Path, error_class: type[PaliGemmaError] = CheckpointError, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The object in a JSON file. Raises: error_class, with line and column, for anything else; AccessError as in stat_path."""
+    """Reads and parses a JSON file. Raises: as parse_json_file; AccessError as in stat_path."""
     return parse_json_file(read_regular(path, max_bytes, error_class), path, error_class, max_bytes)
 
 
@@ -234,14 +234,14 @@ def read_json(path: Path, error_class: type[PaliGemmaError] = CheckpointError, m
 
 
 def name_key(name: str) -> str:
-    """A key that is equal for names that some disks store as one file: it ignores case and the Unicode form."""
+    """A key that ignores case and Unicode form, because some disks store names that differ only in these as one file."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def file_key(path: str | os.PathLike[str]) -> tuple[object, object]:
-    """A key for the file that a path names: equal for all spellings of the path and for links to the file, hard links included.
+    """A key for the file that a path names. All spellings of the path and all links to the file, also hard links, have this key.
 
-    The file need not exist. If it does not, the name counts as in name_key.
+    The file need not exist. If it does not exist, names with the same name_key have the same key.
 
     Raises: OutputError as in stat_path.
     """
@@ -277,19 +277,20 @@ def check_writable(path: str | os.PathLike[str], makes_folders: bool = False) ->
 def check_outputs(
     outputs: Iterable[tuple[str, Path]],
     inputs: Iterable[tuple[str, str | os.PathLike[str]]] = (),
-    nested: Iterable[tuple[str, Path]] = (),
+    outputs_with_folders: Iterable[tuple[str, Path]] = (),
 ) -> None:
     """Checks that all output files can be written, are different files, and are not inputs.
 
     Args:
         outputs: pairs of a name for messages ("--save") and a path.
         inputs: the same for the files that are read ("the picture"); they need not exist.
-        nested: the same for outputs whose missing folders will be made.
+        outputs_with_folders: further outputs, whose missing folders will be made.
     Raises: UsageError if two of the paths name the same file, or an output is the file that stdout or stderr is redirected to;
         OutputError as in check_writable.
     """
     taken: dict[tuple[object, object], tuple[str, Path]] = {}
-    for name, path, makes_folders in (*((*output, False) for output in outputs), *((*output, True) for output in nested)):
+    with_folders = ((*output, True) for output in outputs_with_folders)
+    for name, path, makes_folders in (*((*output, False) for output in outputs), *with_folders):
         check_writable(path, makes_folders)
         key = file_key(path)
         if key in taken:
@@ -308,7 +309,7 @@ def check_outputs(
                 raise UsageError(f"{output[0]} {output[1]} would overwrite {what} {read}. Give another name.")
 
 
-# Atomic writes. Whatever replaces a file is written by these functions.
+# Atomic writes: everything that may replace a file is written by these functions
 
 
 def sync(path: str | os.PathLike[str]) -> None:
@@ -327,17 +328,20 @@ def sync_folder(folder: Path) -> None:
 
 
 def move_into_place(source: Path, target: Path) -> None:
-    """Renames a file or a folder. Even after a power cut, `target` is complete: the old one or the new one. Raises: OSError."""
-    # Without this, the new name could reach the disk before the content.
+    """Renames `source` (a file or a folder) to `target`. Even after a power cut, `target` has the complete old or new content.
+
+    Raises: OSError.
+    """
+    # Without a flush, the new name could reach the disk before the content.
     sync_folder(source) if os.path.isdir(source) else sync(source)
     os.replace(source, target)
-    with suppress(OSError):  # some file systems cannot flush a folder, and the new file is in place: this is not an error
+    with suppress(OSError):  # not an error: some file systems cannot flush a folder, and the new file is in place
         sync(target.parent)
 
 
 @contextmanager
 def output_errors(path: Path, advice: str = MAKE_ROOM) -> Iterator[None]:
-    """Turns every OSError inside the block into an OutputError that says `path` cannot be written and ends with the advice."""
+    """Turns every OSError inside the block into an OutputError: "{path} cannot be written: ... {advice}"."""
     try:
         yield
     except OSError as error:
@@ -359,7 +363,7 @@ def open_atomic(path: Path, advice: str = MAKE_ROOM) -> Iterator[BinaryIO]:
 
     Raises: OutputError for every OSError inside the block. Then the old file stays and the temporary one is deleted.
     """
-    # The name is cut so that the whole never exceeds the 255 bytes that disks allow.
+    # The name is cut, because disks allow at most 255 bytes for the whole temporary name.
     temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}.{threading.get_ident()}")
     with output_errors(path, advice):
         try:
@@ -372,7 +376,7 @@ def open_atomic(path: Path, advice: str = MAKE_ROOM) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: Path, content: str | bytes, advice: str = MAKE_ROOM) -> None:
-    """Writes a whole file or leaves the old one. Text is written as UTF-8, its lone surrogates escaped. Raises: OutputError."""
+    """Writes a whole file or leaves the old one. Text is written as UTF-8, with lone surrogates escaped. Raises: OutputError."""
     with open_atomic(path, advice) as stream:
         stream.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 

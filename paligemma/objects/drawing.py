@@ -1,8 +1,8 @@
 """Draws objects into their picture: boxes, masks, labels and scores. Needs Pillow and numpy, but not torch.
 
-`draw` scales lines and letters with the picture. Each label has a colour, and people with any colour vision can tell neighbouring
-colours apart. An edge that the model is unsure of is dashed and gets an error bar. Labels lie inside the picture and cover each
-other as little as possible. Checked in tests/objects/test_drawing.py.
+The widths of lines and the sizes of letters depend on the size of the picture. Each label has a colour, and people with any
+colour vision can distinguish the colours. An edge that the model is unsure of is dashed and gets an error bar. Labels lie inside
+the picture and cover each other as little as possible. Checked in tests/objects/test_drawing.py.
 """
 
 import math
@@ -30,13 +30,13 @@ PALETTE: tuple[Color, ...] = (
 )  # fmt: skip
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 LINES, LETTERS = 1 / 190, 1 / 34  # line width and letter size as fractions of sqrt(width * height) of the picture
-USUAL_LETTER = 12  # pixels: letters are at least this large if there is room
-MIN_LETTER = 7  # pixels: labels that need more room are shrunk to this size before they are cut
+MIN_LETTER_WITH_ROOM = 12  # pixels: the smallest letters if there is room for all labels
+MIN_LETTER = 7  # pixels: the smallest letters; a label that does not fit even then is cut
 MAX_LABEL = 200  # characters of a label that are drawn
-LABEL_SHARE = 0.25  # of the picture that all labels may cover; beyond it they shrink, then the last ones are left out
-FILL = 90  # opacity of a mask, of 255
-SEAM = 110  # opacity of the dark line around a frame, of 255
-UNSURE = 2  # edges with a larger standard deviation, in line widths, are marked as unsure
+LABEL_SHARE = 0.25  # share of the picture that all labels may cover; if they need more, they shrink, then the last are left out
+FILL = 90  # opacity of a mask, from 0 to 255
+SEAM = 110  # opacity of the dark line around a frame, from 0 to 255
+UNSURE = 2  # line widths: an edge with a larger standard deviation is marked as unsure
 DASH, GAP, CAP = 4, 3, 3  # length of a dash, of the gap after it, and of half an error bar's cap, in line widths
 SUPERSAMPLING = 4
 JOINER = "\u200d"  # zero-width joiner: invisible, combines several emoji into one
@@ -47,7 +47,7 @@ SOFTWARE = 305  # the EXIF tag that names the program that wrote a picture
 
 
 def palette(labels: Iterable[str]) -> dict[str, Color]:
-    """A colour for each label, in the order in which the labels first appear. After seven labels, the colours repeat, darker."""
+    """A colour for each label, in the order in which the labels first appear. After seven labels, darker colours follow."""
     colors: dict[str, Color] = {}
     for label in labels:
         if label not in colors:
@@ -140,7 +140,6 @@ def draw_box(
     Args:
         line: the line width in pixels.
         spread: as in error_bars. An edge whose standard deviation is above UNSURE line widths is dashed and gets an error bar.
-        has_seam: whether to draw the seam.
     """
     width, height = picture.size
     marked = [value if value * side > UNSURE * line else 0 for value, side in zip(spread, (width, height) * 2, strict=True)]
@@ -200,7 +199,7 @@ def measure(text: str, size: float, letters: Lettering) -> tuple[int, int, int]:
 
 
 def fit(text: str, size: float, width: int, height: int, letters: Lettering) -> tuple[str, float] | None:
-    """The text and letter size with which a label fits: first the letters shrink, then the text is cut; None if nothing fits."""
+    """The text and letter size with which a label fits. First the letters shrink, then the text is cut. None if nothing fits."""
     while True:
         label = measure(text, size, letters)
         if label[0] <= width and label[1] <= height:
@@ -221,7 +220,7 @@ def overlap(one: Rectangle, other: Rectangle) -> int:
 
 
 def place_label(box: Rectangle, label: tuple[int, int], taken: list[Rectangle], width: int, height: int) -> Rectangle:
-    """The rectangle of a label near its box. Of several candidates inside the picture, it overlaps earlier labels the least.
+    """The rectangle of a label near its box: of several candidates, the one that overlaps earlier labels the least.
 
     Args:
         label: width and height of the label.
@@ -256,7 +255,7 @@ def draw_labels(picture: Image.Image, boxed: Sequence[ParsedObject], colors: dic
     """Draws labels next to boxes until they cover LABEL_SHARE of the picture. Returns: the number of labels left out."""
     named = [found for found in boxed if caption(found)]
     num_pixels = picture.width * picture.height
-    size, room = max(USUAL_LETTER, math.sqrt(num_pixels) * LETTERS), num_pixels * LABEL_SHARE
+    size, room = max(MIN_LETTER_WITH_ROOM, math.sqrt(num_pixels) * LETTERS), num_pixels * LABEL_SHARE
 
     def area(found: ParsedObject) -> int:
         width, height, _ = measure(caption(found), size, letters)
@@ -281,7 +280,7 @@ class Style:
     """How objects are drawn.
 
     Args:
-        line_width: of boxes, in pixels; None = chosen by the size of the picture.
+        line_width: of boxes, in pixels; None = computed from the size of the picture.
         has_labels: whether labels and scores are drawn next to the boxes.
         is_plain: draw frames and outlines only: masks are not filled, and unsure edges look like sure ones.
         font: a font file for labels, which is used before the fonts that lettering.py finds.

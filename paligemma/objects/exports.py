@@ -1,8 +1,9 @@
 """Writes objects in the formats of other tools: COCO, Pascal VOC, YOLO, CSV; or converts them to supervision's Detections.
 
-The input are rows as `annotate` writes and --json prints them: image (a name), width, height, objects (outputs.as_json). Rows
-about the same picture are merged. Rows with an error or without objects, and objects without a box, are skipped. No reader ever
-sees a partial file. torch is never imported, and numpy only if there are masks. Checked in tests/objects/test_exports.py.
+The input is a list of rows in the format that `annotate` writes and --json prints: image (a name), width, height, objects (see
+outputs.as_json). Rows about the same picture are merged. Rows with an error or without objects, and objects without a box, are
+skipped. Files are written atomically. torch is never imported, and numpy only if there are masks. Checked in
+tests/objects/test_exports.py.
 """
 
 import csv
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
 
 UNNAMED = "object"  # the class of objects without a label, as in the answers of a refcoco checkpoint
 NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-NOT_IN_NAMES = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # not possible in file names; \udc80 to \udcff stand for raw bytes
-RUN_LENGTHS = re.compile("(?:[P-o]{0,6}[0-O])*")  # of a COCO string, each below 2^34
+NOT_IN_NAMES = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # impossible in file names; \udc80 to \udcff represent raw bytes
+RUN_LENGTHS = re.compile("(?:[P-o]{0,6}[0-O])*")  # COCO's compressed run lengths, at most 7 characters each, so below 2^34
 MAX_NAME = 200  # bytes of one path component; disks allow 255, and suffixes are added
-FORMULA = ("=", "+", "-", "@", "\t", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the first characters; four are full-width
+# A spreadsheet takes a text for a formula if it begins with one of these (the last four are full-width).
+FORMULA = ("=", "+", "-", "@", "\t", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 COLUMNS = ("image", "label", "score", "x_min", "y_min", "x_max", "y_max", "width", "height")
 
 
@@ -51,7 +53,7 @@ def are_numbers(value: object, count: int) -> bool:
 
 
 def is_object(found: object) -> bool:
-    """Whether an object has the form that outputs.as_json writes, in the fields that an export reads."""
+    """Whether the fields of an object that an export reads have the types that outputs.as_json writes."""
     if not (isinstance(found, dict) and isinstance(found.get("label"), str)):
         return False
     if found.get("score") is not None and not are_numbers([found["score"]], 1):
@@ -155,7 +157,7 @@ def coco_results(pictures: list[Picture], truth: dict) -> list[dict]:
 
 
 def voc(picture: Picture) -> str:
-    """The XML file of Pascal VOC. Its pixels are numbered from 1, and the maximum of a box is the last pixel inside."""
+    """The XML file of Pascal VOC. Pixels are numbered from 1, and the maximum of a box is the last pixel inside it."""
 
     def add(parent: ElementTree.Element, **texts: object) -> None:
         for name, text in texts.items():
@@ -210,7 +212,7 @@ def csv_table(pictures: list[Picture]) -> str:
 def path_parts(name: str) -> list[str]:
     """The name of a picture (a path, an address, a data: URI) as components of a relative path.
 
-    The path never leads out of the folder that it is joined to, and its components are short enough for any disk.
+    Joined to a folder, the path always lies in that folder. Its components are short enough for any disk.
     """
     if name.startswith("data:"):
         return [f"data-{digest(name)}"]
@@ -230,28 +232,28 @@ def output_files(names: Iterable[str], folder: Path, suffix: str, taken: Iterabl
     Args:
         names: of the pictures, all different.
         taken: paths that are used already.
-    Returns: paths that differ not only in case, and of which none is a folder of another. 1.jpg and 1.png become 1.txt and
+    Returns: different paths, even if case is ignored; no path is a folder above another path. 1.jpg and 1.png become 1.txt and
         1.png.txt.
     """
 
-    def known(path: Path) -> str:
+    def key(path: Path) -> str:
         return name_key(str(path))
 
     parts = [path_parts(name) for name in names]
     common = len(os.path.commonprefix([part[:-1] for part in parts]))
-    others = {*map(known, taken)}
+    others = {*map(key, taken)}
     paths = []
     for first, *rest in (part[common:] for part in parts):
-        is_taken = rest and known(folder / first) in others  # a folder called classes.txt
+        is_taken = rest and key(folder / first) in others  # a folder called classes.txt
         paths.append(folder.joinpath(f"{first}_" if is_taken else first, *rest))
-    used = {*others, *(known(above) for path in paths for above in path.parents)}
-    counters: dict[str, Iterator[int]] = defaultdict(lambda: count(2))  # kept, so that many equal names take no time
+    used = {*others, *(key(above) for path in paths for above in path.parents)}
+    counters: dict[str, Iterator[int]] = defaultdict(lambda: count(2))  # so that many equal names do not take quadratic time
     files = []
     for path in paths:
-        numbered = (path.with_name(f"{path.name}-{number}{suffix}") for number in counters[known(path)])
+        numbered = (path.with_name(f"{path.name}-{number}{suffix}") for number in counters[key(path)])
         candidates = chain([path.with_suffix(suffix), path.with_name(path.name + suffix)], numbered)
-        files.append(next(file for file in candidates if known(file) not in used))
-        used.add(known(files[-1]))
+        files.append(next(file for file in candidates if key(file) not in used))
+        used.add(key(files[-1]))
     return files
 
 

@@ -1,7 +1,8 @@
 """Decodes the bytes of a picture file with Pillow, after checks of its format, its size and the work that decoding takes.
 
-A file may be cut off, mislabelled, huge once unpacked, or no picture at all. So the format is recognised by the first bytes and
-never by the name, only formats of photographs and drawings are decoded, and the number of pixels is checked in the header.
+A file may be cut off, have a wrong suffix, be huge when it is unpacked, or be no picture at all. So the format is recognised by
+the first bytes and never by the name, only formats of photographs and drawings are decoded, and the number of pixels is checked
+in the header.
 Checked in tests/pictures/test_images.py.
 """
 
@@ -22,13 +23,13 @@ from PIL import Image, ImageFile, _imaging
 from paligemma.errors import ImageError, one_line
 
 MAX_PIXELS = 50_000_000
-MAX_STEPS = 500_000  # frames and their parts that are counted; a file can hold millions
+MAX_STEPS = 500_000  # limit on the frames and parts of frames that are counted; a file can hold millions
 MAX_FRAME_PIXELS = 1_000_000_000  # limit on the pixels decoded to reach a frame, and over all scans of a JPEG
 MAX_PPM_HEADER_BYTES = 1 << 16
-MAX_PPM_COMMENTS = 1000  # Pillow's decoder starts again at each of them
-MAX_SLOW_BYTES = 4 << 20  # the largest file in a form whose decoder is written in Python
+MAX_PPM_COMMENTS = 1000  # each comment makes Pillow search its buffer from the beginning again, which takes quadratic time
+MAX_SLOW_BYTES = 4 << 20  # the largest file of a format that Pillow decodes in Python, such as PPM written as text
 ORIENTATION = 0x0112  # the tag's number in EXIF and TIFF
-# Decoders fail in many ways on damaged files: whatever they raise, the file is at fault.
+# What decoders raise for damaged files. Each of these means that the file is damaged.
 DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError,
     MemoryError, EOFError, NameError, BufferError, StopIteration, struct.error, zlib.error,
@@ -63,8 +64,8 @@ OTHER_FORMATS = {  # first bytes of other files -> what the file is and what to 
 }
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
-# Pillow allocates pictures in blocks of 16 MB, which are so small that malloc keeps them, for each thread, after the picture is
-# freed: 1.6 GB after eight large pictures. Larger blocks are returned to the system at once.
+# By default Pillow allocates pictures in blocks of 16 MB. After a picture is freed, malloc keeps such small blocks for each
+# thread: 1.6 GB after eight large pictures. Larger blocks are returned to the system immediately.
 Image.core.set_block_size(2**28)
 
 
@@ -74,8 +75,8 @@ Image.core.set_block_size(2**28)
 class NoWarnings:
     """Hides Python warnings while at least one thread is inside the block.
 
-    Pillow warns of odd metadata, which does no harm, and of many pixels, which are checked here. warnings.catch_warnings alone is
-    not safe in threads: two blocks that overlap could leave its filter on for the whole process.
+    Pillow warns of odd metadata, which does no harm, and of many pixels, which this module checks itself. warnings.catch_warnings
+    alone is not safe in threads: if two blocks overlap, its filter may stay on for the whole process.
     """
 
     def __init__(self):
@@ -102,7 +103,10 @@ TRUNCATED_LOCK = threading.Lock()
 
 @contextmanager
 def truncated_allowed(is_allowed: bool) -> Iterator[None]:
-    """Inside, if allowed, Pillow fills the missing part of a file with grey. Pillow has one switch for the whole process."""
+    """If allowed, Pillow fills the missing part of a file with grey inside the block.
+
+    Pillow has one switch for the whole process, so only one thread at a time can be in such a block.
+    """
     if not is_allowed:
         yield
         return
@@ -116,14 +120,14 @@ def truncated_allowed(is_allowed: bool) -> Iterator[None]:
 
 @cache
 def quiet_libtiff() -> None:
-    """Stops libtiff, a C library, from writing to stderr about a damaged file. The exception that Pillow raises is enough."""
-    with suppress(OSError, AttributeError):  # this Pillow was built in another way
+    """Stops the C library libtiff from writing to stderr about a damaged file; Pillow raises an exception anyway."""
+    with suppress(OSError, AttributeError):  # this build of Pillow does not contain libtiff's function
         ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 
 
 @contextmanager
 def decoder_errors(name: str) -> Iterator[None]:
-    """Turns whatever a decoder raises inside the block into an ImageError, and hides its warnings."""
+    """Turns the exceptions of a decoder inside the block into an ImageError, and hides its warnings."""
     try:
         with NO_WARNINGS:
             yield
@@ -157,7 +161,7 @@ def sniff(data: bytes) -> str | None:
 
 
 def describe(data: bytes) -> str:
-    """What a file is that sniff does not know, and what to do, without a full stop at the end."""
+    """For a file whose format sniff does not recognise: what it is, and what to do. The text has no full stop at the end."""
     if not data:
         return "empty, it has zero bytes. Copy or download it again"
     for start, what in OTHER_FORMATS.items():
@@ -192,7 +196,7 @@ def check_size(size: tuple[int, int], name: str, max_pixels: float) -> None:
 
 
 def open_header(data: bytes, name: str, max_pixels: int) -> Image.Image:
-    """The picture, of which only the header has been read. Raises: ImageError."""
+    """The picture, not yet decoded: only the header is read. Raises: ImageError."""
     kind = sniff(data)
     if kind is None:
         raise ImageError(f"{name} is {describe(data)}.", path=name)
@@ -207,12 +211,12 @@ def open_header(data: bytes, name: str, max_pixels: int) -> Image.Image:
         raise ImageError(f"{name}: image data ends early (file cut off?). Copy or download it again.", path=name)
     try:
         with NO_WARNINGS:
-            if kind == "PPM":  # Pillow reads this header byte by byte, and its comments may be long
+            if kind == "PPM":  # Pillow reads this header byte by byte, so a header that does not end in this prefix is an error
                 Image.open(io.BytesIO(data[:MAX_PPM_HEADER_BYTES]), formats=[kind])
             return Image.open(io.BytesIO(data), formats=[kind])
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))[0]
-        limit = min(max_pixels, 2 * Image.MAX_IMAGE_PIXELS)  # we never lift Pillow's own limit
+        limit = min(max_pixels, 2 * Image.MAX_IMAGE_PIXELS)  # Pillow's own limit always applies, too
         raise too_many_pixels(name, f"{pixels} pixels", limit) from error
     except DECODER_ERRORS as error:
         raise ImageError(
@@ -265,14 +269,14 @@ def color_table_bytes(data: bytes, place: int) -> int:
 
 
 def seek(picture: Image.Image, data: bytes, name: str, frame: int, notes: list[str]) -> None:
-    """Goes to a frame of an animation or a page of a TIFF, and notes which one was taken.
+    """Goes to a frame of an animation or a page of a TIFF. If there are several, a note says which frame is used.
 
-    The second picture in a phone's file (MPO) gets no note: it is a preview or another view.
+    There is no note for an MPO, the file of a phone, because its second picture is only a preview or another view.
     """
     count = {"TIFF": count_pages, "GIF": count_frames}.get(picture.format)
     num_frames, is_all = count(data) if count else (getattr(picture, "n_frames", 1), True)
     if frame >= num_frames:
-        found = f"has {num_frames} frames" if is_all else f"has very many frames, of which {num_frames} are looked at"
+        found = f"has {num_frames} frames" if is_all else f"has very many frames, of which only {num_frames} are counted"
         raise ImageError(f"{name} {found}, counted from 0; --frame {frame} is not among them.", path=name)
     if picture.format not in ("TIFF", "MPO") and frame * math.prod(picture.size) > MAX_FRAME_PIXELS:
         advice = "Save that frame as a PNG with another program."
@@ -286,8 +290,8 @@ def seek(picture: Image.Image, data: bytes, name: str, frame: int, notes: list[s
 def check_effort(picture: Image.Image, data: bytes, name: str, max_pixels: int) -> None:
     """Raises: ImageError if decoding would take much longer than the number of pixels suggests.
 
-    The tile of a TIFF may be larger than its picture, each scan of a JPEG may take as long as the whole picture, and two forms
-    are decoded by Python, byte by byte.
+    The tile of a TIFF may be larger than its picture. Each scan of a JPEG may take as long as the whole picture. And Pillow
+    decodes some formats in Python, byte by byte, such as PPM written as text.
     """
     if picture.format == "TIFF":
         tags = getattr(picture, "tag_v2", {})
@@ -297,7 +301,7 @@ def check_effort(picture: Image.Image, data: bytes, name: str, max_pixels: int) 
             raise too_many_pixels(name, f"tiles of {tile} pixels", max_pixels)
     is_slow = any(tile[0] in Image.DECODERS for tile in getattr(picture, "tile", ()))
     if is_slow and (len(data) > MAX_SLOW_BYTES or (picture.format == "PPM" and data.count(b"#") > MAX_PPM_COMMENTS)):
-        kind = f"a {picture.format} of {len(data) >> 20} MB in a form that is slow to read"
+        kind = f"a {picture.format} of {len(data) >> 20} MB in a format that is slow to read"
         raise ImageError(f"{name} is {kind}. Save it as PNG or JPEG.", path=name)
     scans = data.count(b"\xff\xda") if picture.format in ("JPEG", "MPO") else 0
     if scans * math.prod(picture.size) > MAX_FRAME_PIXELS and scans > 20:
@@ -317,12 +321,12 @@ def open_picture(data: bytes, name: str, frame: int, max_pixels: int, notes: lis
 
 
 def pillow_turns(picture: Image.Image) -> bool:
-    """Whether Pillow turns the picture upright when it decodes it, and then removes the tag. It does so for TIFF only."""
+    """Whether Pillow turns the picture upright while decoding and then removes the tag. Pillow does this only for TIFF."""
     return picture.format == "TIFF"
 
 
 def orientation(picture: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 (upright) if there is none. Pillow looks into EXIF, then the text of a PNG, then XMP."""
+    """The EXIF orientation, 1 to 8; 1 (upright) if there is none. Pillow searches EXIF, then the text of a PNG, then XMP."""
     try:
         with NO_WARNINGS:
             return picture.getexif().get(ORIENTATION, 1)

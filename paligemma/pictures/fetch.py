@@ -1,12 +1,12 @@
-"""Downloads the bytes at an http(s) address, with limits on time, size, redirects, and the servers they may lead to.
+"""Downloads the bytes at an http(s) address, with limits on the time, the size, the redirects and the servers.
 
 A server may send one byte per second, never finish, or redirect to a machine in the local network. So:
     - one timer runs for the whole download and closes the connection when the time is up;
-    - reading stops at the size limit, whatever the headers promise;
+    - reading stops at the size limit, whatever length the headers give;
     - a host is resolved once, its IP address is checked, and the connection uses exactly this IP address. A second look-up could
       return another one.
-A user may type an address in the local network. But a public server must not redirect to one, and a dataset, such as a list of
-pictures, must not contain one. Proxies are not used, because none of this could be checked through a proxy.
+A user may type an address in the local network. But a public server must not redirect to such an address, and a dataset, such as
+a list of pictures, must not contain one. Proxies are not used, because the IP address cannot be checked through a proxy.
 
 Checked in tests/pictures/test_fetch.py.
 """
@@ -69,7 +69,7 @@ class Deadline:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is public. An IPv4 address inside an IPv6 one is checked, too."""
+    """Whether an IP address is public. If an IPv6 address contains an IPv4 address, that must be public, too."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if ip.version == 4:
         return ip.is_global and not ip.is_multicast
@@ -109,7 +109,7 @@ def look_up(host: str, port: int, deadline: Deadline) -> list[str]:
 
 
 def connect(host: str, port: int, deadline: Deadline, refusal: str | None) -> tuple[socket.socket, bool]:
-    """A connection to the first IP address of a host that answers, and whether this address is public.
+    """A connection to the first IP address of the host that accepts one, and whether this address is public.
 
     Args:
         refusal: the reason why the address must be public, for the message; None if it may be in the local network.
@@ -137,14 +137,14 @@ def open_connection(
     host = url.hostname if url.hostname.isascii() else url.hostname.encode("idna").decode()
     port = url.port or (443 if url.scheme == "https" else 80)
     connection = http.client.HTTPConnection(host, port)
-    connection.sock, is_open_to_all = connect(host, port, deadline, refusal)
+    connection.sock, is_public_server = connect(host, port, deadline, refusal)
     if url.scheme == "https":
         context = ssl.create_default_context()
         connection.sock = context.wrap_socket(connection.sock, server_hostname=host, do_handshake_on_connect=False)
         deadline.socket = connection.sock
         connection.sock.do_handshake()
         connection.default_port = 443  # so that the Host header names only other ports
-    return connection, is_open_to_all
+    return connection, is_public_server
 
 
 def read_body(response: http.client.HTTPResponse, name: str, deadline: Deadline) -> bytes:
@@ -189,7 +189,7 @@ def follow(address: str, deadline: Deadline, may_be_private: bool) -> tuple[byte
     name, refusal = shorten(address), None if may_be_private else IN_DATA
     for _ in range(MAX_REDIRECTS + 1):
         url = split(address)
-        connection, is_open_to_all = open_connection(url, deadline, refusal)
+        connection, is_public_server = open_connection(url, deadline, refusal)
         target = urllib.parse.quote(url.path or "/", safe=UNQUOTED)
         target += "?" + urllib.parse.quote(url.query, safe=UNQUOTED + "?") if url.query else ""
         connection.request("GET", target, headers={"User-Agent": "paligemma", "Accept": "image/*", "Connection": "close"})
@@ -199,7 +199,7 @@ def follow(address: str, deadline: Deadline, may_be_private: bool) -> tuple[byte
                 return read_body(response, name, deadline), kind.partition(";")[0].strip().lower()
             if response.status not in REDIRECTS or not goal:
                 raise AccessError(f"{name} answered {response.status} {one_line(response.reason)}. Check the address.", path=name)
-        refusal = REDIRECTED if is_open_to_all and refusal is None else refusal
+        refusal = REDIRECTED if is_public_server and refusal is None else refusal
         address = urllib.parse.urljoin(address, goal)
     raise AccessError(
         f"{name} redirects more than {MAX_REDIRECTS} times. Open it in a browser and copy the last address.", path=name

@@ -1,4 +1,4 @@
-"""Lists many pictures (of folders, patterns and lists), and reads them ahead in threads while the model runs.
+"""Lists many pictures (from folders, patterns and lists), and reads them ahead in threads while the model runs.
 
 Names are produced one at a time, folder by folder, so that a million pictures take no more memory than the names of the largest
 folder. A few threads read a few pictures ahead; Pillow lets other threads run while it decodes. images.py is imported when the
@@ -54,11 +54,11 @@ def in_folder(folder: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[s
     Yields: paths that begin with `folder`. A folder that cannot be listed is yielded itself: reading it raises the error.
     """
     seen, unreadable = set(seen), []
-    for place, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: unreadable.append(error.filename)):
+    for above, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: unreadable.append(error.filename)):
         yield from unreadable
         unreadable.clear()
         try:
-            number = identity(place)
+            number = identity(above)
         except OSError:  # it was deleted meanwhile
             continue
         if number in seen:
@@ -67,7 +67,7 @@ def in_folder(folder: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[s
         seen.add(number)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         pictures = sorted(name for name in names if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith("."))
-        yield from (os.path.join(place, name) for name in pictures)
+        yield from (os.path.join(above, name) for name in pictures)
     yield from unreadable
 
 
@@ -83,30 +83,30 @@ def matches(pattern: str) -> Iterator[str]:
 
 
 def lies_in(folder: str, seen: Collection[tuple[int, int]]) -> bool:
-    """Whether a folder is one of those with these identities, or lies in one of them."""
-    place = Path(os.path.realpath(folder))
+    """Whether a folder, or a folder above it, has one of these identities."""
+    path = Path(os.path.realpath(folder))
     with suppress(OSError):
-        return bool(seen) and any(identity(str(above)) in seen for above in (place, *place.parents))
+        return bool(seen) and any(identity(str(above)) in seen for above in (path, *path.parents))
     return False
 
 
-def expand(word: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[str]:
-    """The pictures that a word names: it may be a folder, a file, an address, or a pattern with * ? [ ] and ** (any depth).
+def expand(argument: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[str]:
+    """The pictures that an argument names: a folder, a file, an address, or a pattern with * ? [ ] and ** (any depth).
 
     Args:
         seen: as in in_folder.
     """
-    if is_address(word):
-        yield word
+    if is_address(argument):
+        yield argument
         return
-    word = os.fspath(files.expand(word))  # "photos/" and "./photos" become "photos"
-    if os.path.isdir(word):
-        yield from in_folder(word, seen)
-    elif os.path.lexists(word) or not glob.has_magic(word):
-        yield word
+    path = os.fspath(files.expand(argument))  # "photos/" and "./photos" become "photos"
+    if os.path.isdir(path):
+        yield from in_folder(path, seen)
+    elif os.path.lexists(path) or not glob.has_magic(path):
+        yield path
     else:
         inside: dict[str, bool] = {}  # folder -> whether it lies in one of `seen`
-        for match in matches(word):
+        for match in matches(path):
             folder = os.path.dirname(match)
             if folder not in inside:
                 inside[folder] = lies_in(folder, seen)
@@ -114,31 +114,31 @@ def expand(word: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[str]:
                 yield from expand(match, seen)
 
 
-def check_words(words: Iterable[str]) -> None:
-    """Raises: ImageError for a word that names no file. The content of the files is checked when they are read."""
-    for word in words:
-        place = str(files.expand(word))
-        if is_address(word) or os.path.lexists(place):
+def check_arguments(arguments: Iterable[str]) -> None:
+    """Raises: ImageError for an argument that names no file. The content of the files is checked when they are read."""
+    for argument in arguments:
+        path = str(files.expand(argument))
+        if is_address(argument) or os.path.lexists(path):
             continue
-        if not glob.has_magic(word):
+        if not glob.has_magic(argument):
             from paligemma.pictures.sources import explain_missing
 
-            raise ImageError(explain_missing(Path(place)), path=word)
-        if next(matches(place), None) is None:
-            raise ImageError(f"no file matches {word}. Check the pattern, and put it in quotes.", path=word)
+            raise ImageError(explain_missing(Path(path)), path=argument)
+        if next(matches(path), None) is None:
+            raise ImageError(f"no file matches {argument}. Check the pattern, and put it in quotes.", path=argument)
 
 
 def read_text_lines(path: str) -> Iterator[tuple[int, str]]:
-    """The numbers of the lines of a text file, and the lines without their line ends. Empty lines are skipped.
+    """The lines of a text file, each with its number and without its line end. Empty lines are skipped.
 
     Raises: DatasetError, also for a pipe, because lists are read several times.
     """
-    place = files.expand(path)
-    if not files.is_file(place, DatasetError):
-        what = "does not exist" if files.stat_path(place, DatasetError) is None else "is a folder or a pipe"
+    expanded = files.expand(path)
+    if not files.is_file(expanded, DatasetError):
+        what = "does not exist" if files.stat_path(expanded, DatasetError) is None else "is a folder or a pipe"
         raise DatasetError(f"{path} cannot be read: it {what}. Name a text file.", path=path)
     try:
-        with open(place, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        with open(expanded, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
             for number, line in enumerate(iter(partial(file.readline, MAX_LINE), ""), 1):
                 if number == 1 and line.startswith(UTF16):
                     raise DatasetError(f"{path} is in UTF-16, and UTF-8 is needed. Save it as UTF-8.", path=path)
@@ -188,8 +188,8 @@ class Loaded:
     Args:
         picture: resized to the square that the model takes, so that waiting pictures need little memory; or an error.
         size: width and height of the original picture; None after an error.
-        original: a function that reads the original picture again; to keep the pixels would take far more memory.
-        notes: what was converted or chosen, see load_image.
+        original: a function that reads the original picture again, because keeping its pixels would take far more memory.
+        notes: sentences about conversions and choices, see load_image.
     """
 
     picture: "Image.Image | PaliGemmaError"
@@ -198,48 +198,48 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
 
 
-def file_version(place: str) -> tuple[int, int, int] | None:
+def file_version(source: str) -> tuple[int, int, int] | None:
     """Inode, size and modification time of a file, to notice a change; None for an address or a missing file.
 
     Raises: ImageError for a folder. in_folder yields a folder only if it could not be listed.
     """
-    if is_address(place):
+    if is_address(source):
         return None
     try:
-        status = os.stat(place)
+        status = os.stat(source)
     except (OSError, ValueError):  # load_image will raise the error
         return None
     if stat.S_ISDIR(status.st_mode):
-        raise ImageError(f"the folder {place} cannot be listed. Change its permissions.", path=place)
+        raise ImageError(f"the folder {source} cannot be listed. Change its permissions.", path=source)
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @contextmanager
-def picture_errors(place: object) -> Iterator[None]:
+def picture_errors(source: object) -> Iterator[None]:
     """Turns every exception inside the block into a PaliGemmaError, so that one bad picture does not stop a long run.
 
-    A PaliGemmaError stays as it is. Any other exception is a bug here or in a decoder: it becomes an ImageError that asks the
-    user to report it.
+    A PaliGemmaError stays as it is. Any other exception is a bug here or in a decoder, so it becomes an ImageError that asks the
+    user for a report.
     """
     try:
         yield
     except PaliGemmaError:
         raise
     except Exception as error:
-        place = place if isinstance(place, str) else "the picture"
+        name = source if isinstance(source, str) else "the picture"
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        message = f"reading {place} failed ({reason}). Save it as PNG, and please report this with the file."
-        raise ImageError(message, path=place) from error
+        message = f"reading {name} failed ({reason}). Save it as PNG, and please report this with the file."
+        raise ImageError(message, path=name) from error
 
 
-def load(place: str | bytes, side: int | None, keeps_original: bool = False, is_typed: bool = True, **options: Any) -> Loaded:
+def load(source: str | bytes, side: int | None, keeps_original: bool = False, is_typed: bool = True, **options: Any) -> Loaded:
     """Reads a picture and resizes it as the processor does. Nothing is raised: an error is returned as `picture`.
 
     Args:
-        place: a path or an address, or the bytes of a file.
-        side: of the square that the model takes, in pixels; None = the picture is not resized.
+        source: a path or an address, or the bytes of a file.
+        side: the side of the square that the model takes, in pixels; None = the picture is not resized.
         keeps_original: whether to provide `original`.
-        is_typed: whether a user typed the place, see load_image.
+        is_typed: whether a user typed the source, see load_image.
         options: for load_image.
     """
     from paligemma.pictures.images import load_image, resize_to_square
@@ -247,18 +247,18 @@ def load(place: str | bytes, side: int | None, keeps_original: bool = False, is_
 
     notes: list[str] = []
     try:
-        with picture_errors(place):
-            before = file_version(place) if isinstance(place, str) else None
-            source = place
-            if keeps_original and isinstance(place, str) and is_address(place):  # so that it is downloaded only once
-                source = {"bytes": read_bytes(place, is_typed)[0], "path": place}
+        with picture_errors(source):
+            before = file_version(source) if isinstance(source, str) else None
+            readable: object = source
+            if keeps_original and isinstance(source, str) and is_address(source):  # so that it is downloaded only once
+                readable = {"bytes": read_bytes(source, is_typed)[0], "path": source}
             resize = lambda picture: (resize_to_square(picture, side) if side else picture, picture.size)  # noqa: E731
-            small, size = load_image(source, is_typed=is_typed, notes=notes, then=resize, **options)
-            if isinstance(place, str) and file_version(place) != before:
-                raise ImageError(f"{place} changed while it was read. Ask again with --retry_failed.", path=place)
+            small, size = load_image(readable, is_typed=is_typed, notes=notes, then=resize, **options)
+            if isinstance(source, str) and file_version(source) != before:
+                raise ImageError(f"{source} changed while it was read. Ask again with --retry_failed.", path=source)
     except PaliGemmaError as error:
         return Loaded(error)
-    return Loaded(small, size, partial(load_again, source, before, is_typed, options) if keeps_original else None, notes)
+    return Loaded(small, size, partial(load_again, readable, before, is_typed, options) if keeps_original else None, notes)
 
 
 def load_again(source: object, before: tuple[int, int, int] | None, is_typed: bool, options: dict) -> "Image.Image":
@@ -268,15 +268,15 @@ def load_again(source: object, before: tuple[int, int, int] | None, is_typed: bo
     with picture_errors(source):
         picture = load_image(source, is_typed=is_typed, **options)
     if isinstance(source, str) and file_version(source) != before:
-        raise ImageError(f"{source} changed while it was asked about. Ask again.", path=source)
+        raise ImageError(f"{source} changed while the question was being answered. Run it again.", path=source)
     return picture
 
 
 class Readers:
-    """A pool of daemon threads. Unlike threads of ThreadPoolExecutor, they do not delay the program's end if a server is slow.
+    """A pool of daemon threads. Unlike the threads of ThreadPoolExecutor, a slow download does not delay the program's end.
 
     Args:
-        read: the function that is called with each submitted place.
+        read: the function that is called with each submitted source.
         count: number of threads.
     """
 
@@ -286,22 +286,22 @@ class Readers:
         for _ in range(count):
             threading.Thread(target=self.work, name="reader", daemon=True).start()
 
-    def submit(self, place: P) -> Future:
-        """A future for what `read` returns for this place."""
+    def submit(self, source: P) -> Future:
+        """A future for the result of `read` for this source."""
         future: Future = Future()
-        self.tasks.put((place, future))
+        self.tasks.put((source, future))
         return future
 
     def work(self) -> None:
         while (task := self.tasks.get()) is not None:
-            place, future = task
+            source, future = task
             try:
-                future.set_result(self.read(place))
-            except BaseException as error:  # noqa: BLE001 (raised where the result is asked for)
+                future.set_result(self.read(source))
+            except BaseException as error:  # noqa: BLE001 (future.result() raises it)
                 future.set_exception(error)
 
     def close(self) -> None:
-        """Cancels the tasks that have not begun; does not wait for the others."""
+        """Cancels the tasks that have not begun. Does not wait for running tasks."""
         with suppress(queue.Empty):
             while True:
                 self.tasks.get_nowait()
@@ -310,23 +310,24 @@ class Readers:
 
 
 def read_ahead(
-    items: Iterable[T], place: Callable[[T], P], read: Callable[[P], Loaded], threads: int, ahead: int
+    items: Iterable[T], get_source: Callable[[T], P], read: Callable[[P], Loaded], threads: int, ahead: int
 ) -> Iterator[tuple[T, Loaded]]:
-    """Each item with its picture, in order. Consecutive items with the same place share one picture object.
+    """Each item with its picture, in order. Consecutive items with the same source share one picture object.
 
     Args:
-        items: taken one at a time.
-        place: returns the place of an item's picture, as `read` takes it.
+        items: an iterable from which one item is taken at a time.
+        get_source: returns the source of an item's picture, the argument of `read`.
         read: reads a picture; called in `threads` threads.
-        ahead: how many items are taken, and their pictures read, before they are asked for.
+        ahead: the number of items that are taken from `items`, to read their pictures, before the consumer needs them.
     """
     pool = Readers(read, threads)
     waiting: deque = deque()
     last = None
     try:
         for item in items:
-            if last is None or last[0] != place(item):
-                last = place(item), pool.submit(place(item))
+            source = get_source(item)
+            if last is None or last[0] != source:
+                last = source, pool.submit(source)
             waiting.append((item, last[1]))
             if len(waiting) > ahead:
                 first, picture = waiting.popleft()

@@ -1,10 +1,10 @@
-"""Loads any picture, from anywhere, as 8-bit RGB, upright; or raises an error that says in one sentence why it cannot.
+"""Loads a picture from any source as 8-bit RGB, upright; or raises an error that says why this is not possible.
 
 The steps, each in its own file:
     sources.py     path, address, data: URI or open file -> bytes
     decoding.py    bytes -> a decoded picture, after checks of format, size and effort
     rgb.py         pixels of any type -> 8-bit RGB
-The picture that load_image returns has pixels and nothing else. So no later step can turn it a second time.
+The picture that load_image returns has pixels but no metadata, so no later step can turn it a second time.
 
 Checked in tests/pictures/test_images.py and tests/pictures/test_orientation.py.
 """
@@ -21,15 +21,15 @@ import numpy as np
 from PIL import Image, ImageColor, ImageFile
 
 from paligemma.errors import ImageError, UsageError
-from paligemma.files import shown
+from paligemma.files import printable_path
 from paligemma.pictures.decoding import MAX_PIXELS, check_size, decode, decoder_errors, open_picture, orientation, pillow_turns
 from paligemma.pictures.rgb import from_array, to_rgb
 from paligemma.pictures.sources import read_bytes
 
 T = TypeVar("T")
 
-MEMORY_BYTES = 1 << 30  # limit for all threads that load pictures, together
-BYTES_PER_PIXEL = 16  # to decode and convert: 4 as decoded, 4 as RGB, the rest for decoders that keep two frames
+MEMORY_BYTES = 1 << 30  # limit for all threads together that load pictures
+BYTES_PER_PIXEL = 16  # to decode and convert: 4 as decoded, 4 as RGB, 8 for decoders that keep two frames
 LARGE_FILE_BYTES = 32 << 20  # larger files are loaded one at a time
 MAX_ASPECT = 20  # pictures whose sides have a larger ratio get a note, because the model sees every picture as a square
 UPRIGHT = {  # EXIF orientation -> the operation that turns the picture upright
@@ -70,7 +70,7 @@ def load_image(
 ) -> Image.Image | T:
     """A picture as 8-bit RGB, upright, without EXIF or other metadata.
 
-    A picture that this function returned comes back as it is when it is passed in again, whatever the options.
+    A picture that this function has returned is not changed by passing it in again, whatever the options are.
 
     Args:
         source: a path, an http(s) or file: address, a data: URI, the bytes of a file, an open file, a PIL image (its current
@@ -78,8 +78,8 @@ def load_image(
             first if both readings are possible), or a dict {"bytes": ..., "path": ...} of a Hugging Face dataset.
         background: the colour that transparent pixels show; "drop" ignores transparency, as transformers' load_image does.
         ignore_exif: leave the picture as the camera stored it.
-        max_pixels: a larger picture is refused before its pixels are decoded. None means 50 million for a file, and no limit
-            for a picture that is in memory already.
+        max_pixels: a picture with more pixels is refused before they are decoded. None means 50 million for a file, and no
+            limit for a picture that is in memory already.
         frame: which frame of an animation or page of a TIFF, from 0.
         allow_truncated: accept a file that ends early; missing parts are grey.
         stretch: for pictures of more than 8 bits: the darkest value becomes black and the brightest white.
@@ -146,7 +146,7 @@ def turn(picture: Image.Image, number: int, is_turned: bool, ignore_exif: bool) 
 def open_source(
     source: object, max_pixels: int | None, frame: int, is_typed: bool, stretch: bool, notes: list[str]
 ) -> tuple[Image.Image, str]:
-    """The picture of a source, at the frame asked for and perhaps not decoded yet, and its name in messages.
+    """The picture of a source at this frame, perhaps not decoded yet, and its name in messages.
 
     Raises: ImageError, AccessError.
     """
@@ -159,7 +159,7 @@ def open_source(
         return from_array(values, "the picture", stretch, notes, channels_first), "the picture"
     if isinstance(source, dict) and ("bytes" in source or "path" in source):  # from a Hugging Face dataset
         path = source.get("path")
-        name = shown(path) if isinstance(path, str | os.PathLike) else None
+        name = printable_path(path) if isinstance(path, str | os.PathLike) else None
         source, is_typed = path if source.get("bytes") is None else source["bytes"], False
         source = source.tobytes() if isinstance(source, np.ndarray) and source.dtype == np.uint8 else source
     if not (isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read")):
@@ -187,7 +187,7 @@ def as_array(source: object, name: str) -> tuple[np.ndarray, bool]:
 
 
 class Budget:
-    """Bytes of memory that several threads share. A request above the total gets the whole budget, and then runs alone."""
+    """Bytes of memory that several threads share. A request above the total waits for the whole budget, and so runs alone."""
 
     def __init__(self, total: int):
         self.total = self.left = total
@@ -195,7 +195,7 @@ class Budget:
 
     @contextmanager
     def take(self, amount: int) -> Iterator[None]:
-        """Waits until that many bytes are left, and returns them at the end of the block."""
+        """Waits until `amount` bytes are free, and frees them again at the end of the block."""
         amount = min(amount, self.total)
         with self.changed:
             self.changed.wait_for(lambda: self.left >= amount)
@@ -226,4 +226,4 @@ def check_options(background: str, frame: int, max_pixels: int | None) -> None:
     except (ValueError, AttributeError) as error:
         raise UsageError(f"background is {background!r}. Give a colour such as white or #808080, or drop.") from error
     if frame < 0 or (max_pixels is not None and max_pixels < 1):
-        raise UsageError(f"frame is {frame} and max_pixels {max_pixels}; they start at 0 and 1.")
+        raise UsageError(f"frame is {frame} and max_pixels is {max_pixels}; frame must be at least 0, max_pixels at least 1.")

@@ -1,4 +1,4 @@
-"""Names of pictures as users write them: which words are pictures, and how several are divided at commas. Reads no picture.
+"""Names of pictures as users write them: which arguments name pictures, and how a list of names is split at commas.
 
 Checked in tests/pictures/test_names.py.
 """
@@ -12,7 +12,7 @@ from paligemma import files
 from paligemma.errors import UsageError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".mpo")
-MAX_NAME = 255  # characters between two slashes: the most that Linux, macOS and Windows allow
+MAX_NAME = 255  # the largest number of characters between two slashes that Linux, macOS and Windows allow
 
 
 def is_address(name: str) -> bool:
@@ -29,13 +29,13 @@ def file_of(name: str) -> Path | None:
 
 
 def looks_like_picture(word: str) -> bool:
-    """Whether a word on a command line names a picture: an address, "-", an existing path, or a name with a picture's suffix."""
+    """Whether an argument names a picture: an address, "-", an existing path, or a name with a picture's suffix."""
     exists = os.path.exists(files.expand_text(word.partition(",")[0])) or os.path.exists(files.expand_text(word))
     return word == "-" or is_address(word) or exists or word.lower().endswith(PICTURE_SUFFIXES)
 
 
 def split_pictures(text: str) -> list[str]:
-    """The names between the commas. A comma inside the name of an existing file, an address or a data: URI divides nothing.
+    """The names between the commas. A comma in the name of an existing file, in an address or in a data: URI does not count.
 
     Raises: UsageError.
     """
@@ -61,7 +61,7 @@ def split_pictures(text: str) -> list[str]:
 
 
 def count_name_parts(parts: Sequence[str], listed: dict[str, list[str] | None]) -> int:
-    """How many of the first parts, joined by commas, are the longest name that exists; 1 if no such name exists.
+    """The largest n such that the first n parts, joined by commas, are the name of an existing file; 1 if there is no such n.
 
     Args:
         listed: a cache for has_longer_name.
@@ -71,7 +71,7 @@ def count_name_parts(parts: Sequence[str], listed: dict[str, list[str] | None]) 
         name += f",{part}" if count > 1 else ""
         folder, slash, last = files.expand_text(name).rpartition("/")
         if len(last) > MAX_NAME or ("/" in part and not os.path.isdir(folder + slash)):
-            break  # no longer name that begins with this one can exist
+            break  # no name that begins with this name can exist
         found = count if os.path.exists(folder + slash + last) else found
         if not has_longer_name(folder + slash, last, listed):
             break
@@ -82,7 +82,7 @@ def has_longer_name(folder: str, start: str, listed: dict[str, list[str] | None]
     """Whether a name in the folder begins with `start` and a comma. True if the folder cannot be listed.
 
     Args:
-        listed: a cache: folder -> its names that hold a comma, or None.
+        listed: a cache: folder -> its names that contain a comma; None if the folder cannot be listed.
     """
     if folder not in listed:
         try:

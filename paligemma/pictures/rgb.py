@@ -1,4 +1,4 @@
-"""Converts pixels of any type to 8-bit RGB: more bits, floats, arrays, transparency. Every conversion is reported in `notes`.
+"""Converts pixels of any type to 8-bit RGB: 16 bits, floats, arrays, transparency. `notes` gets a sentence per conversion.
 
 Shapes: H W pixels, C channels. Checked in tests/pictures/test_images.py.
 """
@@ -11,7 +11,7 @@ from PIL import Image, ImageColor
 
 from paligemma.errors import ImageError
 
-BAND_PIXELS = 1 << 20  # converted at a time, so that intermediate results take little memory
+BAND_PIXELS = 1 << 20  # number of pixels that are converted at a time, so that intermediate results take little memory
 DARK = 1 << 14  # a 16-bit picture whose maximum is below this looks nearly black
 NEARLY_BLACK = " That is nearly black; --stretch makes the brightest value white."
 
@@ -61,7 +61,8 @@ def find_converter(dtype: np.dtype, low: float, high: float, name: str, stretch:
 def from_array(values: np.ndarray, name: str, stretch: bool, notes: list[str], channels_first: bool = False) -> Image.Image:
     """A numpy array as a picture. Shapes: [H, W], [H, W, C] or [C, H, W], with C = 1 for grey, 3 for RGB, 4 for RGBA.
 
-    If both readings are possible, the channels are the last axis unless `channels_first`. Values: see find_converter.
+    If the channels could be the first or the last axis, they are the last axis unless `channels_first`. For the values, see
+    find_converter.
     """
     if values.dtype.kind not in "uifb":
         raise ImageError(f"{name} holds {values.dtype}. Numbers are needed: uint8, or floats from 0 to 1.", path=name)
@@ -100,7 +101,7 @@ def grey_converter(picture: Image.Image, name: str, stretch: bool, notes: list[s
 
 
 def to_grey(picture: Image.Image, convert: Converter) -> Image.Image:
-    """A grey picture of more bits as 8 bits, with its transparency."""
+    """Converts a grey picture with more than 8 bits to 8 bits, and keeps its transparency."""
     values = np.asarray(picture)
     grey = Image.fromarray(convert(values))
     invisible = picture.info.get("transparency")

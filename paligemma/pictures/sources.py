@@ -1,4 +1,4 @@
-"""Reads the bytes of a picture: of a path, an http(s) or file address, a data: URI, an open file. Nothing is decoded here.
+"""Reads the bytes of a picture from a path, an http(s) or file: address, a data: URI or an open file, without decoding them.
 
 Checked in tests/pictures/test_images.py.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from paligemma.errors import AccessError, ImageError, one_line
-from paligemma.files import expand_text, names_in, read_regular, shown, similar_names, split_file_address, stat_path
+from paligemma.files import expand_text, names_in, printable_path, read_regular, similar_names, split_file_address, stat_path
 from paligemma.pictures.decoding import describe, sniff
 from paligemma.pictures.fetch import MAX_DOWNLOAD_BYTES, fetch
 
@@ -22,22 +22,23 @@ MAX_FILE_BYTES = 256 << 20
 def read_file(path: str | os.PathLike[str]) -> bytes:
     """The bytes of a regular file. Raises: ImageError if there is none, or it is too large."""
     if stat_path(path, ImageError) is None:
-        raise ImageError(explain_missing(Path(os.fsdecode(path))), path=shown(path))
+        raise ImageError(explain_missing(Path(os.fsdecode(path))), path=printable_path(path))
     return read_regular(path, MAX_FILE_BYTES, ImageError, "Name another file.")
 
 
 def explain_missing(path: Path) -> str:
     """The message for a file that does not exist, with similar names in its folder."""
-    name = shown(path)
+    name = printable_path(path)
     try:
         if path.is_symlink():
             return f"{name} is a link to a file that does not exist. Correct the link."
         if not os.path.isdir(path.parent):
-            return f"{name} does not exist, nor does the folder {shown(path.parent)}. Check the path."
+            return f"{name} does not exist, nor does the folder {printable_path(path.parent)}. Check the path."
     except (OSError, ValueError):  # the name is too long, or a folder may not be searched
         return f"{name} does not exist. Check the path."
     close = similar_names(path.name, names_in(path.parent))
-    return f"{name} does not exist. " + (f"Did you mean {' or '.join(map(shown, close))}?" if close else "Check the path.")
+    advice = f"Did you mean {' or '.join(map(printable_path, close))}?" if close else "Check the path."
+    return f"{name} does not exist. {advice}"
 
 
 def read_data_uri(uri: str) -> bytes:
@@ -86,7 +87,7 @@ def read_address(source: str, name: str, is_typed: bool) -> bytes:
 
 
 def as_path(source: str, is_typed: bool) -> str:
-    """The path, with ~ expanded if a user typed it and no file has this very name."""
+    """The path. A ~ is expanded if a user typed the path and no file has exactly this name."""
     try:
         return expand_text(source) if is_typed and source.startswith("~") and not os.path.lexists(source) else source
     except ValueError:  # the path holds a NUL
@@ -107,12 +108,12 @@ def read_bytes(source: object, is_typed: bool) -> tuple[bytes, str]:
         return read_object(source, name), name
     if not isinstance(source, str):
         path = os.fspath(source)
-        return read_file(as_path(path, is_typed) if isinstance(path, str) else path), shown(source)
+        return read_file(as_path(path, is_typed) if isinstance(path, str) else path), printable_path(source)
     if source[:5].lower() == "data:":
         return read_data_uri(source), "data:"
-    name = shown(source)
+    name = printable_path(source)
     scheme = re.match("([A-Za-z][A-Za-z0-9+.-]+)://", source)
-    if not scheme:  # a single letter before :// is a drive of Windows, and matches neither
+    if not scheme:  # the pattern needs two letters, because a single letter before :// is a Windows drive
         return read_file(as_path(source, is_typed)), name
     kind = scheme[1].lower()
     if kind in ("http", "https"):

@@ -182,7 +182,7 @@ def check_pictures(flags: JobFlags, without: Iterable[str] = ()) -> None:
     if flags.questions is not None:
         names = [image for image, _ in folders.questions(flags.questions)][:1]
     else:
-        folders.check_words(flags.pictures)
+        folders.check_arguments(flags.pictures)
         names = [name for name, _ in islice(images(flags, without), 1)]
     if not names:
         raise ImageError(f"no picture was found. In folders, only names that end in {', '.join(PICTURE_SUFFIXES)} count.")

@@ -264,7 +264,7 @@ class Addresses(Fuzzer):
         errors = []
         for read in (
             partial(load_image, notes=[]), partial(folders.load, side=28), names.looks_like_picture, names.split_pictures,
-            lambda name: next(folders.expand(name), None), lambda name: folders.check_words([name]),
+            lambda name: next(folders.expand(name), None), lambda name: folders.check_arguments([name]),
             lambda name: options.read_picture(name, options.PictureFlags()) if name != "-" else None,
         ):  # fmt: skip
             try:

@@ -50,7 +50,7 @@ def test_patterns_match_files_and_folders(photos):
 def test_a_pattern_with_what_no_name_holds_matches_nothing(pattern):
     assert list(folders.expand(pattern)) == []
     with pytest.raises(ImageError, match="no file matches"):
-        folders.check_words([pattern])
+        folders.check_arguments([pattern])
 
 
 def test_many_stars_in_a_row_mean_what_two_mean(tmp_path):
@@ -97,11 +97,11 @@ def test_a_folder_that_cannot_be_listed_is_an_error_of_its_own(monkeypatch):
 
 
 def test_words_that_mean_nothing_are_named():
-    folders.check_words(["photos", "photos/*.jpg", "photos/a.jpg", "https://x.org/a"])
+    folders.check_arguments(["photos", "photos/*.jpg", "photos/a.jpg", "https://x.org/a"])
     with pytest.raises(ImageError, match=r"phots does not exist. Did you mean photos\?"):
-        folders.check_words(["photos", "phots"])
+        folders.check_arguments(["photos", "phots"])
     with pytest.raises(ImageError, match="no file matches photos/\\*.gif"):
-        folders.check_words(["photos/*.gif"])
+        folders.check_arguments(["photos/*.gif"])
 
 
 def test_a_list_is_taken_line_by_line():
@@ -137,7 +137,7 @@ def test_a_list_in_another_encoding_or_without_lines_is_refused(monkeypatch):
 def test_the_home_of_a_user_who_does_not_exist_is_a_name_like_any_other(monkeypatch):
     assert list(folders.expand("~x.png")) == ["~x.png"]
     with pytest.raises(ImageError, match="~x.png does not exist"):
-        folders.check_words(["~x.png"])
+        folders.check_arguments(["~x.png"])
     monkeypatch.setenv("HOME", os.getcwd())
     assert list(folders.expand("~/photos/a.jpg")) == [f"{os.getcwd()}/photos/a.jpg"]
 
