@@ -54,11 +54,11 @@ def in_folder(folder: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[s
     Yields: paths that begin with `folder`. A folder that cannot be listed is yielded itself: reading it raises the error.
     """
     seen, unreadable = set(seen), []
-    for above, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: unreadable.append(error.filename)):
+    for current, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: unreadable.append(error.filename)):
         yield from unreadable
         unreadable.clear()
         try:
-            number = identity(above)
+            number = identity(current)
         except OSError:  # it was deleted meanwhile
             continue
         if number in seen:
@@ -67,7 +67,7 @@ def in_folder(folder: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[s
         seen.add(number)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         pictures = sorted(name for name in names if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith("."))
-        yield from (os.path.join(above, name) for name in pictures)
+        yield from (os.path.join(current, name) for name in pictures)
     yield from unreadable
 
 

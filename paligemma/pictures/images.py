@@ -74,8 +74,8 @@ def load_image(
 
     Args:
         source: a path, an http(s) or file: address, a data: URI, the bytes of a file, an open file, a PIL image (its current
-            frame is taken), an array or a tensor (for shapes and values see rgb.from_array; the channels of a tensor come
-            first if both readings are possible), or a dict {"bytes": ..., "path": ...} of a Hugging Face dataset.
+            frame is used), an array or a tensor (for shapes and values see rgb.from_array; the channels of a tensor come
+            first if they could come first or last), or a dict {"bytes": ..., "path": ...} of a Hugging Face dataset.
         background: the colour that transparent pixels show; "drop" ignores transparency, as transformers' load_image does.
         ignore_exif: leave the picture as the camera stored it.
         max_pixels: a picture with more pixels is refused before they are decoded. None means 50 million for a file, and no
