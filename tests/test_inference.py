@@ -427,14 +427,14 @@ def test_a_folder_or_file_named_like_the_object_is_no_picture(verb, tmp_path):
     assert verb("detect", SHAPES, "circle", "--json")[0] == 0
     code, out, err = verb("detect", SHAPES, "star", "--json")
     assert code == 0 and json.loads(out)["prompt"] == "detect star"
-    assert err == "note: 'star' is taken for something to look for, not for the file of that name.\n"
+    assert err == "note: 'star' is used as the text (something to look for), although a file has this name.\n"
     code, out, err = verb("detect", SHAPES, "star", "circle", "--json")
-    assert code == 0 and json.loads(out)["prompt"] == "detect star ; circle" and "'star' is taken for something" in err
+    assert code == 0 and json.loads(out)["prompt"] == "detect star ; circle" and "'star' is used as the text" in err
     (tmp_path / "star").write_bytes(Path(SHAPES).read_bytes())
     out = verb("detect", SHAPES, "star", "circle", "--json")[1]
     assert [json.loads(line)["image"] for line in out.splitlines()] == [SHAPES, "star"]
     code, _, err = verb("detect", SHAPES, "gone.png")
-    assert code == 2 and f"needs something to look for, and {SHAPES!r}, 'gone.png' are taken for pictures" in err
+    assert code == 2 and f"needs something to look for after the picture, but {SHAPES!r}, 'gone.png' were read as pictures" in err
 
 
 def test_several_pictures_keep_their_order_and_a_bad_one_is_8(verb, tmp_path):
@@ -629,7 +629,7 @@ def test_the_picture_itself_is_never_overwritten(verb, tmp_path):
         (["detect", "cat"], "'cat' is not an existing picture"), (["caption", SHAPES, "cat"], "takes no text"),
         (["caption", "-", "-"], "only once"), (["caption", SHAPES, "--save=x.png"], "goes with detect and segment"),
         (["detect", SHAPES, "a", "--mask_codec=x"], "goes with segment"), (["ocr", SHAPES, "--language=fr"], "does not go with"),
-        (["detect", SHAPES, "a", "--prompt=b"], "exclude each other"), (["--grammar"], "goes with a verb"),
+        (["detect", SHAPES, "a", "--prompt=b"], "exclude each other"), (["--grammar"], "needs a verb"),
         (["detect", SHAPES, "a", "--save=x.gif"], "ends in .png"), (["detect", SHAPES, "a", "--export=x.yaml"], "ends in .json"),
     ],
 )  # fmt: skip
@@ -845,7 +845,7 @@ def test_flags_of_drawings_change_them_and_need_one(verb, tmp_path):
     pictures = {name: (tmp_path / f"{name}.png").read_bytes() for name in ("usual", "plain", "bare", "wide")}
     assert len(set(pictures.values())) == 4
     code, _, err = verb(*asked, "--plain")
-    assert (code, err) == (2, "error: --plain changes a drawing, and none is asked for. Add --save.\n")
+    assert (code, err) == (2, "error: --plain changes only drawings, and no drawing is asked for. Add --save.\n")
     assert verb("caption", SHAPES, "--no_labels")[0] == 2 and verb(*asked, "--save=a.png", "--line_width=0")[0] == 2
     (tmp_path / "no.ttf").write_bytes(b"none")
     code, _, err = verb(*asked, "--save=a.png", "--font=no.ttf")

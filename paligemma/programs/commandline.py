@@ -1,13 +1,13 @@
-"""A command line made by Fire from a dataclass of flags; errors as one line and an exit code; signals; output.
+"""Command lines: Fire reads the flags of a dataclass; an error becomes one line and an exit code; also signals and output.
 
-Fire alone reads values as Python: "cat # dog" becomes "cat", "None" becomes None, and `--do_sample false` gives the string
-"false", which counts as true. It takes "-" for a separator, and it runs the whole job before it reports a mistyped flag.
-Therefore every argument is first brought into the form --name=value and checked against the fields, and values are converted by
-their annotations (bool, int, float, str, each with or without None). All of this happens before anything slow is imported.
+Fire by itself parses values as Python literals: "cat # dog" becomes "cat", "None" becomes None, and `--do_sample false` gives the
+string "false", which counts as true. Fire also reads "-" as a separator, and reports a mistyped flag only after the whole job.
+Therefore this module first checks every flag against the fields and passes it to Fire as --name=value, with a converter for its
+annotation (bool, int, float, str, each with or without None). Nothing slow is imported before these checks.
 
-A program is `sys.exit(commandline.run(Flags, program))`. A field annotated `Words` takes the words that belong to no flag.
-Flags that programs share are in base classes; --help shows each class as a group, titled by the first line of its docstring.
-Exit codes: 0 success, 1 a bug of ours, 130 Ctrl-C, 143 SIGTERM, 141 the reader of the output has gone; errors.py has the others.
+A program is `sys.exit(commandline.run(Flags, program))`. A field annotated `Words` takes the positional arguments.
+Base classes hold the flags that programs share; --help shows each class as a group, under the first line of its docstring.
+Exit codes: 0 success, 1 a bug in this project, 130 Ctrl-C, 143 SIGTERM, 141 closed output pipe; errors.py lists the others.
 Checked in tests/programs/test_commandline.py.
 """
 
@@ -31,32 +31,32 @@ from typing import get_args
 import paligemma
 from paligemma.errors import DeviceError, OutputError, PaliGemmaError, PromptError, UsageError, shorten, unexpected
 
-PROGRAMS = ("finetune", "annotate", "cluster")  # modules of paligemma.programs that are started by their name
+PROGRAMS = ("finetune", "annotate", "cluster")  # modules of paligemma.programs; the command line starts them by name
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 COLUMN = 34  # the texts of --help begin here
-# Characters of the categories Cc and Cf that `printable` keeps: newline, tab, joiners, and Arabic signs, which are visible.
+# Characters of the Unicode categories Cc and Cf that `printable` keeps: newline, tab, joiners, and visible Arabic signs.
 KEPT = "\n\t\u200c\u200d\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u08e2"
 RENAMED = {"rows": "micro_batch_size"}  # flags of earlier versions, for which `suggestion` names the new flag
-Words = tuple[str, ...]  # the annotation of the field for words that belong to no flag; without such a field they are refused
+Words = tuple[str, ...]  # annotates the field for positional arguments; without such a field they are refused
 
 
 class Interrupted(BaseException):
-    """A signal came during `interruptible`. It is a BaseException, so that `except Exception` does not catch it."""
+    """A signal arrived during `interruptible`. This is a BaseException, so that `except Exception` does not catch it."""
 
     def __init__(self, signum: int):
         super().__init__(signum)
         self.code = 128 + signum
 
 
-# What the user typed
+# The command that the user typed
 
 
 def command(program: str = "") -> str:
-    """The words that start inference.py, or another program, in the way in which this process was started.
+    """The command that starts inference.py or `program`, written as the user started this process, for help and messages.
 
-    They are "paligemma" if that was typed, "python -m paligemma" or "python inference.py" otherwise. launch_inference.sh passes
-    "bash launch_inference.sh" in the variable PALIGEMMA_COMMAND. Help and messages show these words, so that they can be copied.
+    If the user typed "paligemma", this begins with "paligemma"; otherwise with "python -m paligemma" or "python inference.py".
+    launch_inference.sh passes "bash launch_inference.sh" in the variable PALIGEMMA_COMMAND.
     """
     script = os.path.basename(sys.argv[0])
     if script == "paligemma":
@@ -71,7 +71,7 @@ def command(program: str = "") -> str:
 
 
 def as_typed(text: str) -> str:
-    """The text with "python inference.py" and "python -m paligemma finetune" replaced by what this user types."""
+    """The text, in which `command` replaces "python inference.py" and "python -m paligemma finetune"."""
     programs = "|".join(PROGRAMS)
     return re.sub(rf"python (?:inference\.py|-m paligemma(?: ({programs}))?)\b", lambda match: command(match[1] or ""), text)
 
@@ -80,7 +80,7 @@ def as_typed(text: str) -> str:
 
 
 def as_utf8(text: str) -> str:
-    """The text as the bytes that were typed, independent of the locale's encoding. Raises: PromptError if they are not UTF-8."""
+    """Decodes the typed bytes as UTF-8, whatever the encoding of the locale. Raises: PromptError if they are not UTF-8."""
     try:
         return os.fsencode(text).decode()
     except UnicodeError as error:
@@ -96,7 +96,7 @@ def base_type(parameter: inspect.Parameter) -> type:
 
 
 def converter(name: str, kind: type) -> Callable[[str], object]:
-    """The function that converts the value of --name for Fire. It raises UsageError for a value of another type."""
+    """A function that converts the value of --name. It raises UsageError for a value of another type."""
     if kind == Words:
         return lambda value: tuple(json.loads(value))
     needed = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
@@ -114,7 +114,7 @@ def converter(name: str, kind: type) -> Callable[[str], object]:
 
 
 def suggestion(name: str, names: list[str], dashes: str = "--") -> str:
-    """" Did you mean --this?", or nothing."""
+    """The text " Did you mean --name?", or "" if no name is similar."""
     import difflib  # only needed for a mistyped flag
 
     name = RENAMED.get(name, name)
@@ -123,9 +123,10 @@ def suggestion(name: str, names: list[str], dashes: str = "--") -> str:
 
 
 def separate(argv: list[str], flags: dict[str, type], takes_words: bool) -> tuple[dict[str, str], list[str]]:
-    """The value of each flag (the last one if it is repeated), and the words that belong to no flag; after -- all are such words.
+    """The value of each flag, and the positional arguments. The last value of a repeated flag counts.
 
-    Raises: UsageError for an unknown flag, a missing value, or a word if the program takes none.
+    Every argument after -- is positional.
+    Raises: UsageError for an unknown flag, a missing value, or a positional argument if the program takes none.
     """
     values: dict[str, str] = {}
     words: list[str] = []
@@ -161,7 +162,7 @@ def separate(argv: list[str], flags: dict[str, type], takes_words: bool) -> tupl
 
 
 def is_on(name: str, argv: list[str]) -> bool:
-    """Whether a yes-or-no flag is set. The rest is not parsed, because it may be wrong."""
+    """Whether a boolean flag is set. Ignores the other arguments, because they may be wrong."""
     state = False
     for argument, following in pairwise([*argv, ""]):
         if argument == f"--{name}":
@@ -172,7 +173,7 @@ def is_on(name: str, argv: list[str]) -> bool:
 
 
 def described(flags: type, parameters: dict[str, inspect.Parameter]) -> list[str]:
-    """The lines of --help for the flags that this class adds to its bases."""
+    """The lines of --help for the flags that this class documents itself."""
     from fire import docstrings
 
     documented = docstrings.parse(inspect.getdoc(flags)).args or []
@@ -192,7 +193,7 @@ def described(flags: type, parameters: dict[str, inspect.Parameter]) -> list[str
 
 
 def help_text(flags: type, about: str | None = None) -> str:
-    """The text of --help: `about`, or the docstring of the class, then its flags and those of its bases in groups."""
+    """The text of --help: `about` (default: the docstring of the class), then the flags of the class and its bases in groups."""
     parameters = dict(inspect.signature(flags).parameters)
     if about is None:
         about = inspect.getdoc(flags).partition("\nArgs:")[0]
@@ -205,22 +206,22 @@ def help_text(flags: type, about: str | None = None) -> str:
 
 
 def read_flags(flags: type, argv: list[str]) -> object:
-    """The flags in argv as an instance of the class, made by Fire. Raises: UsageError.
+    """Reads argv into an instance of the class, using Fire. Raises: UsageError.
 
-    If the class has a function `check_words`, it is called with the words first, so that its errors are reported before Fire is
-    imported. If the class has a function `expand`, it is called with argv before that, and returns argv with added arguments.
+    If the class has a function `expand`, argv is replaced by expand(argv). If the class has a function `check_words`, this is
+    called with the positional arguments before Fire is imported, so that errors are reported early.
     """
     argv = getattr(flags, "expand", list)(argv)
     kinds = {name: base_type(parameter) for name, parameter in inspect.signature(flags).parameters.items()}
-    place = next((name for name, kind in kinds.items() if kind == Words), None)
-    values, words = separate(argv, {name: kind for name, kind in kinds.items() if name != place}, place is not None)
+    field = next((name for name, kind in kinds.items() if kind == Words), None)
+    values, words = separate(argv, {name: kind for name, kind in kinds.items() if name != field}, field is not None)
     if words:
         getattr(flags, "check_words", lambda _: None)(tuple(words))
-        values[place] = json.dumps(words)
-    import fire  # after the checks, so that a mistyped flag is reported sooner
+        values[field] = json.dumps(words)
+    import fire  # slow, so after the checks
 
     decorated = fire.decorators.SetParseFns(**{name: converter(name, kind) for name, kind in kinds.items()})(flags)
-    # All in the form --name=value, so that Fire has nothing to guess.
+    # In the form --name=value nothing is ambiguous.
     return fire.Fire(decorated, command=[f"--{name}={value}" for name, value in values.items()], serialize=lambda _: None)
 
 
@@ -228,10 +229,10 @@ def read_flags(flags: type, argv: list[str]) -> object:
 
 
 def printable(text: str) -> str:
-    """The text without characters that could disguise it on a terminal or make the terminal write to the clipboard.
+    """The text without characters that could hide parts of it on a terminal or control the terminal.
 
-    These are control characters except newline and tab, characters that change the direction of writing (U+202E) or have no width
-    (category Cf), and other line ends. Those that scripts and emoji need are kept: KEPT.
+    Removed are control characters, characters that change the direction of writing (U+202E) or have no width (category Cf), and
+    line ends other than newline. The characters in KEPT, which some scripts and emoji need, stay.
     """
     hidden = ("Cc", "Cf", "Zl", "Zp")
     return "".join(c for c in text if c in KEPT or unicodedata.category(c) not in hidden)
@@ -249,14 +250,14 @@ def put(text: str) -> None:
 
 
 def write(text: str) -> None:
-    """Writes text to stdout; on a terminal without control characters."""
+    """Writes text to stdout; without control characters if stdout is a terminal."""
     put(printable(text) if sys.stdout.isatty() else text)
 
 
 def note(text: str, is_uncut: bool = False) -> None:
-    """Writes one line to stderr. A long line is shortened unless it `is_uncut`."""
+    """Writes one line to stderr. Shortens a long line unless `is_uncut`."""
     text = printable(" ".join(text.splitlines()))
-    with contextlib.suppress(OSError):  # if stderr cannot be written, there is no other place for it
+    with contextlib.suppress(OSError):  # there is no other place for the text
         print(text if is_uncut else shorten(text), file=sys.stderr, flush=True)
 
 
@@ -267,7 +268,7 @@ def print_notes(*texts: str) -> None:
 
 
 def relay_logs(is_verbose: bool) -> None:
-    """Prints what library code logs: warnings always; other messages, and Python's own warnings, only if verbose."""
+    """Prints log messages of library code: always warnings; other messages and Python's own warnings only if verbose."""
     import logging
 
     class Relay(logging.Handler):
@@ -280,9 +281,9 @@ def relay_logs(is_verbose: bool) -> None:
 
 
 def report(error: PaliGemmaError, as_json: bool, is_debug: bool) -> int:
-    """Prints an error as one line, with --json also as an object, with --debug uncut and with its traceback.
+    """Prints an error as one line. With --json also prints it as an object; with --debug prints all of it with a traceback.
 
-    It never fails: a stream that cannot be written is passed over. Returns: the exit code.
+    Never raises: ignores a stream that cannot be written. Returns: the exit code.
     """
     if is_debug:
         with contextlib.suppress(OSError):
@@ -295,7 +296,7 @@ def report(error: PaliGemmaError, as_json: bool, is_debug: bool) -> int:
 
 
 def report_bug(_kind: type[BaseException], error: BaseException, _trail: object) -> None:
-    """A sys.excepthook: prints an unexpected exception as one line, with --debug also its traceback. Python then exits with 1."""
+    """A sys.excepthook: prints an unexpected exception as one line, and its traceback with --debug. Python then exits with 1."""
     report(unexpected(error), is_on("json", sys.argv), is_on("debug", sys.argv))
 
 
@@ -304,7 +305,7 @@ def report_bug(_kind: type[BaseException], error: BaseException, _trail: object)
 
 @contextlib.contextmanager
 def handlers(handler: Callable) -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM call the handler, unless the process was started with them ignored (nohup)."""
+    """In the `with` block, Ctrl-C and SIGTERM call the handler. A signal that was ignored at the start (nohup) stays ignored."""
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
     for signum in SIGNALS:
         if before[signum] is not signal.SIG_IGN:
@@ -317,19 +318,19 @@ def handlers(handler: Callable) -> Iterator[None]:
 
 
 def leave(signum: int, _frame: object) -> None:
-    """A signal handler that ends the process at once. An exception is not enough: some libraries swallow it when imported."""
+    """A signal handler that ends the process at once. Raising is not enough: some libraries catch exceptions when imported."""
     os._exit(128 + signum)
 
 
 def leave_on_signals() -> None:
-    """Makes signals end the process at once from now on, even while Python exits. To be called before slow imports."""
+    """From now on, signals end the process at once, even while Python exits. Call this before slow imports."""
     for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, leave)
 
 
 def interruptible() -> contextlib.AbstractContextManager[None]:
-    """Inside, a signal raises Interrupted, so that the output generated so far can be saved."""
+    """In the `with` block, a signal raises Interrupted, so that the output generated so far can be saved."""
 
     def interrupt(signum: int, _frame: object) -> None:
         raise Interrupted(signum)
@@ -339,30 +340,30 @@ def interruptible() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def repeated_signals() -> Iterator[None]:
-    """Inside, a signal is repeated until it is handled, because input() misses a signal that arrives just before it blocks."""
-    main, (ours, theirs) = threading.get_ident(), os.pipe()
-    os.set_blocking(theirs, False)  # required by set_wakeup_fd
-    before = signal.set_wakeup_fd(theirs)  # Python writes the number of each signal to this pipe as soon as it arrives
+    """In the `with` block, repeats a signal until it is handled: input() misses a signal that arrives just before it blocks."""
+    main, (read_end, write_end) = threading.get_ident(), os.pipe()
+    os.set_blocking(write_end, False)  # required by set_wakeup_fd
+    before = signal.set_wakeup_fd(write_end)  # Python writes the number of each signal to this pipe as soon as it arrives
 
     def repeat() -> None:
-        while number := os.read(ours, 1):
+        while number := os.read(read_end, 1):
             time.sleep(0.05)
             signal.pthread_kill(main, number[0])
-        os.close(ours)
+        os.close(read_end)
 
     threading.Thread(target=repeat, daemon=True).start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
-        os.close(theirs)
+        os.close(write_end)
 
 
 def prepare_streams() -> None:
-    """Makes the streams accept all characters.
+    """Makes stdin, stdout and stderr accept all characters.
 
-    Characters that the locale cannot encode are written as escapes; input bytes that it cannot decode become surrogates, which
-    `as_utf8` decodes; a closed output stream is replaced by os.devnull.
+    Characters that the locale cannot encode are written as escapes. Input bytes that the locale cannot decode become surrogates,
+    which `as_utf8` decodes. os.devnull replaces a closed output stream.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -374,8 +375,8 @@ def prepare_streams() -> None:
 
 
 def run_guarded(flags: type, program: Callable, argv: list[str], topics: dict[str, str]) -> int:
-    """Runs the program, or prints its help or version; an error becomes one line and an exit code. Returns: the exit code."""
-    style = is_on("json", argv), is_on("debug", argv)
+    """Runs the program, or prints its help or version. Prints an error as one line. Returns: the exit code."""
+    as_json, is_debug = is_on("json", argv), is_on("debug", argv)
     try:
         with handlers(leave):
             if "--help" in argv or "-h" in argv:
@@ -386,12 +387,12 @@ def run_guarded(flags: type, program: Callable, argv: list[str], topics: dict[st
                 program(read_flags(flags, argv))
         return 0
     except PaliGemmaError as error:
-        return report(error, *style)
+        return report(error, as_json, is_debug)
     except ModuleNotFoundError as error:
-        advice = "Install it with pip install -r requirements.txt, or use launch_inference.sh, which does."
-        return report(DeviceError(f"the package {error.name!r} is not installed. {advice}", path=error.name), *style)
+        advice = "Install it with pip install -r requirements.txt, or use launch_inference.sh, which installs it."
+        return report(DeviceError(f"the package {error.name!r} is not installed. {advice}", path=error.name), as_json, is_debug)
     except MemoryError as error:
-        return report(unexpected(error), *style)
+        return report(unexpected(error), as_json, is_debug)
     except Interrupted as stop:
         return stop.code
 
@@ -402,9 +403,9 @@ def run(flags: type, program: Callable, argv: list[str] | None = None, topics: d
     Returns: the exit code.
 
     Args:
-        flags: a dataclass with keyword-only fields, one per flag; its docstring is the help, its __post_init__ checks ranges.
+        flags: a dataclass with keyword-only fields, one per flag. Its docstring is the help; its __post_init__ checks ranges.
         program: is called with an instance of `flags`.
-        topics: word -> the beginning of --help if the word is in argv, in place of the docstring.
+        topics: for a word in argv, the text that --help shows instead of the docstring.
     """
     sys.excepthook = report_bug
     prepare_streams()

@@ -1,6 +1,6 @@
-"""Groups of flags that programs share: for the model, the pictures, the answers, sampling and drawings; and their use.
+"""Groups of flags that programs share (model, pictures, answers, sampling, drawings), and functions that use them.
 
-Each group is a dataclass from which the flags of a program inherit; --help shows it under the first line of its docstring.
+Each group is a dataclass; the flags of a program inherit from it. --help shows the group under the first line of its docstring.
 Checking a flag imports nothing slow. Checked in tests/test_inference.py.
 """
 
@@ -36,7 +36,7 @@ MAX_LINE_WIDTH = 100  # pixels
 
 
 def require(flags: object, *rules: tuple[str, object, str]) -> None:
-    """Raises: UsageError for the first rule that is broken. A rule is (name of a flag, whether it is kept, what is needed)."""
+    """Raises: UsageError for the first broken rule. A rule is (name of a flag, whether its value is valid, what is needed)."""
     for name, is_fine, needed in rules:
         if not is_fine:
             raise UsageError(f"--{name} is {getattr(flags, name)!r}, but {needed} is needed.")
@@ -48,12 +48,12 @@ class ModelFlags:
 
     Args:
         model_path: a folder in hub layout, or a hub id such as google/paligemma2-3b-mix-224; by default the bundled model
-        base_model: base model of the adapter in --model_path; by default the one that the adapter names
+        base_model: base model of the adapter in --model_path; by default the model that the adapter names
         revision: branch, tag or commit of a hub id
         device: auto, cpu, cuda, cuda:N or mps
         only_cpu: do not use a GPU
         dtype: bf16, fp16 or fp32; by default as stored
-        quantize: int8 or int4, which is smaller and faster, and a little less exact
+        quantize: int8 or int4: smaller and faster, but a little less exact
         quantize_vision: quantize the vision tower too
         allow_nonfinite: load weights even if some are not finite (NaN or infinity)
     """
@@ -79,12 +79,12 @@ class ModelFlags:
             ("quantize", self.quantize in (None, "int8", "int4"), "int8 or int4"),
         )
         if self.only_cpu and self.device not in ("auto", "cpu"):
-            raise UsageError(f"--only_cpu forbids --device {self.device}. Drop one.")
+            raise UsageError(f"--only_cpu and --device {self.device} exclude each other. Drop one.")
         if self.quantize_vision and not self.quantize:
             raise UsageError("--quantize_vision needs --quantize int8 or int4. Add it.")
 
     def open(self) -> "Checkpoint":
-        """The checkpoint that the flags name, without its weights. Raises: as opened.open_checkpoint, and DeviceError."""
+        """The checkpoint that the flags name, without weights. Raises: the errors of opened.open_checkpoint, and DeviceError."""
         machine.use_cores()
         machine.check_torch()
         import torch
@@ -160,7 +160,7 @@ class AnswerFlags:
         grammar: with detect and segment, generate only valid objects with the given labels
         min_score: leave out objects with a lower score, 0 to 1
         denominator: divide locations by 1023, as the official code does, or by 1024
-        mask_codec: vae-oid.npz, which decodes the masks of segment; by default the one in the model's folder
+        mask_codec: vae-oid.npz, which decodes the masks of segment; by default the file in the model's folder
         max_tokens_to_generate: maximum number of tokens of an answer; the default depends on the task
     """
 
@@ -172,13 +172,13 @@ class AnswerFlags:
     max_tokens_to_generate: int | None = None
 
     def __post_init__(self):
-        longest, least = self.max_tokens_to_generate, self.min_score
+        max_tokens, min_score = self.max_tokens_to_generate, self.min_score
         require(
             self,
-            ("min_score", least is None or (math.isfinite(least) and 0 <= least <= 1), "a number from 0 to 1"),
+            ("min_score", min_score is None or (math.isfinite(min_score) and 0 <= min_score <= 1), "a number from 0 to 1"),
             ("denominator", self.denominator in (1023, 1024), "1023 or 1024"),
             ("mask_codec", self.mask_codec != "", "a file"),
-            ("max_tokens_to_generate", longest is None or longest >= 1, "a whole number from 1 up"),
+            ("max_tokens_to_generate", max_tokens is None or max_tokens >= 1, "a whole number from 1 up"),
         )
         check_language(self.language)
 
@@ -187,7 +187,7 @@ class AnswerFlags:
         return self.max_tokens_to_generate or max(MAX_ANSWER_TOKENS[task] for task in tasks)
 
     def load_codec(self, checkpoint: "Checkpoint") -> "MaskCodec | None":
-        """The decoder of masks, or None if there is none in the model's folder. Raises: CheckpointError."""
+        """The mask codec; None if neither --mask_codec nor the model's folder has a codec. Raises: CheckpointError."""
         from paligemma.objects.mask_codec import find_codec, load_codec
 
         file = find_codec(checkpoint.base, self.mask_codec)
@@ -197,7 +197,7 @@ class AnswerFlags:
         self, checkpoint: "Checkpoint", model: "PaliGemmaForConditionalGeneration", codec: "MaskCodec | None", rows: int,
         tasks: Iterable[str], sampling: "Sampling | None" = None,
     ) -> Annotator:  # fmt: skip
-        """The Annotator that answers requests about these tasks, `rows` of them at a time."""
+        """The Annotator that answers requests for these tasks in batches of `rows`."""
         return Annotator(
             model,
             checkpoint.processor,
@@ -218,7 +218,7 @@ class SamplingFlags:
     """How tokens are chosen.
 
     Args:
-        do_sample: draw each token at random; by default the most likely token is taken
+        do_sample: draw each token at random; by default decoding is greedy
         temperature: with --do_sample: lower is more predictable, higher more varied; 0 is greedy
         top_p: with --do_sample: draw from the fewest tokens whose probabilities sum to at least this
         top_k: with --do_sample: draw from this many of the most likely tokens
@@ -241,7 +241,7 @@ class SamplingFlags:
         )
 
     def sampling(self) -> "Sampling":
-        """The flags as generation.py takes them. A seed that is needed and not given is drawn, so that --json can print it."""
+        """The flags as a Sampling. Draws a seed if a seed is needed and not given, so that --json can print it."""
         from paligemma.generation import Sampling
 
         if not self.do_sample:
@@ -252,7 +252,7 @@ class SamplingFlags:
         return Sampling(self.temperature, self.top_p, self.top_k, seed)
 
     def note_unused(self) -> None:
-        """Notes flags that change nothing, because decoding is greedy."""
+        """Prints a note about flags that have no effect without --do_sample."""
         names = ("temperature", "top_p", "top_k", "seed")
         changed = [f"--{name}" for name in names if getattr(self, name) != getattr(SamplingFlags, name)]
         if changed and not self.do_sample:
@@ -264,9 +264,9 @@ class DrawingFlags:
     """How drawings look.
 
     Args:
-        line_width: width of boxes and outlines in pixels; by default it depends on the size of the picture
+        line_width: width of boxes and outlines in pixels; the default depends on the size of the picture
         no_labels: leave out names and scores
-        plain: draw boxes and outlines only: masks are not filled, and uncertain edges are not marked
+        plain: draw only boxes and outlines; do not fill masks or mark uncertain edges
         font: a font file for labels (.ttf, .otf, .ttc), used before the fonts of the system
     """
 
@@ -287,11 +287,11 @@ class DrawingFlags:
             lettering(self.font)
 
     def check_drawing(self, flag: str) -> None:
-        """Raises: UsageError if one of these flags is given without the flag that asks for drawings."""
+        """Raises: UsageError if one of these flags is given without `flag`, which asks for drawings."""
         if not getattr(self, flag):
             for each in fields(DrawingFlags):
                 if getattr(self, each.name) != each.default:
-                    raise UsageError(f"--{each.name} changes a drawing, and none is asked for. Add --{flag}.")
+                    raise UsageError(f"--{each.name} changes only drawings, and no drawing is asked for. Add --{flag}.")
 
     @property
     def style(self) -> "Style":
@@ -314,7 +314,7 @@ def read_stdin() -> bytes:
 
 
 def find_picture(name: str) -> str | bytes:
-    """The path or address of a picture; for - the bytes from stdin. Raises: ImageError for a folder, UsageError."""
+    """The path or address of a picture; for - the bytes from stdin. Raises: ImageError for a folder; UsageError for stdin."""
     file = name if is_address(name) else files.expand_text(name)
     if os.path.isdir(file):
         raise ImageError(f"{name} is a folder. Name a picture in it, or give the folder to {command('annotate')}.", path=name)

@@ -1,7 +1,7 @@
-"""Verbs: `inference.py detect street.jpg car person --save out.png`. What the words mean, which flags a verb takes, and the run.
+"""Verbs, as in `inference.py detect street.jpg car person --save out.png`: their arguments, their flags, and the run.
 
-A verb is a task of tasks.py. Of the words after it, those that look like pictures are pictures; the rest is the question, or the
-names of objects. Reading order: HELP, parse_words and VerbFlags (both run before torch is imported), run.
+A verb is a task of tasks.py. The arguments after the verb are first pictures, then the question or the names of objects.
+Reading order: HELP, parse_words and VerbFlags (both run before torch is imported), run.
 Checked in tests/test_inference.py.
 """
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from paligemma.opened import Checkpoint
     from paligemma.pictures.folders import Loaded
 
-ROWS = 4  # requests that are answered at the same time
+ROWS = 4  # requests in one batch
 OBJECT_FLAGS = ("save", "line_width", "no_labels", "plain", "font", "export", "grammar", "min_score", "denominator")
 # The verbs that take a flag; a flag that is not listed here works with every verb.
 VERBS_OF_FLAG = dict.fromkeys(OBJECT_FLAGS, OBJECT_TASKS) | {"mask_codec": ("segment",), "language": ("caption", "ask")}
-WITHOUT_VERB = ("prompt", "image_file_path", "stream", "truncate_prompt")  # flags that no verb takes
+WITHOUT_VERB = ("prompt", "image_file_path", "stream", "truncate_prompt")  # no verb takes these flags
 
 HELP = {
     "caption": """Describes a picture in a sentence.
@@ -63,7 +63,7 @@ x_max, y_max, in pixels of the original picture. The score is the probability th
   python inference.py segment cat.jpg "cat ; table" --json              masks as COCO run lengths and as polygons
   python inference.py segment cat.jpg cat --mask_codec vae-oid.npz
 
-It prints the same lines as detect. To decode masks it needs vae-oid.npz, in the model's folder or named by --mask_codec.
+It prints the same lines as detect. Masks need vae-oid.npz, either in the model's folder or given by --mask_codec.
 """,
     "ocr": """Reads the text in a picture.
 
@@ -78,16 +78,16 @@ It prints the same lines as detect. To decode masks it needs vae-oid.npz, in the
 
 
 
-# The words
+# The positional arguments
 
 
 def is_bare(word: str) -> bool:
-    """Whether the name of a file could as well be a text: it has neither a folder nor a suffix, as in "cat"."""
+    """Whether the name of a file could also be a text: it has neither a folder nor a suffix, as in "cat"."""
     return word != "-" and not is_address(word) and not set("/,.") & set(word)
 
 
 def holds_picture(file: str) -> bool:
-    """Whether the first bytes of a file are those of a picture."""
+    """Whether a file begins with the bytes of a picture format."""
     from paligemma.pictures.decoding import sniff
 
     with suppress(PaliGemmaError, OSError):
@@ -98,9 +98,9 @@ def holds_picture(file: str) -> bool:
 
 
 def is_further_picture(word: str, task: str) -> bool:
-    """Whether a word after the first picture is another picture.
+    """Whether an argument after the first picture is another picture.
 
-    The name of a folder, or of a file without a suffix, is taken for a text, unless the file holds a picture.
+    The name of a folder is a text. The name of a file without a suffix is a text too, unless the file holds a picture.
     """
     if not looks_like_picture(word) or os.path.isdir(files.expand(word)):
         return False
@@ -108,7 +108,7 @@ def is_further_picture(word: str, task: str) -> bool:
 
 
 def unknown_verb(word: str) -> UsageError:
-    """The error for a first word that is no verb."""
+    """The error for a first argument that is no verb."""
     hint = suggestion(word, [*TASKS, *PROGRAMS], dashes="")
     for program in PROGRAMS:
         hint = hint.replace(f" {program}?", f" {command(program)}?")
@@ -118,7 +118,7 @@ def unknown_verb(word: str) -> UsageError:
 
 
 def parse_words(words: tuple[str, ...]) -> Query:
-    """What the words of the command line ask. Raises: UsageError."""
+    """The Query from the positional arguments. Raises: UsageError."""
     task, *rest = words
     if task not in TASKS:
         raise unknown_verb(task)
@@ -126,9 +126,9 @@ def parse_words(words: tuple[str, ...]) -> Query:
     if not rest:
         raise UsageError(f"{task} needs a picture: {usage}.")
     if not looks_like_picture(rest[0]):
-        raise UsageError(f"{task} needs a picture first, and {rest[0]!r} is not an existing picture: {usage}.")
+        raise UsageError(f"{task} needs a picture first, but {rest[0]!r} is not an existing picture: {usage}.")
     count = next((i for i, word in enumerate(rest) if i and not is_further_picture(word, task)), len(rest))
-    # A file named "cat" must not be taken for a second picture where a text is needed.
+    # If the task needs a text, the last argument "cat" is this text, even if a file has this name.
     if count == len(rest) > 1 and task in REQUIRED_TEXT and is_bare(rest[-1]):
         count -= 1
     pictures = [name for word in rest[:count] for name in split_pictures(word)]
@@ -136,15 +136,15 @@ def parse_words(words: tuple[str, ...]) -> Query:
         raise UsageError("- is given twice, but stdin can be read only once. Give it once.")
     text_words = rest[count:]
     notes = [
-        f"{word!r} is taken for {REQUIRED_TEXT[task]}, not for the file of that name."
+        f"{word!r} is used as the text ({REQUIRED_TEXT[task]}), although a file has this name."
         for word in text_words
         if task in REQUIRED_TEXT and is_bare(word) and os.path.isfile(files.expand(word))
     ]
     text = " ; ".join(split_objects(" ; ".join(text_words))) if task in OBJECT_TASKS else " ".join(text_words)
     if task in REQUIRED_TEXT and not text.replace(";", "").strip():
         listed = ", ".join(map(repr, pictures))
-        taken = f"{listed} is taken for a picture" if len(pictures) == 1 else f"{listed} are taken for pictures"
-        raise UsageError(f"{task} needs {REQUIRED_TEXT[task]}, and {taken}. Put it after the picture: {usage}.")
+        taken = f"{listed} was read as a picture" if len(pictures) == 1 else f"{listed} were read as pictures"
+        raise UsageError(f"{task} needs {REQUIRED_TEXT[task]} after the picture, but {taken}: {usage}.")
     check_task(task, text)
     return Query(task, tuple(pictures), tuple(split_objects(text)) if task == "count" else (text,), tuple(notes))
 
@@ -173,7 +173,7 @@ class VerbFlags(ModelFlags, PictureFlags, AnswerFlags, SamplingFlags, OutputFlag
             self.check_drawing("save")
         elif early := [name for name in VERBS_OF_FLAG if name in given]:
             name, verb = early[0], VERBS_OF_FLAG[early[0]][0]
-            raise UsageError(f"--{name} goes with a verb. Write {command()} {verb} PICTURE ... --{name} ...")
+            raise UsageError(f"--{name} needs a verb. Write {command()} {verb} PICTURE ... --{name} ...")
 
     def check_verb(self, verb: str, given: set[str]) -> None:
         """Raises: UsageError if one of the given flags does not go with the verb."""
@@ -186,17 +186,17 @@ class VerbFlags(ModelFlags, PictureFlags, AnswerFlags, SamplingFlags, OutputFlag
 
     @cached_property
     def query(self) -> Query:
-        """What the words ask. Raises: UsageError, PromptError."""
+        """The Query from the positional arguments. Raises: UsageError, PromptError."""
         return parse_words(tuple(map(as_utf8, self.words)))
 
     def open(self) -> "Checkpoint":
-        """As ModelFlags.open; also checks that no output would overwrite a file of the model."""
+        """Does what ModelFlags.open does, and checks that no output would overwrite a file of the model."""
         checkpoint = super().open()
         self.check_files(self.query, checkpoint.files)
         return checkpoint
 
     def load(self, checkpoint: "Checkpoint") -> "PaliGemmaForConditionalGeneration":
-        """As ModelFlags.load; --verbose prints how long it took."""
+        """Does what ModelFlags.load does. With --verbose, prints how long loading took."""
         import torch
 
         start = time.perf_counter()
@@ -211,7 +211,7 @@ class VerbFlags(ModelFlags, PictureFlags, AnswerFlags, SamplingFlags, OutputFlag
 
 
 def print_query(flags: VerbFlags, query: Query) -> None:
-    """Prints notes on how the words were understood, and a warning if the checkpoint may not know the task."""
+    """Prints notes on how the arguments were understood, and a warning if the checkpoint may not know the task."""
     print_notes(*query.notes)
     if flags.verbose:
         pictures = f"{counted(len(query.pictures), 'picture')} {', '.join(query.pictures)}"
@@ -221,7 +221,7 @@ def print_query(flags: VerbFlags, query: Query) -> None:
 
 
 def plain_prompt(flags: VerbFlags, query: Query) -> str | None:
-    """The prompt, if there is one answer and it is only text, so that it can be streamed; else None."""
+    """The prompt if the only answer is plain text, which can be streamed; else None."""
     if query.num_results > 1 or query.task not in ("caption", "ask", "ocr") or flags.json:
         return None
     return prompt(query.task, query.texts[0], flags.kind, flags.language)
@@ -243,8 +243,8 @@ def load_picture(name: str, flags: VerbFlags, side: int | None) -> "Loaded":
 def run(flags: VerbFlags, query: Query) -> None:
     """Answers the query and writes the results. A picture that cannot be read does not stop the others.
 
-    Raises: the error of the result, if there is only one result; otherwise PaliGemmaError with exit code 8 at the end, if some
-        results are errors.
+    Raises: if there is only one result, its error; otherwise, at the end, PaliGemmaError with exit code 8 if any result is an
+        error.
     """
     first = load_picture(query.pictures[0], flags, None)  # before the model is loaded, so that an error is reported early
     if isinstance(first.picture, PaliGemmaError if query.num_results == 1 else UsageError):
@@ -269,7 +269,7 @@ def run(flags: VerbFlags, query: Query) -> None:
 
     explanations = iter(flags.explanations(query))
     for result in in_order(annotator.run(requests()), query.num_results):
-        loaded, more, picture = waiting.popleft(), {}, None
+        loaded, extra, picture = waiting.popleft(), {}, None
         explanation = next(explanations, None)
         if result.error is None and (flags.save or flags.explain):
             try:
@@ -278,6 +278,6 @@ def run(flags: VerbFlags, query: Query) -> None:
                 result = replace(result, error=error)
         if explanation is not None and result.error is None:
             inputs = checkpoint.processor(picture, result.prompt, notes=[])
-            more = save_explanation(annotator.model, checkpoint.processor, inputs, picture, result.token_ids, explanation)
-        writer.write(result, picture, more)
+            extra = save_explanation(annotator.model, checkpoint.processor, inputs, picture, result.token_ids, explanation)
+        writer.write(result, picture, extra)
     writer.close()

@@ -640,7 +640,7 @@ def test_a_prompt_that_somebody_wrote_says_how_its_answer_is_read():
 
 def test_flags_of_drawings_need_a_folder_for_them(run):
     code, err = run("photos", "--task=detect", "cat", "--plain")
-    assert code == 2 and err.startswith("error: --plain changes a drawing, and none is asked for. Add --save_dir.")
+    assert code == 2 and err.startswith("error: --plain changes only drawings, and no drawing is asked for. Add --save_dir.")
     assert run("photos", "--task=detect", "cat", "--plain", "--line_width=3", "--no_labels", "--save_dir=drawn")[0] == 0
 
 
