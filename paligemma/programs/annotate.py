@@ -1,6 +1,6 @@
-"""Asks about many pictures, one row of JSON each: `python -m paligemma annotate photos --task detect cat --output cats.jsonl`.
+"""Writes one JSON row per picture: `python -m paligemma annotate photos --task detect cat --output cats.jsonl`.
 
-The file of rows (journal.py) holds the whole state of a run. If the run is killed, the same command resumes after the last row,
+The output file (journal.py) holds the whole state of a run. If the run is killed, the same command resumes after the last row,
 and the rows are the same as those of an uninterrupted run. Rows are written in the order in which answers finish. Exit code 8:
 the run is complete and some rows are errors. Reading order: Flags, program. Checked in tests/programs/test_annotate.py.
 """
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from paligemma.objects.outputs import ParsedAnswer
     from paligemma.opened import Checkpoint
 
-EXPORTS = {"coco": "_coco.json", "csv": ".csv", "voc": "_voc", "yolo": "_yolo"}  # ends of the names of files and folders
-MAX_CHECKED = 1000  # pictures in --save_dir that are checked to be drawings
+EXPORTS = {"coco": "_coco.json", "csv": ".csv", "voc": "_voc", "yolo": "_yolo"}  # endings of the exported files and folders
+MAX_CHECKED = 1000  # this many pictures in --save_dir are checked: each must be a drawing of this program
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(JobFlags, DrawingFlags):
-    """Asks a PaliGemma model about many pictures and writes one row of JSON for each.
+    """Asks a PaliGemma model about many pictures and writes one JSON row per picture.
 
       python -m paligemma annotate photos --task detect "cat ; dog" --output pets.jsonl         a folder and the folders in it
       python -m paligemma annotate "2024/**/*.jpg" more.png --task caption --output captions.jsonl
@@ -49,7 +49,7 @@ class Flags(JobFlags, DrawingFlags):
     A picture that cannot be read gets a row with its error. Exit code 8: the run is complete and some rows are errors.
 
     Args:
-        shard: i/n: take the i-th of n equal parts of the pictures; each part has a file of its own
+        shard: i/n: take the i-th of n equal parts of the pictures; each part has its own file
         save_dir: folder for drawings of the objects, which are named after their pictures
         export: coco, voc, yolo or csv: after the last row, also write the objects in this format, next to the rows
     """
@@ -74,14 +74,14 @@ class Flags(JobFlags, DrawingFlags):
 
     @property
     def part(self) -> tuple[int, int] | None:
-        """The i and the n of --shard."""
+        """i and n of --shard; None if --shard is missing or invalid."""
         numbers = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard or "")
         i, n = map(int, numbers.groups()) if numbers else (0, 0)
         return (i, n) if 1 <= i <= n else None
 
     @property
     def file(self) -> Path:
-        """The file of the rows."""
+        """The output file."""
         path = files.expand(self.output)
         return path.with_stem(f"{path.stem}-{self.part[0]}-of-{self.part[1]}") if self.part else path
 
@@ -95,7 +95,7 @@ class Flags(JobFlags, DrawingFlags):
 
 
 def excluded_folders(flags: Flags) -> list[str]:
-    """The folders that are not searched for pictures: that of the drawings."""
+    """The folders that are not searched for pictures: the folder of the drawings."""
     return [] if flags.save_dir is None else [str(files.expand(flags.save_dir))]
 
 
@@ -110,7 +110,7 @@ def questions(flags: Flags, kind: str) -> Iterator[Question]:
 
 
 def drawing_name(flags: Flags, row: dict) -> Path:
-    """The file of a row's drawing: the path of the picture, below --save_dir and never above it, followed by .png.
+    """The file of a row's drawing: the path of the picture, followed by .png, always inside --save_dir.
 
     With --questions a picture may have several rows, so a hash of the prompt is added to the name.
     """
@@ -122,22 +122,24 @@ def drawing_name(flags: Flags, row: dict) -> Path:
 def make_save_dir(flags: Flags) -> None:
     """Makes --save_dir.
 
-    Raises: OutputError if it cannot be made or written to, UsageError if drawings would be written among the pictures.
+    Raises: OutputError if it cannot be made or written; UsageError if drawings would be written among the pictures.
     """
     folder = files.expand(flags.save_dir)
     files.make_folder(folder, "Choose another --save_dir.")
     files.check_writable(folder / "1.png")
-    homes = flags.pictures or [os.path.dirname(flags.questions or "") or "."] * (flags.questions is not None)
-    for word in map(files.expand, homes):
-        places = [files.file_key(place) for place in (folder, folder.joinpath(*path_parts(str(word))))]
-        if os.path.isdir(word) and files.file_key(word) in places:
+    picture_folders = flags.pictures
+    if flags.questions is not None and not picture_folders:
+        picture_folders = (os.path.dirname(flags.questions) or ".",)
+    for pictures in map(files.expand, picture_folders):
+        drawing_folders = [files.file_key(path) for path in (folder, folder.joinpath(*path_parts(str(pictures))))]
+        if os.path.isdir(pictures) and files.file_key(pictures) in drawing_folders:
             raise UsageError(f"--save_dir {flags.save_dir} would put drawings among the pictures. Choose another folder.")
-        if os.path.isdir(word) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(word)):
+        if os.path.isdir(pictures) and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(pictures)):
             check_drawings(flags, folder)
 
 
 def check_drawings(flags: Flags, folder: Path) -> None:
-    """Raises: UsageError if --save_dir, which is not searched, lies in the folder of the pictures and holds such pictures."""
+    """Raises: UsageError if the folder holds pictures that this program did not draw, because --save_dir is not searched."""
     from paligemma.objects.drawing import read_mark
 
     for picture in islice(folders.in_folder(str(folder)), MAX_CHECKED):
@@ -149,11 +151,11 @@ def check_drawings(flags: Flags, folder: Path) -> None:
 print_note_once = lru_cache(maxsize=1000)(print_notes)  # many pictures may cause the same note
 
 
-def save_drawing(flags: Flags, row: dict, picture: "Image.Image", reading: "ParsedAnswer") -> None:
+def save_drawing(flags: Flags, row: dict, picture: "Image.Image", parsed: "ParsedAnswer") -> None:
     """Draws the objects of a row into a copy of its picture. Raises: OutputError.
 
-    If another file already has the name, a hash is added: the drawing of another picture may have it (./1.png and 1.png; A.png
-    and a.png on some disks).
+    If another file already has the name of the drawing, a hash is added, because two pictures may lead to the same name
+    (./1.png and 1.png; A.png and a.png on some disks).
     """
     from paligemma.objects import drawing
 
@@ -162,13 +164,13 @@ def save_drawing(flags: Flags, row: dict, picture: "Image.Image", reading: "Pars
     if os.path.lexists(path) and drawing.read_mark(path) != drawing.source_mark(source):
         path = path.with_name(f"{path.stem}.{digest(source)}.png")
     notes: list[str] = []
-    drawing.save(drawing.draw(picture, reading.objects, flags.style, notes), path, source)
+    drawing.save(drawing.draw(picture, parsed.objects, flags.style, notes), path, source)
     for text in notes:
         print_note_once(text)
 
 
 def check_folder(flags: Flags) -> None:
-    """Raises: UsageError if a file that is read lies in the folder of --export; OutputError if the folder cannot be written."""
+    """Raises: UsageError if an input file lies in the folder of --export; OutputError if the folder cannot be written."""
     folder = flags.exported
     files.check_writable(folder / "1.txt", makes_folders=True)
     for name, file in (("list", flags.list), ("questions", flags.questions)):
@@ -180,7 +182,7 @@ def check_folder(flags: Flags) -> None:
 
 
 def work(flags: Flags, checkpoint: "Checkpoint", journal: Journal) -> None:
-    """Asks the questions that have no row yet and writes each row when its answer is complete."""
+    """Asks the questions that have no row yet. Writes each row as soon as its answer is complete."""
     known = len(journal.known)
     total = known + job.count_left(questions(flags, checkpoint.kind), journal) if job.is_watched() else None
     left = job.claim_left(questions(flags, checkpoint.kind), journal)
@@ -193,14 +195,14 @@ def work(flags: Flags, checkpoint: "Checkpoint", journal: Journal) -> None:
             if flags.save_dir is not None and result.parsed is not None:
                 try:
                     save_drawing(flags, row, loaded.original(), result.parsed)
-                except (ImageError, AccessError) as error:  # the file was changed or deleted meanwhile
+                except (ImageError, AccessError) as error:  # someone changed or deleted the picture meanwhile
                     row = replace(result, error=error).to_json()
             journal.write(row)
             bar.update()
 
 
 def program(flags: Flags) -> None:
-    """Checks the outputs, the pictures and the model, so that faults are reported before the slow part; then runs."""
+    """Checks the outputs, the pictures and the model, so that errors are reported early; then runs the job."""
     commandline.relay_logs(flags.verbose)
     tables = [("--export", flags.exported)] if flags.export in ("coco", "csv") else []
     job.check_outputs(flags, flags.file, tables)
@@ -211,8 +213,8 @@ def program(flags: Flags) -> None:
     job.check_pictures(flags, excluded_folders(flags))
     checkpoint = flags.open()
     job.check_outputs(flags, flags.file, tables, checkpoint.files)
-    about = None if flags.questions is not None else task_warning(flags.chosen_task, checkpoint.kind)
-    print_notes(*filter(None, (about, flags.part and f"part {flags.shard} is written to {flags.file}.")))
+    warning = None if flags.questions is not None else task_warning(flags.chosen_task, checkpoint.kind)
+    print_notes(*filter(None, (warning, flags.part and f"part {flags.shard} is written to {flags.file}.")))
     with job.open_rows(flags, checkpoint, flags.file) as journal:
         work(flags, checkpoint, journal)
     if flags.export is not None:

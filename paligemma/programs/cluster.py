@@ -1,10 +1,10 @@
-"""annotate on many machines: `python -m paligemma cluster photos --task detect cat --output cats.jsonl --workers 8`.
+"""Runs annotate on many machines: `python -m paligemma cluster photos --task detect cat --output cats.jsonl --workers 8`.
 
-Ray Data sends lists of questions to workers, which are processes with a model each. This process collects their rows and writes
-them to a resumable file, the same as that of annotate (journal.py). A worker makes its rows with job.answer, as annotate does.
-A worker that dies is started again and its list is asked again, so that no row is lost or repeated. If this process dies, the
-same command resumes after the last row. Without --address Ray runs on this machine only, in a temporary folder, and sends no
-usage reports. Needs Ray: pip install "ray[data]". Checked in tests/programs/test_cluster.py.
+Ray Data sends lists of questions to workers. Each worker is a process with its own model; it makes rows with job.answer, as
+annotate does. This process collects the rows and writes them to the same resumable file as annotate (journal.py). If a worker
+dies, Ray starts it again and sends its list again, so that no row is lost or repeated. If this process dies, the same command
+resumes after the last row. Without --address Ray runs only on this machine, in a temporary folder, and sends no usage reports.
+Needs Ray: pip install "ray[data]". Checked in tests/programs/test_cluster.py.
 """
 
 import importlib.util
@@ -24,15 +24,16 @@ from paligemma import files, machine
 from paligemma.errors import AccessError, DeviceError, PaliGemmaError
 from paligemma.programs import commandline, job
 from paligemma.programs.job import JobFlags, Question
-from paligemma.programs.journal import LONGEST_LINE, Journal
+from paligemma.programs.journal import MAX_LINE_BYTES, Journal
 from paligemma.programs.options import require
 
 if TYPE_CHECKING:
     from paligemma.opened import Checkpoint
 
-LISTS_PER_WORKER = 4  # at least, so that the others do not wait long for the last list of a slow worker
-ROUNDS_PER_LIST = 8  # the length of a list, in multiples of --rows; at the end of a list the batch is no longer full
-STORE_BYTES = 256 << 20  # of memory that Ray's processes share; rows are small
+LISTS_PER_WORKER = 4  # minimum number; short lists keep the other workers from waiting long at the end
+# Maximum length of a list, in multiples of --rows. Each list ends with a batch that is not full, so longer lists are faster.
+MAX_BATCHES_PER_LIST = 8
+STORE_BYTES = 256 << 20  # memory that Ray's processes share; rows need little
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Flags(JobFlags):
     of a cluster needs this code, the model and the pictures under the same paths. Needs Ray: pip install "ray[data]".
 
     Args:
-        workers: number of processes, each with a model of its own
+        workers: number of processes, each with its own model
         address: address of a Ray cluster; "auto" finds the cluster that this machine belongs to
         cpus: cores of each worker; by default an equal share of the cores of this machine
         gpus: GPUs of each worker; with 0.5 two workers share one; by default 1 if the cluster has GPUs
@@ -69,30 +70,30 @@ class Flags(JobFlags):
 
 
 class Worker:
-    """A process with the model: lists of questions in, rows out. Both are JSON, so that rows of any form fit one column.
+    """A process with the model. It gets lists of questions and returns rows, both as JSON, so that a table needs one text column.
 
-    If the model cannot be loaded, the error is returned in place of rows. If it were raised, Ray would retry forever.
+    If the model cannot be loaded, the error is returned instead of rows, because Ray would retry forever after a raised error.
 
     Args:
-        flags: which model, and how pictures are read.
-        folder: the folder that relative names of pictures start from.
+        flags: the flags of the job.
+        folder: relative names of pictures start from this folder.
     """
 
     def __init__(self, flags: Flags, folder: str):
         os.chdir(folder)
         self.flags = flags
-        self.fault: PaliGemmaError | None = None
+        self.load_error: PaliGemmaError | None = None
         try:
             self.annotator = job.make_annotator(flags, flags.open())
         except PaliGemmaError as error:
-            self.fault = error
+            self.load_error = error
 
     def __call__(self, batch: dict) -> dict:
-        asked = [Question(**files.parse_json(question)) for question in batch["question"]]
+        questions = [Question(**files.parse_json(question)) for question in batch["question"]]
         try:
-            if self.fault is not None:
-                raise self.fault
-            return {"row": [json.dumps(row) for row, _, _ in job.answer(self.annotator, asked, self.flags)]}
+            if self.load_error is not None:
+                raise self.load_error
+            return {"row": [json.dumps(row) for row, _, _ in job.answer(self.annotator, questions, self.flags)]}
         except PaliGemmaError as error:
             return {"row": [json.dumps({"fault": error.to_json()})]}
 
@@ -102,7 +103,7 @@ def ray_running(flags: Flags) -> Iterator[None]:
     """Connects to the cluster, or starts Ray on this machine and stops it afterwards. Raises: AccessError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error" if flags.verbose else "fatal")
-    if flags.address is None:  # Ray's processes authenticate with a token; without ours, Ray would store one in ~/.ray
+    if flags.address is None:  # otherwise Ray would store a token in ~/.ray
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray.data
 
@@ -116,7 +117,7 @@ def ray_running(flags: Flags) -> Iterator[None]:
         try:
             ray.init(address=flags.address or "local", **options)
         except ConnectionError as error:
-            advice = "Start one with ray start --head; if it needs a token, set RAY_AUTH_MODE=token here, too."
+            advice = "Start one with ray start --head; if the cluster needs a token, set RAY_AUTH_MODE=token here too."
             raise AccessError(f"no Ray cluster answers at {flags.address}. {advice}", path=flags.address) from error
         ray.data.DataContext.get_current().enable_progress_bars = False
         try:
@@ -139,23 +140,23 @@ def gpus_each(flags: Flags) -> float:
     return 1 if ray.cluster_resources().get("GPU") and not flags.only_cpu and flags.device in ("auto", "cuda") else 0
 
 
-def in_lists(asked: Iterable[Question], length: int) -> Iterator[list[str]]:
+def in_lists(questions: Iterable[Question], length: int) -> Iterator[list[str]]:
     """The questions as JSON, in lists of `length`."""
-    asked = iter(asked)
-    while part := list(islice(asked, length)):
+    questions = iter(questions)
+    while part := list(islice(questions, length)):
         yield [json.dumps(asdict(question)) for question in part]
 
 
 def read_row(text: str) -> dict:
-    """A row that a worker sent as JSON. Raises: the error of the worker, if it sent one in place of the row."""
-    row = files.parse_json(text, LONGEST_LINE)
+    """A row that a worker sent as JSON. Raises: PaliGemmaError if the worker sent an error instead of a row."""
+    row = files.parse_json(text, MAX_LINE_BYTES)
     if "fault" in row:
         raise PaliGemmaError(row["fault"]["message"], path=row["fault"]["path"], code=row["fault"]["code"])
     return row
 
 
 def rows_of(flags: Flags, lists: Iterable[list[str]]) -> Iterator[dict]:
-    """The rows, in the order in which lists come back. Raises: PaliGemmaError from a worker, DeviceError if Ray fails."""
+    """The rows, in the order in which the workers return the lists. Raises: PaliGemmaError of a worker, DeviceError of Ray."""
     import pyarrow
     import ray.data
 
@@ -163,7 +164,7 @@ def rows_of(flags: Flags, lists: Iterable[list[str]]) -> Iterator[dict]:
     rows = ray.data.from_arrow(tables).map_batches(
         Worker,
         fn_constructor_args=(flags, os.getcwd()),
-        batch_size=None,  # the lists as they are
+        batch_size=None,  # one batch per list
         compute=ray.data.ActorPoolStrategy(size=flags.workers),
         num_cpus=cpus_each(flags),
         num_gpus=gpus_each(flags),
@@ -173,18 +174,18 @@ def rows_of(flags: Flags, lists: Iterable[list[str]]) -> Iterator[dict]:
             yield from map(read_row, batch["row"].to_pylist())
     except ray.exceptions.RayError as error:
         reason = str(error).strip().splitlines()[0]
-        raise DeviceError(f"Ray gave up: {reason} The rows so far are kept; --verbose shows the workers' messages.") from error
+        raise DeviceError(f"Ray failed: {reason} The rows so far are kept; --verbose shows the workers' messages.") from error
 
 
 def work(flags: Flags, checkpoint: "Checkpoint", journal: Journal) -> None:
-    """Asks the questions that have no row yet and writes their rows when lists come back."""
+    """Asks the questions that have no row yet. Writes the rows of each list that a worker returns."""
     known = len(journal.known)
     left = job.count_left(job.questions(flags, checkpoint.kind), journal)
     if not left:
         return
-    length = min(ROUNDS_PER_LIST * flags.rows, math.ceil(left / flags.workers / LISTS_PER_WORKER))
+    length = min(MAX_BATCHES_PER_LIST * flags.rows, math.ceil(left / flags.workers / LISTS_PER_WORKER))
     lists = in_lists(job.claim_left(job.questions(flags, checkpoint.kind), journal), length)
-    # interruptible() comes before ray_running, which is slow, and again after it, because Ray replaces the SIGTERM handler.
+    # interruptible() is needed twice: ray_running is slow, and Ray replaces the SIGTERM handler.
     with commandline.interruptible(), ray_running(flags), commandline.interruptible(), job.progress(known, known + left) as bar:
         for row in rows_of(flags, lists):
             journal.write(row)
@@ -192,11 +193,11 @@ def work(flags: Flags, checkpoint: "Checkpoint", journal: Journal) -> None:
 
 
 def program(flags: Flags) -> None:
-    """Checks Ray, the outputs, the pictures and the model, so that faults are reported before the slow part; then runs."""
+    """Checks Ray, the outputs, the pictures and the model, so that errors are reported early; then runs the job."""
     commandline.relay_logs(flags.verbose)
     if not all(importlib.util.find_spec(name) for name in ("ray", "pyarrow")):
         annotate = commandline.command("annotate")
-        raise DeviceError(f'Ray is not installed. Install it with pip install "ray[data]", or use {annotate}, which needs none.')
+        raise DeviceError(f'Ray is not installed. Install it with pip install "ray[data]", or use {annotate} without Ray.')
     output = files.expand(flags.output)
     job.check_outputs(flags, output)
     job.check_pictures(flags)

@@ -398,7 +398,7 @@ def run_guarded(flags: type, program: Callable, argv: list[str], topics: dict[st
 
 
 def run(flags: type, program: Callable, argv: list[str] | None = None, topics: dict[str, str] | None = None) -> int:
-    """Calls the program with the flags in argv (default: those of the process). From now on report_bug prints bugs.
+    """Calls the program with the flags in argv (default: sys.argv). From now on report_bug prints unexpected exceptions.
 
     Returns: the exit code.
 

@@ -1,6 +1,6 @@
-"""A job on many pictures: its flags, its questions, the settings that decide its answers, and its rows.
+"""A job on many pictures: its flags, questions, settings and rows.
 
-annotate.py runs a job on this machine, cluster.py on many. Both get their rows from `answer`, so that the rows are the same.
+annotate.py runs a job on this machine, cluster.py on many machines. Both make rows with `answer`, so the rows are the same.
 torch is imported only when a job runs. Checked in tests/programs/test_annotate.py.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from paligemma.opened import Checkpoint
 
-READERS = 8  # threads that decode pictures, if there are as many cores; about four of them keep a GPU busy
+READERS = 8  # maximum number of threads that decode pictures; about four threads keep a GPU busy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +35,15 @@ class JobFlags(ModelFlags, PictureFlags, AnswerFlags):
     """What is asked, about which pictures, and where the rows go.
 
     Args:
-        words: folders, files, patterns, addresses; then the text
+        words: the pictures (folders, files, patterns, addresses), then the text
         task: caption, ask, detect, segment, ocr or count
-        text: the question, or the objects, separated by semicolons; it may also be the last word
-        list: a file with the name of a picture in each line
-        questions: a JSONL file of lines {"image": "a.jpg", "prefix": "detect cat"}; each prefix is asked word for word
-        output: the JSONL file of the rows; run again to resume after its last row
-        rows: number of pictures that are processed together; more are faster, mainly on a GPU, and take more memory
+        text: the question, or the objects separated by semicolons; it may also be the last argument
+        list: a file with one name of a picture per line
+        questions: a JSONL file of lines {"image": "a.jpg", "prefix": "detect cat"}; each prefix is used unchanged
+        output: the JSONL file for the rows; the same command resumes after its last row
+        rows: number of pictures in one batch; a larger batch is faster, mainly on a GPU, and needs more memory
         retry_failed: ask again about each picture whose row is an error
-        force: continue a file that was begun with other settings
+        force: continue an output file that was begun with other settings
         verbose: print more notes
         debug: print the traceback of an error
     """
@@ -75,11 +75,11 @@ class JobFlags(ModelFlags, PictureFlags, AnswerFlags):
                 if getattr(self, name) is not None:
                     raise UsageError(f"--questions has its own pictures and prompts. Drop --{name}.")
             if len(self.words) > 1 or not all(os.path.isdir(files.expand(word)) for word in self.words):
-                raise UsageError("with --questions only one word may be given, the folder of its pictures. Drop the others.")
+                raise UsageError("--questions takes at most one argument, the folder of its pictures. Drop the others.")
         else:
-            check_task(self.chosen_task, self.asked)
+            check_task(self.chosen_task, self.text_asked)
             if not self.pictures and self.list is None:
-                raise UsageError("no picture is named. Name a folder, a file or a pattern, or give --list or --questions.")
+                raise UsageError("no picture is given. Give a folder, a file or a pattern, or --list or --questions.")
 
     @property
     def chosen_task(self) -> str:
@@ -91,21 +91,21 @@ class JobFlags(ModelFlags, PictureFlags, AnswerFlags):
         return (self.chosen_task,) if self.questions is None else TASKS
 
     @property
-    def has_text_as_word(self) -> bool:
+    def has_text_argument(self) -> bool:
         is_needed = self.questions is None and self.chosen_task in REQUIRED_TEXT and self.text is None
         if not is_needed or not self.words:
             return False
-        # "cat" is taken for the text even if there is a folder of that name.
+        # "cat" is the text even if a folder has this name.
         could_be_text = len(self.words) > 1 and not set("/,.") & set(self.words[-1])
         return could_be_text or not looks_like_picture(self.words[-1])
 
     @property
-    def asked(self) -> str:
-        return self.words[-1] if self.has_text_as_word else self.text or ""
+    def text_asked(self) -> str:
+        return self.words[-1] if self.has_text_argument else self.text or ""
 
     @property
     def pictures(self) -> tuple[str, ...]:
-        return self.words[:-1] if self.has_text_as_word else self.words
+        return self.words[:-1] if self.has_text_argument else self.words
 
     @property
     def has_objects(self) -> bool:
@@ -118,17 +118,17 @@ class JobFlags(ModelFlags, PictureFlags, AnswerFlags):
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about one picture. The image and the prompt identify its row.
+    """A question about one picture. Image and prompt identify the row of the answer.
 
     Args:
-        image: the name of the picture as it was given.
-        place: its path or address.
-        task, text: how the answer is read, see tasks.Request.
-        is_typed: whether a user typed the place or a folder that contains it; otherwise it comes from a list or a JSONL file.
+        image: the name of the picture as the user gave it.
+        location: the path or address of the picture.
+        task, text: decide how the answer is parsed, see tasks.Request.
+        is_typed: True if the user typed the name or its folder, False if the name is from a list or a JSONL file.
     """
 
     image: str
-    place: str
+    location: str
     prompt: str
     task: str
     text: str
@@ -136,7 +136,7 @@ class Question:
 
 
 def read_prompt(prefix: str) -> tuple[str, str]:
-    """The task and the text of a prompt from a file of questions; they decide how the answer is read."""
+    """The task and the text of a prompt from --questions; they decide how the answer is parsed."""
     word, _, rest = prefix.strip().partition(" ")
     if word in OBJECT_TASKS and rest:
         return word, rest
@@ -144,10 +144,10 @@ def read_prompt(prefix: str) -> tuple[str, str]:
 
 
 def images(flags: JobFlags, without: Iterable[str] = ()) -> Iterator[tuple[str, bool]]:
-    """The name of each picture, and whether it was typed. A picture that two words name is listed twice.
+    """The name of each picture, and whether the user typed it. A picture that is named twice is listed twice.
 
     Args:
-        without: folders that are not searched, such as that of the drawings.
+        without: folders that are not searched, such as the folder of the drawings.
     """
     seen = [folders.identity(folder) for folder in without if os.path.isdir(folder)]
     for word in flags.pictures:
@@ -160,22 +160,22 @@ def questions(flags: JobFlags, kind: str, without: Iterable[str] = ()) -> Iterat
     """The questions, in the order in which the pictures are listed.
 
     Args:
-        kind: what the checkpoint was trained for, see tasks.checkpoint_kind.
+        kind: what the checkpoint was trained for, as tasks.checkpoint_kind returns it.
         without: see images.
     """
     if flags.questions is not None:
-        home = files.expand(flags.words[0]) if flags.words else files.expand(flags.questions).parent
+        folder = files.expand(flags.words[0]) if flags.words else files.expand(flags.questions).parent
         for image, prefix in folders.questions(flags.questions):
-            place = image if is_address(image) else os.path.join(home, image)
-            yield Question(image, place, prefix, *read_prompt(prefix))
+            location = image if is_address(image) else os.path.join(folder, image)
+            yield Question(image, location, prefix, *read_prompt(prefix))
         return
-    words = prompt(flags.chosen_task, flags.asked, kind, flags.language)
+    prompt_text = prompt(flags.chosen_task, flags.text_asked, kind, flags.language)
     for image, is_typed in images(flags, without):
-        yield Question(image, image, words, flags.chosen_task, flags.asked, is_typed)
+        yield Question(image, image, prompt_text, flags.chosen_task, flags.text_asked, is_typed)
 
 
 def check_pictures(flags: JobFlags, without: Iterable[str] = ()) -> None:
-    """Makes all checks that need no picture to be read.
+    """Runs the checks that do not read a picture.
 
     Raises: ImageError if there is no picture, DatasetError for a list that cannot be read or has a damaged line.
     """
@@ -188,20 +188,20 @@ def check_pictures(flags: JobFlags, without: Iterable[str] = ()) -> None:
         raise ImageError(f"no picture was found. In folders, only names that end in {', '.join(PICTURE_SUFFIXES)} count.")
 
 
-# What decides the answers
+# Settings
 
 
 def settings(flags: JobFlags, checkpoint: "Checkpoint") -> dict:
-    """All settings that decide the answers and are not in the rows themselves. They go into the header of the file of rows."""
+    """The settings that decide the answers, for the header of the output file. Image and prompt are in the rows instead."""
     from paligemma.objects.mask_codec import find_codec
 
     decisive = [field.name for group in (PictureFlags, AnswerFlags) for field in fields(group)]
-    asked = {"task": "questions"} if flags.questions is not None else {"task": flags.chosen_task, "text": flags.asked}
+    task = {"task": "questions"} if flags.questions is not None else {"task": flags.chosen_task, "text": flags.text_asked}
     codec = find_codec(checkpoint.base, flags.mask_codec)
-    if not flags.stretch:  # so that files that were begun before there was this flag can be continued
+    if not flags.stretch:  # so that files from before this flag existed can be continued
         decisive.remove("stretch")
     return (
-        asked
+        task
         | {"model": f"{Path(checkpoint.name).name} {checkpoint.fingerprint}"}
         | {name: getattr(flags, name) for name in ("dtype", "quantize", "quantize_vision", *decisive)}
         | {"max_tokens_to_generate": flags.max_new_tokens(flags.tasks), "mask_codec": None if codec is None else codec.name}
@@ -209,7 +209,7 @@ def settings(flags: JobFlags, checkpoint: "Checkpoint") -> dict:
 
 
 def make_annotator(flags: JobFlags, checkpoint: "Checkpoint") -> Annotator:
-    """The model of a job with its weights, ready for requests."""
+    """Loads the weights and returns an Annotator for the job."""
     return flags.annotator(checkpoint, flags.load(checkpoint), flags.load_codec(checkpoint), flags.rows, flags.tasks)
 
 
@@ -217,25 +217,26 @@ def make_annotator(flags: JobFlags, checkpoint: "Checkpoint") -> Annotator:
 
 
 def answer(
-    annotator: Annotator, asked: Iterable[Question], flags: JobFlags, keeps_original: bool = False
+    annotator: Annotator, questions: Iterable[Question], flags: JobFlags, keeps_original: bool = False
 ) -> Iterator[tuple[dict, folders.Loaded, Result]]:
-    """A row for every question, with its picture and its result, in the order in which the answers finish.
+    """The row, the picture and the result of each question, in the order in which the answers finish.
 
-    A picture that cannot be read, or a question that cannot be asked, gets a row with the error.
+    If a picture cannot be read or a question cannot be asked, the row holds the error.
     """
     running: dict[int, folders.Loaded] = {}
     side = annotator.processor.image_size
 
-    def read(place: tuple[str, bool]) -> folders.Loaded:
-        return folders.load(place[0], side=side, keeps_original=keeps_original, is_typed=place[1], **flags.picture_options)
+    def read(picture: tuple[str, bool]) -> folders.Loaded:
+        location, is_typed = picture
+        return folders.load(location, side=side, keeps_original=keeps_original, is_typed=is_typed, **flags.picture_options)
 
     def requests() -> Iterator[Request]:
         threads = min(READERS, machine.available_cores())
         ahead = max(threads, annotator.rows)
-        for number, (question, loaded) in enumerate(
-            folders.read_ahead(asked, lambda q: (q.place, q.is_typed), read, threads, ahead)
+        for index, (question, loaded) in enumerate(
+            folders.read_ahead(questions, lambda q: (q.location, q.is_typed), read, threads, ahead)
         ):
-            running[number] = loaded
+            running[index] = loaded
             yield Request(
                 picture=loaded.picture,
                 task=question.task,
@@ -245,35 +246,35 @@ def answer(
                 size=loaded.size,
             )
 
-    for number, result in annotator.run(requests()):
-        loaded = running.pop(number)
+    for index, result in annotator.run(requests()):
+        loaded = running.pop(index)
         yield result.to_json() | ({"notes": loaded.notes} if loaded.notes else {}), loaded, result
     if running:
-        raise RuntimeError(f"{len(running)} questions have no row")  # a bug of ours, which must not go unnoticed
+        raise RuntimeError(f"{len(running)} questions have no row")  # a bug in this project
 
 
-# Beginning and end
+# Steps before and after the answers
 
 
-def count_left(asked: Iterable[Question], journal: Journal) -> int:
-    """The number of questions that have no row yet; all of them are listed for it."""
-    return sum(not journal.knows(question.image, question.prompt) for question in asked)
+def count_left(questions: Iterable[Question], journal: Journal) -> int:
+    """The number of questions that have no row yet. Lists all questions once."""
+    return sum(not journal.knows(question.image, question.prompt) for question in questions)
 
 
-def claim_left(asked: Iterable[Question], journal: Journal) -> Iterator[Question]:
+def claim_left(questions: Iterable[Question], journal: Journal) -> Iterator[Question]:
     """The questions that have no row yet, each once."""
-    return (question for question in asked if journal.claim(question.image, question.prompt))
+    return (question for question in questions if journal.claim(question.image, question.prompt))
 
 
 def is_watched() -> bool:
-    """Whether stderr is a terminal, so that a progress bar is seen."""
+    """Whether stderr is a terminal, which can show a progress bar."""
     return sys.stderr.isatty()
 
 
 def progress(known: int, total: int | None) -> "tqdm":
     """A progress bar of rows, if stderr is a terminal.
 
-    The time left is estimated from all rows of this run (smoothing 0). The `known` rows of earlier runs take no time.
+    The remaining time is estimated from all rows of this run (smoothing 0), without the `known` rows of earlier runs.
     """
     from tqdm import tqdm
 
@@ -283,12 +284,12 @@ def progress(known: int, total: int | None) -> "tqdm":
 def check_outputs(
     flags: JobFlags, rows: Path, others: Iterable[tuple[str, Path]] = (), model: Iterable[tuple[str, Path]] = ()
 ) -> None:
-    """Checks that the files of a job can be written, are different files, and are not files that are read.
+    """Checks that the output files can be written, are different files, and are not input files.
 
     Args:
-        rows: the file of rows.
-        others: other output files, as files.check_outputs takes them.
-        model: the files of the model, likewise.
+        rows: the file for the rows.
+        others: other output files, in the form of files.check_outputs.
+        model: the files of the model, in the same form.
     Raises: UsageError, OutputError.
     """
     part = ("the file that --retry_failed makes", rows.with_name(rows.name + PART))
@@ -300,7 +301,7 @@ def check_outputs(
 
 @contextmanager
 def open_rows(flags: JobFlags, checkpoint: "Checkpoint", path: Path) -> Iterator[Journal]:
-    """The file of rows, opened as the flags ask. After an interruption, prints how many rows it has. Raises: as Journal."""
+    """Opens the output file as a Journal. After an interruption, prints how many rows it has. Raises: the errors of Journal."""
     with Journal(path, settings(flags, checkpoint), is_forced=flags.force, retry_failed=flags.retry_failed) as journal:
         try:
             yield journal
@@ -314,7 +315,7 @@ def conclude(journal: Journal) -> None:
     """Prints how many rows the file has. Raises: PaliGemmaError with exit code 8 if some rows are errors."""
     answered, failed = journal.num_answered, journal.num_failed
     if failed:
-        advice = "--retry_failed asks them again."
+        advice = "--retry_failed tries again."
         are = "is an error and says why" if failed == 1 else "are errors and say why"
         of = f"{failed} of {counted(answered + failed, 'row')}"
         raise PaliGemmaError(f"{of} in {journal.path} {are}. {advice}", code=8)

@@ -1,4 +1,4 @@
-"""Where results go: text or JSON on stdout, drawings, files of annotations. The files are checked before the model runs.
+"""Writes results: text or JSON on stdout, drawings, annotation files. The files are checked before the model runs.
 
 Checked in tests/test_inference.py.
 """
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
 DRAWABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 EXPORTABLE = {".json": "coco", ".xml": "voc", ".txt": "yolo", ".csv": "csv"}
-LINE_END = re.compile("[\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # line ends, and the tab, which separates columns
+SEPARATOR = re.compile("[\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # line ends, and the tab between columns
 
 
 @dataclass(frozen=True)
 class Query:
-    """What is asked: each text about each picture.
+    """A task: each text is asked about each picture.
 
     Args:
         task: the verb, or "prompt".
-        pictures: their names.
-        texts: questions, or objects separated by " ; "; one empty text if the task needs none.
-        notes: remarks on words that have a second meaning.
+        pictures: the names of the pictures.
+        texts: questions, or objects separated by " ; "; one empty text if the task takes no text.
+        notes: notes about arguments that could also be file names.
     """
 
     task: str
@@ -58,10 +58,10 @@ class OutputFlags:
 
     Args:
         json: print one JSON object per answer instead of text
-        save: draw the objects into a copy of the picture: out.png; for several pictures out-1.png, out-2.png
-        explain: draw what each word of the answer depends on: out.png; for several answers out-1.png, out-2.png
+        save: draw the objects into a copy of the picture, out.png; for several pictures out-1.png, out-2.png
+        explain: draw what each word of the answer depends on, out.png; for several answers out-1.png, out-2.png
         export: write the objects as COCO (.json), Pascal VOC (.xml), YOLO (.txt) or a table (.csv)
-        verbose: also print how long each part took, and how fast this machine could be at best
+        verbose: also print how long each part took, and the minimum times of this machine
         debug: print the traceback of an error
     """
 
@@ -84,18 +84,18 @@ class OutputFlags:
         return None if self.export is None else EXPORTABLE[suffix_of(self.export)]
 
     def drawings(self, query: Query) -> tuple[str, ...]:
-        """The files of --save, one for each picture."""
+        """The files of --save, one per picture."""
         return numbered(self.save, len(query.pictures))
 
     def explanations(self, query: Query) -> tuple[str, ...]:
-        """The files of --explain, one for each result."""
+        """The files of --explain, one per result."""
         return numbered(self.explain, query.num_results)
 
     def check_files(self, query: Query, inputs: Iterable[tuple[str, str | Path]] = ()) -> None:
-        """Checks that the files to be written can be written, are different files, and are not files that are read.
+        """Checks that the output files can be written, are different files, and are not input files.
 
         Args:
-            inputs: the files that are read besides the pictures, as files.check_outputs takes them.
+            inputs: the input files other than the pictures, in the form of files.check_outputs.
         Raises: UsageError, OutputError.
         """
         drawn = [("save", self.drawings(query)), ("explain", self.explanations(query))]
@@ -107,22 +107,22 @@ class OutputFlags:
             exported = files_of(self.export_format, files.expand(self.export), dict.fromkeys(query.pictures))
         read = [("the picture", file) for file in map(file_of, query.pictures) if file is not None]
         read += [(what, files.expand(file)) for what, file in inputs]
-        new = [("--export", file) for file in exported]
-        if len(new) == 1:  # a single file; the folder above it must exist
-            outputs, new = outputs + new, []
-        files.check_outputs(outputs, read, new)
+        files_in_new_folders = [("--export", file) for file in exported]
+        if len(exported) == 1:  # the folder of a single file must exist
+            outputs, files_in_new_folders = outputs + files_in_new_folders, []
+        files.check_outputs(outputs, read, files_in_new_folders)
         for flag, names in drawn:
             for name in names if len(names) > 1 else ():
                 check_numbered(flag, name)
 
 
 def suffix_of(file: str) -> str:
-    """The suffix in small letters; ".png" has none."""
+    """The suffix in lower case. The name ".png" has no suffix."""
     return os.path.splitext(file)[1].lower()
 
 
 def numbered(file: str | None, count: int) -> tuple[str, ...]:
-    """The names of `count` files: the name itself for one file, out-1.png, out-2.png and so on for several."""
+    """The names of `count` files: `file` itself if count is 1, otherwise out-1.png, out-2.png and so on."""
     if file is None:
         return ()
     file = str(files.expand(file))
@@ -131,19 +131,22 @@ def numbered(file: str | None, count: int) -> tuple[str, ...]:
 
 
 def check_numbered(flag: str, file: str) -> None:
-    """Raises: UsageError if a numbered file exists that this program did not draw, since the user did not type its name."""
-    if os.path.lexists(file) and not file.lower().endswith(".bmp"):  # BMP has no metadata that could hold our mark
+    """Refuses to overwrite a numbered file that this program did not draw, because the user did not type its name.
+
+    Raises: UsageError.
+    """
+    if os.path.lexists(file) and not file.lower().endswith(".bmp"):  # BMP has no metadata, so no mark of this program
         from paligemma.objects.drawing import read_mark
 
         if read_mark(file) is None:
             raise UsageError(f"--{flag} would overwrite {file}, which this program did not draw. Give another name.")
 
 
-# The results
+# Results
 
 
 def with_polygons(result: Result) -> dict:
-    """The result's JSON; objects with a mask also get its outline as polygons: x, y, x, y, ... in pixels."""
+    """The JSON of the result. Objects with a mask also get polygons, the outline of the mask: x, y, x, y, ... in pixels."""
     row = result.to_json()
     masks = [found.mask for found in result.parsed.objects] if result.parsed else []
     if any(mask is not None for mask in masks):
@@ -159,7 +162,7 @@ def save_explanation(
     model: "PaliGemmaForConditionalGeneration", processor: "PaliGemmaProcessor", inputs: dict, picture: "Image.Image",
     token_ids: list[int], file: str,
 ) -> dict:  # fmt: skip
-    """Draws what each word of an answer depends on into a file. Returns: {"explanation": ...}, a part of the answer's JSON."""
+    """Saves a drawing of what each word of an answer depends on. Returns: {"explanation": ...} for the JSON of the answer."""
     from paligemma.explanation import explain
     from paligemma.explanation_sheet import draw_explanation
     from paligemma.objects.drawing import save
@@ -172,27 +175,27 @@ def save_explanation(
 
 
 class ResultWriter:
-    """Prints each result, draws it, and at the end writes all of them into a file of annotations, as the flags ask for.
+    """Prints and draws each result, and at the end writes an annotation file with all results, as the flags ask.
 
     Args:
-        query: what was asked.
+        query: the task, the pictures and the texts.
         flags: where results go.
-        style: of the drawings.
-        extra: is added to each JSON object.
+        style: the style of the drawings.
+        common: added to each JSON object.
     """
 
-    def __init__(self, query: Query, flags: OutputFlags, style: "Style", extra: dict):
-        self.query, self.flags, self.style, self.extra = query, flags, style, extra
+    def __init__(self, query: Query, flags: OutputFlags, style: "Style", common: dict):
+        self.query, self.flags, self.style, self.common = query, flags, style, common
         self.rows: list[dict] = []
         self.drawings = iter(flags.drawings(query))
         self.num_failed = 0
 
-    def write(self, result: Result, picture: "Image.Image | None", more: dict | None = None) -> None:
-        """Prints one result and draws it. Raises: its error, if it is the only result.
+    def write(self, result: Result, picture: "Image.Image | None", extra: dict | None = None) -> None:
+        """Prints and draws one result. Raises: the error of the result, if the query has only one result.
 
         Args:
-            picture: the objects are drawn into a copy of it.
-            more: is added to the JSON of this result.
+            picture: the picture; the objects are drawn into a copy of it.
+            extra: added to the JSON object of this result.
         """
         drawing = next(self.drawings, None)
         if result.error is not None:
@@ -201,9 +204,9 @@ class ResultWriter:
             self.num_failed += 1
             note(f"error: {result.error.message}")
         if self.flags.json:
-            commandline.write(json.dumps(with_polygons(result) | self.extra | (more or {})) + "\n")
+            commandline.write(json.dumps(with_polygons(result) | self.common | (extra or {})) + "\n")
         elif result.error is None:
-            self.print(result)
+            self.print_result(result)
         if result.error is not None:
             return
         if self.flags.export:
@@ -215,14 +218,13 @@ class ResultWriter:
             save(draw(picture, result.parsed.objects, self.style, notes), drawing)
             print_notes(*notes, f"the drawing is in {drawing}.")
 
-    def print(self, result: Result) -> None:
-        """Prints text, or a table of objects on a terminal and one line per object elsewhere.
+    def print_result(self, result: Result) -> None:
+        """Prints text; or the objects, as a table on a terminal and as one line per object elsewhere.
 
-        If there are several pictures or several texts, their names come first in each line, separated by tabs.
+        If there are several pictures or texts, each line begins with the picture or the text, followed by a tab.
         """
-        several = [self.query.pictures, self.query.texts]
-        parts = zip((result.image, result.asked), several, strict=True)
-        head = [LINE_END.sub(" ", name) for name, values in parts if len(values) > 1]
+        parts = zip((result.image, result.asked), (self.query.pictures, self.query.texts), strict=True)
+        head = [SEPARATOR.sub(" ", name) for name, values in parts if len(values) > 1]
         if result.parsed is None or self.query.task not in OBJECT_TASKS:
             text = result.text if result.count is None else str(result.count)
             commandline.write("\t".join([*head, " ".join(text.split()) if head else text]) + "\n")
@@ -242,7 +244,7 @@ class ResultWriter:
             commandline.write("".join("\t".join([*head, line]) for line in lines))
 
     def close(self) -> None:
-        """Writes the file of annotations. Raises: OutputError; PaliGemmaError with exit code 8 if some results are errors."""
+        """Writes the annotation file. Raises: OutputError; PaliGemmaError with exit code 8 if some results are errors."""
         if self.flags.export:
             from paligemma.objects.exports import export
 
@@ -250,4 +252,5 @@ class ResultWriter:
             written = export(self.rows, kind, files.expand(self.flags.export), self.query.pictures)
             print_notes(f"{kind} is in {', '.join(map(str, written[:3]))}{' and so on' if len(written) > 3 else ''}.")
         if self.num_failed:
-            raise PaliGemmaError(f"{self.num_failed} of {self.query.num_results} answers failed; the others are there.", code=8)
+            failed = f"{self.num_failed} of {self.query.num_results} answers failed"
+            raise PaliGemmaError(f"{failed}; the others were written.", code=8)

@@ -228,7 +228,7 @@ def plain_prompt(flags: VerbFlags, query: Query) -> str | None:
 
 
 def load_picture(name: str, flags: VerbFlags, side: int | None) -> "Loaded":
-    """The picture, or its error. It is resized to `side`, the model's input, at once, so that many can wait in memory."""
+    """The picture, or its error. It is resized to `side`, the model's input, when it is read, so that many pictures can wait."""
     from paligemma.pictures import folders
 
     try:

@@ -152,7 +152,7 @@ def test_the_file_begins_with_what_decides_the_answers(run):
 @pytest.mark.usefixtures("bad")
 def test_a_bad_picture_is_a_row_with_its_error_and_exit_code_8(run):
     code, err = run("photos", "--task=caption")
-    assert code == 8 and err == "error: 3 of 8 rows in rows.jsonl are errors and say why. --retry_failed asks them again.\n"
+    assert code == 8 and err == "error: 3 of 8 rows in rows.jsonl are errors and say why. --retry_failed tries again.\n"
     assert images() == sorted(PHOTOS + SPOILT) and failed() == SPOILT
     row = written()["photos/b/c/empty.jpg", "caption en"]
     assert row["error"]["type"] == "ImageError" and "zero bytes" in row["error"]["message"]
@@ -555,7 +555,7 @@ def test_the_time_left_comes_from_the_rows_of_this_run(model, monkeypatch):
     ("argv", "named"),
     [
         (["photos"], "--output"),
-        (["--output=x"], "no picture is named"),
+        (["--output=x"], "no picture is given"),
         (["photos", "--output=x", "--task=detect"], "something to look for"),
         (["photos", "--output=x", "--task=look"], "look"),
         (["photos", "--output=x", "--text=cat"], "caption takes no text"),
@@ -567,7 +567,7 @@ def test_the_time_left_comes_from_the_rows_of_this_run(model, monkeypatch):
         (["photos", "--output=x", "--export=coco"], "--export does not go with caption"),
         (["photos", "--output=x", "--save_dir=out"], "--save_dir does not go with caption"),
         (["--questions=q", "--output=x", "--task=ocr"], "Drop --task"),
-        (["a", "b", "--questions=q", "--output=x"], "one word"),
+        (["a", "b", "--questions=q", "--output=x"], "at most one argument"),
         (["photos", "--output=x", "--quantize=int3"], "quantize"),
         (["photos", "--output=x", "--outptu=y"], "--output"),
     ],
@@ -583,7 +583,7 @@ def test_wrong_flags_are_2_and_named(argv, named, capsys):
 def test_the_last_word_is_the_text_where_one_is_needed():
     def read(*words, **more):
         flags = Flags(words=words, output="x", **more)
-        return flags.pictures, flags.asked
+        return flags.pictures, flags.text_asked
 
     assert read("photos", "cat ; dog", task="detect") == (("photos",), "cat ; dog")
     assert read("photos", "x.png", task="detect", text="cat") == (("photos", "x.png"), "cat")

@@ -138,7 +138,7 @@ def test_rows_reach_the_disk_every_few_seconds_and_at_the_end(tmp_path, monkeypa
     with Journal(tmp_path / "rows.jsonl", SETTINGS) as file:
         file.write(row(1))
         assert calls == []
-        file.synced -= journal.SYNC_S
+        file.last_sync -= journal.SYNC_INTERVAL_S
         file.write(row(2))
         assert len(calls) == 1
     assert len(calls) == 2
@@ -276,7 +276,7 @@ def test_any_bytes_are_rows_or_an_error_of_this_project(tmp_path_factory, lines)
 
 
 def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(journal, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(journal, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(WHOLE + b"x" * 5000)
     with pytest.raises(OutputError, match="is damaged"):
