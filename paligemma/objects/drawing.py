@@ -1,8 +1,8 @@
 """Draws objects into their picture: boxes, masks, labels and scores. Needs Pillow and numpy, but not torch.
 
-The widths of lines and the sizes of letters depend on the size of the picture. Each label has a colour, and people with any
-colour vision can distinguish the colours. An edge that the model is unsure of is dashed and gets an error bar. Labels lie inside
-the picture and cover each other as little as possible. Checked in tests/objects/test_drawing.py.
+The widths of lines and the sizes of letters depend on the size of the picture. Each label has a colour; people with any colour
+vision can distinguish two neighbouring colours of the palette. An edge that the model is unsure of is dashed and gets an error
+bar. Labels lie inside the picture and cover each other as little as possible. Checked in tests/objects/test_drawing.py.
 """
 
 import math
@@ -22,14 +22,14 @@ from paligemma.objects.outputs import NormalizedBox, ParsedObject
 from paligemma.pictures.images import load_image
 
 Color = tuple[int, int, int]
-Rectangle = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom lie outside
+Rectangle = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom are exclusive
 
 # The colours of Okabe and Ito (jfly.uni-koeln.de/color) without black. People with any colour vision can distinguish them.
 PALETTE: tuple[Color, ...] = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
 )  # fmt: skip
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
-LINES, LETTERS = 1 / 190, 1 / 34  # line width and letter size as fractions of sqrt(width * height) of the picture
+LINES, LETTERS = 1 / 190, 1 / 34  # line width and letter size, as fractions of sqrt(width * height) of the picture
 MIN_LETTER_WITH_ROOM = 12  # pixels: the smallest letters if there is room for all labels
 MIN_LETTER = 7  # pixels: the smallest letters; a label that does not fit even then is cut
 MAX_LABEL = 200  # characters of a label that are drawn

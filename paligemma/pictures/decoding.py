@@ -29,7 +29,7 @@ MAX_PPM_HEADER_BYTES = 1 << 16
 MAX_PPM_COMMENTS = 1000  # each comment makes Pillow search its buffer from the beginning again, which takes quadratic time
 MAX_SLOW_BYTES = 4 << 20  # the largest file of a format that Pillow decodes in Python, such as PPM written as text
 ORIENTATION = 0x0112  # the tag's number in EXIF and TIFF
-# What decoders raise for damaged files. Each of these means that the file is damaged.
+# Decoders raise all these exceptions for damaged files.
 DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError,
     MemoryError, EOFError, NameError, BufferError, StopIteration, struct.error, zlib.error,
@@ -37,7 +37,7 @@ DECODER_ERRORS = (
 
 FORMATS = {  # first bytes of the formats that are decoded -> Pillow's name of the format
     b"\x89PNG\r\n\x1a\n": "PNG",
-    b"\xff\xd8\xff": "JPEG",  # also the MPO files of phones: a JPEG followed by further ones
+    b"\xff\xd8\xff": "JPEG",  # also the MPO files of phones: several JPEGs in one file
     b"GIF87a": "GIF",
     b"GIF89a": "GIF",
     b"BM": "BMP",

@@ -234,7 +234,7 @@ def test_a_picture_that_is_gone_before_it_is_drawn_is_its_row(run, monkeypatch):
 
     def changed(source, *more):
         if str(source).endswith("a/2.png"):
-            raise ImageError("a/2.png changed while it was asked about. Ask again.")
+            raise ImageError("a/2.png changed while the question was being answered. Run it again.")
         return again(source, *more)
 
     monkeypatch.setattr(folders, "load_again", changed)
