@@ -82,9 +82,9 @@ class Flags(VerbFlags):
     def __post_init__(self):
         super().__post_init__()
         require(self, ("image_file_path", self.image_file_path != "", "a file, an address or -"))
-        if not self.words and self.explain is not None and len(self.query.pictures) > 1:
+        if not self.positional and self.explain is not None and len(self.query.pictures) > 1:
             raise UsageError("--explain takes one picture, but several were given. Give one, or use a verb.")
-        if not self.words and len(self.query.pictures) > MAX_PICTURES:
+        if not self.positional and len(self.query.pictures) > MAX_PICTURES:
             given = f"--prompt asks about all pictures together, and {len(self.query.pictures)} were given"
             raise UsageError(f"{given}; at most {MAX_PICTURES} can fit. Use a verb to ask about each picture separately.")
         if self.json and self.stream:
@@ -94,7 +94,7 @@ class Flags(VerbFlags):
     @cached_property
     def query(self) -> Query:
         """The Query from the positional arguments; without them, a Query that holds only the pictures for --prompt."""
-        if self.words:
+        if self.positional:
             return super().query
         return Query("prompt", tuple(split_pictures(self.image_file_path or BUNDLED_PICTURE)))
 
@@ -212,7 +212,10 @@ class Session:
         room = self.config.text_config.max_position_embeddings - inputs["input_ids"].shape[1]
         if flags.max_tokens_to_generate is not None and flags.max_tokens_to_generate > room:
             print_notes(f"--max_tokens_to_generate {flags.max_tokens_to_generate} is cut to {room}, the room in the context.")
-        limit = flags.max_new_tokens([flags.words[0]]) if flags.words else flags.max_tokens_to_generate or MAX_NEW_TOKENS
+        if flags.positional:
+            limit = flags.max_new_tokens([flags.positional[0]])
+        else:
+            limit = flags.max_tokens_to_generate or MAX_NEW_TOKENS
         for step in generate_steps(
             self.model,
             inputs,
@@ -330,7 +333,7 @@ def answer_prompt(flags: Flags) -> None:
 def program(flags: Flags) -> None:
     commandline.relay_logs(flags.verbose)
     flags.note_unused()
-    if not flags.words:
+    if not flags.positional:
         return answer_prompt(flags)
     verbs.print_query(flags, flags.query)
     prompt = verbs.plain_prompt(flags, flags.query)

@@ -411,7 +411,7 @@ def test_verbs_answer_in_typed_json(verb):
 
 def test_words_after_a_verb_are_objects_and_pictures_in_any_number():
     def job(*words):
-        job = verbs.parse_words(words)
+        job = verbs.parse_positional(words)
         return [Path(name).name for name in job.pictures], list(job.texts)
 
     assert job("detect", SHAPES, "cat ; dog", "bird") == (["shapes.png"], ["cat ; dog ; bird"])
@@ -514,7 +514,7 @@ def test_masks_come_as_run_lengths_and_as_polygons(capsys):
         "",
     )
     result = Result(image="a.png", task="segment", asked="cat", prompt="segment cat", width=40, height=30, parsed=reading)
-    flags = Flags(words=("segment", SHAPES, "cat"), json=True)
+    flags = Flags(positional=("segment", SHAPES, "cat"), json=True)
     ResultWriter(flags.query, flags, flags.style, {"model": "m"}).write(result, None)
     row = json.loads(capsys.readouterr().out)
     cat, dog = row["objects"]
@@ -640,7 +640,7 @@ def test_verbs_without_sense_are_2_in_one_line(verb, argv, message):
 
 def test_words_are_checked_before_fire_is_imported():
     with pytest.raises(UsageError, match="not a verb"):
-        Flags.check_words(("detct",))
+        Flags.check_positional(("detct",))
 
 
 def test_help_begins_with_examples_of_the_verb(verb):

@@ -5,7 +5,7 @@ string "false", which counts as true. Fire also reads "-" as a separator, and re
 Therefore this module first checks every flag against the fields and passes it to Fire as --name=value, with a converter for its
 annotation (bool, int, float, str, each with or without None). Nothing slow is imported before these checks.
 
-A program is `sys.exit(commandline.run(Flags, program))`. A field annotated `Words` takes the positional arguments.
+A program is `sys.exit(commandline.run(Flags, program))`. A field annotated `Positional` takes the positional arguments.
 Base classes hold the flags that programs share; --help shows each class as a group, under the first line of its docstring.
 Exit codes: 0 success, 1 a bug in this project, 130 Ctrl-C, 143 SIGTERM, 141 closed output pipe; errors.py lists the others.
 Checked in tests/programs/test_commandline.py.
@@ -38,7 +38,7 @@ COLUMN = 34  # the texts of --help begin here
 # Characters of the Unicode categories Cc and Cf that `printable` keeps: newline, tab, joiners, and visible Arabic signs.
 KEPT = "\n\t\u200c\u200d\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u08e2"
 RENAMED = {"rows": "micro_batch_size"}  # flags of earlier versions, for which `suggestion` names the new flag
-Words = tuple[str, ...]  # annotates the field for positional arguments; without such a field they are refused
+Positional = tuple[str, ...]  # annotates the field for positional arguments; without such a field they are refused
 
 
 class Interrupted(BaseException):
@@ -88,16 +88,16 @@ def as_utf8(text: str) -> str:
 
 
 def base_type(parameter: inspect.Parameter) -> type:
-    """The annotation without `| None`: bool, int, float, str or Words."""
-    if parameter.annotation == Words:
-        return Words
+    """The annotation without `| None`: bool, int, float, str or Positional."""
+    if parameter.annotation == Positional:
+        return Positional
     kinds = [kind for kind in get_args(parameter.annotation) if kind is not type(None)]
     return kinds[0] if kinds else parameter.annotation
 
 
 def converter(name: str, kind: type) -> Callable[[str], object]:
     """A function that converts the value of --name. It raises UsageError for a value of another type."""
-    if kind == Words:
+    if kind == Positional:
         return lambda value: tuple(json.loads(value))
     needed = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
 
@@ -122,22 +122,22 @@ def suggestion(name: str, names: list[str], dashes: str = "--") -> str:
     return f" Did you mean {dashes}{close[0]}?" if close else ""
 
 
-def separate(argv: list[str], flags: dict[str, type], takes_words: bool) -> tuple[dict[str, str], list[str]]:
+def separate(argv: list[str], flags: dict[str, type], takes_positional: bool) -> tuple[dict[str, str], list[str]]:
     """The value of each flag, and the positional arguments. The last value of a repeated flag counts.
 
     Every argument after -- is positional.
     Raises: UsageError for an unknown flag, a missing value, or a positional argument if the program takes none.
     """
     values: dict[str, str] = {}
-    words: list[str] = []
+    positional: list[str] = []
     rest = deque(argv)
     while rest:
         argument = rest.popleft()
-        if argument == "--" and takes_words:
-            words += rest
+        if argument == "--" and takes_positional:
+            positional += rest
             break
         if not argument.startswith("-") or argument == "-":
-            words.append(argument)
+            positional.append(argument)
             continue
         name, equals, value = argument.lstrip("-").partition("=")
         name = name.replace("-", "_")
@@ -154,11 +154,11 @@ def separate(argv: list[str], flags: dict[str, type], takes_words: bool) -> tupl
             raise UsageError(f"--{name} needs a value. Write --{name}=VALUE if the value starts with dashes.")
         else:
             values[name] = rest.popleft()
-    if words and not takes_words:
+    if positional and not takes_positional:
         raise UsageError(
-            f"{words[0]!r} belongs to no flag. Put text with spaces in quotes and name every flag; --help lists them."
+            f"{positional[0]!r} belongs to no flag. Put text with spaces in quotes and name every flag; --help lists them."
         )
-    return values, words
+    return values, positional
 
 
 def is_on(name: str, argv: list[str]) -> bool:
@@ -179,7 +179,7 @@ def described(flags: type, parameters: dict[str, inspect.Parameter]) -> list[str
     documented = docstrings.parse(inspect.getdoc(flags)).args or []
     lines = []
     for name, text in ((argument.name, argument.description) for argument in documented):
-        if base_type(parameters[name]) == Words:
+        if base_type(parameters[name]) == Positional:
             continue
         default = parameters[name].default
         text += "" if default is None or default is False else f" (default: {default})"
@@ -208,16 +208,16 @@ def help_text(flags: type, about: str | None = None) -> str:
 def read_flags(flags: type, argv: list[str]) -> object:
     """Reads argv into an instance of the class, using Fire. Raises: UsageError.
 
-    If the class has a function `expand`, argv is replaced by expand(argv). If the class has a function `check_words`, this is
-    called with the positional arguments before Fire is imported, so that errors are reported early.
+    If the class has a function `expand`, argv is replaced by expand(argv). If the class has a function `check_positional`, it
+    checks the positional arguments before Fire is imported, so that errors are reported early.
     """
     argv = getattr(flags, "expand", list)(argv)
     kinds = {name: base_type(parameter) for name, parameter in inspect.signature(flags).parameters.items()}
-    field = next((name for name, kind in kinds.items() if kind == Words), None)
-    values, words = separate(argv, {name: kind for name, kind in kinds.items() if name != field}, field is not None)
-    if words:
-        getattr(flags, "check_words", lambda _: None)(tuple(words))
-        values[field] = json.dumps(words)
+    field = next((name for name, kind in kinds.items() if kind == Positional), None)
+    values, positional = separate(argv, {name: kind for name, kind in kinds.items() if name != field}, field is not None)
+    if positional:
+        getattr(flags, "check_positional", lambda _: None)(tuple(positional))
+        values[field] = json.dumps(positional)
     import fire  # slow, so after the checks
 
     decorated = fire.decorators.SetParseFns(**{name: converter(name, kind) for name, kind in kinds.items()})(flags)

@@ -17,7 +17,7 @@ from paligemma import files, machine
 from paligemma.errors import ImageError, PaliGemmaError, UsageError, counted
 from paligemma.pictures import folders
 from paligemma.pictures.names import PICTURE_SUFFIXES, file_of, is_address, looks_like_picture
-from paligemma.programs.commandline import Interrupted, Words, note
+from paligemma.programs.commandline import Interrupted, Positional, note
 from paligemma.programs.journal import PART, Journal
 from paligemma.programs.options import AnswerFlags, ModelFlags, PictureFlags, require
 from paligemma.tasks import OBJECT_TASKS, REQUIRED_TEXT, TASKS, Annotator, Request, Result, check_task, prompt
@@ -35,7 +35,7 @@ class JobFlags(ModelFlags, PictureFlags, AnswerFlags):
     """What is asked, about which pictures, and where the rows go.
 
     Args:
-        words: the pictures (folders, files, patterns, addresses), then the text
+        positional: the pictures (folders, files, patterns, addresses), then the text
         task: caption, ask, detect, segment, ocr or count
         text: the question, or the objects separated by semicolons; it may also be the last argument
         list: a file with one name of a picture per line
@@ -48,7 +48,7 @@ class JobFlags(ModelFlags, PictureFlags, AnswerFlags):
         debug: print the traceback of an error
     """
 
-    words: Words = ()
+    positional: Positional = ()
     task: str | None = None
     text: str | None = None
     list: str | None = None
@@ -74,7 +74,7 @@ class JobFlags(ModelFlags, PictureFlags, AnswerFlags):
             for name in ("task", "text", "list"):
                 if getattr(self, name) is not None:
                     raise UsageError(f"--questions has its own pictures and prompts. Drop --{name}.")
-            if len(self.words) > 1 or not all(os.path.isdir(files.expand(word)) for word in self.words):
+            if len(self.positional) > 1 or not all(os.path.isdir(files.expand(word)) for word in self.positional):
                 raise UsageError("--questions takes at most one argument, the folder of its pictures. Drop the others.")
         else:
             check_task(self.chosen_task, self.text_asked)
@@ -93,19 +93,19 @@ class JobFlags(ModelFlags, PictureFlags, AnswerFlags):
     @property
     def has_text_argument(self) -> bool:
         is_needed = self.questions is None and self.chosen_task in REQUIRED_TEXT and self.text is None
-        if not is_needed or not self.words:
+        if not is_needed or not self.positional:
             return False
         # "cat" is the text even if a folder has this name.
-        could_be_text = len(self.words) > 1 and not set("/,.") & set(self.words[-1])
-        return could_be_text or not looks_like_picture(self.words[-1])
+        could_be_text = len(self.positional) > 1 and not set("/,.") & set(self.positional[-1])
+        return could_be_text or not looks_like_picture(self.positional[-1])
 
     @property
     def text_asked(self) -> str:
-        return self.words[-1] if self.has_text_argument else self.text or ""
+        return self.positional[-1] if self.has_text_argument else self.text or ""
 
     @property
     def pictures(self) -> tuple[str, ...]:
-        return self.words[:-1] if self.has_text_argument else self.words
+        return self.positional[:-1] if self.has_text_argument else self.positional
 
     @property
     def has_objects(self) -> bool:
@@ -164,7 +164,7 @@ def questions(flags: JobFlags, kind: str, without: Iterable[str] = ()) -> Iterat
         without: see images.
     """
     if flags.questions is not None:
-        folder = files.expand(flags.words[0]) if flags.words else files.expand(flags.questions).parent
+        folder = files.expand(flags.positional[0]) if flags.positional else files.expand(flags.questions).parent
         for image, prefix in folders.questions(flags.questions):
             location = image if is_address(image) else os.path.join(folder, image)
             yield Question(image, location, prefix, *read_prompt(prefix))

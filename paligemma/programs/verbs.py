@@ -1,7 +1,7 @@
 """Verbs, as in `inference.py detect street.jpg car person --save out.png`: their arguments, their flags, and the run.
 
 A verb is a task of tasks.py. The arguments after the verb are first pictures, then the question or the names of objects.
-Reading order: HELP, parse_words and VerbFlags (both run before torch is imported), run.
+Reading order: HELP, parse_positional and VerbFlags (both run before torch is imported), run.
 Checked in tests/test_inference.py.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from paligemma import files
 from paligemma.errors import ImageError, PaliGemmaError, UsageError, counted
 from paligemma.pictures.names import is_address, looks_like_picture, split_pictures
-from paligemma.programs.commandline import PROGRAMS, Words, as_utf8, command, note, print_notes, suggestion
+from paligemma.programs.commandline import PROGRAMS, Positional, as_utf8, command, note, print_notes, suggestion
 from paligemma.programs.options import AnswerFlags, DrawingFlags, ModelFlags, PictureFlags, SamplingFlags, find_picture
 from paligemma.programs.results import OutputFlags, Query, ResultWriter, save_explanation
 from paligemma.tasks import OBJECT_TASKS, REQUIRED_TEXT, TASKS, Request, check_task, in_order, prompt, split_objects, task_warning
@@ -117,9 +117,9 @@ def unknown_verb(word: str) -> UsageError:
     return UsageError(f"{word!r} is not a verb.{hint} Verbs are {', '.join(TASKS)}; put text with spaces in quotes.")
 
 
-def parse_words(words: tuple[str, ...]) -> Query:
+def parse_positional(positional: tuple[str, ...]) -> Query:
     """The Query from the positional arguments. Raises: UsageError."""
-    task, *rest = words
+    task, *rest = positional
     if task not in TASKS:
         raise unknown_verb(task)
     usage = f"{command()} {task} PICTURE{' TEXT' if task in REQUIRED_TEXT else ''}"
@@ -134,13 +134,13 @@ def parse_words(words: tuple[str, ...]) -> Query:
     pictures = [name for word in rest[:count] for name in split_pictures(word)]
     if pictures.count("-") > 1:
         raise UsageError("- is given twice, but stdin can be read only once. Give it once.")
-    text_words = rest[count:]
+    texts = rest[count:]
     notes = [
         f"{word!r} is used as the text ({REQUIRED_TEXT[task]}), although a file has this name."
-        for word in text_words
+        for word in texts
         if task in REQUIRED_TEXT and is_bare(word) and os.path.isfile(files.expand(word))
     ]
-    text = " ; ".join(split_objects(" ; ".join(text_words))) if task in OBJECT_TASKS else " ".join(text_words)
+    text = " ; ".join(split_objects(" ; ".join(texts))) if task in OBJECT_TASKS else " ".join(texts)
     if task in REQUIRED_TEXT and not text.replace(";", "").strip():
         listed = ", ".join(map(repr, pictures))
         taken = f"{listed} was read as a picture" if len(pictures) == 1 else f"{listed} were read as pictures"
@@ -157,19 +157,19 @@ class VerbFlags(ModelFlags, PictureFlags, AnswerFlags, SamplingFlags, OutputFlag
     """All flags that a verb can take.
 
     Args:
-        words: the verb, the pictures, the text
+        positional: the verb, the pictures, the text
     """
 
-    words: Words = ()
+    positional: Positional = ()
 
-    check_words = staticmethod(parse_words)
+    check_positional = staticmethod(parse_positional)
 
     def __post_init__(self):
         for group in (ModelFlags, PictureFlags, AnswerFlags, SamplingFlags, OutputFlags, DrawingFlags):
             group.__post_init__(self)
         given = {each.name for each in fields(self) if getattr(self, each.name) != each.default}
-        if self.words:
-            self.check_verb(self.words[0], given)
+        if self.positional:
+            self.check_verb(self.positional[0], given)
             self.check_drawing("save")
         elif early := [name for name in VERBS_OF_FLAG if name in given]:
             name, verb = early[0], VERBS_OF_FLAG[early[0]][0]
@@ -187,7 +187,7 @@ class VerbFlags(ModelFlags, PictureFlags, AnswerFlags, SamplingFlags, OutputFlag
     @cached_property
     def query(self) -> Query:
         """The Query from the positional arguments. Raises: UsageError, PromptError."""
-        return parse_words(tuple(map(as_utf8, self.words)))
+        return parse_positional(tuple(map(as_utf8, self.positional)))
 
     def open(self) -> "Checkpoint":
         """Does what ModelFlags.open does, and checks that no output would overwrite a file of the model."""

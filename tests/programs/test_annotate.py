@@ -113,7 +113,7 @@ SPOILT = sorted(f"photos/{name}" for name in BAD)
 def test_every_picture_has_a_row_as_if_it_had_been_asked_alone(run, model):
     assert run("photos", "--task=ask", "what is it?", "--rows=3") == (0, "5 rows in rows.jsonl.\n")
     assert images() == PHOTOS
-    flags = Flags(model_path=str(model), output="-", words=("photos",))
+    flags = Flags(model_path=str(model), output="-", positional=("photos",))
     checkpoint = flags.open()
     annotator = tasks.Annotator(flags.load(checkpoint), checkpoint.processor, rows=1, max_new_tokens=8)
     for (image, prompt), row in written().items():
@@ -582,7 +582,7 @@ def test_wrong_flags_are_2_and_named(argv, named, capsys):
 @pytest.mark.usefixtures("world")
 def test_the_last_word_is_the_text_where_one_is_needed():
     def read(*words, **more):
-        flags = Flags(words=words, output="x", **more)
+        flags = Flags(positional=words, output="x", **more)
         return flags.pictures, flags.text_asked
 
     assert read("photos", "cat ; dog", task="detect") == (("photos",), "cat ; dog")

@@ -112,7 +112,7 @@ def batch(flags):
 
 
 def test_a_worker_answers_a_list(photos, model):
-    flags = Flags(words=(str(photos),), model_path=str(model), output="-", max_tokens_to_generate=4)
+    flags = Flags(positional=(str(photos),), model_path=str(model), output="-", max_tokens_to_generate=4)
     found = [cluster.read_row(row) for row in cluster.Worker(flags, os.getcwd())(batch(flags))["row"]]
     assert len(found) == 60 and len([row for row in found if "error" in row]) == 2
 
@@ -125,7 +125,7 @@ def test_what_is_wrong_with_the_model_comes_back_as_it_is(photos, model, tmp_pat
     for file in model.glob("*.json"):
         if not (tmp_path / "broken" / file.name).exists():
             (tmp_path / "broken" / file.name).write_bytes(file.read_bytes())
-    flags = Flags(words=(str(photos),), model_path=str(tmp_path / "broken"), output="-")
+    flags = Flags(positional=(str(photos),), model_path=str(tmp_path / "broken"), output="-")
     (fault,) = cluster.Worker(flags, os.getcwd())(batch(flags))["row"]
     with pytest.raises(PaliGemmaError, match="NaN") as caught:
         cluster.read_row(fault)

@@ -198,7 +198,7 @@ class Wordy(Shared):
         json: yes or no
     """
 
-    words: commandline.Words = ()
+    words: commandline.Positional = ()
     json: bool = False
 
 
@@ -238,7 +238,7 @@ def test_a_class_may_check_its_words_before_anything_else(monkeypatch):
     def check(words):
         raise UsageError(f"{words} are no words.")
 
-    monkeypatch.setattr(Wordy, "check_words", staticmethod(check), raising=False)
+    monkeypatch.setattr(Wordy, "check_positional", staticmethod(check), raising=False)
     monkeypatch.setitem(sys.modules, "fire", None)  # whose import fails
     with pytest.raises(UsageError, match="no words"):
         read_wordy("a", "b")
@@ -258,7 +258,7 @@ def test_the_text_about_a_flag_never_touches_its_name(name):
     flags = importlib.import_module(f"paligemma.{name}").Flags
     texts = commandline.help_text(flags)
     for flag in signature(flags).parameters:
-        if flag != "words":
+        if flag != "positional":
             assert re.search(rf"^  --{flag}( N| X| TEXT)?(  +\S|$)", texts, re.MULTILINE), flag
     assert max(map(len, texts.splitlines())) <= 130
 
