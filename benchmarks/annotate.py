@@ -74,7 +74,7 @@ def draw_pictures(folder: Path, count: int, size: int) -> list[Path]:
 def ours(options: argparse.Namespace, asked: list[tuple[Path, str]], folder: Path) -> Callable[[], dict]:
     """The loop of `annotate`, with a new output file in each round."""
     flags = JobFlags(
-        words=(str(folder),),
+        positional=(str(folder),),
         model_path=str(options.model),
         device=options.device,
         dtype=options.dtype,
