@@ -4,15 +4,15 @@
 
 - `Sampling` and `sample` choose the next token from logits.
 - `RunningBatch` keeps the running requests in the first rows of one static KV cache. `admit` prefills free rows, `step` generates
-  one token per row, and `remove_finished` frees the rows of finished answers, so that they cost no time.
+  one token per row, and `remove_finished` frees the rows of finished answers, so that these rows cost no time.
 - `generate` admits all rows of a batch at once and yields one tensor per step. `generate_many` admits the next request as soon as
   a row is free (continuous batching: Orca, OSDI 2022), so that all rows are used while there are requests.
 
 A row may be constrained by a grammar (objects/grammar.py): its next token is then one of the tokens that the grammar allows.
 
-On CUDA, the next step starts before the CPU has read the tokens of the current step. The CPU therefore sees one step late that a
-row has ended. It drops the token that was generated after the end, so answers do not change. While a row has a grammar, no step
-starts early, because the grammar must read each token before it can compute which tokens may follow.
+On CUDA, the next step starts before the CPU has read the tokens of the current step. Therefore the CPU learns that a row has
+ended one step after it ended. The CPU drops the token that was generated after the end, so answers do not change. While a row
+has a grammar, no step starts early, because the grammar must read each token before it can compute which tokens may follow.
 
 The model can be any object with a config and the methods new_cache, prefill and decode.
 Checked in tests/test_generation.py.
@@ -40,17 +40,17 @@ if TYPE_CHECKING:
     from paligemma.objects.grammar import ConstraintState, Grammar
 
 MAX_PREFILL_TOKENS = 4096  # in one prefill pass; larger passes need more memory and are not faster
-NUCLEUS = 256  # top_p sorts this many of the likeliest tokens, and more only if needed; the vocabulary has 257216
+NUCLEUS = 256  # top_p first sorts only this many of the likeliest tokens, because the vocabulary has 257216 tokens
 PICTURE_KEYS = ("pixel_values", "image_features")  # the two forms of pictures; a batch has one of them or neither
 MAX_FLOAT = sys.float_info.max  # the largest temperature; a larger int cannot be converted to a float
-# The mean of a coordinate is computed over this many bins on each side of the generated bin. With 24 to 128 bins, its mean error
-# differs by less than 1 %.
+# The mean of a coordinate is computed over this many bins on each side of the generated bin. For any value from 24 to 128, the
+# average error of this mean changes by less than 1 %.
 NEIGHBOURHOOD = 64
 
 
 @torch.no_grad()
 def generate_greedy(model: nn.Module, inputs: dict, max_new_tokens: int = 40) -> list[int]:
-    """The answer to one request. Each token is the most likely one. `generate` does the same for batches, and more.
+    """The answer to one request. Each token is the most likely one. `generate` also handles batches, sampling and grammars.
 
     Args:
         inputs: the result of the processor for one row.
@@ -79,8 +79,8 @@ class Sampling:
     """How the next token is chosen. Sampling() takes the likeliest token; temperature, top_k and top_p make the choice random.
 
     Args:
-        temperature: logits are divided by this number. Lower is more predictable, higher more varied, 0 is greedy. None = 1 if
-            top_k or top_p is given, otherwise 0.
+        temperature: logits are divided by this number. A low temperature makes answers predictable, a high temperature makes
+            them varied, and 0 is greedy. None = 1 if top_k or top_p is given, otherwise 0.
         top_p: draw from the smallest set of likeliest tokens whose probabilities sum to at least top_p (arXiv:1904.09751); None =
             from all tokens.
         top_k: draw from the k likeliest tokens; None = from all tokens. top_k is applied before top_p.
@@ -95,7 +95,7 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self):
-        def is_number(value: object, kind: type = Real) -> bool:  # also numpy's numbers
+        def is_number(value: object, kind: type = Real) -> bool:  # true for numpy's numbers, too
             return isinstance(value, kind) and not isinstance(value, bool)
 
         checks = {
@@ -119,9 +119,9 @@ def probabilities(logits: Tensor, temperature: float) -> Tensor:
 
     Args:
         logits: float32[B, V].
-    Returns: float64[B, V], so that no temperature or top_p is rounded to 0 or 1, and top_p keeps exactly the tokens that it keeps
-        in exact arithmetic. On Apple's GPUs, which have no float64: float32[B, V]. If a row has no valid logit (all are -inf, or
-        one is NaN), all its tokens get the same probability.
+    Returns: float64[B, V], so that a very small temperature is not rounded to 0, a top_p near 1 is not rounded to 1, and top_p
+        keeps exactly the tokens that it keeps in exact arithmetic. On Apple's GPUs, which have no float64: float32[B, V]. If all
+        logits of a row are -inf, or any of them is NaN, all tokens of the row get the same probability.
     """
     smallest, dtype = (1e-30, torch.float32) if logits.device.type == "mps" else (1e-300, torch.float64)
     # At the smallest temperature, all tokens except the likeliest ones get probability 0. The largest logit is subtracted before
@@ -137,7 +137,7 @@ def nucleus(logits: Tensor, probs: Tensor, top_p: float, top_k: int | None) -> t
     Args:
         logits, probs: [B, V]. Tokens are sorted by logits, because at a high temperature different logits can have equal
             probabilities after rounding.
-        top_p, top_k: as in Sampling; top_p 1 = all.
+        top_p, top_k: as in Sampling; top_p 1 = all tokens.
     Returns: probabilities [B, A], which are 0 for tokens that top_p excludes, and token ids int64[B, A].
     """
     vocabulary = logits.shape[-1]
@@ -160,8 +160,8 @@ def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
 
     Args:
         logits: float32[B, V].
-        uniforms: float64[B] in [0, 1) on the CPU, one random number per row. The token is the one whose interval of the
-            cumulative distribution contains the number (inverse transform sampling).
+        uniforms: float64[B] in [0, 1) on the CPU, one random number per row. The token whose interval of the cumulative
+            distribution contains the number is chosen (inverse transform sampling).
     Returns: int64[B].
     """
     if sampling.is_greedy:
@@ -172,7 +172,8 @@ def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     if top_p < 1 or sampling.top_k is not None:
         probs, ids = nucleus(logits, probs, top_p, sampling.top_k)  # [B, A], [B, A]
     cumulative = probs.cumsum(-1)
-    # A random number that is rounded up to 1 would select an index after the last interval, which is an excluded token.
+    # A random number that is rounded up to 1 would select the index after the last interval, that is, a token
+    # that was excluded.
     uniforms = uniforms.to(cumulative.dtype).clamp(max=1 - torch.finfo(cumulative.dtype).eps)
     uniforms = uniforms.to(cumulative.device, non_blocking=cumulative.is_cuda)
     thresholds = uniforms[:, None] * cumulative[:, -1:]  # [B, 1]
@@ -199,11 +200,11 @@ def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
 def coordinate_moments(logits: Tensor, tokens: Tensor, locations: range) -> tuple[Tensor, Tensor]:
     """The mean of a coordinate over the bins near the generated bin, and its standard deviation over all bins.
 
-    A location token stands for one of 1024 bins. The probabilities of the neighbouring bins tell where the edge of an object is
-    more precisely than the generated bin alone. Distant bins belong to other objects, which the model could have generated
-    instead. They are excluded from the mean, because otherwise it could be between two objects. (Mean error on the demo's scenes:
-    9.7 bins with all bins, 7.4 with near bins only, 8.1 for the generated bin itself.) They are included in the deviation, which
-    is therefore large if the model hesitates between objects.
+    Each location token is one of 1024 bins. With the probabilities of the neighbouring bins, the edge of an object is known more
+    precisely than from the generated bin alone. Distant bins belong to other objects, which the model could have generated
+    instead. They are excluded from the mean, because otherwise the mean could lie between two objects. (Average error on the
+    demo's scenes: 9.7 bins with all bins, 7.4 with near bins only, 8.1 for the generated bin itself.) Distant bins are included
+    in the deviation, which is therefore large if several objects are likely.
 
     Args:
         logits: float32[B, V].
@@ -221,7 +222,7 @@ def coordinate_moments(logits: Tensor, tokens: Tensor, locations: range) -> tupl
 
 
 def split_rows(inputs: dict, config: Any) -> list[dict]:
-    """Splits a batch of the processor into one dict per row: input_ids int64[L] without padding, token_type_ids, pictures.
+    """Splits a batch from the processor into one dict per row: input_ids int64[L] without padding, token_type_ids, pictures.
 
     Raises: PromptError if <image> tokens and pictures do not match, and if a row is empty or fills the model's context.
     """
@@ -231,7 +232,7 @@ def split_rows(inputs: dict, config: Any) -> list[dict]:
     picture_key = given[0] if given else None
     input_ids, types, mask = (inputs.get(key) for key in ("input_ids", "token_type_ids", "attention_mask"))
     if types is None and picture_key is not None:
-        raise PromptError("token_type_ids are missing, so the end of the prompt is unknown. Pass those of the processor.")
+        raise PromptError("token_type_ids are missing, so the end of the prompt is unknown. Pass the processor's token_type_ids.")
     mask = torch.ones_like(input_ids) if mask is None else mask
     rows, used = [], 0
     for i, is_token in enumerate(mask.bool()):
@@ -257,7 +258,7 @@ def split_rows(inputs: dict, config: Any) -> list[dict]:
 
 
 def only_row(inputs: dict, config: Any) -> dict:
-    """The only row of a request, as split_rows returns it. Raises: PromptError as split_rows, and for more than one row."""
+    """The only row of a request, as split_rows returns it. Raises: PromptError as in split_rows, and for more than one row."""
     rows = split_rows(inputs, config)
     if len(rows) != 1:
         raise PromptError(f"the request has {len(rows)} rows, but it must have one. Pass each row as a separate request.")
@@ -422,7 +423,7 @@ class RunningBatch:
 
     @torch.no_grad()
     def admit(self, requests: list[tuple[int, dict]]) -> None:
-        """Prefills free rows with the requests and generates the first token of each.
+        """Prefills free rows with the requests and generates the first token of each answer.
 
         Args:
             requests: pairs of an index and a row from split_rows, to which a "grammar" may have been added.
@@ -455,7 +456,7 @@ class RunningBatch:
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether a step may start before the CPU has read the tokens of the step before. This helps only on CUDA."""
+        """Whether a step may start before the CPU has read the tokens of the previous step. This helps only on CUDA."""
         return self.cache.lengths.is_cuda and all(row.constraint is None for row in self.rows)
 
     @torch.no_grad()
@@ -473,7 +474,7 @@ class RunningBatch:
         return self.choose_next(logits, 0)
 
     def sample(self, logits: Tensor, rows: list[Row]) -> Tensor:
-        """The next token of each row, int64[B]; for a row with a grammar, it is one of the tokens that the grammar allows."""
+        """The next token of each row, int64[B]; for a row with a grammar, one of the tokens that the grammar allows."""
         uniforms = torch.zeros(len(rows), dtype=torch.float64)  # [B]
         if not self.sampling.is_greedy:
             for i, row in enumerate(rows):
@@ -488,7 +489,7 @@ class RunningBatch:
         return tokens
 
     def choose_next(self, logits: Tensor, first: int) -> PendingTokens:
-        """Chooses the next token of the rows from index `first` on; `logits` are of these rows only, float32[B, V]."""
+        """Chooses the next token of the rows from index `first` on; `logits` contains only these rows, float32[B, V]."""
         self.suppressed = self.suppressed.to(logits.device)
         logits.index_fill_(1, self.suppressed, -torch.inf)
         rows = self.rows[first:]

@@ -102,10 +102,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 
 
 class KVCache:
-    """The keys and values of all tokens so far, in every layer, so that a decoding step computes only those of its new token.
+    """The keys and values of all tokens so far, in every layer.
 
-    The memory is allocated once. Rows may differ in length. A row has no gaps: the token at position p is in slot p - 1, and
-    positions start at 1.
+    A decoding step computes the keys and values of its new token only, and reads all others from the cache. The memory is
+    allocated once. Rows may differ in length. A row has no gaps: the token at position p is in slot p - 1, and positions start
+    at 1.
 
     Args:
         config: the config of the decoder.
@@ -143,7 +144,7 @@ class KVCache:
     def reserve(self) -> None:
         """Makes attention read one more slot, the slot of the next token. Raises ValueError if a row is full.
 
-        `lengths` is not changed here: the decoding step adds 1 on the device, also when the step is replayed as a CUDA graph.
+        `lengths` is not changed here. The decoding step adds 1 to it on the device, so that a replayed CUDA graph does so, too.
         """
         if self.slots_read == self.slots:
             raise ValueError(f"a row would hold {self.slots + 1} tokens, but the cache has {self.slots} slots per row.")
@@ -155,7 +156,7 @@ class KVCache:
         Args:
             layer: index of the layer, from 0.
             position_ids: int64[B, L], positions of the new tokens.
-            k, v: [B, K, L, E]. They are cast to the dtype of the cache, because autocast can change theirs.
+            k, v: [B, K, L, E]. They are cast to the dtype of the cache, because autocast can give k and v another dtype.
         """
         row = torch.arange(k.shape[0], device=k.device)[:, None]  # [B, 1]
         self.keys[layer][row, :, position_ids - 1] = k.transpose(1, 2).to(self.keys[layer].dtype)
@@ -211,7 +212,7 @@ class GemmaAttention(nn.Module):
 
 
 class GemmaMLP(nn.Module):
-    """GeGLU (arXiv:2002.05202, equation 6): down(gelu(gate(x)) * up(x)); gate and up project to width F, down to D."""
+    """GeGLU (arXiv:2002.05202, equation 6): down(gelu(gate(x)) * up(x)); gate and up map D to F, and down maps F to D."""
 
     def __init__(self, config: GemmaConfig):
         super().__init__()
@@ -225,7 +226,7 @@ class GemmaMLP(nn.Module):
 
 
 class GemmaDecoderLayer(nn.Module):
-    """Attention and MLP: y = x + attention(norm(x)), then y + mlp(norm(y)). Gemma 2 also normalises both outputs before adding.
+    """Attention and MLP: y = x + attention(norm(x)), then y + mlp(norm(y)). Gemma 2 also normalises both outputs.
 
     The name `post_attention_layernorm` has two meanings: in Gemma 1 this norm is applied to the input of the MLP, in Gemma 2 to
     the output of attention.
@@ -254,7 +255,7 @@ class GemmaDecoderLayer(nn.Module):
 
 
 class GemmaEmbedding(nn.Embedding):
-    """Token ids to vectors and, with the same matrix, vectors to logits.
+    """Converts token ids to vectors and, with the same matrix, vectors to logits.
 
     Token vectors are multiplied by sqrt(D). As in transformers, sqrt(D) is first rounded to the dtype of the weights (45.2548...
     becomes 45.25 in bfloat16). Picture vectors are not multiplied; they do not pass through this class.

@@ -61,7 +61,7 @@ def suffix_loss(logits: Tensor, labels: Tensor, reduction: str = "example") -> T
         logits: [B, L, V]; the logits at position i predict token i + 1.
         labels: int64[B, L], the tokens of the answer, and -100 for every other token.
         reduction: "example" = mean over the tokens of each answer, then mean over answers, so that a short answer counts as much
-            as a long one (as in Google's trainer); "token" = mean over the tokens of all answers (as in transformers).
+            as a long answer (as in Google's trainer); "token" = mean over the tokens of all answers (as in transformers).
     Returns: float32 scalar. Rows without an answer are ignored; the loss is 0 if no row has an answer.
     Source: PaliGemma (arXiv:2407.07726), section 3.2.4; for "example", Google's trainer.
     """
@@ -241,7 +241,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         return self.language_model.logits(last)
 
     def decode(self, cache: KVCache, tokens: Tensor) -> Tensor:
-        """Appends one token to each row and returns the logits of the token after it.
+        """Appends one token to each row and returns the logits of the next token.
 
         Args:
             tokens: int64[B], the token that was just generated in each row of the cache.
@@ -284,6 +284,6 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         if not lengths.all():
             raise ValueError(f"the rows have {lengths.tolist()} tokens, but every row needs at least one.")
         if len(lengths) != len(cache.lengths):
-            raise ValueError(f"{len(lengths)} rows were given, but the cache has {len(cache.lengths)}; as many are needed.")
+            raise ValueError(f"{len(lengths)} rows were given, but the cache has {len(cache.lengths)}: they must be equal.")
         if int(lengths.max()) > cache.slots:
             raise ValueError(f"a row has {int(lengths.max())} tokens, but the cache has only {cache.slots} slots per row.")

@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 USAGE = "Write processor(pictures, prompts, suffixes), or processor(images=..., text=..., suffix=...)."
-# Options of transformers' processor, with the values that are accepted because this processor always works like that.
-ACCEPTED = {"return_tensors": ("pt",), "padding": (True, "longest")}
+# Options of transformers' processor that may be passed, with their only allowed values. They describe what this processor always
+# does, so they change nothing.
+ACCEPTED_OPTIONS = {"return_tensors": ("pt",), "padding": (True, "longest")}
 
 
 # A row
@@ -88,7 +89,7 @@ def build_pixel_table(scale: np.ndarray, mean: np.ndarray, std: np.ndarray) -> n
 
 
 def to_square(picture: object, side: int, notes: list[str] | None) -> Image.Image:
-    """Any picture as 8-bit RGB, resized to side * side pixels with Pillow's bicubic filter. Its aspect ratio is not kept.
+    """Converts any picture to 8-bit RGB and to side * side pixels (Pillow's bicubic filter). The aspect ratio is not kept.
 
     A picture that load_image has already returned is only resized, so that its EXIF orientation is not applied twice.
     """
@@ -106,7 +107,7 @@ def to_text(value: object) -> object:
         return value
     try:
         return str(value) if math.isfinite(value) else value
-    except OverflowError:  # an integer above 10^308, which is not a label
+    except OverflowError:  # an integer above 10^308, which cannot be a label
         return value
 
 
@@ -126,8 +127,8 @@ def as_texts(values: Any, what: str) -> list[str]:
 def strip_prompt(prompt: str, num_images: int, notes: list[str]) -> str:
     """The prompt without white space at its ends, because the model was trained on prompts without it.
 
-    transformers requires that the text begins with one <image> per picture. If it does, they are removed here, because build_row
-    adds the image tokens. If it begins with fewer or more, every <image> is ordinary text.
+    transformers requires that the text begins with one <image> per picture. If the text begins with exactly this number,
+    these <image> are removed here, because build_row adds the image tokens. Otherwise every <image> is ordinary text.
     """
     placeholders = IMAGE_TOKEN * num_images
     if prompt.startswith(placeholders) and not prompt.startswith(placeholders + IMAGE_TOKEN):
@@ -142,7 +143,7 @@ def strip_prompt(prompt: str, num_images: int, notes: list[str]) -> str:
 
 
 def as_list(images: Any) -> list[Any] | None:
-    """A list of the pictures in a list, tuple, generator, 4-dimensional array or array of objects; None for a single picture."""
+    """Converts a list, tuple, generator, 4-dimensional array or array of objects to a list. Returns None for a single picture."""
     if isinstance(images, str | bytes | bytearray | memoryview) or hasattr(images, "read"):  # an open file is an iterator, too
         return None
     is_array = getattr(images, "ndim", 0) == 4 or getattr(getattr(images, "dtype", None), "kind", "") == "O"
@@ -173,7 +174,7 @@ def images_of_rows(images: object, num_rows: int, is_one_row: bool) -> list[list
 
 
 def check_arguments(images: Any, text: Any, options: dict[str, object]) -> None:
-    """Raises: TypeError if text comes before pictures, as in early versions of transformers, and for options not in ACCEPTED."""
+    """Raises: TypeError for unknown options, and if text comes before pictures, as in early versions of transformers."""
     first, second = (value[0] if isinstance(value, list | tuple) and value else value for value in (images, text))
     pictures = (Image.Image, os.PathLike, bytes)
     if isinstance(first, str) and (isinstance(second, pictures) or hasattr(second, "read") or getattr(second, "ndim", 0) > 1):
@@ -181,7 +182,7 @@ def check_arguments(images: Any, text: Any, options: dict[str, object]) -> None:
     unknown = [
         f"{name}={value!r:.40}"
         for name, value in options.items()
-        if not (isinstance(value, bool | str) and value in ACCEPTED.get(name, ()))
+        if not (isinstance(value, bool | str) and value in ACCEPTED_OPTIONS.get(name, ()))
     ]
     if unknown:
         raise TypeError(f"the processor does not take {', '.join(unknown)}. {USAGE}")
@@ -221,12 +222,12 @@ class PaliGemmaProcessor(PromptTokenizer):
     def from_pretrained(
         cls, path_or_hub_id: str | Path, *, revision: str | None = None, base_model: str | Path | None = None
     ) -> "PaliGemmaProcessor":
-        """The processor of a model. For an adapter, files of the processor in its own folder replace those of its base model.
+        """The processor of a model. For an adapter, processor files in the adapter's folder replace those of the base model.
 
         Args: as in weights.load_model.
         Raises: TokenizerError or CheckpointError if files are missing, broken, or contradict each other; AccessError.
         """
-        from paligemma.checkpoints.weights import ModelFiles  # imports torch; importing this file does not
+        from paligemma.checkpoints.weights import ModelFiles  # imported here, because it imports torch, which takes long
 
         return cls.from_files(ModelFiles(path_or_hub_id, revision, base_model))
 
@@ -267,7 +268,7 @@ class PaliGemmaProcessor(PromptTokenizer):
             suffix: the answers for training, one per prompt. They are not changed.
             notes: a list, to which a sentence is appended for each change to the input. If it is None, the sentences are logged
                 as warnings.
-            options: return_tensors="pt", padding=True and padding="longest" are accepted; the processor always works like that.
+            options: return_tensors="pt", padding=True and padding="longest" are accepted, because the processor always does both.
         Returns: a dict of input_ids, attention_mask and token_type_ids, int64[B, L], padded on the left. With pictures, it also
             has pixel_values, float32[I, C, H, W], in the order of the rows. With suffixes, it also has labels, int64[B, L], which
             are IGNORE_INDEX outside of answers.
@@ -311,7 +312,7 @@ class PaliGemmaProcessor(PromptTokenizer):
     ) -> dict[str, "torch.Tensor"]:
         """The batch without pixel_values, for callers that have the image_features already.
 
-        Args: num_images: the number of pictures of each row. The others are as in __call__.
+        Args: num_images: the number of pictures of each row. The other arguments are as in __call__.
         """
         import torch
 

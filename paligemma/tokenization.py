@@ -25,10 +25,10 @@ BYTE = re.compile("<0x([0-9A-F]{2})>")  # a token for one byte; characters witho
 
 
 class TextStream:
-    """Decodes token ids one by one, as they are generated, in whole characters. The returned texts, joined, are the whole text.
+    """Decodes token ids one by one as they are generated, and returns only complete characters.
 
-    A character without a token is generated as its UTF-8 bytes, one token per byte. These bytes are held back until the character
-    is complete.
+    The returned texts, joined, are the whole text. A character without a token is generated as UTF-8 bytes, one token per byte.
+    These bytes are held back until the character is complete.
 
     Args:
         tokenizer: a tokenizer like Gemma's.
@@ -41,7 +41,7 @@ class TextStream:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def put(self, token_id: int) -> str:
-        """The text that can be shown after this token, in whole characters; "" for an id that the tokenizer does not know."""
+        """The complete characters that can be shown after this token; "" for an id that the tokenizer does not know."""
         is_known = 0 <= token_id < 2**32 and token_id not in self.skipped_ids  # tokenizers takes 32-bit ids only
         token = self.tokenizer.id_to_token(token_id) if is_known else None
         if token is None:
@@ -52,7 +52,7 @@ class TextStream:
         return self.end() + token.replace(SPACE, " ")
 
     def end(self) -> str:
-        """The text to show after the last token: U+FFFD if the answer ends in the middle of a character, otherwise ""."""
+        """The text of bytes that are still held back: U+FFFD, or "" if there are none. Call this method after the last token."""
         return self.decoder.decode(b"", final=True)
 
 
@@ -82,16 +82,16 @@ class PromptTokenizer:
         self.code_ids = range(self.loc_seg_ids[CODE_TOKENS[0]], self.loc_seg_ids[CODE_TOKENS[-1]] + 1)
         added = tokenizer.get_added_tokens_decoder().items()
         control = {number: token.content for number, token in added if token.special and token.content not in self.loc_seg_ids}
-        self.control_ids = frozenset(control)  # all special tokens but <loc> and <seg>; they are dropped from decoded text
+        self.control_ids = frozenset(control)  # all special tokens but <loc> and <seg>; decode drops the control tokens
         reserved_ids = {self.image_token_id, self.pad_token_id, self.bos_token_id, self.eos_token_id}
-        # {id: token} of the control tokens that a user cannot type. A text is cut after the first character of such a token, so
-        # that the tokenizer does not recognise the token.
+        # Maps ids to names of the control tokens that a user cannot type. A text is cut after the first character of such a
+        # name, so that the tokenizer does not recognise the token.
         self.reserved_tokens = {number: token for number, token in control.items() if number in reserved_ids}
         cuts = (f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in self.reserved_tokens.values() if len(t) > 1)
         self.cut = re.compile("|".join(cuts))
 
     def encode(self, text: str, notes: list[str] | None = None) -> list[int]:
-        """The ids of a text. Nothing is added to it, and its characters never become <image>, bos, eos or pad.
+        """The ids of a text. Nothing is added to the text, and its characters never become <image>, bos, eos or pad.
 
         Raises: PromptError if the text is not a str, cannot be encoded as UTF-8, or is too long for the model.
         """
@@ -110,7 +110,7 @@ class PromptTokenizer:
         return [number for number, _ in self.ids_with_ends(text)]
 
     def ids_with_ends(self, text: str) -> Iterator[tuple[int, int]]:
-        """Each id of a text, with the position in the text at which its characters end."""
+        """Each id of a text, with the position in the text at which the characters of the id end."""
         start = 0
         for token in LOCATION_OR_CODE.finditer(text):
             if token.start() > start:
@@ -120,14 +120,14 @@ class PromptTokenizer:
         yield from self.encode_characters(text[start:], start)
 
     def encode_characters(self, text: str, start: int) -> list[tuple[int, int]]:
-        """Like ids_with_ends, for a part of a text without <loc> and <seg>; `start` is its position. No id is a reserved one."""
+        """Like ids_with_ends, for a part of a text without <loc> and <seg>; `start` is the position of the part."""
         parts = self.cut.split(text) if any(token in text for token in self.reserved_tokens.values()) else [text]
         ids = []
         for part in parts:
             encoding = self.tokenizer.encode(part, add_special_tokens=False)
             if self.reserved_tokens.keys().isdisjoint(encoding.ids):
                 ids += [(number, start + end) for number, (_, end) in zip(encoding.ids, encoding.offsets, strict=True)]
-            else:  # BPE merges can produce a reserved token; the tokens of bytes are never merged
+            else:  # BPE merges can produce a reserved token, which must not be returned; the tokens of bytes are never merged
                 byte_ids = (self.tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in part.encode())
                 ids += [(number, start + len(part)) for number in byte_ids]
             start += len(part)
@@ -143,14 +143,16 @@ class PromptTokenizer:
         return len(text) > self.context and len(text) > self.context * self.longest_token
 
     def shorten(self, text: str, count: int) -> str:
-        """A beginning of the text that has at most `count` tokens. It is the longest one or slightly shorter."""
-        beginning = text[: count * self.longest_token] if len(text) > count else text  # a longer beginning has more tokens
+        """The longest beginning of the text that has at most `count` tokens, or a slightly shorter beginning."""
+        # Any longer beginning has more than `count` tokens.
+        beginning = text[: count * self.longest_token] if len(text) > count else text
         ends = [end for _, end in self.ids_with_ends(beginning)]
         if len(ends) <= count and beginning == text:
             return text
         kept = min(count, len(ends))
         while kept > 0 and len(self.encode(text[: ends[kept - 1]])) > count:
-            kept -= 1 + kept // 16  # a beginning alone can have more tokens than in the whole text
+            # A beginning that is tokenised alone can have more tokens than the same characters have within the whole text.
+            kept -= 1 + kept // 16
         return text[: ends[kept - 1]] if kept > 0 else ""
 
     def decode(self, ids: "Iterable[int] | torch.Tensor | np.ndarray") -> str:
@@ -166,6 +168,7 @@ class PromptTokenizer:
     def unused_ids(self, num_rows: int) -> list[int]:
         """The ids below `num_rows` (vocab_size of text_config) that belong to no token. A model must not generate them."""
         is_unused = [self.tokenizer.id_to_token(number) is None for number in range(self.vocab_size, num_rows)]
-        # If all ids from vocab_size up are unused, all lower ids are used. They are not checked then, because that takes long.
+        # The tokenizer has vocab_size tokens. If they use no id from vocab_size up, they use all lower ids, so the slow check of
+        # the lower ids is skipped.
         start = self.vocab_size if all(is_unused) else 0
         return [number for number in range(start, num_rows) if self.tokenizer.id_to_token(number) is None]

@@ -668,7 +668,7 @@ def test_another_models_tokenizer_is_refused_by_its_structure(tmp_path):
     llama = tokenizer_json()
     llama["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, llama["normalizer"]]}
     write_json(tmp_path, "tokenizer.json", llama)
-    assert "Is this Gemma's tokenizer?" in refusal(tmp_path)
+    assert "Use the tokenizer.json of a PaliGemma checkpoint." in refusal(tmp_path)
     write_json(tmp_path, "tokenizer.json", tokenizer_json())
     for name in ("image_token_index", "bos_token_id", "eos_token_id"):
         write_json(tmp_path, "config.json", config | {name: 77})

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from paligemma.checkpoints.weights import ModelFiles
     from paligemma.configuration import PaliGemmaConfig
 
-IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")  # written by transformers 5 and by earlier versions
+IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")  # of transformers 5, of earlier versions
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 STEPS = ("do_resize", "do_rescale", "do_normalize")  # settings for the three steps, which are always done
 MAX_NUMBER, MIN_STD = 1e6, 1e-6  # limits for rescale_factor, image_mean and image_std
@@ -39,10 +39,12 @@ ALLOWED_TYPES = {
 # In JSON, ASCII characters can be written as escapes. Usual programs do not do this, so an escape suggests that a name is hidden.
 ASCII_ESCAPES = tuple(f"\\u00{digit}".encode() for digit in range(2, 8))
 CONVERT = "Create tokenizer.json with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+USE_PALIGEMMA = "Use the tokenizer.json of a PaliGemma checkpoint."
+DIFFERENT_MODELS = "The tokenizer and the weights belong to different models: download both again."
 
 
 def read_processor_files(model: "ModelFiles") -> dict[str, Any]:
-    """The arguments of PaliGemmaProcessor for a model. For an adapter, files in its own folder replace those of its base model.
+    """The arguments of PaliGemmaProcessor for a model. An adapter's files replace those of its base model.
 
     Raises: TokenizerError or CheckpointError if a file is missing or broken, or if files contradict each other; AccessError.
     """
@@ -81,9 +83,9 @@ def read_settings(path: Path, error_class: type[CheckpointError | TokenizerError
 
 
 def choose_image_settings(settings: dict[str, dict], folder: Path) -> tuple[dict, Path]:
-    """(image settings, path of their file): from processor_config.json or, if it has none, from preprocessor_config.json.
+    """(image settings, path of their file): from processor_config.json or, if they are not in it, from preprocessor_config.json.
 
-    Raises: CheckpointError if they ask for anything but "resize to a square with the bicubic filter, rescale, normalise".
+    Raises: CheckpointError if the settings ask for anything but "resize to a square with the bicubic filter, rescale, normalise".
     """
     name, image_settings = IMAGE_FILES[0], settings[IMAGE_FILES[0]].get("image_processor")
     if image_settings is None:
@@ -101,7 +103,8 @@ def choose_image_settings(settings: dict[str, dict], folder: Path) -> tuple[dict
     if resample is not None and not (type(resample) is int and resample == Image.Resampling.BICUBIC):
         unsupported["resample"] = resample
     if unsupported:
-        raise CheckpointError(f"{path} asks for {reprlib.repr(unsupported)}. Only a bicubic resize is implemented.", path=path)
+        needed = "Only a bicubic resize, rescaling and normalisation, all three turned on, are implemented."
+        raise CheckpointError(f"{path} asks for {reprlib.repr(unsupported)}. {needed}", path=path)
     return image_settings, path
 
 
@@ -112,7 +115,7 @@ def check_image_settings(settings: dict, config: "PaliGemmaConfig", path: Path) 
     sides = [size.get("height"), size.get("width")] if isinstance(size, dict) else [size, size]
     mismatch = None
     if sides != [image_size, image_size]:
-        mismatch = f"asks for pictures of {reprlib.repr(size)}, but the model for {image_size} x {image_size} pixels"
+        mismatch = f"asks for pictures of {reprlib.repr(size)}, but the model needs {image_size} x {image_size} pixels"
     elif length not in (None, num_tokens):
         mismatch = f"has {reprlib.repr(length)} tokens per picture, but the model has {num_tokens}"
     if mismatch is not None:
@@ -176,7 +179,8 @@ def would_panic(data: bytes, path: Path) -> bool:
     """Whether the tokenizers library would panic on this tokenizer.json. Rust prints a panic to stderr, even if it is caught.
 
     Parsing the file in Python takes half as long as loading it. Therefore it is parsed only if a search in its bytes finds one of
-    two suspicious names, or an escape that could hide such a name.
+    two suspicious names, or an escape that could hide such a name. "continuing_subword_prefix" is harmless if its value is null
+    or empty, and "Precompiled" is harmless as a key, because it is then a token of the vocabulary.
     """
     is_suspect = any(escape in data for escape in ASCII_ESCAPES)
     for name, harmless in ((b'"continuing_subword_prefix"', rb'\s*:\s*(null|"")'), (b'"Precompiled"', rb"\s*:")):
@@ -222,11 +226,11 @@ def check_components(tokenizer: Tokenizer, path: Path) -> None:
             elif inner["type"] == "Split" and "String" not in inner["pattern"]:
                 wrong.append("Split by a regular expression")
     if wrong:
-        raise TokenizerError(f"{path} differs from Gemma's tokenizer: {', '.join(wrong)}. Is this Gemma's tokenizer?", path=path)
+        raise TokenizerError(f"{path} differs from Gemma's tokenizer: {', '.join(wrong)}. {USE_PALIGEMMA}", path=path)
 
 
 def add_missing_tokens(tokenizer: Tokenizer) -> None:
-    """Adds the tokens that Gemma's own tokenizer lacks, in big_vision's order: <loc>, <seg>, <image>. Ids are checked later."""
+    """Adds the tokens that Gemma's own tokenizer lacks, in big_vision's order: <loc>, <seg>, <image>."""
     missing = [token for token in LOCATION_TOKENS + CODE_TOKENS if tokenizer.token_to_id(token) is None]
     if missing:
         tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in missing])
@@ -249,7 +253,7 @@ def configured_ids(config: dict, generation_config: dict) -> dict[str, set[int]]
 
 
 def find_ids(tokenizer: Tokenizer, tokenizer_config: dict, model: "ModelFiles", folder: Path) -> dict[str, int]:
-    """The ids of <image>, bos, eos, pad and the newline: {name of the processor's attribute, such as "image_token_id": id}.
+    """The ids of <image>, bos, eos, pad and the newline, as a dict from names such as "image_token_id" to ids.
 
     The pad token can be any token, because padding is never attended to. `folder` is the folder of the tokenizer's files.
     Raises: TokenizerError if config.json or generation_config.json give other ids.
@@ -267,15 +271,15 @@ def find_ids(tokenizer: Tokenizer, tokenizer_config: dict, model: "ModelFiles", 
     configured = configured_ids(model.raw, model.generation) | {"image_token_id": {model.config.image_token_index}}
     for name, needed in configured.items():
         if ids[name] is None or needed and ids[name] not in needed:
-            raise TokenizerError(
-                f"{folder}: the tokenizer gives {tokens[name]} the id {ids[name]}, but {name} is "
-                f"{' or '.join(map(str, sorted(needed))) or 'needed'} in config.json or generation_config.json. "
-                "The tokenizer and the weights belong to different models: download both again.",
-                path=folder / "tokenizer.json",
-            )
+            problem = f"the tokenizer has no token {tokens[name]}"
+            if ids[name] is not None:
+                allowed = " or ".join(map(str, sorted(needed)))
+                problem = f"the tokenizer gives {tokens[name]} the id {ids[name]}, but {name} is {allowed} in "
+                problem += "config.json or generation_config.json"
+            raise TokenizerError(f"{folder}: {problem}. {DIFFERENT_MODELS}", path=folder / "tokenizer.json")
     newline = tokenizer.encode("\n", add_special_tokens=False).ids
     if len(newline) != 1:
-        raise TokenizerError(f"{folder}: the newline has {len(newline)} tokens, not one. Is this Gemma's tokenizer?", path=folder)
+        raise TokenizerError(f"{folder}: the newline has {len(newline)} tokens, not one. {USE_PALIGEMMA}", path=folder)
     return ids | {"newline_token_id": newline[0]}
 
 
@@ -286,19 +290,18 @@ def check_tokenizer(tokenizer: PromptTokenizer, model: "ModelFiles") -> None:
     for kind, tokens in (("<loc>", LOCATION_TOKENS), ("<seg>", CODE_TOKENS)):
         ids = [tokenizer.loc_seg_ids[token] for token in tokens]
         if ids != list(range(ids[0], ids[0] + len(ids))):
-            raise TokenizerError(f"{path}: the ids of the {kind} tokens are not consecutive. Is this PaliGemma's?", path=path)
+            raise TokenizerError(f"{path}: the ids of the {kind} tokens are not consecutive. {USE_PALIGEMMA}", path=path)
     problem = None
     if tokenizer.vocab_size > num_rows:
-        problem = f"has {tokenizer.vocab_size} tokens, but the model's embedding only {num_rows} rows"
+        problem = f"has {tokenizer.vocab_size} tokens, but the model's embedding has only {num_rows} rows"
     elif num_rows - len(tokenizer.unused_ids(num_rows)) < tokenizer.vocab_size:
-        problem = f"gives one id to two tokens, or an id above the {num_rows} rows of the model's embedding"
+        problem = f"gives two tokens the same id, or has an id that is not below {num_rows}, the number of rows of the embedding"
     if problem is not None:
-        text = f"{path} {problem}. The tokenizer and the weights belong to different models: download both again."
-        raise TokenizerError(text, path=path)
+        raise TokenizerError(f"{path} {problem}. {DIFFERENT_MODELS}", path=path)
     text = " two  spaces \u00e9\U0001f600"
     decoded = tokenizer.decode(tokenizer.encode(text))
     if decoded != text:
-        raise TokenizerError(f"{path} decodes {text!r} as {decoded!r}. Is this Gemma's tokenizer?", path=path)
+        raise TokenizerError(f"{path} decodes {text!r} as {decoded!r}. {USE_PALIGEMMA}", path=path)
 
 
 # Writing
@@ -311,7 +314,7 @@ def write_processor_files(
 
     Args:
         tokens: pad_token, bos_token and eos_token.
-        settings: the JSON files of the checkpoint's processor, {file name: content}. Settings that they lack are added.
+        settings: the JSON files of the checkpoint's processor, {file name: content}. Missing settings are added.
     Raises: OutputError.
     """
     defaults = dict.fromkeys(STEPS, True) | {

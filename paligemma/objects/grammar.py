@@ -13,7 +13,7 @@ up to the next location (`followed`) or up to the end of the answer (`last`). Th
 allowed tokens are the next ids of all endings that begin with the ids generated so far.
 
 A `Grammar` belongs to a question and is shared by all its answers; a `ConstraintState` belongs to one answer. generation.py calls
-`allowed_tokens` of the state before it chooses a token, and `advance` afterwards. Neither works on the whole vocabulary.
+`allowed_tokens` of the state before it chooses a token, and `advance` afterwards. Neither method loops over the vocabulary.
 Checked in tests/objects/test_grammar.py. Shapes: A candidates for the next token.
 """
 
@@ -60,7 +60,7 @@ class Grammar:
         location_ids: the ids of <loc0000> to <loc1023>.
         code_ids: the ids of <seg000> to <seg127>.
         eos: the id that ends an answer.
-        endings: two per label: for the last object of an answer, and for an object with another object after it.
+        endings: two per label: one for the last object of an answer, one for an object that another object follows.
         num_codes: number of mask codes per object; 0 = boxes only.
         max_objects: the maximum number of objects per answer.
     """
@@ -91,16 +91,16 @@ class Grammar:
         if isinstance(labels, str) or not labels:
             raise PromptError(f"the labels are {labels!r}. A list with at least one label is needed.")
         special_ids = {*processor.location_ids, *processor.code_ids}
-        # {ids if another object follows: ids at the end of the answer}, one entry per label. Labels with the same ids are merged.
-        followed_to_last = {}
+        # Maps the ids of a label before another object to its ids at the end of the answer. Labels with equal ids are merged.
+        label_ids = {}
         for label in (label.strip() for label in labels):
             text = f" {label}" if label else ""
             last, followed = (tuple(processor.encode(part)) for part in (text, text + SEPARATOR))
             if END_OF_OBJECT.search(label) or not special_ids.isdisjoint(last):
                 raise PromptError(f"the label {label!r} contains a separator or a location. Use words without ; and <loc>.")
-            followed_to_last[followed] = (*last, processor.eos_token_id)
+            label_ids[followed] = (*last, processor.eos_token_id)
         endings = []
-        for number, (followed, last) in enumerate(followed_to_last.items()):
+        for number, (followed, last) in enumerate(label_ids.items()):
             endings += [Ending(number, last, True), Ending(number, followed, False)]
         num_codes = CODES_PER_MASK if with_masks else 0
         return cls(processor.location_ids, processor.code_ids, processor.eos_token_id, tuple(endings), num_codes, max_objects)
@@ -144,9 +144,10 @@ class ConstraintState:
         self.num_codes = 0
         self.num_label_tokens = 0
         self.endings: list[Ending] = []  # endings that begin with the label tokens generated so far
-        self.labels_of: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)  # locations of a box -> its labels so far
-        # The first locations of a box -> next locations after which only boxes are left that already have all labels.
-        self.exhausted: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)
+        self.labels_of: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)  # labels of each box so far
+        # For the first locations of a box: the next locations that are excluded, because every box that begins with them already
+        # has all labels.
+        self.excluded: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)
 
     def allowed_tokens(self) -> Tensor:
         """The ids that may come next, int64[A] on the CPU; there is always at least one."""
@@ -166,11 +167,11 @@ class ConstraintState:
         """The ids of the locations that may come next in a box that begins with the given locations."""
         lowest = self.lowest_location(locations)
         ids = self.grammar.location_tensor[lowest:]
-        exhausted = self.exhausted.get(locations)
-        if not exhausted:
+        excluded = self.excluded.get(locations)
+        if not excluded:
             return ids
         is_allowed = torch.ones(len(ids), dtype=torch.bool)
-        is_allowed[torch.tensor(list(exhausted)) - lowest] = False
+        is_allowed[torch.tensor(list(excluded)) - lowest] = False
         return ids[is_allowed]
 
     def lowest_location(self, locations: tuple[int, ...]) -> int:
@@ -202,9 +203,9 @@ class ConstraintState:
             self.num_label_tokens += 1
 
     def possible_endings(self) -> list[Ending]:
-        """The endings that fit after the box that was just generated and whose label this box does not have yet."""
+        """The endings that fit into the tokens left, and whose label the box that was just generated does not have yet."""
         grammar, used = self.grammar, self.labels_of.get(tuple(self.locations), ())
-        # The maximum number of tokens of an ending after which another object still fits.
+        # An ending with at most this many tokens leaves room for another object; -1 = no other object is allowed.
         room = self.tokens_left - grammar.num_codes - grammar.object_length if self.num_objects < grammar.max_objects else -1
         return [ending for ending in grammar.endings if ending.label not in used and (ending.is_last or len(ending.ids) <= room)]
 
@@ -214,17 +215,17 @@ class ConstraintState:
         assert ending is not None  # a location is allowed only after an ending
         self.labels_of[box].add(ending.label)
         if len(self.labels_of[box]) == self.grammar.num_labels:
-            self.exhaust(box)
+            self.exclude(box)
         self.locations, self.num_codes, self.num_label_tokens = [], 0, 0
 
-    def exhaust(self, box: tuple[int, ...]) -> None:
-        """Excludes a box that has all labels, and every first part of a box after which only excluded boxes are left.
+    def exclude(self, box: tuple[int, ...]) -> None:
+        """Excludes a box that has all labels, and all first locations with which only excluded boxes begin.
 
-        If only whole boxes were excluded, an answer could reach a part of a box after which no location is allowed: for example
-        <loc1023> <loc1023> <loc1023>, after which only one box is possible.
+        Otherwise an answer could generate first locations that no allowed location can follow: for example, only one box begins
+        with <loc1023> <loc1023> <loc1023>, and it could be excluded.
         """
         for length in reversed(range(LOCATIONS_PER_BOX)):
             first = box[:length]
-            self.exhausted[first].add(box[length])
-            if len(self.exhausted[first]) < len(self.grammar.location_ids) - self.lowest_location(first):
+            self.excluded[first].add(box[length])
+            if len(self.excluded[first]) < len(self.grammar.location_ids) - self.lowest_location(first):
                 return

@@ -18,9 +18,9 @@ from PIL import Image
 from paligemma.errors import DatasetError
 
 MASK_SIDE = 64  # the codec reads and writes masks of 64 x 64 pixels
-MAX_PIXELS = 1 << 28  # maximum for a mask in a file; by default, a picture may have at most 50 million pixels
+MAX_PIXELS = 1 << 28  # limit for a mask in a file; it is above the default limit for pictures, 50 million pixels
 SIMPLIFICATION = 0.01  # polygons may differ from the outline of the mask by this share of the mask's area
-STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # x, y of right, down, left, up: a turn to the right leads to the next direction
+STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # (x, y) of right, down, left, up, so that a right turn leads to the next direction
 
 
 class Box(Protocol):
@@ -33,7 +33,7 @@ class Box(Protocol):
 
 
 def resize(values: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The values resized to float32[height, width] by bilinear interpolation. Pillow averages the pixels if the size shrinks."""
+    """The values resized to float32[height, width] by bilinear interpolation. Pillow averages pixels if the result is smaller."""
     picture = Image.fromarray(values.astype(np.float32))
     return np.array(picture.resize((width, height), Image.Resampling.BILINEAR))
 
@@ -65,7 +65,7 @@ def crop(mask: np.ndarray, box: Box) -> np.ndarray:
     if top >= bottom or left >= right:
         raise DatasetError(
             f"The box y {box.y_min:.4f} to {box.y_max:.4f}, x {box.x_min:.4f} to {box.x_max:.4f} holds no pixel of a mask of "
-            f"{width} x {height}. At least one is needed. Leave this object out."
+            f"{width} x {height}. At least one pixel is needed. Leave this object out."
         )
     return resize(mask[top:bottom, left:right], MASK_SIDE, MASK_SIDE)
 
@@ -77,7 +77,7 @@ def crop(mask: np.ndarray, box: Box) -> np.ndarray:
 
 
 def run_lengths(mask: np.ndarray) -> list[int]:
-    """The numbers of pixels outside, inside, outside, ... column by column. The first is 0 if the first pixel is inside."""
+    """The numbers of pixels outside, inside, outside, ... column by column; 0 comes first if the first pixel is inside."""
     flat = np.concatenate([[False], np.asarray(mask, dtype=bool).ravel(order="F")])
     changes = np.flatnonzero(flat[1:] != flat[:-1])
     return np.diff(changes, prepend=0, append=flat.size - 1).tolist()
@@ -127,7 +127,7 @@ def read_counts(text: str) -> list[int]:
 def from_rle(rle: dict) -> np.ndarray:
     """The mask, bool[H, W], of {"size": [height, width], "counts": text, bytes, or a list of run lengths}.
 
-    Raises: DatasetError if `rle` has another form, if the runs do not sum to height * width, and for more than MAX_PIXELS.
+    Raises: DatasetError if `rle` has another form, if the runs do not sum to height * width, and for more than MAX_PIXELS pixels.
     """
     try:
         height, width = map(index, rle["size"])
@@ -159,12 +159,13 @@ def trace(mask: np.ndarray) -> list[np.ndarray]:
     """
     height, width = mask.shape
     inside = np.pad(np.asarray(mask, dtype=bool), 1).astype(np.int8)
-    down, right = inside[1:] - inside[:-1], inside[:, 1:] - inside[:, :-1]
+    # 1 = the mask begins, going down or to the right; -1 = the mask ends.
+    change_down, change_right = inside[1:] - inside[:-1], inside[:, 1:] - inside[:, :-1]
     # steps[direction, y, x]: whether an outline goes from the pixel corner (x, y) to the next corner in this direction. The
     # region is on the right of the step.
     steps = np.zeros((4, height + 1, width + 1), dtype=bool)
-    steps[0], steps[1] = down[:, 1:] == 1, right[1:] == -1
-    steps[2, :, 1:], steps[3, 1:] = down[:, 1:-1] == -1, right[1:-1] == 1
+    steps[0], steps[1] = change_down[:, 1:] == 1, change_right[1:] == -1
+    steps[2, :, 1:], steps[3, 1:] = change_down[:, 1:-1] == -1, change_right[1:-1] == 1
     outlines = []
     for y, x in np.argwhere(steps[0]).tolist():  # every outline has a step to the right
         direction, middles = 0, []
@@ -173,7 +174,7 @@ def trace(mask: np.ndarray) -> list[np.ndarray]:
             dx, dy = STEPS[direction]
             middles.append((x + dx / 2, y + dy / 2))
             x, y = x + dx, y + dy
-            turns = [(direction + turn) % 4 for turn in (1, 0, 3)]  # right first: this turn stays at the same pixel
+            turns = [(direction + turn) % 4 for turn in (1, 0, 3)]  # right first, because a right turn stays at the same pixel
             direction = next((turn for turn in turns if steps[turn, y, x]), direction)
         if middles:
             outlines.append(np.array(middles))
@@ -203,11 +204,11 @@ def simplify(outline: np.ndarray, allowed: float) -> np.ndarray:
     points = outline.tolist()
     before, after = ([(i + step) % len(points) for i in range(len(points))] for step in (-1, 1))
 
-    def triangle(i: int) -> float:
+    def triangle_area(i: int) -> float:
         (ax, ay), (bx, by), (cx, cy) = points[before[i]], points[i], points[after[i]]
         return abs((bx - ax) * (cy - ay) - (cx - ax) * (by - ay)) / 2
 
-    sizes = {i: triangle(i) for i in range(len(points))}
+    sizes = {i: triangle_area(i) for i in range(len(points))}
     queue = [(size, i) for i, size in sizes.items()]
     heapq.heapify(queue)
     while len(sizes) > 4:
@@ -220,13 +221,16 @@ def simplify(outline: np.ndarray, allowed: float) -> np.ndarray:
         del sizes[i]
         after[before[i]], before[after[i]] = after[i], before[i]
         for j in (before[i], after[i]):
-            sizes[j] = triangle(j)
+            sizes[j] = triangle_area(j)
             heapq.heappush(queue, (sizes[j], j))
     return outline[sorted(sizes)]
 
 
 def join_hole(outer: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """One outline for a region and its hole. A line between their nearest points leads to the hole and, after it, back."""
+    """One outline for a region and its hole.
+
+    The outline goes along the line between their nearest points to the hole, around the hole, and back along the same line.
+    """
     distance = ((outer[:, None] - hole) ** 2).sum(-1)
     i, j = np.unravel_index(distance.argmin(), distance.shape)
     return np.concatenate([outer[: i + 1], hole[j:], hole[: j + 1], outer[i:]])

@@ -1,7 +1,8 @@
 """Parses answers such as `<loc0102><loc0204>...<seg007>... cat ; ...` into objects, and writes such answers from objects.
 
-An object has a label, a box, mask codes and a score. `parse_ids` parses the token ids of an answer. There, a location is a single
-token and cannot be confused with ordinary text. `parse_text` parses the text if there are no ids. The grammar of an answer is
+An object has a label, a box, mask codes and a score. `parse_ids` parses the token ids of an answer. It cannot confuse a
+location with ordinary text, because a location is a single id. `parse_text` parses the text if there are no ids. The grammar of
+an answer is
 
     answer := object (";" object)*        object := location{4} (code{16})? label       location := y_min, x_min, y_max, x_max
 
@@ -58,7 +59,7 @@ class NormalizedBox:
 
     @classmethod
     def from_locations(cls, locations: Sequence[float], denominator: float = NUM_LOCATIONS - 1) -> "NormalizedBox":
-        """The box of four locations, y x y x, sorted or not. Pass denominator 1024 to compare with code that divides by it."""
+        """The box of four locations, y x y x, sorted or not. Pass denominator 1024 to compare with code that divides by 1024."""
         y_min, x_min, y_max, x_max = (value / denominator for value in sort_corners(locations))
         return cls(x_min, y_min, x_max, y_max)
 
@@ -137,9 +138,10 @@ class ParsedAnswer:
 
 @dataclass(frozen=True)
 class Lexeme:
-    """A location, a mask code or some text (exactly one of the three). `indices` are its tokens' positions in the answer."""
+    """A location, a mask code or some text; `indices` are the positions of its tokens in the answer."""
 
     indices: tuple[int, ...]
+    # Exactly one of these three fields is given.
     location: int | None = None
     code: int | None = None
     text: str | None = None
@@ -164,7 +166,7 @@ class PartialObject:
         return bool(self.locations or self.codes or self.has_label)
 
     def accepts(self, lexeme: Lexeme) -> bool:
-        """Whether the lexeme can belong to this object. If not, it begins the next object."""
+        """Whether the lexeme can belong to this object. If not, the lexeme begins the next object."""
         if lexeme.location is not None:
             return not (self.has_label or self.codes or len(self.locations) == LOCATIONS_PER_BOX)
         return lexeme.code is None or not self.has_label
@@ -213,8 +215,7 @@ def expected_box(
         return None, None
     (top, bottom), (left, right) = sorted(known[::2]), sorted(known[1::2])  # each is a pair (mean, standard deviation)
     box = NormalizedBox.from_locations([top[0], left[0], bottom[0], right[0]], denominator)
-    x_min, y_min, x_max, y_max = (deviation / denominator for _, deviation in (left, top, right, bottom))
-    return box, (x_min, y_min, x_max, y_max)
+    return box, (left[1] / denominator, top[1] / denominator, right[1] / denominator, bottom[1] / denominator)
 
 
 def object_score(
@@ -240,17 +241,17 @@ def object_score(
     Three more factors did not improve the precision: the smallest probability of a location, the probability of the separator
     before the object, and the probability that a box begins at all.
     """
-    label = sum(logprobs[i] for i in partial.label_indices)
+    label_logprob = sum(logprobs[i] for i in partial.label_indices)
     if expected is None or spread is None:
-        return math.exp(label + sum(logprobs[i] for i in partial.location_indices) / LOCATIONS_PER_BOX)
+        return math.exp(label_logprob + sum(logprobs[i] for i in partial.location_indices) / LOCATIONS_PER_BOX)
     smallest = 1 / NUM_LOCATIONS  # avoids a division by zero for a box without area
     sides = 2 * (max(expected.x_max - expected.x_min, smallest), max(expected.y_max - expected.y_min, smallest))
-    left, top, right, bottom = (deviation / side for deviation, side in zip(spread, sides, strict=True))
-    return math.exp(label - (top + left + bottom + right) / LOCATIONS_PER_BOX)
+    x_min_ratio, y_min_ratio, x_max_ratio, y_max_ratio = (value / side for value, side in zip(spread, sides, strict=True))
+    return math.exp(label_logprob - (y_min_ratio + x_min_ratio + y_max_ratio + x_max_ratio) / LOCATIONS_PER_BOX)
 
 
 def finish(partial: PartialObject, denominator: int) -> tuple[ParsedObject | None, list[str]]:
-    """(object, problems). The object is None if too little of it was generated."""
+    """(object, problems). The object is None if its box is incomplete, or if it has neither a box nor a label."""
     problems = []
     label = partial.label
     if not partial.locations:
@@ -283,10 +284,10 @@ def parse(
     problems: list[str] = []
     seen = set()
     for partial in group_objects(lexemes):
-        found, its_problems = finish(partial, denominator)
+        found, new_problems = finish(partial, denominator)
         if found is not None and (found.label, found.box) in seen:
-            found, its_problems = None, [REPEATED]
-        problems += its_problems
+            found, new_problems = None, [REPEATED]
+        problems += new_problems
         if found is None:
             continue
         seen.add((found.label, found.box))
@@ -302,10 +303,11 @@ def parse(
 
 
 def split_ids(ids: list[int], processor: "PromptTokenizer") -> Iterator[Lexeme]:
-    """One lexeme per token, with two exceptions: the byte tokens of a character form one lexeme, and control tokens form none."""
+    """One lexeme per token, with two exceptions: the byte tokens of a character form one lexeme; control tokens are left out."""
     stream = processor.stream()
     pending: tuple[int, ...] = ()
-    for index, token in enumerate([*ids, processor.eos_token_id]):  # eos completes a text at the end of the answer
+    # eos is appended, so that stream.end() also returns the bytes that are held back at the end of the answer.
+    for index, token in enumerate([*ids, processor.eos_token_id]):
         is_text = not (token in processor.location_ids or token in processor.code_ids or token in processor.control_ids)
         text = stream.put(token) if is_text else stream.end()
         pending += (index,) if is_text else ()

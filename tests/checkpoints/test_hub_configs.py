@@ -155,7 +155,7 @@ def test_model_and_processor_derive_a_missing_image_size_from_the_weights(tmp_pa
     assert (processor.image_size, processor.num_image_tokens) == (56, 16)
     assert weights.load_model(tmp_path).config == model.config
     write_preprocessor(tmp_path, 224)
-    with pytest.raises(CheckpointError, match="'height': 224.* but the model for 56 x 56 pixels"):
+    with pytest.raises(CheckpointError, match="'height': 224.* but the model needs 56 x 56 pixels"):
         PaliGemmaProcessor.from_pretrained(tmp_path)
 
 
