@@ -5,5 +5,5 @@ from pathlib import Path
 
 if __name__ == "__main__":
     NAME = Path(sys.argv[0]).stem
-    sys.stderr.write(f"error: {NAME}.py is now a part of paligemma. Type: python -m paligemma {NAME} (the flags are the same)\n")
+    sys.stderr.write(f"error: {NAME}.py is now a part of paligemma. Type: python -m paligemma {NAME} (--help lists its flags)\n")
     sys.exit(2)

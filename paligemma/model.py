@@ -486,6 +486,7 @@ def load(
     base_model: str | os.PathLike[str] | None = None,
     mask_codec: str | os.PathLike[str] | None = None,
     batch_size: int = 4,
+    allow_nonfinite: bool = False,
 ) -> Model:
     """Loads a checkpoint and returns it as a Model.
 
@@ -500,6 +501,7 @@ def load(
         base_model: the base model of an adapter, if it is not in the place that the adapter's config names.
         mask_codec: vae-oid.npz, which decodes the masks of `segment`; None = the file of that name in the model's folder.
         batch_size: if a method gets a list of pictures, the number of pictures in one batch.
+        allow_nonfinite: load even if weights are NaN or infinite.
     Raises: CheckpointError, TokenizerError, AccessError, DeviceError, UsageError.
 
     >>> import paligemma
@@ -516,7 +518,13 @@ def load(
     checkpoint = open_checkpoint(model_path, revision=revision, base_model=base)
     codec = find_codec(checkpoint.base, codec_file)
     with machine.memory_errors("loading the weights"):
-        network = checkpoint.load(device=found_device, dtype=dtype, quantize=quantize, quantize_vision=quantize_vision)
+        network = checkpoint.load(
+            device=found_device,
+            dtype=dtype,
+            quantize=quantize,
+            quantize_vision=quantize_vision,
+            allow_nonfinite=allow_nonfinite,
+        )
     return Model(
         network,
         checkpoint.processor,

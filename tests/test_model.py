@@ -238,6 +238,17 @@ def test_a_folder_of_ones_own_is_loaded_and_named(tmp_path):
     assert isinstance(own.caption(SHAPES, max_new_tokens=3), str)
 
 
+def test_weights_that_are_not_finite_are_loaded_only_when_that_is_allowed(tmp_path):
+    folder = make_checkpoint(tmp_path)
+    broken = paligemma.load(folder)
+    with torch.no_grad():
+        broken.network.language_model.model.norm.weight[0] = float("nan")
+    paligemma.save_model(broken.network, folder)
+    with pytest.raises(paligemma.CheckpointError, match="NaN or infinity"):
+        paligemma.load(folder)
+    assert paligemma.load(folder, allow_nonfinite=True).network.language_model.model.norm.weight.isnan().any()
+
+
 # Threads
 
 
