@@ -202,7 +202,7 @@ def coordinate_moments(logits: Tensor, tokens: Tensor, locations: range) -> tupl
 
     Each location token is one of 1024 bins. With the probabilities of the neighbouring bins, the edge of an object is known more
     precisely than from the generated bin alone. Distant bins belong to other objects, which the model could have generated
-    instead. They are excluded from the mean, because otherwise the mean could lie between two objects. (Average error on the
+    instead. Such bins are excluded from the mean, because otherwise the mean could lie between two objects. (Average error on the
     demo's scenes: 9.7 bins with all bins, 7.4 with near bins only, 8.1 for the generated bin itself.) Distant bins are included
     in the deviation, which is therefore large if several objects are likely.
 
@@ -537,7 +537,7 @@ class RunningBatch:
 
 
 def static_batching(batch: RunningBatch, requests: list[tuple[int, dict]]) -> Iterator[Step]:
-    """Admits all requests at once and yields one Step per token; its rows are in the order of the requests."""
+    """Admits all requests at once and yields one Step per token; the rows of a Step are in the order of the requests."""
     batch.admit(requests)
     rows, pad = list(batch.rows), batch.model.config.pad_token_id
     while batch.rows:
@@ -609,8 +609,8 @@ def generate(
             end only at max_new_tokens.
         suppress_tokens: ids that are never generated; <image> is always one of them. Pass processor.unused_ids(vocab_size) to
             suppress ids without a token, which the model was not trained on.
-    Returns: an iterator that yields a new int64[B] on the CPU in each step, with the pad token for finished rows. It ends when
-        all rows are finished.
+    Returns: an iterator that yields a new int64[B] on the CPU in each step, with the pad token for finished rows. The iterator
+        ends when all rows are finished.
     Raises: before the first step, GenerationError (exit code 2) for arguments out of range and PromptError for inconsistent
         inputs; later, GenerationError if logits are not finite.
     """

@@ -38,7 +38,9 @@ class GemmaRMSNorm(nn.Module):
 
 
 def rotary_embedding(position_ids: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The cosines and sines by which RoPE rotates queries and keys. Scores then depend only on the distance between tokens.
+    """The cosines and sines by which RoPE rotates queries and keys.
+
+    After the rotation, scores depend only on the distance between tokens.
 
     Args:
         position_ids: int64[B, L].
@@ -81,8 +83,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         return x.view(b, n, 1, e)  # [B, N, L, E]
     if cap is None:
         # The key heads are repeated, because CUDA's fast kernels for masks or float32 need as many key heads as query heads; with
-        # fewer, torch falls back to a kernel that stores all scores. With K = 1 this makes no copy, and all kernels accept the
-        # expanded tensor (stride 0).
+        # fewer, torch falls back to a kernel that stores all scores. With K = 1, the repetition makes no copy, and all kernels
+        # accept the expanded tensor (stride 0).
         k, v = (x[:, :, None].expand(-1, -1, heads_per_group, -1, -1).flatten(1, 2) for x in (k, v))  # [B, N, S, E], [B, N, S, E]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     # torch's fused kernel has no soft cap, so the scores are computed here, for one block of queries at a time. In the shapes
@@ -144,7 +146,7 @@ class KVCache:
     def reserve(self) -> None:
         """Makes attention read one more slot, the slot of the next token. Raises ValueError if a row is full.
 
-        `lengths` is not changed here. The decoding step adds 1 to it on the device, so that a replayed CUDA graph does so, too.
+        `lengths` is not changed here. The decoding step adds 1 to it on the device, so that a replayed CUDA graph adds 1, too.
         """
         if self.slots_read == self.slots:
             raise ValueError(f"a row would hold {self.slots + 1} tokens, but the cache has {self.slots} slots per row.")

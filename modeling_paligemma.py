@@ -140,7 +140,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         Raises: ValueError if there are more or fewer <image> tokens than vectors in image_features.
         """
         is_image = input_ids == self.config.image_token_index  # [B, L]
-        # The processor returns input_ids on the CPU. The <image> tokens are counted there, so that nothing waits for a GPU.
+        # The processor returns input_ids on the CPU. The <image> tokens are counted on the CPU, so that nothing waits for a GPU.
         self.check_image_tokens(int(is_image.sum()), image_features)
         # The id of <image> may be outside the vocabulary, so id 0 is looked up instead; its vector is overwritten below.
         input_ids, is_image = input_ids.to(self.device), is_image.to(self.device)
@@ -164,7 +164,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
             image_features = self.encode_images(pixel_values)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # [B, L]
         token_type_ids = torch.ones_like(input_ids) if token_type_ids is None else token_type_ids  # [B, L]
-        # Without padding and without an answer, every token attends to every token. Then no mask is needed, and without a mask,
+        # Without padding and without an answer, every token attends to every token. Therefore no mask is needed; without a mask,
         # torch has faster kernels. This is checked before the tensors move to the device, because reading the result back from
         # a GPU would make the CPU wait.
         needs_mask = bool(token_type_ids.any()) or not bool(attention_mask.all())
@@ -283,7 +283,8 @@ class PaliGemmaForConditionalGeneration(nn.Module):
             raise ValueError("prefill needs rows that are padded on the right, but a row begins with padding.")
         if not lengths.all():
             raise ValueError(f"the rows have {lengths.tolist()} tokens, but every row needs at least one.")
-        if len(lengths) != len(cache.lengths):
-            raise ValueError(f"{len(lengths)} rows were given, but the cache has {len(cache.lengths)}: they must be equal.")
+        num_rows = len(cache.lengths)
+        if len(lengths) != num_rows:
+            raise ValueError(f"{len(lengths)} rows were given, but the cache has {num_rows} rows. Pass {num_rows} rows.")
         if int(lengths.max()) > cache.slots:
             raise ValueError(f"a row has {int(lengths.max())} tokens, but the cache has only {cache.slots} slots per row.")

@@ -125,7 +125,7 @@ def as_texts(values: Any, what: str) -> list[str]:
 
 
 def strip_prompt(prompt: str, num_images: int, notes: list[str]) -> str:
-    """The prompt without white space at its ends, because the model was trained on prompts without it.
+    """The prompt without white space at its ends, because the model was trained on such prompts.
 
     transformers requires that the text begins with one <image> per picture. If the text begins with exactly this number,
     these <image> are removed here, because build_row adds the image tokens. Otherwise every <image> is ordinary text.
@@ -266,8 +266,8 @@ class PaliGemmaProcessor(PromptTokenizer):
             text: a prompt or a list of prompts. White space at both ends is removed, and the newline is added. A prompt may
                 begin with one <image> per picture, as transformers requires.
             suffix: the answers for training, one per prompt. They are not changed.
-            notes: a list, to which a sentence is appended for each change to the input. If it is None, the sentences are logged
-                as warnings.
+            notes: a list, to which a sentence is appended for each change to the input. If `notes` is None, they are logged as
+                warnings.
             options: return_tensors="pt", padding=True and padding="longest" are accepted, because the processor always does both.
         Returns: a dict of input_ids, attention_mask and token_type_ids, int64[B, L], padded on the left. With pictures, it also
             has pixel_values, float32[I, C, H, W], in the order of the rows. With suffixes, it also has labels, int64[B, L], which

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from paligemma.checkpoints.weights import ModelFiles
     from paligemma.configuration import PaliGemmaConfig
 
-IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")  # of transformers 5, of earlier versions
+# transformers 5 writes the image settings into the first file, earlier versions into the second.
+IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 STEPS = ("do_resize", "do_rescale", "do_normalize")  # settings for the three steps, which are always done
 MAX_NUMBER, MIN_STD = 1e6, 1e-6  # limits for rescale_factor, image_mean and image_std
@@ -176,7 +177,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def would_panic(data: bytes, path: Path) -> bool:
-    """Whether the tokenizers library would panic on this tokenizer.json. Rust prints a panic to stderr, even if it is caught.
+    """Whether the tokenizers library would panic on this tokenizer.json. Even a panic that is caught is printed to stderr.
 
     Parsing the file in Python takes half as long as loading it. Therefore it is parsed only if a search in its bytes finds one of
     two suspicious names, or an escape that could hide such a name. "continuing_subword_prefix" is harmless if its value is null
@@ -234,7 +235,7 @@ def add_missing_tokens(tokenizer: Tokenizer) -> None:
     missing = [token for token in LOCATION_TOKENS + CODE_TOKENS if tokenizer.token_to_id(token) is None]
     if missing:
         tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in missing])
-    # If the tokenizer already has <image>, this marks it as a special token.
+    # If the tokenizer already has <image>, the next line marks <image> as a special token.
     tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
 
 

@@ -7,7 +7,7 @@ labels in the question, and no label gets the same four locations twice. An obje
 for an object with the longest label and for eos. Therefore every answer ends with eos within its limit of tokens. The longest
 label counts because otherwise, near the limit, the model could choose only short labels, which may be wrong.
 
-Tokenizers merge characters across word boundaries, so the ids of " cat" followed by those of " ; " can differ from the ids of
+Tokenizers merge characters across word boundaries, so the ids of " cat" followed by the ids of " ; " can differ from the ids of
 " cat ; ". The training answers were tokenised as a whole. Therefore each label is tokenised here together with the text after it:
 up to the next location (`followed`) or up to the end of the answer (`last`). These ids are called an ending of an object. The
 allowed tokens are the next ids of all endings that begin with the ids generated so far.
@@ -179,7 +179,7 @@ class ConstraintState:
         return locations[len(locations) - 2] if len(locations) >= 2 else 0
 
     def generated_ending(self) -> Ending | None:
-        """The ending whose ids have all been generated, or None. After it, the next object may begin."""
+        """The ending whose ids have all been generated, or None. After this ending, the next object may begin."""
         return next((ending for ending in self.endings if len(ending.ids) == self.num_label_tokens), None)
 
     def advance(self, token: int) -> None:
@@ -222,7 +222,7 @@ class ConstraintState:
         """Excludes a box that has all labels, and all first locations with which only excluded boxes begin.
 
         Otherwise an answer could generate first locations that no allowed location can follow: for example, only one box begins
-        with <loc1023> <loc1023> <loc1023>, and it could be excluded.
+        with <loc1023> <loc1023> <loc1023>, and this box can be excluded.
         """
         for length in reversed(range(LOCATIONS_PER_BOX)):
             first = box[:length]

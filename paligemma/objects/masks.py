@@ -39,7 +39,7 @@ def resize(values: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def paste(mask: np.ndarray, box: Box, height: int, width: int) -> np.ndarray:
-    """A decoded mask at its place in the picture, bool[height, width]. It is empty if the box contains no pixel.
+    """A decoded mask at its place in the picture, bool[height, width]. The result is empty if the box contains no pixel.
 
     Args:
         mask: float[64, 64] from the decoder, about -1 to 1. Values above 0 after resizing are inside.
@@ -159,7 +159,7 @@ def trace(mask: np.ndarray) -> list[np.ndarray]:
     """
     height, width = mask.shape
     inside = np.pad(np.asarray(mask, dtype=bool), 1).astype(np.int8)
-    # 1 = the mask begins, going down or to the right; -1 = the mask ends.
+    # Differences between neighbouring pixels: 1 = the mask begins, -1 = the mask has ended.
     change_down, change_right = inside[1:] - inside[:-1], inside[:, 1:] - inside[:, :-1]
     # steps[direction, y, x]: whether an outline goes from the pixel corner (x, y) to the next corner in this direction. The
     # region is on the right of the step.
@@ -229,7 +229,8 @@ def simplify(outline: np.ndarray, allowed: float) -> np.ndarray:
 def join_hole(outer: np.ndarray, hole: np.ndarray) -> np.ndarray:
     """One outline for a region and its hole.
 
-    The outline goes along the line between their nearest points to the hole, around the hole, and back along the same line.
+    The outline goes to the hole along the line between the nearest points of region and hole, around the hole, and back along
+    the same line.
     """
     distance = ((outer[:, None] - hole) ** 2).sum(-1)
     i, j = np.unravel_index(distance.argmin(), distance.shape)
