@@ -1,8 +1,10 @@
 """Augmentation: pictures are cropped or shifted a little, and the boxes of their answers move with them.
 
-A zoom shows a random window of the picture. The window may extend beyond the picture; it is grey there. It contains every box
-entirely, so every object named in the answer stays visible, and the codes of masks stay valid, because they are relative to the
-box. If the answer has no boxes, the window contains the whole picture. Checked in tests/learning/test_augmentation.py.
+A zoom shows a random window of the picture. The window may extend beyond the picture; the part outside is grey. Every box lies
+entirely within the window, so every object named in the answer stays visible. The codes of masks stay valid, because they are
+relative to the box. If the answer has no boxes, the window contains the whole picture.
+
+Checked in tests/learning/test_augmentation.py.
 """
 
 import random
@@ -12,11 +14,11 @@ from PIL import Image
 
 from paligemma.objects.outputs import NO_LABEL, NormalizedBox, ParsedObject, parse_text, to_suffix
 
-GREY = (128, 128, 128)  # about 0 in pixel_values
-MIN_SCALE, MAX_SCALE = 0.6, 1.3  # side of the window divided by the side of the picture
+GREY = (128, 128, 128)  # becomes about 0 in pixel_values
+MIN_SCALE, MAX_SCALE = 0.6, 1.3  # range of (side of the window) / (side of the picture)
 
 
-def window(boxes: list[NormalizedBox], draw: random.Random) -> tuple[float, float, float, float]:
+def window(boxes: list[NormalizedBox], rng: random.Random) -> tuple[float, float, float, float]:
     """A random window that contains all boxes.
 
     Returns: y_min, x_min, y_max, x_max as fractions of the picture, possibly below 0 or above 1.
@@ -24,13 +26,12 @@ def window(boxes: list[NormalizedBox], draw: random.Random) -> tuple[float, floa
     sides = []
     for low, high in ((min(box.y_min for box in boxes), max(box.y_max for box in boxes)),
                       (min(box.x_min for box in boxes), max(box.x_max for box in boxes))):  # fmt: skip
-        length = draw.uniform(max(MIN_SCALE, high - low), MAX_SCALE)
-        # Any start from `first` to `last` keeps all boxes inside. A window that is smaller than the picture stays within the
-        # picture.
+        length = rng.uniform(max(MIN_SCALE, high - low), MAX_SCALE)
+        # Any start from `first` to `last` keeps all boxes inside. A window smaller than the picture stays within the picture.
         first, last = high - length, low
         if length <= 1:
             first, last = max(first, 0.0), min(last, 1 - length)
-        start = draw.uniform(first, last)
+        start = rng.uniform(first, last)
         sides.append((start, start + length))
     (top, bottom), (left, right) = sides
     return top, left, bottom, right
@@ -47,10 +48,10 @@ def zoom(picture: Image.Image, suffix: str, seed: tuple) -> tuple[Image.Image, s
     reading = parse_text(suffix)
     if set(reading.problems) - {NO_LABEL} or any(obj.box is None for obj in reading.objects):
         return picture, suffix
-    draw = random.Random(repr(seed))
+    rng = random.Random(repr(seed))
     whole = NormalizedBox(0.0, 0.0, 1.0, 1.0)
     boxes = [obj.box for obj in reading.objects] or [whole]
-    top, left, bottom, right = window(boxes, draw)
+    top, left, bottom, right = window(boxes, rng)
     width, height = picture.size
     edges = [round(left * width), round(top * height), round(right * width), round(bottom * height)]
     edges[2:] = max(edges[2], edges[0] + 1), max(edges[3], edges[1] + 1)

@@ -12,7 +12,7 @@ SMOOTHING = 0.02  # the dark curve of the loss is a moving average over this fra
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """At most about `count` round numbers from `low` to `high`."""
+    """Round numbers from `low` to `high`: at most count + 1, at equal distances."""
     step = 10 ** math.floor(math.log10((high - low) / count))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
@@ -37,7 +37,7 @@ def draw_plot(
         top: the y coordinate of the plot in the drawing.
         curves: name -> points (number of updates, value).
         last_step: right end of the x axis, which begins at 0.
-        y_range: both ends of the y axis.
+        y_range: lower and upper end of the y axis.
     """
     axes = Axes(drawing, (60, top, WIDTH - 130, top + HEIGHT), (0, max(1, last_step)), y_range)
     axes.frame(ticks(0, max(1, last_step)), ticks(*y_range), "updates", title)
@@ -55,7 +55,7 @@ def draw_plot(
 
 
 def draw_curves(lines: Sequence[dict], file: Path) -> None:
-    """Draws the lines of metrics.jsonl: one plot of the losses and, if there are scores, a second one below."""
+    """Draws the lines of metrics.jsonl: one plot of the losses and, if there are scores, a plot of the scores below it."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         for name, value in line.items():

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 FIELDS = ("image", "prefix", "suffix")
 MAX_LINE_BYTES = 1 << 20
-HEAD_BYTES = 1 << 16  # so many bytes of a file are read to recognise its format
-MAX_QUOTED = 60  # a text quoted in a message is cut after this many characters
+HEAD_BYTES = 1 << 16  # number of bytes read from a file to recognise its format
+MAX_QUOTED = 60  # maximum number of characters of a text that is quoted in a message
 MAX_FAULTS_SHOWN, MAX_WARNINGS_SHOWN = 1000, 20
 NEEDED = "A line of JSON for each example is needed: {\"image\": \"a.jpg\", \"prefix\": \"detect cat\", \"suffix\": \"...\"}."
 MAGIC = {  # first bytes of files that are not UTF-8 text
@@ -62,7 +62,7 @@ MAGIC = {  # first bytes of files that are not UTF-8 text
     b"\0{": "text in UTF-16 (save it as UTF-8)",
 }
 LOOKS_LIKE_LOCATION_OR_CODE = re.compile(r"<(?:loc|seg)[^<>\s]{0,8}>")
-WARNINGS = {  # for problems of objects.outputs
+WARNINGS = {  # problem of an answer, from objects/outputs.py -> text of the warning
     SWAPPED: "a box whose second corner lies before its first; the order is y_min, x_min, y_max, x_max",
     NO_AREA: "a box without area",
     CUT_BOX: "a box of fewer than four <loc> tokens",
@@ -70,7 +70,7 @@ WARNINGS = {  # for problems of objects.outputs
     LONG_MASK: "a mask of more than sixteen <seg> tokens",
 }
 MAX_SWAPPED = 0.2  # if a larger fraction of the boxes has swapped corners, the file probably uses another order of coordinates
-MAX_PROMPTS = 50  # a file with at most this many different prompts uses fixed prompts, which the validation file should share
+MAX_PROMPTS = 50  # a file with at most 50 different prompts uses fixed prompts, which the validation file should use, too
 NUM_THREADS = 4  # for checking pictures; images.MEMORY limits the memory of all threads together
 GOLDEN_RATIO = 0.5 + 5**0.5 / 2
 # Matches the last sentence of an error message, which is removed, because it may recommend flags that finetune does not have.
@@ -90,7 +90,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Problem:
-    """A fault or a warning. Line 0 means the whole file. If the example is too long, `tokens` is its length, else 0."""
+    """A fault or a warning. Line 0 means the whole file. `tokens` is the length of an example that is too long, otherwise 0."""
 
     file: Path
     line: int
@@ -200,7 +200,7 @@ def path_inside(folder: Path, name: str) -> Path:
     if not name or "\0" in name:
         raise ValueError(f"image is {quote(name)}, but the name of a file is needed")
     if "://" in name:
-        raise ValueError(f"image {quote(name)} is an address; download it into the dataset's folder")
+        raise ValueError(f"image {quote(name)} is a URL; download the picture into the dataset's folder")
     if os.path.isabs(name):
         raise ValueError(f"image {quote(name)} is an absolute path, but a path relative to the dataset's folder is needed")
     path = Path(os.path.normpath(folder / name))
@@ -223,7 +223,10 @@ def check_links(path: Path, folder: Path) -> str | None:
 
 
 def read_lines(file: Path) -> Iterable[bytes]:
-    """The lines of a file without line ends. A line over MAX_LINE_BYTES is cut, but stays too long, so parse_json refuses it."""
+    """The lines of a file without line ends.
+
+    Of a line longer than MAX_LINE_BYTES only the first MAX_LINE_BYTES + 2 bytes are returned, and parse_json refuses the line.
+    """
     with open(file, "rb") as stream:
         while line := stream.readline(MAX_LINE_BYTES + 2):
             rest = line
@@ -273,7 +276,10 @@ def kind_of_fault(text: str) -> str:
 
 
 def fault_in_array(head: str) -> str | None:
-    """The message for a field that the first object of a JSON array lacks. None if it lacks none, or ends after `head`."""
+    """The message for the first field that is missing in the first object of a JSON array.
+
+    Returns: None if this object has all fields, or does not fit into `head`.
+    """
     try:
         record, _ = json.JSONDecoder(**JSON_HOOKS).raw_decode(head[1:].lstrip())
     except (ValueError, RecursionError):
@@ -285,7 +291,7 @@ def explain_unusable(split: Split, head: str) -> None:
     """Raises: DatasetError for a file that is not a JSONL file of examples, if its format is recognised.
 
     Args:
-        split: at least half of its lines are faulty.
+        split: a split in which at least half of the lines are faulty.
         head: the beginning of the file.
     """
     first, _, rest = head.partition("\n")
@@ -358,7 +364,7 @@ def check_pictures(split: Split) -> None:
 
 
 def check_texts(split: Split, processor: "PaliGemmaProcessor", max_text_tokens: int) -> None:
-    """Drops the lines whose prompt and answer are too long; warns about answers that would harm the training.
+    """Drops the lines whose prompt and answer together are too long; warns about answers that would harm the training.
 
     Args:
         max_text_tokens: maximum number of tokens of <bos>, prefix, newline, suffix and <eos> together. A longer example is a
@@ -368,7 +374,7 @@ def check_texts(split: Split, processor: "PaliGemmaProcessor", max_text_tokens: 
     for example in split.examples:
         try:
             prefix, suffix = processor.encode(example.prefix.strip()), processor.encode(example.suffix)
-        except PromptError as error:  # too long to be tokenised at all
+        except PromptError as error:  # the text is too long to be tokenised
             faults.append(Problem(split.file, example.line, LAST_SENTENCE.sub("", error.message)))
             continue
         count = len(prefix) + len(suffix) + 3
@@ -386,8 +392,8 @@ def check_texts(split: Split, processor: "PaliGemmaProcessor", max_text_tokens: 
     with_boxes = (example for example in split.examples if LOCATION_OR_CODE.search(example.suffix))
     answers = {(example.image, example.prefix, example.suffix) for example in with_boxes}
     num_answers = Counter((image, prefix) for image, prefix, _ in answers)
-    if num_split := sum(number > 1 for number in num_answers.values()):
-        have = f"{counted(num_split, 'question')} {'have' if num_split > 1 else 'has'}"
+    if num_divided := sum(number > 1 for number in num_answers.values()):
+        have = f"{counted(num_divided, 'question')} {'have' if num_divided > 1 else 'has'}"
         text = f"{have} boxes in several lines; join them into one answer with ' ; ', in the order that the model should generate"
         split.warnings.append(Problem(split.file, 0, text))
     if num_empty := sum(not example.suffix.strip() for example in split.examples):
@@ -417,9 +423,9 @@ def text_warnings(prefix: str, suffix: str) -> list[str]:
 def spread(total: int, count: int) -> list[int]:
     """At most `count` indices below `total`, evenly spread, including the first and the last. Nothing is random.
 
-    The first lines of a sorted file are not representative, and neither is every n-th line of a periodic file (picture 1: detect,
-    caption, count; picture 2: ...). So the indices are divided into `count` ranges of equal length, and one index is taken from
-    each range. Its position in the range is a fractional part of a multiple of the golden ratio.
+    The first lines of a sorted file are not representative. Every n-th line is not representative either if the file is periodic
+    (picture 1: detect, caption, count; picture 2: ...). So the indices are divided into `count` ranges of equal length, and one
+    index is taken from each range. Its position in the range is the fractional part of a multiple of the golden ratio.
     """
     count = min(count, total)
     starts = [total * i // count for i in range(count)] if count else []
@@ -431,7 +437,7 @@ def spread(total: int, count: int) -> list[int]:
 
 
 def compare(train: Split, valid: Split) -> list[Problem]:
-    """Warnings about causes of misleading scores: pictures that are in both files, and prompts that are only in `valid`."""
+    """Warnings about two causes of misleading scores: pictures in both files, and prompts that are only in `valid`."""
     warnings = []
     train_hashes = set(train.hashes)
     lines = [example.line for example, digest in zip(valid.examples, valid.hashes, strict=True) if digest in train_hashes]
@@ -484,10 +490,10 @@ def report(split: Split) -> list[str]:
 
 
 def require_usable(splits: Sequence[Split], skip_bad: bool, max_tokens: int | None = None) -> None:
-    """Stops a run whose data have faulty lines that are not to be skipped, or a file without usable lines.
+    """Stops a run if a file has no usable line, or if there are faulty lines and the user has not chosen to skip them.
 
     Args:
-        max_tokens: the number of text tokens that fit into the model's context after a picture; None if it is not known.
+        max_tokens: the number of text tokens that fit into the model's context after a picture; None if it is unknown.
     Raises: DatasetError if the run must stop.
     """
     faults = [fault for split in splits for fault in split.faults]
@@ -522,12 +528,12 @@ class Examples:
     """
 
     def __init__(self, split: Split, processor: "PaliGemmaProcessor", augment: str = "none", seed: int = 0):
-        self.lines, self.options = split.examples, split.options
+        self.items, self.options = split.examples, split.options
         self.processor, self.augment, self.seed = processor, augment, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Image.Image, str, str]:
         """Picture, prefix and suffix of the example (epoch, index)."""
-        example = self.lines[key[1]]
+        example = self.items[key[1]]
         picture, suffix = load_image(example.image, notes=[], **self.options), example.suffix
         if self.augment == "zoom":
             picture, suffix = zoom(picture, suffix, seed=(self.seed, *key))
@@ -536,7 +542,7 @@ class Examples:
     def batch(self, keys: Sequence[tuple[int, int]]) -> dict:
         """What the processor returns for these examples, labels included. Each key is (epoch, index)."""
         side = self.processor.image_size
-        # Resized one by one, because a batch of large photos would take gigabytes.
+        # The pictures are resized one by one, because a batch of large photos would take gigabytes.
         resized = ((resize_to_square(picture, side), *texts) for picture, *texts in (self[key] for key in keys))
         pictures, prefixes, suffixes = zip(*resized, strict=True)
         return self.processor(list(pictures), list(prefixes), list(suffixes), notes=[])

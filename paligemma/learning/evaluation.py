@@ -21,11 +21,11 @@ from paligemma.pictures.folders import load
 from paligemma.tasks import Annotator, Request, Result, in_order
 
 log = logging.getLogger(__name__)
-EXTRA_TOKENS = 8  # by so many tokens a generated answer may be longer than the longest reference
+EXTRA_TOKENS = 8  # a generated answer may be this many tokens longer than the longest reference
 
 
 def sample_text(count: int, total: int, noun: str) -> str:
-    """A text for the size of a sample: "200 of 5000 lines, spread evenly"."""
+    """The size of a sample as a text, such as "200 of 5000 lines, spread evenly"."""
     return f"{count} of {total} {noun}{'s' * (total != 1)}" + ", spread evenly" * (count < total)
 
 
@@ -33,12 +33,12 @@ class Judge:
     """Scores a model on examples that it is not trained on.
 
     References with boxes or masks are scored as objects, all others as texts. An empty reference is scored as both: any text and
-    any box in the answer is an error. If there are several processes, each answers a share of the questions, and each gets all
-    scores.
+    any box in the answer is an error. If there are several processes, each process answers a share of the questions, and all
+    processes get all scores.
 
     Args:
-        examples: lines with the same picture and prompt are one question. The suffixes of these lines are its references if
-            they are texts; if they have objects, the objects of all these lines together are its reference.
+        examples: examples with the same picture and prompt form one question. If their suffixes are texts, each suffix is a
+            reference of the question. If their suffixes contain objects, the question has one reference: all these objects.
         codec: decodes masks; None if there is no codec.
         batch_size: number of questions that are answered at the same time.
         count: at most this many questions are answered, and the loss is computed on at most this many lines. Questions and lines
@@ -53,23 +53,23 @@ class Judge:
     ):
         self.examples, self.codec, self.batch_size = examples, codec, batch_size
         self.rank, self.world_size = processes.rank(), processes.world_size()
-        self.lines = spread(len(examples.lines), count)
+        self.lines = spread(len(examples.items), count)
         references: dict[tuple[Path, str], list[str]] = {}
-        for line in examples.lines:
-            references.setdefault((line.image, line.prefix), []).append(line.suffix)
+        for example in examples.items:
+            references.setdefault((example.image, example.prefix), []).append(example.suffix)
         questions = [*references]
         self.references = {questions[i]: references[questions[i]] for i in spread(len(questions), count)}
-        self.scored = sample_text(len(self.lines), len(examples.lines), "line")
-        if len(questions) != len(examples.lines):
+        self.scored = sample_text(len(self.lines), len(examples.items), "line")
+        if len(questions) != len(examples.items):
             self.scored = f"{sample_text(len(self.references), len(questions), 'question')}; loss of {self.scored}"
         suffixes = [suffix for group in self.references.values() for suffix in group]
         self.scores = self.choose_scores(scores, suffixes)
         self.max_new_tokens = max(len(examples.processor.encode(suffix)) for suffix in suffixes) + 1 + EXTRA_TOKENS
 
     def choose_scores(self, requested: Sequence[str], suffixes: Sequence[str]) -> list[str]:
-        """The names of the scores: the requested scores, or those that fit the references. Raises: see the class."""
+        """The names of the requested scores or, if none is requested, of the scores that fit. Raises: see the class."""
         has_boxes, has_masks = (any(token in suffix for suffix in suffixes) for token in ("<loc", "<seg"))
-        has_text_references = any("<loc" not in suffix for suffix in suffixes)  # an empty reference is a text, too
+        has_text_references = any("<loc" not in suffix for suffix in suffixes)  # true for empty references, too
         has_nonempty_texts = any(suffix and "<loc" not in suffix for suffix in suffixes)
         map_problem = pycocotools_problem() if has_boxes else None
         if not requested:
@@ -131,7 +131,7 @@ class Judge:
         return values | (self.score_objects(objects) if objects else {})
 
     def score_objects(self, pairs: list[tuple[Result, list[str]]]) -> dict[str, float]:
-        """Average precision of boxes and mean IoU of masks, if they are among the scores."""
+        """The scores of boxes ("map", "map50") and of masks ("miou"), as far as self.scores contains them."""
         predictions = [result.parsed.objects if result.parsed else [] for result, _ in pairs]
         references = [[obj for suffix in dict.fromkeys(group) for obj in parse_text(suffix).objects] for _, group in pairs]
         values = scores.detection_map(predictions, references) if "map" in self.scores else {}

@@ -15,8 +15,8 @@ from paligemma.objects.mask_codec import MaskCodec, with_masks
 from paligemma.objects.outputs import parse_text
 
 MAX_PICTURES, COLUMNS = 12, 4
-SIDE, LINE = 336, 20  # pixels: side of the square for a picture, height of a line of text below it
-MAX_LETTERS = 48  # per line of text
+SIDE, LINE = 336, 20  # in pixels: side of the square for a picture; height of a line of text below this square
+MAX_LETTERS = 48  # in a line of text
 
 
 def draw_preview(examples: Examples, codec: MaskCodec | None, file: Path) -> None:
@@ -25,12 +25,12 @@ def draw_preview(examples: Examples, codec: MaskCodec | None, file: Path) -> Non
     Args:
         codec: decodes masks; None if there is no codec.
     """
-    shown_lines = spread(len(examples.lines), MAX_PICTURES)
-    count = len(shown_lines)
+    indices = spread(len(examples.items), MAX_PICTURES)
+    count = len(indices)
     columns = min(COLUMNS, count)
     page = Image.new("RGB", (columns * SIDE, math.ceil(count / columns) * (SIDE + 2 * LINE + 8)), "white")
-    for number, line in enumerate(shown_lines):
-        picture, prefix, suffix = examples[0, line]
+    for number, index in enumerate(indices):
+        picture, prefix, suffix = examples[0, index]
         objects = parse_text(suffix).objects
         if codec is not None:
             objects = with_masks(objects, codec, *picture.size)

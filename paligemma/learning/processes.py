@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets all four
-MAX_WAIT = timedelta(days=1)  # the other processes wait while the first one checks the pictures of a large dataset
+MAX_WAIT = timedelta(days=1)  # the other processes wait while the first process checks the pictures of a large dataset
 LOST_CONNECTION = re.compile("Connection (closed|reset) by peer|Timed out waiting|NCCL")
 REPORT_DELAY_S = 3
 
@@ -61,7 +61,7 @@ def group(device: "torch.device") -> Iterator[None]:
         yield
     except PaliGemmaError:
         # Most errors happen in all processes. The first process reports its error at once, and torchrun then ends the other
-        # processes before they report theirs. An error that the first process does not have is reported after the delay.
+        # processes before they report theirs. An error that does not happen in the first process is reported after the delay.
         if not is_first():
             time.sleep(REPORT_DELAY_S)
         raise
@@ -72,7 +72,7 @@ def group(device: "torch.device") -> Iterator[None]:
 
 
 def barrier() -> None:
-    """Waits until all processes have called it."""
+    """Waits until all processes have called this function."""
     if world_size() > 1:
         from torch import distributed
 

@@ -33,10 +33,10 @@ ADVICE = "Take --method lora, --gradient_checkpointing, a smaller --micro_batch_
 def memory_needed(model: nn.Module, plan: Plan, max_text_tokens: int, gradient_checkpointing: bool) -> int:
     """The bytes of memory that a run needs in each process, estimated from the model on the meta device.
 
-    A trained weight takes 16 bytes: float32 weight, gradient and two moments. Several processes divide these bytes among them,
-    but each process first loads all weights (4 bytes). An evaluation makes one more copy of all weights. With gradient
-    checkpointing every layer stores only its input, and one layer at a time stores all activations. Attention with a soft cap
-    (Gemma 2) does not use a fused kernel: it stores about 10.5 bytes for each head and pair of tokens.
+    A trained weight takes 16 bytes: the weight, its gradient and two moments, all in float32. Several processes divide these
+    bytes among them, but each process first loads all weights (4 bytes). An evaluation makes one more copy of all weights. With
+    gradient checkpointing every layer stores only its input, and only one layer at a time stores all its activations. Attention
+    with a soft cap (Gemma 2) does not use a fused kernel: it stores about 10.5 bytes for each head and pair of tokens.
     """
     bytes_per_weight = 2 if plan.dtype == torch.bfloat16 else 4
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -45,7 +45,8 @@ def memory_needed(model: nn.Module, plan: Plan, max_text_tokens: int, gradient_c
     patches = model.config.num_image_tokens
     activations = 0
     for part, length, num_mlp in ((text, patches + max_text_tokens, 4), (vision, patches, 2)):
-        layer = length * (12 * part.hidden_size + num_mlp * part.intermediate_size) * 4  # 12 [L, D], and 4 or 2 [L, F]
+        # 12 tensors of shape [L, D] and num_mlp tensors of shape [L, F], in float32
+        layer = length * (12 * part.hidden_size + num_mlp * part.intermediate_size) * 4
         if part is text and text.attn_logit_softcapping is not None:
             layer += round(10.5 * text.num_attention_heads * length**2)  # [N, L, L]
         if gradient_checkpointing:
@@ -64,7 +65,7 @@ def merged_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()
         tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        tensors[name] = tensor if ".lora_" in name else tensor.to(dtype)  # one by one: no float32 copy of the model
+        tensors[name] = tensor if ".lora_" in name else tensor.to(dtype)  # one by one, to avoid a float32 copy
     for name, layer in lora.adapted(model):
         a, b = (tensors.pop(f"{name}.{matrix}.weight") for matrix in ("lora_A", "lora_B"))
         tensors[f"{name}.weight"] = lora.merged_weight(tensors[f"{name}.weight"], a, b, layer.scaling)
@@ -93,12 +94,12 @@ class Run:
     def updates(self, should_stop: Callable[[], bool]) -> Iterator[dict]:
         """Trains until the last update, or until should_stop() is true in any process, and saves checkpoints.
 
-        Yields: each line of metrics.jsonl, about an update or an evaluation, after it was written.
+        Yields: each line of metrics.jsonl after it was written; a line describes an update or an evaluation.
         Raises: ImageError if a picture was deleted or changed during the run, DeviceError if memory runs out, and
             CheckpointError as Trainer.update does.
         """
         trainer, start, is_stopped = self.trainer, time.perf_counter(), False
-        if from_first(self.lacks_evaluation):  # the run was stopped after it saved and before it evaluated
+        if from_first(self.lacks_evaluation):  # the interrupted run was stopped after it saved and before it evaluated
             yield from self.evaluate()
         while trainer.step < trainer.plan.steps and not is_stopped:
             try:
@@ -154,7 +155,7 @@ class Run:
             revision: revision of the starting model, to be stored with the adapter.
         Returns: the folder model/.
         """
-        # All processes call these two functions, because both functions gather the shards.
+        # All processes must call these two functions, because the shards are gathered from all processes.
         merged = merged_model(self.trainer.model, self.trainer.plan.dtype)
         matrices = lora.adapter_state(self.trainer.model)
         result = self.folder / "model"
@@ -168,7 +169,7 @@ class Run:
                 copy_file(file, result / file.name)
         if adapter is not None:
             name = checkpoint.name
-            if is_folder(expand(name)):  # an absolute path, so that the adapter can be used from any directory
+            if is_folder(expand(name)):  # the absolute path lets the adapter find its base from any directory
                 name = os.path.realpath(checkpoint.base)
             save_adapter(matrices, adapter, self.folder / "adapter", name, revision)
         return result

@@ -1,4 +1,4 @@
-"""The output folder of a fine-tuning run: settings, log, curves, checkpoints; checks that no run overwrites another run.
+"""The output folder of a fine-tuning run: settings, log, curves, checkpoints, and checks that no run overwrites another run.
 
 Imports no torch. Checked in tests/programs/test_finetune.py.
 """
@@ -38,19 +38,19 @@ FREE_TO_CHANGE = (  # flags that may differ in a resumed run, because they do no
     # Files and folders are compared by their content (fingerprints), not by their paths.
     "train", "valid", "image_dir", "mask_codec", "model_path", "base_model", "revision",
 )  # fmt: skip
-# These flags and the learning rates change the weights, but may differ in a resumed run, for instance after losses that are NaN.
+# These flags and the learning rates may differ in a resumed run, for instance after losses that are NaN. They change the weights.
 ADJUSTABLE = ("dtype", "clip")
 RENAMED = {"rows": "micro_batch_size"}  # flags that had another name in earlier versions of settings.json
 MAX_LOG_LINE_BYTES = 1 << 16
 NO_ROOM, NEW_OUTPUT = "Make room, or name another --output.", "Name another --output."  # advice for error messages
 OUTPUT_FILES = ("settings.json", "metrics.jsonl", "progress.svg", "preview.png")
 OUTPUT_FOLDERS = ("checkpoints", "model", "adapter")
-STATE_NAME = "state.json"  # the last file of a checkpoint to be written
+STATE_NAME = "state.json"  # written last, so a checkpoint with this file is complete
 STEP_FOLDER = re.compile(r"step_\d{8}")
 
 
 def copy_file(source: Path, file: Path) -> None:
-    """Copies a file; `file` is complete or unchanged. Raises: OutputError."""
+    """Copies `source` to `file`, completely or not at all. Raises: OutputError."""
     with open_atomic(file, "Make room and continue with --resume.") as copy, open(source, "rb") as original:
         shutil.copyfileobj(original, copy)
 
@@ -76,7 +76,7 @@ def check_inputs(folder: Path, inputs: Iterable[tuple[str, str | None]]) -> None
     for flag, file in files:
         for name in OUTPUT_FOLDERS:
             is_inside = False
-            with suppress(ValueError):  # a NUL in the name: no such file can exist
+            with suppress(ValueError):  # the name contains NUL, so no such file can exist
                 is_inside = Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder / name))
             if is_inside:
                 raise UsageError(f"{flag} {file} lies in {folder / name}, which a run replaces. Name another --output.")
@@ -86,11 +86,11 @@ def check_unused(folder: Path, resume: bool) -> None:
     """Checks that a run does not overwrite an earlier run. Raises: UsageError if it would."""
     is_finished, is_started = stat_path(folder / "model", OutputError) is not None, bool(checkpoints(folder / "checkpoints"))
     if (is_started or is_finished) and not resume:
-        raise UsageError(f"{folder} already holds a run. Name another --output, or continue with --resume.")
+        raise UsageError(f"{folder} already contains a run. Name another --output, or continue with --resume.")
     if is_finished and not is_started:
-        raise UsageError(f"{folder} holds the result of a run whose checkpoints were deleted. Name another --output.")
+        raise UsageError(f"{folder} contains the result of a run whose checkpoints were deleted. Name another --output.")
     if resume and not is_started:
-        log.warning("%s holds no checkpoint yet; the run starts from the beginning.", folder)
+        log.warning("%s contains no checkpoint yet; the run starts from the beginning.", folder)
 
 
 def settings_of(flags: Any, data: str, model: str) -> dict:
@@ -115,7 +115,7 @@ def check_settings(folder: Path, settings: dict) -> None:
     if not (checkpoints(folder / "checkpoints") and stat_path(folder / "settings.json", OutputError)):
         return
     before = {RENAMED.get(name, name): value for name, value in read_json(folder / "settings.json").items()}
-    common = [name for name in settings if name in before]  # an earlier version of this program may have had fewer settings
+    common = [name for name in settings if name in before]  # because an earlier version of this program had fewer settings
     changed = {
         name: f"{name} was {before[name]!r} and is {settings[name]!r}" for name in common if before[name] != settings[name]
     }
@@ -158,12 +158,12 @@ def claim(folder: Path, settings: dict) -> Iterator[None]:
 
 
 def read_log(file: Path, step: int) -> list[dict]:
-    """The lines of a metrics.jsonl up to `step`, without incomplete lines and lines that this program cannot have written."""
+    """The lines of a metrics.jsonl up to `step`. Lines that are incomplete, or cannot be from this program, are left out."""
     lines = []
     with suppress(OSError):
         if is_file(file, OutputError):
             with open(file, "rb") as stream:
-                while text := stream.readline(MAX_LOG_LINE_BYTES):  # a longer line is read in parts, which fail to parse
+                while text := stream.readline(MAX_LOG_LINE_BYTES):  # a longer line is read in parts, which are not valid JSON
                     with suppress(ValueError):
                         lines.append(parse_json(text))
     lines = [line for line in lines if is_log_line(line)]
@@ -202,7 +202,7 @@ class Log:
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, line: dict) -> None:
-        """Adds a line. NaN and infinity are written as null, because JSON has neither. Raises: OutputError."""
+        """Adds a line. NaN and infinity are written as null, because JSON cannot represent them. Raises: OutputError."""
         line = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in line.items()}
         self.lines.append(line)
         with output_errors(self.file, "Make room and continue with --resume."), open(self.file, "a", encoding="utf-8") as stream:

@@ -28,7 +28,7 @@ NUMBER_WORDS = {"none": "0"} | {
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
 FULL_STOP = re.compile(r"\.(?!\d)")
-# VQA's evaluation code restores one missing apostrophe in these words. In a word with two apostrophes, either may be missing.
+# VQA's evaluation code restores one missing apostrophe in these words. In a word with two, either may be missing.
 CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd
 how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
@@ -78,9 +78,9 @@ def vqa_words(answer: str) -> str:
 def vqa_accuracy(predictions: Texts, references: References) -> float:
     """VQA's accuracy: an answer scores 1 if at least three people gave it; otherwise each person who gave it adds 1/3.
 
-    The score is averaged over all subsets that leave out one person. As in the official code, answers are normalised with
-    `vqa_words`, unless all people gave the same answer. If there is a single reference, the normalised prediction must equal the
-    normalised reference.
+    The score is the mean over all subsets of the answers that leave out one person. As in the official code, answers are
+    normalised with `vqa_words`, unless all people gave the same answer. If there is a single reference, the normalised prediction
+    must equal the normalised reference.
     """
     values = []
     for text, group in zip(predictions, references, strict=True):
@@ -91,7 +91,7 @@ def vqa_accuracy(predictions: Texts, references: References) -> float:
         if len(set(answers)) > 1:
             prediction, *answers = map(vqa_words, (prediction, *answers))
         num_equal = answers.count(prediction)
-        # If the answer that is left out equals the prediction, one answer fewer is counted.
+        # If the answer that is left out equals the prediction, it is not counted.
         values.append(mean([min(1.0, (num_equal - (answer == prediction)) / 3) for answer in answers]))
     return mean(values)
 
@@ -193,7 +193,7 @@ def clipped_cosine(candidate: dict[tuple, float], reference: dict[tuple, float])
 def pycocotools_problem() -> str | None:
     """None if pycocotools can be imported; otherwise a message that says how to install it."""
     try:
-        import pycocotools.coco  # noqa: F401 - finding it is not enough: if it was built for another numpy, the import fails
+        import pycocotools.coco  # noqa: F401 - a search for the package is not enough: the import fails if it was built for another numpy
     except (ImportError, ValueError):
         return "average precision (map) needs pycocotools. Install it: pip install pycocotools."
     return None
@@ -251,8 +251,8 @@ def segmentation_miou(predictions: Objects, references: Objects) -> float:
     """Mean IoU (intersection over union) of masks with the same label.
 
     If an example has one reference mask (referring expression segmentation), only the first predicted mask is scored, as in
-    big_vision's evaluator. If it has several reference masks, each of them is matched to the best remaining prediction; the sum
-    of the IoUs is divided by the number of references or of predictions, whichever is larger.
+    big_vision's evaluator. If an example has several reference masks, each is matched to the best remaining prediction, and the
+    sum of the IoUs is divided by the number of references or the number of predictions, whichever is larger.
     """
     values = []
     for predicted, expected in zip(predictions, references, strict=True):

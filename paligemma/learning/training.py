@@ -1,16 +1,16 @@
 """Fine-tuning, one update at a time: the loss, the trained weights, the optimiser, and checkpoints for an exact resume.
 
     frozen weights     keep their values and the dtype of the file
-    trained weights    are float32 (the master copy) with two moments in AdamW; the computation may run in bfloat16
+    trained weights    are float32 (the master copy), with two moments each in AdamW; the computation may run in bfloat16
 
-The master copy is needed because bfloat16 has 8 significant bits: it would round away an update of 1e-5, relative to the weight.
+The master copy is needed because bfloat16 has 8 significant bits: an update of 1e-5 times the weight would be lost in rounding.
 
 Everything random (the order of the examples, their augmentation, dropout) is a function of the seed and the number of the update.
 So a checkpoint needs no random state: a run that is killed and resumed repeats the numbers of an uninterrupted run exactly.
 Several processes (torchrun) shard the weights with FSDP2; each process computes its share of every batch.
 
-The model is passed in; this file imports no model. Sources: AdamW (arXiv:1711.05101), FSDP (arXiv:2304.11277), and for the
-mean over examples the official trainer of PaliGemma (big_vision, trainers/proj/paligemma/train.py).
+The model is passed in; this file imports no model. Sources: AdamW (arXiv:1711.05101), FSDP (arXiv:2304.11277). The loss is
+averaged over examples as in PaliGemma's official trainer (big_vision, trainers/proj/paligemma/train.py).
 Checked in tests/learning/test_training.py.
 Shapes: B rows of the micro-batch, L tokens of a row, T answer tokens of all rows together, D model width, V vocabulary size.
 """
@@ -39,17 +39,17 @@ from paligemma.learning import processes
 from paligemma.learning.run_folder import STATE_NAME, checkpoints
 from paligemma.vocabulary import IGNORE_INDEX
 
-PARTS = {  # parts that can be trained, as regular expressions for names of parameters; language_model includes attention
+PARTS = {  # part that can be trained -> pattern of its parameters' names; language_model includes attention
     "attention": re.compile(r"language_model\..*\.self_attn\..*"),
     "language_model": re.compile(r"language_model\..*"),
     "vision_tower": re.compile(r"vision_tower\..*"),
     "projector": re.compile(r"multi_modal_projector\..*"),
 }
-ALL = ("language_model", "vision_tower", "projector")  # the parts that do not overlap; together they are the model
-UNREADABLE = (  # exceptions of torch's reader of checkpoints if files are damaged, forged, or belong to another model
+ALL = ("language_model", "vision_tower", "projector")  # parts that do not overlap and together form the whole model
+UNREADABLE = (  # exceptions that torch's reader raises for files that are damaged, forged, or belong to another model
     OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError, ArithmeticError, MemoryError,
 )  # fmt: skip
-MAX_BAD_STEPS = 10  # a run ends after so many updates in a row whose loss or gradient is not finite
+MAX_BAD_STEPS = 10  # a run ends after this many consecutive updates whose loss or gradient is not finite
 
 
 # The loss
@@ -109,14 +109,14 @@ def freeze_except(model: nn.Module, parts: Sequence[str]) -> None:
         parameter.requires_grad_(any(PARTS[part].fullmatch(name) for part in parts))
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:  # a copy, because a weight that is mapped from a file must not be written to
+            if parameter.requires_grad:  # copied, because a weight that is mapped from a file must not be changed
                 setattr(module, name, nn.Parameter(parameter.detach().to(torch.float32, copy=True)))
 
 
 def add_adapter(
     model: nn.Module, config: lora.LoraConfig, parts: Sequence[str], matrices: Sequence[str] = (), seed: int = 0
 ) -> None:
-    """Freezes the model and adds a LoRA adapter, whose weights are the only ones to be trained.
+    """Freezes the model and adds a LoRA adapter. Only the weights of the adapter are trained.
 
     Args:
         parts: language_model, vision_tower or both.
@@ -173,7 +173,7 @@ class Plan:
         batch_size: examples per update, over all processes and micro-batches.
         micro_batch_size: examples per forward and backward pass; their gradients are accumulated until the batch is complete.
         learning_rate: the highest learning rate of the schedule.
-        rates: learning rates of parts (see ALL) that differ from learning_rate.
+        rates: the learning rates of those parts (see ALL) whose rate differs from learning_rate.
         warmup: fraction of the updates in which the learning rate rises from 0; afterwards it falls to 0 along half a cosine.
         weight_decay: weight decay of matrices; norms and biases have none.
         clip: maximum norm of the gradient.
@@ -203,7 +203,8 @@ class Plan:
         return 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, self.steps - warm))
 
 
-@lru_cache(2)  # because shuffling a million examples takes longer than an update; 2, because a batch may extend over two epochs
+# Cached, because shuffling a million examples takes longer than an update. A batch may need the orders of two epochs.
+@lru_cache(2)
 def draw_order(count: int, seed: int, epoch: int) -> Sequence[int]:
     """The order of `count` examples in an epoch."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
@@ -220,10 +221,10 @@ def examples_of(step: int, count: int, batch_size: int, seed: int) -> list[tuple
 class Update:
     """The numbers of one update. They become a line of metrics.jsonl."""
 
-    step: int  # number of updates so far, including this one and those that were skipped; the first update has step 1
+    step: int  # number of updates so far, this update and skipped updates included; the first update has step 1
     loss: float
     grad_norm: float
-    learning_rate: float  # the highest one if the parts have different learning rates
+    learning_rate: float  # the highest learning rate if the parts have different rates
     tokens: int
     is_skipped: bool  # whether the loss or the gradient was not finite, so that the weights were not changed
     skipped: int  # number of skipped updates so far
@@ -238,12 +239,14 @@ class Trainer:
         plan: the hyperparameters.
         make_batch: turns a list of (epoch, index) into what the processor returns for these examples, labels included.
         count: the number of examples.
-    Raises: UsageError for a batch that cannot be divided evenly among the processes, because one of them would wait forever.
+    Raises: UsageError if a batch cannot be divided evenly among the processes: one process would wait forever for the others.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, make_batch: Callable[[list[tuple[int, int]]], dict], count: int):
         self.model, self.plan, self.make_batch, self.count = model, plan, make_batch, count
-        self.step, self.updates, self.bad_steps = 0, 0, 0  # updates made, not skipped, and skipped in a row just now
+        self.step = 0  # number of all updates, skipped updates included
+        self.updates = 0  # number of updates that were not skipped
+        self.bad_steps = 0  # number of updates skipped in a row until now
         self.rank, self.world_size = processes.rank(), processes.world_size()
         if plan.batch_size % self.world_size:
             raise UsageError(
@@ -273,21 +276,21 @@ class Trainer:
 
         Raises: CheckpointError after MAX_BAD_STEPS skipped updates in a row.
         """
-        device, loss, total, tokens = next(iter(self.trained.values())).device, torch.zeros(()), 0.0, 0
+        device, loss, total_weight, tokens = next(iter(self.trained.values())).device, torch.zeros(()), 0.0, 0
         torch.manual_seed((self.plan.seed * 1_000_003 + self.step) * 1_009 + self.rank)  # for dropout
         self.model.train()
         for batch, token_weight, batch_weight in self.micro_batches():  # token_weight: [B]
             with torch.autocast(device.type, self.plan.dtype, enabled=self.plan.dtype != torch.float32):
                 losses, row = answer_losses(self.model, batch, self.plan.label_smoothing)  # [T], [T]
             weighted_loss = (losses * token_weight.to(device)[row.to(device)]).sum()
-            (weighted_loss * self.world_size).backward()  # FSDP averages over processes, but the sum is needed
-            loss, total, tokens = loss + weighted_loss.detach().cpu(), total + batch_weight, tokens + len(losses)
+            (weighted_loss * self.world_size).backward()  # FSDP averages gradients over processes, but their sum is needed
+            loss, total_weight, tokens = loss + weighted_loss.detach().cpu(), total_weight + batch_weight, tokens + len(losses)
         # Loss and gradient are divided now, because the total weight is known only after all micro-batches of all processes.
-        loss, total, tokens = processes.sums(float(loss), total, tokens)
-        loss /= max(total, 1.0)
+        loss, total_weight, tokens = processes.sums(float(loss), total_weight, tokens)
+        loss /= max(total_weight, 1.0)
         for parameter in self.trained.values():
             if parameter.grad is not None:
-                parameter.grad /= max(total, 1.0)
+                parameter.grad /= max(total_weight, 1.0)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), self.plan.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         is_skipped = not (math.isfinite(norm) and math.isfinite(loss))
@@ -353,7 +356,7 @@ class Trainer:
         return target
 
     def restore(self, folder: Path) -> None:
-        """Restores a checkpoint of `save` exactly. The run that saved it may have had another number of processes.
+        """Restores a checkpoint that `save` wrote, exactly. The run that saved it may have had another number of processes.
 
         Raises: CheckpointError.
         """
@@ -364,7 +367,7 @@ class Trainer:
             for file in folder.glob("*.safetensors"):
                 read_header(file)  # torch's reader does not validate the header
         except CheckpointError as error:
-            # The advice of these functions is to download the model again, which is wrong for the checkpoint of a run.
+            # These errors advise the user to download the model again, which is wrong for the checkpoint of a run.
             fault = re.sub(r"\. [^.]*\.$", "", error.message).rstrip(".")
             text = f"{fault}. Delete {folder.name}: the run resumes from the checkpoint before it."
             raise CheckpointError(text, path=error.path) from error
@@ -384,7 +387,7 @@ class Trainer:
 
 
 def read_state(folder: Path) -> tuple[int, int, int]:
-    """The counters of a checkpoint: all updates, the updates that were not skipped, and the last updates skipped in a row.
+    """The counters of a checkpoint: step, updates and bad_steps of its Trainer.
 
     Raises: CheckpointError if the numbers are impossible or do not match the name of the folder.
     """
@@ -406,7 +409,7 @@ def quiet() -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error's message. If several processes failed, it is the message of the first of them."""
+    """The first line of an error's message. If several processes failed, the message of the first of these processes is used."""
     for failed, _ in getattr(error, "failures", {}).values():
         return reason(failed)
     return str(error).splitlines()[0].rstrip(".") + "." if str(error) else f"{type(error).__name__}."

@@ -11,20 +11,20 @@ if TYPE_CHECKING:
     import yaml
 
 MAX_BYTES = 1 << 16
-MAX_NAME_LENGTH = 80  # a name in a message is cut after this many characters
+MAX_NAME_LENGTH = 80  # maximum number of characters of a name in a message
 ADVICE = "Write a line `name: value` for each setting."
 
 
 def read_config(file: str, known: Collection[str]) -> list[str]:
     """The settings of a YAML file as arguments, "--name=value". Settings that are null are left out.
 
-    The file must contain one mapping of names to values, or to lists of values. Values remain text, as in any argument. Aliases,
-    tags and deeper nesting are refused before anything is built, so the time is proportional to the size of the file, which is
-    limited.
+    The file must contain one mapping, from each name to a value or to a list of values. Values remain text, as in any argument.
+    Aliases, tags and deeper nesting are refused before the file is composed into nodes. So parsing takes time proportional to the
+    size of the file, which is limited.
 
     Args:
         known: the names of all settings.
-    Raises: UsageError if the file is not such a YAML file, and for a name that is unknown or given twice.
+    Raises: UsageError if the file has another form, or a name is unknown or given twice.
     """
     root, settings = read_mapping(file), {}
     for key, value in root.value if root else ():
@@ -42,7 +42,7 @@ def read_config(file: str, known: Collection[str]) -> list[str]:
 
 
 def read_mapping(file: str) -> "yaml.MappingNode | None":
-    """The mapping of a YAML file, whose values are texts or lists of texts; None if the file is empty. Raises: UsageError."""
+    """The mapping in a YAML file, from texts to texts or lists of texts; None if the file is empty. Raises: UsageError."""
     import yaml
 
     depth = 0
@@ -57,7 +57,7 @@ def read_mapping(file: str) -> "yaml.MappingNode | None":
                 raise UsageError(f"{where}: a value may be a list, but not a list of lists or mappings. {ADVICE}")
         root = yaml.compose(text, yaml.SafeLoader)
     except (ValueError, RecursionError, OverflowError, yaml.YAMLError) as error:
-        # ValueError: the text is not UTF-8. OverflowError: it has an escape such as \UFFFFFFFF.
+        # ValueError: the text is not UTF-8. OverflowError: the text has an escape such as \UFFFFFFFF.
         mark = getattr(error, "problem_mark", None)
         position = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise UsageError(f"{file}{position} is not YAML. {ADVICE}") from error

@@ -10,9 +10,9 @@ file. All data are checked before the first update. A run writes to --output:
     model/             the result: a checkpoint that this project and transformers can load
     adapter/           with --method lora, the adapter alone, in PEFT's format
 
-A run that was interrupted or killed at any moment continues with --resume. Its losses are then bit for bit those of a run
-without interruption (on the same kind of CPU). `torchrun --nproc_per_node N -m paligemma finetune ...` divides the work among N
-processes. To read this file, begin with Flags and train. Checked in tests/programs/test_finetune.py.
+A run that was interrupted or killed at any moment continues with --resume. Its losses then equal those of a run without
+interruption, bit for bit (on the same kind of CPU). `torchrun --nproc_per_node N -m paligemma finetune ...` divides the work
+among N processes. To read this file, begin with Flags and train. Checked in tests/programs/test_finetune.py.
 """
 
 import logging
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
     from paligemma.learning.training import Plan
 
-LEARNING_RATES = {"full": 1e-5, "lora": 2e-4}  # the default of each method
+LEARNING_RATES = {"full": 1e-5, "lora": 2e-4}  # method -> default learning rate
 SCORES = ("exact", "vqa", "anls", "relaxed", "cider", "map", "miou")
-MAX_COUNT = 10**9  # the limit of flags that are whole numbers
+MAX_COUNT = 10**9  # maximum of the flags that are whole numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +67,8 @@ class Flags(PictureFlags):
         device: auto, cpu, cuda or cuda:N
         dtype: precision of the computation, bf16 or fp32; trained weights are always kept in float32
         method: full trains the weights themselves, lora trains a small adapter instead
-        parts: parts to train, separated by commas: attention, language_model, vision_tower, projector; default: the whole model,
-            and with lora the language model (lora allows language_model and vision_tower)
+        parts: parts to train, separated by commas: attention, language_model, vision_tower, projector; default: the whole model.
+            With lora: language_model, vision_tower or both; default: language_model
         lora_r: rank of the adapter
         lora_alpha: the output of the adapter is scaled by lora_alpha / lora_r
         lora_dropout: probability of dropping each input of the adapter during training, from 0 to below 1
@@ -86,15 +86,15 @@ class Flags(PictureFlags):
             0 along half a cosine
         weight_decay: weight decay of matrices (AdamW), from 0 to below 1; biases and norms have none
         clip: maximum norm of the gradient; a longer gradient is scaled down to it
-        loss: example averages the loss per answer, so that all answers count equally; token averages it over all answer tokens
+        loss: example gives every answer the same weight in the loss; token gives every answer token the same weight
         label_smoothing: probability that is moved from the right token to all other tokens, from 0 to below 1
         max_text_tokens: maximum number of tokens of prefix and suffix together; longer examples are refused, never truncated
         augment: none, or zoom: pictures are cropped or shifted a little at random, and boxes move with them
         gradient_checkpointing: recompute activations in the backward pass, which needs less memory and more time
         evaluate_every: number of updates between two evaluations; default: one epoch
         num_scored: maximum number of validation questions in an evaluation, spread evenly over the file
-        scores: scores to compute, separated by commas: exact, vqa, anls, relaxed, cider, map, miou; default: the scores that fit
-            the answers (map needs pycocotools)
+        scores: scores to compute, separated by commas: exact, vqa, anls, relaxed, cider, map, miou (map needs pycocotools);
+            default: the scores that fit the answers
         mask_codec: vae-oid.npz, which decodes masks for miou and --preview; default: the file in the model's folder
         save_every: number of updates between two checkpoints; a checkpoint is also saved before each evaluation
         seed: seed of the order of examples, of augmentation and of dropout, from 0 to 2^31 - 1
@@ -187,7 +187,7 @@ class Flags(PictureFlags):
 
     @staticmethod
     def expand(argv: list[str]) -> list[str]:
-        """The settings of the --config file, followed by argv, whose flags override the file because they come later."""
+        """The settings of the --config file, then argv. The last value of a flag counts, so argv overrides the file."""
         files = [argument.partition("=")[2] or following for argument, following in pairwise([*argv, ""])
                  if argument.partition("=")[0] == "--config"]  # fmt: skip
         return [*(read_config(files[-1], SETTINGS) if files else []), *argv]
@@ -247,10 +247,10 @@ def train(flags: Flags, device: "torch.device") -> None:
 
     # 1. The starting model: its settings, and a copy without weights (on the meta device).
     checkpoint = open_checkpoint(flags.model_path, revision=flags.revision, base_model=flags.base_model)
-    config, stored_kind = checkpoint.config, checkpoint.stored_kind
-    if stored_kind is not None:
+    config, stored_quantization = checkpoint.config, checkpoint.stored_kind
+    if stored_quantization is not None:
         advice = "Name the checkpoint that has not been quantized."
-        raise UsageError(f"{checkpoint.name} is stored as {stored_kind}, which cannot be trained. {advice}")
+        raise UsageError(f"{checkpoint.name} is stored as {stored_quantization}, which cannot be trained. {advice}")
     if flags.method == "lora" and checkpoint.adapter_config is not None:
         advice = "Name the merged model, which a run with --method lora writes to model/."
         raise UsageError(f"{checkpoint.name} has an adapter, and a second adapter cannot be added to it. {advice}")
@@ -265,7 +265,7 @@ def train(flags: Flags, device: "torch.device") -> None:
     blueprint = empty_model(config)
     choose_trained(blueprint)
 
-    # 2. The data. Next to the image tokens, the model's context has room for max_tokens tokens of text.
+    # 2. The data. Besides the image tokens, the model's context has room for max_tokens text tokens.
     max_tokens = config.text_config.max_position_embeddings - config.num_image_tokens
     limit = min(flags.max_text_tokens, max_tokens)
 
@@ -292,7 +292,7 @@ def train(flags: Flags, device: "torch.device") -> None:
         judge = Judge(questions, codec, batch_size=flags.micro_batch_size, count=flags.num_scored, scores=scores)
 
     # 3. The memory.
-    plan = flags.plan(len(examples.lines))
+    plan = flags.plan(len(examples.items))
     needed_bytes = memory_needed(blueprint, plan, flags.max_text_tokens, flags.gradient_checkpointing)
     needed_bytes *= num_on_this_machine() if device.type == "cpu" else 1
     machine.require_memory(needed_bytes, device, "fine-tuning takes", ADVICE)
@@ -307,7 +307,7 @@ def train(flags: Flags, device: "torch.device") -> None:
             training.checkpoint_activations(model)
         if world_size() > 1:
             training.shard(model, device)
-        trainer = training.Trainer(model, plan, examples.batch, len(examples.lines))
+        trainer = training.Trainer(model, plan, examples.batch, len(examples.items))
         saved = run_folder.checkpoints(folder / "checkpoints")
         if flags.resume and saved:
             trainer.restore(saved[-1])
@@ -331,7 +331,8 @@ def train(flags: Flags, device: "torch.device") -> None:
         result = run.save_result(checkpoint, adapter, flags.revision)
         command = f"{commandline.command()} --model_path {result} --image_file_path PICTURE --prompt PREFIX"
         show(f"the result is in {result}. Try it: {command}")
-        barrier()  # because torchrun ends the first process, which still writes, as soon as another process has ended
+        # The first process still writes here, and torchrun would end it as soon as another process ends.
+        barrier()
 
 
 def program(flags: Flags) -> None:

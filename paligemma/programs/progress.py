@@ -20,7 +20,7 @@ def show(text: str) -> None:
 def stop_signals() -> Iterator[list[int]]:
     """A context manager that collects signals. Yields: the list of received signals, which is empty at first.
 
-    After one signal, the run should stop after the current update and save. A second signal raises Interrupted.
+    After the first signal, the run should finish the current update, save and stop. A second signal raises Interrupted.
     """
     received: list[int] = []
 
@@ -29,7 +29,7 @@ def stop_signals() -> Iterator[list[int]]:
         if len(received) > 1:
             raise commandline.Interrupted(signum)
         if is_first():
-            with suppress(OSError, ValueError):  # print is not used, because the signal may have interrupted another print
+            with suppress(OSError, ValueError):  # not print, because the signal may have interrupted a print
                 os.write(sys.stderr.fileno(), b"\nthe run stops after this update and saves; a second signal stops it at once.\n")
 
     with commandline.handlers(receive):
@@ -38,7 +38,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def progress(step: int, steps: int) -> Iterator[Callable[[dict], None]]:
-    """A context manager. Yields: a function that shows a line of metrics.jsonl.
+    """A context manager that shows the progress of a run. Yields: a function that shows a line of metrics.jsonl.
 
     A terminal shows a progress bar of the updates; elsewhere, about 20 updates of the run are printed. Scores are always printed.
     """

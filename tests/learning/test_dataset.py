@@ -99,7 +99,7 @@ def test_further_fields_are_allowed(folder):
         (GOOD | {"prefix": "\ud800"}, "surrogate"),
         (GOOD | {"image": "../a.png"}, "outside the dataset"),
         (GOOD | {"image": "/etc/passwd"}, "is an absolute path, but a path relative to the dataset's folder is needed"),
-        (GOOD | {"image": "https://x.org/a.png"}, "is an address; download it"),
+        (GOOD | {"image": "https://x.org/a.png"}, "is a URL; download the picture"),
         (GOOD | {"image": "x/../../a.png"}, "outside the dataset"),
         (GOOD | {"image": ""}, "name of a file"),
         (GOOD | {"image": "a\0.png"}, "name of a file"),

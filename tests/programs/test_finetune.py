@@ -301,7 +301,7 @@ def test_a_start_that_failed_or_was_killed_leaves_the_folder_free(model, data, t
         patch.setattr("paligemma.machine.free_memory", lambda _: 1000)
         assert run(capsys, *given)[0] == 6
     code, said = run(capsys, *given, "--resume")
-    assert code == 0 and "holds no checkpoint yet; the run starts from the beginning" in said
+    assert code == 0 and "contains no checkpoint yet; the run starts from the beginning" in said
     assert len(losses(tmp_path / "run")) == 6
     for name in ("checkpoints", "model", "adapter"):  # as if it had been killed before the first of them
         shutil.rmtree(tmp_path / "run" / name)
@@ -313,7 +313,7 @@ def test_a_result_whose_checkpoints_are_gone_is_not_overwritten(model, data, who
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     given = arguments(model, data, tmp_path / "run")
     code, said = run(capsys, *given)
-    assert code == 2 and "already holds a run. Name another --output, or continue with --resume." in said
+    assert code == 2 and "already contains a run. Name another --output, or continue with --resume." in said
     code, said = run(capsys, *given, "--resume")
     assert code == 2 and "whose checkpoints were deleted. Name another --output" in said
     assert losses(tmp_path / "run") == losses(whole)
@@ -589,7 +589,7 @@ def test_two_processes_stop_after_the_same_update(model, data, tmp_path, start):
 def test_two_processes_refuse_a_used_folder_in_one_message(model, data, whole, start):
     both = start(TWO, *arguments(model, data, whole))
     _, said = both.communicate(timeout=240)
-    assert both.returncode != 0 and said.count("already holds a run") == 1 and "internal error" not in said
+    assert both.returncode != 0 and said.count("already contains a run") == 1 and "internal error" not in said
 
 
 def test_a_batch_that_two_processes_cannot_share_is_refused(model, data, tmp_path, start):
