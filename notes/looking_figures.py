@@ -101,14 +101,14 @@ def inside(shape: shapes.Shape, across: int) -> Tensor:
 
 
 def is_hit(values: Tensor, shape: shapes.Shape) -> bool:
-    """Whether the middle of the hottest patch lies in the box."""
+    """Whether the middle of the strongest patch lies in the box."""
     row, column = divmod(int(values.argmax()), len(values))
     y, x, y_end, x_end = shape.box
     return y <= (row + 0.5) / len(values) <= y_end and x <= (column + 0.5) / len(values) <= x_end
 
 
 def measure_maps(demo: Demo) -> None:
-    """Prints, for each map, how often the hottest patch lies in the right shape's box, and the share of the map's sum in it."""
+    """Prints, for each map, how often the strongest patch lies in the right shape's box, and the share of the map's sum in it."""
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     chances = []
     for number, scene, picture in scenes():
@@ -125,7 +125,7 @@ def measure_maps(demo: Demo) -> None:
                     mass = float((values * area).sum() / values.sum())
                     found.setdefault((kind, name), []).append((is_hit(values, shape), mass / float(area.mean())))
     print(f"a shape's box covers {np.mean(chances):.0%} of the picture")
-    print("answers whose hottest patch is in the box / mass in the box, where 1.0 is chance:")
+    print("share of answers whose strongest patch lies in the box / mass in the box relative to a uniform map:")
     for kind in ("color", "shape", "where", "caption", "detect"):
         parts = []
         for name in ("roll_out", "gradient"):
@@ -155,7 +155,7 @@ def logprob_drops(demo: Demo, picture: Image.Image, question: str, ids: list[int
 
 
 def measure_erasing(demo: Demo) -> None:
-    """Prints how much the log-probability of answers falls without the hottest patches of each map, or without random patches."""
+    """Prints how much the log-probability of answers falls without the strongest patches of each map, or without random patches."""
     drops, draw = [], torch.Generator().manual_seed(0)
     for number, scene, picture in scenes():
         for kind, question, _ in targets_of(scene, number):
@@ -171,7 +171,7 @@ def measure_erasing(demo: Demo) -> None:
     rolled, gradient, drawn = np.mean(drops, axis=0)
     print(
         f"mean drop of the log-probability of {len(drops)} answers, in nats, when {ERASED} of 64 patches are erased: "
-        f"hottest by gradient {gradient:.1f}, by roll-out {rolled:.1f}, random {drawn:.1f}"
+        f"strongest by gradient {gradient:.1f}, by roll-out {rolled:.1f}, random {drawn:.1f}"
     )
 
 
@@ -233,7 +233,7 @@ def draw_maps(demo: Demo, picture: Image.Image) -> None:
             left = column * (SIDE + 12)
             sheet.paste(with_boxes(panel, [word]), (left, top))
             draw.text((left + SIDE / 2, top + SIDE + 15), title, "black", ImageFont.load_default(15), anchor="mm")
-        print(f'"{question}": "{found.text}", {word.share:.0%} of the roll-out ends in the picture')
+        print(f'"{question}": "{found.text}", roll-out: {word.share:.0%} of the mass ends in the picture')
     sheet.quantize(192).save(HERE / "maps.png", optimize=True)
 
 

@@ -125,8 +125,8 @@ def draw_influence() -> None:
         drawing.text(left, top - 11, setting, size=12, fill=SOFT)
         answer, prefix = cells[PREFIX:, PREFIX:].triu(1).sum(), cells[:PREFIX, :PREFIX].triu(1).sum()
         print(
-            f"{border:9}  a later token changes earlier logits in the answer in {int(answer)} of 3 pairs, "
-            f"in picture and prompt in {int(prefix)} of {PREFIX * (PREFIX - 1) // 2}"
+            f"{border:9}  pairs in which the later token changes the earlier logits: answer {int(answer)} of 3, "
+            f"picture and prompt {int(prefix)} of {PREFIX * (PREFIX - 1) // 2}"
         )
     drawing.save(HERE / "influence.svg")
 
