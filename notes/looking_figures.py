@@ -155,7 +155,7 @@ def logprob_drops(demo: Demo, picture: Image.Image, question: str, ids: list[int
 
 
 def measure_erasing(demo: Demo) -> None:
-    """Prints how much the log-probability of answers falls without the strongest patches of each map, or without random patches."""
+    """Prints how much the log-probability of answers falls when the strongest patches of a map, or random patches, are erased."""
     drops, draw = [], torch.Generator().manual_seed(0)
     for number, scene, picture in scenes():
         for kind, question, _ in targets_of(scene, number):
