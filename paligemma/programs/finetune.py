@@ -68,7 +68,7 @@ class Flags(PictureFlags):
         dtype: precision of the computation, bf16 or fp32; trained weights are always kept in float32
         method: full trains the weights themselves, lora trains a small adapter instead
         parts: parts to train, separated by commas: attention, language_model, vision_tower, projector; default: the whole model.
-            With lora: language_model, vision_tower or both; default: language_model
+            An adapter allows only language_model and vision_tower, and the default with lora is language_model
         lora_r: rank of the adapter
         lora_alpha: the output of the adapter is scaled by lora_alpha / lora_r
         lora_dropout: probability of dropping each input of the adapter during training, from 0 to below 1
@@ -93,8 +93,8 @@ class Flags(PictureFlags):
         gradient_checkpointing: recompute activations in the backward pass, which needs less memory and more time
         evaluate_every: number of updates between two evaluations; default: one epoch
         num_scored: maximum number of validation questions in an evaluation, spread evenly over the file
-        scores: scores to compute, separated by commas: exact, vqa, anls, relaxed, cider, map, miou (map needs pycocotools);
-            default: the scores that fit the answers
+        scores: scores to compute, separated by commas: exact, vqa, anls, relaxed, cider, map, miou; default: the scores that fit
+            the answers (map needs pycocotools)
         mask_codec: vae-oid.npz, which decodes masks for miou and --preview; default: the file in the model's folder
         save_every: number of updates between two checkpoints; a checkpoint is also saved before each evaluation
         seed: seed of the order of examples, of augmentation and of dropout, from 0 to 2^31 - 1
