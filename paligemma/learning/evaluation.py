@@ -131,7 +131,7 @@ class Judge:
         return values | (self.score_objects(objects) if objects else {})
 
     def score_objects(self, pairs: list[tuple[Result, list[str]]]) -> dict[str, float]:
-        """The scores of boxes ("map", "map50") and of masks ("miou"), as far as self.scores contains them."""
+        """The scores of boxes ("map", "map50") and of masks ("miou"), if self.scores contains "map" or "miou"."""
         predictions = [result.parsed.objects if result.parsed else [] for result, _ in pairs]
         references = [[obj for suffix in dict.fromkeys(group) for obj in parse_text(suffix).objects] for _, group in pairs]
         values = scores.detection_map(predictions, references) if "map" in self.scores else {}

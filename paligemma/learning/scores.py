@@ -78,7 +78,7 @@ def vqa_words(answer: str) -> str:
 def vqa_accuracy(predictions: Texts, references: References) -> float:
     """VQA's accuracy: an answer scores 1 if at least three people gave it; otherwise each person who gave it adds 1/3.
 
-    The score is the mean over all subsets of the answers that leave out one person. As in the official code, answers are
+    The score is the mean over all subsets that leave out one person's answer. As in the official code, answers are
     normalised with `vqa_words`, unless all people gave the same answer. If there is a single reference, the normalised prediction
     must equal the normalised reference.
     """
