@@ -14,9 +14,9 @@ from typing import IO
 from paligemma.errors import AccessError, ImageError, one_line
 from paligemma.files import expand_text, names_in, printable_path, read_regular, similar_names, split_file_address, stat_path
 from paligemma.pictures.decoding import describe, sniff
-from paligemma.pictures.fetch import MAX_DOWNLOAD_BYTES, fetch
 
 MAX_FILE_BYTES = 256 << 20
+MAX_DATA_BYTES = 32 << 20  # in a data: URI
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
@@ -48,8 +48,8 @@ def read_data_uri(uri: str) -> bytes:
         raise ImageError("a data: URI has no comma. It is written data:image/png;base64,iVBOR...", path="data:")
     if not body.isascii():
         raise ImageError("a data: URI holds characters beyond ASCII. Encode the file again, in base64.", path="data:")
-    if len(body) > MAX_DOWNLOAD_BYTES * 4 // 3 + 4:
-        raise ImageError(f"a data: URI holds more than {MAX_DOWNLOAD_BYTES >> 20} MB. Save it to a file.", path="data:")
+    if len(body) > MAX_DATA_BYTES * 4 // 3 + 4:
+        raise ImageError(f"a data: URI holds more than {MAX_DATA_BYTES >> 20} MB. Save it to a file.", path="data:")
     data = urllib.parse.unquote_to_bytes(body)
     if not head.lower().endswith(";base64"):
         return data
@@ -80,6 +80,8 @@ def read_object(source: IO[bytes], name: str) -> bytes:
 
 def read_address(source: str, name: str, is_typed: bool) -> bytes:
     """The bytes at an http(s) address. Raises: AccessError, also if the response is not a picture."""
+    from paligemma.pictures.fetch import fetch  # imports ssl and http.client, which a local picture does not need
+
     data, kind = fetch(source, may_be_private=is_typed)
     if sniff(data) is None and not kind.startswith("image/"):
         raise AccessError(f"{name} answered 200 OK with {one_line(kind) or 'no type'}: {describe(data)}.", path=name)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from paligemma.errors import DatasetError, ImageError
-from paligemma.pictures import decoding, folders, images, sources
+from paligemma.pictures import decoding, folders, images
 
 NAMES = ["a.jpg", "b/a.jpg", "b/c/x.PNG", "b/two words.webp", "z.tif"]
 
@@ -213,7 +213,7 @@ def test_a_picture_from_an_address_is_fetched_once_and_its_size_in_memory_is_tha
         asked.append((address, may_be_private))
         return (tmp_path / "a.png").read_bytes(), "image/png"
 
-    monkeypatch.setattr(sources, "fetch", answer)
+    monkeypatch.setattr("paligemma.pictures.fetch.fetch", answer)
     loaded = folders.load("http://x.org/a.png", 14, keeps_original=True, is_typed=False)
     assert loaded.original().size == (40, 30) and asked == [("http://x.org/a.png", False)]
     assert "http://x.org/a.png" in str(folders.load("http://x.org/a.png", 14, keeps_original=True, max_pixels=10).picture)

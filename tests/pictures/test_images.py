@@ -458,7 +458,7 @@ def test_a_huge_data_uri_is_refused_before_it_is_decoded(monkeypatch):
 
 def test_an_address_that_gives_no_picture_is_a_matter_of_access(monkeypatch):
     def answer(data: bytes, kind: str) -> None:
-        monkeypatch.setattr(sources, "fetch", lambda _, may_be_private: (data, kind) if may_be_private else None)
+        monkeypatch.setattr("paligemma.pictures.fetch.fetch", lambda _, may_be_private: (data, kind) if may_be_private else None)
 
     address = "https://example.org/a.png"
     answer(saved(blocks(), "PNG"), "text/html")
@@ -860,7 +860,11 @@ def test_a_path_may_begin_at_home_and_a_file_address_is_a_path(tmp_path, monkeyp
 
 def test_an_address_in_data_is_fetched_as_such(monkeypatch):
     asked = []
-    monkeypatch.setattr(sources, "fetch", lambda _, may_be_private: asked.append(may_be_private) or (saved(blocks(), "PNG"), ""))
+    def answer(_, may_be_private):
+        asked.append(may_be_private)
+        return saved(blocks(), "PNG"), ""
+
+    monkeypatch.setattr("paligemma.pictures.fetch.fetch", answer)
     load_image("http://a/b.png")
     load_image("HTTP://a/b.png", is_typed=False)
     load_image({"path": "http://a/b.png"})
