@@ -2,9 +2,9 @@
 
 There are two ways to ask. Give a verb (caption, ask, detect, segment, ocr, count), then pictures and a text: the program writes
 the prompt that the checkpoint was trained on, and prints tables or JSON, or writes drawings and annotation files
-(programs/verbs.py). Or give the classic flags, `--image_file_path cat.jpg --prompt "caption en"`: the model gets this prompt
-unchanged. With neither a verb nor these flags, the program answers the bundled question about the bundled picture with the
-bundled checkpoint.
+(programs/verbs.py). Or give a prompt of your own, `--image_file_path cat.jpg --prompt "caption en"`: the model gets this
+prompt unchanged. With neither a verb nor these flags, the program answers the bundled question about the bundled picture with
+the bundled checkpoint.
 
 The answer goes to stdout, everything else to stderr; errors.py lists the exit codes. Reading order: Flags (the command line),
 Session (a model and its pictures), answer_prompt, program. torch is imported only after the flags and the pictures have been
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 BUNDLED_PICTURE, BUNDLED_QUESTION = str(files.BUNDLED / "shapes.png"), "caption en"
 MAX_NEW_TOKENS = 100  # the default of --max_tokens_to_generate without a verb
-# Upper limit on pictures in one prompt, checked before they are read. The context decides how many fit: 31 at 224 pixels.
+# A cheap first check, before the pictures are read. The exact limit follows from the context length, such as 31 at 224 pixels.
 MAX_PICTURES = 64
 ANSWER_ROOM = 64  # --truncate_prompt leaves room for this many tokens of the answer
 REPEATS = 3  # generation stops when the answer holds the same object this many times in a row
@@ -167,7 +167,7 @@ def is_looping(text: str) -> bool:
 
 
 class Session:
-    """A model, and the pictures that all questions are about. The weights, `model`, may be loaded after `inputs` was called."""
+    """A model, and the pictures that all questions are about. `model` (the weights) may be set after `inputs` was called."""
 
     def __init__(self, flags: Flags, pictures: list["Image.Image"]):
         self.flags = flags
@@ -184,19 +184,19 @@ class Session:
         """The model's inputs for one question, without the pixels. Raises: PromptError if no room is left for an answer."""
         context = self.config.text_config.max_position_embeddings
         taken = len(self.pictures) * self.config.num_image_tokens
-        room = context - taken - 1
+        limit = context - taken - 1  # for the tokens of the prompt; the answer needs at least one token
         notes: list[str] = []
-        prompt_room = room - 2  # without bos and the newline
-        if self.flags.truncate_prompt and prompt_room > ANSWER_ROOM and self.processor.shorten(prompt, prompt_room) != prompt:
-            count = "too many" if self.processor.is_too_long(prompt) else len(self.processor.encode(prompt)) + 2
-            prompt = self.processor.shorten(prompt, prompt_room - ANSWER_ROOM)
-            fits = room - ANSWER_ROOM
-            notes.append(f"the prompt takes {count} tokens and {fits} fit; it is shortened to {len(prompt)} characters.")
+        text_limit = limit - 2  # without bos and the newline
+        if self.flags.truncate_prompt and text_limit > ANSWER_ROOM and self.processor.shorten(prompt, text_limit) != prompt:
+            given = "too many" if self.processor.is_too_long(prompt) else str(len(self.processor.encode(prompt)) + 2)
+            prompt = self.processor.shorten(prompt, text_limit - ANSWER_ROOM)
+            allowed = limit - ANSWER_ROOM
+            notes.append(f"the prompt takes {given} tokens and {allowed} fit; it is shortened to {len(prompt)} characters.")
         inputs = self.processor.tokens([len(self.pictures)], prompt, notes=notes)
         count = inputs["input_ids"].shape[1] - taken
-        if count > room:
+        if count > limit:
             raise PromptError(
-                f"the prompt takes {count} tokens, but {room} fit. The context is {context}, of which pictures take {taken}. "
+                f"the prompt takes {count} tokens, but {limit} fit. The context is {context}, of which pictures take {taken}. "
                 "Shorten the prompt, or add --truncate_prompt."
             )
         print_notes(*notes)
@@ -274,7 +274,7 @@ class Session:
             write(json.dumps(asdict(answer) | extra) + "\n")
 
     def print_speed(self, answer: Answer, times: list[float]) -> None:
-        """Prints the time of prefill and decoding, and the minimum times of this machine (see roofline.py).
+        """Prints the times of prefill and decoding, each with the shortest time that this machine could need (see roofline.py).
 
         `times` holds the seconds from the start to each token.
         """
@@ -285,13 +285,14 @@ class Session:
         weights = roofline.decode_bytes(self.model.language_model)
         bandwidth = roofline.read_bandwidth(self.model.device)
         note(
-            f"prefill: {times[0] * 1e3:.1f} ms for {answer.prompt_tokens} tokens; floor {products / rate * 1e3:.1f} ms "
+            f"prefill: {times[0] * 1e3:.1f} ms for {answer.prompt_tokens} tokens; lower bound {products / rate * 1e3:.1f} ms "
             f"({products / 1e9:.3g} G multiply-adds at the measured {rate / 1e9:.3g} G/s)"
         )
         if len(times) > 1:
             decode = (times[-1] - times[0]) / (len(times) - 1)
             note(
-                f"decode: {decode * 1e3:.2f} ms per token, {1 / decode:.1f} tokens/s; floor {weights / bandwidth * 1e3:.2f} ms "
+                f"decode: {decode * 1e3:.2f} ms per token, {1 / decode:.1f} tokens/s; "
+                f"lower bound {weights / bandwidth * 1e3:.2f} ms "
                 f"({machine.format_bytes(weights)} of weights at the measured {machine.format_bytes(bandwidth)}/s)"
             )
         note(f"peak memory: {machine.format_bytes(machine.peak_memory(self.model.device))}")

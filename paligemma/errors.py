@@ -1,7 +1,8 @@
 """The exceptions for everything that a user can get wrong, each with an exit code; and functions that shorten texts for messages.
 
 Library code raises these when it checks its inputs (picture, prompt, file, device). A program prints `error: message` on one line
-and exits with the `code` of the error. The modeling files raise plain ValueError instead, so that they can be copied out alone.
+and exits with the `code` of the error. The modeling files raise plain ValueError instead, so that another project can use them
+without this file.
 """
 
 import os
@@ -16,7 +17,7 @@ MAX_LISTED = 5  # names in a list
 
 
 def shorten(text: str, max_length: int = MAX_MESSAGE) -> str:
-    """The text; if it is too long, its beginning (in a message: what is wrong) and its end (in a message: what to do)."""
+    """Cuts the middle out of a text that is too long, because a message begins with the problem and ends with the advice."""
     last = max_length // 3
     return text if len(text) <= max_length else f"{text[: max_length - last - 5]} ... {text[-last:]}"
 

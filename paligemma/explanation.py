@@ -308,8 +308,8 @@ def gradient_maps(chosen: Tensor, spans: Sequence[range], features: Tensor) -> l
     return maps
 
 
-def check_request(inputs: dict[str, Any], token_ids: Sequence[int], model: PaliGemmaForConditionalGeneration) -> dict[str, Any]:
-    """The question as one batch row (input_ids, pixel_values, ...), without padding.
+def checked_row(inputs: dict[str, Any], token_ids: Sequence[int], model: PaliGemmaForConditionalGeneration) -> dict[str, Any]:
+    """Checks the inputs, and returns them as one row (input_ids, pixel_values, ...) without padding.
 
     Raises: PromptError unless the inputs hold the pixels of one picture and the answer fits into the context after the prompt.
     """
@@ -378,7 +378,8 @@ def explain(
     Raises: PromptError for several rows or pictures, missing pixels, an empty answer, or an answer that does not fit the context.
     """
     token_ids = [int(token_id) for token_id in token_ids]
-    question, decoder = check_request(inputs, token_ids, model), model.language_model
+    question = checked_row(inputs, token_ids, model)
+    decoder = model.language_model
     pixels, num_prompt = question["pixel_values"], len(question["input_ids"])
     answer = torch.tensor(token_ids)
     row = {

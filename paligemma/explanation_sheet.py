@@ -19,7 +19,7 @@ from paligemma.vocabulary import LOCATION_OR_CODE
 
 WIDTH, MARGIN, GAP, PAD = 1240, 28, 18, 12  # pixels
 CARDS = 5  # cards per row
-INK, SOFT, FAINT, SHEET = "#22262b", "#707780", "#e4e6e9", "#f6f7f8"
+TEXT_COLOUR, GREY_TEXT_COLOUR, LINE_COLOUR, BACKGROUND = "#22262b", "#707780", "#e4e6e9", "#f6f7f8"
 BLUE, SKY, ORANGE, GREEN = PALETTE[4], PALETTE[1], PALETTE[5], PALETTE[2]
 BARS = 3  # alternatives per card
 HEAT_COLOURS = (  # (value from 0 to 1, (red, green, blue))
@@ -90,10 +90,10 @@ def draw_bars(sheet: Image.Image, x: int, y: int, width: int, bars: Sequence[tup
     draw, label, number = ImageDraw.Draw(sheet), int(0.42 * width), 46
     for line, (text, probability) in enumerate(bars):
         top, room = y + 21 * line, width - label - number
-        lettering().write(sheet, (x, top), fitted(text, 13, label - 8), 13, INK if line == 0 else SOFT)
-        draw.rectangle((x + label, top + 3, x + label + room, top + 13), FAINT)
+        lettering().write(sheet, (x, top), fitted(text, 13, label - 8), 13, TEXT_COLOUR if line == 0 else GREY_TEXT_COLOUR)
+        draw.rectangle((x + label, top + 3, x + label + room, top + 13), LINE_COLOUR)
         draw.rectangle((x + label, top + 3, x + label + max(1, round(room * probability)), top + 13), BLUE)
-        lettering().write(sheet, (x + width, top), f"{probability:.0%}", 13, SOFT, "ra")
+        lettering().write(sheet, (x + width, top), f"{probability:.0%}", 13, GREY_TEXT_COLOUR, "ra")
 
 
 def with_boxes(picture: Image.Image, words: Sequence[Word]) -> Image.Image:
@@ -106,14 +106,14 @@ def with_boxes(picture: Image.Image, words: Sequence[Word]) -> Image.Image:
 
 
 def draw_card(sheet: Image.Image, x: int, y: int, picture: Image.Image, word: Word, tokens: Sequence[Token]) -> None:
-    """Draws the card of a word: its map, its probability, how many nats the picture adds, and the alternatives."""
+    """Draws the card of a word: map, probability, how many nats the picture adds, the alternatives to its least certain token."""
     width = picture.width
     heat = heat_map(picture, word.roll_out if word.gradient is None else word.gradient)
     sheet.paste(with_boxes(heat, [word]), (x, y))
     below = y + picture.height + 8
     chance = f"{math.exp(word.logprob / len(tokens)):.0%}"  # geometric mean over the tokens
-    lettering().write(sheet, (x, below), fitted(word.text, 19, width - 56), 19, INK)
-    lettering().write(sheet, (x + width, below + 4), chance, 14, SOFT, "ra")
+    lettering().write(sheet, (x, below), fitted(word.text, 19, width - 56), 19, TEXT_COLOUR)
+    lettering().write(sheet, (x + width, below + 4), chance, 14, GREY_TEXT_COLOUR, "ra")
     effect, color = f"picture {signed(word.dependence, 1)} nats", GREEN if word.dependence >= MIN_DEPENDENCE else ORANGE
     lettering().write(sheet, (x, below + 27), effect, 13, color)
     least_certain = max(tokens, key=lambda token: token.entropy)
@@ -125,11 +125,11 @@ def draw_head(sheet: Image.Image, picture: Image.Image, explanation: Explanation
     draw, x, y = ImageDraw.Draw(sheet), MARGIN + picture.width + 28, MARGIN
     sheet.paste(with_boxes(picture, explanation.words), (MARGIN, MARGIN))
     width = sheet.width - x - MARGIN
-    lettering().write(sheet, (x, y), fitted(explanation.prompt, 17, width), 17, SOFT)
+    lettering().write(sheet, (x, y), fitted(explanation.prompt, 17, width), 17, GREY_TEXT_COLOUR)
     y += 32
     answer = LOCATION_OR_CODE.sub("", explanation.text)  # locations are drawn as boxes
     for line in wrapped(answer, 27, width, 3) or ["(no words)"]:
-        lettering().write(sheet, (x, y), line, 27, INK)
+        lettering().write(sheet, (x, y), line, 27, TEXT_COLOUR)
         y += 36
     y += 12
     verdict = "The answer depends on the picture" if explanation.warning is None else "The answer hardly depends on the picture"
@@ -140,13 +140,13 @@ def draw_head(sheet: Image.Image, picture: Image.Image, explanation: Explanation
     count = len(explanation.tokens)
     kind = "depends on (gradient)" if any(word.gradient is not None for word in explanation.words) else "looked at (attention)"
     for line in (
-        f"{as_ratio(explanation.dependence)} as likely as with a flat picture of the same mean colour:",
+        f"The answer is {as_ratio(explanation.dependence)} as likely as with a flat picture of the same mean colour:",
         f"{signed(explanation.dependence, 1)} nats, {signed(explanation.dependence / count, 2)} per token "
         f"({counted(count, 'token')}).",
         f"Maps: what each word {kind}; the darkest red is the maximum. Bars: the alternatives.",
         *explanation.notes,
     ):
-        lettering().write(sheet, (x, y), fitted(line, 15, width), 15, SOFT)
+        lettering().write(sheet, (x, y), fitted(line, 15, width), 15, GREY_TEXT_COLOUR)
         y += 22
 
 
@@ -165,12 +165,12 @@ def draw_explanation(source: object, explanation: Explanation) -> Image.Image:
     large = picture.resize((round(head_height / ratio), head_height), Image.Resampling.LANCZOS)
     card_height = small.height + 2 * PAD + 58 + 21 * BARS
     rows = -(-len(explanation.words) // CARDS)
-    sheet = Image.new("RGB", (WIDTH, 2 * MARGIN + head_height + rows * (card_height + GAP)), SHEET)
+    sheet = Image.new("RGB", (WIDTH, 2 * MARGIN + head_height + rows * (card_height + GAP)), BACKGROUND)
     draw_head(sheet, large, explanation)
     for number, word in enumerate(explanation.words):
         row, column = divmod(number, CARDS)
         x = MARGIN + column * (card_width + 2 * PAD + GAP)
         y = MARGIN + head_height + GAP + row * (card_height + GAP)
-        ImageDraw.Draw(sheet).rounded_rectangle((x, y, x + card_width + 2 * PAD, y + card_height), 10, "white", FAINT)
+        ImageDraw.Draw(sheet).rounded_rectangle((x, y, x + card_width + 2 * PAD, y + card_height), 10, "white", LINE_COLOUR)
         draw_card(sheet, x + PAD, y + PAD, small, word, explanation.tokens[word.tokens.start : word.tokens.stop])
     return sheet

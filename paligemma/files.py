@@ -71,7 +71,7 @@ def stat_path(path: str | os.PathLike[str], error_class: type[PaliGemmaError] = 
     """The status of the file at a path (links are followed), or None if there is no file.
 
     Raises: error_class if the path cannot be checked, because the name is too long or holds a NUL, links form a loop, or a
-        folder has no search permission. The last case raises AccessError if error_class is CheckpointError.
+        folder has no search permission. See not_permitted for the last case.
     """
     try:
         return os.stat(path)
@@ -86,7 +86,10 @@ def stat_path(path: str | os.PathLike[str], error_class: type[PaliGemmaError] = 
 
 
 def not_permitted(path: str | os.PathLike[str], error_class: type[PaliGemmaError]) -> PaliGemmaError:
-    """The error for a file that may not be read: an AccessError if error_class is CheckpointError, else of error_class."""
+    """The error for a file that may not be read.
+
+    Returns: an AccessError instead of a CheckpointError, because the file itself is not at fault; else an error of error_class.
+    """
     denied = AccessError if error_class is CheckpointError else error_class
     return denied(f"{printable_path(path)} may not be read by this user. Change its permissions.", path=path)
 
@@ -191,7 +194,7 @@ def parse_json(content: bytes | str, max_bytes: int = MAX_JSON_BYTES, **hooks: A
     Args:
         max_bytes: the limit for len(content).
         hooks: as in json.loads: object_pairs_hook, parse_int, ...
-    Raises: JSONFault, a ValueError, for any other text, however hostile: not UTF-8, too large, nested too deeply, not an object.
+    Raises: JSONFault, a ValueError, for any other text: not UTF-8, too large, nested too deeply, not an object.
     """
     if len(content) > max_bytes:
         raise JSONFault(f"longer than {max_bytes} bytes, which is the limit")

@@ -1,7 +1,7 @@
 """The Python interface: `paligemma.load()` returns a model with one method per task, for one picture or for a list of pictures.
 
 Each method writes the prompt that the checkpoint was trained on, runs the model, and returns text, a number or objects. The
-methods raise the first error. They use tasks.Annotator, which returns errors as results, so that a long run continues.
+methods raise the first error. (tasks.Annotator, which the methods use, returns errors as results, so that a long run continues.)
 
 Threads: several threads may use one Model at the same time and get the same answers as a single thread. This need not be
 faster, because torch's operators already use several cores.
@@ -404,7 +404,7 @@ class Model:
         self, task: str, pictures: list[Any], labels: tuple[object, ...], sampling: Sampling | None, max_new_tokens: int | None,
         **options: Any,
     ) -> list[DetectionResult]:  # fmt: skip
-        """The objects in each picture. Loads pictures that DetectionResult.draw could not read again."""
+        """The objects in each picture. Loads a picture here if DetectionResult.draw will not be able to read it a second time."""
         if wrong := [label for label in labels if not isinstance(label, str)]:
             raise UsageError(f"a label is {wrong[0]!r}, which is not a str. Pass each label as a separate str: 'car', 'person'.")
         pictures = [each if can_be_reloaded(each) else load_image(each) for each in pictures]

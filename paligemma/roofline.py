@@ -1,4 +1,4 @@
-"""The roofline model: how fast this machine can read memory and multiply matrices, and how much of both the model needs.
+"""The roofline model: how fast this machine reads memory and multiplies, and how many bytes and multiplications a model needs.
 
 Decoding a token reads every weight of the decoder once, so it takes at least bytes / bandwidth seconds. Prefill multiplies every
 token with every weight, so it takes at least multiply-adds / matrix rate seconds. Both rates are measured, not looked up in a
@@ -32,8 +32,8 @@ def read_bandwidth(device: torch.device) -> float:
     """Bytes per second that the device reads from its memory. Takes half a second.
 
     A float32 matrix of 256 MB, larger than any cache, is read in two ways: by a matrix-vector product and by computing its
-    maximum. The faster way counts, and it depends on the processor: one processor reached 16 GB/s with the product and 40 GB/s
-    with the maximum.
+    maximum. The higher rate is returned. Which way is faster depends on the processor: one processor reached 16 GB/s with the
+    product and 40 GB/s with the maximum.
     """
     matrix, vector = torch.ones(32768, 2048, device=device), torch.ones(2048, device=device)
     return matrix.nbytes / min(best_seconds(work, device) for work in (lambda: matrix @ vector, matrix.amax))

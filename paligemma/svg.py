@@ -10,7 +10,7 @@ from pathlib import Path
 
 from paligemma.files import write_atomic
 
-INK, SOFT, FAINT = "#222222", "#777777", "#e3e3e3"
+INK, SOFT, FAINT = "#222222", "#777777", "#e3e3e3"  # for text, for secondary text and axes, for grid lines
 BLUE, ORANGE, GREEN, PURPLE = "#2f6db3", "#d9781f", "#3c8d53", "#8456a8"  # colour-blind people can distinguish them
 
 

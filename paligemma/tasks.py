@@ -55,7 +55,7 @@ PROMPTS = {
     "count": "answer en how many {text} are there?",
 }
 HUB_NAME = re.compile(r"paligemma2?[-_]\d+b[-_](pt|mix|ft[-_]([a-z0-9_-]+?))[-_](?:224|448|896)", re.IGNORECASE)
-# Prompts of checkpoints that were not fine-tuned on those of PROMPTS. The ai2d checkpoint was trained with two spaces.
+# Prompts of fine-tuned checkpoints whose training prompts differ from PROMPTS. The ai2d checkpoint was trained with two spaces.
 FINE_TUNED_PROMPTS = {
     "ai2d": {"ask": "answer {language}  {text}"},
     "chartqa": {"ask": "{text}", "count": "how many {text} are there?"},
@@ -79,8 +79,8 @@ def checkpoint_kind(name: str) -> str:
     found = HUB_NAME.findall(name)
     if not found:
         return "other"
-    kind, transfer = found[-1]
-    return {"pt": "pretrained", "mix": "mix"}.get(kind.lower()) or transfer.lower().replace("_", "-")
+    kind, dataset = found[-1]
+    return {"pt": "pretrained", "mix": "mix"}.get(kind.lower()) or dataset.lower().replace("_", "-")
 
 
 def split_objects(text: str) -> list[str]:
@@ -245,7 +245,9 @@ class RequestQueue:
         return entry, following
 
     def is_empty(self) -> bool:
-        self.put_back(islice(self, not self.waiting))
+        """Whether no request is left. Reads one request ahead to find out. Raises: any error of `requests`."""
+        if not self.waiting:
+            self.put_back(islice(self, 1))
         return not self.waiting
 
     def put_back(self, entries: Iterable[Entry]) -> None:
@@ -321,7 +323,7 @@ class Annotator:
                 the output of the vision tower.
         Returns: an iterator of (index of the request, result), in the order in which the answers end.
         Raises: DeviceError as above, GenerationError for logits that are not finite, and any error that `requests` raises.
-            The error results of requests that could not be started are yielded before; running requests get no result.
+            Before the error is raised, the results of requests that could not be started are yielded. Running requests get none.
         """
         queue = RequestQueue(self.load_pictures(requests))
         failed: deque[tuple[int, Result]] = deque()  # results of requests that could not be started
@@ -392,8 +394,11 @@ class Annotator:
         from paligemma.generation import Sampling, generate_many
 
         sampling = Sampling() if self.sampling is None else self.sampling
-        if isinstance(sampling, Sampling) and sampling.seed is not None:  # so that no two requests draw the same random numbers
-            sampling = replace(sampling, seed=sampling.seed + queue.waiting[0][0][0])
+        # generate_many draws random numbers from the seed plus its own count of requests, which starts at 0 in every call.
+        # Adding the index of the first request here prevents that two requests draw the same numbers.
+        if isinstance(sampling, Sampling) and sampling.seed is not None:
+            (first_index, _), _ = queue.waiting[0]
+            sampling = replace(sampling, seed=sampling.seed + first_index)
         for answer in generate_many(
             self.model,
             self.model_inputs(queue, running, failed),

@@ -30,7 +30,7 @@ PALETTE: tuple[Color, ...] = (
 )  # fmt: skip
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 LINES, LETTERS = 1 / 190, 1 / 34  # line width and letter size, as fractions of sqrt(width * height) of the picture
-MIN_LETTER_WITH_ROOM = 12  # pixels: the smallest letters if there is room for all labels
+MIN_LETTER_WITH_ROOM = 12  # pixels: the lower limit of the letter size, unless labels must shrink to fit
 MIN_LETTER = 7  # pixels: the smallest letters; a label that does not fit even then is cut
 MAX_LABEL = 200  # characters of a label that are drawn
 LABEL_SHARE = 0.25  # share of the picture that all labels may cover; if they need more, they shrink, then the last are left out
@@ -123,6 +123,7 @@ def error_bars(box: NormalizedBox, spread: Sequence[float], line: int, size: tup
             (low, high), at = map(round, ends), middle - line // 2
             bar = (at, low, at + line, high)
             caps = [(at - cap, end, at + line + cap, end + line) for end in (low, high - line)]
+            # `bar` and `caps` have the coordinates of a bar at the upper or lower edge; at the left or right edge x and y swap.
             found += [(x, y, x_end, y_end) if number % 2 else (y, x, y_end, x_end) for x, y, x_end, y_end in (bar, *caps)]
     return found
 
@@ -184,7 +185,7 @@ def clean(text: str) -> str:
     return " ".join("".join(kept).split())
 
 
-def caption(found: ParsedObject) -> str:
+def label_text(found: ParsedObject) -> str:
     """The text next to a box: the label and the score."""
     label = found.label[:MAX_LABEL]
     return clean(f"{label} {found.score:.2f}" if found.score is not None else label)
@@ -253,21 +254,24 @@ def draw_label(picture: Image.Image, text: str, size: float, spot: Rectangle, co
 
 def draw_labels(picture: Image.Image, boxed: Sequence[ParsedObject], colors: dict[str, Color], letters: Lettering) -> int:
     """Draws labels next to boxes until they cover LABEL_SHARE of the picture. Returns: the number of labels left out."""
-    named = [found for found in boxed if caption(found)]
+    named = [found for found in boxed if label_text(found)]
     num_pixels = picture.width * picture.height
     size, room = max(MIN_LETTER_WITH_ROOM, math.sqrt(num_pixels) * LETTERS), num_pixels * LABEL_SHARE
 
     def area(found: ParsedObject) -> int:
-        width, height, _ = measure(caption(found), size, letters)
+        width, height, _ = measure(label_text(found), size, letters)
         return width * height
 
     while size > MIN_LETTER and sum(map(area, named)) > room:
         size = max(MIN_LETTER, size * 0.85)
     taken: list[Rectangle] = []
     for found in named:
-        fitting = fit(caption(found), size, *picture.size, letters)
-        label = measure(*fitting, letters)[:2] if fitting else picture.size
-        if label[0] * label[1] + sum(overlap(spot, spot) for spot in taken) > room:
+        fitting = fit(label_text(found), size, *picture.size, letters)
+        if fitting is None:
+            return len(named) - len(taken)
+        label = measure(*fitting, letters)[:2]
+        covered = sum((right - left) * (bottom - top) for left, top, right, bottom in taken)
+        if label[0] * label[1] + covered > room:
             return len(named) - len(taken)
         spot = place_label(rectangle(found.box, *picture.size), label, taken, *picture.size)
         taken.append(spot)
@@ -317,7 +321,7 @@ def draw(
     if style.has_labels:
         letters = lettering(style.font)
         num_missing = draw_labels(out, boxed, colors, letters)
-        unknown = letters.missing("".join(caption(found) for found in boxed))
+        unknown = letters.missing("".join(label_text(found) for found in boxed))
         if notes is not None and num_missing:
             size = f"{out.width} x {out.height} pixels have"
             notes.append(f"{size} no room for {num_missing} of the labels, which are left out.")
@@ -333,7 +337,7 @@ def save(picture: Image.Image, path: str | Path, source: str = "") -> None:
     """Writes the picture in the format of the file's suffix; the file is complete or unchanged. Raises: OutputError.
 
     Args:
-        source: the name of the picture that was drawn on. If the format has EXIF, the file gets a hash of it, see source_mark.
+        source: the name of the picture that was drawn on. A hash of this name goes into the EXIF data if the format has any.
     """
     path = Path(path)
     exif = Image.Exif()

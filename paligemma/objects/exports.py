@@ -244,7 +244,7 @@ def output_files(names: Iterable[str], folder: Path, suffix: str, taken: Iterabl
     others = {*map(key, taken)}
     paths = []
     for first, *rest in (part[common:] for part in parts):
-        is_taken = rest and key(folder / first) in others  # a folder called classes.txt
+        is_taken = rest and key(folder / first) in others  # the pictures' folder has the name of YOLO's file classes.txt
         paths.append(folder.joinpath(f"{first}_" if is_taken else first, *rest))
     used = {*others, *(key(above) for path in paths for above in path.parents)}
     counters: dict[str, Iterator[int]] = defaultdict(lambda: count(2))  # so that many equal names do not take quadratic time
@@ -273,9 +273,9 @@ def export(rows: Iterable[dict], kind: str, path: str | Path, names: Iterable[st
 
     Args:
         kind: "coco" (annotations), "csv", "voc" or "yolo".
-        path: for coco and csv, the file. For voc and yolo, the folder, which gets one file per picture. If the path of a voc or
-            yolo export has a suffix, it is the file itself for a single picture; for several pictures, the path without the
-            suffix is the folder. YOLO's classes.txt is written into the folder.
+        path: for coco and csv, the file. For voc and yolo: a path without a suffix is the folder, which gets one file per
+            picture. A path with a suffix is the file if there is one picture; if there are several, the suffix is removed, and
+            the rest is the folder. YOLO's classes.txt is written into the folder.
         names: all pictures that were asked about, also those without rows. With them, the names of the files do not depend on
             which pictures succeeded.
     Returns: the files. Raises: OutputError.

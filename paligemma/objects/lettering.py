@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from paligemma.errors import UsageError
 
 SYSTEM_FONTS = ("Arial Unicode.ttf", "PingFang.ttc", "Apple Color Emoji.ttc")  # on macOS; Pillow knows their folders
-PICTURE_SIZES = (109, 136, 160, 128, 96, 64)  # pixels: the sizes in which fonts store coloured emoji
+BITMAP_SIZES = (109, 136, 160, 128, 96, 64)  # pixels: the sizes in which fonts store coloured emoji
 PROBE_SIZE = 32  # pixels: the size at which glyphs are compared, to find out whether a font has a character
 NO_CHARACTER = "\U0010fffe"  # a code point that no font has
 UNKNOWN = "?"  # drawn for a character that no font has
@@ -47,10 +47,10 @@ class Font:
         if file and os.path.dirname(file) and not os.path.isfile(file):
             raise OSError(f"{file} does not exist")  # Pillow would search the system's font folders for the base name
         self.file = file
-        self.picture_size = None  # pixels: the only size of a font that stores pictures instead of outlines
+        self.bitmap_size = None  # pixels: the only size of a bitmap font, which has no outlines
         if file is not None and not self.has_size(PROBE_SIZE):
-            self.picture_size = next((size for size in PICTURE_SIZES if self.has_size(size)), None)
-            if self.picture_size is None:
+            self.bitmap_size = next((size for size in BITMAP_SIZES if self.has_size(size)), None)
+            if self.bitmap_size is None:
                 raise OSError(f"{file} has no size that can be drawn")
         self.missing_glyph = self.pixels(NO_CHARACTER)  # a font draws this glyph for every character that it does not have
         self.known: dict[str, bool] = {}
@@ -65,8 +65,8 @@ class Font:
         return True
 
     def at(self, size: float) -> ImageFont.FreeTypeFont:
-        """Pillow's font object at this size or, if the font stores pictures, at its only size."""
-        return opened(self.file, self.picture_size or size)
+        """Pillow's font object at this size or, for a bitmap font, at its only size."""
+        return opened(self.file, self.bitmap_size or size)
 
     def pixels(self, character: str) -> tuple[tuple[int, int], bytes]:
         """The size and the grey levels of a character's glyph."""
@@ -80,8 +80,8 @@ class Font:
         return all(self.known[character] for character in text)
 
     def scale(self, size: float) -> float:
-        """The factor that converts lengths measured with `at(size)` to lengths at `size`: 1 unless the font has only one size."""
-        return size / self.picture_size if self.picture_size else 1
+        """The factor that converts lengths measured with `at(size)` to lengths at `size`: 1 unless it is a bitmap font."""
+        return size / self.bitmap_size if self.bitmap_size else 1
 
 
 def clusters(text: str) -> list[str]:
@@ -171,14 +171,14 @@ class Lettering:
             x -= self.width(text, size)
         line = y + above if anchor[1] == "a" else y + (above - below) / 2
         for font, piece in self.runs(text):
-            if font.picture_size:
-                paste_pictures(picture, font, piece, size, (x, line))
+            if font.bitmap_size:
+                paste_bitmaps(picture, font, piece, size, (x, line))
             else:
                 ImageDraw.Draw(picture).text((x, line), piece, fill, font.at(size), anchor="ls")
             x += font.at(size).getlength(piece) * font.scale(size)
 
 
-def paste_pictures(picture: Image.Image, font: Font, text: str, size: float, place: tuple[float, float]) -> None:
+def paste_bitmaps(picture: Image.Image, font: Font, text: str, size: float, place: tuple[float, float]) -> None:
     """Draws emoji in their own colours; `place` is the left end of the baseline."""
     letters, scale = font.at(size), font.scale(size)
     above, below = letters.getmetrics()
@@ -200,5 +200,5 @@ def system_font(character: str) -> str:
 
 @lru_cache(maxsize=8)
 def lettering(file: str | None = None) -> Lettering:
-    """The Lettering whose first font is this file (None: no such font). It is made once for each file."""
+    """The Lettering whose first font is this file (None: only the default fonts). It is made once for each file."""
     return Lettering(file)

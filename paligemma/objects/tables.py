@@ -27,7 +27,7 @@ def terminal_width(text: str) -> int:
 
 
 def table(objects: Sequence[ParsedObject], width: int, height: int, is_colored: bool) -> str:
-    """The table for a terminal: label, score, score as a bar, corners of the box in pixels, share of the picture in the mask.
+    """The table for a terminal: label, score, score as a bar, box corners in pixels, share of the picture that the mask covers.
 
     Args:
         width, height: of the picture, in pixels.

@@ -211,7 +211,7 @@ def open_header(data: bytes, name: str, max_pixels: int) -> Image.Image:
         raise ImageError(f"{name}: image data ends early (file cut off?). Copy or download it again.", path=name)
     try:
         with NO_WARNINGS:
-            if kind == "PPM":  # Pillow reads this header byte by byte, so a header that does not end in this prefix is an error
+            if kind == "PPM":  # Pillow reads this header byte by byte, so a long header is refused
                 Image.open(io.BytesIO(data[:MAX_PPM_HEADER_BYTES]), formats=[kind])
             return Image.open(io.BytesIO(data), formats=[kind])
     except Image.DecompressionBombError as error:
@@ -232,14 +232,14 @@ def count_pages(data: bytes) -> tuple[int, bool]:
     size, head, tail, entry = (8, "Q", "Q", 20) if is_big else (4, "H", "I", 12)
     seen, steps = set(), 0
     try:
-        [place] = struct.unpack_from(order + tail, data, size)
-        while place and place not in seen:
-            [count] = struct.unpack_from(order + head, data, place)
-            seen.add(place)
+        [offset] = struct.unpack_from(order + tail, data, size)
+        while offset and offset not in seen:
+            [count] = struct.unpack_from(order + head, data, offset)
+            seen.add(offset)
             steps += count + 16
             if steps > MAX_STEPS:
                 return len(seen), False
-            [place] = struct.unpack_from(order + tail, data, place + struct.calcsize(head) + entry * count)
+            [offset] = struct.unpack_from(order + tail, data, offset + struct.calcsize(head) + entry * count)
     except struct.error:  # the file ends here
         pass
     return max(len(seen), 1), True
@@ -247,24 +247,24 @@ def count_pages(data: bytes) -> tuple[int, bool]:
 
 def count_frames(data: bytes) -> tuple[int, bool]:
     """The number of frames of a GIF, and whether all were counted. No frame is decoded."""
-    place, count, steps = 13 + color_table_bytes(data, 10), 0, 0
-    while place < len(data) and data[place : place + 1] != b";":
-        kind = data[place : place + 1]
+    offset, count, steps = 13 + color_table_bytes(data, 10), 0, 0
+    while offset < len(data) and data[offset : offset + 1] != b";":
+        kind = data[offset : offset + 1]
         count += kind == b","
-        place += {b",": 11 + color_table_bytes(data, place + 9), b"!": 2}.get(kind, 1)
+        offset += {b",": 11 + color_table_bytes(data, offset + 9), b"!": 2}.get(kind, 1)
         if kind in b",!":  # data blocks follow; each begins with its length, and a length of 0 ends them
-            while place < len(data) and data[place] and steps < MAX_STEPS:
-                place, steps = place + 1 + data[place], steps + 1
-            place += 1
+            while offset < len(data) and data[offset] and steps < MAX_STEPS:
+                offset, steps = offset + 1 + data[offset], steps + 1
+            offset += 1
         steps += 1
         if steps >= MAX_STEPS:
             return max(count, 1), False
     return max(count, 1), True
 
 
-def color_table_bytes(data: bytes, place: int) -> int:
-    """The size of a colour table in a GIF, whose flags are at `place`."""
-    flags = data[place] if place < len(data) else 0
+def color_table_bytes(data: bytes, offset: int) -> int:
+    """The size of a colour table in a GIF, whose flags are at `offset`."""
+    flags = data[offset] if offset < len(data) else 0
     return 3 << ((flags & 7) + 1) if flags & 128 else 0
 
 
@@ -284,7 +284,8 @@ def seek(picture: Image.Image, data: bytes, name: str, frame: int, notes: list[s
     if frame:
         picture.seek(frame)
     if num_frames > 1 and picture.format != "MPO":
-        notes.append(f"{name}: frame {frame + 1} of {'' if is_all else 'more than '}{num_frames} is shown to the model.")
+        total = f"{'' if is_all else 'more than '}{num_frames} frames, counted from 0"
+        notes.append(f"{name} has {total}; frame {frame} is shown to the model.")
 
 
 def check_effort(picture: Image.Image, data: bytes, name: str, max_pixels: int) -> None:

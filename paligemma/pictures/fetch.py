@@ -143,7 +143,7 @@ def open_connection(
         connection.sock = context.wrap_socket(connection.sock, server_hostname=host, do_handshake_on_connect=False)
         deadline.socket = connection.sock
         connection.sock.do_handshake()
-        connection.default_port = 443  # so that the Host header names only other ports
+        connection.default_port = 443  # so that the Host header leaves out port 443
     return connection, is_public_server
 
 
@@ -194,13 +194,13 @@ def follow(address: str, deadline: Deadline, may_be_private: bool) -> tuple[byte
         target += "?" + urllib.parse.quote(url.query, safe=UNQUOTED + "?") if url.query else ""
         connection.request("GET", target, headers={"User-Agent": "paligemma", "Accept": "image/*", "Connection": "close"})
         with connection.getresponse() as response:
-            goal, kind = response.headers["Location"], response.headers["Content-Type"] or ""
+            location, content_type = response.headers["Location"], response.headers["Content-Type"] or ""
             if response.status == 200:
-                return read_body(response, name, deadline), kind.partition(";")[0].strip().lower()
-            if response.status not in REDIRECTS or not goal:
+                return read_body(response, name, deadline), content_type.partition(";")[0].strip().lower()
+            if response.status not in REDIRECTS or not location:
                 raise AccessError(f"{name} answered {response.status} {one_line(response.reason)}. Check the address.", path=name)
         refusal = REDIRECTED if is_public_server and refusal is None else refusal
-        address = urllib.parse.urljoin(address, goal)
+        address = urllib.parse.urljoin(address, location)
     raise AccessError(
         f"{name} redirects more than {MAX_REDIRECTS} times. Open it in a browser and copy the last address.", path=name
     )

@@ -74,10 +74,10 @@ def in_folder(folder: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[s
 def matches(pattern: str) -> Iterator[str]:
     """The paths that match a pattern. Repeated ** are reduced to one, because glob takes exponential time for them."""
     try:
-        os.lstat(pattern)
+        os.lstat(pattern)  # only to find out whether the pattern holds a NUL or a lone surrogate, which no file name can hold
     except OSError:
         pass
-    except ValueError:  # a NUL or a lone surrogate, which no file name can hold
+    except ValueError:
         return iter(())
     return glob.iglob(re.sub(r"(?<![^/])\*\*(/+\*\*)+(?![^/])", "**", pattern), recursive=True)
 
@@ -255,7 +255,7 @@ def load(source: str | bytes, side: int | None, keeps_original: bool = False, is
             resize = lambda picture: (resize_to_square(picture, side) if side else picture, picture.size)  # noqa: E731
             small, size = load_image(readable, is_typed=is_typed, notes=notes, then=resize, **options)
             if isinstance(source, str) and file_version(source) != before:
-                raise ImageError(f"{source} changed while it was read. Ask again with --retry_failed.", path=source)
+                raise ImageError(f"{source} changed while it was read. Ask about it again.", path=source)
     except PaliGemmaError as error:
         return Loaded(error)
     return Loaded(small, size, partial(load_again, readable, before, is_typed, options) if keeps_original else None, notes)
@@ -273,7 +273,7 @@ def load_again(source: object, before: tuple[int, int, int] | None, is_typed: bo
 
 
 class Readers:
-    """A pool of daemon threads. Unlike the threads of ThreadPoolExecutor, a slow download does not delay the program's end.
+    """A pool of daemon threads. Unlike with ThreadPoolExecutor, the program can end while a thread is still in a slow download.
 
     Args:
         read: the function that is called with each submitted source.

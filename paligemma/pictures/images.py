@@ -135,7 +135,8 @@ def turn(picture: Image.Image, number: int, is_turned: bool, ignore_exif: bool) 
         number: the EXIF orientation of the file.
         is_turned: whether Pillow has turned the picture upright already.
     """
-    if number not in UPRIGHT or is_turned != ignore_exif:
+    is_as_wanted = is_turned != ignore_exif  # turned, and to be upright; or not turned, and to stay as stored
+    if number not in UPRIGHT or is_as_wanted:
         return picture
     return picture.transpose((AS_STORED if is_turned else UPRIGHT)[number])
 

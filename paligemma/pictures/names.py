@@ -47,6 +47,7 @@ def split_pictures(text: str) -> list[str]:
         if parts[start].startswith("data:"):
             end = start + 2
         elif is_address(parts[start]):
+            # An address ends before the next address, "-" or existing file.
             following = range(start + 1, len(parts))
             end = next((i for i in following if ":" in parts[i] or parts[i] == "-" or os.path.exists(parts[i])), len(parts))
         else:
@@ -92,5 +93,5 @@ def has_longer_name(folder: str, start: str, listed: dict[str, list[str] | None]
     names, start = listed[folder], files.name_key(f"{start},")
     if names is None:
         return True
-    place = bisect_left(names, start)
-    return place < len(names) and names[place].startswith(start)
+    index = bisect_left(names, start)
+    return index < len(names) and names[index].startswith(start)

@@ -115,7 +115,8 @@ def to_rgb(picture: Image.Image, name: str, background: str, stretch: bool, note
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
     convert = grey_converter(picture, name, stretch, notes)
-    color, is_composited = (0, 0, 0) if background == "drop" else ImageColor.getrgb(background)[:3], False
+    color = (0, 0, 0) if background == "drop" else ImageColor.getrgb(background)[:3]
+    is_composited = False
     out = Image.new("RGB", picture.size)
     for box in bands(*picture.size):
         part = picture.crop(box)

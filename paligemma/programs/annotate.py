@@ -131,6 +131,7 @@ def make_save_dir(flags: Flags) -> None:
     if flags.questions is not None and not picture_folders:
         picture_folders = (os.path.dirname(flags.questions) or ".",)
     for pictures in map(files.expand, picture_folders):
+        # The path of an absolute picture folder is repeated below --save_dir, see drawing_name.
         drawing_folders = [files.file_key(path) for path in (folder, folder.joinpath(*path_parts(str(pictures))))]
         if os.path.isdir(pictures) and files.file_key(pictures) in drawing_folders:
             raise UsageError(f"--save_dir {flags.save_dir} would put drawings among the pictures. Choose another folder.")
@@ -139,7 +140,7 @@ def make_save_dir(flags: Flags) -> None:
 
 
 def check_drawings(flags: Flags, folder: Path) -> None:
-    """Raises: UsageError if the folder holds pictures that this program did not draw, because --save_dir is not searched."""
+    """Raises: UsageError if the folder holds the user's own pictures, which would be skipped: --save_dir is not searched."""
     from paligemma.objects.drawing import read_mark
 
     for picture in islice(folders.in_folder(str(folder)), MAX_CHECKED):
@@ -184,8 +185,8 @@ def check_folder(flags: Flags) -> None:
 def work(flags: Flags, checkpoint: "Checkpoint", journal: Journal) -> None:
     """Asks the questions that have no row yet. Writes each row as soon as its answer is complete."""
     known = len(journal.known)
-    total = known + job.count_left(questions(flags, checkpoint.kind), journal) if job.is_watched() else None
-    left = job.claim_left(questions(flags, checkpoint.kind), journal)
+    total = known + job.count_unanswered(questions(flags, checkpoint.kind), journal) if job.stderr_is_terminal() else None
+    left = job.claim_unanswered(questions(flags, checkpoint.kind), journal)
     first = next(left, None)
     if first is None:
         return

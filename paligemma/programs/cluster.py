@@ -70,7 +70,7 @@ class Flags(JobFlags):
 
 
 class Worker:
-    """A process with the model. It gets lists of questions and returns rows, both as JSON, so that a table needs one text column.
+    """A process with the model. It gets questions and returns rows, both as JSON: then one text column of Ray's tables is enough.
 
     If the model cannot be loaded, the error is returned instead of rows, because Ray would retry forever after a raised error.
 
@@ -180,11 +180,11 @@ def rows_of(flags: Flags, lists: Iterable[list[str]]) -> Iterator[dict]:
 def work(flags: Flags, checkpoint: "Checkpoint", journal: Journal) -> None:
     """Asks the questions that have no row yet. Writes the rows of each list that a worker returns."""
     known = len(journal.known)
-    left = job.count_left(job.questions(flags, checkpoint.kind), journal)
+    left = job.count_unanswered(job.questions(flags, checkpoint.kind), journal)
     if not left:
         return
     length = min(MAX_BATCHES_PER_LIST * flags.rows, math.ceil(left / flags.workers / LISTS_PER_WORKER))
-    lists = in_lists(job.claim_left(job.questions(flags, checkpoint.kind), journal), length)
+    lists = in_lists(job.claim_unanswered(job.questions(flags, checkpoint.kind), journal), length)
     # interruptible() is needed twice: ray_running is slow, and Ray replaces the SIGTERM handler.
     with commandline.interruptible(), ray_running(flags), commandline.interruptible(), job.progress(known, known + left) as bar:
         for row in rows_of(flags, lists):

@@ -70,8 +70,8 @@ def command(program: str = "") -> str:
     return f"{start} {program}".rstrip()
 
 
-def as_typed(text: str) -> str:
-    """The text, in which `command` replaces "python inference.py" and "python -m paligemma finetune"."""
+def with_typed_commands(text: str) -> str:
+    """Replaces "python inference.py", "python -m paligemma finetune" and so on by what the function `command` returns."""
     programs = "|".join(PROGRAMS)
     return re.sub(rf"python (?:inference\.py|-m paligemma(?: ({programs}))?)\b", lambda match: command(match[1] or ""), text)
 
@@ -156,7 +156,8 @@ def separate(argv: list[str], flags: dict[str, type], takes_positional: bool) ->
             values[name] = rest.popleft()
     if positional and not takes_positional:
         raise UsageError(
-            f"{positional[0]!r} belongs to no flag. Put text with spaces in quotes and name every flag; --help lists them."
+            f"{positional[0]!r} belongs to no flag. Write --NAME before each value, and put text with spaces in quotes; "
+            "--help lists the flags."
         )
     return values, positional
 
@@ -197,7 +198,7 @@ def help_text(flags: type, about: str | None = None) -> str:
     parameters = dict(inspect.signature(flags).parameters)
     if about is None:
         about = inspect.getdoc(flags).partition("\nArgs:")[0]
-    lines = [as_typed(about.strip())]
+    lines = [with_typed_commands(about.strip())]
     for part in flags.__mro__[:-1]:
         title = "Flags" if part is flags else inspect.getdoc(part).splitlines()[0].rstrip(".")
         if texts := described(part, parameters):
@@ -238,7 +239,7 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c in KEPT or unicodedata.category(c) not in hidden)
 
 
-def put(text: str) -> None:
+def write_raw(text: str) -> None:
     """Writes text to stdout unchanged, and flushes it. Raises: OutputError, BrokenPipeError."""
     try:
         sys.stdout.write(text)
@@ -251,7 +252,7 @@ def put(text: str) -> None:
 
 def write(text: str) -> None:
     """Writes text to stdout; without control characters if stdout is a terminal."""
-    put(printable(text) if sys.stdout.isatty() else text)
+    write_raw(printable(text) if sys.stdout.isatty() else text)
 
 
 def note(text: str, is_uncut: bool = False) -> None:
@@ -281,7 +282,7 @@ def relay_logs(is_verbose: bool) -> None:
 
 
 def report(error: PaliGemmaError, as_json: bool, is_debug: bool) -> int:
-    """Prints an error as one line. With --json also prints it as an object; with --debug prints all of it with a traceback.
+    """Prints an error as one line. --json also prints a JSON object; --debug prints the traceback and the whole message.
 
     Never raises: ignores a stream that cannot be written. Returns: the exit code.
     """
@@ -340,7 +341,10 @@ def interruptible() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def repeated_signals() -> Iterator[None]:
-    """In the `with` block, repeats a signal until it is handled: input() misses a signal that arrives just before it blocks."""
+    """Sends a signal again every 0.05 s until the `with` block ends.
+
+    Once is not enough, because input() misses a signal that arrives just before it blocks.
+    """
     main, (read_end, write_end) = threading.get_ident(), os.pipe()
     os.set_blocking(write_end, False)  # required by set_wakeup_fd
     before = signal.set_wakeup_fd(write_end)  # Python writes the number of each signal to this pipe as soon as it arrives

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from paligemma.opened import Checkpoint
 
-READERS = 8  # maximum number of threads that decode pictures; about four threads keep a GPU busy
+READERS = 8  # maximum number of threads that decode pictures: twice as many as keep most GPUs busy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class JobFlags(ModelFlags, PictureFlags, AnswerFlags):
         is_needed = self.questions is None and self.chosen_task in REQUIRED_TEXT and self.text is None
         if not is_needed or not self.positional:
             return False
-        # "cat" is the text even if a folder has this name.
+        # A last argument such as "cat" is the text, even if a folder has this name.
         could_be_text = len(self.positional) > 1 and not set("/,.") & set(self.positional[-1])
         return could_be_text or not looks_like_picture(self.positional[-1])
 
@@ -256,18 +256,18 @@ def answer(
 # Steps before and after the answers
 
 
-def count_left(questions: Iterable[Question], journal: Journal) -> int:
-    """The number of questions that have no row yet. Lists all questions once."""
+def count_unanswered(questions: Iterable[Question], journal: Journal) -> int:
+    """The number of questions that have no row yet. Iterates over all questions, which may be slow."""
     return sum(not journal.knows(question.image, question.prompt) for question in questions)
 
 
-def claim_left(questions: Iterable[Question], journal: Journal) -> Iterator[Question]:
-    """The questions that have no row yet, each once."""
+def claim_unanswered(questions: Iterable[Question], journal: Journal) -> Iterator[Question]:
+    """The questions that have no row yet, each once. Marks each of them as asked."""
     return (question for question in questions if journal.claim(question.image, question.prompt))
 
 
-def is_watched() -> bool:
-    """Whether stderr is a terminal, which can show a progress bar."""
+def stderr_is_terminal() -> bool:
+    """Whether stderr can show a progress bar."""
     return sys.stderr.isatty()
 
 
@@ -278,7 +278,7 @@ def progress(known: int, total: int | None) -> "tqdm":
     """
     from tqdm import tqdm
 
-    return tqdm(total=total, initial=known, unit="row", smoothing=0, dynamic_ncols=True, disable=not is_watched())
+    return tqdm(total=total, initial=known, unit="row", smoothing=0, dynamic_ncols=True, disable=not stderr_is_terminal())
 
 
 def check_outputs(
@@ -288,8 +288,8 @@ def check_outputs(
 
     Args:
         rows: the file for the rows.
-        others: other output files, in the form of files.check_outputs.
-        model: the files of the model, in the same form.
+        others: other output files, as pairs (description, path).
+        model: the files of the model, as pairs (description, path).
     Raises: UsageError, OutputError.
     """
     part = ("the file that --retry_failed makes", rows.with_name(rows.name + PART))
@@ -316,7 +316,7 @@ def conclude(journal: Journal) -> None:
     answered, failed = journal.num_answered, journal.num_failed
     if failed:
         advice = "--retry_failed tries again."
-        are = "is an error and says why" if failed == 1 else "are errors and say why"
-        of = f"{failed} of {counted(answered + failed, 'row')}"
-        raise PaliGemmaError(f"{of} in {journal.path} {are}. {advice}", code=8)
+        verdict = "is an error and says why" if failed == 1 else "are errors and say why"
+        failed_rows = f"{failed} of {counted(answered + failed, 'row')}"
+        raise PaliGemmaError(f"{failed_rows} in {journal.path} {verdict}. {advice}", code=8)
     note(f"{counted(answered, 'row')} in {journal.path}.")

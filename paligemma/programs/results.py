@@ -61,7 +61,7 @@ class OutputFlags:
         save: draw the objects into a copy of the picture, out.png; for several pictures out-1.png, out-2.png
         explain: draw what each word of the answer depends on, out.png; for several answers out-1.png, out-2.png
         export: write the objects as COCO (.json), Pascal VOC (.xml), YOLO (.txt) or a table (.csv)
-        verbose: also print how long each part took, and the minimum times of this machine
+        verbose: also print how long each part took, and the shortest time that this machine could need
         debug: print the traceback of an error
     """
 
@@ -95,7 +95,7 @@ class OutputFlags:
         """Checks that the output files can be written, are different files, and are not input files.
 
         Args:
-            inputs: the input files other than the pictures, in the form of files.check_outputs.
+            inputs: the input files other than the pictures, as pairs (description, path).
         Raises: UsageError, OutputError.
         """
         drawn = [("save", self.drawings(query)), ("explain", self.explanations(query))]
@@ -235,10 +235,11 @@ class ResultWriter:
             print_notes(f"the answer about {result.image} holds no box: {result.text!r}.")
         from paligemma.objects.tables import listing, table
 
-        if sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf"):  # it can show the characters of bars
+        if sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf"):
+            # This terminal can show the block characters of the score bars.
             title = f"{commandline.printable(result.image)}\n" if head else ""
             has_colors = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"  # see no-color.org
-            commandline.put(title + table(result.parsed.objects, result.width, result.height, has_colors))
+            commandline.write_raw(title + table(result.parsed.objects, result.width, result.height, has_colors))
         else:
             lines = listing(result.parsed.objects, result.width, result.height).splitlines(keepends=True)
             commandline.write("".join("\t".join([*head, line]) for line in lines))

@@ -128,7 +128,7 @@ def parse_positional(positional: tuple[str, ...]) -> Query:
     if not looks_like_picture(rest[0]):
         raise UsageError(f"{task} needs a picture first, but {rest[0]!r} is not an existing picture: {usage}.")
     count = next((i for i, word in enumerate(rest) if i and not is_further_picture(word, task)), len(rest))
-    # If the task needs a text, the last argument "cat" is this text, even if a file has this name.
+    # If the task needs a text, a last argument without folder and suffix, such as "cat", is this text, even if it names a file.
     if count == len(rest) > 1 and task in REQUIRED_TEXT and is_bare(rest[-1]):
         count -= 1
     pictures = [name for word in rest[:count] for name in split_pictures(word)]
@@ -221,14 +221,14 @@ def print_query(flags: VerbFlags, query: Query) -> None:
 
 
 def plain_prompt(flags: VerbFlags, query: Query) -> str | None:
-    """The prompt if the only answer is plain text, which can be streamed; else None."""
+    """The prompt, if there is exactly one answer and it is plain text, which can be streamed; else None."""
     if query.num_results > 1 or query.task not in ("caption", "ask", "ocr") or flags.json:
         return None
     return prompt(query.task, query.texts[0], flags.kind, flags.language)
 
 
 def load_picture(name: str, flags: VerbFlags, side: int | None) -> "Loaded":
-    """The picture, or its error. It is resized to `side`, the model's input, when it is read, so that many pictures can wait."""
+    """The picture, or its error. It is resized to `side` (the model's input) at once, so that pictures need little memory."""
     from paligemma.pictures import folders
 
     try:
@@ -247,9 +247,10 @@ def run(flags: VerbFlags, query: Query) -> None:
         error.
     """
     first = load_picture(query.pictures[0], flags, None)  # before the model is loaded, so that an error is reported early
-    if isinstance(first.picture, PaliGemmaError if query.num_results == 1 else UsageError):
-        raise first.picture
-    first = replace(first, original=lambda: first.picture)  # not read again
+    error = first.picture if isinstance(first.picture, PaliGemmaError) else None
+    if error is not None and (query.num_results == 1 or isinstance(error, UsageError)):
+        raise error
+    first = replace(first, original=lambda: first.picture)  # so that the file is not read again for a drawing
     checkpoint = flags.open()
     codec = flags.load_codec(checkpoint) if query.task == "segment" else None
     if query.task == "segment" and codec is None:

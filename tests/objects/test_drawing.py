@@ -169,7 +169,7 @@ def test_a_letter_that_no_font_has_gets_a_note(monkeypatch):
 
 def test_a_very_long_label_takes_no_longer_than_a_long_one():
     found = ParsedObject("a" * 1_000_000, NormalizedBox(0.2, 0.2, 0.8, 0.8), score=0.5)
-    assert len(drawing.caption(found)) <= drawing.MAX_LABEL + len(" 0.50")
+    assert len(drawing.label_text(found)) <= drawing.MAX_LABEL + len(" 0.50")
     drawing.draw(blank(), [found])
 
 

@@ -199,7 +199,7 @@ def test_a_file_that_goes_or_changes_while_it_is_read_is_an_error(tmp_path, monk
         return picture
 
     monkeypatch.setattr(images, "load_image", load_and_change)
-    assert "changed while it was read" in folders.load(str(path), 14).picture.message
+    assert folders.load(str(path), 14).picture.message.endswith("changed while it was read. Ask about it again.")
     monkeypatch.undo()
     path.unlink()
     assert "does not exist" in folders.load(str(path), 14).picture.message
