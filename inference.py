@@ -2,9 +2,9 @@
 
 There are two ways to ask. Give a verb (caption, ask, detect, segment, ocr, count), then pictures and a text: the program writes
 the prompt that the checkpoint was trained on, and prints tables or JSON, or writes drawings and annotation files
-(programs/verbs.py). Or give a prompt of your own, `--image_file_path cat.jpg --prompt "caption en"`: the model gets this
-prompt unchanged. With neither a verb nor these flags, the program answers the bundled question about the bundled picture with
-the bundled checkpoint.
+(programs/verbs.py). Or give a prompt of your own with the flags `--image_file_path cat.jpg --prompt "caption en"`: the
+model gets this prompt unchanged. With neither a verb nor these flags, the program answers the bundled question about the
+bundled picture with the bundled checkpoint.
 
 The answer goes to stdout, everything else to stderr; errors.py lists the exit codes. Reading order: Flags (the command line),
 Session (a model and its pictures), answer_prompt, program. torch is imported only after the flags and the pictures have been

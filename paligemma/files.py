@@ -71,7 +71,7 @@ def stat_path(path: str | os.PathLike[str], error_class: type[PaliGemmaError] = 
     """The status of the file at a path (links are followed), or None if there is no file.
 
     Raises: error_class if the path cannot be checked, because the name is too long or holds a NUL, links form a loop, or a
-        folder has no search permission. See not_permitted for the last case.
+        folder has no search permission. Missing permission for a checkpoint is an AccessError, see not_permitted.
     """
     try:
         return os.stat(path)

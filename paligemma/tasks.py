@@ -395,7 +395,7 @@ class Annotator:
 
         sampling = Sampling() if self.sampling is None else self.sampling
         # generate_many draws random numbers from the seed plus its own count of requests, which starts at 0 in every call.
-        # Adding the index of the first request here prevents that two requests draw the same numbers.
+        # Adding the index of the first request here keeps two requests from drawing the same numbers.
         if isinstance(sampling, Sampling) and sampling.seed is not None:
             (first_index, _), _ = queue.waiting[0]
             sampling = replace(sampling, seed=sampling.seed + first_index)

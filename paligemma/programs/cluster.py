@@ -70,7 +70,7 @@ class Flags(JobFlags):
 
 
 class Worker:
-    """A process with the model. It gets questions and returns rows, both as JSON: then one text column of Ray's tables is enough.
+    """A process with the model. It gets questions and returns rows, both as JSON, because one text column is enough for Ray.
 
     If the model cannot be loaded, the error is returned instead of rows, because Ray would retry forever after a raised error.
 

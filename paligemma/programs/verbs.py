@@ -228,7 +228,7 @@ def plain_prompt(flags: VerbFlags, query: Query) -> str | None:
 
 
 def load_picture(name: str, flags: VerbFlags, side: int | None) -> "Loaded":
-    """The picture, or its error. It is resized to `side` (the model's input) at once, so that pictures need little memory."""
+    """The picture, or its error. It is resized to `side` (the model's input), so that waiting pictures need little memory."""
     from paligemma.pictures import folders
 
     try:
