@@ -461,7 +461,7 @@ def test_a_bad_picture_gets_no_explanation_file(tmp_path, capsys):
         ({"explain": "nowhere/out.png"}, OutputError, "there is no folder nowhere"),
         ({"explain": "out.png", "image_file_path": "a.png,b.png"}, UsageError, "--explain takes one picture"),
         ({"explain": str(PICTURE)}, UsageError, "would overwrite the picture"),
-        ({"explain": str(PICTURE), "words": ("caption", str(PICTURE))}, UsageError, "would overwrite the picture"),
+        ({"explain": str(PICTURE), "positional": ("caption", str(PICTURE))}, UsageError, "would overwrite the picture"),
     ],
 )
 def test_flags_that_cannot_be_explained_or_written_are_refused_at_once(flags, error, message):

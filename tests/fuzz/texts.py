@@ -276,7 +276,7 @@ class Flags(Fuzzer):
     def __init__(self, folder: Path):
         super().__init__(folder)
         self.names = {
-            program: [field for field in module.Flags.__dataclass_fields__ if field != "words"]
+            program: [field for field in module.Flags.__dataclass_fields__ if field != "positional"]
             for program, module in self.programs.items()
         }
         out = io.BytesIO()
