@@ -191,6 +191,7 @@ def detection(generated: list[list[ParsedObject]], true: list[list[ParsedObject]
         result["map"][name], result["map_50"][name], result["curves"][name] = average_precision(objects, true)
     pairs = [pair for a, b in zip(generated, true, strict=True) for pair in matches(a, b, box_overlap) if pair[0] >= 0.5]
     sides = ("y_min", "x_min", "y_max", "x_max")
+    # "bin_error" is the error of the generated coordinates, because a generated <loc> token is one of 1024 bins.
     for name, box in (("bin", lambda found: found.box), ("expected", lambda found: found.expected or found.box)):
         errors = [abs(getattr(box(a), side) - getattr(b.box, side)) for _, a, b in pairs for side in sides]
         result[f"{name}_error"] = float(np.mean(errors)) if errors else None
@@ -243,17 +244,17 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=0, help="number of wrong answers to print")
     options = parser.parse_args()
 
-    no_map = pycocotools_problem()
-    if no_map:
-        print(f"note: {no_map} The other scores are printed without it.", file=sys.stderr)
+    problem = pycocotools_problem()
+    if problem:
+        print(f"note: {problem} Average precision is not computed; the other scores are printed.", file=sys.stderr)
     start = time.perf_counter()
-    ready = annotator(options)
+    model_annotator = annotator(options)
     asked = questions(options.count, options.seed)
     flat = [question for _, scene_questions in asked for question in scene_questions]
-    results = answers(ready, asked)
+    results = answers(model_annotator, asked)
     scores, shown = defaultdict(list), 0
     for question, result in zip(flat, results, strict=True):
-        if question.task == "segment" and question.true and ready.codec is None:
+        if question.task == "segment" and question.true and model_annotator.codec is None:
             continue
         value = score(question, result)
         scores[question.kind].append(value)
@@ -268,7 +269,7 @@ def main() -> None:
     summary = {name: float(value) for name, value in numbers.items()}
     summary |= {"pictures": options.count, "questions": sum(map(len, scores.values())), "seed": options.seed}
     summary |= {"quantize": options.quantize, "grammar": options.grammar}
-    if not no_map:
+    if not problem:
         boxed = [(question, result) for question, result in zip(flat, results, strict=True) if question.task == "detect"]
         generated = [result.parsed.objects if result.parsed else [] for _, result in boxed]
         summary["detection"] = detection(generated, [question.true for question, _ in boxed])

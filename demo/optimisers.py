@@ -30,7 +30,7 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
-        """The nearest matrices whose singular values are all about 1, by Newton-Schulz iteration. x is [count, rows, columns]."""
+        """The nearest matrices whose singular values are all about 1, by Newton-Schulz iteration; x is a stack of matrices."""
         is_tall = x.shape[1] > x.shape[2]
         x = x.mT if is_tall else x
         x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
@@ -86,7 +86,7 @@ class Trainer:
 
     @property
     def clock(self) -> float:
-        """The share of its CPU time that this process has used. `progress` is the mean over all processes."""
+        """CPU time used by this process, as a fraction of its budget, `minutes`. `progress` is the mean over all processes."""
         return (time.process_time() - self.start) / self.seconds
 
     def step(self, loss: Tensor) -> None:

@@ -184,7 +184,7 @@ def place_word(scene: Scene, rng: np.random.Generator) -> Word | None:
 
 
 def make_scene(rng: np.random.Generator) -> Scene:
-    """A random scene. A third of the shapes repeat the kind or colour of another one, which gives something to count."""
+    """A random scene. After the first shape, a third repeat the kind or colour of another, so there is something to count."""
     boxes = place(rng, int(rng.integers(1, 5)))
     shapes: list[Shape] = []
     for x, y, side in boxes:

@@ -5,10 +5,11 @@ Of the files of PaliGemma's model, only modeling_siglip.py is needed.
     picture -> vision tower -> attention pooling -> image_embeds ─┐ cosine * exp(logit_scale) + logit_bias -> logits
     text    -> text tower   -> last token, linear -> text_embeds ─┘ does this text belong to this picture?
 
-PaliGemma takes the vision tower without the pooling and trains it further, so its vision tower no longer fits the text tower. The
-file has two losses. CLIP's loss is a softmax: which of all texts of the batch belongs to
-this picture? SigLIP's loss is a sigmoid per pair: do this picture and this text belong together? Its pairs are independent, so
-a batch can be split into blocks over several processes.
+PaliGemma takes the vision tower without the pooling and trains it further, so its vision tower no longer fits the text tower.
+
+This file has two losses. CLIP's loss is a softmax: which of all texts of the batch belongs to this picture? SigLIP's loss is a
+sigmoid per pair: do this picture and this text belong together? In SigLIP's loss the pairs are independent, so a batch can be
+split into blocks over several processes.
 
 Sources: SigLIP (arXiv:2303.15343; equation 1 and algorithm 1), CLIP (arXiv:2103.00020, figure 3). Checked in
 tests/demo/test_siglip_contrastive.py against transformers.

@@ -35,7 +35,7 @@ def corpus(scenes: int = 2000) -> list[str]:
 
 
 def make_tokenizer() -> Tokenizer:
-    """The tokenizer. Merges are learned within words: every word of the demo is one token, and no token spans two words."""
+    """The tokenizer. Merges are learned within words: every word of the corpus is one token, and no token spans two words."""
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Replace(" ", "▁")
     trained.pre_tokenizer = pre_tokenizers.Split(Regex("▁?[a-z]+"), "isolated")

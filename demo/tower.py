@@ -56,7 +56,7 @@ def patch_targets(scene: shapes.Scene, grid: int) -> tuple[np.ndarray, np.ndarra
     """
     edge = np.arange(grid) / grid
     centre = edge + 0.5 / grid
-    words = np.zeros((grid, grid, 4 + MAX_LETTERS), dtype=np.int64)
+    labels = np.zeros((grid, grid, 4 + MAX_LETTERS), dtype=np.int64)
     boxes = np.zeros((grid, grid, 4), dtype=np.float32)
     largest_share = np.full((grid, grid), MIN_COVERED_SHARE)
     for rank, shape in enumerate(scene.shapes):
@@ -66,25 +66,25 @@ def patch_targets(scene: shapes.Scene, grid: int) -> tuple[np.ndarray, np.ndarra
         share = rows[:, None] * columns
         mine = share >= largest_share
         largest_share = np.where(mine, share, largest_share)
-        words[mine, :4] = 1, COLORS.index(shape.color), KINDS.index(shape.kind), rank
+        labels[mine, :4] = 1, COLORS.index(shape.color), KINDS.index(shape.kind), rank
         offsets = np.stack(
             np.broadcast_arrays(top - centre[:, None], left - centre, bottom - centre[:, None], right - centre), axis=-1
         )
         boxes[mine] = offsets[mine]
     for letter, (x, y) in zip(scene.word.text, scene.word.centers(), strict=True) if scene.word else ():
-        slots = words[int(y * grid), int(x * grid), 4:]
+        slots = labels[int(y * grid), int(x * grid), 4:]
         free = np.flatnonzero(slots == 0)[:1]
         slots[free] = shapes.LETTERS.index(letter) + 1
-    return words.reshape(-1, 4 + MAX_LETTERS), boxes.reshape(-1, 4)
+    return labels.reshape(-1, 4 + MAX_LETTERS), boxes.reshape(-1, 4)
 
 
 def draw_batch(rng: np.random.Generator, count: int, side: int) -> tuple[list[shapes.Scene], Tensor, Tensor, Tensor]:
-    """New scenes, their pixels float32[I, 3, H, W] in [-1, 1], and the targets of the patch head."""
+    """New scenes, their pixels float32[I, 3, H, W] in [-1, 1], and the labels and boxes that the patch head should predict."""
     scenes = [shapes.make_scene(rng) for _ in range(count)]
     pixels = torch.from_numpy(np.stack([pixels_of(scene, side, rng) for scene in scenes])).float() / 127.5 - 1
     targets = zip(*(patch_targets(scene, side // PATCH) for scene in scenes), strict=True)
-    words, boxes = (torch.from_numpy(np.stack(part)) for part in targets)
-    return scenes, pixels, words, boxes
+    labels, boxes = (torch.from_numpy(np.stack(part)) for part in targets)
+    return scenes, pixels, labels, boxes
 
 
 class PatchHead(nn.Linear):
@@ -98,32 +98,32 @@ class PatchHead(nn.Linear):
     def __init__(self, width: int):
         super().__init__(width, sum(self.sizes))
 
-    def loss(self, x: Tensor, words: Tensor, boxes: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """The loss; and for each target the share of right patches ("box": mean error relative to the picture's side)."""
+    def loss(self, x: Tensor, labels: Tensor, boxes: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """The loss, and for each target the share of right patches ("box": mean error as a share of the picture's side)."""
         covered, color, kind, rank, box, letters = self(x).float().split(self.sizes, dim=-1)
-        is_covered = words[..., 0].bool()
-        loss = F.binary_cross_entropy_with_logits(covered[..., 0], words[..., 0].float())
-        right = {}
+        is_covered = labels[..., 0].bool()
+        loss = F.binary_cross_entropy_with_logits(covered[..., 0], labels[..., 0].float())
+        metrics = {}
         for index, (name, logits) in enumerate((("color", color), ("kind", kind), ("rank", rank)), start=1):
-            loss = loss + F.cross_entropy(logits[is_covered], words[..., index][is_covered])
-            right[name] = (logits[is_covered].argmax(-1) == words[..., index][is_covered]).float().mean().item()
+            loss = loss + F.cross_entropy(logits[is_covered], labels[..., index][is_covered])
+            metrics[name] = (logits[is_covered].argmax(-1) == labels[..., index][is_covered]).float().mean().item()
         distance = (box[is_covered] - boxes[is_covered]).abs()
-        right["box"] = distance.mean().item()
+        metrics["box"] = distance.mean().item()
         loss = loss + F.smooth_l1_loss(box[is_covered] * 10, boxes[is_covered] * 10, beta=0.2)
-        letters, true = letters.unflatten(-1, (MAX_LETTERS, -1)), words[..., 4:]
+        letters, true = letters.unflatten(-1, (MAX_LETTERS, -1)), labels[..., 4:]
         has_letters = true[..., 0] > 0
         for chosen, weight in ((has_letters, 1.0), (~has_letters, 0.5)):
             if chosen.any():
                 loss = loss + weight * F.cross_entropy(letters[chosen].flatten(0, 1), true[chosen].flatten())
         if has_letters.any():
-            right["letters"] = (letters.argmax(-1) == true)[has_letters].all(-1).float().mean().item()
-        return loss, right
+            metrics["letters"] = (letters.argmax(-1) == true)[has_letters].all(-1).float().mean().item()
+        return loss, metrics
 
 
 def caption(scene: shapes.Scene) -> str:
     """The text for the text tower: the caption, and the word if there is one."""
-    words = shapes.ask_caption(scene, np.random.default_rng())[1]
-    return f"{words} ; {scene.word.text}" if scene.word else words
+    text = shapes.ask_caption(scene, np.random.default_rng())[1]
+    return f"{text} ; {scene.word.text}" if scene.word else text
 
 
 class Captions:
@@ -138,7 +138,7 @@ class Captions:
 
 
 def train_contrastive(options: argparse.Namespace, rng: np.random.Generator) -> None:
-    """Trains both towers and the patch head, and saves all. The next stages use the vision tower and the head."""
+    """Trains both towers and the patch head, and saves their weights. The next stages use the vision tower and the head."""
     tokenizer = Tokenizer.from_file(str(options.runs / "tokenizer.json"))
     vision, text = VISION | {"image_size": options.pixels}, TEXT | {"vocab_size": tokenizer.get_vocab_size()}
     siglip = SiglipModel(SiglipVisionConfig(**vision), SiglipTextConfig(**text))
@@ -149,16 +149,16 @@ def train_contrastive(options: argparse.Namespace, rng: np.random.Generator) -> 
     trainer, captions = Trainer(both, options), Captions(tokenizer)
     recent: dict[str, list[float]] = {}
     while trainer.progress < 1:
-        scenes, pixels, words, boxes = draw_batch(rng, options.batch, options.pixels)
+        scenes, pixels, labels, boxes = draw_batch(rng, options.batch, options.pixels)
         with torch.autocast("cpu", torch.bfloat16):
             x = SiglipVisionTransformer.forward(siglip.vision_model, pixels)  # [I, P, D], before the pooling
-            patches, right = both["head"].loss(x, words, boxes)
+            patches, metrics = both["head"].loss(x, labels, boxes)
             images = F.normalize(siglip.vision_model.head(x).float(), dim=-1)  # [I, D]
             texts = siglip.encode_texts(captions(scenes)).float()  # [I, D]
         contrast = distributed_sigmoid_loss(images, texts, siglip.logit_scale.exp(), siglip.logit_bias)
         trainer.step(contrast + options.head_weight * patches)
-        right["retrieval"] = ((images @ texts.T).argmax(1) == torch.arange(len(images))).float().mean().item()
-        for name, value in (right | {"loss": contrast.item(), "head": patches.item()}).items():
+        metrics["retrieval"] = ((images @ texts.T).argmax(1) == torch.arange(len(images))).float().mean().item()
+        for name, value in (metrics | {"loss": contrast.item(), "head": patches.item()}).items():
             recent.setdefault(name, []).append(value)
         if distributed.get_rank() == 0 and (trainer.steps % 50 == 0 or trainer.progress >= 1):
             trainer.log(options, {name: float(np.mean(values)) for name, values in recent.items()})

@@ -12,7 +12,8 @@ shared  The picture is encoded once for all its questions, a dozen or more. Ques
 prefix  There is one question per row, and the picture attends to the question, as in inference (prefix-LM mask). This is slower,
         so it comes last.
 
-recipe.sh runs three more stages:
+recipe.sh runs three more stages. The stages `letters` and `words` have the names of what they improve; in the second table below,
+the columns `words` and `letters` are kinds of questions.
 letters  continues `tower` with another seed; the share of right letters nearly doubles.
 polish   continues `last` with lower learning rates.
 words    continues `polish`, and asks for every word that is in a picture. Its state is exported as the checkpoint.
@@ -23,11 +24,12 @@ In the loss, each answer has weight 1, however long it is. In the answer to `det
 `ocr` answer has weight 3.
 
 The learning rate depends on the CPU time used, and `minutes` are minutes on two cores. The table shows results on new scenes: the
-share of answers in which every token is right under teacher forcing, and the mean error of a coordinate in pixels (of 112).
+share of answers in which every token is right under teacher forcing, and the mean error of a coordinate in pixels (of 112). The
+stages `tower` and `letters` have no decoder, so their rows show other numbers.
 
     stage   minutes  steps  caption  color  shape  count  exists  where   ocr  pixels
-    tower       9.8   1022   patches: color 1.00, shape 0.99, letters 0.23; caption retrieved among 48: 0.98;  1.4
-    letters     8.6    895   patches: color 1.00, shape 0.99, letters 0.45; caption retrieved among 48: 0.98;  1.2
+    tower       9.8   1022  right patches: color 1.00, shape 0.99, letters 0.23; right caption of 48: 0.98; box error 1.4 pixels
+    letters     8.6    895  right patches: color 1.00, shape 0.99, letters 0.45; right caption of 48: 0.98; box error 1.2 pixels
     joint         7    250     0.53   0.88   0.99   0.78    0.94   0.42  0.05    13.8
                  14    475     0.75   0.97   0.99   0.85    0.96   0.80  0.14     7.4
                  28    976     0.96   1.00   1.00   0.95    0.99   0.96  0.60     2.4
@@ -53,8 +55,9 @@ Greedy decoding on 300 pictures per unseen seed (evaluate.py):
       3000       99.1 %    99.0 %   0.925    0.888  98.4 %   46.7 %
 
 The stages up to `higher` take an hour on two cores, and the stage `words` takes one more hour. `words` also halves the error of
-boxes, because it has many updates and a learning rate that rises once more and then falls to zero. Halfway through `words`, all
-numbers are worse than at its beginning. Masks are learned in minutes, because all shapes of a kind have the same codes.
+boxes, because it has many updates and a learning rate that rises once more and then falls to zero. After 20 of its 58 minutes,
+most numbers except `ocr` are worse than at its beginning. Masks are learned in minutes, because all shapes of a kind have the same
+codes.
 
 This run differed from what recipe.sh does now. In `tower`, 60 % of the scenes got a word if there was room, in the other stages
 80 %. Up to `joint`, there were two `segment` questions per picture, not one. In `last` and `polish`, questions about words were
@@ -78,7 +81,10 @@ if __name__ == "__main__":  # --help and wrong flags are answered before the slo
     parser.add_argument("--minutes", type=float, default=15, help="CPU minutes per process")
     parser.add_argument("--start", help="state of an earlier stage in RUNS, or `checkpoint`: the bundled weights")
     parser.add_argument("--questions", type=int, default=4, help="questions per picture in the stage prefix")
-    parser.add_argument("--bins", type=float, default=25, help="standard deviation of <loc> targets; it falls to a fifth of this")
+    parser.add_argument(
+        "--bins", type=float, default=25,
+        help="standard deviation of the targets of <loc> tokens, in bins; it falls to a fifth during the stage",
+    )  # fmt: skip
     parser.add_argument("--head_weight", type=float, default=0.2, help="weight of the patch head's loss")
     parser.add_argument("--batch", type=int, default=20, help="pictures per step and process")
     parser.add_argument("--processes", type=int, default=2, help="number of processes, one core each")
@@ -156,24 +162,35 @@ class Packer:
 
     def __call__(self, rows: list[tuple[int, str, str, str]]) -> Pack:
         """Args: rows: for each question the index of its picture, its kind, its prefix and its suffix."""
-        columns: list[list] = [[], [], [], [], []]
+        ids: list[list[int]] = []
+        is_token: list[list[int]] = []
+        is_answer: list[list[int]] = []
+        targets: list[list[int]] = []
+        weights: list[list[float]] = []
         for _, kind, prefix, suffix in rows:
             if prefix not in self.prefixes:
                 self.prefixes[prefix] = [self.bos, *self.encode(prefix), self.newline]
             start, answer = self.prefixes[prefix], [*self.encode(suffix), self.eos]
             n, a = len(start), len(answer)
-            columns[0].append(start + answer[:-1])
-            columns[1].append([1] * (n + a - 1))
-            columns[2].append([0] * n + [1] * (a - 1))
-            columns[3].append([IGNORE_INDEX] * (n - 1) + answer)
-            columns[4].append([0.0] * (n - 1) + self.weigh(kind, answer))
-        longest = max(map(len, columns[0]))
-        tensors = [
-            torch.tensor([row + [fill] * (longest - len(row)) for row in column])
-            for column, fill in zip(columns, (0, 0, 0, IGNORE_INDEX, 0.0), strict=True)
-        ]
-        picture, kinds = zip(*((number, list(QUESTIONS).index(kind)) for number, kind, _, _ in rows), strict=True)
-        return Pack(torch.tensor(picture), *tensors, kinds=torch.tensor(kinds))
+            ids.append(start + answer[:-1])
+            is_token.append([1] * (n + a - 1))
+            is_answer.append([0] * n + [1] * (a - 1))
+            targets.append([IGNORE_INDEX] * (n - 1) + answer)
+            weights.append([0.0] * (n - 1) + self.weigh(kind, answer))
+        longest = max(map(len, ids))
+
+        def padded(values: list, padding: float) -> Tensor:
+            return torch.tensor([row + [padding] * (longest - len(row)) for row in values])
+
+        return Pack(
+            picture=torch.tensor([number for number, _, _, _ in rows]),
+            ids=padded(ids, 0),
+            is_token=padded(is_token, 0),
+            is_answer=padded(is_answer, 0),
+            targets=padded(targets, IGNORE_INDEX),
+            weights=padded(weights, 0.0),
+            kinds=torch.tensor([list(QUESTIONS).index(kind) for _, kind, _, _ in rows]),
+        )
 
 
 class SharedPicture:
@@ -196,19 +213,20 @@ class SharedPicture:
         return tuple(torch.cat([picture, own], dim=2) for picture, own in zip(seen, (k, v), strict=True))
 
 
-class Smooth:
-    """Cross entropy with soft targets for <loc> tokens: a Gaussian around the true bin, with a standard deviation of `bins`.
+class SmoothedCrossEntropy:
+    """Cross entropy with soft targets for <loc> tokens: a Gaussian around the true bin.
 
-    Only the targets are soft, and `narrow` makes them sharper during a stage; the tokens that the model reads stay exact.
+    `narrow` sets the standard deviation of the Gaussian, in bins, and makes it smaller during a stage. Only the targets are soft;
+    the tokens that the model reads stay exact.
     """
 
     def __init__(self, first_loc: int):
-        self.first_loc, self.bins, self.table = first_loc, 0.0, None
+        self.first_loc, self.deviation, self.table = first_loc, 0.0, None
 
-    def narrow(self, bins: float) -> None:
-        if self.table is None or abs(bins - self.bins) > 0.05 * self.bins:
+    def narrow(self, deviation: float) -> None:
+        if self.table is None or abs(deviation - self.deviation) > 0.05 * self.deviation:
             at = torch.arange(1024.0)
-            self.bins, self.table = bins, torch.softmax(-0.5 * ((at - at[:, None]) / bins) ** 2, dim=-1)
+            self.deviation, self.table = deviation, torch.softmax(-0.5 * ((at - at[:, None]) / deviation) ** 2, dim=-1)
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         losses = -logits.log_softmax(-1)
@@ -261,8 +279,8 @@ def stretch(positions: Tensor, patches: int) -> Tensor:
     return F.interpolate(grid, size=(new, new), mode="bilinear", align_corners=False)[0].flatten(1).T
 
 
-class Joint:
-    """What all stages with a decoder need: the model, the patch head as a small extra loss, random scenes, and the log."""
+class DecoderTraining:
+    """What all stages with a decoder need: the model, the patch head (for a small extra loss), random scenes, and the log."""
 
     def __init__(self, options: argparse.Namespace, rng: np.random.Generator):
         self.options, self.rng = options, rng
@@ -273,13 +291,13 @@ class Joint:
         self.model.vision_tower.requires_grad_(options.tower_rate > 0)
         self.head.requires_grad_(options.tower_rate > 0)
         self.packer = Packer(self.tokenizer)
-        self.smooth = Smooth(self.packer.locs.start)
+        self.smooth = SmoothedCrossEntropy(self.packer.locs.start)
         self.kinds = [kind for kind, tries in QUESTIONS.items() for _ in range(tries)]
         self.recent: dict[str, list[float]] = {}
 
     def batch(self) -> tuple[Tensor, Tensor, list[list[tuple[int, str, str, str]]]]:
         """New scenes: their image features [I, P, D], the loss of the patch head, and the questions about each scene."""
-        scenes, pixels, words, boxes = draw_batch(self.rng, self.options.batch, self.options.pixels)
+        scenes, pixels, labels, boxes = draw_batch(self.rng, self.options.batch, self.options.pixels)
         rows = []
         for number, scene in enumerate(scenes):
             asked = {}
@@ -289,21 +307,21 @@ class Joint:
                     asked[question] = kind
             rows.append([(number, kind, *question) for question, kind in asked.items()])
         x = self.model.vision_tower(pixels)
-        return self.model.multi_modal_projector(x), self.head.loss(x, words, boxes)[0], rows
+        return self.model.multi_modal_projector(x), self.head.loss(x, labels, boxes)[0], rows
 
     def load(self, start: str) -> None:
         """Loads the state of a stage (of a contrastive stage: tower and head), or the weights of the bundled checkpoint."""
         if start == "checkpoint":
             return self.model.load_state_dict(load_file(BUNDLED / "model.safetensors"))  # copies into float32
         state = torch.load(self.options.runs / start, weights_only=True)
-        name = "model.vision_tower.vision_model."
+        prefix = "model.vision_tower.vision_model."
         if not any(key.startswith("model.") for key in state):
-            tower = {key.replace("siglip.vision_model.", name): value for key, value in state.items()}
+            tower = {key.replace("siglip.vision_model.", prefix): value for key, value in state.items()}
             state = self.both.state_dict()
             state |= {key: value for key, value in tower.items() if key in state}
-        place = f"{name}embeddings.position_embedding.weight"
-        if len(state[place]) != self.model.config.num_image_tokens:
-            state[place] = stretch(state[place], self.model.config.num_image_tokens)
+        positions = f"{prefix}embeddings.position_embedding.weight"
+        if len(state[positions]) != self.model.config.num_image_tokens:
+            state[positions] = stretch(state[positions], self.model.config.num_image_tokens)
         self.both.load_state_dict(state)
 
     def groups(self, rows: list[tuple[int, str, str, str]]) -> list[Pack]:
@@ -328,10 +346,10 @@ class Joint:
         total, count = torch.zeros(()), 0.0
         for pack in packs:
             cache.picture = pack.picture
-            # The picture's tokens come before the row's own, so this is the mask of the whole row without the picture's queries.
             rows, length = pack.ids.shape
             is_token = torch.cat([torch.ones(rows, p, dtype=torch.int64), pack.is_token], dim=1)
             is_answer = torch.cat([torch.zeros(rows, p, dtype=torch.int64), pack.is_answer], dim=1)
+            # Drop the rows of the mask for the picture's own queries, which come first and were computed above.
             mask = prefix_lm_mask(is_token, is_answer)[:, :, p:]  # [B, 1, L, P+L]
             positions = torch.arange(p + 1, p + length + 1).expand(rows, length)
             x = decoder(decoder.embed_tokens(pack.ids).to(features.dtype), positions, mask, cache)
@@ -362,34 +380,34 @@ class Joint:
 
 
 def is_not_ocr(question: tuple[int, str, str, str]) -> bool:
-    """The sort key of questions: those about words come first. They are the hardest, so none of them should be left out."""
+    """The sort key of questions. Questions about words come first: they are the hardest, so none of them should be left out."""
     return question[1] not in ("ocr", "letters")
 
 
-def train_joint(options: argparse.Namespace, rng: np.random.Generator) -> None:
+def train_decoder(options: argparse.Namespace, rng: np.random.Generator) -> None:
     """Trains the stages `shared` and `prefix`."""
-    joint = Joint(options, rng)
-    joint.load(options.start)
-    trainer = Trainer(joint.both, options)
+    training = DecoderTraining(options, rng)
+    training.load(options.start)
+    trainer = Trainer(training.both, options)
     while trainer.progress < 1:
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # for short rows, the flash kernel is slower
-            features, extra, rows = joint.batch()
+            features, extra, rows = training.batch()
             if options.stage == "prefix":
                 rows = [sorted((row[j] for j in rng.permutation(len(row))), key=is_not_ocr)[: options.questions] for row in rows]
-            packs = joint.groups([question for row in rows for question in row])
-            loss = getattr(joint, options.stage)(features, packs, trainer.progress)
-        joint.finish_step(trainer, loss, extra)
+            packs = training.groups([question for row in rows for question in row])
+            loss = getattr(training, options.stage)(features, packs, trainer.progress)
+        training.finish_step(trainer, loss, extra)
 
 
 def export(options: argparse.Namespace) -> None:
     """Writes the state of a stage as a checkpoint folder in bfloat16, in the hub's layout."""
     from paligemma.checkpoints.weights import save_model
 
-    joint = Joint(options, np.random.default_rng(0))
-    joint.load(options.start)
-    config = joint.model.config
-    write_files(options.out, joint.tokenizer, config.vision_config.image_size, config.num_image_tokens)
-    save_model(joint.model.to(torch.bfloat16), options.out)
+    training = DecoderTraining(options, np.random.default_rng(0))
+    training.load(options.start)
+    config = training.model.config
+    write_files(options.out, training.tokenizer, config.vision_config.image_size, config.num_image_tokens)
+    save_model(training.model.to(torch.bfloat16), options.out)
 
 
 def run(rank: int, options: argparse.Namespace) -> None:
@@ -402,7 +420,7 @@ def run(rank: int, options: argparse.Namespace) -> None:
     distributed.destroy_process_group()
 
 
-STAGES = {"contrastive": train_contrastive, "shared": train_joint, "prefix": train_joint}
+STAGES = {"contrastive": train_contrastive, "shared": train_decoder, "prefix": train_decoder}
 
 
 def main(options: argparse.Namespace) -> None:

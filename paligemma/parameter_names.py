@@ -1,13 +1,18 @@
-"""The parameter names of one model in four spellings: the table of prefixes, and the conversion in both directions.
+"""The parameter names of one model, as different programs write them: a table of prefixes, and conversion in both directions.
 
-The same matrix is called, for example,
-    language_model.model.layers.0.self_attn.q_proj.weight          in files of the hub, and in this project
-    model.language_model.layers.0.self_attn.q_proj.weight          in files of transformers 4.52 and later, and by PEFT
-and, in the vision tower,
-    vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight      in files of the hub, and in this project
-    model.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight    in files of transformers 4.52 and later 4.x
-    model.vision_tower.encoder.layers.0.mlp.fc1.weight             in state dicts of transformers 5, and by PEFT
-    vision_tower.encoder.layers.0.mlp.fc1.weight                   in files of transformers 5
+There are four spellings. This is how each spells the name of one matrix of the language model and of one of the vision tower:
+1. files of the hub, and this project
+    language_model.model.layers.0.self_attn.q_proj.weight
+    vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight
+2. files of transformers 4.52 and later 4.x
+    model.language_model.layers.0.self_attn.q_proj.weight
+    model.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight
+3. state dicts of transformers 5, and PEFT
+    model.language_model.layers.0.self_attn.q_proj.weight
+    model.vision_tower.encoder.layers.0.mlp.fc1.weight
+4. files of transformers 5
+    language_model.model.layers.0.self_attn.q_proj.weight
+    vision_tower.encoder.layers.0.mlp.fc1.weight
 Checked in tests/checkpoints/test_weights.py, with one test per spelling, and in tests/layers/test_lora.py.
 """
 
@@ -20,7 +25,7 @@ SPELLINGS = (
     ("model.vision_tower.vision_model.", "vision_tower.vision_model."),  # files of transformers 4.52 and later 4.x
     ("model.vision_tower.", "vision_tower.vision_model."),  # state dicts of transformers 5
     ("model.language_model.", "language_model.model."),  # files of transformers 4.52 and later 4.x, state dicts of transformers 5
-    ("model.multi_modal_projector.", "multi_modal_projector."),  # as in the line above
+    ("model.multi_modal_projector.", "multi_modal_projector."),  # the same programs as in the line above
     ("vision_tower.vision_model.", "vision_tower.vision_model."),  # the hub
     ("vision_tower.", "vision_tower.vision_model."),  # files of transformers 5
     # The output matrix is the embedding matrix. Some files store it under both names, some only as lm_head.
@@ -31,7 +36,7 @@ WRAPPERS = re.compile(r"^(?:base_model\.model\.|module\.)+")  # prefixes that PE
 
 def canonical_name(name: str) -> str:
     """Our name of a parameter, whatever program wrote the file."""
-    name = name.replace("_orig_mod.", "")  # torch.compile adds it in front of every compiled part
+    name = name.replace("_orig_mod.", "")  # torch.compile adds this text in front of every compiled part
     name = WRAPPERS.sub("", name, count=1)
     for theirs, ours in SPELLINGS:
         if name.startswith(theirs):

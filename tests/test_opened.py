@@ -90,7 +90,7 @@ def test_an_adapter_has_two_folders_and_a_fingerprint_of_both(world):
 
 
 def test_what_is_wrong_is_said_before_weights_are_read(world, tmp_path):
-    with pytest.raises(UsageError, match="is for adapters"):
+    with pytest.raises(UsageError, match="is allowed only for an adapter"):
         open_checkpoint(world / "model", base_model=world / "model")
     with pytest.raises(CheckpointError, match="there is no folder"):
         open_checkpoint(tmp_path / "nowhere")

@@ -57,11 +57,11 @@ class Adapter:
         return scalings
 
     def merged(self, name: str, weight: Tensor, scaling: float, reader: TensorReader) -> Tensor:
-        """The matrix `weight` of the module `name`, with the update of the adapter added."""
+        """The matrix `weight` of the module `name`, plus the update that the adapter makes to it."""
         a, b = (reader.read(self.stored[f"{name}.{matrix}.weight"], torch.float32) for matrix in ("lora_A", "lora_B"))
         merged = lora.merged_weight(weight, a, b, scaling)
         if not reader.allow_nonfinite:
-            check_values(merged, replace(self.stored[f"{name}.lora_B.weight"], name=f"the sum of the base's {name} and B A"))
+            check_values(merged, replace(self.stored[f"{name}.lora_B.weight"], name=f"{name} after merging the adapter"))
         return merged
 
 
@@ -75,7 +75,7 @@ def read_adapter(folder: Path, raw: dict[str, Any]) -> Adapter:
     try:
         config = lora.LoraConfig.from_peft(raw)
     except ValueError as error:
-        text = f"{file}: {error} Alternatively, merge the adapter with the program that made it."
+        text = f"{file}: {error} Or merge the adapter with the program that made it, and load the merged model."
         raise CheckpointError(text, path=file) from error
     if stat_path(folder / ADAPTER_NAME) is None and not (folder / ADAPTER_NAME).is_symlink():
         raise CheckpointError(explain_no_adapter(folder), path=folder / ADAPTER_NAME)
@@ -88,8 +88,8 @@ def read_adapter(folder: Path, raw: dict[str, Any]) -> Adapter:
             check_equal(stored[name], tensor)
         stored[name] = tensor
     if others := [tensor.name for name, tensor in stored.items() if lora.OTHER_MODULES & {*name.split(".")}]:
-        text = f"{folder / ADAPTER_NAME} holds {listed(others)}, but only adapters for the matrices of layers are supported."
-        text += " Train the adapter without them, or merge it with the program that made it."
+        text = f"{folder / ADAPTER_NAME} holds {listed(others)}, but adapters of embeddings and of lm_head are not supported."
+        text += " Train the adapter without these modules, or merge the adapter with the program that made it."
         raise CheckpointError(text, path=folder / ADAPTER_NAME)
     return Adapter(folder, config, stored)
 
@@ -112,7 +112,7 @@ def save_adapter(
     names = dict.fromkeys(name.rsplit(".", 2)[0] for name in state)
     tensors = {f"base_model.model.{peft_name(name)}": tensor for name, tensor in state.items()}
     settings = json.dumps(config.to_peft(base, names, revision), indent=2) + "\n"
-    with staging_folder(folder, "Make room, or choose another.") as temporary:
+    with staging_folder(folder, "Free disk space, or choose another folder.") as temporary:
         write_tensors(temporary / ADAPTER_NAME, tensors)
         (temporary / ADAPTER_CONFIG_NAME).write_text(settings, encoding="utf-8")
         sync_folder(temporary)

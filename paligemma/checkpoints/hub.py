@@ -87,7 +87,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
     try:
         cached = Path(snapshot_download(**wanted, local_files_only=True))
     except errors.LocalEntryNotFoundError:
-        pass  # the cache holds nothing, or not all of it
+        pass  # files are missing in the cache
     if cached is not None and (constants.HF_HUB_OFFLINE or is_complete(cached)):
         return cached
     try:
@@ -101,30 +101,30 @@ def download(repo_id: str, revision: str | None = None) -> Path:
         if shards := missing_shards(folder):  # shards whose names do not match the patterns in FILES
             snapshot_download(repo_id=repo_id, revision=revision, allow_patterns=shards)
         return folder
-    except (OSError, errors.HTTPError, RuntimeError, *NOT_A_HUB) as error:  # RuntimeError is what the xet client raises
+    except (OSError, errors.HTTPError, RuntimeError, *NOT_A_HUB) as error:  # the xet client raises RuntimeError
         if cached is not None and getattr(error, "response", None) is None:
             return cached  # there is no network, so the cached files are used; loading reports any file that is missing
         raise explain(error, repo_id, revision) from error
 
 
 def explain(error: Exception, repo_id: str, revision: str | None) -> PaliGemmaError:
-    """The error to raise instead, with a message that says what happened and what to do."""
+    """The error to raise instead of `error`. Its message says what happened and what to do."""
     from huggingface_hub import constants, errors
 
     page, cache = f"{constants.ENDPOINT}/{repo_id}", constants.HF_HUB_CACHE
     if getattr(error, "response", None) is not None:
         return AccessError(explain_refusal(error, repo_id, revision), path=page)
     if isinstance(error, errors.OfflineModeIsEnabled):
-        text = f"{repo_id} is not (completely) in the cache {cache}, and HF_HUB_OFFLINE is set. Unset it to ask the hub."
-        return AccessError(f"{text}{suggest_demo()}", path=page)
+        text = f"{repo_id} is missing or incomplete in the cache {cache}, and HF_HUB_OFFLINE is set. Unset it to ask the hub."
+        return AccessError(f"{text}{suggest_bundled()}", path=page)
     if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
-        text = f"the cache {cache} cannot be written: {error.strerror}. Make room, or set HF_HOME to another folder."
+        text = f"the cache {cache} cannot be written: {error.strerror}. Free disk space, or set HF_HOME to another folder."
         return OutputError(text, path=cache)
     if isinstance(error, NOT_A_HUB):
         text = f"{constants.ENDPOINT} does not answer like a hub ({type(error).__name__}: {first_line(error)})."
-        return AccessError(f"{text} Does the network ask you to log in, or is HF_ENDPOINT wrong?{suggest_demo()}", path=page)
+        return AccessError(f"{text} Does the network ask you to log in, or is HF_ENDPOINT wrong?{suggest_bundled()}", path=page)
     text = f"{constants.ENDPOINT} cannot be reached ({first_line(error)}), and {repo_id} is not in the cache {cache}."
-    return AccessError(f"{text} {suggest_folder(repo_id)}{suggest_demo()}", path=page)
+    return AccessError(f"{text} {suggest_folder(repo_id)}{suggest_bundled()}", path=page)
 
 
 def explain_refusal(error: "HfHubHTTPError", repo_id: str, revision: str | None) -> str:
@@ -163,7 +163,7 @@ def suggest_folder(name: str) -> str:
     return f"Did you mean the folder {similar[0]}?" if similar else "There is no folder of that name either."
 
 
-def suggest_demo() -> str:
+def suggest_bundled() -> str:
     """A hint that names the path of the bundled model, which needs no network."""
     return f" Without a network, use {BUNDLED}, which comes with this code."
 
@@ -179,14 +179,17 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
 
     Args:
         revision: branch, tag or commit of a hub id, such as "bfloat16"; not allowed for a folder.
-    Raises: CheckpointError if the name is neither a folder nor a hub id, with a message that says what it is; AccessError
-        if the hub cannot be reached or refuses; UsageError for a revision of a folder.
+    Raises:
+        CheckpointError: the name is neither a folder nor a hub id. The message says what the name refers to instead, such as a
+            file or the address of a page.
+        UsageError: a revision is given for a folder.
+        AccessError, OutputError: as `download`.
     """
     name = str(path_or_hub_id)
     path = expand(name)
     if is_folder(path):
         if revision is not None:
-            raise UsageError(f"revision {revision} is for hub ids, and {path} is a folder. Leave out the revision.")
+            raise UsageError(f"revision {revision} is allowed only for a hub id, but {path} is a folder. Leave it out.")
         if stat_path(path / CONFIG_NAME) is None and not has_adapter(path) and not has_weights(path):
             raise CheckpointError(explain_no_weights(path), path=path)
         return path
@@ -208,17 +211,20 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
 
 
 def find_base(folder: Path, adapter_config: dict | None, base_model: str | Path | None = None) -> Path:
-    """The folder with config.json, tokenizer and weights: for an adapter without weights that of its base model, else `folder`.
+    """The folder with config.json, tokenizer and weights: the base model's if `folder` holds only an adapter, else `folder`.
 
     Args:
         adapter_config: content of the folder's adapter_config.json, None if there is none.
         base_model: folder or hub id of an adapter's base, in place of the one that adapter_config.json names.
-    Raises: CheckpointError for an adapter that names no base; UsageError for a base_model if `folder` itself has weights; and the
-        errors of `resolve`.
+    Raises:
+        CheckpointError: the adapter names no base, or its base has an adapter itself.
+        UsageError: base_model is given, but `folder` itself has weights.
+        The errors of `resolve`.
     """
     if adapter_config is None or has_weights(folder):
         if base_model is not None:
-            raise UsageError(f"base_model {base_model} is for adapters, and {folder} is a whole model. Leave out base_model.")
+            text = f"base_model {base_model} is allowed only for an adapter, but {folder} is a whole model."
+            raise UsageError(f"{text} Leave out base_model.")
         return folder
     file = folder / ADAPTER_CONFIG_NAME
     name, revision = adapter_config.get("base_model_name_or_path"), adapter_config.get("revision")

@@ -337,9 +337,9 @@ class TensorReader:
 def check_values(x: Tensor, tensor: StoredTensor) -> None:
     """Raises CheckpointError for NaN and infinity, and warns of a matrix whose values are all equal.
 
-    Its time is limited by memory bandwidth: the product of the matrix and a vector of ones reads the matrix once, with all vector
-    units of the machine, and a NaN or infinity makes the sum of its row NaN or infinite. In bfloat16 this is twice as fast as min
-    and max, which are computed only if a sum is not finite or all sums are equal.
+    First the sums of the rows are computed, as the product of the matrix and a vector of ones. The product reads the matrix once,
+    at the speed of the memory, and a NaN or infinity makes the sum of its row NaN or infinite. In bfloat16 this is twice as fast
+    as min and max, which are computed only if a sum is not finite or all sums are equal.
 
     Args:
         tensor: the stored tensor that x was read from, for the message.

@@ -178,7 +178,7 @@ def check_names(model: nn.Module, raw: dict, stored: dict[str, StoredTensor], fo
     ]
     if wrong_dtype:
         raise CheckpointError(
-            f"{folder}: {len(wrong_dtype)} tensors do not hold floats: {listed(wrong_dtype)}. Is it a quantised checkpoint of "
+            f"{folder}: {len(wrong_dtype)} tensors have a wrong dtype: {listed(wrong_dtype)}. Is it a quantised checkpoint of "
             "another program? Use the unquantised checkpoint with --quantize int8.",
             path=folder,
         )
@@ -244,8 +244,8 @@ def explain_misfit(config: PaliGemmaConfig, raw: dict, stored: dict[str, StoredT
 class NoInit(TorchFunctionMode):
     """A context in which torch.nn.init does nothing.
 
-    On the meta device it has nothing to fill, but its first call imports 800 modules (sympy among them), which takes 1.8 s on two
-    cores.
+    On the meta device torch.nn.init has nothing to fill, but its first call imports 800 modules (sympy among them), which takes
+    1.8 s on two cores.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -358,7 +358,7 @@ def save_model(model: PaliGemmaForConditionalGeneration, folder: str | Path, *, 
     entry = quantization.config_entry(model)
     if entry is not None:
         config["quantization_config"] = entry
-    with staging_folder(folder, "Make room, or choose another.") as temporary:
+    with staging_folder(folder, "Free disk space, or choose another folder.") as temporary:
         write_shards(model.state_dict(), temporary, max_shard_bytes)
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         replace_files(temporary, folder)

@@ -1,8 +1,8 @@
 """Modules that compute faster on a CPU in bfloat16 or with quantised weights: `accelerate` puts them into a model.
 
 Each class replaces a module of modeling_gemma.py or nn.Linear, keeps the parameters under the same names, and overrides only the
-method that computes the output. kernels.cpp is used if it was compiled and is faster than torch. `product` is the only function
-that chooses an operator for bfloat16 weights; the choice follows measurements with benchmarks/products.py.
+method that computes the output. kernels.cpp is used if it was compiled and is faster than torch. For bfloat16
+weights, `suits_kernel` and `product` choose the operator; the choice follows measurements with benchmarks/products.py.
 
 Checked in tests/layers/test_quantization.py. Shapes: as in modeling_gemma.py, and O outputs, X inputs of one matrix.
 """
@@ -47,7 +47,7 @@ def upcast_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def is_bf16_without_gradient(x: Tensor, weight: Tensor) -> bool:
-    """Whether x and weight are bfloat16 on the CPU and need no gradient. Otherwise torch's product is used."""
+    """Whether x and weight are bfloat16 on the CPU and need no gradient. False while torch.compile traces the caller."""
     is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     return (
         x.dtype is weight.dtype is torch.bfloat16 and x.is_cpu and weight.is_cpu and not is_trained
@@ -106,7 +106,7 @@ class FastLinear(Fast, nn.Linear):
 
 
 class FastEmbedding(Fast, GemmaEmbedding):
-    """GemmaEmbedding whose logits are computed by `product`. For few rows the logits are float32, not rounded to bfloat16."""
+    """GemmaEmbedding with faster logits. If x has few rows, our kernel computes them in float32, without rounding to bfloat16."""
 
     def logits(self, x: Tensor) -> Tensor:
         w = self.weight

@@ -38,9 +38,9 @@ WARM_UP = 3  # steps that run normally before one is recorded: libraries initial
 # total time.
 COMPILE_AFTER = 20_000
 COMPILED_SHAPES = 256  # torch refuses to compile more shapes than its recompile_limit, which is raised to this number
-# The number of image tokens at 448 px. Shorter prompts have a small score matrix, so plain attention is used and nothing is
-# compiled.
-CAPPED_TOKENS = 1024
+# Attention with a soft cap is compiled for prompts of at least this length, the number of image tokens at 448 px. Shorter prompts
+# have a small score matrix, so plain attention is used.
+MIN_TOKENS_TO_COMPILE_CAP = 1024
 
 RECORDING = threading.Lock()  # torch records all graphs of a process on one stream, so only one thread may record at a time
 
@@ -78,7 +78,11 @@ def record(work: Callable[[], Tensor], pool: object) -> tuple[Callable[[], None]
 
 @functools.cache
 def compiled_step() -> Callable[[PaliGemmaForConditionalGeneration, KVCache, Tensor], Tensor]:
-    """The step of the model, compiled once per shape. With fullgraph, an operation that needs a value on the CPU fails."""
+    """The step of the model, compiled once per shape.
+
+    With fullgraph, torch raises an error, instead of splitting the step, if an operation cannot be compiled (for example because
+    it needs a value on the CPU).
+    """
     import torch._dynamo  # imported only when needed: it takes a second
 
     kernels.set_private_compile_cache()
@@ -204,7 +208,7 @@ class RecordedPaliGemma(PaliGemmaForConditionalGeneration):
         self.training = model.training
 
     def new_cache(self, batch: int, slots: int, kind: type[KVCache] = KVCache) -> KVCache:
-        if not issubclass(RecordedCache, kind):
+        if not issubclass(RecordedCache, kind):  # the caller needs another kind of cache, whose steps cannot be recorded
             return super().new_cache(batch, slots, kind)
         return RecordedCache(self, batch, -(-slots // SLOTS) * SLOTS)
 
@@ -245,7 +249,7 @@ class CappedAttention(GemmaAttention):
         self.training = plain.training
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if CappedAttention.is_working and q.shape[2] >= CAPPED_TOKENS and not torch.is_grad_enabled():
+        if CappedAttention.is_working and q.shape[2] >= MIN_TOKENS_TO_COMPILE_CAP and not torch.is_grad_enabled():
             try:
                 return compiled_capped_attention()(q, k, v, mask, self.scale, self.cap)
             except RuntimeError as error:

@@ -72,12 +72,17 @@ static inline F32 read16(const void* x, int64_t i, bool is_bf16) {
     return as_float(__builtin_convertvector(load<U16>((const uint16_t*)x + i), U32) << 16);
 }
 
+// 1.5 x 2^23. Adding this number to a float of magnitude below 2^22 leaves the rounded integer in the lowest bits of the sum;
+// subtracting it again gives the rounded float.
+const float ROUNDING = 12582912.0f;
+const int32_t ROUNDING_BITS = 0x4b400000;
+
 // e^x, with an error of one or two units in the last place: 2^n, made from the bits of the exponent, times a polynomial.
 static inline F32 exponential(F32 x) {
     const F32 low = F32{} - 87.0f, high = F32{} + 88.0f;
     x = x < low ? low : x;
     x = x > high ? high : x;
-    F32 n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    F32 n = (x * 1.44269504f + ROUNDING) - ROUNDING;
     F32 r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
     F32 p = 1 + r * (1 + r * (0.5f + r * (0.166666672f + r * (0.0416657962f + r * (0.00833345205f + r * 0.00139313773f)))));
     return as_float((U32)p + ((U32)__builtin_convertvector(n, I32) << 23));
@@ -120,7 +125,7 @@ static void write_outputs(const Call& call, int64_t offset, int64_t count, const
 }
 
 // Product::tile(matrix, first output, outputs, first row, rows, sums[rows][CHUNK]) computes one tile. Tasks are scheduled
-// dynamically, so a thread that another program delays makes the loop wait for one chunk at most.
+// dynamically, so if another program delays one thread, the other threads wait for at most one chunk.
 template <class Product> static void multiply(const Product& product, const Call& call) {
     const Matrix* matrices = call.matrices;
     const int parts = call.is_gated ? 1 : 3;
@@ -383,7 +388,8 @@ static inline I32 dot4(I32 acc, U32 w, int32_t x) {
 #endif
 }
 
-// Rows of x in 8 bits, with one scale per group of inputs. Sums begin at `start`, which corrects the offset of unsigned weights.
+// Rows of x in 8 bits, with one scale per group of inputs. Sums begin at `start`, because the unsigned weights are stored with an
+// offset: as q + 128 (int8) or q + 8 (int4).
 struct Rows {
     int8_t* q;
     float* scale;
@@ -392,7 +398,7 @@ struct Rows {
 };
 
 template <int GROUP>
-static void quantize_group(const void* x, bool is_bf16, int64_t i, int zero, Rows rows) {
+static void quantize_group(const void* x, bool is_bf16, int64_t i, int weight_offset, Rows rows) {
     F32 largest = {}, nan = {}, v[GROUP / 16];
     for (int j = 0; j < GROUP / 16; j++) {
         v[j] = read16(x, i + 16 * j, is_bf16);
@@ -405,15 +411,14 @@ static void quantize_group(const void* x, bool is_bf16, int64_t i, int zero, Row
     float inverse = top > 0 ? 127 / top : 0;
     I32 total = {};
     for (int j = 0; j < GROUP / 16; j++) {
-        // Adding 1.5 x 2^23 leaves the rounded integer in the lowest bits of the float.
-        I32 q = (I32)(v[j] * inverse + 12582912.0f) - 0x4b400000;
+        I32 q = (I32)(v[j] * inverse + ROUNDING) - ROUNDING_BITS;
         total += q;
         store(rows.q + i + 16 * j, __builtin_convertvector(q, I8));
     }
-    int32_t whole = 0;
-    for (int j = 0; j < 16; j++) whole += total[j];
+    int32_t input_sum = 0;
+    for (int j = 0; j < 16; j++) input_sum += total[j];
     rows.scale[i / GROUP] = top / 127 + sum(nan);
-    rows.start[i / GROUP] = -zero * whole;
+    rows.start[i / GROUP] = -weight_offset * input_sum;
 }
 
 // Computes sums for B rows, starting at `row`, and 16 outputs in each of O blocks; the next block is `stride` blocks further on.
@@ -516,7 +521,7 @@ static inline float rounded_to_bf16(float x) {
 static inline float inverse_of(float x) { return x != 0 ? 1 / x : 0; }
 
 static inline F32 rounded(F32 v, float low, float high) {
-    F32 q = (v + 12582912.0f) - 12582912.0f, min = F32{} + low, max = F32{} + high;
+    F32 q = (v + ROUNDING) - ROUNDING, min = F32{} + low, max = F32{} + high;
     q = q < min ? min : q;
     return q > max ? max : q;
 }

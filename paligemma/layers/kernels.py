@@ -45,7 +45,7 @@ RETRY_AFTER_S = 3600  # compiling is retried at most once per hour if the source
 MIN_FREE_BYTES = 2**23  # must be free on the disk before compiling; several times what compiling needs
 MAX_COMPILER_FILE_BYTES = 2**26  # limit for each file that a compiler writes: endless messages would fill the disk
 DIGEST = hashlib.sha256
-SLOWER = "decoding will be slower, with torch's own matrix products"  # begins messages
+SLOWER = "decoding will be slower, with torch's own matrix products"  # the first words of messages about missing kernels
 OPEN: list[Iterator[Path]] = []  # keeps generators alive: when cache_folders ends, its temporary folder is deleted
 
 
@@ -128,9 +128,9 @@ def is_whole(file: Path) -> bool:
 
 
 def run_compiler(command: list[str], messages: Path) -> int:
-    """Runs a compiler and returns its exit status. Its messages, in English, are written to a file.
+    """Runs a compiler and returns its exit status. Its messages, in English, are written to the file `messages`.
 
-    Its temporary files are next to that file.
+    The compiler's temporary files are written to the folder of `messages`.
 
     Raises: subprocess.TimeoutExpired, after ending the compiler and all processes that it started; OSError.
     """
@@ -153,7 +153,7 @@ def run_compiler(command: list[str], messages: Path) -> int:
 
 
 def find_compiler() -> list[str]:
-    """The command that starts the compiler: that of $CXX ("ccache g++"), else g++ or clang++; [] if there is no compiler."""
+    """The command that starts the compiler: $CXX (such as "ccache g++") if it is set, else g++ or clang++; [] if not found."""
     text = os.environ.get("CXX", "")
     named = [text] if shutil.which(text) else text.split()
     for words in [named] if named else [["g++"], ["clang++"]]:

@@ -30,9 +30,10 @@ from paligemma.parameter_names import all_spellings
 PARTS = {"language": "language_model", "vision": "vision_tower"}
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 OTHER_MODULES = {"lm_head", "embed_tokens", "patch_embedding", "position_embedding"}  # PEFT can also adapt or copy these
-# Keys of adapter_config.json that do not matter for a finished adapter: they say how it was trained, and which modules it changes
-# (the names of the tensors show that as well). Any other key with a true value is rejected, and the error names it.
-HARMLESS_KEYS = (
+# Keys of adapter_config.json that LoraConfig.from_peft reads, and keys that do not matter for a finished adapter because they say
+# how it was trained or which modules it changes (the names of the tensors show that as well). Any other key with a true value is
+# rejected, and the error names it.
+ACCEPTED_KEYS = (
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "r", "lora_alpha", "lora_dropout", "use_rslora",
     "rank_pattern", "alpha_pattern",
@@ -44,19 +45,21 @@ HARMLESS_KEYS = (
 # Values of init_lora_weights that leave W unchanged. The others (pissa, olora, corda, loftq, lora_ga) subtract a part from W.
 KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 MAX_ALPHA = 1e9  # a larger value can only come from a damaged file
-MAX_PATTERNS = 2048  # keys of a pattern; the largest model has 485 matrices
-MAX_EXPRESSIONS = 32  # keys that are regular expressions, not names
+MAX_KEYS = 2048  # the most keys of rank_pattern or alpha_pattern; the largest model has 485 matrices
+MAX_EXPRESSIONS = 32  # the most keys that are regular expressions, not names
 
 
-@lru_cache(maxsize=2 * MAX_PATTERNS)
+@lru_cache(maxsize=2 * MAX_KEYS)
 def parsed_key(key: str) -> tuple[bool, re.Pattern | None, patterns.Pattern | None]:
     """Compiles a key of rank_pattern or alpha_pattern.
 
-    A key of letters and dots is matched by `re` in linear time. With any other expression `re` might
-    never finish, so patterns.Pattern is used.
+    A simple key, which consists of letters, digits, underscores and dots, is matched by `re` in linear time. With any other key
+    `re` might never finish, so patterns.Pattern is used.
 
-    Returns: whether the key must match the whole name of a module; the expression of a key of letters and dots, else None; the
-        expression of any other key, else None.
+    Returns: the tuple (is_whole, simple, expression):
+        is_whole: whether the key must match the whole name of a module, not only its end.
+        simple: the compiled key if it is simple, else None.
+        expression: the compiled key if it is not simple, else None.
     Raises: ValueError as in patterns.Pattern.
     """
     is_whole, text = key.startswith("^"), key.removeprefix("^").removesuffix("$")
@@ -69,13 +72,13 @@ def parsed_key(key: str) -> tuple[bool, re.Pattern | None, patterns.Pattern | No
 
 def fits(key: str, name: str) -> bool:
     """Whether a key matches the end of a module's name, in any spelling of the name, as in PEFT."""
-    is_whole, words, expression = parsed_key(key)
+    is_whole, simple, expression = parsed_key(key)
     if expression is not None:
         return any(expression.fullmatch(full) for full in all_spellings(name))
     for full in all_spellings(name):
-        start = len(full) - len(words.pattern)
+        start = len(full) - len(simple.pattern)
         is_word_start = start == 0 or (start > 0 and full[start - 1] == "." and not is_whole)
-        if is_word_start and words.fullmatch(full, start):
+        if is_word_start and simple.fullmatch(full, start):
             return True
     return False
 
@@ -92,9 +95,9 @@ def checked_pattern(pattern: object, what: str) -> dict[str, float]:
     if not (isinstance(pattern, Mapping) and all(isinstance(key, str) for key in pattern)):
         raise ValueError(f"{what} is {pattern!r:.200}; an object with names as keys and numbers as values is needed.")
     expressions = [key for key in pattern if not re.fullmatch(r"[\w.]+", key)]
-    if len(pattern) > MAX_PATTERNS or len(expressions) > MAX_EXPRESSIONS:
+    if len(pattern) > MAX_KEYS or len(expressions) > MAX_EXPRESSIONS:
         text = f"{what} has {len(pattern)} keys, {len(expressions)} of them expressions"
-        raise ValueError(f"{text}; {MAX_PATTERNS} and {MAX_EXPRESSIONS} are the limits.")
+        raise ValueError(f"{text}; {MAX_KEYS} and {MAX_EXPRESSIONS} are the limits.")
     for key in pattern:
         parsed_key(key)  # raises a ValueError if the key cannot be used
     return dict(pattern)
@@ -158,7 +161,7 @@ class LoraConfig:
                 f"init_lora_weights is {start!r:.50}: such an adapter also changes the base model's own weights, so the "
                 "answers would be wrong. Save it as a plain adapter, with path_initial_model_for_weight_conversion of PEFT."
             )
-        unsupported = {key: value for key, value in raw.items() if value and key not in (*HARMLESS_KEYS, "init_lora_weights")}
+        unsupported = {key: value for key, value in raw.items() if value and key not in (*ACCEPTED_KEYS, "init_lora_weights")}
         if unsupported.get("bias") == "none":
             del unsupported["bias"]
         if unsupported:
@@ -173,8 +176,9 @@ class LoraConfig:
 
         Args:
             base: folder or hub id of the base model.
-            targets: names of the adapted modules. They are written as one expression, which matches the same modules under the
-                names of every version of transformers, and none in the other part of the model.
+            targets: names of the adapted modules. They are written as one expression, which matches the modules under the
+                names of every version of transformers. If only the language model is adapted, the expression matches no module
+                of the vision tower, and the other way round.
             revision: branch, tag or commit of the hub id.
         """
         patterns = []
@@ -213,7 +217,8 @@ class LoRALinear(nn.Linear):
     Args:
         base: the nn.Linear that this layer replaces, and whose tensors it shares.
         rank, scaling, dropout: see LoraConfig.
-        dtype: the dtype of A and B: float32 even if the base is bfloat16, because bfloat16 rounds away an update of a thousandth.
+        dtype: the dtype of A and B. It is float32 even if the base is bfloat16, because bfloat16 would round away an update
+            that changes a number by 0.1 percent.
     """
 
     def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float = 0.0, dtype: torch.dtype = torch.float32):

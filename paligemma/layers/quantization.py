@@ -2,8 +2,8 @@
 
 Decoding reads every weight once per token, so its time is the bytes of the weights divided by the memory bandwidth; int8 halves
 the bytes of bfloat16, int4 takes 28 percent of them. Only weights are stored as integers. In addition, kernels.cpp rounds the
-inputs of a product to 8 bits, with one scale per 64 (int8) or 32 (int4) inputs. This adds 0.6 percent of error and allows integer
-dot products. Without our kernels, inputs stay floats.
+inputs of a product to 8 bits, with one scale per 64 (int8) or 32 (int4) inputs. This allows integer dot products, and changes the
+result of a product by about 0.6 percent. Without our kernels, inputs stay floats.
 
 int_formats.py describes the two layouts, "tiles" and "rows". A module is created and saved in tiles. On CUDA, and where there is
 no compiler, it changes to rows at its first call. The code for CUDA uses torch's operators and torch.compile; it has not been run
@@ -46,11 +46,14 @@ from paligemma.layers.int_formats import (
 from paligemma.modeling_gemma import GemmaEmbedding
 
 # The value of "format" in quantization_config of config.json. We write no "quant_method": transformers ignores an unknown
-# quant_method and loads random matrices, but raises an error if there is none, which is what we want.
+# quant_method and loads random matrices, but raises an error if there is none, which is what we want. The value is historical:
+# today the weights are stored in tiles, not in rows (see int_formats.LAYOUT).
 FORMAT = "paligemma_rows"
 CONFIG_KEYS = ("quantization_config", "quantization", "compression_config")  # of transformers, MLX, compressed-tensors
-# Up to this many rows of x, a product is limited by memory bandwidth, and torch's integer products are faster than dequantising.
+# Up to this many rows of x, a product on a CPU is limited by memory bandwidth, so torch's integer products are faster than
+# dequantising.
 SMALL_BATCH = 16
+CUDA_SMALL_BATCH = 4  # the same limit for small_batch_product on CUDA; a guess, because it has not been measured
 LAYOUT_LOCK = threading.Lock()  # held while a module changes its layout, which several threads may request at once
 
 
@@ -74,7 +77,7 @@ def small_batch_product_in_float32(x: Tensor, packed: Tensor, scales: Tensor, ki
 
 @functools.cache
 def compiled_small_batch_product() -> Callable[..., Tensor]:
-    import torch._dynamo  # imported late, because it takes a second
+    import torch._dynamo  # imported only when needed: it takes a second
 
     kernels.set_private_compile_cache()
     # Each size of matrix is compiled separately, and a decoder has more sizes than the eight that torch allows.
@@ -83,7 +86,10 @@ def compiled_small_batch_product() -> Callable[..., Tensor]:
 
 
 def small_batch_product(x: Tensor, packed: Tensor, scales: Tensor, kind: str) -> Tensor:
-    """small_batch_product_in_float32 in the dtype of x, compiled, alone or as a part of a larger function (graphs.py)."""
+    """small_batch_product_in_float32, compiled, with the result in the dtype of x.
+
+    If torch.compile traces the caller (see graphs.py), the product becomes a part of that larger function.
+    """
     function = small_batch_product_in_float32 if torch.compiler.is_compiling() else compiled_small_batch_product()
     return function(x.float(), packed, scales, kind).to(x.dtype)
 
@@ -96,7 +102,7 @@ def product_of_row_layout(
     Args:
         int4pack: the same weights in the layout of to_int4pack, used if x has few rows. That product computes in bfloat16.
     """
-    if x.is_cuda and len(x) <= 4:
+    if x.is_cuda and len(x) <= CUDA_SMALL_BATCH:
         return small_batch_product(x, packed, scales, kind)
     if kind == "int8" and x.device.type == "cpu" and len(x) <= SMALL_BATCH:
         return torch._weight_int8pack_mm(x, packed, scales[:, 0].to(x.dtype))

@@ -833,7 +833,7 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_else(tmp_path, monkeypatch
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OutputError, match="No space left on device.*Make room"):
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="No space left on device.*Free disk space"):
         patch.setattr(os, "fsync", full)
         weights.save_model(make_model("gemma", seed=1), folder)
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
@@ -869,7 +869,7 @@ def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
 
 
 def test_a_folder_has_no_revision(tmp_path):
-    with pytest.raises(UsageError, match="revision bfloat16 is for hub ids"):
+    with pytest.raises(UsageError, match="revision bfloat16 is allowed only for a hub id"):
         weights.load_model(write_checkpoint(tmp_path), revision="bfloat16")
 
 

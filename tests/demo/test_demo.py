@@ -456,7 +456,7 @@ def test_an_object_counts_as_one_and_codes_weigh_less_than_coordinates(processor
 def make_joint(stage="shared", pixels=84, **options):
     settings = {"runs": CHECKPOINT, "pixels": pixels, "tower_rate": 0.0, "batch": 2, "questions": 2, "bins": 4.0, "stage": stage}
     torch.manual_seed(0)
-    return train.Joint(argparse.Namespace(**settings | options), np.random.default_rng(0))
+    return train.DecoderTraining(argparse.Namespace(**settings | options), np.random.default_rng(0))
 
 
 def test_a_shared_picture_gives_each_question_what_a_row_of_its_own_would():

@@ -384,7 +384,7 @@ def capped(monkeypatch):
         calls.append(arguments)
         return capped_attention(*arguments)
 
-    monkeypatch.setattr(graphs, "CAPPED_TOKENS", 2)
+    monkeypatch.setattr(graphs, "MIN_TOKENS_TO_COMPILE_CAP", 2)
     monkeypatch.setattr(graphs, "compiled_capped_attention", lambda: run)
     monkeypatch.setattr(CappedAttention, "is_working", True)
     return calls
