@@ -56,8 +56,8 @@ Greedy decoding on 300 pictures per unseen seed (evaluate.py):
 
 The stages up to `higher` take an hour on two cores, and the stage `words` takes one more hour. `words` also halves the error of
 boxes, because it has many updates and a learning rate that rises once more and then falls to zero. After 20 of its 58 minutes,
-most numbers except `ocr` are worse than at its beginning. Masks are learned in minutes, because all shapes of a kind have the same
-codes.
+most numbers except `ocr` are worse than at its beginning. Masks are learned in minutes, because all shapes of a kind have the
+same codes.
 
 This run differed from what recipe.sh does now. In `tower`, 60 % of the scenes got a word if there was room, in the other stages
 80 %. Up to `joint`, there were two `segment` questions per picture, not one. In `last` and `polish`, questions about words were

@@ -115,7 +115,7 @@ def explain(error: Exception, repo_id: str, revision: str | None) -> PaliGemmaEr
     if getattr(error, "response", None) is not None:
         return AccessError(explain_refusal(error, repo_id, revision), path=page)
     if isinstance(error, errors.OfflineModeIsEnabled):
-        text = f"{repo_id} is missing or incomplete in the cache {cache}, and HF_HUB_OFFLINE is set. Unset it to ask the hub."
+        text = f"{repo_id} is not, or not completely, in the cache {cache}, and HF_HUB_OFFLINE is set. Unset it to ask the hub."
         return AccessError(f"{text}{suggest_bundled()}", path=page)
     if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
         text = f"the cache {cache} cannot be written: {error.strerror}. Free disk space, or set HF_HOME to another folder."
