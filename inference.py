@@ -209,9 +209,9 @@ class Session:
         flags = self.flags
         features = self.image_features
         inputs = inputs | ({"pixel_values": self.pixels} if features is None else {"image_features": features})
-        room = self.config.text_config.max_position_embeddings - inputs["input_ids"].shape[1]
-        if flags.max_tokens_to_generate is not None and flags.max_tokens_to_generate > room:
-            print_notes(f"--max_tokens_to_generate {flags.max_tokens_to_generate} is cut to {room}, the room in the context.")
+        num_left = self.config.text_config.max_position_embeddings - inputs["input_ids"].shape[1]
+        if flags.max_tokens_to_generate is not None and flags.max_tokens_to_generate > num_left:
+            print_notes(f"--max_tokens_to_generate {flags.max_tokens_to_generate} is cut to {num_left}, the rest of the context.")
         if flags.positional:
             limit = flags.max_new_tokens([flags.positional[0]])
         else:
@@ -219,7 +219,7 @@ class Session:
         for step in generate_steps(
             self.model,
             inputs,
-            max_new_tokens=min(limit, room),
+            max_new_tokens=min(limit, num_left),
             sampling=self.sampling,
             suppress_tokens=self.processor.unused_ids(self.config.text_config.vocab_size),
         ):

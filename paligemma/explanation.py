@@ -9,7 +9,7 @@
 - Does the answer depend on the picture at all? The log-likelihood of the answer with this picture minus its log-likelihood with a
   flat picture of the same mean colour.
 
-The model's code knows nothing of this file: hooks record the inputs of each attention module, and `decoder_weights` and
+The model's code does not use this file: hooks record the inputs of each attention module, and `decoder_weights` and
 `tower_weights` recompute the attention weights from these inputs. notes/looking.md measures how reliable the maps are.
 
 Threads: other threads may use the model at the same time, because the hooks record only the calls of their own thread.

@@ -186,7 +186,7 @@ def clean(text: str) -> str:
 
 
 def label_text(found: ParsedObject) -> str:
-    """The text next to a box: the label and the score."""
+    """The text of a label next to a box: the name and the score of the object."""
     label = found.label[:MAX_LABEL]
     return clean(f"{label} {found.score:.2f}" if found.score is not None else label)
 
@@ -256,13 +256,14 @@ def draw_labels(picture: Image.Image, boxed: Sequence[ParsedObject], colors: dic
     """Draws labels next to boxes until they cover LABEL_SHARE of the picture. Returns: the number of labels left out."""
     named = [found for found in boxed if label_text(found)]
     num_pixels = picture.width * picture.height
-    size, room = max(MIN_LETTER_WITH_ROOM, math.sqrt(num_pixels) * LETTERS), num_pixels * LABEL_SHARE
+    size = max(MIN_LETTER_WITH_ROOM, math.sqrt(num_pixels) * LETTERS)
+    max_covered = num_pixels * LABEL_SHARE
 
     def area(found: ParsedObject) -> int:
         width, height, _ = measure(label_text(found), size, letters)
         return width * height
 
-    while size > MIN_LETTER and sum(map(area, named)) > room:
+    while size > MIN_LETTER and sum(map(area, named)) > max_covered:
         size = max(MIN_LETTER, size * 0.85)
     taken: list[Rectangle] = []
     for found in named:
@@ -271,7 +272,7 @@ def draw_labels(picture: Image.Image, boxed: Sequence[ParsedObject], colors: dic
             return len(named) - len(taken)
         label = measure(*fitting, letters)[:2]
         covered = sum((right - left) * (bottom - top) for left, top, right, bottom in taken)
-        if label[0] * label[1] + covered > room:
+        if label[0] * label[1] + covered > max_covered:
             return len(named) - len(taken)
         spot = place_label(rectangle(found.box, *picture.size), label, taken, *picture.size)
         taken.append(spot)

@@ -69,7 +69,7 @@ class Deadline:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is public. If an IPv6 address contains an IPv4 address, that must be public, too."""
+    """Whether an IP address is public. An IPv6 address that contains an IPv4 address is public only if the IPv4 address is."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if ip.version == 4:
         return ip.is_global and not ip.is_multicast

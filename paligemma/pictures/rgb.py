@@ -90,11 +90,11 @@ def grey_converter(picture: Image.Image, name: str, stretch: bool, notes: list[s
     """The function that converts a grey picture of 16 bits or of floats to 8 bits; None if the picture has 8 bits."""
     if picture.mode != "F" and not picture.mode.startswith("I"):
         return None
-    ends = []
+    extremes = []
     for box in bands(*picture.size):
         values = np.asarray(picture.crop(box))
-        ends += [values.min().item(), values.max().item()]
-    low, high = np.min(ends).item(), np.max(ends).item()  # NaN if any value is NaN
+        extremes += [values.min().item(), values.max().item()]
+    low, high = np.min(extremes).item(), np.max(extremes).item()  # NaN if any value is NaN
     if picture.mode == "I" and 0 <= low and high < 1 << 16:  # Pillow opens some 16-bit files in its 32-bit mode "I"
         return find_converter(np.dtype(np.uint16), low, high, name, stretch, notes)
     return find_converter(values.dtype, low, high, name, stretch, notes)

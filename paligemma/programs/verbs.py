@@ -77,7 +77,6 @@ It prints the same lines as detect. Masks need vae-oid.npz, either in the model'
 }
 
 
-
 # The positional arguments
 
 
