@@ -5,9 +5,9 @@
 The model answers the questions of shapes.ASKED about each picture. An answer or caption is right only if every letter is right.
 For a `detect` question, generated and true boxes with the same label are matched, the best pairs first; the score is the sum of
 the IoU of these pairs, divided by the number of true or of generated boxes, whichever is larger. The score of a `segment`
-question is the same for masks, if the checkpoint has a codec. A `several` question is a `detect` or a `segment`. `ocr` asks for
-words that were in training, `letters` asks for random letters, and in `blank` the picture has no text. Training draws its scenes
-from other seeds.
+question is computed from masks in the same way, if the checkpoint has a codec. A `several` question is a `detect` or a `segment`.
+`ocr` asks for words that were in training, `letters` asks for random letters, and in `blank` the picture has no text. Training
+draws its scenes from other seeds.
 
 Then COCO's average precision, over the IoU from 0.50 to 0.95, is computed for all boxes of `detect` together. Each (question,
 label) pair is a separate image for COCO, so that a box counts only for the label that it was generated for. Boxes are evaluated
@@ -160,9 +160,9 @@ def average_precision(
 
     found, expected = [], []
     for number, (a, b) in enumerate(zip(generated, true, strict=True)):
-        for word in dict.fromkeys(one.label for one in [*b, *a]):
+        for word in dict.fromkeys(obj.label for obj in [*b, *a]):
             for objects, rows in ((a, found), (b, expected)):
-                named = [as_json(replace(one, label="", mask=None), 1000, 1000) for one in objects if one.label == word]
+                named = [as_json(replace(obj, label="", mask=None), 1000, 1000) for obj in objects if obj.label == word]
                 rows.append({"image": f"{number} {word}", "width": 1000, "height": 1000, "objects": named})
     reference = coco(collect(expected))
     results = coco_results(collect(found), reference)
@@ -183,8 +183,8 @@ def average_precision(
 
 def detection(generated: list[list[ParsedObject]], true: list[list[ParsedObject]]) -> dict:
     """Average precision and curves with and without scores and expected coordinates, and the mean error of a coordinate."""
-    expected = [[replace(one, box=one.expected or one.box) for one in objects] for objects in generated]
-    without_scores = [[replace(one, score=None) for one in objects] for objects in generated]
+    expected = [[replace(obj, box=obj.expected or obj.box) for obj in objects] for objects in generated]
+    without_scores = [[replace(obj, score=None) for obj in objects] for objects in generated]
     variants = {"plain": without_scores, "scores": generated, "scores_and_expected": expected}
     result: dict = {"map": {}, "map_50": {}, "curves": {}}
     for name, objects in variants.items():

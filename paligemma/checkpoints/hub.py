@@ -189,7 +189,7 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     path = expand(name)
     if is_folder(path):
         if revision is not None:
-            raise UsageError(f"revision {revision} is allowed only for a hub id, but {path} is a folder. Leave it out.")
+            raise UsageError(f"revision {revision} is allowed only for a hub id, but {path} is a folder. Leave out the revision.")
         if stat_path(path / CONFIG_NAME) is None and not has_adapter(path) and not has_weights(path):
             raise CheckpointError(explain_no_weights(path), path=path)
         return path
