@@ -133,7 +133,7 @@ class KVCache:
     def slots(self) -> int:
         return self.keys.shape[3]
 
-    def fill(self, lengths: Tensor) -> None:
+    def set_lengths(self, lengths: Tensor) -> None:
         """Sets the lengths of the rows, int64[B] on the CPU, before the forward pass that writes their keys and values."""
         self.lengths.copy_(lengths, non_blocking=True)
         self.set_slots_read(lengths)
@@ -146,7 +146,8 @@ class KVCache:
     def reserve(self) -> None:
         """Makes attention read one more slot, the slot of the next token. Raises ValueError if a row is full.
 
-        `lengths` is not changed here. The decoding step adds 1 to it on the device, so that a replayed CUDA graph adds 1, too.
+        `lengths` is not changed here. The decoding step adds 1 to `lengths` on the device, so that a replayed
+        CUDA graph adds 1, too.
         """
         if self.slots_read == self.slots:
             raise ValueError(f"a row would hold {self.slots + 1} tokens, but the cache has {self.slots} slots per row.")

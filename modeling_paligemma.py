@@ -55,7 +55,7 @@ def prefix_lm_mask(attention_mask: Tensor, token_type_ids: Tensor, window: int |
 
 
 def suffix_loss(logits: Tensor, labels: Tensor, reduction: str = "example") -> Tensor:
-    """Cross entropy of the answer, in nats per token.
+    """Cross entropy of the answer (the "suffix", as transformers calls it), in nats per token.
 
     Args:
         logits: [B, L, V]; the logits at position i predict token i + 1.
@@ -158,7 +158,10 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         image_features: Tensor | None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """The hidden vectors [B, L, D] of whole rows. `forward` and `prefill` call this and explain the arguments."""
+        """Runs the tower and the decoder on complete rows, not on a single new token. Returns the hidden vectors, [B, L, D].
+
+        Args: as in `forward` and `prefill`, which call this method.
+        """
         self.check_pictures(pixel_values, image_features, token_type_ids)
         if pixel_values is not None:
             image_features = self.encode_images(pixel_values)
@@ -203,7 +206,8 @@ class PaliGemmaForConditionalGeneration(nn.Module):
             token_type_ids: [B, L], 0 = picture and prompt, 1 = answer. They are required with pictures; without pictures, None
                 means causal attention for all tokens.
             image_features: the result of encode_images; pass it instead of pixel_values.
-            labels: int64[B, L], the tokens of the answer, and -100 elsewhere. The processor makes them from suffixes.
+            labels: int64[B, L], the tokens of the answer, and -100 elsewhere. The processor returns labels if
+                answers are passed as its argument `suffix`.
         Returns: logits, float32[B, L, V]; the logits of padding have no meaning. With labels: (loss, logits), where loss is
             suffix_loss(logits, labels, "token"), as in transformers.
         Raises: ValueError for missing token_type_ids, and if <image> tokens and pictures do not match.
@@ -233,7 +237,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         lengths = attention_mask.sum(1).cpu()  # [B]
         self.check_rows(cache, attention_mask, lengths)
         longest = int(lengths.max())
-        cache.fill(lengths)
+        cache.set_lengths(lengths)
         ids, is_token = input_ids[:, :longest], attention_mask[:, :longest]  # [B, L], [B, L]
         types = None if token_type_ids is None else token_type_ids[:, :longest]
         x = self.hidden(ids, pixel_values, is_token, types, image_features, cache)  # [B, L, D]

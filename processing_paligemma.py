@@ -5,9 +5,10 @@ One row of a batch, and its token_type_ids:
     <image> ... <image>   <bos>   prompt    \\n    answer    <eos>
     0       ...       0   0       0 ... 0   0     1 ... 1   1
 
-The P image tokens of each picture always come first, no matter where the prompt mentions a picture. The newline is a separate
-token. The answer (suffix) is given only for training. Rows are padded on the left to the length of the longest row. The token ids
+The P image tokens of each picture always come first, even if <image> is written elsewhere in the prompt. The newline is a
+separate token. The answer is given only for training. Rows are padded on the left to the length of the longest row. The token ids
 are not constants: checkpoints/processor_files.py reads them from the checkpoint. tokenization.py turns text into ids and back.
+In names, a picture is called "image" and an answer "suffix", as in transformers.
 
 Sources: PaliGemma (arXiv:2407.07726, section 3.2), big_vision's configs/proj/paligemma/transfers/common.py (the newline),
 transformers' PaliGemmaProcessor (which gives the same pixels and ids). Checked in tests/test_processing_paligemma.py.
@@ -260,18 +261,20 @@ class PaliGemmaProcessor(PromptTokenizer):
         """The model's inputs for a batch: processor(picture, "caption en").
 
         Args:
-            images: one picture (used for every prompt), a list of pictures (all for one prompt, or one for each prompt of a
-                list), a list of lists (several for each prompt), or None. A picture is anything that load_image reads: a path,
-                an address, bytes, an open file, a PIL image, an array or a tensor.
+            images: one picture, which is used for every prompt; or a list of pictures: if `text` is a str, all belong to this
+                prompt, and if `text` is a list, picture i belongs to prompt i; or a list of lists: the pictures in list i belong
+                to prompt i; or None. A picture is anything that load_image reads: a path, an address, bytes, an open file, a
+                PIL image, an array or a tensor.
             text: a prompt or a list of prompts. White space at both ends is removed, and the newline is added. A prompt may
                 begin with one <image> per picture, as transformers requires.
             suffix: the answers for training, one per prompt. They are not changed.
-            notes: a list, to which a sentence is appended for each change to the input. If `notes` is None, they are logged as
+            notes: a list, to which a sentence is appended for each change to the input. None = these sentences are logged as
                 warnings.
-            options: return_tensors="pt", padding=True and padding="longest" are accepted, because the processor always does both.
-        Returns: a dict of input_ids, attention_mask and token_type_ids, int64[B, L], padded on the left. With pictures, it also
-            has pixel_values, float32[I, C, H, W], in the order of the rows. With suffixes, it also has labels, int64[B, L], which
-            are IGNORE_INDEX outside of answers.
+            options: return_tensors="pt", padding=True and padding="longest" are accepted and change nothing, because the
+                processor always returns torch tensors and pads to the longest row.
+        Returns: a dict of input_ids, attention_mask and token_type_ids, int64[B, L], padded on the left. With pictures, the
+            dict also has pixel_values, float32[I, C, H, W], in the order of the rows. With answers, it also has labels,
+            int64[B, L], which are IGNORE_INDEX outside of answers.
         Raises: PromptError, ImageError, AccessError; TypeError for other options, and if text is passed before pictures.
         """
         check_arguments(images, text, options)

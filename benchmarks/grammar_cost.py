@@ -90,7 +90,7 @@ class FakeModel:
         return kind(config, rows, slots, device=self.logits.device, dtype=torch.float32)
 
     def prefill(self, cache: KVCache, attention_mask: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
-        cache.fill(attention_mask.sum(1))
+        cache.set_lengths(attention_mask.sum(1))
         self.step = 0
         return self.next_logits()
 

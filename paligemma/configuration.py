@@ -34,9 +34,9 @@ NULL_DISABLES = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit
 def check_whole_numbers(config: Any, section: str, limits: dict[str, int]) -> None:
     """Raises ValueError unless every int field is a whole number from 1 to limits[field name] or, by default, MAX_SIZE."""
     for field in fields(config):
-        value, most = getattr(config, field.name), limits.get(field.name, MAX_SIZE)
-        if field.type is int and not (type(value) is int and 0 < value <= most):
-            raise ValueError(f"{section}.{field.name} is {value!r}; a whole number from 1 to {most} is needed.")
+        value, limit = getattr(config, field.name), limits.get(field.name, MAX_SIZE)
+        if field.type is int and not (type(value) is int and 0 < value <= limit):
+            raise ValueError(f"{section}.{field.name} is {value!r}; a whole number from 1 to {limit} is needed.")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class GemmaConfig:
             raise ValueError(f"text_config.{rope_key} is {rope!r}; an object is needed.")
         is_gemma2 = given.get("model_type") == "gemma2"
         supported = {
-            "hidden_act": ("gelu", "gelu_pytorch_tanh"),  # Gemma's first files have "gelu", but it was trained with the tanh form
+            "hidden_act": ("gelu", "gelu_pytorch_tanh"),  # Gemma's first files have "gelu", but Gemma was trained with tanh
             "hidden_activation": ("gelu_pytorch_tanh",) if is_gemma2 else ("gelu", "gelu_pytorch_tanh"),
             "attention_bias": (False,),
             "use_bidirectional_attention": (True, False),
@@ -199,10 +199,10 @@ class PaliGemmaConfig:
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> "PaliGemmaConfig":
-        """Reads a whole config.json, as transformers 4 and 5 write it, and as the files on the hub have it.
+        """Reads a whole config.json in the forms that transformers 4 and 5 write and that the published checkpoints use.
 
-        Two fields are ignored: the top-level `hidden_size`, because it is 2048 in files of PaliGemma 2, whatever the width of
-        the decoder, and vision_config's `projection_dim`, because transformers overwrites it with the top-level `projection_dim`.
+        Two fields are ignored: the top-level `hidden_size`, because all files of PaliGemma 2 contain 2048, even if the decoder
+        has another width, and vision_config's `projection_dim`, because transformers replaces it by the top-level field.
         Raises: ValueError for another type of model, a missing or absurd number, or a setting that is not implemented.
         """
         if raw.get("model_type") != "paligemma":

@@ -27,7 +27,7 @@ BYTE = re.compile("<0x([0-9A-F]{2})>")  # a token for one byte; characters witho
 class TextStream:
     """Decodes token ids one by one as they are generated, and returns only complete characters.
 
-    The returned texts, joined, are the whole text. A character without a token is generated as UTF-8 bytes, one token per byte.
+    Together, the returned texts are the whole text. A character without a token is generated as UTF-8 bytes, one token per byte.
     These bytes are held back until the character is complete.
 
     Args:
@@ -62,7 +62,8 @@ class PromptTokenizer:
     Args:
         tokenizer: a tokenizer like Gemma's, with <loc>, <seg> and <image>.
         ids: image_token_id, pad_token_id, bos_token_id, eos_token_id, newline_token_id.
-        context: the maximum number of tokens that the model can read. encode refuses a text that is much longer.
+        context: the maximum number of tokens that the model can read. encode refuses a text that could not
+            fit even if each of its tokens were the longest token.
     """
 
     def __init__(self, tokenizer: Tokenizer, ids: dict[str, int], context: int):
@@ -82,7 +83,7 @@ class PromptTokenizer:
         self.code_ids = range(self.loc_seg_ids[CODE_TOKENS[0]], self.loc_seg_ids[CODE_TOKENS[-1]] + 1)
         added = tokenizer.get_added_tokens_decoder().items()
         control = {number: token.content for number, token in added if token.special and token.content not in self.loc_seg_ids}
-        self.control_ids = frozenset(control)  # all special tokens but <loc> and <seg>; decode drops the control tokens
+        self.control_ids = frozenset(control)  # all special tokens except <loc> and <seg>; decode drops them
         reserved_ids = {self.image_token_id, self.pad_token_id, self.bos_token_id, self.eos_token_id}
         # Maps ids to names of the control tokens that a user cannot type. A text is cut after the first character of such a
         # name, so that the tokenizer does not recognise the token.
@@ -102,8 +103,8 @@ class PromptTokenizer:
         except UnicodeEncodeError as error:
             raise PromptError("the prompt is not valid UTF-8. Type it in a terminal that uses UTF-8.") from error
         if self.is_too_long(text):
-            most = self.context * self.longest_token
-            raise PromptError(f"the text has {len(text)} characters, but at most {most} can fit. Shorten it.")
+            limit = self.context * self.longest_token
+            raise PromptError(f"the text has {len(text)} characters, but at most {limit} can fit. Shorten it.")
         typed = [token for token in self.reserved_tokens.values() if token in text]
         if typed and notes is not None:
             notes.append(f"{', '.join(typed)} in the text is read as ordinary text, not as a token of the model.")
@@ -144,7 +145,7 @@ class PromptTokenizer:
 
     def shorten(self, text: str, count: int) -> str:
         """The longest beginning of the text that has at most `count` tokens, or a slightly shorter beginning."""
-        # Any longer beginning has more than `count` tokens.
+        # A beginning of more than count * longest_token characters has more than `count` tokens, so the rest is not tokenised.
         beginning = text[: count * self.longest_token] if len(text) > count else text
         ends = [end for _, end in self.ids_with_ends(beginning)]
         if len(ends) <= count and beginning == text:
@@ -166,9 +167,12 @@ class PromptTokenizer:
         return TextStream(self.tokenizer, self.control_ids)
 
     def unused_ids(self, num_rows: int) -> list[int]:
-        """The ids below `num_rows` (vocab_size of text_config) that belong to no token. A model must not generate them."""
+        """The ids below `num_rows` that belong to no token. A model must not generate them.
+
+        Args: num_rows: the number of rows of the embedding.
+        """
         is_unused = [self.tokenizer.id_to_token(number) is None for number in range(self.vocab_size, num_rows)]
-        # The tokenizer has vocab_size tokens. If they use no id from vocab_size up, they use all lower ids, so the slow check of
-        # the lower ids is skipped.
+        # The tokenizer has self.vocab_size tokens. If no token has an id from self.vocab_size up, all lower ids belong to tokens,
+        # so the slow check of the lower ids is skipped.
         start = self.vocab_size if all(is_unused) else 0
         return [number for number in range(start, num_rows) if self.tokenizer.id_to_token(number) is None]

@@ -262,7 +262,7 @@ class Scripted(torch.nn.Module):
         return logits
 
     def prefill(self, cache, input_ids, attention_mask, **_):
-        cache.fill(attention_mask.sum(1))
+        cache.set_lengths(attention_mask.sum(1))
         cache.keys[0, :, 0, 0, 0] = input_ids[:, 0].float()
         self.passes.append(f"prefill {len(input_ids)}")
         return self.logits(cache)
@@ -644,7 +644,7 @@ def test_top_p_keeps_the_fewest_that_reach_it():
     assert sample(logits, Sampling(temperature=1, top_p=0.75), draws).unique().tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("vocabulary", [50, 3000])  # 3000 is more than NUCLEUS, so more candidates are needed
+@pytest.mark.parametrize("vocabulary", [50, 3000])  # 3000 is more than FIRST_CANDIDATES, so more candidates are needed
 @pytest.mark.parametrize("top_k, top_p", [(None, 0.3), (None, 0.9), (None, 0.99), (5, 1.0), (40, 1.0), (20, 0.7), (7, 0.99)])
 def test_what_may_be_drawn_equals_transformers(top_k, top_p, vocabulary):
     from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper

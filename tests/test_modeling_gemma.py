@@ -246,7 +246,7 @@ def make_cache(batch=3, slots=6, family="gemma2"):
 
 def test_cache_mask_equals_literal():
     cache = make_cache()
-    cache.fill(torch.tensor([3, 1, 4]))
+    cache.set_lengths(torch.tensor([3, 1, 4]))
     grow(cache)
     assert cache.mask().int().tolist() == [[[[1, 1, 1, 1, 0]]], [[[1, 1, 0, 0, 0]]], [[[1, 1, 1, 1, 1]]]]
     assert cache.mask(window=2).int().tolist() == [[[[0, 0, 1, 1, 0]]], [[[1, 1, 0, 0, 0]]], [[[0, 0, 0, 1, 1]]]]
@@ -254,7 +254,7 @@ def test_cache_mask_equals_literal():
 
 def test_cache_needs_no_mask_when_every_slot_is_seen():
     cache = make_cache(batch=2)
-    cache.fill(torch.tensor([3, 3]))
+    cache.set_lengths(torch.tensor([3, 3]))
     assert cache.mask() is None
     assert cache.mask(window=3) is None
     assert cache.mask(window=2).int().tolist() == [[[[0, 1, 1]]], [[[0, 1, 1]]]]
@@ -264,7 +264,7 @@ def test_cache_writes_each_token_at_its_position():
     cache = make_cache(batch=2, slots=5)
     k, v = draw(2, 2, 2, 16), draw(2, 2, 2, 16, seed=1)
     cache.write(1, torch.tensor([[1, 2], [1, 2]]), k, v)
-    cache.fill(torch.tensor([2, 4]))
+    cache.set_lengths(torch.tensor([2, 4]))
     grow(cache)
     one_k, one_v = draw(2, 2, 1, 16, seed=2), draw(2, 2, 1, 16, seed=3)
     keys, values = cache.write(1, cache.lengths[:, None], one_k, one_v)
@@ -276,7 +276,7 @@ def test_cache_writes_each_token_at_its_position():
 
 def test_cache_refuses_a_token_too_many_and_stays_as_it_was():
     cache = make_cache(batch=2, slots=3)
-    cache.fill(torch.tensor([1, 3]))
+    cache.set_lengths(torch.tensor([1, 3]))
     with pytest.raises(ValueError, match="a row would hold 4 tokens, but the cache has 3 slots"):
         cache.reserve()
     assert cache.lengths.tolist() == [1, 3] and cache.slots_read == 3
@@ -285,7 +285,7 @@ def test_cache_refuses_a_token_too_many_and_stays_as_it_was():
 def test_cache_is_allocated_once():
     cache = make_cache()
     before = cache.keys.data_ptr(), cache.values.data_ptr()
-    cache.fill(torch.tensor([1, 1, 1]))
+    cache.set_lengths(torch.tensor([1, 1, 1]))
     for _ in range(4):
         grow(cache)
         cache.write(0, cache.lengths[:, None], draw(3, 2, 1, 16), draw(3, 2, 1, 16))

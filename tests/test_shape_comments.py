@@ -227,7 +227,7 @@ def run_chunk(checker: Checker, model: PaliGemmaForConditionalGeneration, cache:
     """13 more tokens in each row at once, so that L and S are two numbers."""
     chunk = 13
     position_ids = cache.lengths[:, None] + torch.arange(1, chunk + 1)
-    cache.fill(cache.lengths + chunk)
+    cache.set_lengths(cache.lengths + chunk)
     mask = torch.arange(1, cache.slots_read + 1) <= position_ids[..., None]
     embeds = model.language_model.model.embed_tokens(torch.full((ROWS, chunk), 9))
     with checker.running(modeling_gemma=DECODER | {"B": ROWS, "L": chunk, "S": cache.slots_read}):
@@ -236,7 +236,7 @@ def run_chunk(checker: Checker, model: PaliGemmaForConditionalGeneration, cache:
 
 def run_generation(checker: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of one length, so that L is one number; greedy, with top_k, and with a top_p that must look twice for candidates."""
-    monkeypatch.setattr(generation, "NUCLEUS", 13)
+    monkeypatch.setattr(generation, "FIRST_CANDIDATES", 13)
     inputs = make_batch([LENGTH] * ROWS)
     inputs = {key: torch.nn.functional.pad(tensor, (2, 0)) if tensor.dim() == 2 else tensor for key, tensor in inputs.items()}
     model = make_model("gemma")

@@ -33,9 +33,9 @@ class BatchCache(KVCache):
         view.lengths, view.host_lengths = self.lengths[rows], self.host_lengths[rows]
         return view
 
-    def fill(self, lengths: Tensor) -> None:
+    def set_lengths(self, lengths: Tensor) -> None:
         self.host_lengths.copy_(lengths)
-        super().fill(self.host_lengths)
+        super().set_lengths(self.host_lengths)
 
     def reserve(self) -> None:
         self.set_slots_read(self.host_lengths)  # rows may have been filled or moved through another slice

@@ -91,7 +91,8 @@ class Grammar:
         if isinstance(labels, str) or not labels:
             raise PromptError(f"the labels are {labels!r}. A list with at least one label is needed.")
         special_ids = {*processor.location_ids, *processor.code_ids}
-        # Maps the ids of a label before another object to its ids at the end of the answer. Labels with equal ids are merged.
+        # Key: the ids of a label if another object follows. Value: the ids of the same label if it ends the answer. Labels with
+        # equal ids are merged.
         label_ids = {}
         for label in (label.strip() for label in labels):
             text = f" {label}" if label else ""
@@ -110,7 +111,7 @@ class Grammar:
         return len({ending.label for ending in self.endings})
 
     @cached_property
-    def object_length(self) -> int:
+    def max_last_object_length(self) -> int:
         """The number of tokens of the longest possible last object of an answer, including eos."""
         return LOCATIONS_PER_BOX + self.num_codes + max(len(ending.ids) for ending in self.endings if ending.is_last)
 
@@ -137,7 +138,7 @@ class ConstraintState:
     def __init__(self, grammar: Grammar, limit: int):
         self.grammar = grammar
         self.tokens_left = limit
-        self.is_over = limit < grammar.object_length
+        self.is_over = limit < grammar.max_last_object_length
         self.num_objects = 0  # objects with a complete box
         # The locations, the number of mask codes and the number of label tokens of the current object so far.
         self.locations: list[int] = []
@@ -145,8 +146,8 @@ class ConstraintState:
         self.num_label_tokens = 0
         self.endings: list[Ending] = []  # endings that begin with the label tokens generated so far
         self.labels_of: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)  # labels of each box so far
-        # For the first locations of a box: the next locations that are excluded, because every box that begins with them already
-        # has all labels.
+        # Key: the first locations of a box. Value: the next locations that are not allowed, because every box that begins with
+        # key + value already has all labels.
         self.excluded: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)
 
     def allowed_tokens(self) -> Tensor:
@@ -203,10 +204,12 @@ class ConstraintState:
             self.num_label_tokens += 1
 
     def possible_endings(self) -> list[Ending]:
-        """The endings that fit into the tokens left, and whose label the box that was just generated does not have yet."""
+        """The endings that fit into the tokens left. Endings with a label that the current box already has are left out."""
         grammar, used = self.grammar, self.labels_of.get(tuple(self.locations), ())
         # An ending with at most this many tokens leaves room for another object; -1 = no other object is allowed.
-        room = self.tokens_left - grammar.num_codes - grammar.object_length if self.num_objects < grammar.max_objects else -1
+        room = -1
+        if self.num_objects < grammar.max_objects:
+            room = self.tokens_left - grammar.num_codes - grammar.max_last_object_length
         return [ending for ending in grammar.endings if ending.label not in used and (ending.is_last or len(ending.ids) <= room)]
 
     def finish_object(self) -> None:
@@ -219,10 +222,11 @@ class ConstraintState:
         self.locations, self.num_codes, self.num_label_tokens = [], 0, 0
 
     def exclude(self, box: tuple[int, ...]) -> None:
-        """Excludes a box that has all labels, and all first locations with which only excluded boxes begin.
+        """Excludes a box that has all labels, so that it is not generated again.
 
-        Otherwise an answer could generate first locations that no allowed location can follow: for example, only one box begins
-        with <loc1023> <loc1023> <loc1023>, and this box can be excluded.
+        If every box with the same first locations is then excluded, these first locations are also excluded. Otherwise an answer
+        could contain first locations that no allowed location can follow: for example, only one box begins with <loc1023>
+        <loc1023> <loc1023>, and this box can be excluded.
         """
         for length in reversed(range(LOCATIONS_PER_BOX)):
             first = box[:length]

@@ -117,7 +117,10 @@ class MaskCodec(nn.Module):
 
 
 def read_array(stream: IO[bytes], shape: tuple[int, ...]) -> Tensor:
-    """The array in an npy file, as float32. Raises: ValueError if it has another shape; no memory is allocated for it then.
+    """The array in an npy file, as float32.
+
+    Raises: ValueError for another shape (before memory is allocated), another type or version, NaN or infinity, and for more or
+        fewer numbers than the shape has.
 
     numpy's own reader is not used, because it trusts the header: it would allocate memory for any shape, and could decompress a
     file of 2 MB into 2 GB.
@@ -126,11 +129,11 @@ def read_array(stream: IO[bytes], shape: tuple[int, ...]) -> Tensor:
     version = np.lib.format.read_magic(data)
     if version not in HEADER_READERS:
         raise ValueError(f"an array has version {version} of the npy format, which is not supported")
-    found, is_fortran_order, dtype = HEADER_READERS[version](data, max_header_size=MAX_HEADER_BYTES)
+    actual_shape, is_fortran_order, dtype = HEADER_READERS[version](data, max_header_size=MAX_HEADER_BYTES)
     if dtype.kind not in "biuf":
         raise ValueError(f"an array holds {dtype}, not numbers")
-    if found != shape:
-        raise ValueError(f"an array has the shape {list(found)}; a mask codec needs {list(shape)}")
+    if actual_shape != shape:
+        raise ValueError(f"an array has the shape {list(actual_shape)}; a mask codec needs {list(shape)}")
     values = np.frombuffer(data.read(), dtype)
     if not np.isfinite(values).all():
         raise ValueError("an array holds NaN or infinity")
@@ -145,7 +148,7 @@ def read_arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
     Raises: CheckpointError.
     """
     content = files.read_regular(path, MAX_FILE_BYTES)
-    found, name = {}, None
+    arrays, name = {}, None
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             counts = Counter(archive.namelist())
@@ -155,20 +158,20 @@ def read_arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
                 if archive.getinfo(f"{name}.npy").compress_type not in METHODS:
                     raise ValueError("the array is compressed with LZMA or bzip2, which numpy never uses")
                 with archive.open(f"{name}.npy") as stream:
-                    found[name] = read_array(stream, shapes[name])
+                    arrays[name] = read_array(stream, shapes[name])
     except FORMAT_ERRORS as error:
         reason = "".join(str(error).splitlines()[:1])[:200] or type(error).__name__
-        where = f"{name}: {reason}" if name else reason
-        what = f"is not a mask codec ({where}). An npz file of arrays is needed. Fetch {files.CODEC_NAME} again"
-        what = files.describe_wrong_download(content) or what
-        raise CheckpointError(f"{path} {what}.", path=path) from error
-    missing = [name for name in shapes if name not in found]
+        detail = f"{name}: {reason}" if name else reason
+        problem = f"is not a mask codec ({detail}). An npz file of arrays is needed. Fetch {files.CODEC_NAME} again"
+        problem = files.describe_wrong_download(content) or problem
+        raise CheckpointError(f"{path} {problem}.", path=path) from error
+    missing = [name for name in shapes if name not in arrays]
     if missing:
         raise CheckpointError(
             f"{path} lacks {listed(missing)}. All {len(shapes)} arrays of {files.CODEC_NAME} are needed. Use the whole file.",
             path=path,
         )
-    return found
+    return arrays
 
 
 def load_codec(path: str | Path) -> MaskCodec:
@@ -203,7 +206,7 @@ def with_masks(objects: Sequence[ParsedObject], codec: MaskCodec, width: int, he
     Args:
         width, height: size of the picture in pixels.
     """
-    coded = [i for i, found in enumerate(objects) if found.codes is not None and found.box is not None]
+    coded = [i for i, item in enumerate(objects) if item.codes is not None and item.box is not None]
     codes = torch.tensor([objects[i].codes for i in coded], dtype=torch.int64).view(-1, GRID**2)
     results = list(objects)
     for i, mask in zip(coded, codec.decode(codes).numpy(), strict=True):

@@ -1,8 +1,9 @@
 """Converts masks between 64 x 64 values in a box, pixels of a picture, COCO run lengths and polygons, with numpy and PIL only.
 
 `paste` and `crop` follow Google's code for the `segment` task step by step (google-research/big_vision: the evaluator and the
-preprocessing of refcoco-seg). Other ports of that code differ by a pixel or more. The corners of a decoded box are truncated to
-whole pixels, but the corners of a training target are rounded. A decoded mask is first resized and then compared with 0.
+preprocessing of refcoco-seg). Both there and here, the corners of a decoded box are truncated to whole pixels, the corners of a
+training target are rounded, and a decoded mask is first resized and then compared with 0. Other ports of Google's code do not
+follow these steps exactly, so their masks differ by a pixel or more.
 
 A mask is bool[H, W]. Polygons are COCO's: [x, y, x, y, ...] in pixels, x to the right, y down. (0, 0) is the corner of the
 picture, so the centre of the first pixel is (0.5, 0.5). Checked in tests/objects/test_masks.py.

@@ -230,8 +230,9 @@ def object_score(
     standard deviation of a coordinate, and side is the width or height of the expected box. If spread is None, the second factor
     is the geometric mean of the probabilities of the four locations.
 
-    The formula was chosen by average precision (IoU 0.50 to 0.95, expected boxes) on demo scenes. In this table, `spreads` is
-    exp(-mean(spread / side)), `label` is p(label), and `locations` is the geometric mean of the locations' probabilities:
+    The formula was chosen by the average precision of the `expected` boxes (IoU 0.50 to 0.95) on demo scenes. In this table,
+    `spreads` is exp(-mean(spread / side)), `label` is p(label), and `locations` is the geometric mean of the locations'
+    probabilities:
 
                                              no score  locations  locations * label  label  spreads  this formula
         400 scenes of seed 500                   .685       .712               .713   .701     .734          .734
@@ -284,20 +285,20 @@ def parse(
     problems: list[str] = []
     seen = set()
     for partial in group_objects(lexemes):
-        found, new_problems = finish(partial, denominator)
-        if found is not None and (found.label, found.box) in seen:
-            found, new_problems = None, [REPEATED]
+        parsed, new_problems = finish(partial, denominator)
+        if parsed is not None and (parsed.label, parsed.box) in seen:
+            parsed, new_problems = None, [REPEATED]
         problems += new_problems
-        if found is None:
+        if parsed is None:
             continue
-        seen.add((found.label, found.box))
-        if found.box is not None:
+        seen.add((parsed.label, parsed.box))
+        if parsed.box is not None:
             location_moments = [] if moments is None else [moments[i] for i in partial.location_indices]
             expected, spread = expected_box(location_moments, denominator)
             score = None if logprobs is None else object_score(partial, logprobs, expected, spread)
-            found = replace(found, score=score, expected=expected, spread=spread)
-        objects.append(found)
-    if any(found.box is not None for found in objects):
+            parsed = replace(parsed, score=score, expected=expected, spread=spread)
+        objects.append(parsed)
+    if any(parsed.box is not None for parsed in objects):
         return ParsedAnswer(objects, problems, "objects", text)
     return ParsedAnswer([], problems, "unparsable" if text.strip() else "nothing", text)
 
@@ -376,16 +377,16 @@ def to_suffix(objects: Iterable[ParsedObject]) -> str:
     label is written. Raises: DatasetError for a label with ";", a newline or <loc>, which would be parsed as something else.
     """
     texts = []
-    for found in objects:
-        if END_OF_OBJECT.search(found.label) or LOCATION_OR_CODE.search(found.label):
-            raise DatasetError(f"the label {found.label!r} contains a separator or a location. Use words without ; and <loc>.")
-        locations = () if found.box is None else sort_corners(found.locations) if found.locations else found.box.to_locations()
-        tokens = [LOCATION_TOKENS[int(value)] for value in locations] + [CODE_TOKENS[code] for code in found.codes or ()]
-        texts.append(f"{''.join(tokens)} {found.label.strip()}".strip())
+    for item in objects:
+        if END_OF_OBJECT.search(item.label) or LOCATION_OR_CODE.search(item.label):
+            raise DatasetError(f"the label {item.label!r} contains a separator or a location. Use words without ; and <loc>.")
+        locations = () if item.box is None else sort_corners(item.locations) if item.locations else item.box.to_locations()
+        tokens = [LOCATION_TOKENS[int(value)] for value in locations] + [CODE_TOKENS[code] for code in item.codes or ()]
+        texts.append(f"{''.join(tokens)} {item.label.strip()}".strip())
     return " ; ".join(texts)
 
 
-def as_json(found: ParsedObject, width: int, height: int) -> dict[str, Any]:
+def as_json(item: ParsedObject, width: int, height: int) -> dict[str, Any]:
     """The object as a dict for JSON, as `inference` and `annotate` write it. Values that are None are left out.
 
     Args:
@@ -393,20 +394,20 @@ def as_json(found: ParsedObject, width: int, height: int) -> dict[str, Any]:
     Returns: label, box [x_min, y_min, x_max, y_max] in pixels, box_normalized (the same as fractions, 0 to 1), score,
         expected_box (in pixels), spread (in pixels, x y x y), codes, mask (COCO's run lengths), problems.
     """
-    row: dict[str, Any] = {"label": found.label}
-    if found.box is not None:
-        row["box"] = [round(value, 2) for value in found.box.xyxy(width, height)]
-        row["box_normalized"] = [round(value, 5) for value in found.box.xyxy(1, 1)]
-    if found.score is not None:
-        row["score"] = round(found.score, 5)
-    if found.expected is not None:
-        row["expected_box"] = [round(value, 2) for value in found.expected.xyxy(width, height)]
-    if found.spread is not None:
-        row["spread"] = [round(value * side, 2) for value, side in zip(found.spread, 2 * (width, height), strict=True)]
-    if found.codes is not None:
-        row["codes"] = list(found.codes)
-    if found.mask is not None:
+    row: dict[str, Any] = {"label": item.label}
+    if item.box is not None:
+        row["box"] = [round(value, 2) for value in item.box.xyxy(width, height)]
+        row["box_normalized"] = [round(value, 5) for value in item.box.xyxy(1, 1)]
+    if item.score is not None:
+        row["score"] = round(item.score, 5)
+    if item.expected is not None:
+        row["expected_box"] = [round(value, 2) for value in item.expected.xyxy(width, height)]
+    if item.spread is not None:
+        row["spread"] = [round(value * side, 2) for value, side in zip(item.spread, 2 * (width, height), strict=True)]
+    if item.codes is not None:
+        row["codes"] = list(item.codes)
+    if item.mask is not None:
         from paligemma.objects.masks import to_rle  # imports numpy
 
-        row["mask"] = to_rle(found.mask)
-    return row | {"problems": list(found.problems)}
+        row["mask"] = to_rle(item.mask)
+    return row | {"problems": list(item.problems)}

@@ -15,7 +15,7 @@ def make_cache(batch=3, slots=6):
 
 def test_slices_share_the_memory():
     cache = make_cache()
-    cache[1:].fill(torch.tensor([2, 5]))
+    cache[1:].set_lengths(torch.tensor([2, 5]))
     assert cache.lengths.tolist() == cache.host_lengths.tolist() == [0, 2, 5]
     cache[1:2].keys.fill_(7)
     assert (cache.keys[:, 1] == 7).all() and not cache.keys[:, 0].any() and not cache.keys[:, 2].any()
@@ -23,7 +23,7 @@ def test_slices_share_the_memory():
 
 def test_a_slice_reads_as_many_slots_as_its_own_rows_have():
     cache = make_cache()
-    cache.fill(torch.tensor([2, 2, 5]))
+    cache.set_lengths(torch.tensor([2, 2, 5]))
     first = cache[:2]
     first.reserve()
     first.lengths.add_(1)
@@ -35,7 +35,7 @@ def test_a_slice_reads_as_many_slots_as_its_own_rows_have():
 
 def test_a_token_too_many_is_refused_and_changes_nothing():
     cache = make_cache(batch=2, slots=3)
-    cache.fill(torch.tensor([1, 3]))
+    cache.set_lengths(torch.tensor([1, 3]))
     with pytest.raises(ValueError, match="a row would hold 4 tokens, but the cache has 3 slots"):
         cache.reserve()
     assert cache.lengths.tolist() == cache.host_lengths.tolist() == [1, 3] and cache.slots_read == 3
@@ -43,7 +43,7 @@ def test_a_token_too_many_is_refused_and_changes_nothing():
 
 def test_a_row_moves_and_a_smaller_cache_is_copied():
     cache = make_cache(slots=4)
-    cache.fill(torch.tensor([1, 2, 3]))
+    cache.set_lengths(torch.tensor([1, 2, 3]))
     cache.keys.copy_(draw(*cache.keys.shape))
     cache.values.copy_(draw(*cache.values.shape, seed=1))
     cache.move_row(2, 0)
@@ -58,7 +58,7 @@ def test_a_row_moves_and_a_smaller_cache_is_copied():
 
 def test_a_fixed_view_reads_as_many_slots_as_it_was_told_and_always_makes_a_mask():
     cache = make_cache()
-    cache.fill(torch.tensor([2, 2, 2]))
+    cache.set_lengths(torch.tensor([2, 2, 2]))
     view = cache.fixed(5)
     assert view.mask().int().tolist() == [[[[1, 1, 0, 0, 0]]]] * 3
     k = draw(3, 2, 1, 16)

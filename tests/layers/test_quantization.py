@@ -447,7 +447,7 @@ def decode(model: nn.ModuleDict, window: int | None = None) -> torch.Tensor:
     decoder, ids = model.language_model, torch.randint(0, 160, (3, 9), generator=torch.Generator().manual_seed(1))
     embed = decoder.model.embed_tokens
     cache = KVCache(decoder.model.config, 3, 12, device=torch.device("cpu"), dtype=embed(ids).dtype)
-    cache.fill(torch.tensor([9, 6, 4]))
+    cache.set_lengths(torch.tensor([9, 6, 4]))
     causal = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
     decoder.model(embed(ids), torch.arange(1, 10).expand(3, 9), causal, cache)
     logits = []

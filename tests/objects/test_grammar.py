@@ -129,7 +129,7 @@ def test_the_ids_of_every_valid_answer_are_accepted(processors, name, with_masks
         assert first_refused(grammar, ids) is None
         # With the smallest limit at which the longest label fits where the last object begins, the answer is still accepted.
         last = len(processor.encode(suffix_of(objects[:-1]) + " ; ")) if len(objects) > 1 else 0
-        limit = last + grammar.object_length if objects else 1
+        limit = last + grammar.max_last_object_length if objects else 1
         assert first_refused(grammar, ids, limit) is None
         if objects:
             assert first_refused(grammar, ids, limit - 1) is not None
@@ -205,7 +205,7 @@ def toy_language(grammar, labels, limit, most):
         for objects in itertools.permutations(pairs, count):
             generated, fits = [], True
             for i, (box, label) in enumerate(objects):
-                fits = fits and len(generated) + grammar.object_length <= limit
+                fits = fits and len(generated) + grammar.max_last_object_length <= limit
                 last, followed = labels[label]
                 generated += [grammar.location_ids[v] for v in box] + list(last if i == count - 1 else followed)
             if fits:
@@ -252,7 +252,7 @@ def test_exactly_the_answers_of_the_definition_are_allowed(labels, limit, most):
     grammar = Grammar(range(10, 12), range(20, 22), 1, tuple(endings), max_objects=most)
     expected = toy_language(grammar, labels, limit, most)
     assert all_answers(grammar, limit, len(expected)) == expected
-    assert len(expected) > 1 or limit < grammar.object_length
+    assert len(expected) > 1 or limit < grammar.max_last_object_length
 
 
 # Any logits
@@ -273,7 +273,7 @@ class Noise(torch.nn.Module):
         return kind(GemmaConfig(9, 2, 2, 1, 1, 1, head_dim=2), batch, slots, device=torch.device("cpu"), dtype=torch.float32)
 
     def prefill(self, cache, attention_mask, **_):
-        cache.fill(attention_mask.sum(1))
+        cache.set_lengths(attention_mask.sum(1))
         return self.draw(len(cache.lengths), self.config.text_config.vocab_size)
 
     def decode(self, cache, _tokens):
