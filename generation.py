@@ -86,7 +86,7 @@ class Sampling:
         top_p: draw from the smallest set of likeliest tokens whose probabilities sum to at least top_p (arXiv:1904.09751); None =
             from all tokens.
         top_k: draw from the k likeliest tokens; None = from all tokens. top_k is applied before top_p.
-        seed: the same seed gives the same answers; None = another seed each time. Row i of a batch uses seed + i, so that its
+        seed: the same seed gives the same answers; None = a new seed each time. Row i of a batch uses seed + i, so that its
             answer does not depend on the other rows.
     Raises: GenerationError with exit code 2 for a value out of range.
     """

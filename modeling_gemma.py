@@ -261,7 +261,8 @@ class GemmaEmbedding(nn.Embedding):
     """Converts token ids to vectors and, with the same matrix, vectors to logits.
 
     Token vectors are multiplied by sqrt(D). As in transformers, sqrt(D) is first rounded to the dtype of the weights (45.2548...
-    becomes 45.25 in bfloat16). Picture vectors are not multiplied; they do not pass through this class.
+    becomes 45.25 in bfloat16). Picture vectors are not multiplied, because they do not pass through this
+    class.
     """
 
     def forward(self, input_ids: Tensor) -> Tensor:

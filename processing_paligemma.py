@@ -6,9 +6,9 @@ One row of a batch, and its token_type_ids:
     0       ...       0   0       0 ... 0   0     1 ... 1   1
 
 The P image tokens of each picture always come first, even if <image> is written elsewhere in the prompt. The newline is a
-separate token. The answer is given only for training. Rows are padded on the left to the length of the longest row. The token ids
-are not constants: checkpoints/processor_files.py reads them from the checkpoint. tokenization.py turns text into ids and back.
-In names, a picture is called "image" and an answer "suffix", as in transformers.
+separate token. The answer is given only for training. Rows are padded on the left to the length of the longest row. The ids of
+special tokens are not constants: checkpoints/processor_files.py reads them from the checkpoint. tokenization.py turns text into
+ids and back. In names, a picture is called "image" and an answer "suffix", as in transformers.
 
 Sources: PaliGemma (arXiv:2407.07726, section 3.2), big_vision's configs/proj/paligemma/transfers/common.py (the newline),
 transformers' PaliGemmaProcessor (which gives the same pixels and ids). Checked in tests/test_processing_paligemma.py.

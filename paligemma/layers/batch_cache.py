@@ -38,7 +38,7 @@ class BatchCache(KVCache):
         super().set_lengths(self.host_lengths)
 
     def reserve(self) -> None:
-        self.set_slots_read(self.host_lengths)  # rows may have been filled or moved through another slice
+        self.set_slots_read(self.host_lengths)  # rows may have been set or moved through another slice
         super().reserve()
         self.host_lengths += 1
 
