@@ -75,7 +75,7 @@ def draw_patches(model: PaliGemmaForConditionalGeneration, pixels: Tensor) -> No
     as_product = F.linear(cuts, embedding.weight.flatten(1), embedding.bias)  # [P, D]
     as_convolution = embedding(pixels[None])[0].flatten(1).T
     gap = (as_product - as_convolution).abs().max().item()
-    print(f"patches: {len(cuts)} of {cuts.shape[1]} numbers; convolution and matrix product differ by at most {gap:.0e}")
+    print(f"{len(cuts)} patches, each with {cuts.shape[1]} numbers; convolution and matrix product differ by at most {gap:.0e}")
 
 
 def right_captions(model: PaliGemmaForConditionalGeneration, processor: PaliGemmaProcessor, factors: list[float]) -> list[float]:

@@ -136,7 +136,7 @@ def speed_table() -> str:
                 f"{document['machine']}, {document['threads']} threads; transformers {versions['transformers']}, "
                 f"torch {versions['torch']}; medians:",
                 "",
-                "| times as fast as transformers in bf16 | bf16 | int8 | int4 | command |",
+                "| times as fast as transformers in bf16; the last two rows are shares | bf16 | int8 | int4 | command |",
                 "|---|---|---|---|---|",
                 *lines,
                 "",

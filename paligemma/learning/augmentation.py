@@ -45,19 +45,19 @@ def zoom(picture: Image.Image, suffix: str, seed: tuple) -> tuple[Image.Image, s
         suffix: an answer. If it cannot be parsed completely, picture and answer are returned unchanged.
         seed: a tuple of numbers.
     """
-    reading = parse_text(suffix)
-    if set(reading.problems) - {NO_LABEL} or any(obj.box is None for obj in reading.objects):
+    parsed = parse_text(suffix)
+    if set(parsed.problems) - {NO_LABEL} or any(obj.box is None for obj in parsed.objects):
         return picture, suffix
     rng = random.Random(repr(seed))
     whole = NormalizedBox(0.0, 0.0, 1.0, 1.0)
-    boxes = [obj.box for obj in reading.objects] or [whole]
+    boxes = [obj.box for obj in parsed.objects] or [whole]
     top, left, bottom, right = window(boxes, rng)
     width, height = picture.size
     edges = [round(left * width), round(top * height), round(right * width), round(bottom * height)]
     edges[2:] = max(edges[2], edges[0] + 1), max(edges[3], edges[1] + 1)
     shown = Image.new("RGB", (edges[2] - edges[0], edges[3] - edges[1]), GREY)
     shown.paste(picture, (-edges[0], -edges[1]))
-    return shown, to_suffix(move(obj, edges, width, height) for obj in reading.objects) if reading.objects else suffix
+    return shown, to_suffix(move(obj, edges, width, height) for obj in parsed.objects) if parsed.objects else suffix
 
 
 def move(obj: ParsedObject, edges: list[int], width: int, height: int) -> ParsedObject:

@@ -72,5 +72,5 @@ def draw_curves(lines: Sequence[dict], file: Path) -> None:
     if curves:
         top = max(1.0, *(y for points in curves.values() for _, y in points))
         scored = next((line["scored"] for line in reversed(lines) if isinstance(line.get("scored"), str)), "examples")
-        draw_plot(drawing, 40 + HEIGHT + GAP, f"scores on {scored} of the validation data", curves, last_step, (0.0, top))
+        draw_plot(drawing, 40 + HEIGHT + GAP, f"validation scores on {scored}", curves, last_step, (0.0, top))
     drawing.save(file)

@@ -70,7 +70,7 @@ WARNINGS = {  # problem of an answer, from objects/outputs.py -> text of the war
     LONG_MASK: "a mask of more than sixteen <seg> tokens",
 }
 MAX_SWAPPED = 0.2  # if a larger fraction of the boxes has swapped corners, the file probably uses another order of coordinates
-MAX_PROMPTS = 50  # a file with at most 50 different prompts uses fixed prompts, which the validation file should use, too
+MAX_PROMPTS = 50  # if the training file has at most 50 different prompts, other prompts in the validation file give a warning
 NUM_THREADS = 4  # for checking pictures; images.MEMORY limits the memory of all threads together
 GOLDEN_RATIO = 0.5 + 5**0.5 / 2
 # Matches the last sentence of an error message, which is removed, because it may recommend flags that finetune does not have.
@@ -219,7 +219,8 @@ def check_links(path: Path, folder: Path) -> str | None:
     blobs = [snapshot.parent.parent / "blobs"] if snapshot else []
     if any(real.is_relative_to(place) for place in (root, *blobs)):
         return None
-    return f"{path} is a link that leads out of the dataset's folder; --image_dir names another folder for the pictures"
+    problem = f"{path} is a link that leads out of the dataset's folder"
+    return f"{problem}; use --image_dir to name the folder that contains the pictures"
 
 
 def read_lines(file: Path) -> Iterable[bytes]:
@@ -383,17 +384,17 @@ def check_texts(split: Split, processor: "PaliGemmaProcessor", max_text_tokens: 
             faults.append(Problem(split.file, example.line, text, count))
             continue
         split.warnings += [Problem(split.file, example.line, text) for text in text_warnings(example.prefix, example.suffix)]
-        reading = parse_text(example.suffix)
-        num_boxes += len(reading.objects)
-        num_swapped += sum(SWAPPED in obj.problems for obj in reading.objects)
+        parsed = parse_text(example.suffix)
+        num_boxes += len(parsed.objects)
+        num_swapped += sum(SWAPPED in obj.problems for obj in parsed.objects)
     if num_boxes and num_swapped / num_boxes > MAX_SWAPPED:
         text = f"{num_swapped} of {num_boxes} boxes have swapped corners: is their order x, y, width, height (YOLO, COCO)?"
         split.warnings.insert(0, Problem(split.file, 0, f"{text} The order of <loc> tokens is y_min, x_min, y_max, x_max"))
     with_boxes = (example for example in split.examples if LOCATION_OR_CODE.search(example.suffix))
     answers = {(example.image, example.prefix, example.suffix) for example in with_boxes}
     num_answers = Counter((image, prefix) for image, prefix, _ in answers)
-    if num_divided := sum(number > 1 for number in num_answers.values()):
-        have = f"{counted(num_divided, 'question')} {'have' if num_divided > 1 else 'has'}"
+    if num_split_questions := sum(number > 1 for number in num_answers.values()):
+        have = f"{counted(num_split_questions, 'question')} {'have' if num_split_questions > 1 else 'has'}"
         text = f"{have} boxes in several lines; join them into one answer with ' ; ', in the order that the model should generate"
         split.warnings.append(Problem(split.file, 0, text))
     if num_empty := sum(not example.suffix.strip() for example in split.examples):

@@ -59,9 +59,10 @@ class Judge:
             references.setdefault((example.image, example.prefix), []).append(example.suffix)
         questions = [*references]
         self.references = {questions[i]: references[questions[i]] for i in spread(len(questions), count)}
-        self.scored = sample_text(len(self.lines), len(examples.items), "line")
+        self.sample_description = sample_text(len(self.lines), len(examples.items), "line")
         if len(questions) != len(examples.items):
-            self.scored = f"{sample_text(len(self.references), len(questions), 'question')}; loss of {self.scored}"
+            asked = sample_text(len(self.references), len(questions), "question")
+            self.sample_description = f"{asked}; loss computed on {self.sample_description}"
         suffixes = [suffix for group in self.references.values() for suffix in group]
         self.scores = self.choose_scores(scores, suffixes)
         self.max_new_tokens = max(len(examples.processor.encode(suffix)) for suffix in suffixes) + 1 + EXTRA_TOKENS

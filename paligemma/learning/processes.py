@@ -40,13 +40,13 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def num_on_this_machine() -> int:
+def num_local_processes() -> int:
     """The number of processes of the run that share this machine's memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
 
 
 @contextmanager
-def group(device: "torch.device") -> Iterator[None]:
+def connect_processes(device: "torch.device") -> Iterator[None]:
     """Connects the processes within a `with` block. Raises: DeviceError if another process has ended."""
     if world_size() == 1:
         yield
@@ -112,7 +112,7 @@ def from_first(make: Callable[[], Value]) -> Value:
     return sent[0]
 
 
-def leave(code: int) -> int:
+def exit_process(code: int) -> int:
     """Ends this process if the run has several processes; otherwise returns the exit code.
 
     With several processes the interpreter must not shut down normally, because threads of torch.distributed sometimes call

@@ -1,7 +1,7 @@
 """A fine-tuning run: the memory that it needs, its updates with evaluations and checkpoints, and the model that it saves.
 
 Checked in tests/programs/test_finetune.py.
-Shapes: L tokens of a row, D model width, F MLP width, N query heads, V vocabulary size.
+Shapes: L tokens of a row, D model width, F MLP width, N query heads, T tokens of the answer, V vocabulary size.
 """
 
 import os
@@ -53,7 +53,8 @@ def memory_needed(model: nn.Module, plan: Plan, max_text_tokens: int, gradient_c
             activations += layer + part.num_hidden_layers * length * part.hidden_size * 4
         else:
             activations += part.num_hidden_layers * layer
-    logits = min(max_text_tokens, 64) * text.vocab_size * 4 * 3  # [L, V] of the answer, its softmax and its gradient
+    # An answer is assumed to have at most 64 tokens. Its logits, their softmax and their gradient are tensors of shape [T, V].
+    logits = min(max_text_tokens, 64) * text.vocab_size * 4 * 3
     model_bytes = trained * max(16 // world_size(), 4) + (total - trained) * bytes_per_weight
     copy_for_evaluation = total * bytes_per_weight
     return model_bytes + copy_for_evaluation + plan.micro_batch_size * (activations + logits)
@@ -133,7 +134,7 @@ class Run:
             # Every process holds the whole model and answers its share of the questions.
             values = self.judge(merged_model(self.trainer.model, self.trainer.plan.dtype))
             rounded = {name: round(value, 5) for name, value in values.items()}
-            yield self.write({"step": self.trainer.step} | rounded | {"scored": self.judge.scored})
+            yield self.write({"step": self.trainer.step} | rounded | {"scored": self.judge.sample_description})
         if self.log is not None:
             self.log.draw()
 

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 FREE_TO_CHANGE = (  # flags that may differ in a resumed run, because they do not change the weights
     "config", "output", "resume", "device", "evaluate_every", "save_every", "num_scored", "scores", "tensorboard", "debug",
     "verbose", "preview", "skip_bad",
-    # Files and folders are compared by their content (fingerprints), not by their paths.
+    # The training data and the model are compared by fingerprints, not by paths. valid and mask_codec only change the scores.
     "train", "valid", "image_dir", "mask_codec", "model_path", "base_model", "revision",
 )  # fmt: skip
 # These flags and the learning rates may differ in a resumed run, for instance after losses that are NaN. They change the weights.
@@ -173,7 +173,7 @@ def read_log(file: Path, step: int) -> list[dict]:
 
 
 def is_log_line(line: object) -> bool:
-    """Whether `Log.write` can have written this line: a step, and numbers, null, true, false, or the text "scored"."""
+    """Whether `Log.write` can have written this line: a step, numbers, null, true, false, and a short text named "scored"."""
 
     def is_possible(name: str, value: object) -> bool:
         if isinstance(value, float):

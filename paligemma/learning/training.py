@@ -67,7 +67,7 @@ def answer_losses(model: nn.Module, batch: dict, label_smoothing: float = 0.0) -
     Source: PaliGemma (arXiv:2407.07726), section 3.2.4; label smoothing as in big_vision.
     """
     inputs = (batch.get(key) for key in ("input_ids", "pixel_values", "attention_mask", "token_type_ids"))
-    x = model.hidden(*inputs, None)  # [B, L, D]
+    x = model.hidden(*inputs, image_features=None)  # [B, L, D]
     targets = batch["labels"][:, 1:].to(x.device)  # [B, L-1]
     is_answer = targets != IGNORE_INDEX  # [B, L-1]
     logits = model.language_model.logits(x[:, :-1][is_answer])  # [T, V]
@@ -195,7 +195,7 @@ class Plan:
     seed: int = 0
     dtype: torch.dtype = torch.bfloat16
 
-    def rate(self, step: int) -> float:
+    def schedule_factor(self, step: int) -> float:
         """The factor by which all learning rates are multiplied in update `step`, counted from 0."""
         warm = self.warmup * self.steps
         if step < warm:
@@ -294,7 +294,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.trained.values(), self.plan.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         is_skipped = not (math.isfinite(norm) and math.isfinite(loss))
-        factor = self.plan.rate(self.step)
+        factor = self.plan.schedule_factor(self.step)
         for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         if not is_skipped:

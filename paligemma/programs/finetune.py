@@ -27,7 +27,15 @@ from paligemma import machine
 from paligemma.errors import DatasetError, DeviceError, UsageError, counted
 from paligemma.files import expand_text, make_folder, stat_path
 from paligemma.learning import run_folder
-from paligemma.learning.processes import barrier, from_first, group, is_first, leave, num_on_this_machine, world_size
+from paligemma.learning.processes import (
+    barrier,
+    connect_processes,
+    exit_process,
+    from_first,
+    is_first,
+    num_local_processes,
+    world_size,
+)
 from paligemma.programs import commandline
 from paligemma.programs.config_file import read_config
 from paligemma.programs.options import PictureFlags, require
@@ -99,7 +107,8 @@ class Flags(PictureFlags):
         save_every: number of updates between two checkpoints; a checkpoint is also saved before each evaluation
         seed: seed of the order of examples, of augmentation and of dropout, from 0 to 2^31 - 1
         skip_bad: train without the lines that cannot be used, instead of stopping
-        preview: draw a page of examples as the model will see them, with boxes and masks from their tokens, and stop
+        preview: draw a page of examples as the model will see them, then stop; boxes and masks are decoded from the tokens of
+            the answers
         resume: continue from the last checkpoint in --output, or start if there is none
         tensorboard: also write a log for TensorBoard
         verbose: print more messages
@@ -294,7 +303,7 @@ def train(flags: Flags, device: "torch.device") -> None:
     # 3. The memory.
     plan = flags.plan(len(examples.items))
     needed_bytes = memory_needed(blueprint, plan, flags.max_text_tokens, flags.gradient_checkpointing)
-    needed_bytes *= num_on_this_machine() if device.type == "cpu" else 1
+    needed_bytes *= num_local_processes() if device.type == "cpu" else 1
     machine.require_memory(needed_bytes, device, "fine-tuning takes", ADVICE)
 
     settings = run_folder.settings_of(flags, splits[0].fingerprint(), checkpoint.fingerprint)
@@ -331,7 +340,7 @@ def train(flags: Flags, device: "torch.device") -> None:
         result = run.save_result(checkpoint, adapter, flags.revision)
         command = f"{commandline.command()} --model_path {result} --image_file_path PICTURE --prompt PREFIX"
         show(f"the result is in {result}. Try it: {command}")
-        # The first process still writes here, and torchrun would end it as soon as another process ends.
+        # Wait until the first process has written the result, because torchrun ends it as soon as another process ends.
         barrier()
 
 
@@ -351,9 +360,9 @@ def program(flags: Flags) -> None:
     machine.use_cores()
     machine.check_torch()
     device = machine.find_device(flags.device)
-    with group(device):
+    with connect_processes(device):
         train(flags, device)
 
 
 def main() -> int:
-    return leave(commandline.run(Flags, program))
+    return exit_process(commandline.run(Flags, program))

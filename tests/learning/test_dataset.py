@@ -217,7 +217,7 @@ def test_links_may_not_leave_the_folder(folder, tmp_path_factory):
     split = dataset.read_split(write(folder, *(GOOD | {"image": name} for name in names)))
     dataset.check_pictures(split)
     assert [example.image.name for example in split.examples] == ["a.png", "in.png"]
-    assert all("leads out of the dataset's folder; --image_dir" in fault.text for fault in split.faults)
+    assert all("leads out of the dataset's folder; use --image_dir" in fault.text for fault in split.faults)
     (tmp_path_factory.getbasetemp() / "link").unlink(missing_ok=True)
     (tmp_path_factory.getbasetemp() / "link").symlink_to(folder)  # the folder itself may be named by a link
     again = dataset.read_split(tmp_path_factory.getbasetemp() / "link" / "train.jsonl")

@@ -119,14 +119,15 @@ def test_a_sorted_file_is_scored_evenly_and_not_only_at_its_beginning(judge):
     made = judge(lines, count=100)
     kinds = [prefix.split()[0] for _, prefix in made.references]
     assert (kinds.count("color"), kinds.count("detect")) == (50, 50) and made.scores == ["exact", "anls", "map"]
-    assert made.lines == dataset.spread(1000, 100) and made.scored == "100 of 1000 lines, spread evenly"
+    assert made.lines == dataset.spread(1000, 100) and made.sample_description == "100 of 1000 lines, spread evenly"
 
 
 def test_the_number_of_questions_is_shown_if_lines_share_a_question(judge):
     lines = [(f"what {i // 2}", f"answer {i}") for i in range(20)]
-    assert judge(lines).scored == "10 of 10 questions; loss of 20 of 20 lines"
-    assert judge(lines, count=4).scored == "4 of 10 questions, spread evenly; loss of 4 of 20 lines, spread evenly"
-    assert judge(lines[:1]).scored == "1 of 1 line"
+    assert judge(lines).sample_description == "10 of 10 questions; loss computed on 20 of 20 lines"
+    text = judge(lines, count=4).sample_description
+    assert text == "4 of 10 questions, spread evenly; loss computed on 4 of 20 lines, spread evenly"
+    assert judge(lines[:1]).sample_description == "1 of 1 line"
 
 
 def test_the_loss_is_computed_on_the_chosen_lines(judge, monkeypatch):

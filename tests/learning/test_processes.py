@@ -16,9 +16,9 @@ from paligemma.errors import DatasetError
 from paligemma.learning import processes
 
 def program():
-    with processes.group(torch.device("cpu")):
+    with processes.connect_processes(torch.device("cpu")):
         rank = processes.rank()
-        assert (processes.world_size(), processes.num_on_this_machine(), processes.is_first()) == (2, 2, rank == 0)
+        assert (processes.world_size(), processes.num_local_processes(), processes.is_first()) == (2, 2, rank == 0)
         assert processes.gather(f"value {rank}") == ["value 0", "value 1"] and processes.sums(rank, 0.5) == [1, 1.0]
         assert processes.from_first(lambda: f"value {rank}") == "value 0"
         processes.barrier()
@@ -36,17 +36,17 @@ try:
     program()
 except DatasetError:
     print("reported", flush=True)
-    processes.leave(3)
-processes.leave(0)
+    processes.exit_process(3)
+processes.exit_process(0)
 """
 
 
 def test_one_process_is_alone(monkeypatch):
     monkeypatch.setenv("RANK", "1")  # left by another launcher: torchrun sets WORLD_SIZE, too
-    assert (processes.rank(), processes.world_size(), processes.num_on_this_machine()) == (0, 1, 1) and processes.is_first()
+    assert (processes.rank(), processes.world_size(), processes.num_local_processes()) == (0, 1, 1) and processes.is_first()
     assert processes.gather("x") == ["x"] and processes.sums(2, 0.5) == [2, 0.5] and processes.from_first(lambda: 3) == 3
-    assert processes.leave(7) == 7
-    with processes.group("cpu"):
+    assert processes.exit_process(7) == 7
+    with processes.connect_processes("cpu"):
         processes.barrier()
     with pytest.raises(DatasetError):
         processes.from_first(lambda: (_ for _ in ()).throw(DatasetError("no.")))

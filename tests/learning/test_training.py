@@ -186,7 +186,7 @@ def test_recomputed_activations_give_the_same_gradients():
 
 def test_the_rate_rises_and_falls():
     plan = training.Plan(steps=100, warmup=0.1)
-    rates = [plan.rate(step) for step in range(100)]
+    rates = [plan.schedule_factor(step) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 11) and rates[10] == 1 and rates[55] == pytest.approx(0.5) and rates[99] < 0.001
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
 
