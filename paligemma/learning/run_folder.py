@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 FREE_TO_CHANGE = (  # flags that may differ in a resumed run, because they do not change the weights
     "config", "output", "resume", "device", "evaluate_every", "save_every", "num_scored", "scores", "tensorboard", "debug",
     "verbose", "preview", "skip_bad",
-    # The training data and the model are compared by fingerprints, not by paths. valid and mask_codec only change the scores.
+    # The training data and the model are compared by fingerprints, not by paths. valid and mask_codec do not affect the weights.
     "train", "valid", "image_dir", "mask_codec", "model_path", "base_model", "revision",
 )  # fmt: skip
 # These flags and the learning rates may differ in a resumed run, for instance after losses that are NaN. They change the weights.
