@@ -188,6 +188,11 @@ def json_kind(value: object) -> str:
     return "an object" if isinstance(value, dict) else kinds.get(type(value), "a number")
 
 
+def refuse_nan_and_infinity(name: str) -> None:
+    """A hook for parse_json (parse_constant): Python's json accepts these three words, which are not JSON."""
+    raise ValueError(f"{name} is not a JSON number")
+
+
 def parse_json(content: bytes | str, max_bytes: int = MAX_JSON_BYTES, **hooks: Any) -> dict[str, Any]:
     """The object in a JSON text: a whole file, or one line of a JSONL file.
 

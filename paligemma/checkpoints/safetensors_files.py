@@ -45,6 +45,7 @@ from paligemma.files import (
     parse_json,
     read_json,
     read_regular,
+    refuse_nan_and_infinity,
     stat_path,
     sync_folder,
 )
@@ -120,6 +121,9 @@ def parse_unsigned(digits: str) -> int:
     return int(digits)
 
 
+HEADER_HOOKS = {"object_pairs_hook": no_duplicates, "parse_int": parse_unsigned, "parse_constant": refuse_nan_and_infinity}
+
+
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by name, after everything in the header was checked against the size of the file.
 
@@ -134,7 +138,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError(f"it has {size} bytes, and its header claims {length}")
-            header = parse_json(stream.read(length), MAX_HEADER_BYTES, object_pairs_hook=no_duplicates, parse_int=parse_unsigned)
+            header = parse_json(stream.read(length), MAX_HEADER_BYTES, **HEADER_HOOKS)
         about = header.pop("__metadata__", None)
         if about is not None and not (isinstance(about, dict) and all(isinstance(text, str) for text in about.values())):
             raise ValueError("its __metadata__ is not an object with texts as values")

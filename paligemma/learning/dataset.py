@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from paligemma.errors import DatasetError, PaliGemmaError, PromptError, counted
-from paligemma.files import JSONFault, is_file, is_folder, json_kind, parse_json, stat_path
+from paligemma.files import JSONFault, is_file, is_folder, json_kind, parse_json, refuse_nan_and_infinity, stat_path
 from paligemma.learning.augmentation import zoom
 from paligemma.objects.outputs import CUT_BOX, CUT_MASK, LONG_MASK, NO_AREA, SWAPPED, parse_text
 from paligemma.pictures.folders import picture_errors
@@ -150,10 +150,6 @@ class Record(dict):
         super().__init__(pairs)
         counts = Counter(name for name, _ in pairs) if len(pairs) > len(self) else {}
         self.repeated = [name for name, count in counts.items() if count > 1]
-
-
-def refuse_nan_and_infinity(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 JSON_HOOKS = {"object_pairs_hook": Record, "parse_int": Number, "parse_float": Number, "parse_constant": refuse_nan_and_infinity}

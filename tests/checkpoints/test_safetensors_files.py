@@ -51,6 +51,7 @@ def test_a_header_says_what_the_library_says(tmp_path):
         (b"\xff\xfe{}", b"", None, "not UTF-8"),
         (b"{nonsense", b"", None, "damaged"),
         (b"[1, 2]", b"", None, "not an object"),
+        (b'{"w": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0], "x": NaN}}', b"", None, "NaN is not a JSON number"),
         (b"[" * 100_000, b"", None, "recursion"),
         ({"w": 3}, b"", None, "not described"),
         ({"w": {"dtype": "F32"}}, b"", None, "not described"),
