@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 
 BUNDLED_PICTURE, BUNDLED_QUESTION = str(files.BUNDLED / "shapes.png"), "caption en"
 MAX_NEW_TOKENS = 100  # the default of --max_tokens_to_generate without a verb
-# A cheap first check, before the pictures are read. The exact limit follows from the context length, such as 31 at 224 pixels.
+# A cheap first check of the number of pictures, before they are read. The exact maximum depends on the context length: 31 for a
+# model with pictures of 224 pixels.
 MAX_PICTURES = 64
 ANSWER_ROOM = 64  # --truncate_prompt leaves room for this many tokens of the answer
 REPEATS = 3  # generation stops when the answer holds the same object this many times in a row

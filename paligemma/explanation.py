@@ -7,7 +7,7 @@
   with half of the weight kept on the residual path of each layer.
 - Which other tokens were likely? The most likely tokens at each position, and the entropy of the distribution.
 - Does the answer depend on the picture at all? The log-likelihood of the answer with this picture minus its log-likelihood with a
-  flat picture of the same mean colour.
+  blank picture of the same mean colour.
 
 The model's code does not use this file: hooks record the inputs of each attention module, and `decoder_weights` and
 `tower_weights` recompute the attention weights from these inputs. notes/looking.md measures how reliable the maps are.
@@ -58,7 +58,7 @@ class Token:
     Args:
         text: the vocabulary entry of the token, with the sign for a space replaced by a space.
         logprob: log-probability of the token, given picture, prompt and all tokens before it.
-        blank_logprob: its log-probability with a flat picture of the mean colour.
+        blank_logprob: its log-probability with a blank picture, which has the mean colour everywhere.
         entropy: entropy of the distribution over the vocabulary, in nats; 0 = certain, ln k = uniform over k tokens.
         alternatives: the most likely tokens at this position with their probabilities; they may include this token.
     """
@@ -326,7 +326,7 @@ def checked_row(inputs: dict[str, Any], token_ids: Sequence[int], model: PaliGem
 
 
 def read_tokens(logprobs: Tensor, blank_logprobs: Tensor, token_ids: list[int], processor: PaliGemmaProcessor) -> list[Token]:
-    """The tokens with their alternatives, from log-probabilities float32[T, V] with the picture and with a flat picture."""
+    """The tokens with their alternatives, from log-probabilities float32[T, V] with the picture and with a blank picture."""
     entropy = torch.special.entr(logprobs.exp()).sum(-1).tolist()
     best, ids = (values.tolist() for values in logprobs.topk(min(NUM_ALTERNATIVES, logprobs.shape[1])))
     tokens = []

@@ -88,7 +88,7 @@ def stat_path(path: str | os.PathLike[str], error_class: type[PaliGemmaError] = 
 def not_permitted(path: str | os.PathLike[str], error_class: type[PaliGemmaError]) -> PaliGemmaError:
     """The error for a file that may not be read.
 
-    Returns: an AccessError instead of a CheckpointError, because the file itself is not at fault; else an error of error_class.
+    Returns: an AccessError if error_class is CheckpointError, because the file is not damaged; otherwise an error of error_class.
     """
     denied = AccessError if error_class is CheckpointError else error_class
     return denied(f"{printable_path(path)} may not be read by this user. Change its permissions.", path=path)

@@ -304,7 +304,8 @@ class Annotator:
     language: str = "en"
     denominator: int = 1023
     sampling: "Sampling | None" = None
-    # Caches of one entry: the grammar of the latest labels, and the image features of the latest shared picture.
+    # Caches of one entry: the grammar of the latest labels, and the image features of the latest picture that two requests in a
+    # row asked about.
     grammars: "dict[tuple[str, str], Grammar]" = field(default_factory=dict, init=False)
     encoded: "tuple[Image.Image | None, torch.Tensor | None]" = field(default=(None, None), init=False)
 
@@ -323,7 +324,8 @@ class Annotator:
                 the output of the vision tower.
         Returns: an iterator of (index of the request, result), in the order in which the answers end.
         Raises: DeviceError as above, GenerationError for logits that are not finite, and any error that `requests` raises.
-            Before the error is raised, the results of requests that could not be started are yielded. Running requests get none.
+            Before the error is raised, the results of requests that could not be started are yielded. Requests that are
+            running at that time get no result.
         """
         queue = RequestQueue(self.load_pictures(requests))
         failed: deque[tuple[int, Result]] = deque()  # results of requests that could not be started
@@ -462,7 +464,7 @@ class Annotator:
         inputs: dict[str, Any] = self.processor.tokens([1], self.prompt_of(request))
         inputs |= self.picture_input(request, following)
         inputs["grammar"] = self.grammar(request)
-        only_row(inputs, self.model.config)  # raises here, so that this request fails and not all of generate_many
+        only_row(inputs, self.model.config)  # checks the inputs here, so that only this request fails, not all of them
         return inputs
 
     def picture_input(self, request: Request, following: Numbered | None) -> "dict[str, torch.Tensor | None]":

@@ -1,7 +1,7 @@
 """Draws objects into their picture: boxes, masks, labels and scores. Needs Pillow and numpy, but not torch.
 
-The widths of lines and the sizes of letters depend on the size of the picture. Each label has a colour; people with any colour
-vision can distinguish two neighbouring colours of the palette. An edge that the model is unsure of is dashed and gets an error
+The widths of lines and the sizes of letters depend on the size of the picture. Each label has a colour; colour-blind people,
+too, can distinguish two neighbouring colours of the palette. An edge that the model is unsure of is dashed and gets an error
 bar. Labels lie inside the picture and cover each other as little as possible. Checked in tests/objects/test_drawing.py.
 """
 
@@ -24,7 +24,7 @@ from paligemma.pictures.images import load_image
 Color = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom are exclusive
 
-# The colours of Okabe and Ito (jfly.uni-koeln.de/color) without black. People with any colour vision can distinguish them.
+# The colours of Okabe and Ito (jfly.uni-koeln.de/color) without black. Colour-blind people can distinguish them, too.
 PALETTE: tuple[Color, ...] = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
 )  # fmt: skip
@@ -36,7 +36,7 @@ MAX_LABEL = 200  # characters of a label that are drawn
 LABEL_SHARE = 0.25  # share of the picture that all labels may cover; if they need more, they shrink, then the last are left out
 FILL = 90  # opacity of a mask, from 0 to 255
 SEAM = 110  # opacity of the dark line around a frame, from 0 to 255
-UNSURE = 2  # line widths: an edge with a larger standard deviation is marked as unsure
+UNSURE = 2  # an edge is dashed if the standard deviation of its position is more than this many line widths
 DASH, GAP, CAP = 4, 3, 3  # length of a dash, of the gap after it, and of half an error bar's cap, in line widths
 SUPERSAMPLING = 4
 JOINER = "\u200d"  # zero-width joiner: invisible, combines several emoji into one

@@ -232,8 +232,8 @@ def output_files(names: Iterable[str], folder: Path, suffix: str, taken: Iterabl
     Args:
         names: of the pictures, all different.
         taken: paths that are used already.
-    Returns: different paths, even if case is ignored; no path is a folder above another path. 1.jpg and 1.png become 1.txt and
-        1.png.txt.
+    Returns: different paths, even if case is ignored; no file has the name of a folder that another file needs.
+        1.jpg and 1.png become 1.txt and 1.png.txt.
     """
 
     def key(path: Path) -> str:
@@ -244,7 +244,7 @@ def output_files(names: Iterable[str], folder: Path, suffix: str, taken: Iterabl
     others = {*map(key, taken)}
     paths = []
     for first, *rest in (part[common:] for part in parts):
-        is_taken = rest and key(folder / first) in others  # the pictures' folder has the name of YOLO's file classes.txt
+        is_taken = rest and key(folder / first) in others  # a folder of pictures is called classes.txt, like YOLO's file
         paths.append(folder.joinpath(f"{first}_" if is_taken else first, *rest))
     used = {*others, *(key(above) for path in paths for above in path.parents)}
     counters: dict[str, Iterator[int]] = defaultdict(lambda: count(2))  # so that many equal names do not take quadratic time

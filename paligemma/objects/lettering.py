@@ -80,7 +80,7 @@ class Font:
         return all(self.known[character] for character in text)
 
     def scale(self, size: float) -> float:
-        """The factor that converts lengths measured with `at(size)` to lengths at `size`: 1 unless it is a bitmap font."""
+        """The factor that converts lengths at the only size of a bitmap font to lengths at `size`; 1 for other fonts."""
         return size / self.bitmap_size if self.bitmap_size else 1
 
 

@@ -24,7 +24,7 @@ from paligemma.errors import ImageError, one_line
 
 MAX_PIXELS = 50_000_000
 MAX_STEPS = 500_000  # limit on the frames and parts of frames that are counted; a file can hold millions
-MAX_FRAME_PIXELS = 1_000_000_000  # limit on the pixels decoded to reach a frame, and over all scans of a JPEG
+MAX_FRAME_PIXELS = 1_000_000_000  # limit on the pixels decoded before the wanted frame, and on pixels times scans of a JPEG
 MAX_PPM_HEADER_BYTES = 1 << 16
 MAX_PPM_COMMENTS = 1000  # each comment makes Pillow search its buffer from the beginning again, which takes quadratic time
 MAX_SLOW_BYTES = 4 << 20  # the largest file of a format that Pillow decodes in Python, such as PPM written as text
@@ -229,6 +229,7 @@ def count_pages(data: bytes) -> tuple[int, bool]:
     """The number of pages of a TIFF, and whether all were counted. Pillow's own count takes quadratic time."""
     order = "<" if data[:1] == b"I" else ">"
     is_big = data[2:4] in (b"+\0", b"\0+")
+    # The bytes of an offset, the struct codes of a count and of an offset, and the bytes of an entry.
     size, head, tail, entry = (8, "Q", "Q", 20) if is_big else (4, "H", "I", 12)
     seen, steps = set(), 0
     try:

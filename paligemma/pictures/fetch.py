@@ -112,7 +112,7 @@ def connect(host: str, port: int, deadline: Deadline, refusal: str | None) -> tu
     """A connection to the first IP address of the host that accepts one, and whether this address is public.
 
     Args:
-        refusal: the reason why the address must be public, for the message; None if it may be in the local network.
+        refusal: the end of the message if all addresses are in the local network; None if such addresses are allowed.
     Raises: AccessError if a public address is needed and the host has none; OSError.
     """
     found = look_up(host, port, deadline)

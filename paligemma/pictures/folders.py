@@ -50,7 +50,7 @@ def in_folder(folder: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[s
     Hidden files, and files without a picture's suffix, are skipped.
 
     Args:
-        seen: identities of folders that are skipped. A folder that is reached twice (through a link) is listed only once.
+        seen: identities of the folders to leave out. A folder that is reached twice (through a link) is listed only once.
     Yields: paths that begin with `folder`. A folder that cannot be listed is yielded itself: reading it raises the error.
     """
     seen, unreadable = set(seen), []
@@ -318,7 +318,7 @@ def read_ahead(
         items: an iterable from which one item is taken at a time.
         get_source: returns the source of an item's picture, the argument of `read`.
         read: reads a picture; called in `threads` threads.
-        ahead: the number of items that are taken from `items`, to read their pictures, before the consumer needs them.
+        ahead: how many items are read in advance.
     """
     pool = Readers(read, threads)
     waiting: deque = deque()

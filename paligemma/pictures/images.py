@@ -74,8 +74,9 @@ def load_image(
 
     Args:
         source: a path, an http(s) or file: address, a data: URI, the bytes of a file, an open file, a PIL image (its current
-            frame is used), an array or a tensor (for shapes and values see rgb.from_array; the channels of a tensor come
-            first if they could come first or last), or a dict {"bytes": ..., "path": ...} of a Hugging Face dataset.
+            frame is used), an array or a tensor (for shapes and values see rgb.from_array; if the shape of a
+            tensor is ambiguous, its first axis is the channels), or a dict {"bytes": ..., "path": ...} of a Hugging Face
+            dataset.
         background: the colour that transparent pixels show; "drop" ignores transparency, as transformers' load_image does.
         ignore_exif: leave the picture as the camera stored it.
         max_pixels: a picture with more pixels is refused before they are decoded. None means 50 million for a file, and no
@@ -135,7 +136,8 @@ def turn(picture: Image.Image, number: int, is_turned: bool, ignore_exif: bool) 
         number: the EXIF orientation of the file.
         is_turned: whether Pillow has turned the picture upright already.
     """
-    is_as_wanted = is_turned != ignore_exif  # turned, and to be upright; or not turned, and to stay as stored
+    # The picture was turned and must be upright, or it was not turned and must stay as stored.
+    is_as_wanted = is_turned != ignore_exif
     if number not in UPRIGHT or is_as_wanted:
         return picture
     return picture.transpose((AS_STORED if is_turned else UPRIGHT)[number])

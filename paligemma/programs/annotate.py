@@ -131,7 +131,7 @@ def make_save_dir(flags: Flags) -> None:
     if flags.questions is not None and not picture_folders:
         picture_folders = (os.path.dirname(flags.questions) or ".",)
     for pictures in map(files.expand, picture_folders):
-        # The path of an absolute picture folder is repeated below --save_dir, see drawing_name.
+        # See drawing_name: the drawing of a picture /a/b/1.jpg is written to SAVE_DIR/a/b/1.jpg.png.
         drawing_folders = [files.file_key(path) for path in (folder, folder.joinpath(*path_parts(str(pictures))))]
         if os.path.isdir(pictures) and files.file_key(pictures) in drawing_folders:
             raise UsageError(f"--save_dir {flags.save_dir} would put drawings among the pictures. Choose another folder.")

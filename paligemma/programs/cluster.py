@@ -30,7 +30,7 @@ from paligemma.programs.options import require
 if TYPE_CHECKING:
     from paligemma.opened import Checkpoint
 
-LISTS_PER_WORKER = 4  # minimum number; short lists keep the other workers from waiting long at the end
+LISTS_PER_WORKER = 4  # at least about this many; with short lists, no worker waits long for the last one
 # Maximum length of a list, in multiples of --rows. Each list ends with a batch that is not full, so longer lists are faster.
 MAX_BATCHES_PER_LIST = 8
 STORE_BYTES = 256 << 20  # memory that Ray's processes share; rows need little
@@ -103,7 +103,7 @@ def ray_running(flags: Flags) -> Iterator[None]:
     """Connects to the cluster, or starts Ray on this machine and stops it afterwards. Raises: AccessError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error" if flags.verbose else "fatal")
-    if flags.address is None:  # otherwise Ray would store a token in ~/.ray
+    if flags.address is None:  # without this token, Ray would store one in ~/.ray
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray.data
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from paligemma.opened import Checkpoint
 
-READERS = 8  # maximum number of threads that decode pictures: twice as many as keep most GPUs busy
+READERS = 8  # maximum number of threads that decode pictures; half as many are enough to keep most GPUs busy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,7 +108,7 @@ class OutputFlags:
         read = [("the picture", file) for file in map(file_of, query.pictures) if file is not None]
         read += [(what, files.expand(file)) for what, file in inputs]
         files_in_new_folders = [("--export", file) for file in exported]
-        if len(exported) == 1:  # the folder of a single file must exist
+        if len(exported) == 1:  # no new folder is made for a single file, so its folder must exist
             outputs, files_in_new_folders = outputs + files_in_new_folders, []
         files.check_outputs(outputs, read, files_in_new_folders)
         for flag, names in drawn:
@@ -135,7 +135,7 @@ def check_numbered(flag: str, file: str) -> None:
 
     Raises: UsageError.
     """
-    if os.path.lexists(file) and not file.lower().endswith(".bmp"):  # BMP has no metadata, so no mark of this program
+    if os.path.lexists(file) and not file.lower().endswith(".bmp"):  # BMP has no metadata that could name this program
         from paligemma.objects.drawing import read_mark
 
         if read_mark(file) is None:

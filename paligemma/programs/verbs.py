@@ -127,7 +127,7 @@ def parse_positional(positional: tuple[str, ...]) -> Query:
     if not looks_like_picture(rest[0]):
         raise UsageError(f"{task} needs a picture first, but {rest[0]!r} is not an existing picture: {usage}.")
     count = next((i for i, word in enumerate(rest) if i and not is_further_picture(word, task)), len(rest))
-    # If the task needs a text, a last argument without folder and suffix, such as "cat", is this text, even if it names a file.
+    # If the task needs a text: the last argument is the text if it has no folder and no suffix, even if a file has this name.
     if count == len(rest) > 1 and task in REQUIRED_TEXT and is_bare(rest[-1]):
         count -= 1
     pictures = [name for word in rest[:count] for name in split_pictures(word)]
