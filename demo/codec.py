@@ -82,7 +82,7 @@ def draw_mask(kind: str, rng: np.random.Generator, max_angle: float = 0.0) -> np
     points = (points - points.min(axis=0)) / np.ptp(points, axis=0)
     width, height = (int(np.exp(rng.uniform(np.log(20), np.log(260)))) for _ in range(2))
     width = height if kind in shapes.KINDS else width
-    margins = rng.uniform(-0.5, 0.5, (2, 2))  # in pixels: how far rounding moved the box's corners
+    margins = rng.uniform(-0.5, 0.5, (2, 2))  # in pixels; simulate a box whose corners were rounded to whole pixels
     corners = margins[0] + points * (np.array([width, height]) + margins[1] - margins[0])
     mask = Image.new("L", (width, height))
     ImageDraw.Draw(mask).polygon([tuple(corner) for corner in corners - 0.5], fill=1)

@@ -82,7 +82,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Word:
-    """A word in capital letters. Its box begins at the pen position, a little to the left of the ink, and ends with the ink."""
+    """A word in capital letters. Its box is that of Pillow's getbbox: as high as the ink, and a little wider on both sides."""
 
     text: str
     font: str  # one of FONTS

@@ -148,6 +148,7 @@ def distributed_sigmoid_loss(image_embeds: Tensor, text_embeds: Tensor, scale: T
     rank = distributed.get_rank()
     blocks = all_gather_tensor_autograd(image_embeds, 0, distributed.group.WORLD).split(len(image_embeds))
     losses = (  # checkpoint: recomputes a block's logits in the backward pass instead of keeping them
+        # The offset len(block) means that no text of this process belongs to a picture of the block.
         checkpoint(sigmoid_loss, block, text_embeds, scale, bias, 0 if i == rank else len(block), use_reentrant=False)
         for i, block in enumerate(blocks)
     )

@@ -92,7 +92,7 @@ def explain_names(names: list[str]) -> str:
     distributed = [name for name in names if DISTRIBUTED_FILES.fullmatch(name)]
     cached = [cached_id(name) for name in names if name.startswith("models--")]
     inner = sorted({name.rpartition("/")[0] for name in shards})
-    if inner and "" not in inner:  # names with a folder occur for hub models only
+    if inner and "" not in inner:  # only a hub model's files have names such as sub/model.safetensors
         return f"is not a model, but its folders {listed(inner)} are. Download one of them and give its folder."
     if ADAPTER_NAME in shards:
         return f"holds an adapter, {ADAPTER_NAME}, without its {ADAPTER_CONFIG_NAME}. Copy {ADAPTER_CONFIG_NAME} into the folder."

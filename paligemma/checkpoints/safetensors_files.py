@@ -411,8 +411,9 @@ def write_shards(state: dict[str, Tensor], folder: Path, max_shard_bytes: int) -
 def replace_files(source: Path, folder: Path) -> None:
     """Moves a newly written checkpoint over the old one. An interruption never leaves a mixture that could be loaded.
 
-    Weights are moved first and config.json last. An outdated index is deleted before its shards. If shards are overwritten under
-    the same names, the old index is deleted first, so that nothing can be loaded until the new index is in place.
+    Weights are moved first and config.json last. If new shards have the names of old ones, the old index is deleted before
+    anything is moved, so that nothing can be loaded until the new index is in place. Of the old weights that remain after the
+    move, the index is deleted before its shards.
     """
     sync_folder(source)  # a full disk must be noticed before the first old file is replaced
     names = sorted(path.name for path in source.iterdir() if path.name != CONFIG_NAME)  # shards sort before their index

@@ -146,6 +146,7 @@ def build_config(raw: dict, generation: dict, folder: Path, tensors: Callable[[]
             layers = getattr(config, part).num_hidden_layers
             if layers > MAX_LAYERS:
                 raise ValueError(f"{part}.num_hidden_layers is {layers}; {MAX_LAYERS} is the limit.")
+        # From here on, errors are about generation_config.json. `ends`: the tokens that end an answer.
         file, ends = folder / GENERATION_CONFIG_NAME, generation.get("eos_token_id")
         if ends in (None, []):
             return config

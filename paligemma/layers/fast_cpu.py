@@ -18,8 +18,8 @@ from paligemma.layers.int_formats import CHUNK_WEIGHTS, GROUP, KERNEL_DTYPES
 from paligemma.layers.quantization import QuantizedLinear
 from paligemma.modeling_gemma import GemmaAttention, GemmaEmbedding, GemmaMLP, GemmaRMSNorm, KVCache
 
-# The largest number of rows of x for which our bfloat16 product is faster than torch's, by the bfloat16 instructions that the
-# processor has: products of matrices (AMX), dot products of pairs of numbers, or none.
+# The largest number of rows of x for which our bfloat16 product is faster than torch's. Key: the processor's bfloat16
+# instructions: "matrices" (products of matrices: AMX and Arm's), "pairs" (AVX-512's dot products of pairs), "nothing" (none).
 BF16_ROWS = {"matrices": 4, "pairs": 32, "nothing": 64}
 MIN_PARAMETERS = 2**24  # smaller models fit into the processor's cache, and compiling would only delay their first start
 
@@ -29,7 +29,10 @@ MIN_PARAMETERS = 2**24  # smaller models fit into the processor's cache, and com
 
 @functools.cache
 def bf16_instructions() -> str:
-    """The bfloat16 instructions of this processor, as a key of BF16_ROWS; "matrices" if the system does not list them."""
+    """The bfloat16 instructions of this processor, as a key of BF16_ROWS.
+
+    If the system does not list them, "matrices", so that torch computes all products except those with very few rows.
+    """
     flags = kernels.cpu_flags()
     if not flags or not flags.isdisjoint({"amx_bf16", "bf16", "svebf16"}):
         return "matrices"

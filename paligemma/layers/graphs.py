@@ -6,8 +6,8 @@ step that was recorded as a CUDA graph is started with one call. A graph has fix
 - Shapes are rounded up (`bucket`): rows to a power of two, slots to 256 times a power of two. Each pair (rows, slots) has
   its own `Step`.
 - The tokens are copied to the input buffer of the graph, and the logits are copied from its output buffer.
-- The lengths of the rows are on the device, and the graph increments them. Rows of the graph that are not in use write to the
-  slot that their next token will overwrite.
+- The lengths of the rows are on the device, and the graph increments them. A graph may have more rows than are decoded. Each
+  extra row writes into its next free slot, and its length is set back, so a later token overwrites what was written.
 
 After many thousand steps of one shape the step is compiled and recorded again: torch.compile fuses the operations between the
 matrix products, and generates its own matrix-vector kernels, as gpt-fast does. `Step.__call__` alone decides when.
@@ -34,8 +34,8 @@ from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
 SLOTS = 256  # a graph reads 256, 512, 1024, ... slots; the number of slots of a cache is a multiple of 256
 WARM_UP = 3  # steps that run normally before one is recorded: libraries initialise in them, and short answers need no graph
-# Steps of one shape before it is compiled. These steps take about as long as compiling may take, so compiling at most doubles the
-# total time.
+# Steps of one shape before it is compiled. They take about as long as compiling may take, so even if decoding ends right after
+# compiling, the total time is at most doubled.
 COMPILE_AFTER = 20_000
 COMPILED_SHAPES = 256  # torch refuses to compile more shapes than its recompile_limit, which is raised to this number
 # Attention with a soft cap is compiled for prompts of at least this length, the number of image tokens at 448 px. Shorter prompts
@@ -69,7 +69,8 @@ def record(work: Callable[[], Tensor], pool: object) -> tuple[Callable[[], None]
     Returns: a function that runs the graph, and the tensor to which the graph writes the result.
     """
     graph = torch.cuda.CUDAGraph()
-    # If recording fails, the outer `with` restores the stream. With "thread_local", other threads may allocate meanwhile.
+    # torch.cuda.graph does not restore the current stream if recording fails, so the outer block does. The mode "thread_local"
+    # lets other threads allocate memory during the recording.
     with torch.cuda.stream(torch.cuda.current_stream()):
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = work()
@@ -175,7 +176,7 @@ class Steps:
         """The step that decodes the first `used` rows, of which the longest has `slots_read` tokens."""
         rows = bucket(used, 1, len(self.cache.lengths))
         if bool((self.cache.host_lengths[used:rows] == self.cache.slots).any()):
-            rows = used  # a full row has no next slot that an unused row of the graph could write to
+            rows = used  # an extra row whose slots are all used has no free slot to write to
         shape = rows, bucket(slots_read, SLOTS, self.cache.slots)
         if shape not in self.steps:
             self.steps[shape] = Step(self.model, self.cache, *shape, self.pool, self.compile_after)
@@ -183,7 +184,7 @@ class Steps:
 
 
 class RecordedCache(BatchCache):
-    """A BatchCache that owns its recorded steps; slices of it share them. They are freed together with its memory."""
+    """A BatchCache that owns its recorded steps; slices of the cache share the steps. The steps are freed with the cache."""
 
     def __init__(self, model: "RecordedPaliGemma", batch: int, slots: int):
         super().__init__(model.config.text_config, batch, slots, device=model.device, dtype=model.dtype)

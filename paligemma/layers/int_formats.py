@@ -4,9 +4,9 @@ Stored per weight:
     int8  1 byte: w ~ scale * q, q in -127..127, one bfloat16 scale per output
     int4  0.5625 bytes: q in -8..7, one bfloat16 scale per 32 inputs of an output, chosen among candidates (see `round_groups`)
 
-Layout "tiles", on disk and on a CPU (LAYOUT 1): integers are stored unsigned, as q + 128 or q + 8, in blocks of 16 outputs, so
-that 16 running sums fill a vector and the lanes of a vector never need to be added up. A block consists of lines of 64 bytes. In
-the line with the number l, byte 4 o + j belongs to output o of the block and holds
+Layout "tiles", on disk and on a CPU (LAYOUT 1): integers are stored unsigned, as q + 128 or q + 8, in blocks of 16 outputs.
+Each lane of a 16-lane vector sums one output of the block, so the lanes never need to be added up. A block consists of lines of
+64 bytes. In the line with the number l, byte 4 o + j belongs to output o of the block and holds
     int8  input 4 l + j
     int4  input 8 l + j (low half of the byte) and input 8 l + 4 + j (high half)
 Outputs are padded with zeros to a multiple of 16, inputs to a multiple of 64 (int8) or 32 (int4).
@@ -53,8 +53,8 @@ def round_groups(w: Tensor) -> tuple[Tensor, Tensor]:
 
     The first candidate maps the weight of largest magnitude exactly to -8 (so a scale may be negative). Smaller scales clip that
     weight and round the others more finely. The best candidate's scale is then fitted to its integers, and the fitted scale is
-    used if its error is smaller still. Compared with scale = max / 7, the error for Gaussian weights falls from 9.7 to 8.2
-    percent.
+    used if its error is smaller still. Compared with scale = max / 7, the relative RMS error of Gaussian weights falls from
+    9.7 to 8.2 percent.
 
     Args:
         w: float32[..., 32].

@@ -13,7 +13,8 @@
 // Vectors are the compiler's own vector types (16 lanes on every machine). Only the dot products of bfloat16 and 8-bit
 // numbers use intrinsics.
 //
-// Shapes: B rows of x, O outputs and X inputs of one matrix, N query heads. Template parameters B, O and N are sizes of a tile.
+// Shapes: B rows of x, O outputs and X inputs of one matrix, N query heads. As template parameters, B, O and N count only what
+// one tile computes: rows, outputs (in int_tile: blocks of outputs) and query heads.
 
 #include <algorithm>
 #include <cmath>
@@ -179,7 +180,7 @@ typedef uint16_t Input;
 static inline F32 dot2(F32 acc, U32 w, const Input* x) {
     return (F32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)load<U32>(x));
 }
-#else  // x is converted to float32 (a bfloat16 is its upper half); of each 32 inputs, the even ones come before the odd ones
+#else  // x is converted to float32 (whose upper 16 bits are the bfloat16); of each 32 inputs, the even ones come first
 typedef float Input;
 static inline F32 dot2(F32 acc, U32 w, const Input* x) {
     acc += as_float(w << 16) * load<F32>(x);
@@ -203,7 +204,7 @@ static const Input* as_inputs(const uint16_t* x, int64_t count, int threads) {
 #endif
 }
 
-// Computes sums for B rows and O outputs; the next output is `stride` rows of w further on.
+// Computes sums for B rows and O outputs. Output c of the tile belongs to row c * stride of w: one row from each of O ranges.
 template <int B, int O> static void bf16_tile(const uint16_t* w, const Input* x, float* sums, int64_t stride, int64_t inputs) {
     F32 acc[B][O] = {};
     for (int64_t i = 0; i < inputs; i += 32) {
@@ -262,7 +263,7 @@ extern "C" void bf16_rms_norm(const uint16_t* x, const uint16_t* weight, uint16_
 
 // ---------------------------------------------------------------- attention of one new token per row
 
-const int TILE_HEADS = 4;  // maximum number of query heads in a task, which share a key head
+const int TILE_HEADS = 4;  // a task computes at most this many query heads, all of which use the same key head
 
 // The KV cache: the slots of one row and head are contiguous and have `width` numbers each.
 struct Cache {
@@ -304,7 +305,8 @@ static float exponentiate(float* scores, int64_t slots, const uint8_t* mask, flo
     return sum(total);
 }
 
-// Computes y[N][width] from q[N][width] for N query heads; `scores` has room for N times `slots`, rounded up to whole chunks.
+// Computes y[N][width] from q[N][width] for N query heads. `scores` has room for N rows; the length of a row is `slots` rounded
+// up to a multiple of CHUNK.
 template <int N>
 static void attend(const Cache& cache, const uint16_t* keys, const uint16_t* values, const Input* q, const uint8_t* mask,
                    float scale, float cap, float* scores, uint16_t* y) {
@@ -314,7 +316,7 @@ static void attend(const Cache& cache, const uint16_t* keys, const uint16_t* val
         bf16_rows<N>(keys + s * width, q, sums, std::min(CHUNK, cache.slots - s), width);
         for (int r = 0; r < N; r++) memcpy(scores + r * room + s, sums + r * CHUNK, CHUNK * sizeof(float));
     }
-    float share[N];
+    float share[N];  // 1 / sum of the exponentials
     for (int r = 0; r < N; r++) share[r] = 1 / exponentiate(scores + r * room, cache.slots, mask, scale, cap);
     for (int64_t i = 0; i < width; i += 32) {
         F32 even[N] = {}, odd[N] = {};
@@ -388,8 +390,8 @@ static inline I32 dot4(I32 acc, U32 w, int32_t x) {
 #endif
 }
 
-// Rows of x in 8 bits, with one scale per group of inputs. Sums begin at `start`, because the unsigned weights are stored with an
-// offset: as q + 128 (int8) or q + 8 (int4).
+// Rows of x in 8 bits, with one scale per group of inputs. Weights are stored with an offset, as q + 128 (int8) or q + 8 (int4),
+// which adds offset * sum(x) to each sum, so sums begin at `start` = -offset * sum(x).
 struct Rows {
     int8_t* q;
     float* scale;
@@ -421,7 +423,7 @@ static void quantize_group(const void* x, bool is_bf16, int64_t i, int weight_of
     rows.start[i / GROUP] = -weight_offset * input_sum;
 }
 
-// Computes sums for B rows, starting at `row`, and 16 outputs in each of O blocks; the next block is `stride` blocks further on.
+// Computes sums for B rows, starting at `row`, and 16 outputs in each of O blocks. Block c of the tile is block c * stride of w.
 template <int BITS, int GROUP, int B, int O>
 static void int_tile(const uint8_t* w, const uint16_t* scales, int64_t stride, Rows x, int64_t row, float* sums) {
     const int64_t inputs = x.inputs, bytes = 16 * inputs * BITS / 8;  // bytes of one block

@@ -139,7 +139,8 @@ def run_compiler(command: list[str], messages: Path) -> int:
         running = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=to, stderr=to, env=environment, start_new_session=is_group
         )  # fmt: skip
-        with suppress(ImportError, AttributeError, OSError, ValueError):  # Linux only; fails if the current limit is lower
+        # prlimit exists only on Linux. It raises ValueError if the compiler's limit is already lower, which is fine.
+        with suppress(ImportError, AttributeError, OSError, ValueError):
             import resource
 
             resource.prlimit(running.pid, resource.RLIMIT_FSIZE, (MAX_COMPILER_FILE_BYTES,) * 2)

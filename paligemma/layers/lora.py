@@ -66,7 +66,8 @@ def parsed_key(key: str) -> tuple[bool, re.Pattern | None, patterns.Pattern | No
     text = text.removeprefix("base_model.model.").removeprefix(r"base_model\.model\.")
     if re.fullmatch(r"[\w.]*", text):
         return is_whole, re.compile(text), None
-    pattern = patterns.Pattern(text)  # compiled without the prefix first, so that an error message shows the original text
+    # Compiled first without the (.*\.)? that is added below, so that an error message shows only the text of the key.
+    pattern = patterns.Pattern(text)
     return is_whole, None, pattern if is_whole else patterns.Pattern(rf"(.*\.)?({text})")
 
 

@@ -45,9 +45,9 @@ from paligemma.layers.int_formats import (
 )
 from paligemma.modeling_gemma import GemmaEmbedding
 
-# The value of "format" in quantization_config of config.json. We write no "quant_method": transformers ignores an unknown
-# quant_method and loads random matrices, but raises an error if there is none, which is what we want. The value is historical:
-# today the weights are stored in tiles, not in rows (see int_formats.LAYOUT).
+# The value of "format" in quantization_config of config.json. It is historical: today the weights are stored in tiles, not in
+# rows (see int_formats.LAYOUT). We write no "quant_method". Without one, transformers raises an error, as it should. With an
+# unknown one, it would load random matrices.
 FORMAT = "paligemma_rows"
 CONFIG_KEYS = ("quantization_config", "quantization", "compression_config")  # of transformers, MLX, compressed-tensors
 # Up to this many rows of x, a product on a CPU is limited by memory bandwidth, so torch's integer products are faster than
