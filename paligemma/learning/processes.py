@@ -1,7 +1,7 @@
 """The processes of a run: rank, world size and communication. Without torchrun there is one process, whose rank is 0.
 
 torchrun describes the processes in environment variables. So `rank` and `is_first` work before torch is imported, and before
-`group` connects the processes. Checked in tests/learning/test_processes.py.
+`connect_processes` connects the processes. Checked in tests/learning/test_processes.py.
 """
 
 import os
