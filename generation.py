@@ -126,8 +126,9 @@ def probabilities(logits: Tensor, temperature: float) -> Tensor:
         logits of a row are -inf, or if one of them is NaN, all tokens of the row get the same probability.
     """
     smallest, dtype = (1e-30, torch.float32) if logits.device.type == "mps" else (1e-300, torch.float64)
-    # At the smallest temperature, all tokens except the likeliest ones get probability 0. The largest logit is subtracted before
-    # the division, so that no quotient overflows.
+    # The temperature is limited to smallest ... 1 / smallest: a divisor of 0 or infinity would give NaN. At `smallest`, only the
+    # likeliest tokens have a probability above 0. The largest logit is subtracted before the division: a quotient that overflows
+    # is then -inf, which gives probability 0.
     logits = logits.to(dtype)
     gaps = (logits - logits.amax(-1, keepdim=True)).nan_to_num(nan=0)  # [B, V]
     return (gaps / min(max(float(temperature), smallest), 1 / smallest)).softmax(-1)  # [B, V]
@@ -174,8 +175,7 @@ def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     if top_p < 1 or sampling.top_k is not None:
         probs, ids = nucleus(logits, probs, top_p, sampling.top_k)  # [B, A], [B, A]
     cumulative = probs.cumsum(-1)
-    # Without this limit, a random number that is rounded up to 1 would select the index after the last interval, and thereby a
-    # token that was excluded.
+    # A random number that is rounded up to 1 would be in no interval: searchsorted would return an index after the last one.
     uniforms = uniforms.to(cumulative.dtype).clamp(max=1 - torch.finfo(cumulative.dtype).eps)
     uniforms = uniforms.to(cumulative.device, non_blocking=cumulative.is_cuda)
     thresholds = uniforms[:, None] * cumulative[:, -1:]  # [B, 1]

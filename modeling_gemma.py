@@ -146,8 +146,8 @@ class KVCache:
     def reserve(self) -> None:
         """Makes attention read one more slot, the slot of the next token. Raises ValueError if a row is full.
 
-        `lengths` is not changed here. The decoding step adds 1 to `lengths` on the device, so that a replayed
-        CUDA graph adds 1, too.
+        `lengths` is not changed here, but by the decoding step, which adds 1 on the device: replaying a CUDA graph repeats only
+        the operations on the device, so the addition must be one of them.
         """
         if self.slots_read == self.slots:
             raise ValueError(f"a row would hold {self.slots + 1} tokens, but the cache has {self.slots} slots per row.")

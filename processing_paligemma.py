@@ -161,7 +161,7 @@ def images_of_rows(images: object, num_rows: int, is_one_row: bool) -> list[list
     if entries is None:
         return [[images] for _ in range(num_rows)]
     lists = [as_list(entry) for entry in entries]
-    if is_one_row and lists == [None] * len(lists):
+    if is_one_row and lists == [None] * len(lists):  # one prompt and a flat list: all pictures belong to this prompt
         return [entries]
     if len(entries) != num_rows:
         raise ImageError(
@@ -261,10 +261,13 @@ class PaliGemmaProcessor(PromptTokenizer):
         """The model's inputs for a batch: processor(picture, "caption en").
 
         Args:
-            images: one picture, which is used for every prompt; or a list of pictures: if `text` is a str, all belong to this
-                prompt, and if `text` is a list, picture i belongs to prompt i; or a list of lists: the pictures in list i belong
-                to prompt i; or None. A picture is anything that load_image reads: a path, an address, bytes, an open file, a
-                PIL image, an array or a tensor.
+            images: the pictures. A picture is anything that load_image reads: a path, an address, bytes, an open file, a PIL
+                image, an array or a tensor.
+                - one picture: it is used for every prompt.
+                - a list of pictures, and `text` is a str: all pictures belong to this prompt.
+                - a list of pictures, and `text` is a list: picture i belongs to prompt i.
+                - a list of lists: the pictures in list i belong to prompt i.
+                - None: no pictures.
             text: a prompt or a list of prompts. White space at both ends is removed, and the newline is added. A prompt may
                 begin with one <image> per picture, as transformers requires.
             suffix: the answers for training, one per prompt. They are not changed.

@@ -201,8 +201,8 @@ class PaliGemmaConfig:
     def from_hf(cls, raw: dict[str, Any]) -> "PaliGemmaConfig":
         """Reads a whole config.json in the forms that transformers 4 and 5 write and that the published checkpoints use.
 
-        Two fields are ignored: the top-level `hidden_size`, because all files of PaliGemma 2 contain 2048, even if the decoder
-        has another width, and vision_config's `projection_dim`, because transformers replaces it by the top-level field.
+        Two fields are ignored. The top-level `hidden_size` is 2048 in all files of PaliGemma 2, even if the decoder has another
+        width. For vision_config's `projection_dim`, transformers uses the value of the top-level `projection_dim`.
         Raises: ValueError for another type of model, a missing or absurd number, or a setting that is not implemented.
         """
         if raw.get("model_type") != "paligemma":

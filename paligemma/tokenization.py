@@ -41,7 +41,7 @@ class TextStream:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def put(self, token_id: int) -> str:
-        """The complete characters that can be shown after this token; "" for an id that the tokenizer does not know."""
+        """The complete characters that can be shown after this token; "" for an id that is skipped or unknown."""
         is_known = 0 <= token_id < 2**32 and token_id not in self.skipped_ids  # tokenizers takes 32-bit ids only
         token = self.tokenizer.id_to_token(token_id) if is_known else None
         if token is None:
@@ -62,8 +62,8 @@ class PromptTokenizer:
     Args:
         tokenizer: a tokenizer like Gemma's, with <loc>, <seg> and <image>.
         ids: image_token_id, pad_token_id, bos_token_id, eos_token_id, newline_token_id.
-        context: the maximum number of tokens that the model can read. encode refuses a text that could not
-            fit even if each of its tokens were the longest token.
+        context: the maximum number of tokens that the model can read. encode refuses a text with more than context * (length of
+            the longest token) characters, because it has more than `context` tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, ids: dict[str, int], context: int):
@@ -128,7 +128,7 @@ class PromptTokenizer:
             encoding = self.tokenizer.encode(part, add_special_tokens=False)
             if self.reserved_tokens.keys().isdisjoint(encoding.ids):
                 ids += [(number, start + end) for number, (_, end) in zip(encoding.ids, encoding.offsets, strict=True)]
-            else:  # BPE merges can produce a reserved token, which must not be returned; the tokens of bytes are never merged
+            else:  # BPE merged characters into a reserved token, which must not be returned. Each byte gets its own token.
                 byte_ids = (self.tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in part.encode())
                 ids += [(number, start + len(part)) for number in byte_ids]
             start += len(part)

@@ -1,7 +1,7 @@
 """Reads, checks and writes the files of a processor (tokenizer.json and the image settings).
 
-The author of the files may be unknown, so each file is checked before it is used. An error that names the file is raised if the
-file would make a library panic, if it contains a regular expression (matching it may never end), or if it contradicts the model.
+The author of the files may be unknown, so each file is checked before it is used. A file is refused, with an error that names it,
+if it would make a library panic, contains a regular expression (matching may never end), or contradicts the model.
 Checked in tests/test_processing_paligemma.py.
 """
 
@@ -178,7 +178,9 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def would_panic(data: bytes, path: Path) -> bool:
-    """Whether the tokenizers library would panic on this tokenizer.json. Even a panic that is caught is printed to stderr.
+    """Whether the tokenizers library would panic on this tokenizer.json.
+
+    This is checked before loading, because a panic is printed to stderr even if Python catches it.
 
     Parsing the file in Python would make loading 50 % slower. Therefore the file is parsed only if a search in its bytes finds
     one of two suspicious names, or an escape that could hide such a name. "continuing_subword_prefix" is harmless if its value is
@@ -286,8 +288,8 @@ def find_ids(tokenizer: Tokenizer, tokenizer_config: dict, model: "ModelFiles", 
 
 
 def check_tokenizer(tokenizer: PromptTokenizer, model: "ModelFiles") -> None:
-    """Raises: TokenizerError unless <loc> and <seg> have consecutive ids, all ids fit into the embedding, and a text with two
-    spaces and with characters of several bytes does not change when it is encoded and decoded."""
+    """Checks that <loc> and <seg> have consecutive ids, that all ids fit into the embedding, and that encoding and decoding keep
+    a text with two spaces and with characters of several bytes. Raises: TokenizerError if a check fails."""
     path, num_rows = find_tokenizer_folder(model) / "tokenizer.json", model.config.text_config.vocab_size
     for kind, tokens in (("<loc>", LOCATION_TOKENS), ("<seg>", CODE_TOKENS)):
         ids = [tokenizer.loc_seg_ids[token] for token in tokens]
@@ -296,7 +298,7 @@ def check_tokenizer(tokenizer: PromptTokenizer, model: "ModelFiles") -> None:
     problem = None
     if tokenizer.vocab_size > num_rows:
         problem = f"has {tokenizer.vocab_size} tokens, but the model's embedding has only {num_rows} rows"
-    elif num_rows - len(tokenizer.unused_ids(num_rows)) < tokenizer.vocab_size:
+    elif num_rows - len(tokenizer.unused_ids(num_rows)) < tokenizer.vocab_size:  # fewer ids in use below num_rows than tokens
         problem = f"gives two tokens the same id, or has an id that is not below {num_rows}, the number of rows of the embedding"
     if problem is not None:
         raise TokenizerError(f"{path} {problem}. {DIFFERENT_MODELS}", path=path)

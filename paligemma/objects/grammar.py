@@ -4,13 +4,14 @@
 
 The four locations are y_min, x_min, y_max, x_max; y_max is never below y_min, and x_max never below x_min. A label is one of the
 labels in the question, and no label gets the same four locations twice. An object may begin only if there are enough tokens left
-for an object with the longest label and for eos. Therefore every answer ends with eos within its limit of tokens. The longest
-label counts because otherwise, near the limit, the model could choose only short labels, which may be wrong.
+for an object with the longest label and for eos. Therefore every answer ends with eos within its limit of tokens. With less
+room, only short labels would be allowed, and the right label might not be among them.
 
 Tokenizers merge characters across word boundaries, so the ids of " cat" followed by the ids of " ; " can differ from the ids of
 " cat ; ". The training answers were tokenised as a whole. Therefore each label is tokenised here together with the text after it:
-up to the next location (`followed`) or up to the end of the answer (`last`). These ids are called an ending of an object. The
-allowed tokens are the next ids of all endings that begin with the ids generated so far.
+up to the next location (`followed`) or up to the end of the answer (`last`). An ending of an object is the ids of its label and
+of what follows, the separator or eos. After the box and the mask codes, the allowed tokens are the next ids of all endings that
+begin with the ids generated so far.
 
 A `Grammar` belongs to a question and is shared by all its answers; a `ConstraintState` belongs to one answer. generation.py calls
 `allowed_tokens` of the state before it chooses a token, and `advance` afterwards. Neither method loops over the vocabulary.
@@ -146,8 +147,8 @@ class ConstraintState:
         self.num_label_tokens = 0
         self.endings: list[Ending] = []  # endings that begin with the label tokens generated so far
         self.labels_of: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)  # labels of each box so far
-        # Key: the first locations of a box. Value: the next locations that are not allowed, because every box that begins with
-        # key + value already has all labels.
+        # Key: the first locations of a box. Value: the excluded next locations. A next location is excluded if the answer already
+        # contains every box that begins with the key and this location, and each of these boxes with every label.
         self.excluded: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)
 
     def allowed_tokens(self) -> Tensor:
@@ -224,9 +225,9 @@ class ConstraintState:
     def exclude(self, box: tuple[int, ...]) -> None:
         """Excludes a box that has all labels, so that it is not generated again.
 
-        If every box with the same first locations is then excluded, these first locations are also excluded. Otherwise an answer
-        could contain first locations that no allowed location can follow: for example, only one box begins with <loc1023>
-        <loc1023> <loc1023>, and this box can be excluded.
+        If all locations that could come after the box's first three are then excluded, the third is excluded too, and so on up
+        to the first. Otherwise an answer could get stuck: for example, only one box begins with <loc1023> <loc1023> <loc1023>. If
+        this box is excluded, no fourth location is allowed, so the third must not be <loc1023> again.
         """
         for length in reversed(range(LOCATIONS_PER_BOX)):
             first = box[:length]

@@ -175,7 +175,9 @@ def trace(mask: np.ndarray) -> list[np.ndarray]:
             dx, dy = STEPS[direction]
             middles.append((x + dx / 2, y + dy / 2))
             x, y = x + dx, y + dy
-            turns = [(direction + turn) % 4 for turn in (1, 0, 3)]  # right first, because a right turn stays at the same pixel
+            # Where two pixels touch only at a corner, the outline could turn right or left. Right is tried first, because a right
+            # turn stays at the same pixel. This keeps the regions separate.
+            turns = [(direction + turn) % 4 for turn in (1, 0, 3)]
             direction = next((turn for turn in turns if steps[turn, y, x]), direction)
         if middles:
             outlines.append(np.array(middles))
