@@ -4,7 +4,8 @@
 
 A scene has one to four shapes that do not touch, on a background that is flat, a gradient, striped or noisy, and often a word
 in capital letters. Every question has exactly one right answer, which can be seen in the picture:
-- No two shapes are in the same column, so the order of captions and boxes, from left to right, is unambiguous.
+- The centres of two shapes differ horizontally by at least 0.08, so the order of captions and boxes, from left to right, is
+  unambiguous.
 - Questions about "the circle" are asked only if there is exactly one circle.
 - "where" questions are asked only about shapes well inside one of the nine fields of a 3 x 3 grid.
 
@@ -184,7 +185,7 @@ def place_word(scene: Scene, rng: np.random.Generator) -> Word | None:
 
 
 def make_scene(rng: np.random.Generator) -> Scene:
-    """A random scene. After the first shape, a third repeat the kind or colour of another, so there is something to count."""
+    """A random scene. A third of the later shapes repeat the kind or colour of an earlier one, so there is something to count."""
     boxes = place(rng, int(rng.integers(1, 5)))
     shapes: list[Shape] = []
     for x, y, side in boxes:

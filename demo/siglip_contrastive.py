@@ -53,7 +53,9 @@ class SiglipTextEmbeddings(nn.Module):
 
 
 class SiglipTextTransformer(nn.Module):
-    """The layers of the vision tower, applied to tokens. The vector of the last token, usually padding, represents the text.
+    """Layers like those of the vision tower, with their own weights, applied to tokens.
+
+    The vector of the last token, usually padding, represents the text.
 
     Args of forward:
         input_ids: int64[B, L], padded to the length used in training.

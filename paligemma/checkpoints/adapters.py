@@ -39,7 +39,7 @@ class Adapter:
     stored: dict[str, StoredTensor]  # by our parameter names
 
     def checked_scalings(self, model: nn.Module) -> dict[str, float]:
-        """The scaling factor of the update B A of each adapted module, by the name of the module.
+        """The scaling factor of the LoRA update (the matrix product B A) of each adapted module, by the name of the module.
 
         Raises: CheckpointError unless every tensor belongs to a matrix of this model.
         """

@@ -57,7 +57,7 @@ ALIGNMENT = 64  # the first tensor starts at a multiple of 64 bytes, so that vec
 MAX_HEADER_BYTES = 5_000_000  # the largest real header has 0.2 MB; at this limit even a hostile header is parsed within seconds
 MAX_NAME = 500  # characters of a tensor's name
 MAX_DIMENSIONS = 8
-RENAMED = {
+RENAMED = {  # the first bytes of a file in another format: what the file is
     b"PK": "an archive or a pickle of PyTorch that was renamed. " + CONVERT_PICKLE.removesuffix("."),
     b"GGUF": "a file of llama.cpp that was renamed. " + ONLY_SAFETENSORS.removesuffix("."),
     b"\x1f\x8b": "packed by gzip. Unpack it",
@@ -412,8 +412,8 @@ def replace_files(source: Path, folder: Path) -> None:
     """Moves a newly written checkpoint over the old one. An interruption never leaves a mixture that could be loaded.
 
     Weights are moved first and config.json last. If new shards have the names of old ones, the old index is deleted before
-    anything is moved, so that nothing can be loaded until the new index is in place. Of the old weights that remain after the
-    move, the index is deleted before its shards.
+    anything is moved, so that nothing can be loaded until the new index is in place. Old weight files that remain after the move
+    are deleted: first the old index, then its shards.
     """
     sync_folder(source)  # a full disk must be noticed before the first old file is replaced
     names = sorted(path.name for path in source.iterdir() if path.name != CONFIG_NAME)  # shards sort before their index

@@ -4,8 +4,8 @@
 config.json describes is built without memory (on torch's "meta" device), and every name, dtype and shape in the headers of the
 files is compared with it. Then tensors are read one at a time: memory-mapped if the file has the wanted dtype, otherwise copied
 through a small buffer, and quantised if requested. So there are never two copies of the weights. If the folder holds a LoRA
-adapter, its updates B A are added to the matrices of its base model while these are read. Files spell the names of parameters in
-four ways, see parameter_names.py.
+adapter, its updates (matrix products B A, see layers/lora.py) are added to the matrices of its base model while these are read.
+Files spell the names of parameters in four ways, see parameter_names.py.
 
 A mapped file must not change while the model is in use: if another program shortens it, the system ends this program (SIGBUS).
 `save_model` never writes into an existing file but replaces it; a loaded model keeps using the old file.
@@ -68,7 +68,8 @@ LAYERS = {  # names of tensors in a layer; group 1 is the number of the layer
     "text_config": re.compile(re.escape(DECODER_LAYER) + "([0-9]{1,4})[.]"),
     "vision_config": re.compile(re.escape(TOWER_LAYER) + "([0-9]{1,4})[.]"),
 }
-SHAPE_FIELDS = (  # fields of config.json that follow from the shape of a tensor: (field, tensor, axis)
+# Fields of config.json that follow from the shape of a tensor: (field, tensor, axis). config_values converts some.
+SHAPE_FIELDS = (
     ("text_config.vocab_size", EMBEDDING, 0),
     ("text_config.hidden_size", EMBEDDING, 1),
     ("text_config.intermediate_size", f"{DECODER_LAYER}0.mlp.gate_proj.weight", 0),
@@ -129,7 +130,8 @@ def build_config(raw: dict, generation: dict, folder: Path, tensors: Callable[[]
     """The configuration of a model.
 
     Missing fields get the defaults of transformers (see from_hf), with two exceptions: image_size is computed from the weights,
-    and the tokens that end an answer are taken from generation_config.json first (as in transformers).
+    and the tokens that end an answer are taken from generation_config.json if it names them (as in transformers), else from
+    config.json.
 
     Args:
         raw, generation: content of config.json and of generation_config.json in `folder`.

@@ -18,8 +18,9 @@ from paligemma.layers.int_formats import CHUNK_WEIGHTS, GROUP, KERNEL_DTYPES
 from paligemma.layers.quantization import QuantizedLinear
 from paligemma.modeling_gemma import GemmaAttention, GemmaEmbedding, GemmaMLP, GemmaRMSNorm, KVCache
 
-# The largest number of rows of x for which our bfloat16 product is faster than torch's. Key: the processor's bfloat16
-# instructions: "matrices" (products of matrices: AMX and Arm's), "pairs" (AVX-512's dot products of pairs), "nothing" (none).
+# The largest number of rows of x for which our bfloat16 product is faster than torch's. The keys are the processor's bfloat16
+# instructions: "matrices" are products of matrices (AMX and Arm's), "pairs" are AVX-512's dot products of pairs, and a processor
+# with "nothing" has none.
 BF16_ROWS = {"matrices": 4, "pairs": 32, "nothing": 64}
 MIN_PARAMETERS = 2**24  # smaller models fit into the processor's cache, and compiling would only delay their first start
 
@@ -31,7 +32,8 @@ MIN_PARAMETERS = 2**24  # smaller models fit into the processor's cache, and com
 def bf16_instructions() -> str:
     """The bfloat16 instructions of this processor, as a key of BF16_ROWS.
 
-    If the system does not list them, "matrices", so that torch computes all products except those with very few rows.
+    If the system does not list them, the result is "matrices", so that torch computes all products except those with very few
+    rows.
     """
     flags = kernels.cpu_flags()
     if not flags or not flags.isdisjoint({"amx_bf16", "bf16", "svebf16"}):
@@ -145,7 +147,10 @@ def joint_product(x: Tensor, modules: tuple[nn.Module, ...], is_gated: bool = Fa
 
 
 class FastMLP(Fast, GemmaMLP):
-    """GemmaMLP with gelu(gate) * up in one kernel call. If torch computes the products, the kernel computes only gelu and *."""
+    """GemmaMLP with its first two products and gelu(gate) * up in one kernel call.
+
+    If torch computes the products, a kernel computes only gelu(gate) * up.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         gated = joint_product(x, (self.gate_proj, self.up_proj), is_gated=True)  # [B, L, F]

@@ -9,7 +9,7 @@ step that was recorded as a CUDA graph is started with one call. A graph has fix
 - The lengths of the rows are on the device, and the graph increments them. A graph may have more rows than are decoded. Each
   extra row writes into its next free slot, and its length is set back, so a later token overwrites what was written.
 
-After many thousand steps of one shape the step is compiled and recorded again: torch.compile fuses the operations between the
+After a `Step` has run many thousand times, it is compiled and recorded again: torch.compile fuses the operations between the
 matrix products, and generates its own matrix-vector kernels, as gpt-fast does. `Step.__call__` alone decides when.
 
 `use_graphs` enables all this for a model. tests/layers/test_graphs.py runs it on a CPU, with a fake graph. The parts that need a

@@ -204,7 +204,8 @@ static const Input* as_inputs(const uint16_t* x, int64_t count, int threads) {
 #endif
 }
 
-// Computes sums for B rows and O outputs. Output c of the tile belongs to row c * stride of w: one row from each of O ranges.
+// Computes sums for B rows and O outputs. The outputs are split into O ranges of `stride` rows of w; the tile computes one row of
+// each range.
 template <int B, int O> static void bf16_tile(const uint16_t* w, const Input* x, float* sums, int64_t stride, int64_t inputs) {
     F32 acc[B][O] = {};
     for (int64_t i = 0; i < inputs; i += 32) {
@@ -282,7 +283,7 @@ static void rotate(const uint16_t* x, const uint16_t* cos, const uint16_t* sin, 
 }
 
 // Replaces scores[slots] by e^(score - highest), or 0 where the mask is false, and returns their sum. `scores` must have room for
-// whole vectors.
+// `slots` rounded up to a multiple of 16.
 static float exponentiate(float* scores, int64_t slots, const uint8_t* mask, float scale, float cap) {
     F32 highest = F32{} - INFINITY, total = {};
     for (int64_t s = 0; s < slots; s += 16) {
@@ -423,7 +424,8 @@ static void quantize_group(const void* x, bool is_bf16, int64_t i, int weight_of
     rows.start[i / GROUP] = -weight_offset * input_sum;
 }
 
-// Computes sums for B rows, starting at `row`, and 16 outputs in each of O blocks. Block c of the tile is block c * stride of w.
+// Computes sums for B rows, starting at `row`, and 16 outputs in each of O blocks. The blocks of w are split into O ranges of
+// `stride` blocks; the tile takes one block of each range.
 template <int BITS, int GROUP, int B, int O>
 static void int_tile(const uint8_t* w, const uint16_t* scales, int64_t stride, Rows x, int64_t row, float* sums) {
     const int64_t inputs = x.inputs, bytes = 16 * inputs * BITS / 8;  // bytes of one block

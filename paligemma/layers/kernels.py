@@ -46,7 +46,7 @@ MIN_FREE_BYTES = 2**23  # must be free on the disk before compiling; several tim
 MAX_COMPILER_FILE_BYTES = 2**26  # limit for each file that a compiler writes: endless messages would fill the disk
 DIGEST = hashlib.sha256
 SLOWER = "decoding will be slower, with torch's own matrix products"  # the first words of messages about missing kernels
-OPEN: list[Iterator[Path]] = []  # keeps generators alive: when cache_folders ends, its temporary folder is deleted
+OPEN: list[Iterator[Path]] = []  # generators of cache_folders: one that is freed would delete the temporary folder it made
 
 
 @functools.cache
@@ -111,7 +111,7 @@ def set_private_compile_cache() -> None:
     """Sets a private cache folder for torch.compile. Another user could have created its default folder and put code into it."""
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         OPEN.append(folders := cache_folders())
-        with suppress(StopIteration):  # no folder can be written, which torch will report
+        with suppress(StopIteration):  # if no folder can be written, the variable stays unset
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(next(folders) / "inductor")
 
 

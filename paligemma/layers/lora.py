@@ -29,10 +29,10 @@ from paligemma.parameter_names import all_spellings
 
 PARTS = {"language": "language_model", "vision": "vision_tower"}
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
-OTHER_MODULES = {"lm_head", "embed_tokens", "patch_embedding", "position_embedding"}  # PEFT can also adapt or copy these
+OTHER_MODULES = {"lm_head", "embed_tokens", "patch_embedding", "position_embedding"}  # PEFT can adapt or copy these; we cannot
 # Keys of adapter_config.json that LoraConfig.from_peft reads, and keys that do not matter for a finished adapter because they say
-# how it was trained or which modules it changes (the names of the tensors show that as well). Any other key with a true value is
-# rejected, and the error names it.
+# how it was trained or which modules it changes (the names of the tensors show that as well). Any other key is rejected unless
+# its value is false, null, 0 or empty, and the error names it.
 ACCEPTED_KEYS = (
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "r", "lora_alpha", "lora_dropout", "use_rslora",

@@ -9,7 +9,7 @@ Checked against `re` in tests/layers/test_patterns.py.
 
 import re
 
-MAX_LETTERS = 1000  # letters of an expression
+MAX_LETTERS = 1000  # characters of an expression
 MAX_STATES = 2000  # states of the automaton of an expression; (a{1000}){1000} would have a million
 MAX_VISITS = 200_000  # visits to states while the sets of one expression are built; a long expression needs about 10,000
 MAX_DEPTH = 40  # nested brackets

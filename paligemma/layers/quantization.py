@@ -100,7 +100,8 @@ def product_of_row_layout(
     """x[B, X] @ w.T in the dtype of x, for weights in rows; used where our kernels are not available.
 
     Args:
-        int4pack: the same weights in the layout of to_int4pack, used if x has few rows. That product computes in bfloat16.
+        int4pack: the same weights in the layout of to_int4pack, for torch's int4 product, which is used on a CPU if x has few
+            rows. It computes in bfloat16.
     """
     if x.is_cuda and len(x) <= CUDA_SMALL_BATCH:
         return small_batch_product(x, packed, scales, kind)
@@ -169,7 +170,9 @@ class QuantizedLinear(nn.Module):
         return dequantize(self.integers(), scales, torch.float32)[: self.out_features, : self.in_features]
 
     def change_to_rows(self) -> None:
-        """Changes the layout from tiles to rows, for torch's operators. For int4 on a CPU, a second copy is kept.
+        """Changes the layout from tiles to rows, for torch's operators.
+
+        For int4 on a CPU, the weights are also kept in the layout of torch's int4 product (int4pack).
 
         Other threads may compute at the same time: `packed`, whose shape shows the layout, is set last.
         """
