@@ -125,7 +125,7 @@ def typed_prompts() -> Iterator[str]:
         import readline  # noqa: F401  (importing it gives input() its line editing and history)
     note("Ask about the picture; Ctrl-D ends.")
     while True:
-        is_echoed = is_terminal(sys.stdout)  # otherwise stdout would contain "> " between the answers
+        is_echoed = is_terminal(sys.stdout)  # if not, "> " goes to stderr: stdout holds only answers
         if not is_echoed:
             sys.stderr.write("> ")
             sys.stderr.flush()

@@ -56,7 +56,7 @@ class Token:
     """One token of the answer.
 
     Args:
-        text: the vocabulary entry of the token, with the sign for a space replaced by a space.
+        text: the vocabulary entry of the token, with "▁" (how the vocabulary writes a space) replaced by a space.
         logprob: log-probability of the token, given picture, prompt and all tokens before it.
         blank_logprob: its log-probability with a blank picture, which has the mean colour everywhere.
         entropy: entropy of the distribution over the vocabulary, in nats; 0 = certain, ln k = uniform over k tokens.
@@ -254,7 +254,7 @@ def split_words(token_ids: list[int], processor: PaliGemmaProcessor) -> list[tup
 
 
 def token_text(token_id: int, processor: PaliGemmaProcessor) -> str:
-    """The vocabulary entry of a token, with the sign for a space replaced by a space."""
+    """The vocabulary entry of a token, with "▁" (how the vocabulary writes a space) replaced by a space."""
     return (processor.tokenizer.id_to_token(token_id) or f"<{token_id}>").replace(SPACE, " ")
 
 

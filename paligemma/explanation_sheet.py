@@ -106,7 +106,10 @@ def with_boxes(picture: Image.Image, words: Sequence[Word]) -> Image.Image:
 
 
 def draw_card(sheet: Image.Image, x: int, y: int, picture: Image.Image, word: Word, tokens: Sequence[Token]) -> None:
-    """Draws the card of a word: map, probability, how many nats the picture adds, the alternatives to its least certain token."""
+    """Draws the card of a word.
+
+    It has the map, the probability, the nats that the picture adds, and the alternatives to the word's least certain token.
+    """
     width = picture.width
     heat = heat_map(picture, word.roll_out if word.gradient is None else word.gradient)
     sheet.paste(with_boxes(heat, [word]), (x, y))

@@ -189,7 +189,7 @@ def json_kind(value: object) -> str:
 
 
 def refuse_nan_and_infinity(name: str) -> None:
-    """A hook for parse_json (parse_constant): Python's json accepts these three words, which are not JSON."""
+    """A hook for parse_json (parse_constant): Python's json accepts NaN, Infinity and -Infinity, which are not JSON."""
     raise ValueError(f"{name} is not a JSON number")
 
 

@@ -55,7 +55,7 @@ PROMPTS = {
     "count": "answer en how many {text} are there?",
 }
 HUB_NAME = re.compile(r"paligemma2?[-_]\d+b[-_](pt|mix|ft[-_]([a-z0-9_-]+?))[-_](?:224|448|896)", re.IGNORECASE)
-# Prompts of fine-tuned checkpoints whose training prompts differ from PROMPTS. The ai2d checkpoint was trained with two spaces.
+# Prompts of fine-tuned checkpoints whose training prompts differ from PROMPTS. ai2d has two spaces after the language.
 FINE_TUNED_PROMPTS = {
     "ai2d": {"ask": "answer {language}  {text}"},
     "chartqa": {"ask": "{text}", "count": "how many {text} are there?"},
@@ -226,7 +226,7 @@ class RequestQueue:
     def __init__(self, requests: Iterable[Request]):
         self.source = pairwise(chain[Numbered | None](enumerate(requests), [None]))
         self.waiting: deque[Entry] = deque()  # requests that were put back
-        self.is_broken = False  # True if `requests` raised, because it cannot be continued then
+        self.is_broken = False  # True if the iterator `requests` raised an error; it then yields no more
 
     def __iter__(self) -> "RequestQueue":
         return self
@@ -304,8 +304,8 @@ class Annotator:
     language: str = "en"
     denominator: int = 1023
     sampling: "Sampling | None" = None
-    # Caches of one entry: the grammar of the latest labels, and the image features of the latest picture that two requests in a
-    # row asked about.
+    # Caches of one entry: the grammar of the latest labels, and the image features of the last picture that was used by two
+    # successive requests.
     grammars: "dict[tuple[str, str], Grammar]" = field(default_factory=dict, init=False)
     encoded: "tuple[Image.Image | None, torch.Tensor | None]" = field(default=(None, None), init=False)
 
@@ -433,7 +433,8 @@ class Annotator:
     ) -> Iterator[dict[str, Any]]:
         """The model's inputs for each request, made when a row is free. Requests that cannot be started go to `failed`.
 
-        Stops after `rows` failures, so that `run` yields their results before it waits for the next answer.
+        Ends after `rows` failures. generate_many then finishes the rows that are running and returns, and `run` yields the
+        results of the failed requests and continues with the next ones.
         """
         num_started = 0
         for entry in queue:

@@ -30,7 +30,7 @@ PALETTE: tuple[Color, ...] = (
 )  # fmt: skip
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 LINES, LETTERS = 1 / 190, 1 / 34  # line width and letter size, as fractions of sqrt(width * height) of the picture
-MIN_LETTER_WITH_ROOM = 12  # pixels: the lower limit of the letter size, unless labels must shrink to fit
+MIN_LETTER_WITH_ROOM = 12  # pixels: the smallest letter size before labels are shrunk
 MIN_LETTER = 7  # pixels: the smallest letters; a label that does not fit even then is cut
 MAX_LABEL = 200  # characters of a label that are drawn
 LABEL_SHARE = 0.25  # share of the picture that all labels may cover; if they need more, they shrink, then the last are left out

@@ -244,7 +244,7 @@ def output_files(names: Iterable[str], folder: Path, suffix: str, taken: Iterabl
     others = {*map(key, taken)}
     paths = []
     for first, *rest in (part[common:] for part in parts):
-        is_taken = rest and key(folder / first) in others  # a folder of pictures is called classes.txt, like YOLO's file
+        is_taken = rest and key(folder / first) in others  # for example, a folder with the name of YOLO's classes.txt
         paths.append(folder.joinpath(f"{first}_" if is_taken else first, *rest))
     used = {*others, *(key(above) for path in paths for above in path.parents)}
     counters: dict[str, Iterator[int]] = defaultdict(lambda: count(2))  # so that many equal names do not take quadratic time

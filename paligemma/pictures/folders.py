@@ -51,7 +51,7 @@ def in_folder(folder: str, seen: Collection[tuple[int, int]] = ()) -> Iterator[s
 
     Args:
         seen: identities of the folders to leave out. A folder that is reached twice (through a link) is listed only once.
-    Yields: paths that begin with `folder`. A folder that cannot be listed is yielded itself: reading it raises the error.
+    Yields: paths that begin with `folder`. A folder that cannot be listed is yielded too; file_version raises ImageError for it.
     """
     seen, unreadable = set(seen), []
     for current, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: unreadable.append(error.filename)):

@@ -87,7 +87,7 @@ def load_image(
         is_typed: whether a user typed the source. A source from a dataset may name files and public addresses, but no addresses
             in the local network, no file: addresses and no ~.
         notes: gets a sentence for every conversion and choice.
-        then: a function that is applied to the picture before its share of MEMORY_BYTES is released, such as one that resizes it.
+        then: a function, such as a resize, that is called while the full picture still counts towards MEMORY_BYTES.
     Returns: what `then` returns; without it, the picture.
     Raises: ImageError if the picture does not exist or is refused, AccessError if an address cannot be read, UsageError for
         options out of range.
@@ -136,7 +136,7 @@ def turn(picture: Image.Image, number: int, is_turned: bool, ignore_exif: bool) 
         number: the EXIF orientation of the file.
         is_turned: whether Pillow has turned the picture upright already.
     """
-    # The picture was turned and must be upright, or it was not turned and must stay as stored.
+    # True if Pillow has turned it and upright is wanted, or if it is unturned and must stay as stored.
     is_as_wanted = is_turned != ignore_exif
     if number not in UPRIGHT or is_as_wanted:
         return picture

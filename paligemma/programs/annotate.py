@@ -140,7 +140,10 @@ def make_save_dir(flags: Flags) -> None:
 
 
 def check_drawings(flags: Flags, folder: Path) -> None:
-    """Raises: UsageError if the folder holds the user's own pictures, which would be skipped: --save_dir is not searched."""
+    """Raises: UsageError if the folder holds a picture that this program did not draw.
+
+    --save_dir is not searched for pictures, so it would be skipped.
+    """
     from paligemma.objects.drawing import read_mark
 
     for picture in islice(folders.in_folder(str(folder)), MAX_CHECKED):

@@ -30,7 +30,7 @@ from paligemma.programs.options import require
 if TYPE_CHECKING:
     from paligemma.opened import Checkpoint
 
-LISTS_PER_WORKER = 4  # at least about this many; with short lists, no worker waits long for the last one
+LISTS_PER_WORKER = 4  # about this many or more; with short lists, workers wait less while another finishes the last list
 # Maximum length of a list, in multiples of --rows. Each list ends with a batch that is not full, so longer lists are faster.
 MAX_BATCHES_PER_LIST = 8
 STORE_BYTES = 256 << 20  # memory that Ray's processes share; rows need little
@@ -70,7 +70,7 @@ class Flags(JobFlags):
 
 
 class Worker:
-    """A process with the model. It gets questions and returns rows, both as JSON, because one text column is enough for Ray.
+    """A process with the model. It gets questions and returns rows, both as JSON, so that Ray needs only one text column.
 
     If the model cannot be loaded, the error is returned instead of rows, because Ray would retry forever after a raised error.
 

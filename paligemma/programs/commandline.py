@@ -1,4 +1,4 @@
-"""Command lines: Fire reads the flags of a dataclass; an error becomes one line and an exit code; also signals and output.
+"""Runs a command-line program: reads its flags with Fire, reports errors, handles signals and writes output.
 
 Fire by itself parses values as Python literals: "cat # dog" becomes "cat", "None" becomes None, and `--do_sample false` gives the
 string "false", which counts as true. Fire also reads "-" as a separator, and reports a mistyped flag only after the whole job.
@@ -53,7 +53,7 @@ class Interrupted(BaseException):
 
 
 def command(program: str = "") -> str:
-    """The command that starts inference.py or `program`, written as the user started this process, for help and messages.
+    """The command line for inference.py or `program`, in the form that the user typed, for help and messages.
 
     If the user typed "paligemma", this begins with "paligemma"; otherwise with "python -m paligemma" or "python inference.py".
     launch_inference.sh passes "bash launch_inference.sh" in the variable PALIGEMMA_COMMAND.
@@ -174,7 +174,7 @@ def is_on(name: str, argv: list[str]) -> bool:
 
 
 def described(flags: type, parameters: dict[str, inspect.Parameter]) -> list[str]:
-    """The lines of --help for the flags that this class documents itself."""
+    """The lines of --help for the flags in this class's own docstring."""
     from fire import docstrings
 
     documented = docstrings.parse(inspect.getdoc(flags)).args or []

@@ -314,7 +314,10 @@ def read_stdin() -> bytes:
 
 
 def find_picture(name: str) -> str | bytes:
-    """The path or address of a picture; for - the bytes from stdin. Raises: ImageError for a folder; UsageError for stdin."""
+    """The path or address of a picture; for - the bytes from stdin.
+
+    Raises: ImageError for a folder or if stdin is too large; UsageError if stdin is a terminal or closed.
+    """
     file = name if is_address(name) else files.expand_text(name)
     if os.path.isdir(file):
         raise ImageError(f"{name} is a folder. Name a picture in it, or give the folder to {command('annotate')}.", path=name)
