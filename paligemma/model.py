@@ -31,6 +31,7 @@ from paligemma.objects.mask_codec import MaskCodec, find_codec, load_codec
 from paligemma.objects.outputs import ParsedObject
 from paligemma.opened import open_checkpoint
 from paligemma.pictures.images import load_image
+from paligemma.pictures.names import DRAWABLE
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tasks import MAX_ANSWER_TOKENS, OBJECT_TASKS, Annotator, Request, Result, in_order, task_warning
 
@@ -118,13 +119,13 @@ class DetectionResult(Sequence[DetectedObject]):
         return drawing.draw(load_image(self._picture), self._parsed, style or drawing.Style())
 
     def save(self, path: str | os.PathLike[str], style: drawing.Style | None = None) -> None:
-        """Writes the drawing into a file. The ending of its name sets the format (.png, .jpg, .webp, .tif, .bmp and others).
+        """Writes the drawing into a file. The ending of its name, one of names.DRAWABLE, sets the format.
 
         Raises: UsageError for an unknown ending, OutputError if the file cannot be written, and the errors of `draw`.
         """
         file = files.expand(path)
-        if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
-            raise UsageError(f"{file} has no ending of a picture format. Give a name that ends in .png or .jpg.")
+        if file.suffix.lower() not in DRAWABLE:
+            raise UsageError(f"{file} cannot be written as a picture. Give a name that ends in {', '.join(DRAWABLE)}.")
         drawing.save(self.draw(style), file)
 
     def _repr_png_(self) -> bytes:
@@ -513,8 +514,6 @@ def load(
     if quantize_vision and quantize is None:
         raise UsageError("quantize_vision needs quantize, which is None. Add quantize='int8' or 'int4'.")
     model_path, base, codec_file = (None if path is None else files.as_text(path) for path in (name, base_model, mask_codec))
-    if model_path == "":
-        raise UsageError("name is ''. A folder or a hub id is needed; leave it out for the bundled model.")
     checkpoint = open_checkpoint(model_path, revision=revision, base_model=base)
     codec = find_codec(checkpoint.base, codec_file)
     with machine.memory_errors("loading the weights"):

@@ -37,4 +37,4 @@ def open_checkpoint(
     Args: as in weights.load_model.
     Raises: CheckpointError, TokenizerError, AccessError or UsageError.
     """
-    return Checkpoint(str(name or BUNDLED), revision, base_model)
+    return Checkpoint(str(BUNDLED if name is None else name), revision, base_model)

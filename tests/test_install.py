@@ -128,7 +128,7 @@ def test_the_installed_program_answers_from_an_empty_folder(installed):
     assert list(installed.empty.iterdir()) == []
 
 
-def test_modules_of_the_user_with_the_same_names_get_in_nobodys_way(installed, tmp_path):
+def test_modules_of_the_user_with_the_same_names_do_no_harm(installed, tmp_path):
     for name in ("errors", "files", "kernels", "inference", "modeling_gemma", "generation", "tasks"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('this is the {name}.py of the user')\n")
     script = "import paligemma; from paligemma import inference, tasks; from paligemma.layers import kernels; "

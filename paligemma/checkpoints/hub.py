@@ -180,12 +180,14 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     Args:
         revision: branch, tag or commit of a hub id, such as "bfloat16"; not allowed for a folder.
     Raises:
-        CheckpointError: the name is neither a folder nor a hub id. The message says what the name refers to instead, such as a
-            file or the address of a page.
+        CheckpointError: the name is empty, or neither a folder nor a hub id. The message says what the name refers to instead,
+            such as a file or the address of a page.
         UsageError: a revision is given for a folder.
         AccessError, OutputError: as `download`.
     """
     name = str(path_or_hub_id)
+    if not name:
+        raise CheckpointError(f"the name of the model is empty. Give a folder, or a hub id such as {EXAMPLE}.")
     path = expand(name)
     if is_folder(path):
         if revision is not None:

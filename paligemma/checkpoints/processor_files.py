@@ -163,13 +163,11 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise TokenizerError(f"{path} is not a tokenizer like Gemma's: {reason}. Download it again.", path=path)
     try:
         tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:  # tokenizers raises nothing more precise
+    except BaseException as error:  # tokenizers raises a plain Exception, or PanicException, which is not an Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         if len(content) <= files.MAX_JSON_BYTES:  # parsing a larger file in Python takes gigabytes of memory
             files.read_json(path, TokenizerError)  # raises an error with line and column if this is not JSON
-        raise TokenizerError(f"{path} is not a tokenizer: {one_line(error)}. Download it again.", path=path) from error
-    except BaseException as error:  # a panic in Rust, which is not an Exception
-        if type(error).__name__ != "PanicException":
-            raise
         raise TokenizerError(f"{path} is not a tokenizer: {one_line(error)}. Download it again.", path=path) from error
     check_components(tokenizer, path)
     tokenizer.no_truncation()  # a training script can leave these settings in the file

@@ -225,7 +225,7 @@ def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
     """modeling_gemma.attention with a soft cap, by torch's flex_attention. Compiled, it is one kernel and stores no scores."""
     from torch.nn.attention.flex_attention import flex_attention  # imported only when needed: it takes two seconds
 
-    def change(score: Tensor, row: Tensor, head: Tensor, query: Tensor, slot: Tensor) -> Tensor:  # noqa: ARG001  (flex_attention's signature)
+    def change(score: Tensor, row: Tensor, _head: Tensor, query: Tensor, slot: Tensor) -> Tensor:
         score = torch.tanh(score / cap) * cap
         return score if mask is None else torch.where(mask[row, 0, query, slot], score, -torch.inf)
 

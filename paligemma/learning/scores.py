@@ -8,6 +8,7 @@ CIDEr-D (arXiv:1411.5726), AP (COCO's evaluation, by pycocotools), mIoU of refer
 Imports neither torch nor a model. Checked in tests/learning/test_scores.py.
 """
 
+import importlib
 import math
 import re
 from collections import Counter
@@ -193,7 +194,7 @@ def clipped_cosine(candidate: dict[tuple, float], reference: dict[tuple, float])
 def pycocotools_problem() -> str | None:
     """None if pycocotools can be imported; otherwise a message that says how to install it."""
     try:
-        import pycocotools.coco  # noqa: F401 - a search for the package is not enough: the import fails if it was built for another numpy
+        importlib.import_module("pycocotools.coco")  # find_spec would not notice a package that was built for another numpy
     except (ImportError, ValueError):
         return "average precision (map) needs pycocotools. Install it: pip install pycocotools."
     return None

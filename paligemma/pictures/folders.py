@@ -216,7 +216,7 @@ def file_version(source: str) -> tuple[int, int, int] | None:
 
 @contextmanager
 def picture_errors(source: object) -> Iterator[None]:
-    """Turns every exception inside the block into a PaliGemmaError, so that one bad picture does not stop a long run.
+    """Turns every exception inside the block into a PaliGemmaError, because a long run must not stop at a bad picture.
 
     A PaliGemmaError stays as it is. Any other exception is a bug here or in a decoder, so it becomes an ImageError that asks the
     user for a report.
@@ -225,7 +225,7 @@ def picture_errors(source: object) -> Iterator[None]:
         yield
     except PaliGemmaError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a decoder raises must not end a run over many pictures
         name = source if isinstance(source, str) else "the picture"
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         message = f"reading {name} failed ({reason}). Save it as PNG, and please report this with the file."
@@ -245,6 +245,9 @@ def load(source: str | bytes, side: int | None, keeps_original: bool = False, is
     from paligemma.pictures.images import load_image, resize_to_square
     from paligemma.pictures.sources import read_bytes
 
+    def resize(picture: "Image.Image") -> tuple["Image.Image", tuple[int, int]]:
+        return (resize_to_square(picture, side) if side else picture), picture.size
+
     notes: list[str] = []
     try:
         with picture_errors(source):
@@ -252,7 +255,6 @@ def load(source: str | bytes, side: int | None, keeps_original: bool = False, is
             readable: object = source
             if keeps_original and isinstance(source, str) and is_address(source):  # so that it is downloaded only once
                 readable = {"bytes": read_bytes(source, is_typed)[0], "path": source}
-            resize = lambda picture: (resize_to_square(picture, side) if side else picture, picture.size)  # noqa: E731
             small, size = load_image(readable, is_typed=is_typed, notes=notes, then=resize, **options)
             if isinstance(source, str) and file_version(source) != before:
                 raise ImageError(f"{source} changed while it was read. Ask about it again.", path=source)

@@ -12,6 +12,7 @@ from paligemma import files
 from paligemma.errors import UsageError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".mpo")
+DRAWABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")  # formats in which a drawing can be saved
 MAX_NAME = 255  # the largest number of characters between two slashes that Linux, macOS and Windows allow
 
 

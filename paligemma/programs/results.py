@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from paligemma import files, machine
 from paligemma.errors import PaliGemmaError, UsageError
-from paligemma.pictures.names import file_of
+from paligemma.pictures.names import DRAWABLE, file_of
 from paligemma.programs import commandline
 from paligemma.programs.commandline import note, print_notes
 from paligemma.tasks import OBJECT_TASKS, Result
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from paligemma.objects.drawing import Style
     from paligemma.processing_paligemma import PaliGemmaProcessor
 
-DRAWABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 EXPORTABLE = {".json": "coco", ".xml": "voc", ".txt": "yolo", ".csv": "csv"}
 SEPARATOR = re.compile("[\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # line ends, and the tab between columns
 

@@ -346,12 +346,12 @@ def test_a_hub_that_is_down(ask):
 
 
 def test_no_network_is_told_fast_with_the_model_that_needs_none(tmp_path):
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        with closing(Asker(f"http://127.0.0.1:{nobody.getsockname()[1]}", tmp_path)) as ask:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        with closing(Asker(f"http://127.0.0.1:{server.getsockname()[1]}", tmp_path)) as ask:
             for is_silent in (False, True):  # first connections are refused; then they are accepted, but get no reply
                 if is_silent:
-                    nobody.listen()
+                    server.listen()
                 answer = ask("google/paligemma-3b-mix-224")
                 assert_refused(answer, "cannot be reached", "paligemma-3b-mix-224 is not in the cache", "paligemma/bundled")
                 assert answer["seconds"] < 10  # the timeout is 1 s; five tries would take a minute
@@ -443,6 +443,11 @@ def test_a_file_that_was_renamed_is_not_called_damaged(tmp_path, head, says):
     (tmp_path / "model.safetensors").write_bytes(head + b"x" * 100)
     with pytest.raises(CheckpointError, match=f"model.safetensors is .*{says}"):
         weights.find_tensors(tmp_path)
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_checkpoint(tmp_path / "model"))
+    assert "the name of the model is empty" in refusal("")
 
 
 @pytest.mark.parametrize("address", ["https://huggingface.co", "https://www.kaggle.com/models/google/paligemma", "s3://bucket/x"])

@@ -485,7 +485,7 @@ def test_position_embeddings_that_are_no_square_are_refused(tmp_path):
         weights.load_model(tmp_path)
 
 
-def test_what_nobody_reads_is_no_evidence_against_the_weights(tmp_path):
+def test_tensors_that_are_not_read_are_no_evidence_against_the_weights(tmp_path):
     unread = {"num_positions": 1024, "num_image_tokens": 9, "projection_dim": 7, "vision_use_head": True}
     raw = altered("vision_config", image_size=None, **unread) | {"vocab_size": 3, "hidden_size": 5}
     folder = write_checkpoint(tmp_path, tensors_of(), raw=raw)

@@ -32,7 +32,7 @@ MARK = re.compile(r'"@@RAW(\d+)@@"')
 
 
 def nasty_json(random: Random) -> str:
-    """The text of a JSON value that somebody's reader does not expect."""
+    """The text of a JSON value that a reader may not expect."""
     kind = random.random()
     if kind < 0.4:
         return random.choice(NUMBERS)

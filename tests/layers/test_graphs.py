@@ -331,7 +331,7 @@ def test_a_quantised_step_compiles_without_a_break(kind, monkeypatch):
     torch._dynamo.reset()
 
 
-# Nobody waits for the device
+# No step waits for the device
 
 
 @pytest.mark.parametrize("family, window", FORMS)

@@ -49,7 +49,8 @@ def import_once():
     """Starts the process that others are forked from; it ends with this one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
-        FORKS.set_forkserver_preload("annotate weights processing_paligemma generation segmentation tqdm pytest".split())
+        modules = "programs.annotate checkpoints.weights processing_paligemma generation objects.mask_codec".split()
+        FORKS.set_forkserver_preload([*(f"paligemma.{module}" for module in modules), "tqdm", "pytest"])
         forkserver.ensure_running()
 
 
@@ -494,7 +495,7 @@ def test_killed_three_times_no_row_is_lost_or_repeated(many, model):
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_keeps_what_is_done_and_leaves_nobody_behind(many, model, signum, code):
+def test_a_signal_keeps_what_is_done_and_leaves_no_process(many, model, signum, code):
     process = start(model, "--max_tokens_to_generate=100")
     wait_for_rows(process, 10)
     os.kill(process.pid, signum)
@@ -629,7 +630,7 @@ def test_wrong_usage_and_wrong_words_are_answered_before_anything_slow_is_import
         assert done.stdout.splitlines()[-1] == f"{code} []", done.stderr
 
 
-def test_a_prompt_that_somebody_wrote_says_how_its_answer_is_read():
+def test_a_prompt_of_the_user_says_how_its_answer_is_read():
     assert job.read_prompt("detect cat ; dog") == ("detect", "cat ; dog")
     assert job.read_prompt("segment cat") == ("segment", "cat")
     assert job.read_prompt("ocr") == ("ocr", "")
