@@ -516,14 +516,13 @@ def load(
     model_path, base, codec_file = (None if path is None else files.as_text(path) for path in (name, base_model, mask_codec))
     checkpoint = open_checkpoint(model_path, revision=revision, base_model=base)
     codec = find_codec(checkpoint.base, codec_file)
-    with machine.memory_errors("loading the weights"):
-        network = checkpoint.load(
-            device=found_device,
-            dtype=dtype,
-            quantize=quantize,
-            quantize_vision=quantize_vision,
-            allow_nonfinite=allow_nonfinite,
-        )
+    network = checkpoint.load(
+        device=found_device,
+        dtype=dtype,
+        quantize=quantize,
+        quantize_vision=quantize_vision,
+        allow_nonfinite=allow_nonfinite,
+    )
     return Model(
         network,
         checkpoint.processor,

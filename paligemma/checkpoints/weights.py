@@ -458,10 +458,10 @@ class ModelFiles:
         require_memory(num_bytes(model, quantised, dtype), device)
         with memory_errors(f"loading {folder}"):
             fill(model, stored, TensorReader(device, allow_nonfinite), dtype, quantised, kind, adapter)
-        if device.type == "cpu":
-            fast_cpu.accelerate(model)
-        if device.type == "cuda":
-            model = graphs.use_graphs(model)
+            if device.type == "cpu":
+                fast_cpu.accelerate(model)
+            if device.type == "cuda":
+                model = graphs.use_graphs(model)
         return model.eval()
 
 

@@ -99,14 +99,13 @@ class ModelFlags:
 
     def load(self, checkpoint: "Checkpoint") -> "PaliGemmaForConditionalGeneration":
         """The model with its weights. Raises: CheckpointError, DeviceError."""
-        with machine.memory_errors("loading the weights"):
-            return checkpoint.load(
-                device=self.device_name,
-                dtype=self.dtype,
-                quantize=self.quantize,
-                quantize_vision=self.quantize_vision,
-                allow_nonfinite=self.allow_nonfinite,
-            )
+        return checkpoint.load(
+            device=self.device_name,
+            dtype=self.dtype,
+            quantize=self.quantize,
+            quantize_vision=self.quantize_vision,
+            allow_nonfinite=self.allow_nonfinite,
+        )
 
     @property
     def device_name(self) -> str:
