@@ -364,11 +364,12 @@ def test_an_error_in_the_middle_ends_the_line_of_what_was_generated(ask, monkeyp
     assert code == 6 and len(out) == 3 and out.endswith("\n") and err == "error: the model's logits are not numbers.\n"
 
 
-def test_memory_that_runs_out_is_6(ask, monkeypatch):
+@pytest.mark.parametrize("part", ["empty_model", "fill", "fast_cpu.accelerate"])
+def test_memory_that_runs_out_is_6(ask, monkeypatch, part):
     def greedy(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
-    monkeypatch.setattr(weights.ModelFiles, "load", greedy)
+    monkeypatch.setattr(f"paligemma.checkpoints.weights.{part}", greedy)
     code, _, err = ask()
     assert code == 6 and "memory ran out while loading" in err and "--quantize int8" in err
 

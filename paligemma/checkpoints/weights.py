@@ -437,26 +437,26 @@ class ModelFiles:
     ) -> PaliGemmaForConditionalGeneration:
         """The model in eval mode, with the adapter merged into it if there is one. Arguments and errors: see load_model."""
         device, dtype, folder = find_device(device), parse_dtype(dtype), self.base
-        adapter = None if self.adapter_config is None else read_adapter(self.folder, self.adapter_config)
-        kind, with_vision, is_stored = quantization.choose(self.raw, folder, quantize, quantize_vision)
-        stored = self.tensors  # read before config: if both are faulty, the error about the weights is the more helpful one
-        if adapter is not None and is_stored:
-            text = f"{folder} is stored as {kind}, and an adapter can only be merged into unquantised weights."
-            raise CheckpointError(f"{text} Give the unquantised checkpoint as --base_model.", path=adapter.folder)
-        # stored_dtype() would be wrong for a quantised checkpoint, which has few float tensors.
-        as_stored = DTYPE_NAMES.get(str(self.raw.get("torch_dtype"))) if is_stored else None
-        dtype = dtype or as_stored or stored_dtype(stored)
-        model = empty_model(self.config, final_softcap, sliding_window)
-        quantised = {
-            name: quantization.empty_module(model.get_submodule(name), kind, dtype)
-            for name in (quantization.targets(model, vision=with_vision) if kind else ())
-        }
-        if is_stored:
-            for name in list(quantised):
-                model.set_submodule(name, quantised.pop(name))
-        check_names(model, self.raw, stored, folder)
-        require_memory(num_bytes(model, quantised, dtype), device)
         with memory_errors(f"loading {folder}"):
+            adapter = None if self.adapter_config is None else read_adapter(self.folder, self.adapter_config)
+            kind, with_vision, is_stored = quantization.choose(self.raw, folder, quantize, quantize_vision)
+            stored = self.tensors  # read before config: if both are faulty, the error about the weights is the more helpful one
+            if adapter is not None and is_stored:
+                text = f"{folder} is stored as {kind}, and an adapter can only be merged into unquantised weights."
+                raise CheckpointError(f"{text} Give the unquantised checkpoint as --base_model.", path=adapter.folder)
+            # stored_dtype() would be wrong for a quantised checkpoint, which has few float tensors.
+            as_stored = DTYPE_NAMES.get(str(self.raw.get("torch_dtype"))) if is_stored else None
+            dtype = dtype or as_stored or stored_dtype(stored)
+            model = empty_model(self.config, final_softcap, sliding_window)
+            quantised = {
+                name: quantization.empty_module(model.get_submodule(name), kind, dtype)
+                for name in (quantization.targets(model, vision=with_vision) if kind else ())
+            }
+            if is_stored:
+                for name in list(quantised):
+                    model.set_submodule(name, quantised.pop(name))
+            check_names(model, self.raw, stored, folder)
+            require_memory(num_bytes(model, quantised, dtype), device)
             fill(model, stored, TensorReader(device, allow_nonfinite), dtype, quantised, kind, adapter)
             if device.type == "cpu":
                 fast_cpu.accelerate(model)
