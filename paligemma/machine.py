@@ -1,18 +1,17 @@
-"""What this process may use: CPU cores, memory and devices. Programs check this before they load anything.
+"""What this process may use: CPU cores and memory. Programs check this before they load anything.
 
 torch is imported inside the functions, because use_cores must be called before torch is imported for the first time.
 Checked in tests/test_machine.py.
 """
 
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paligemma.errors import DeviceError, UsageError
+from paligemma.errors import DeviceError
 
 if TYPE_CHECKING:
     import torch
@@ -181,54 +180,3 @@ def peak_memory(device: "torch.device") -> int:
 def format_bytes(count: float) -> str:
     """A number of bytes for messages: "5.45 GB", "3.2 MB"."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-# Devices
-
-
-def find_device(name: "str | torch.device" = "auto") -> "torch.device":
-    """The device of that name: "auto" (CUDA, else MPS, else CPU), "cpu", "cuda", "cuda:N" or "mps".
-
-    Raises: UsageError for any other name; DeviceError if the device is not available (no other device is used instead).
-    """
-    import torch
-
-    name = str(name)
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):
-        raise UsageError(f"device is {name!r}. auto, cpu, cuda, cuda:N or mps is needed.")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError("device mps is not available. It needs a Mac with Apple silicon. Take --device cpu.")
-    if name.startswith("cuda"):
-        check_cuda(name)
-    return torch.device(name)
-
-
-def check_cuda(name: str) -> None:
-    """Raises: DeviceError if there is no such CUDA device, with the reason: torch's build, the driver, or too large an index."""
-    import torch
-
-    if torch.version.cuda is None and torch.version.hip is None:
-        version = torch.__version__.partition("+")[0]
-        raise DeviceError(
-            f"device {name} is not available. This torch ({torch.__version__}) is a CPU build. Install one for CUDA, "
-            f"pip install --force-reinstall torch=={version}, or take --device cpu."
-        )
-    if not torch.cuda.is_available():
-        raise DeviceError(f"device {name} is not available. {why_no_cuda()} Fix that (see nvidia-smi), or take --device cpu.")
-    count, index = torch.cuda.device_count(), int(name.partition(":")[2] or 0)
-    if index >= count:
-        present = ", ".join(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(count))
-        raise DeviceError(f"device {name} is not available. This machine has {present}. Take one of these.")
-
-
-def why_no_cuda() -> str:
-    """torch's own message: for example, there is no driver, or the driver is too old."""
-    import torch
-
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return " ".join(str(error).split())
-    return "torch finds no GPU."

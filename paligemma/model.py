@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from paligemma import files, machine
+from paligemma.devices import find_device
 from paligemma.errors import UsageError, counted
 from paligemma.generation import Sampling, Step, generate_steps
 from paligemma.objects import drawing, exports
@@ -510,7 +511,7 @@ def load(
     >>> model
     <paligemma.Model bundled: 7.0 MB of weights, torch.bfloat16, cpu>
     """
-    found_device = machine.find_device(device)
+    found_device = find_device(device)
     if quantize_vision and quantize is None:
         raise UsageError("quantize_vision needs quantize, which is None. Add quantize='int8' or 'int4'.")
     model_path, base, codec_file = (None if path is None else files.as_text(path) for path in (name, base_model, mask_codec))

@@ -1,4 +1,4 @@
-"""Cores, memory and devices, as the files of the system and torch report them. All hardware here is simulated."""
+"""Cores and memory, as the files of the system and torch report them. All hardware here is simulated."""
 
 import os
 import re
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from paligemma import machine
-from paligemma.errors import DeviceError, UsageError
+from paligemma.errors import DeviceError
 from paligemma.machine import GIB
 
 CPU = torch.device("cpu")
@@ -160,71 +160,3 @@ def test_other_errors_pass_through():
 def test_peak_memory_and_its_text():
     assert machine.peak_memory(CPU) > 50e6
     assert machine.format_bytes(5.5e9) == "5.50 GB" and machine.format_bytes(3.21e6) == "3.2 MB"
-
-
-# Devices
-
-
-@pytest.fixture
-def two_gpus(monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", "12.6")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU{index}")
-
-
-def test_cpu_is_always_there():
-    assert machine.find_device("cpu") == torch.device("cpu")
-    assert machine.find_device(torch.device("cpu")) == torch.device("cpu")
-
-
-@pytest.mark.usefixtures("two_gpus")
-def test_auto_takes_the_best_there_is(monkeypatch):
-    assert machine.find_device("auto") == torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert machine.find_device("auto") == torch.device("mps")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert machine.find_device("auto") == torch.device("cpu")
-
-
-@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:0 ", "meta", "", "cpu:0", "CUDA"])
-def test_other_names_are_wrong_usage(name):
-    with pytest.raises(UsageError, match="auto, cpu, cuda, cuda:N or mps is needed"):
-        machine.find_device(name)
-
-
-@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
-def test_cuda_on_a_cpu_build_is_told_with_the_line_that_installs_it(monkeypatch, name):
-    monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(torch.version, "hip", None)
-    with pytest.raises(DeviceError, match=f"device {name} is not available.*is a CPU build.*pip install .*torch==") as caught:
-        machine.find_device(name)
-    assert caught.value.code == 6
-
-
-def test_cuda_without_a_driver_is_told_in_the_words_of_torch(monkeypatch):
-    def fail():
-        raise RuntimeError("The NVIDIA driver on your system\nis too old (found version 11040).")
-
-    monkeypatch.setattr(torch.version, "cuda", "12.6")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "init", fail)
-    with pytest.raises(DeviceError, match=r"driver on your system is too old \(found version 11040\)\..*nvidia-smi"):
-        machine.find_device("cuda")
-    monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    with pytest.raises(DeviceError, match="torch finds no GPU"):
-        machine.find_device("cuda")
-
-
-@pytest.mark.usefixtures("two_gpus")
-def test_a_gpu_number_that_is_not_there_is_told_with_those_that_are():
-    assert machine.find_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(DeviceError, match=r"device cuda:7 is not available. This machine has cuda:0 \(GPU0\), cuda:1 \(GPU1\)"):
-        machine.find_device("cuda:7")
-
-
-def test_mps_elsewhere_than_on_a_mac_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(DeviceError, match="mps is not available.*Apple"):
-        machine.find_device("mps")

@@ -44,10 +44,11 @@ from paligemma.checkpoints.safetensors_files import (
     write_shards,
 )
 from paligemma.configuration import PaliGemmaConfig, SiglipVisionConfig
+from paligemma.devices import find_device
 from paligemma.errors import CheckpointError, OutputError, UsageError, listed
 from paligemma.files import MAX_JSON_BYTES, names_in, parse_json_file, read_regular, staging_folder, stat_path
 from paligemma.layers import fast_cpu, graphs, quantization
-from paligemma.machine import find_device, memory_errors, require_memory
+from paligemma.machine import memory_errors, require_memory
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 from paligemma.parameter_names import canonical_name
 
@@ -485,7 +486,7 @@ def load_model(
             model is loaded and the adapter is merged into it. If a folder holds both, both are used, as in transformers.
         revision: branch, tag or commit of a hub id, such as "bfloat16".
         base_model: folder or hub id of an adapter's base, in place of the one that the adapter names.
-        device: see machine.find_device.
+        device: see devices.find_devices.
         dtype: "bf16", "fp16", "fp32" or the torch dtype; None = as stored.
         quantize: "int8" or "int4" quantises the decoder while it is loaded; not needed for a checkpoint that was saved quantised.
         quantize_vision: quantise the vision tower, too.

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paligemma import machine
+from paligemma.devices import find_device
 from paligemma.errors import DatasetError, DeviceError, UsageError, counted
 from paligemma.files import expand_text, make_folder, stat_path
 from paligemma.learning import run_folder
@@ -359,7 +360,7 @@ def program(flags: Flags) -> None:
         raise DeviceError("--tensorboard needs a package. Install it: pip install tensorboard.")
     machine.use_cores()
     machine.check_torch()
-    device = machine.find_device(flags.device)
+    device = find_device(flags.device)
     with connect_processes(device):
         train(flags, device)
 

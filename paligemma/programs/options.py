@@ -6,13 +6,12 @@ Checking a flag imports nothing slow. Checked in tests/test_inference.py.
 
 import math
 import os
-import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from paligemma import files, machine
+from paligemma import devices, files, machine
 from paligemma.errors import ImageError, UsageError
 from paligemma.pictures.names import is_address
 from paligemma.programs.commandline import command, print_notes
@@ -50,7 +49,7 @@ class ModelFlags:
         model_path: a folder in hub layout, or a hub id such as google/paligemma2-3b-mix-224; by default the bundled model
         base_model: base model of the adapter in --model_path; by default the model that the adapter names
         revision: branch, tag or commit of a hub id
-        device: auto, cpu, cuda, cuda:N or mps
+        device: auto, cpu, mps, cuda, cuda:N, or several cards such as cuda:0,cuda:1
         only_cpu: do not use a GPU
         dtype: bf16, fp16 or fp32; by default as stored
         quantize: int8 or int4: smaller and faster, but a little less exact
@@ -74,7 +73,7 @@ class ModelFlags:
             self,
             ("model_path", self.model_path != "", "a folder or a hub id"),
             ("base_model", self.base_model != "", "a folder or a hub id"),
-            ("device", re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|mps", self.device), "auto, cpu, cuda, cuda:N or mps"),
+            ("device", devices.NAMES.fullmatch(self.device), devices.NEEDED),
             ("dtype", self.dtype is None or self.dtype in dtypes, "bf16, fp16 or fp32"),
             ("quantize", self.quantize in (None, "int8", "int4"), "int8 or int4"),
         )
@@ -91,7 +90,7 @@ class ModelFlags:
 
         from paligemma.opened import open_checkpoint
 
-        machine.find_device(self.device_name)  # before anything is downloaded
+        devices.find_device(self.device_name)  # before anything is downloaded
         checkpoint = open_checkpoint(self.model_path, revision=self.revision, base_model=self.base_model)
         if sum(os.path.getsize(file) for file in checkpoint.base.glob("*.safetensors") if files.is_file(file)) < SMALL_MODEL:
             torch.set_num_threads(1)

@@ -1,0 +1,377 @@
+"""Which device a model runs on, and how each kind of device is used.
+
+`find_device` turns a name ("auto", "cuda:1") into a device, and says why a GPU is not used. `profile` says what the device
+computes fast and which faster ways are used on it. `PROFILES` is the whole table: no other file decides by the kind of device.
+No card has been seen by this project: the table follows NVIDIA's, AMD's, Apple's and PyTorch's documents, see docs/gpu.md.
+
+torch is imported inside the functions, because a wrong flag should be answered before the slow import.
+Sources: CUDA C++ Programming Guide (compute capabilities, shared memory), RELEASE.md of PyTorch 2.9 to 2.14 (which wheel contains
+which architecture), CUDA Toolkit Release Notes (the oldest driver of a CUDA version). Checked in tests/test_devices.py.
+"""
+
+import functools
+import importlib.util
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from paligemma.errors import DeviceError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+NAMES = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?|cuda:\d{1,3}(,cuda:\d{1,3})+")
+NEEDED = "auto, cpu, mps, cuda, cuda:N or several cards such as cuda:0,cuda:1"
+
+log = logging.getLogger(__name__)
+
+Capability = tuple[int, int]  # of an NVIDIA card: (8, 6) is written sm_86 in the names of architectures
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    log.warning(text)
+
+
+# What is used on which kind of device
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How a device is used.
+
+    Attributes:
+        kind: the row of PROFILES.
+        name: the name of the device itself, such as "NVIDIA A100-SXM4-80GB (sm_80)".
+        dtype_names: what the device computes fast and the model may be loaded in, best first.
+        records: decoding steps are recorded as CUDA graphs.
+        flex_options: kernel_options of torch's flex_attention; None = flex_attention is not used.
+        triton: kernels written in Triton are used. This also needs the package triton and a C compiler.
+        int4pack, int8pack: torch._weight_int4pack_mm and torch._weight_int8pack_mm are used for quantised weights.
+    """
+
+    kind: str
+    dtype_names: tuple[str, ...]
+    records: bool = False
+    flex_options: dict[str, int] | None = None
+    triton: bool = False
+    int4pack: bool = False
+    int8pack: bool = False
+    name: str = field(default="", kw_only=True)
+
+    @property
+    def dtypes(self) -> tuple["torch.dtype", ...]:
+        import torch
+
+        return tuple(getattr(torch, name) for name in self.dtype_names)
+
+
+FULL, HALF = ("float32", "float16"), ("bfloat16", "float16")
+# The block sizes that flex_attention chooses at head_dim 256 take 144 to 208 KB of shared memory. Some cards have only 99 KB.
+SMALL_BLOCKS = {"BLOCK_M": 32, "BLOCK_N": 32, "num_stages": 1}
+# Before sm_80, bfloat16 is emulated, which is slow. float32 comes first there, because it cannot overflow.
+PROFILES = {  # dtypes, CUDA graphs, flex_attention, Triton, torch's int4 product, torch's int8 product
+    "cpu": Profile("CPU", ("float32", "bfloat16")),
+    "mps": Profile("Apple GPU", HALF, False, None, False, True, True),
+    "rocm": Profile("AMD GPU", HALF),  # recording steps crashes the process on some AMD GPUs (pytorch#155720)
+    "sm_50": Profile("NVIDIA before Turing", FULL),
+    "sm_75": Profile("NVIDIA Turing", FULL, True, None, True),
+    "sm_80": Profile("NVIDIA, 163 KB or more of shared memory", HALF, True, {}, True, True),
+    "sm_86": Profile("NVIDIA, 99 KB of shared memory", HALF, True, SMALL_BLOCKS, True, True),
+}
+
+
+def kind_of_card(capability: Capability) -> str:
+    """The key in PROFILES of an NVIDIA card."""
+    if capability < (7, 5):
+        return "sm_50"
+    if capability < (8, 0):
+        return "sm_75"
+    return "sm_86" if capability in ((8, 6), (8, 9)) or capability[0] == 12 else "sm_80"
+
+
+def sm(capability: Capability) -> str:
+    return f"sm_{capability[0]}{capability[1]}"
+
+
+def has_triton() -> bool:
+    """Whether Triton can build a kernel here: it needs its package, and a C compiler for the function that starts the kernel."""
+    compilers = (os.environ.get("CC", ""), "gcc", "clang", "cc")
+    return importlib.util.find_spec("triton") is not None and any(name and shutil.which(name) for name in compilers)
+
+
+def profile(device: "torch.device") -> Profile:
+    """How this device is used: a row of PROFILES with the name of the device, and without Triton where it is not installed."""
+    import torch
+
+    if device.type == "mps":
+        return replace(PROFILES["mps"], name="Apple GPU")
+    if device.type != "cuda":
+        return replace(PROFILES["cpu"], name="CPU")
+    name = torch.cuda.get_device_name(device)
+    if torch.version.hip is not None:
+        return replace(PROFILES["rocm"], name=name)
+    capability = torch.cuda.get_device_capability(device)
+    found = replace(PROFILES[kind_of_card(capability)], name=f"{name} ({sm(capability)})")
+    return found if has_triton() else replace(found, triton=False, flex_options=None)
+
+
+def to_device(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
+    """The tensor on the device. A copy from the CPU to a CUDA device does not wait: later operations on the device see it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        # The CPU tensor may change at once, because what is copied is its copy in pinned memory. That is freed after the copy.
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+# NVIDIA cards, drivers and wheels
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A build of torch on download.pytorch.org.
+
+    Attributes:
+        index: the folder of the index.
+        driver: the oldest driver.
+        oldest, newest: the architectures for which it has kernels.
+    """
+
+    index: str
+    driver: int
+    oldest: Capability
+    newest: Capability
+
+
+WHEELS = (Wheel("cu130", 580, (7, 5), (12, 1)), Wheel("cu126", 525, (5, 0), (9, 0)))
+LAST_CUDA_12 = "2.14"  # newer versions of torch have no wheel for CUDA 12
+TESTED_TORCH = "2.13.0"  # as in requirements.txt
+JETSON = ((5, 3), (6, 2), (7, 2), (8, 7))  # these run code for their own architecture only
+JETSON_WHEELS = "https://docs.nvidia.com/deeplearning/frameworks/install-pytorch-jetson-platform"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The NVIDIA GPUs of this machine as the driver reports them, whether torch can use them or not.
+
+    Attributes:
+        driver: major version of the driver; None if unknown.
+        cards: name and capability of each; empty if the driver does not say.
+        is_jetson: an NVIDIA Jetson board.
+    """
+
+    driver: int | None = None
+    cards: tuple[tuple[str, Capability], ...] = ()
+    is_jetson: bool = False
+
+
+def nvidia_smi(root: Path = Path("/")) -> str:
+    """A line "name, driver, capability" per NVIDIA GPU; "" if there is no program nvidia-smi or it finds no GPU."""
+    program = shutil.which("nvidia-smi") or root / "usr/lib/wsl/lib/nvidia-smi"  # Windows' driver, as seen from WSL
+    query = [str(program), "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+    return ""
+
+
+def nvidia_hardware(root: Path = Path("/")) -> Hardware | None:
+    """The NVIDIA GPUs of this machine; None if it has none.
+
+    Args:
+        root: the root of the file system; tests pass another folder.
+    """
+    lines = re.findall(r"^(.+?), *(\d+)[\d.]*, *(\d+)\.(\d+)$", nvidia_smi(root), re.MULTILINE)
+    if lines:
+        return Hardware(int(lines[0][1]), tuple((name, (int(major), int(minor))) for name, _, major, minor in lines))
+    if (root / "etc/nv_tegra_release").exists():
+        return Hardware(is_jetson=True)
+    with suppress(OSError):
+        version = re.search(r"\b(\d{3,})\.\d+", (root / "proc/driver/nvidia/version").read_text())
+        return Hardware(int(version[1]) if version else None)
+    return Hardware() if (root / "dev/nvidia0").exists() else None
+
+
+def has_kernels(capability: Capability, architectures: list[str]) -> bool:
+    """Whether a build of torch runs on a card.
+
+    Code for sm_80 runs on the cards from sm_80 to sm_89. PTX code (compute_80) runs on all newer cards, because the driver
+    compiles it. Code for sm_90a runs on sm_90 only.
+
+    Args:
+        architectures: torch.cuda.get_arch_list(); [] = unknown, which is taken as yes.
+    """
+    for kind, major, minor, suffix in re.findall(r"(sm|compute)_(\d+)(\d)(a?)", " ".join(architectures)):
+        built = int(major), int(minor)
+        is_own = built == capability
+        is_older = built <= capability and (kind == "compute" or (built[0] == capability[0] and capability not in JETSON))
+        if is_own or (is_older and not suffix):
+            return True
+    return not architectures
+
+
+def how_to_install(hardware: Hardware, capability: Capability | None = None) -> str:
+    """The command that installs a torch for this driver and card, or the advice to update the driver.
+
+    Args:
+        capability: of the card that is to be used; None = the newest card of the hardware.
+    """
+    import torch
+
+    if hardware.is_jetson:
+        return f"Install NVIDIA's build for Jetson: {JETSON_WHEELS}"
+    capability = capability or max((found for _, found in hardware.cards), default=None)
+    driver = WHEELS[0].driver if hardware.driver is None else hardware.driver
+    fitting = [wheel for wheel in WHEELS if capability is None or wheel.oldest <= capability <= wheel.newest]
+    if not fitting:
+        return "No build of torch has kernels for it."
+    wheel = next((wheel for wheel in fitting if driver >= wheel.driver), None)
+    if wheel is None:
+        return f"Update the NVIDIA driver to version {fitting[0].driver} or newer."
+    version = torch.__version__.partition("+")[0]
+    if wheel.index == "cu126" and torch.torch_version.TorchVersion(version) >= "2.15":
+        version = TESTED_TORCH
+    return f"Run: pip install torch=={version}+{wheel.index} --index-url https://download.pytorch.org/whl/{wheel.index}"
+
+
+def why_no_cuda(hardware: Hardware) -> tuple[str, str]:
+    """Why torch cannot use any NVIDIA GPU, and what to do. Both are sentences."""
+    import torch
+
+    for variable in ("CUDA_VISIBLE_DEVICES",) if torch.version.hip is None else ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        if os.environ.get(variable, "0").strip() in ("", "-1", "NoDevFiles"):
+            hidden = f"The variable {variable} is {os.environ[variable]!r}, which hides all GPUs."
+            return hidden, f"Remove it: {'set ' + variable + '=' if os.name == 'nt' else 'unset ' + variable}"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"This torch ({torch.__version__}) is a CPU build.", how_to_install(hardware)
+    try:
+        torch.cuda.init()
+        reason = "torch finds no GPU."
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+    needed = {13: 580, 12: 525}.get(int((torch.version.cuda or "0").partition(".")[0]), 0)
+    if "too old" in reason or (hardware.driver is not None and hardware.driver < needed):
+        found = f"the driver is {hardware.driver or 'older'}"
+        reason = f"This torch ({torch.__version__}) needs an NVIDIA driver of version {needed} or newer, and {found}."
+        return reason, how_to_install(hardware)
+    return reason, "See what nvidia-smi prints." if torch.version.hip is None else "See what rocminfo prints."
+
+
+# Names of devices
+
+
+def check_card(index: int) -> None:
+    """Raises: DeviceError if this build of torch has no kernels for a card, whose every operation would fail."""
+    import torch
+
+    if torch.version.hip is not None:
+        return
+    capability, architectures = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
+    if not has_kernels(capability, architectures):
+        card = f"cuda:{index} ({torch.cuda.get_device_name(index)}, {sm(capability)})"
+        advice = how_to_install(nvidia_hardware() or Hardware(), capability)
+        raise DeviceError(
+            f"{card} cannot be used. This torch ({torch.__version__}) has kernels for {', '.join(architectures)} only. {advice}"
+        )
+
+
+def check_cuda(name: str) -> None:
+    """Raises: DeviceError if there is no such CUDA device or if torch cannot use it, with the reason and what to do."""
+    import torch
+
+    if not torch.cuda.is_available():
+        hardware = nvidia_hardware()
+        reason, advice = why_no_cuda(hardware or Hardware())
+        found = "" if hardware else " No NVIDIA GPU was found on this machine."
+        raise DeviceError(f"device {name} is not available. {reason}{found} {advice} Or take --device cpu.")
+    count, index = torch.cuda.device_count(), int(name.partition(":")[2] or 0)
+    if index >= count:
+        present = ", ".join(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(count))
+        raise DeviceError(f"device {name} is not available. This machine has {present}. Take one of these.")
+    check_card(index)
+
+
+def usable_cards() -> list[int]:
+    """The numbers of the CUDA devices that this build of torch can use. Warns once about each that it cannot use."""
+    import torch
+
+    usable = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        try:
+            check_card(index)
+            usable.append(index)
+        except DeviceError as error:
+            warn_once(error.message)
+    return usable
+
+
+def missed_gpu(root: Path = Path("/")) -> str | None:
+    """Why the CPU is used although this machine has a GPU, and what to do; None if it has none that torch could use.
+
+    Args:
+        root: the root of the file system; tests pass another folder.
+    """
+    import torch
+
+    if sys.platform == "darwin":
+        if platform.machine() != "arm64":
+            return None
+        reason = "it needs macOS 14 or newer" if torch.backends.mps.is_built() else "this torch was built without MPS"
+        return f"The GPU of this Mac is not used, because {reason}. The CPU is used."
+    if torch.version.hip is not None:
+        if not (root / "dev/kfd").exists():
+            return None
+        name, (reason, advice) = "an AMD GPU", why_no_cuda(Hardware())
+    else:
+        hardware = nvidia_hardware(root)
+        if hardware is None:
+            return None
+        name = f"an NVIDIA GPU ({hardware.cards[0][0]})" if hardware.cards else "an NVIDIA GPU"
+        reason, advice = why_no_cuda(hardware)
+    return f"The CPU is used although this machine has {name}. {reason} {advice}"
+
+
+def best_device() -> "torch.device":
+    """The first CUDA device that torch can use, else MPS, else the CPU. Warns once if there is a GPU and the CPU is taken."""
+    import torch
+
+    if cards := usable_cards():
+        return torch.device("cuda", cards[0]) if cards[0] else torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    if not torch.cuda.is_available() and (text := missed_gpu()):
+        warn_once(text)
+    return torch.device("cpu")
+
+
+def find_devices(name: "str | torch.device" = "auto") -> "list[torch.device]":
+    """The devices of that name: "auto" (CUDA, else MPS, else CPU), "cpu", "mps", "cuda", "cuda:N", or several: "cuda:0,cuda:1".
+
+    Raises: UsageError for any other name; DeviceError if a device is not available (no other device is used instead).
+    """
+    import torch
+
+    name = str(name)
+    parts = name.split(",")
+    if not NAMES.fullmatch(name) or len(set(parts)) < len(parts):
+        raise UsageError(f"device is {name!r}. {NEEDED} is needed.")
+    if name == "auto":
+        return [best_device()]
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("device mps is not available. It needs a Mac with Apple silicon. Take --device cpu.")
+    for part in parts:
+        if part.startswith("cuda"):
+            check_cuda(part)
+    return [torch.device(part) for part in parts]
+
+
+def find_device(name: "str | torch.device" = "auto") -> "torch.device":
+    """The device of that name; the first one if the name lists several. Names and errors: see find_devices."""
+    return find_devices(name)[0]
