@@ -215,7 +215,8 @@ def follow_attention(word_weights: Tensor, attention: Iterable[Tensor]) -> Tenso
     Returns: float32[U, L], the weight of each token at the input of the first layer; each row still sums to 1.
     """
     for layer in attention:
-        word_weights = (word_weights + word_weights @ layer[0].mean(0)) / 2
+        weights = layer[0].mean(0).to(word_weights.device)  # [L, L]; a model may be on several cards
+        word_weights = (word_weights + word_weights @ weights) / 2
     return word_weights
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from paligemma import files, machine
-from paligemma.devices import find_device
+from paligemma.devices import find_devices
 from paligemma.errors import UsageError, counted
 from paligemma.generation import Sampling, Step, generate_steps
 from paligemma.objects import drawing, exports
@@ -495,7 +495,8 @@ def load(
     Args:
         name: a hub id such as "google/paligemma2-3b-mix-224", which is downloaded; or the folder of a checkpoint or of a LoRA
             adapter, whose base model is also loaded. None = the bundled demo model, which knows only coloured shapes.
-        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps", or a torch.device.
+        device: "auto" (a GPU if there is one; several if the model is too large for one), "cpu", "cuda", "cuda:1", "mps", several
+            cards such as "cuda:0,cuda:1", or a torch.device.
         dtype: "bf16", "fp16", "fp32", or a torch.dtype; None = the dtype of the checkpoint.
         quantize: store the decoder's weights in 8 or 4 bits: smaller and faster, but a little less exact.
         quantize_vision: also quantize the vision tower.
@@ -511,14 +512,14 @@ def load(
     >>> model
     <paligemma.Model bundled: 7.0 MB of weights, torch.bfloat16, cpu>
     """
-    found_device = find_device(device)
+    find_devices(device)
     if quantize_vision and quantize is None:
         raise UsageError("quantize_vision needs quantize, which is None. Add quantize='int8' or 'int4'.")
     model_path, base, codec_file = (None if path is None else files.as_text(path) for path in (name, base_model, mask_codec))
     checkpoint = open_checkpoint(model_path, revision=revision, base_model=base)
     codec = find_codec(checkpoint.base, codec_file)
     network = checkpoint.load(
-        device=found_device,
+        device=device,
         dtype=dtype,
         quantize=quantize,
         quantize_vision=quantize_vision,

@@ -44,11 +44,11 @@ from paligemma.checkpoints.safetensors_files import (
     write_shards,
 )
 from paligemma.configuration import PaliGemmaConfig, SiglipVisionConfig
-from paligemma.devices import find_device
+from paligemma.devices import find_devices, usable_cards
 from paligemma.errors import CheckpointError, OutputError, UsageError, listed
 from paligemma.files import MAX_JSON_BYTES, names_in, parse_json_file, read_regular, staging_folder, stat_path
-from paligemma.layers import fast_cpu, graphs, quantization
-from paligemma.machine import memory_errors, require_memory
+from paligemma.layers import fast_cpu, graphs, quantization, split
+from paligemma.machine import memory_errors
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 from paligemma.parameter_names import canonical_name
 
@@ -297,21 +297,22 @@ def run_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if isinstance(tensor, nn.Parameter) else tensor.dtype
 
 
-def num_bytes(model: nn.Module, quantised: dict[str, nn.Module], dtype: torch.dtype) -> int:
-    """Bytes of the loaded model.
+def module_bytes(model: nn.Module, quantised: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of each module of the loaded model, without those of its submodules, by name.
 
     Args:
         quantised: modules that will replace those of the same name.
     """
-    modules = [quantised.get(name, module) for name, module in model.named_modules()]
-    tensors = [tensor for module in modules for tensor in own_tensors(module).values()]
-    return sum(tensor.numel() * run_dtype(tensor, dtype).itemsize for tensor in tensors)
+    modules = {name: own_tensors(quantised.get(name, module)).values() for name, module in model.named_modules()}
+    return {
+        name: sum(tensor.numel() * run_dtype(tensor, dtype).itemsize for tensor in tensors) for name, tensors in modules.items()
+    }
 
 
 def fill(
     model: nn.Module,
     stored: dict[str, StoredTensor],
-    reader: TensorReader,
+    reader_of: Callable[[str], TensorReader],
     dtype: torch.dtype,
     quantised: Collection[str],
     kind: str | None,
@@ -322,13 +323,14 @@ def fill(
     The largest modules come first, because their full-precision copy should be made while little else is in memory.
 
     Args:
+        reader_of: the reader for a module of this name, which reads onto the device of the module.
         quantised: names of the modules that are to be quantised.
         kind: "int8" or "int4"; None if no module is to be quantised.
     """
     scalings = {} if adapter is None else adapter.checked_scalings(model)
     sizes = {name: sum(tensor.numel() for tensor in own_tensors(module).values()) for name, module in model.named_modules()}
     for name in sorted((name for name in sizes if sizes[name]), key=lambda name: -sizes[name]):
-        module, is_replaced = model.get_submodule(name), name in quantised
+        module, is_replaced, reader = model.get_submodule(name), name in quantised, reader_of(name)
         tensors = {
             key: reader.read(stored[f"{name}.{key}"], run_dtype(tensor, dtype), is_kept=not is_replaced)
             for key, tensor in own_tensors(module).items()
@@ -437,7 +439,7 @@ class ModelFiles:
         allow_nonfinite: bool = False,
     ) -> PaliGemmaForConditionalGeneration:
         """The model in eval mode, with the adapter merged into it if there is one. Arguments and errors: see load_model."""
-        device, dtype, folder = find_device(device), parse_dtype(dtype), self.base
+        named, dtype, folder = find_devices(device), parse_dtype(dtype), self.base
         with memory_errors(f"loading {folder}"):
             adapter = None if self.adapter_config is None else read_adapter(self.folder, self.adapter_config)
             kind, with_vision, is_stored = quantization.choose(self.raw, folder, quantize, quantize_vision)
@@ -457,11 +459,15 @@ class ModelFiles:
                 for name in list(quantised):
                     model.set_submodule(name, quantised.pop(name))
             check_names(model, self.raw, stored, folder)
-            require_memory(num_bytes(model, quantised, dtype), device)
-            fill(model, stored, TensorReader(device, allow_nonfinite), dtype, quantised, kind, adapter)
-            if device.type == "cpu":
+            spare = [torch.device("cuda", card) for card in usable_cards()] if device == "auto" else []
+            placement = split.place(module_bytes(model, quantised, dtype), named, spare)
+            readers = {own: TensorReader(own, allow_nonfinite) for own in placement.devices}
+            fill(model, stored, lambda name: readers[placement.device(name)], dtype, quantised, kind, adapter)
+            if named[0].type == "cpu":
                 fast_cpu.accelerate(model)
-            if device.type == "cuda":
+            if len(placement.devices) > 1:
+                model = split.use_cards(model, placement)
+            elif named[0].type == "cuda":
                 model = graphs.use_graphs(model)
         return model.eval()
 
@@ -486,7 +492,7 @@ def load_model(
             model is loaded and the adapter is merged into it. If a folder holds both, both are used, as in transformers.
         revision: branch, tag or commit of a hub id, such as "bfloat16".
         base_model: folder or hub id of an adapter's base, in place of the one that the adapter names.
-        device: see devices.find_devices.
+        device: see devices.find_devices. A model that is too large for the card that "auto" takes is divided among several.
         dtype: "bf16", "fp16", "fp32" or the torch dtype; None = as stored.
         quantize: "int8" or "int4" quantises the decoder while it is loaded; not needed for a checkpoint that was saved quantised.
         quantize_vision: quantise the vision tower, too.
@@ -494,7 +500,8 @@ def load_model(
         allow_nonfinite: load even if weights are NaN or infinite.
     Raises: CheckpointError, AccessError, DeviceError or UsageError. Where possible, checks run before memory is allocated.
     """
-    device, dtype = find_device(device), parse_dtype(dtype)  # before anything is downloaded
+    find_devices(device)  # before anything is downloaded
+    dtype = parse_dtype(dtype)
     return ModelFiles(path_or_hub_id, revision, base_model).load(
         device=device,
         dtype=dtype,
