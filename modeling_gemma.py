@@ -45,20 +45,21 @@ def rotary_embedding(position_ids: Tensor, width: int, theta: float, dtype: torc
     Args:
         position_ids: int64[B, L].
         width: E. Dimensions i and i + E/2 form a pair, which is rotated by the angle position * theta^(-2i/E).
-    Returns: cos and sin, [B, 1, L, E], computed in float32 and cast to `dtype`; the 1 broadcasts over heads.
+    Returns: cos and sin, [B, 1, L, E], computed in float32 and cast to `dtype`; the 1 broadcasts over heads. The first half of
+        sin is negative, as `rotate` needs it.
     Source: RoPE (arXiv:2104.09864), section 3.4.2. The paper pairs neighbouring dimensions; the published weights
         pair dimensions i and i + E/2.
     """
     exponent = torch.arange(0, width, 2, dtype=torch.float32, device=position_ids.device) / width  # [E/2]
     angle = position_ids[..., None].float() * (1.0 / theta**exponent)  # [B, L, E/2]
-    angle = torch.cat((angle, angle), dim=-1)[:, None]  # [B, 1, L, E]
+    angle = torch.cat((-angle, angle), dim=-1)[:, None]  # [B, 1, L, E]
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates each pair of dimensions of queries [B, N, L, E] or keys [B, K, L, E]; cos and sin are from rotary_embedding."""
-    first, second = x.chunk(2, dim=-1)  # [..., E/2], [..., E/2]
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    partner = x.roll(x.shape[-1] // 2, dims=-1)  # in each place the other dimension of its pair
+    return x * cos + partner * sin
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None) -> Tensor:
@@ -126,6 +127,7 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, device=device, dtype=torch.int64)
+        self.rows = torch.arange(batch, device=device)[:, None]  # [B, 1]
         self.slots_read = 0
         self.same_length = True
 
@@ -134,8 +136,11 @@ class KVCache:
         return self.keys.shape[3]
 
     def set_lengths(self, lengths: Tensor) -> None:
-        """Sets the lengths of the rows, int64[B] on the CPU, before the forward pass that writes their keys and values."""
-        self.lengths.copy_(lengths, non_blocking=True)
+        """Sets the lengths of the rows, int64[B] on the CPU, before the forward pass that writes their keys and values.
+
+        On CUDA, the CPU does not wait for the copy, so the caller must not change the tensor afterwards.
+        """
+        self.lengths.copy_(lengths, non_blocking=self.lengths.is_cuda)
         self.set_slots_read(lengths)
 
     def set_slots_read(self, lengths: Tensor) -> None:
@@ -153,17 +158,17 @@ class KVCache:
             raise ValueError(f"a row would hold {self.slots + 1} tokens, but the cache has {self.slots} slots per row.")
         self.slots_read += 1
 
-    def write(self, layer: int, position_ids: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores the keys and values of new tokens. Returns the keys and the values of all tokens, [B, K, S, E] each.
 
         Args:
             layer: index of the layer, from 0.
-            position_ids: int64[B, L], positions of the new tokens.
+            slots: int64[B, L], the slots of the new tokens.
             k, v: [B, K, L, E]. They are cast to the dtype of the cache, because autocast can give k and v another dtype.
         """
-        row = torch.arange(k.shape[0], device=k.device)[:, None]  # [B, 1]
-        self.keys[layer][row, :, position_ids - 1] = k.transpose(1, 2).to(self.keys[layer].dtype)
-        self.values[layer][row, :, position_ids - 1] = v.transpose(1, 2).to(self.values[layer].dtype)
+        rows = self.rows[: k.shape[0]]  # [B, 1]
+        self.keys[layer][rows, :, slots] = k.transpose(1, 2).to(self.keys[layer].dtype)
+        self.values[layer][rows, :, slots] = v.transpose(1, 2).to(self.values[layer].dtype)
         return self.keys[layer][:, :, : self.slots_read], self.values[layer][:, :, : self.slots_read]
 
     def mask(self, window: int | None = None) -> Tensor | None:
@@ -200,7 +205,7 @@ class GemmaAttention(nn.Module):
         return attention(q, k, v, mask, self.scale, self.cap)  # [B, N, L, E]
 
     def forward(
-        self, x: Tensor, position_ids: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, slots: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         b, length, _ = x.shape
         q = self.q_proj(x).view(b, length, -1, self.width).transpose(1, 2)  # [B, N, L, E]
@@ -208,7 +213,7 @@ class GemmaAttention(nn.Module):
         v = self.v_proj(x).view(b, length, -1, self.width).transpose(1, 2)  # [B, K, L, E]
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
-            k, v = cache.write(self.layer, position_ids, k, v)  # [B, K, S, E], [B, K, S, E]
+            k, v = cache.write(self.layer, slots, k, v)  # [B, K, S, E], [B, K, S, E]
         x = self.attend(q, k, v, mask)  # [B, N, L, E]
         x = x.transpose(1, 2).reshape(b, length, -1)  # [B, L, N*E]
         return self.o_proj(x)
@@ -247,9 +252,9 @@ class GemmaDecoderLayer(nn.Module):
         self.mlp = GemmaMLP(config)
 
     def forward(
-        self, x: Tensor, position_ids: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, slots: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), position_ids, rotation, mask, cache)
+        attended = self.self_attn(self.input_layernorm(x), slots, rotation, mask, cache)
         if not self.is_gemma2:
             x = x + attended
             return x + self.mlp(self.post_attention_layernorm(x))
@@ -266,7 +271,7 @@ class GemmaEmbedding(nn.Embedding):
     """
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        scale = torch.tensor(self.embedding_dim**0.5, dtype=self.weight.dtype).item()
+        scale = torch.tensor(self.embedding_dim**0.5, dtype=self.weight.dtype, device="cpu").item()
         return super().forward(input_ids) * scale
 
     def logits(self, x: Tensor) -> Tensor:
@@ -303,9 +308,10 @@ class GemmaModel(nn.Module):
     ) -> Tensor:
         x = inputs_embeds  # [B, L, D]
         rotation = rotary_embedding(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
+        slots = position_ids - 1  # [B, L]
         for layer in self.layers:
             is_windowed = window_mask is not None and layer.self_attn.layer % 2 == 0
-            x = layer(x, position_ids, rotation, window_mask if is_windowed else mask, cache)
+            x = layer(x, slots, rotation, window_mask if is_windowed else mask, cache)
         return self.norm(x)
 
 

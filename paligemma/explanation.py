@@ -173,7 +173,7 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, c
 
 @torch.no_grad()
 def decoder_weights(
-    attention: GemmaAttention, x: Tensor, _position_ids: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None,
+    attention: GemmaAttention, x: Tensor, _slots: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None,
     _cache: None,
 ) -> Tensor:
     """The attention weights float32[B, N, L, L] of a GemmaAttention, from the arguments of its forward (without a KV cache)."""

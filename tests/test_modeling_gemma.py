@@ -79,7 +79,8 @@ def test_rope_equals_transformers(family, dtype):
     cos, sin = rotary_embedding(position_ids, 16, ours.config.rope_theta, dtype)
     other_cos, other_sin = theirs.rotary_emb(draw(1, dtype=dtype), position_ids)
     torch.testing.assert_close(cos[:, 0], other_cos, rtol=0, atol=0)  # same operations, same order: exact
-    torch.testing.assert_close(sin[:, 0], other_sin, rtol=0, atol=0)
+    signed = torch.cat((-other_sin[..., :8], other_sin[..., 8:]), dim=-1)
+    torch.testing.assert_close(sin[:, 0], signed, rtol=0, atol=0)
     from transformers.models.gemma.modeling_gemma import apply_rotary_pos_emb
 
     q, k = draw(2, 4, 5, 16, dtype=dtype), draw(2, 2, 5, 16, seed=1, dtype=dtype)
@@ -146,7 +147,7 @@ def both(part, family, dtype, kernel, seed):
     mine, other = ours.layers[0], theirs.layers[0]
     if part == "attention":
         mine, other = mine.self_attn, other.self_attn
-    mine = mine(x, position_ids, rotation, mask, None)
+    mine = mine(x, position_ids - 1, rotation, mask, None)
     attention_mask = mask if kernel == "sdpa" else added
     other = other(x, attention_mask=attention_mask, position_embeddings=theirs.rotary_emb(x, position_ids))
     return mine, other[0] if isinstance(other, tuple) else other
@@ -228,7 +229,7 @@ def test_gemma_2_layer_normalises_what_is_added_back():
     torch.nn.init.constant_(layer.post_feedforward_layernorm.weight, -1)
     x = draw(1, 4, 40)
     rotation = rotary_embedding(torch.arange(1, 5)[None], 16, 10000.0, torch.float32)
-    assert torch.equal(layer(x, torch.arange(1, 5)[None], rotation, None, None), x)
+    assert torch.equal(layer(x, torch.arange(4)[None], rotation, None, None), x)
 
 
 # Cache
@@ -260,14 +261,14 @@ def test_cache_needs_no_mask_when_every_slot_is_seen():
     assert cache.mask(window=2).int().tolist() == [[[[0, 1, 1]]], [[[0, 1, 1]]]]
 
 
-def test_cache_writes_each_token_at_its_position():
+def test_cache_writes_each_token_to_its_slot():
     cache = make_cache(batch=2, slots=5)
     k, v = draw(2, 2, 2, 16), draw(2, 2, 2, 16, seed=1)
-    cache.write(1, torch.tensor([[1, 2], [1, 2]]), k, v)
+    cache.write(1, torch.tensor([[0, 1], [0, 1]]), k, v)
     cache.set_lengths(torch.tensor([2, 4]))
     grow(cache)
     one_k, one_v = draw(2, 2, 1, 16, seed=2), draw(2, 2, 1, 16, seed=3)
-    keys, values = cache.write(1, cache.lengths[:, None], one_k, one_v)
+    keys, values = cache.write(1, cache.lengths[:, None] - 1, one_k, one_v)
     assert keys.shape == (2, 2, 5, 16)
     assert torch.equal(keys[:, :, :2], k) and torch.equal(values[:, :, :2], v)
     assert torch.equal(keys[0, :, 2], one_k[0, :, 0]) and torch.equal(values[1, :, 4], one_v[1, :, 0])
@@ -288,7 +289,7 @@ def test_cache_is_allocated_once():
     cache.set_lengths(torch.tensor([1, 1, 1]))
     for _ in range(4):
         grow(cache)
-        cache.write(0, cache.lengths[:, None], draw(3, 2, 1, 16), draw(3, 2, 1, 16))
+        cache.write(0, cache.lengths[:, None] - 1, draw(3, 2, 1, 16), draw(3, 2, 1, 16))
     assert (cache.keys.data_ptr(), cache.values.data_ptr()) == before
 
 

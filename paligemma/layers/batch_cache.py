@@ -35,7 +35,7 @@ class BatchCache(KVCache):
 
     def set_lengths(self, lengths: Tensor) -> None:
         self.host_lengths.copy_(lengths)
-        super().set_lengths(self.host_lengths)
+        super().set_lengths(lengths)  # not host_lengths, which the next step changes, perhaps before the copy is done
 
     def reserve(self) -> None:
         self.set_slots_read(self.host_lengths)  # rows may have been set or moved through another slice

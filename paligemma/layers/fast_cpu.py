@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from paligemma.layers import kernels
 from paligemma.layers.int_formats import CHUNK_WEIGHTS, GROUP, KERNEL_DTYPES
 from paligemma.layers.quantization import QuantizedLinear
+from paligemma.layers.replacing import extended
 from paligemma.modeling_gemma import GemmaAttention, GemmaEmbedding, GemmaMLP, GemmaRMSNorm, KVCache
 
 # The largest number of rows of x for which our bfloat16 product is faster than torch's. The keys are the processor's bfloat16
@@ -95,22 +96,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 # Modules
 
 
-class Fast(nn.Module):
-    """A module that shares the parameters, submodules and settings of the plain module that it replaces."""
-
-    def __init__(self, plain: nn.Module):
-        nn.Module.__init__(self)  # the __init__ of the plain class would allocate parameters
-        self.__dict__.update(plain.__dict__)
-
-
-class FastLinear(Fast, nn.Linear):
+class FastLinear(nn.Linear):
     """nn.Linear whose product is chosen by `product`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return product(x, self.weight, self.bias)
 
 
-class FastEmbedding(Fast, GemmaEmbedding):
+class FastEmbedding(GemmaEmbedding):
     """GemmaEmbedding with faster logits. If x has few rows, our kernel computes them in float32, without rounding to bfloat16."""
 
     def logits(self, x: Tensor) -> Tensor:
@@ -120,7 +113,7 @@ class FastEmbedding(Fast, GemmaEmbedding):
         return product(x, w)
 
 
-class FastRMSNorm(Fast, GemmaRMSNorm):
+class FastRMSNorm(GemmaRMSNorm):
     """GemmaRMSNorm in one kernel call instead of ten small operations."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +139,7 @@ def joint_product(x: Tensor, modules: tuple[nn.Module, ...], is_gated: bool = Fa
     return None
 
 
-class FastMLP(Fast, GemmaMLP):
+class FastMLP(GemmaMLP):
     """GemmaMLP with its first two products and gelu(gate) * up in one kernel call.
 
     If torch computes the products, a kernel computes only gelu(gate) * up.
@@ -162,20 +155,20 @@ class FastMLP(Fast, GemmaMLP):
         return self.down_proj(gated)
 
 
-class FastAttention(Fast, GemmaAttention):
+class FastAttention(GemmaAttention):
     """GemmaAttention in three kernel calls if each row has one new token: for q, k and v, for attention, and for the output."""
 
     def forward(
-        self, x: Tensor, position_ids: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, slots: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         qkv = None
         if cache is not None and x.shape[1] == 1 and x.dtype is cache.keys.dtype is torch.bfloat16 and self.width % 32 == 0:
             qkv = joint_product(x, (self.q_proj, self.k_proj, self.v_proj))  # [B, 1, (N + 2 K) E]
         if qkv is None:
-            return super().forward(x, position_ids, rotation, mask, cache)
+            return super().forward(x, slots, rotation, mask, cache)
         keys, values = cache.keys[self.layer], cache.values[self.layer]
-        slots = cache.slots_read
-        x = kernels.bf16_attend(qkv, position_ids, rotation, mask, keys, values, slots, self.scale, self.cap)  # [B, 1, N*E]
+        slots_read = cache.slots_read
+        x = kernels.bf16_attend(qkv, slots, rotation, mask, keys, values, slots_read, self.scale, self.cap)  # [B, 1, N*E]
         return self.o_proj(x)
 
 
@@ -197,4 +190,4 @@ def accelerate(model: nn.Module, min_parameters: int = MIN_PARAMETERS) -> None:
         if fast is None and type(module) in FAST_IN_BF16 and module.weight.dtype == torch.bfloat16:
             fast = FAST_IN_BF16[type(module)]
         if fast is not None:
-            model.set_submodule(name, fast(module))
+            model.set_submodule(name, extended(module, fast))

@@ -272,12 +272,13 @@ struct Cache {
     int64_t row_stride, head_stride, slots, width;
 };
 
-// RoPE: y = x rotated by the angles with these cosines and sines; x[i] and x[i + width / 2] form a pair.
+// RoPE: y = x rotated by the angles with these cosines and sines; x[i] and x[i + width / 2] form a pair. The first half
+// of `sin` is negative.
 static void rotate(const uint16_t* x, const uint16_t* cos, const uint16_t* sin, uint16_t* y, int64_t width) {
     const int64_t half = width / 2;
     for (int64_t i = 0; i < half; i += 16) {
         F32 first = read16(x, i, true), second = read16(x, i + half, true);
-        store(y + i, to_bf16(first * read16(cos, i, true) - second * read16(sin, i, true)));
+        store(y + i, to_bf16(first * read16(cos, i, true) + second * read16(sin, i, true)));
         store(y + i + half, to_bf16(second * read16(cos, i + half, true) + first * read16(sin, i + half, true)));
     }
 }
@@ -336,11 +337,11 @@ static void attend(const Cache& cache, const uint16_t* keys, const uint16_t* val
     }
 }
 
-// For one new token per row, qkv[B, (heads + 2 kv_heads) width]: rotates q and k, stores k and v in the slot of the row's
-// position (positions start at 1), and lets q attend to the first `slots` slots that mask[B, slots] allows, or to all of them if
-// mask is null. Result: y[B, heads width].
-extern "C" void bf16_attend(const uint16_t* qkv, const uint16_t* cos, const uint16_t* sin, const int64_t* positions, uint16_t* keys,
-                            uint16_t* values, int64_t row_stride, int64_t head_stride, int64_t slots, const uint8_t* mask,
+// For one new token per row, qkv[B, (heads + 2 kv_heads) width]: rotates q and k, stores k and v in the slot new_slots[row], and
+// lets q attend to the first `slots` slots that mask[B, slots] allows, or to all of them if mask is null.
+// Result: y[B, heads width].
+extern "C" void bf16_attend(const uint16_t* qkv, const uint16_t* cos, const uint16_t* sin, const int64_t* new_slots,
+                            uint16_t* keys, uint16_t* values, int64_t row_stride, int64_t head_stride, int64_t slots, const uint8_t* mask,
                             float scale, float cap, uint16_t* y, int64_t rows, int64_t heads, int64_t kv_heads, int64_t width,
                             int threads) {
     const Cache cache = {keys, values, row_stride, head_stride, slots, width};
@@ -349,7 +350,7 @@ extern "C" void bf16_attend(const uint16_t* qkv, const uint16_t* cos, const uint
         const uint16_t* x = qkv + row * (heads + 2 * kv_heads) * width;
         for (int64_t h = 0; h < heads; h++) rotate(x + h * width, cos, sin, rotated + (row * heads + h) * width, width);
         for (int64_t h = 0; h < kv_heads; h++) {
-            const int64_t slot = row * row_stride + h * head_stride + (positions[row] - 1) * width;
+            const int64_t slot = row * row_stride + h * head_stride + new_slots[row] * width;
             rotate(x + (heads + h) * width, cos, sin, keys + slot, width);
             memcpy(values + slot, x + (heads + kv_heads + h) * width, width * sizeof(uint16_t));
         }

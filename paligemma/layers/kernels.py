@@ -303,15 +303,15 @@ def bf16_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def bf16_attend(
-    qkv: Tensor, position_ids: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, keys: Tensor, values: Tensor,
+    qkv: Tensor, slots: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, keys: Tensor, values: Tensor,
     slots_read: int, scale: float, cap: float | None,
 ) -> Tensor:  # fmt: skip
     """Attention of one new token per row: applies RoPE to q and k, writes k and v to the cache, and attends to the cache.
 
     Args:
         qkv: bfloat16[B, 1, (N + 2 K) E], queries, keys and values before RoPE; E a multiple of 32.
-        position_ids: int64[B, 1]; a token's slot is its position minus 1.
-        rotation: cosines and sines, bfloat16[B, 1, 1, E].
+        slots: int64[B, 1], the slot in which the key and the value of the new token are stored.
+        rotation: cosines and sines of modeling_gemma.rotary_embedding, bfloat16[B, 1, 1, E].
         mask: bool[B, 1, 1, S], True = the token attends to the slot; None = to all S slots.
         keys, values: bfloat16[B, K, slots, E], the cache of one layer, which is written to.
         slots_read: S, number of slots that are read.
@@ -321,10 +321,10 @@ def bf16_attend(
     rows, kv_heads, _, width = keys.shape
     heads = qkv.shape[-1] // width - 2 * kv_heads
     cos, sin = (part.contiguous() for part in rotation)
-    positions, mask = position_ids.contiguous(), None if mask is None else mask.contiguous()
+    slots, mask = slots.contiguous(), None if mask is None else mask.contiguous()
     y = qkv.new_empty(rows, 1, heads * width)
     library().bf16_attend(
-        qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), keys.data_ptr(), values.data_ptr(),
+        qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), slots.data_ptr(), keys.data_ptr(), values.data_ptr(),
         keys.stride(0), keys.stride(1), slots_read, 0 if mask is None else mask.data_ptr(), scale, cap or 0, y.data_ptr(),
         rows, heads, kv_heads, width, torch.get_num_threads(),
     )  # fmt: skip

@@ -62,5 +62,5 @@ def test_a_fixed_view_reads_as_many_slots_as_it_was_told_and_always_makes_a_mask
     view = cache.fixed(5)
     assert view.mask().int().tolist() == [[[[1, 1, 0, 0, 0]]]] * 3
     k = draw(3, 2, 1, 16)
-    keys, _ = view.write(1, torch.full((3, 1), 3), k, k)
+    keys, _ = view.write(1, torch.full((3, 1), 2), k, k)
     assert keys.shape == (3, 2, 5, 16) and torch.equal(cache.keys[1, :, :, 2], k[:, :, 0])

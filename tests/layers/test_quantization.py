@@ -14,6 +14,7 @@ from paligemma.layers import fast_cpu, int_formats, kernels, quantization
 from paligemma.layers.fast_cpu import BF16_ROWS
 from paligemma.layers.int_formats import GROUP, KINDS
 from paligemma.layers.quantization import QuantizedLinear
+from paligemma.layers.replacing import extended
 from paligemma.modeling_gemma import (
     GemmaConfig,
     GemmaEmbedding,
@@ -296,7 +297,7 @@ def test_fast_norm_is_the_norm(rows, has_kernels, monkeypatch):
     norm = GemmaRMSNorm(192, 1e-6).requires_grad_(False)
     norm.weight.normal_(std=0.1)
     norm, x = norm.bfloat16(), (torch.randn(192, rows) * 30).bfloat16().T  # not contiguous
-    norm = fast_cpu.FastRMSNorm(norm)
+    norm = extended(norm, fast_cpu.FastRMSNorm)
     exact = F.rms_norm(x.double(), (192,), eps=1e-6) * (1 + norm.weight.double())
     # A sum of 192 squares, its root, and a few products; then the result is rounded.
     assert_within(norm(x), exact, (UNIT[torch.bfloat16] + 110 * UNIT[torch.float32]) * exact.abs() + 1e-30)
@@ -316,7 +317,7 @@ def attend_with_kernel(rows: int, kv_heads: int, heads: int, slots_read: int, ma
     keys, values = torch.randn(2, rows, kv_heads, slots_read + 3, 32).bfloat16()
     rotation = rotary_embedding(position_ids, 32, 10000.0, torch.bfloat16)
     before = keys.clone(), values.clone()
-    y = kernels.bf16_attend(qkv, position_ids, rotation, mask, keys, values, slots_read, 0.2, cap)
+    y = kernels.bf16_attend(qkv, position_ids - 1, rotation, mask, keys, values, slots_read, 0.2, cap)
     return y, qkv, position_ids, rotation, before, (keys, values)
 
 
@@ -353,7 +354,7 @@ def test_a_masked_slot_is_not_looked_at_and_a_bad_one_is_seen(variant):
         return
     keys, values = torch.randn(2, 1, 1, 20, 32).bfloat16()
     rotation = rotary_embedding(torch.tensor([[20]]), 32, 10000.0, torch.bfloat16)
-    ask = [torch.randn(1, 1, 4 * 32).bfloat16(), torch.tensor([[20]]), rotation]
+    ask = [torch.randn(1, 1, 4 * 32).bfloat16(), torch.tensor([[19]]), rotation]
     mask = torch.ones(1, 1, 1, 20, dtype=torch.bool)
     mask[..., 5] = False
     kernels_say = lambda: kernels.bf16_attend(*ask, mask, keys, values, 20, 0.2, None)  # noqa: E731  (asked three times)
@@ -376,7 +377,7 @@ def test_products_of_one_input_are_the_products_one_by_one(kind, instructions, v
     monkeypatch.setattr(fast_cpu, "bf16_instructions", lambda: instructions)
     linears = [random_linear(n, 128, seed, dtype=torch.bfloat16) for seed, n in enumerate((300, 37, 64))]
     if kind == "bf16":
-        modules = tuple(fast_cpu.FastLinear(linear) for linear in linears)
+        modules = tuple(extended(linear, fast_cpu.FastLinear) for linear in linears)
     else:
         modules = tuple(quantized(linear, kind) for linear in linears)
     most = BF16_ROWS[instructions]

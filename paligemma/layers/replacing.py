@@ -1,0 +1,28 @@
+"""Replaces a module by one that computes the same in another way: faster on one kind of device, or without overflow.
+
+A replacement is a subclass that overrides one method and calls super() in all other cases. So several replacements of one module
+can be combined: `extended` puts the methods of the newest in front of the others.
+"""
+
+import functools
+from typing import TypeVar, cast
+
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@functools.cache
+def combined(kind: type, before: type) -> type:
+    """A class with the methods of both; those of `kind` come first, and reach the others by super()."""
+    return kind if issubclass(kind, before) else type(f"{kind.__name__}{before.__name__}", (kind, before), {})
+
+
+def extended(module: nn.Module, kind: type[Module]) -> Module:
+    """The module with the methods of `kind`, a subclass of its plain class. Parameters, submodules and settings are shared."""
+    if isinstance(module, kind):
+        return module
+    new = nn.Module.__new__(combined(kind, type(module)))
+    nn.Module.__init__(new)  # the __init__ of the plain class would allocate parameters
+    new.__dict__.update(module.__dict__)
+    return cast(Module, new)
