@@ -1,0 +1,351 @@
+"""What is in the files of a model, and whether it fits together: settings, names, numbers, tokenizer, vectors that enter the decoder.
+
+Every check reads what it needs by itself, so that a folder with several faults gets several failed rows. Of large files only
+headers, and a sample of each tensor, are read; `is_full` reads everything. A tensor that is wrong in a few places only is
+therefore found only with `is_full`, and always when the model is loaded (safetensors_files.check_values).
+
+Checked in tests/checkup/test_model_files.py, with a folder for each fault.
+Shapes: I images in the batch, P patches per image, D model width (of the decoder), H W side of the grid of patches.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from paligemma.checkpoints import processor_files
+from paligemma.checkpoints.adapters import read_adapter
+from paligemma.checkpoints.hub import resolve
+from paligemma.checkpoints.safetensors_files import CHUNK_ELEMENTS, DTYPES, FLOATS, StoredTensor, TensorReader
+from paligemma.checkpoints.weights import (
+    POSITIONS,
+    ModelFiles,
+    check_names,
+    empty_model,
+    find_tensors,
+    own_tensors,
+    run_dtype,
+    stored_dtype,
+)
+from paligemma.checkup.rows import FAILED, Row, failed, failed_by, note, run_check
+from paligemma.configuration import PaliGemmaConfig
+from paligemma.errors import CheckpointError, PaliGemmaError, listed
+from paligemma.files import BUNDLED, CODEC_NAME, is_file
+from paligemma.layers import fast_cpu, quantization
+from paligemma.layers.int_formats import dequantize
+from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
+from paligemma.parameter_names import canonical_name
+from paligemma.pictures.images import load_image
+from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.tokenization import PromptTokenizer
+from paligemma.vocabulary import CODE_TOKENS, LOCATION_TOKENS
+
+SAMPLE_BYTES = 2**16  # read at the beginning, in the middle and at the end of each tensor
+SMALL_BYTES = 2**26  # files that are smaller are read completely
+MAX_PATCHES = 64  # of the bundled picture, which the tower encodes
+FIRST_WORD, WORDS = 4, 512  # the first token after <pad>, <eos>, <bos> and <unk>; how many tokens are compared
+ROUNDING = 0.01  # of a factor; sqrt(D) is rounded to bfloat16
+FOUND = 3  # faulty tensors that are named
+DOWNLOAD = "Download the model again, or convert it again from the original."
+INTERPOLATED = 1e-3  # relative distance from a table that was enlarged from a smaller one
+# The modules that make the vectors that enter the decoder. The norm is there because model.device and model.dtype are its own.
+FRONT = ("vision_tower.", "multi_modal_projector.", "language_model.model.embed_tokens", "language_model.model.norm")
+
+
+class Opened(ModelFiles):
+    """ModelFiles, and what several checks need. Each property raises an error of its own, so that other checks still run."""
+
+    @cached_property
+    def quantization(self) -> quantization.Quantization:
+        return quantization.choose(self.raw, self.base, None, False)
+
+    def empty_model(self) -> PaliGemmaForConditionalGeneration:
+        """The model without weights, with the modules that the files hold (quantised or not)."""
+        model = empty_model(self.config)
+        kind, with_vision, is_stored = self.quantization
+        for name in quantization.targets(model, vision=with_vision) if is_stored else ():
+            model.set_submodule(name, quantization.empty_module(model.get_submodule(name), kind, torch.bfloat16))
+        return model
+
+
+# Settings and names
+
+
+def settings_rows(opened: Opened) -> list[Row]:
+    """Family, size and resolution, from config.json."""
+    config = opened.config
+    text, vision = config.text_config, config.vision_config
+    family = "PaliGemma 2" if text.is_gemma2 else "PaliGemma 1"
+    count = sum(parameter.numel() for parameter in empty_model(config).parameters())
+    layers = f"{vision.num_hidden_layers} + {text.num_hidden_layers} layers"
+    value = f"{family}, {count / 1e9:.3g} billion parameters, {layers}, width {text.hidden_size}, {vision.image_size} px"
+    return [Row("model", value)]
+
+
+def header_rows(opened: Opened) -> list[Row]:
+    """How many tensors of which dtype the files hold. Failed if a file is missing, truncated or damaged."""
+    bytes_of = Counter()
+    for tensor in opened.tensors.values():
+        bytes_of[tensor.dtype] += tensor.num_bytes
+    dtypes = ", ".join(f"{dtype} {size / 1e9:.3g} GB" for dtype, size in bytes_of.most_common())
+    return [Row("weights", f"{len(opened.tensors)} tensors: {dtypes}")]
+
+
+def name_rows(opened: Opened) -> list[Row]:
+    """Missing and unknown names, wrong dtypes and shapes."""
+    quantised = opened.quantization
+    check_names(opened.empty_model(), opened.raw, opened.tensors, opened.base)
+    kind = f", stored as {quantised.kind}{', vision too' if quantised.with_vision else ''}" if quantised.is_stored else ""
+    return [Row("names and shapes", f"all as config.json says{kind}")]
+
+
+def adapter_rows(opened: Opened) -> list[Row]:
+    """The adapter in the folder, if there is one: its rank, and whether it fits its base model."""
+    if opened.adapter_config is None:
+        return []
+    adapter = read_adapter(opened.folder, opened.adapter_config)
+    scalings = adapter.checked_scalings(empty_model(opened.config))
+    base = "its own folder" if opened.base == opened.folder else opened.base
+    return [Row("adapter", f"changes {len(scalings)} matrices of the base model in {base}")]
+
+
+def position_rows(opened: Opened) -> list[Row]:
+    """The table of position vectors: one row per patch, and whether it was enlarged from that of a smaller resolution."""
+    table = TensorReader(torch.device("cpu"), allow_nonfinite=True).read(opened.tensors[POSITIONS], torch.float32)  # [P, D]
+    vision = opened.config.vision_config
+    side = vision.image_size // vision.patch_size
+    value = f"{len(table)} rows for {side} x {side} patches"
+    if len(table) != side**2:
+        advice = f"Take config.json and weights from the same model, or set image_size to {math.isqrt(len(table)) * vision.patch_size}."
+        return [failed("position table", value, advice, CheckpointError.code)]
+    if (smaller := enlarged_from(table)) is not None:
+        text = f"{value}, but it was enlarged from {smaller} x {smaller} and not trained since"
+        return [note("position table", text, "Take a checkpoint that was trained at this resolution; small text is read badly.")]
+    return [Row("position table", value)]
+
+
+def enlarged_from(table: Tensor) -> int | None:
+    """The side of the smaller grid that a position table was interpolated from, bilinearly; None if it was not.
+
+    Args:
+        table: float32[P, D], P = H * W.
+    """
+    side = math.isqrt(len(table))
+    grid = table.view(side, side, -1)
+    for smaller in (side // 2, side // 4):
+        if smaller < 2:
+            continue
+        for aligned in (True, False):  # whether the corners of both grids coincide; scipy's zoom, which big_vision uses, does so
+            units = torch.eye(smaller)[None]
+            matrix = nn.functional.interpolate(units, size=side, mode="linear", align_corners=aligned)[0].T  # [H, smaller]
+            onto = matrix @ torch.linalg.pinv(matrix)  # [H, H], the projection onto interpolated columns
+            nearest = torch.einsum("ij,jkd,lk->ild", onto, grid, onto)
+            if (grid - nearest).norm() < INTERPOLATED * (grid - grid.mean((0, 1))).norm():
+                return smaller
+    return None
+
+
+# Numbers
+
+
+def samples(tensor: StoredTensor, is_full: bool) -> Iterator[Tensor]:
+    """The values of a stored tensor, or a sample of them, as parts in order."""
+    dtype = DTYPES[tensor.dtype]
+    size = SAMPLE_BYTES // dtype.itemsize * dtype.itemsize
+    starts = [0, (tensor.num_bytes - size) // 2 // dtype.itemsize * dtype.itemsize, tensor.num_bytes - size]
+    if is_full or tensor.num_bytes <= 3 * size:
+        size = CHUNK_ELEMENTS * dtype.itemsize
+        starts = list(range(0, tensor.num_bytes, size))
+    with open(tensor.file, "rb") as stream:
+        for start in starts:
+            stream.seek(tensor.start + start)
+            content = bytearray(stream.read(min(size, tensor.num_bytes - start)))
+            yield torch.frombuffer(content, dtype=dtype)
+
+
+def number_rows(opened: Opened, is_full: bool) -> list[Row]:
+    """NaN and infinity, matrices of zeros, and matrices whose numbers are all equal."""
+    total = sum(tensor.num_bytes for tensor in opened.tensors.values())
+    is_full = is_full or total <= SMALL_BYTES
+    faulty: dict[str, list[str]] = {"NaN or infinity": [], "only zeros": [], "only one value": []}
+    for name, tensor in opened.tensors.items():
+        if tensor.dtype not in FLOATS:
+            continue
+        lows, highs = zip(*(torch.stack(torch.aminmax(part)).tolist() for part in samples(tensor, is_full) if len(part)), strict=True)
+        low, high = min(lows), max(highs)
+        if not all(math.isfinite(value) for value in (*lows, *highs)):
+            faulty["NaN or infinity"].append(name)
+        elif low == high and math.prod(tensor.shape) > 1 and (len(tensor.shape) > 1):
+            faulty["only zeros" if low == 0 else "only one value"].append(name)
+    read = "all numbers" if is_full else f"{SAMPLE_BYTES >> 10} KB at the beginning, middle and end of each tensor"
+    rows = []
+    for what, names in faulty.items():
+        if names:
+            advice = DOWNLOAD + ("" if what != "NaN or infinity" else " --allow_nonfinite loads it as it is.")
+            row = f"{len(names)} tensors hold {what}: {listed(names[:FOUND])}"
+            rows.append(failed(what, row, advice, CheckpointError.code))
+    return rows or [Row("numbers", f"finite, and no matrix is constant (read: {read})")]
+
+
+# Tokenizer and pictures
+
+
+def tokenizer_rows(opened: Opened) -> list[Row]:
+    """The ids of <loc>, <seg> and <image>, which must be consecutive and agree with config.json."""
+    folder = processor_files.find_tokenizer_folder(opened)
+    settings = processor_files.read_settings(folder / "tokenizer_config.json", processor_files.TokenizerError)
+    tokenizer = processor_files.read_tokenizer(folder)
+    processor_files.add_missing_tokens(tokenizer)
+    ids = processor_files.find_ids(tokenizer, settings, opened, folder)
+    processor_files.check_tokenizer(PromptTokenizer(tokenizer, ids, 512), opened)
+    loc, seg = ([tokenizer.token_to_id(tokens[i]) for i in (0, -1)] for tokens in (LOCATION_TOKENS, CODE_TOKENS))
+    value = f"<loc> {loc[0]} to {loc[1]}, <seg> {seg[0]} to {seg[1]}, <image> {ids['image_token_id']} as in config.json"
+    return [Row("tokenizer", f"{value}, <bos> {ids['bos_token_id']}, <eos> {ids['eos_token_id']}")]
+
+
+def picture_rows(opened: Opened) -> list[Row]:
+    """The settings for pictures, which must agree with config.json; and whether there is a mask codec."""
+    folder = opened.folder if any(is_file(opened.folder / name) for name in processor_files.IMAGE_FILES) else opened.base
+    settings = {name: processor_files.read_settings(folder / name, CheckpointError) for name in processor_files.IMAGE_FILES}
+    image_settings, path = processor_files.choose_image_settings(settings, folder)
+    processor_files.check_image_settings(image_settings, opened.config, path)
+    processor_files.read_normalization(image_settings, path)
+    size, tokens = opened.config.vision_config.image_size, opened.config.num_image_tokens
+    codec = "a mask codec" if is_file(opened.base / CODEC_NAME) else f"no {CODEC_NAME}, so segment gives boxes without masks"
+    return [Row("pictures", f"{size} x {size} px, {tokens} tokens; {codec}")]
+
+
+# Vectors that enter the decoder
+
+
+def load_front(opened: Opened) -> PaliGemmaForConditionalGeneration:
+    """The model on the CPU with the weights of tower, projector and embedding only. They are mapped from the files, not copied."""
+    model = opened.empty_model()
+    check_names(model, opened.raw, opened.tensors, opened.base)
+    dtype = torch.bfloat16 if opened.quantization.is_stored else stored_dtype(opened.tensors)
+    reader = TensorReader(torch.device("cpu"), allow_nonfinite=True)
+    for name, module in model.named_modules():
+        for key, own in own_tensors(module).items() if name.startswith(FRONT) else ():
+            tensor = reader.read(opened.tensors[f"{name}.{key}"], run_dtype(own, dtype))
+            setattr(module, key, nn.Parameter(tensor, requires_grad=False) if isinstance(own, nn.Parameter) else tensor)
+    fast_cpu.accelerate(model.vision_tower)
+    return model.eval()
+
+
+@torch.no_grad()
+def encode_sample(opened: Opened, model: PaliGemmaForConditionalGeneration) -> Tensor:
+    """[1, P, D]: the vectors of at most MAX_PATCHES patches of the bundled picture, which attend to each other only."""
+    pixels = PaliGemmaProcessor.from_files(opened)(load_image(BUNDLED / "shapes.png"), "")["pixel_values"]
+    tower = model.vision_tower.vision_model
+    x = tower.embeddings(pixels.to(model.dtype))  # [1, P, D]
+    x = x[:, :: max(1, x.shape[1] // MAX_PATCHES)]
+    return model.multi_modal_projector(tower.post_layernorm(tower.encoder(x)))
+
+
+def stored_vectors(model: PaliGemmaForConditionalGeneration, ids: Tensor) -> Tensor:
+    """The rows of the embedding matrix for these tokens, float32[L, D], without any factor."""
+    embedding = model.language_model.model.embed_tokens
+    if isinstance(embedding, quantization.QuantizedEmbedding):
+        return dequantize(*embedding.lookup(ids), torch.float32)[:, : embedding.in_features]
+    return embedding.weight[ids].float()
+
+
+def factor(found: Tensor, original: Tensor) -> float:
+    """The number c that makes c * original nearest to `found`; NaN if these are not proportional."""
+    original = original.float()
+    number = float((found * original).sum() / original.square().sum())
+    is_multiple = float((found - number * original).norm()) <= ROUNDING * float(found.norm())
+    return number if is_multiple else math.nan
+
+
+@torch.no_grad()
+def vector_rows(opened: Opened) -> list[Row]:
+    """The factors with which vectors of a picture and of words enter the decoder, and the norms of these vectors.
+
+    Gemma multiplies the vectors of words by sqrt(D). Those of a picture come from the projector and are not multiplied. A program
+    that confuses this, or a checkpoint that was converted for such a program, changes the ratio of the norms by sqrt(D). So the
+    band is D^(-1/4) to D^(1/4), the middle between right and wrong: a ratio in it leaves it if it is multiplied or divided by
+    sqrt(D).
+    """
+    model, text = load_front(opened), opened.config.text_config
+    features = encode_sample(opened, model)  # [1, P, D]
+    words = torch.arange(FIRST_WORD, text.vocab_size, max(1, text.vocab_size // WORDS))
+    words = words[words != opened.config.image_token_index]  # [L]
+    patches = torch.full((features.shape[1],), opened.config.image_token_index)
+    entering = model.embed(torch.cat((patches, words))[None], features)[0].float()  # [P + L, D]
+    picture, said = entering.split([len(patches), len(words)])  # [P, D], [L, D]
+    return [factor_row(model, features[0], picture, words, said), norm_row(model, picture.norm(dim=-1), said.norm(dim=-1))]
+
+
+def factor_row(
+    model: PaliGemmaForConditionalGeneration, features: Tensor, picture: Tensor, words: Tensor, said: Tensor
+) -> Row:
+    """Whether the decoder gets picture vectors as they are, and word vectors times sqrt(D).
+
+    Args:
+        features: [P, D], what the projector made.
+        picture, said: float32[P, D] and float32[L, D], what enters the decoder.
+        words: int64[L], the tokens.
+    """
+    width = features.shape[-1]
+    on_picture, on_words = factor(picture, features), factor(said, stored_vectors(model, words))
+    value = f"picture {on_picture:.4g}, words {on_words:.4g}; 1 and sqrt({width}) = {width**0.5:.4g} are right"
+    if abs(on_picture - 1) <= ROUNDING and abs(on_words / width**0.5 - 1) <= ROUNDING:
+        return Row("factors on vectors", value)
+    return failed("factors on vectors", value, "This is a fault of the program, not of the model: please report it.", 1)
+
+
+def norm_row(model: PaliGemmaForConditionalGeneration, pictures: Tensor, words: Tensor) -> Row:
+    """The mean norms of picture and word vectors, given float32[P] and float32[L], beside the band for their ratio."""
+    width = model.config.text_config.hidden_size
+    ratio, low, high = float(pictures.mean() / words.mean()), width**-0.25, width**0.25
+    value = f"picture {pictures.mean():.3g}, words {words.mean():.3g}, ratio {ratio:.3g}; band {low:.2g} to {high:.2g}"
+    scales = model.vision_tower.vision_model.post_layernorm.weight.float()
+    # The norms of D random numbers vary by 1 / sqrt(2 D) of their mean; those of a trained embedding vary several times as much.
+    if not float(scales.std()) > 0 or float(words.std() / words.mean()) < 1.5 / (2 * width) ** 0.5:
+        return Row("norms of vectors", f"{value}; the weights are random, so the band means nothing")
+    if low <= ratio <= high:
+        return Row("norms of vectors", value)
+    advice = "Was the model converted for a program that scales picture vectors? Compare its answers with those of the original."
+    return note("norms of vectors", value, advice)
+
+
+# All checks
+
+
+def without_weights_rows(name: str, revision: str | None, base_model: str | None) -> list[Row]:
+    """The checks of a folder whose settings cannot be read: only its weights."""
+    tensors = find_tensors(resolve(name, revision))
+    return [] if base_model else [Row("weights", f"{len(tensors)} tensors, undamaged")]
+
+
+def checkpoint_rows(
+    name: str | None, revision: str | None, base_model: str | None, is_full: bool, on_error: Callable[[], object]
+) -> Iterator[Row]:
+    """The rows of all checks of a model, each as soon as it is known. A fault that several checks meet is reported once.
+
+    Args: name, revision, base_model: as in opened.open_checkpoint. is_full: read all numbers, which takes long for large files.
+        on_error: see run_check.
+    """
+    yield Row("name", "the bundled model" if name is None else name)
+    checks: list[tuple] = []
+    try:
+        opened = Opened(BUNDLED if name is None else name, revision, base_model)
+    except PaliGemmaError as error:
+        on_error()
+        yield failed_by("settings", error)
+        checks = [(without_weights_rows, name, revision, base_model)] if name else []
+    else:
+        simple = settings_rows, header_rows, name_rows, adapter_rows, position_rows, tokenizer_rows, picture_rows, vector_rows
+        checks = [(check, opened) for check in simple]
+        checks.insert(3, (number_rows, opened, is_full))
+    seen = set()
+    for check, *args in checks:
+        for row in run_check(check, *args, code=CheckpointError.code, on_error=on_error):
+            if row.state != FAILED or row.value not in seen:
+                yield row
+            seen.add(row.value)
