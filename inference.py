@@ -66,7 +66,8 @@ class Flags(VerbFlags):
     nor --prompt, you type questions about the picture if stdin is a terminal; otherwise the model is asked for a caption. Without
     a picture the bundled picture is used. Without --model_path the bundled model is used, which knows only coloured shapes.
 
-    Other programs, each with its own --help: python -m paligemma finetune, annotate, cluster. --version prints the version.
+    Other programs, each with its own --help: python -m paligemma finetune, annotate, cluster, doctor (checks the
+    installation and a model). --version prints the version.
 
     Args:
         prompt: what to ask: "caption en", "answer en what is this?", "detect cat", "segment cat", "ocr"

@@ -25,7 +25,7 @@ FLOORS = [
     {"objects"},
     {"checkpoints"},
     {"processing_paligemma", "generation"},
-    {"opened", "tasks", "explanation", "explanation_sheet", "model"},
+    {"opened", "tasks", "explanation", "explanation_sheet", "model", "checkup"},
     {"learning"},
     {"programs"},
     {"inference"},

@@ -12,10 +12,10 @@ import torch
 import paligemma
 from notes import architecture_figures, decoding_figures, finetuning_figures, mask_figures, recipe_figures, refresh_readme, tables
 from paligemma import inference
-from paligemma.programs import annotate, cluster, finetune
+from paligemma.programs import annotate, cluster, doctor, finetune
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = {"inference": inference, "annotate": annotate, "cluster": cluster, "finetune": finetune}
+PROGRAMS = {"inference": inference, "annotate": annotate, "cluster": cluster, "doctor": doctor, "finetune": finetune}
 
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in refresh_readme.PAGES}
 README, READING, PYTHON = PAGES["README.md"], PAGES["docs/reading.md"], PAGES["docs/python.md"]

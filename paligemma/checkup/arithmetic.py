@@ -60,7 +60,10 @@ def difference(found: Tensor, expected: Tensor) -> float:
 def compared(name: str, differences: dict[str, tuple[float, float]], instead: str) -> Row:
     """The row for the differences and bounds of several variants, such as dtypes."""
     wrong = any(not gap <= most for gap, most in differences.values())
-    value = ", ".join(f"{kind} {gap:.1g} (at most {most:.1g})" for kind, (gap, most) in differences.items())
+    bounds = {most for _, most in differences.values()}
+    limit = f"; at most {bounds.pop():.1g}" if len(bounds) == 1 else ""
+    parts = (f"{kind} {gap:.1g}" + ("" if limit else f" (at most {most:.1g})") for kind, (gap, most) in differences.items())
+    value = ", ".join(parts) + limit
     return failed(name, f"differs: {value}", REPORT + instead) if wrong else Row(name, value)
 
 
@@ -104,9 +107,9 @@ def attention_rows(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> lis
         for dtype in dtypes:
             shapes = ((2, n, length, e), (2, k_heads, slots, e), (2, k_heads, slots, e))
             q, k, v = (draw(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes))
-            there = [None if x is None else x.to(device) for x in (q, k, v, mask)]
-            expected = plain_attention(q, k, v, mask, e**-0.5, cap)
-            found[name_of(dtype)] = difference(attention(*there, e**-0.5, cap), expected), bound(dtype)
+            mask_there = None if mask is None else mask.to(device)
+            y = attention(q.to(device), k.to(device), v.to(device), mask_there, e**-0.5, cap)  # [B, N, L, E]
+            found[name_of(dtype)] = difference(y, plain_attention(q, k, v, mask, e**-0.5, cap)), bound(dtype)
         rows.append(compared(name, found, "take --device cpu."))
     return rows
 
@@ -169,7 +172,7 @@ def model_rows(folder: Path, device: torch.device, dtypes: tuple[torch.dtype, ..
             name_of(dtype): (difference(logits_of(load_model(tiny, device=device, dtype=dtype)), expected), bound(dtype))
             for dtype in dtypes
         }
-        rows.append(compared(f"{name}, random weights", found, "take another --dtype, or --device cpu."))
+        rows.append(compared(f"logits of {name}", found, "take another --dtype, or --device cpu."))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What is in the files of a model, and whether it fits together: settings, names, numbers, tokenizer, vectors that enter the decoder.
+"""What is in the files of a model, and whether it fits together: settings, names, numbers, tokenizer, what enters the decoder.
 
 Every check reads what it needs by itself, so that a folder with several faults gets several failed rows. Of large files only
 headers, and a sample of each tensor, are read; `is_full` reads everything. A tensor that is wrong in a few places only is
@@ -31,14 +31,13 @@ from paligemma.checkpoints.weights import (
     run_dtype,
     stored_dtype,
 )
-from paligemma.checkup.rows import FAILED, Row, failed, failed_by, note, run_check
-from paligemma.configuration import PaliGemmaConfig
+from paligemma.checkup.rows import FAILED, Row, failed, failed_by, note
 from paligemma.errors import CheckpointError, PaliGemmaError, listed
 from paligemma.files import BUNDLED, CODEC_NAME, is_file
 from paligemma.layers import fast_cpu, quantization
 from paligemma.layers.int_formats import dequantize
+from paligemma.machine import format_bytes
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
-from paligemma.parameter_names import canonical_name
 from paligemma.pictures.images import load_image
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from paligemma.tokenization import PromptTokenizer
@@ -82,7 +81,7 @@ def settings_rows(opened: Opened) -> list[Row]:
     family = "PaliGemma 2" if text.is_gemma2 else "PaliGemma 1"
     count = sum(parameter.numel() for parameter in empty_model(config).parameters())
     layers = f"{vision.num_hidden_layers} + {text.num_hidden_layers} layers"
-    value = f"{family}, {count / 1e9:.3g} billion parameters, {layers}, width {text.hidden_size}, {vision.image_size} px"
+    value = f"{family}, {count / 1e6:,.1f} million parameters, {layers}, width {text.hidden_size}, {vision.image_size} px"
     return [Row("model", value)]
 
 
@@ -91,7 +90,7 @@ def header_rows(opened: Opened) -> list[Row]:
     bytes_of = Counter()
     for tensor in opened.tensors.values():
         bytes_of[tensor.dtype] += tensor.num_bytes
-    dtypes = ", ".join(f"{dtype} {size / 1e9:.3g} GB" for dtype, size in bytes_of.most_common())
+    dtypes = ", ".join(f"{format_bytes(size)} in {dtype}" for dtype, size in bytes_of.most_common())
     return [Row("weights", f"{len(opened.tensors)} tensors: {dtypes}")]
 
 
@@ -120,7 +119,8 @@ def position_rows(opened: Opened) -> list[Row]:
     side = vision.image_size // vision.patch_size
     value = f"{len(table)} rows for {side} x {side} patches"
     if len(table) != side**2:
-        advice = f"Take config.json and weights from the same model, or set image_size to {math.isqrt(len(table)) * vision.patch_size}."
+        fitting = math.isqrt(len(table)) * vision.patch_size
+        advice = f"Take config.json and weights from the same model, or set image_size to {fitting}."
         return [failed("position table", value, advice, CheckpointError.code)]
     if (smaller := enlarged_from(table)) is not None:
         text = f"{value}, but it was enlarged from {smaller} x {smaller} and not trained since"
@@ -175,11 +175,13 @@ def number_rows(opened: Opened, is_full: bool) -> list[Row]:
     for name, tensor in opened.tensors.items():
         if tensor.dtype not in FLOATS:
             continue
-        lows, highs = zip(*(torch.stack(torch.aminmax(part)).tolist() for part in samples(tensor, is_full) if len(part)), strict=True)
-        low, high = min(lows), max(highs)
-        if not all(math.isfinite(value) for value in (*lows, *highs)):
+        ends = [torch.stack(torch.aminmax(part)) for part in samples(tensor, is_full)]
+        if not ends:  # an empty tensor
+            continue
+        low, high = (float(torch.stack(ends).aminmax(dim=0)[i][i]) for i in (0, 1))  # NaN if one of the numbers is NaN
+        if not (math.isfinite(low) and math.isfinite(high)):
             faulty["NaN or infinity"].append(name)
-        elif low == high and math.prod(tensor.shape) > 1 and (len(tensor.shape) > 1):
+        elif low == high and len(tensor.shape) > 1 and math.prod(tensor.shape) > 1:
             faulty["only zeros" if low == 0 else "only one value"].append(name)
     read = "all numbers" if is_full else f"{SAMPLE_BYTES >> 10} KB at the beginning, middle and end of each tensor"
     rows = []
@@ -204,7 +206,7 @@ def tokenizer_rows(opened: Opened) -> list[Row]:
     processor_files.check_tokenizer(PromptTokenizer(tokenizer, ids, 512), opened)
     loc, seg = ([tokenizer.token_to_id(tokens[i]) for i in (0, -1)] for tokens in (LOCATION_TOKENS, CODE_TOKENS))
     value = f"<loc> {loc[0]} to {loc[1]}, <seg> {seg[0]} to {seg[1]}, <image> {ids['image_token_id']} as in config.json"
-    return [Row("tokenizer", f"{value}, <bos> {ids['bos_token_id']}, <eos> {ids['eos_token_id']}")]
+    return [Row("tokenizer", value)]
 
 
 def picture_rows(opened: Opened) -> list[Row]:
@@ -223,7 +225,7 @@ def picture_rows(opened: Opened) -> list[Row]:
 
 
 def load_front(opened: Opened) -> PaliGemmaForConditionalGeneration:
-    """The model on the CPU with the weights of tower, projector and embedding only. They are mapped from the files, not copied."""
+    """The model on the CPU with the weights of tower, projector and embedding only, which are mapped from the files."""
     model = opened.empty_model()
     check_names(model, opened.raw, opened.tensors, opened.base)
     dtype = torch.bfloat16 if opened.quantization.is_stored else stored_dtype(opened.tensors)
@@ -317,35 +319,38 @@ def norm_row(model: PaliGemmaForConditionalGeneration, pictures: Tensor, words: 
 # All checks
 
 
-def without_weights_rows(name: str, revision: str | None, base_model: str | None) -> list[Row]:
-    """The checks of a folder whose settings cannot be read: only its weights."""
-    tensors = find_tensors(resolve(name, revision))
-    return [] if base_model else [Row("weights", f"{len(tensors)} tensors, undamaged")]
+def open_files(name: str | Path, revision: str | None, base_model: str | None) -> tuple[Opened | None, list[Row]]:
+    """The files of a model; or None, and a row with the reason why they cannot be opened."""
+    try:
+        return Opened(name, revision, base_model), []
+    except PaliGemmaError as error:
+        return None, [failed_by("settings", error)]
+
+
+def without_settings_rows(name: str, revision: str | None) -> list[Row]:
+    """All that can be said about a folder whose settings cannot be read: whether its weights are whole."""
+    return [Row("weights", f"{len(find_tensors(resolve(name, revision)))} tensors, not damaged")]
 
 
 def checkpoint_rows(
-    name: str | None, revision: str | None, base_model: str | None, is_full: bool, on_error: Callable[[], object]
+    name: str | None, revision: str | None, base_model: str | None, is_full: bool, check: Callable[..., list[Row]]
 ) -> Iterator[Row]:
     """The rows of all checks of a model, each as soon as it is known. A fault that several checks meet is reported once.
 
     Args: name, revision, base_model: as in opened.open_checkpoint. is_full: read all numbers, which takes long for large files.
-        on_error: see run_check.
+        check: calls a function, see rows.run_check.
     """
     yield Row("name", "the bundled model" if name is None else name)
-    checks: list[tuple] = []
-    try:
-        opened = Opened(BUNDLED if name is None else name, revision, base_model)
-    except PaliGemmaError as error:
-        on_error()
-        yield failed_by("settings", error)
-        checks = [(without_weights_rows, name, revision, base_model)] if name else []
-    else:
-        simple = settings_rows, header_rows, name_rows, adapter_rows, position_rows, tokenizer_rows, picture_rows, vector_rows
-        checks = [(check, opened) for check in simple]
-        checks.insert(3, (number_rows, opened, is_full))
-    seen = set()
-    for check, *args in checks:
-        for row in run_check(check, *args, code=CheckpointError.code, on_error=on_error):
+    opened, rows = open_files(BUNDLED if name is None else name, revision, base_model)
+    yield from check(lambda: rows)
+    calls: list[tuple] = [(without_settings_rows, name, revision)]
+    if opened is not None:
+        names = settings_rows, header_rows, name_rows, adapter_rows, position_rows, tokenizer_rows, picture_rows, vector_rows
+        calls = [(rows_of, opened) for rows_of in names]
+        calls.insert(3, (number_rows, opened, is_full))
+    seen = {row.value for row in rows}
+    for call in calls:
+        for row in check(*call, code=CheckpointError.code):
             if row.state != FAILED or row.value not in seen:
                 yield row
             seen.add(row.value)

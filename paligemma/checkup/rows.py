@@ -1,8 +1,8 @@
 """A check of `paligemma doctor` and its result: rows with a name, a value, a state, and what to do if something is wrong.
 
 A check is a function that returns rows. `run_check` also turns an exception of a check into a row, so that one fault never hides
-the others. Rows are printed as lines of a table or as JSON, which people paste into issue reports. Therefore `without_personal_data`
-removes names, folders, addresses and tokens from every text. Checked in tests/checkup/test_rows.py.
+the others. Rows are printed as lines of a table or as JSON, which people paste into issue reports. Therefore
+`without_personal_data` removes names, folders, addresses and tokens from every text. Checked in tests/checkup/test_rows.py.
 """
 
 import getpass
@@ -12,7 +12,7 @@ import socket
 import textwrap
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def run_check(
         if on_error is not None:
             on_error()
         rows = [failed_by(check.__name__.replace("_", " "), error, code)]
-    return [Row(row.name, without_personal_data(row.value), row.state, without_personal_data(row.advice), row.code) for row in rows]
+    return [replace(row, value=without_personal_data(row.value), advice=without_personal_data(row.advice)) for row in rows]
 
 
 # Personal data

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import paligemma
 from paligemma import machine
-from paligemma.checkup.rows import Row, failed, note
-from paligemma.errors import one_line
+from paligemma.checkup.rows import Row, failed, failed_by, note
+from paligemma.errors import DeviceError, one_line
 from paligemma.machine import GIB
 
 if TYPE_CHECKING:
@@ -125,20 +125,50 @@ def driver_rows() -> list[Row]:
     return [Row("NVIDIA driver", f"{cards[0][0]}; nvidia-smi lists {listed}{limit}")]
 
 
-def card_rows(device: "torch.device") -> list[Row]:
-    """Each CUDA card: capability, memory, whether this torch has code for it."""
+def card_rows() -> list[Row]:
+    """Each CUDA card: capability, memory, and whether this torch has code for it."""
     import torch
+
+    from paligemma import devices
 
     rows = []
     for index in range(torch.cuda.device_count()) if torch.cuda.is_available() else ():
         about = torch.cuda.get_device_properties(index)
-        free, total = torch.cuda.mem_get_info(index)
-        value = f"{about.name}, sm_{about.major}{about.minor}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
-        rows.append(Row(f"cuda:{index}", value))
+        try:
+            devices.check_card(index)
+            free, total = torch.cuda.mem_get_info(index)
+            value = f"{about.name}, sm_{about.major}{about.minor}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+            rows.append(Row(f"cuda:{index}", value))
+        except DeviceError as error:
+            rows.append(failed_by(f"cuda:{index}", error))
     if rows:
         rows.append(Row("torch has code for", " ".join(torch.cuda.get_arch_list()) or "not listed"))
+    return rows
+
+
+def gpu_rows(name: str, device: "torch.device") -> list[Row]:
+    """Which device is taken, how it is used, and why a GPU of this machine is not used.
+
+    Args:
+        name: the flag --device, such as "auto".
+        device: what it stands for.
+    """
+    from paligemma import devices
+
+    used = devices.profile(device)
+    ways = {"recorded steps": used.records, "Triton": used.triton, "int4pack": used.int4pack, "int8pack": used.int8pack}
+    names = [way for way, is_used in ways.items() if is_used]
+    if used.flex_options is not None:
+        names.append("flex_attention" + (f" {used.flex_options}" if used.flex_options else ""))
+    chosen = f"{device} (--device {name}), {used.kind}; dtypes {', '.join(used.dtype_names)}"
+    rows = [Row("device", f"{chosen}; {', '.join(names) or 'no faster ways'}")]
     if device.type == "mps":
-        rows.append(Row("mps", f"{(machine.free_memory(device) or 0) / GIB:.1f} GiB free"))
+        rows.append(Row("free memory of mps", f"{(machine.free_memory(device) or 0) / GIB:.1f} GiB"))
+    if device.type == "cpu" and (text := devices.missed_gpu()) is not None:
+        if name == "cpu":
+            rows.append(note("GPU", text, "Nothing, because you asked for the CPU."))
+        else:
+            rows.append(failed_by("GPU", DeviceError(text)))
     return rows
 
 
@@ -206,9 +236,7 @@ def folder_rows() -> list[Row]:
     from paligemma.layers import kernels
 
     rows = []
-    folders = kernels.cache_folders()
-    place = next(folders, None)
-    folders.close()
+    place = next(kernels.cache_folders(), None)
     if place is None:
         advice = "Make a folder that only you can write, and name it in XDG_CACHE_HOME."
         rows.append(note("cache of kernels", "no private folder can be written; kernels are compiled at every start", advice))

@@ -31,7 +31,7 @@ from typing import get_args
 import paligemma
 from paligemma.errors import DeviceError, OutputError, PaliGemmaError, PromptError, UsageError, shorten, unexpected
 
-PROGRAMS = ("finetune", "annotate", "cluster")  # modules of paligemma.programs; the command line starts them by name
+PROGRAMS = ("finetune", "annotate", "cluster", "doctor")  # modules of paligemma.programs; the command line starts them by name
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 COLUMN = 34  # the texts of --help begin here
@@ -219,8 +219,10 @@ def read_flags(flags: type, argv: list[str]) -> object:
     if positional:
         getattr(flags, "check_positional", lambda _: None)(tuple(positional))
         values[field] = json.dumps(positional)
-    import fire  # slow, so after the checks
-
+    try:
+        import fire  # slow, so after the checks
+    except ModuleNotFoundError:  # all checks have been made, so Fire is not necessary, except for --help
+        return flags(**{name: converter(name, kinds[name])(value) for name, value in values.items()})
     decorated = fire.decorators.SetParseFns(**{name: converter(name, kind) for name, kind in kinds.items()})(flags)
     # In the form --name=value nothing is ambiguous.
     return fire.Fire(decorated, command=[f"--{name}={value}" for name, value in values.items()], serialize=lambda _: None)
@@ -388,7 +390,7 @@ def run_guarded(flags: type, program: Callable, argv: list[str], topics: dict[st
             elif "--version" in argv:
                 write(f"paligemma {paligemma.__version__}\n")
             else:
-                program(read_flags(flags, argv))
+                return program(read_flags(flags, argv)) or 0
         return 0
     except PaliGemmaError as error:
         return report(error, as_json, is_debug)
@@ -408,7 +410,7 @@ def run(flags: type, program: Callable, argv: list[str] | None = None, topics: d
 
     Args:
         flags: a dataclass with keyword-only fields, one per flag. Its docstring is the help; its __post_init__ checks ranges.
-        program: is called with an instance of `flags`.
+        program: is called with an instance of `flags`. It may return an exit code; None counts as 0.
         topics: for a word in argv, the text that --help shows instead of the docstring.
     """
     sys.excepthook = report_bug
