@@ -514,7 +514,7 @@ class RunningBatch:
             if math.isnan(logprob):
                 raise GenerationError(
                     f"the model's logits are not finite ({self.model.dtype} weights, token {len(row.token_ids) + 1} of a row). "
-                    "float16 overflows in Gemma; use bfloat16 or float32, or check the checkpoint for NaN."
+                    "Check the checkpoint for NaN, or load it in another dtype."
                 )
             row.token_ids.append(token)
             row.logprobs.append(logprob)

@@ -163,7 +163,7 @@ def as_ratio(nats: float) -> str:
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, cap: float | None) -> Tensor:
     """Attention weights, float32[B, N, L, S]; each row sums to 1. The arguments are those of modeling_gemma.attention."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # [B, N, S, E]
-    scores = (q @ k.transpose(2, 3)).float() * scale  # [B, N, L, S]
+    scores = q.float() @ k.float().transpose(2, 3) * scale  # [B, N, L, S]
     if cap is not None:
         scores = torch.tanh(scores / cap) * cap
     if mask is not None:

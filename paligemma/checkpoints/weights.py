@@ -47,7 +47,7 @@ from paligemma.configuration import PaliGemmaConfig, SiglipVisionConfig
 from paligemma.devices import find_devices, usable_cards
 from paligemma.errors import CheckpointError, OutputError, UsageError, listed
 from paligemma.files import MAX_JSON_BYTES, names_in, parse_json_file, read_regular, staging_folder, stat_path
-from paligemma.layers import fast_cpu, graphs, quantization, split
+from paligemma.layers import fast_cpu, float16, graphs, quantization, split
 from paligemma.machine import memory_errors
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 from paligemma.parameter_names import canonical_name
@@ -463,6 +463,8 @@ class ModelFiles:
             placement = split.place(module_bytes(model, quantised, dtype), named, spare)
             readers = {own: TensorReader(own, allow_nonfinite) for own in placement.devices}
             fill(model, stored, lambda name: readers[placement.device(name)], dtype, quantised, kind, adapter)
+            if dtype == torch.float16:
+                float16.protect(model)
             if named[0].type == "cpu":
                 fast_cpu.accelerate(model)
             if len(placement.devices) > 1:

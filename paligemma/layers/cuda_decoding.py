@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paligemma.layers.float16 import Float16RMSNorm
 from paligemma.layers.replacing import extended
 from paligemma.layers.self_check import FastWay, rounding_bound
 from paligemma.modeling_gemma import GemmaAttention, GemmaModel, GemmaRMSNorm, KVCache, attention
@@ -58,7 +59,8 @@ class CudaRMSNorm(GemmaRMSNorm):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler fuses the plain form into one kernel
             return super().forward(x)
         y = F.rms_norm(x.float(), self.weight.shape, None, self.eps)
-        return torch.addcmul(y, y, self.weight, out=torch.empty_like(x))  # y * (1 + weight)
+        dtype = self.weight.dtype if isinstance(self, Float16RMSNorm) else x.dtype
+        return torch.addcmul(y, y, self.weight, out=torch.empty_like(x, dtype=dtype))  # y * (1 + weight)
 
 
 class CudaAttention(GemmaAttention):
