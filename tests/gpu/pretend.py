@@ -77,9 +77,9 @@ class Event:
     Attributes:
         op: the name of the operator, without overload, such as "add_".
         kind: "kernel"; "view" = nothing runs on the device; "sync" = the CPU waits until the device has done everything (a
-            blocking copy, .item(), ...); "h2d", "d2h" = a copy to or from the device that does not block; "event-record",
-            "event-wait"; "replay" = a CUDA graph is started; "MISMATCH" = devices or dtypes that a GPU refuses; "RACE" = the
-            source of a copy changed before the copy was complete.
+            blocking copy, .item(), ...); "h2d", "d2h", "d2d" = a copy to a device, from it or between two that does not block;
+            "event-record", "event-wait"; "replay" = a CUDA graph is started; "MISMATCH" = devices or dtypes that a GPU refuses;
+            "RACE" = the source of a copy changed before the copy was complete.
         device: the device.
         shapes: the shapes of the tensors among the arguments.
         file, function, line: where in the package paligemma; "" and 0 outside.
@@ -169,22 +169,17 @@ def efficient_attention(q, k, v, mask, _needs_logsumexp, _dropout=0.0, _is_causa
     return attend(q, k, v, mask, scale=scale), nothing, nothing, nothing
 
 
-def mps_attention(q, k, v, mask=None, *, scale=None):
-    return attend(q, k, v, mask, scale=scale), torch.empty(0)
+def attention_written_out(q, k, v, attn_mask=None, *, scale=None):
+    return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, scale=scale)[0]
 
 
-def on_mps(plain, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *, scale: float | None = None) -> Tensor:
-    """F.scaled_dot_product_attention on MPS, whose choice of a kernel torch makes below what a mode can see."""
-    if not isinstance(q, PretendedTensor):
-        return plain(q, k, v, attn_mask=attn_mask, scale=scale)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, scale=scale)[0]
-    return aten._scaled_dot_product_attention_math_for_mps(q, k, v, attn_mask, scale=scale)[0]
+def batched_product(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    return torch.bmm(a, b) if out_dtype is None else torch.bmm(a.to(out_dtype), b.to(out_dtype))
 
 
 STAND_INS = {  # operators that exist on the device only, computed by other means on the CPU
+    "bmm": batched_product,
     "_scaled_dot_product_efficient_attention": efficient_attention,
-    "_scaled_dot_product_attention_math_for_mps": mps_attention,
 }
 
 
@@ -192,6 +187,7 @@ STAND_INS = {  # operators that exist on the device only, computed by other mean
 class PendingCopy:
     """A copy that does not block, before anything has waited for it."""
 
+    device: torch.device
     target: Tensor
     snapshot: Tensor  # the numbers of the source when the copy was started
     source: Tensor | None  # on the CPU; None for a copy to the CPU, whose source cannot change: the device works in order
@@ -303,16 +299,16 @@ class PretendedGpu(TorchDispatchMode):
 
     # Copies
 
-    def wait(self, upto: int | None = None) -> None:
-        """Completes the pending copies that were started before the event with this number, by default all."""
-        started = [copy for copy in self.pending if upto is None or copy.number < upto]
+    def wait(self, device: torch.device, upto: int | None = None) -> None:
+        """Completes the pending copies of a device that were started before the event with this number, by default all."""
+        started = [copy for copy in self.pending if copy.device == device and (upto is None or copy.number < upto)]
         self.pending = [copy for copy in self.pending if copy not in started]
         with _disable_current_modes(), torch.no_grad():
             for copy in started:
                 if copy.source is None:
                     copy.target.copy_(copy.snapshot)
                 elif copy.source._version != copy.version or not same(copy.source, copy.snapshot):
-                    self.log("copy", "RACE", self.devices[0], note=f"the source changed during the copy of {copy.place}")
+                    self.log("copy", "RACE", device, note=f"the source changed during the copy of {copy.place}")
 
     def is_pinned(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage().data_ptr() in self.pinned
@@ -332,12 +328,12 @@ class PretendedGpu(TorchDispatchMode):
         if not is_async or pageable or not on_cpu.numel():
             reason = f"{direction} of pageable memory" if is_async else direction
             self.log(name, "sync" if on_cpu.numel() else "view", device, shapes, reason)
-            self.wait()
+            self.wait(device)
             return
         event = self.log(name, direction, device, shapes)
         numbers = (source.numbers if isinstance(source, PretendedTensor) else source).detach()
         version, number = source._version, len(self.events)
-        copy = PendingCopy(target, numbers.clone(), source if to_device else None, version, event.place, number)
+        copy = PendingCopy(device, target, numbers.clone(), source if to_device else None, version, event.place, number)
         if self.late_copies:
             self.pending.append(copy)
             if not to_device:
@@ -365,7 +361,7 @@ class PretendedGpu(TorchDispatchMode):
                 self.pinned[result.untyped_storage().data_ptr()] = result
             self.note_copy("to", source, result, is_async, shapes)
         else:
-            self.log("_to_copy", "kernel", after, shapes, "" if before == after else f"from {before}")
+            self.log("_to_copy", "kernel" if before == after else "d2d", after, shapes)
             if self.graph is not None:
                 self.graph.capture(aten._to_copy.default, (numbers,), kwargs, result.numbers)
         return result
@@ -428,9 +424,11 @@ class PretendedGpu(TorchDispatchMode):
             isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in tree_leaves(args[1])
         )
         is_sync = name in WAITING or has_mask or note
-        self.log(name, "view" if is_view else "sync" if is_sync else "kernel", device, shapes, note)
+        between = name == "copy_" and len({leaf.device for leaf in ours}) == 2
+        kind = "view" if is_view else "sync" if is_sync else "d2d" if between else "kernel"
+        self.log(name, kind, device, shapes, note)
         if is_sync:
-            self.wait()
+            self.wait(device)
         if self.graph is not None and not is_view:
             self.graph.capture(work, numbers_of(args), numbers_of(kwargs), result)
         wrapped = tree_map(lambda leaf: PretendedTensor(leaf, device) if isinstance(leaf, Tensor) else leaf, result)
@@ -439,6 +437,29 @@ class PretendedGpu(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # otherwise the first operator would import torch's compiler, which takes seconds
+
+    def as_one_kernel(self, plain, with_gradient, *args: object, **kwargs: object) -> Tensor:
+        """Calls a function of torch.nn.functional that is one kernel on the device, but several operators without a device.
+
+        Args:
+            plain: the function. It is called with numbers on the CPU.
+            with_gradient: what is called instead if a gradient is needed.
+        """
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        ours = [tensor for tensor in tensors if isinstance(tensor, PretendedTensor)]
+        if not ours:
+            return plain(*args, **kwargs)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return with_gradient(*args, **kwargs)
+        name, device, shapes = plain.__name__, ours[0].device, tuple(tuple(tensor.shape) for tensor in tensors)
+        self.check_devices(name, device, args, tensors, shapes)
+        self.log(name, "kernel", device, shapes)
+        args, kwargs = numbers_of((args, kwargs))
+        with _disable_current_modes(), torch.no_grad():
+            result = plain(*args, **kwargs)
+        if self.graph is not None:
+            self.graph.capture(plain, args, kwargs, result)
+        return PretendedTensor(result, device)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -466,21 +487,22 @@ def cuda_functions(gpu: PretendedGpu, capability: tuple[int, int], memory: int, 
 
     def synchronize(device: object = None) -> None:
         gpu.log("synchronize", "sync", gpu.devices[number(device)])
-        gpu.wait()
+        gpu.wait(gpu.devices[number(device)])
 
     class CudaEvent:
-        """The end of everything that was started before `record`."""
+        """The end of everything that was started on the device of a stream before `record`."""
 
         def __init__(self, *_arguments: object, **_options: object):
-            self.number: int | None = None
+            self.device, self.number = gpu.devices[0], 0
 
-        def record(self, _stream: object = None) -> None:
-            gpu.log("event.record", "event-record", gpu.devices[current_card()])
+        def record(self, stream: "Stream | None" = None) -> None:
+            self.device = gpu.devices[current_card()] if stream is None else stream.device
+            gpu.log("event.record", "event-record", self.device)
             self.number = len(gpu.events)
 
         def synchronize(self) -> None:
-            gpu.log("event.synchronize", "event-wait", gpu.devices[current_card()])
-            gpu.wait(self.number)
+            gpu.log("event.synchronize", "event-wait", self.device)
+            gpu.wait(self.device, self.number)
 
         def query(self) -> bool:
             return True
@@ -545,7 +567,7 @@ def cuda_functions(gpu: PretendedGpu, capability: tuple[int, int], memory: int, 
         shared_memory_per_block_optin=232448 if capability in ((9, 0), (10, 0)) else 101376, gcnArchName="",
         regs_per_multiprocessor=65536, L2_cache_size=2**25, max_threads_per_multi_processor=2048,
     )  # fmt: skip
-    stream = Stream()
+    streams = [Stream(index) for index in range(len(gpu.devices))]
     unneeded = ("_lazy_init", "init", "empty_cache", "reset_peak_memory_stats", "manual_seed", "manual_seed_all")
     return {key: lambda *_arguments, **_options: None for key in unneeded} | {
         "is_available": lambda: True, "device_count": lambda: len(gpu.devices),
@@ -558,7 +580,8 @@ def cuda_functions(gpu: PretendedGpu, capability: tuple[int, int], memory: int, 
         "max_memory_allocated": lambda _device=None: 0, "memory_reserved": lambda _device=None: 0,
         "synchronize": synchronize, "Event": CudaEvent, "Stream": Stream,
         "stream": lambda stream: stream or contextlib.nullcontext(),
-        "current_stream": lambda _device=None: stream, "default_stream": lambda _device=None: stream, "CUDAGraph": Graph,
+        "current_stream": lambda device=None: streams[number(device)],
+        "default_stream": lambda device=None: streams[number(device)], "CUDAGraph": Graph,
         "graph": graph, "graph_pool_handle": lambda: (0, 1), "is_current_stream_capturing": lambda: gpu.graph is not None,
         "device": on_card,
     }  # fmt: skip
@@ -569,7 +592,7 @@ def mps_functions(gpu: PretendedGpu, memory: int) -> dict[str, object]:
 
     def synchronize() -> None:
         gpu.log("synchronize", "sync", gpu.devices[0])
-        gpu.wait()
+        gpu.wait(gpu.devices[0])
 
     return {
         "synchronize": synchronize, "recommended_max_memory": lambda: memory, "driver_allocated_memory": lambda: 0,
@@ -604,10 +627,12 @@ def pretend(
             module, functions = torch.mps, mps_functions(gpu, memory)
             change(torch.backends.mps, "is_available", lambda: True)
             change(torch.backends.mps, "is_built", lambda: True)
-            change(F, "scaled_dot_product_attention", functools.partial(on_mps, F.scaled_dot_product_attention))
+            attention = functools.partial(gpu.as_one_kernel, F.scaled_dot_product_attention, attention_written_out)
+            change(F, "scaled_dot_product_attention", attention)
         else:
             module, functions = torch.cuda, cuda_functions(gpu, capability, memory, name)
             change(torch.version, "cuda", "13.0")
+            change(F, "rms_norm", functools.partial(gpu.as_one_kernel, F.rms_norm, F.rms_norm))
         for key, function in functions.items():
             change(module, key, function)
         change(torch.Tensor, "pin_memory", lambda tensor, _device=None: gpu.pin(tensor))

@@ -99,6 +99,17 @@ def test_a_late_copy_to_the_cpu_arrives_when_something_waits_for_it():
         assert second.tolist() == [4, 4, 4]
 
 
+def test_an_event_waits_for_the_card_of_its_stream_only():
+    with pretend("cuda:0,cuda:1", late_copies=True) as gpu:
+        copy = torch.ones(3, device="cuda:1").to("cuda:0").to("cuda:1").to("cpu", non_blocking=True)
+        assert count(gpu.events, "d2d") == 2
+        for stream, has_arrived in ((None, False), (torch.cuda.current_stream("cuda:1"), True)):
+            event = torch.cuda.Event()
+            event.record(stream)
+            event.synchronize()
+            assert (copy.tolist() == [1, 1, 1]) == has_arrived
+
+
 @pytest.mark.parametrize("device", ["cuda:0", "mps:0"])
 def test_a_source_that_changes_during_its_copy_is_a_race(device):
     with pretend(names(device), late_copies=True) as gpu:
@@ -161,6 +172,17 @@ def test_the_memory_of_a_card_and_its_name_can_be_chosen():
         assert torch.ones(2, device="cuda").device == torch.device("cuda:1")
         with pytest.raises(RuntimeError, match="invalid device ordinal"):
             torch.ones(2, device="cuda:2")
+
+
+def test_operators_that_only_a_gpu_has_are_one_kernel_each():
+    a, b, weight = torch.randn(2, 3, 4), torch.randn(2, 4, 5), torch.randn(5)
+    with pretend("cuda:0") as gpu:
+        x = torch.bmm(a.bfloat16().to("cuda:0"), b.bfloat16().to("cuda:0"), out_dtype=torch.float32)
+        y = nn.functional.rms_norm(x, (5,), weight.to("cuda:0"), 1e-6)
+        assert kernels(gpu.events) == {"bmm": 1, "rms_norm": 1}
+        x, y = x.cpu(), y.cpu()
+    assert torch.equal(x, torch.bmm(a.bfloat16().float(), b.bfloat16().float()))
+    assert torch.equal(y, nn.functional.rms_norm(x, (5,), weight, 1e-6))
 
 
 def test_everything_is_as_before_afterwards():
