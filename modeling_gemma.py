@@ -136,11 +136,8 @@ class KVCache:
         return self.keys.shape[3]
 
     def set_lengths(self, lengths: Tensor) -> None:
-        """Sets the lengths of the rows, int64[B] on the CPU, before the forward pass that writes their keys and values.
-
-        On CUDA, the CPU does not wait for the copy, so the caller must not change the tensor afterwards.
-        """
-        self.lengths.copy_(lengths, non_blocking=self.lengths.is_cuda)
+        """Sets the lengths of the rows, int64[B] on the CPU, before the forward pass that writes their keys and values."""
+        self.lengths.copy_(lengths)
         self.set_slots_read(lengths)
 
     def set_slots_read(self, lengths: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from paligemma.configuration import GemmaConfig
+from paligemma.devices import to_device
 from paligemma.modeling_gemma import KVCache
 
 
@@ -24,7 +25,7 @@ class BatchCache(KVCache):
 
     def __init__(self, config: GemmaConfig, batch: int, slots: int, *, device: torch.device, dtype: torch.dtype):
         super().__init__(config, batch, slots, device=device, dtype=dtype)
-        self.host_lengths = torch.zeros(batch, dtype=torch.int64)
+        self.host_lengths = torch.zeros(batch, dtype=torch.int64, device="cpu")
 
     def __getitem__(self, rows: slice) -> "BatchCache":
         """A cache of some of the rows, which shares its memory with this cache."""
@@ -35,7 +36,8 @@ class BatchCache(KVCache):
 
     def set_lengths(self, lengths: Tensor) -> None:
         self.host_lengths.copy_(lengths)
-        super().set_lengths(lengths)  # not host_lengths, which the next step changes, perhaps before the copy is done
+        self.lengths.copy_(to_device(lengths, self.lengths.device))  # without waiting for a GPU
+        self.set_slots_read(lengths)
 
     def reserve(self) -> None:
         self.set_slots_read(self.host_lengths)  # rows may have been set or moved through another slice
