@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 NAMES = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?|cuda:\d{1,3}(,cuda:\d{1,3})+")
 NEEDED = "auto, cpu, mps, cuda, cuda:N or several cards such as cuda:0,cuda:1"
+GRAPHS = ("auto", "off", "record", "compile")  # modes of layers/graphs.py
+GRAPHS_VARIABLE = "PALIGEMMA_GRAPHS"
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +126,29 @@ def profile(device: "torch.device") -> Profile:
     return found if has_triton() else replace(found, triton=False, flex_options=None)
 
 
+def graphs_mode(mode: str | None = None) -> str:
+    """How decoding steps run on CUDA: the mode, or that of the variable PALIGEMMA_GRAPHS if it is None, or "auto".
+
+    Raises: UsageError for any value that is not one of GRAPHS.
+    """
+    name, value = ("graphs", mode) if mode is not None else (GRAPHS_VARIABLE, os.environ.get(GRAPHS_VARIABLE) or "auto")
+    if value not in GRAPHS:
+        raise UsageError(f"{name} is {value!r}. auto, off, record or compile is needed.")
+    return value
+
+
+def dtypes_to_try(device: "torch.device", stored: "torch.dtype") -> tuple["torch.dtype", ...]:
+    """The dtypes that a model may be loaded in if its user names none, best first: on the CPU as stored, on a GPU a fast one.
+
+    A model that is stored in float32, as PaliGemma 1 is, is loaded in bfloat16 on a card that computes it fast: this takes half
+    the memory and about half the time per token.
+    """
+    fast = profile(device).dtypes
+    if device.type == "cpu":
+        return (stored,)
+    return (stored, *(dtype for dtype in fast if dtype != stored)) if stored in fast else fast
+
+
 def to_device(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
     """The tensor on the device. A copy from the CPU to a CUDA device does not wait: later operations on the device see it."""
     if device.type == "cuda" and tensor.device.type == "cpu":
@@ -173,6 +198,7 @@ class Hardware:
     is_jetson: bool = False
 
 
+@functools.cache
 def nvidia_smi(root: Path = Path("/")) -> str:
     """A line "name, driver, capability" per NVIDIA GPU; "" if there is no program nvidia-smi or it finds no GPU."""
     program = shutil.which("nvidia-smi") or root / "usr/lib/wsl/lib/nvidia-smi"  # Windows' driver, as seen from WSL

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from paligemma import files, machine
-from paligemma.devices import find_devices
+from paligemma.devices import find_devices, graphs_mode
 from paligemma.errors import UsageError, counted
 from paligemma.generation import Sampling, Step, generate_steps
 from paligemma.objects import drawing, exports
@@ -484,6 +484,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     quantize: Literal["int8", "int4"] | None = None,
     quantize_vision: bool = False,
+    graphs: Literal["auto", "off", "record", "compile"] | None = None,
     revision: str | None = None,
     base_model: str | os.PathLike[str] | None = None,
     mask_codec: str | os.PathLike[str] | None = None,
@@ -497,9 +498,11 @@ def load(
             adapter, whose base model is also loaded. None = the bundled demo model, which knows only coloured shapes.
         device: "auto" (a GPU if there is one; several if the model is too large for one), "cpu", "cuda", "cuda:1", "mps", several
             cards such as "cuda:0,cuda:1", or a torch.device.
-        dtype: "bf16", "fp16", "fp32", or a torch.dtype; None = the dtype of the checkpoint.
+        dtype: "bf16", "fp16", "fp32", or a torch.dtype; None = the dtype of the checkpoint on a CPU, and on a GPU a dtype that it
+            computes fast. model.network.dtype is what was chosen.
         quantize: store the decoder's weights in 8 or 4 bits: smaller and faster, but a little less exact.
         quantize_vision: also quantize the vision tower.
+        graphs: how a CUDA card runs decoding steps; None = the value of the variable PALIGEMMA_GRAPHS, else "auto".
         revision: branch, tag or commit of a hub id.
         base_model: the base model of an adapter, if it is not in the place that the adapter's config names.
         mask_codec: vae-oid.npz, which decodes the masks of `segment`; None = the file of that name in the model's folder.
@@ -513,6 +516,7 @@ def load(
     <paligemma.Model bundled: 7.0 MB of weights, torch.bfloat16, cpu>
     """
     find_devices(device)
+    graphs_mode(graphs)
     if quantize_vision and quantize is None:
         raise UsageError("quantize_vision needs quantize, which is None. Add quantize='int8' or 'int4'.")
     model_path, base, codec_file = (None if path is None else files.as_text(path) for path in (name, base_model, mask_codec))
@@ -523,6 +527,7 @@ def load(
         dtype=dtype,
         quantize=quantize,
         quantize_vision=quantize_vision,
+        graphs=graphs,
         allow_nonfinite=allow_nonfinite,
     )
     return Model(

@@ -18,7 +18,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -44,16 +44,21 @@ from paligemma.checkpoints.safetensors_files import (
     write_shards,
 )
 from paligemma.configuration import PaliGemmaConfig, SiglipVisionConfig
-from paligemma.devices import find_devices, usable_cards
+from paligemma.devices import dtypes_to_try, find_devices, graphs_mode, profile, usable_cards
 from paligemma.errors import CheckpointError, OutputError, UsageError, listed
 from paligemma.files import MAX_JSON_BYTES, names_in, parse_json_file, read_regular, staging_folder, stat_path
-from paligemma.layers import fast_cpu, float16, graphs, quantization, split
-from paligemma.machine import memory_errors
+from paligemma.layers import fast_cpu, float16, patch_product, quantization, split
+from paligemma.layers.graphs import use_graphs
+from paligemma.machine import GIB, free_memory, memory_errors
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 from paligemma.parameter_names import canonical_name
 
 log = logging.getLogger(__name__)  # notes (info) and warnings; the program decides whether they are shown
 
+TEXT_TOKENS = 256  # tokens of prompt and answer for which a GPU must have room
+# Bytes for what libraries allocate on a GPU: the workspace of cuBLAS (up to 32 MiB), the memory of CUDA graphs, gaps between
+# tensors. This is an estimate: it has not been measured.
+WORKSPACE = 2**28
 MAX_LAYERS = 512  # the deepest real model has 46; a damaged config.json must not make us build a million layers
 DTYPE_NAMES = {
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
@@ -309,6 +314,16 @@ def module_bytes(model: nn.Module, quantised: dict[str, nn.Module], dtype: torch
     }
 
 
+def room_to_answer(config: PaliGemmaConfig, quantised: Collection[nn.Module], dtype: torch.dtype) -> int:
+    """Bytes that a GPU needs besides the weights in order to answer one request: KV cache, intermediate results, workspace."""
+    text, tokens = config.text_config, config.num_image_tokens + TEXT_TOKENS
+    cache = 2 * tokens * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
+    mlp = 3 * tokens * text.intermediate_size * dtype.itemsize  # gate, up and their product
+    # A quantised matrix is copied into another layout on its first use, with up to 3 bytes per weight at a time.
+    layout = 3 * max((module.out_features * module.in_features for module in quantised), default=0)
+    return cache + mlp + 3 * text.vocab_size * 4 + layout + WORKSPACE
+
+
 def fill(
     model: nn.Module,
     stored: dict[str, StoredTensor],
@@ -346,6 +361,34 @@ def fill(
 
 
 # Saving and loading
+
+
+def choose_dtype(
+    wanted: torch.dtype | None,
+    stored: torch.dtype,
+    devices: Sequence[torch.device],
+    need: Callable[[torch.dtype], int],
+) -> torch.dtype:
+    """The dtype that a model is loaded in, which is logged with the reason.
+
+    Args:
+        wanted: what the user asked for; None = the first of dtypes_to_try that fits into the memory, or else the last one.
+        need: the bytes that the model needs in a dtype.
+    """
+    used, short = profile(devices[0]), {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
+    dtypes = dtypes_to_try(devices[0], stored) if wanted is None else (wanted,)
+    free = sum(free_memory(device) or 0 for device in devices)
+    chosen = next((dtype for dtype in dtypes[:-1] if need(dtype) <= free), dtypes[-1])
+    if wanted is not None:
+        why = "as asked for"
+    elif chosen == stored:
+        why = "as stored"
+    elif chosen == dtypes[0]:
+        why = f"stored as {short[stored]}, which this device does not compute fast"
+    else:
+        why = f"{short[dtypes[0]]} needs {need(dtypes[0]) / GIB:.2f} GiB, and {free / GIB:.2f} GiB are free"
+    log.info("the model computes in %s (%s) on %s.", short[chosen], why, used.name)
+    return chosen
 
 
 def save_model(model: PaliGemmaForConditionalGeneration, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
@@ -434,12 +477,13 @@ class ModelFiles:
         dtype: str | torch.dtype | None = None,
         quantize: str | None = None,
         quantize_vision: bool = False,
+        graphs: str | None = None,
         final_softcap: str | None = "config",
         sliding_window: str | None = None,
         allow_nonfinite: bool = False,
     ) -> PaliGemmaForConditionalGeneration:
         """The model in eval mode, with the adapter merged into it if there is one. Arguments and errors: see load_model."""
-        named, dtype, folder = find_devices(device), parse_dtype(dtype), self.base
+        named, dtype, mode, folder = find_devices(device), parse_dtype(dtype), graphs_mode(graphs), self.base
         with memory_errors(f"loading {folder}"):
             adapter = None if self.adapter_config is None else read_adapter(self.folder, self.adapter_config)
             kind, with_vision, is_stored = quantization.choose(self.raw, folder, quantize, quantize_vision)
@@ -449,28 +493,42 @@ class ModelFiles:
                 raise CheckpointError(f"{text} Give the unquantised checkpoint as --base_model.", path=adapter.folder)
             # stored_dtype() would be wrong for a quantised checkpoint, which has few float tensors.
             as_stored = DTYPE_NAMES.get(str(self.raw.get("torch_dtype"))) if is_stored else None
-            dtype = dtype or as_stored or stored_dtype(stored)
             model = empty_model(self.config, final_softcap, sliding_window)
-            quantised = {
-                name: quantization.empty_module(model.get_submodule(name), kind, dtype)
-                for name in (quantization.targets(model, vision=with_vision) if kind else ())
-            }
+            names = quantization.targets(model, vision=with_vision) if kind else ()
+
+            def sizes_in(dtype: torch.dtype) -> tuple[dict[str, nn.Module], dict[str, int], int]:
+                """The quantised modules by name, the bytes of all modules by name, and the bytes that an answer needs."""
+                modules = {name: quantization.empty_module(model.get_submodule(name), kind, dtype) for name in names}
+                room = 0 if named[0].type == "cpu" else room_to_answer(self.config, modules.values(), dtype)
+                return modules, module_bytes(model, modules, dtype), room
+
+            def need(dtype: torch.dtype) -> int:
+                _, sizes, room = sizes_in(dtype)
+                return sum(sizes.values()) + room * len(named)
+
+            dtype = choose_dtype(dtype, as_stored or stored_dtype(stored), named, need)
+            quantised, sizes, room = sizes_in(dtype)
             if is_stored:
                 for name in list(quantised):
                     model.set_submodule(name, quantised.pop(name))
             check_names(model, self.raw, stored, folder)
             spare = [torch.device("cuda", card) for card in usable_cards()] if device == "auto" else []
-            placement = split.place(module_bytes(model, quantised, dtype), named, spare)
+            placement = split.place(sizes, named, spare, room)
             readers = {own: TensorReader(own, allow_nonfinite) for own in placement.devices}
             fill(model, stored, lambda name: readers[placement.device(name)], dtype, quantised, kind, adapter)
             if dtype == torch.float16:
                 float16.protect(model)
             if named[0].type == "cpu":
                 fast_cpu.accelerate(model)
+            if named[0].type == "cuda":
+                # cuDNN would build a plan, which takes up to half a second, for each new shape of a batch. This setting is one
+                # for the whole process, because torch has none for a model.
+                torch.backends.cuda.enable_cudnn_sdp(False)
+                patch_product.use_product(model)
             if len(placement.devices) > 1:
                 model = split.use_cards(model, placement)
-            elif named[0].type == "cuda":
-                model = graphs.use_graphs(model)
+            elif named[0].type == "cuda" and mode != "off":
+                model = use_graphs(model)
         return model.eval()
 
 
@@ -483,6 +541,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
     quantize_vision: bool = False,
+    graphs: str | None = None,
     final_softcap: str | None = "config",
     sliding_window: str | None = None,
     allow_nonfinite: bool = False,
@@ -495,20 +554,22 @@ def load_model(
         revision: branch, tag or commit of a hub id, such as "bfloat16".
         base_model: folder or hub id of an adapter's base, in place of the one that the adapter names.
         device: see devices.find_devices. A model that is too large for the card that "auto" takes is divided among several.
-        dtype: "bf16", "fp16", "fp32" or the torch dtype; None = as stored.
+        dtype: "bf16", "fp16", "fp32" or the torch dtype; None = as stored on a CPU, see devices.dtypes_to_try for other devices.
         quantize: "int8" or "int4" quantises the decoder while it is loaded; not needed for a checkpoint that was saved quantised.
         quantize_vision: quantise the vision tower, too.
+        graphs: how decoding steps run on CUDA, see devices.graphs_mode.
         final_softcap, sliding_window: see PaliGemmaForConditionalGeneration.
         allow_nonfinite: load even if weights are NaN or infinite.
     Raises: CheckpointError, AccessError, DeviceError or UsageError. Where possible, checks run before memory is allocated.
     """
-    find_devices(device)  # before anything is downloaded
-    dtype = parse_dtype(dtype)
+    for check, value in ((find_devices, device), (parse_dtype, dtype), (graphs_mode, graphs)):
+        check(value)  # before anything is downloaded
     return ModelFiles(path_or_hub_id, revision, base_model).load(
         device=device,
         dtype=dtype,
         quantize=quantize,
         quantize_vision=quantize_vision,
+        graphs=graphs,
         final_softcap=final_softcap,
         sliding_window=sliding_window,
         allow_nonfinite=allow_nonfinite,

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from paligemma import machine
 from paligemma.configuration import GemmaConfig
+from paligemma.devices import usable_cards
 from paligemma.errors import DeviceError, UsageError
 from paligemma.layers.batch_cache import BatchCache
 from paligemma.machine import GIB
@@ -34,7 +35,6 @@ from paligemma.modeling_gemma import GemmaModel, KVCache
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
 LAYER = re.compile(r"language_model\.model\.layers\.(\d+)\b")
-ROOM = GIB  # bytes of each card that stay free for the KV cache and for intermediate results, where that is possible
 
 log = logging.getLogger(__name__)
 
@@ -106,13 +106,16 @@ class Placement:
         return self.devices[self.cards[int(found[1])] if found else 0]
 
 
-def place(sizes: dict[str, int], devices: Sequence[torch.device], spare: Sequence[torch.device] = ()) -> Placement:
+def place(
+    sizes: dict[str, int], devices: Sequence[torch.device], spare: Sequence[torch.device] = (), room: int = 0
+) -> Placement:
     """Divides a model among devices, by the memory that is free on each of them now.
 
     Args:
         sizes: the bytes of each module of the model, without those of its submodules, by name.
         devices: one device, or several cards, which are all used.
         spare: cards that may be used instead if one device was named and is too small.
+        room: bytes that each device needs besides the weights, for the KV cache and for intermediate results.
     Raises: DeviceError if a device is too small, UsageError if there are more cards than layers.
     """
     in_layers = {name: int(found[1]) for name in sizes if (found := LAYER.match(name))}
@@ -126,25 +129,36 @@ def place(sizes: dict[str, int], devices: Sequence[torch.device], spare: Sequenc
         raise UsageError(f"{text}. Name fewer cards.")
     if len(devices) == 1 and len(spare) > 1:
         have = machine.free_memory(devices[0])
-        if have is not None and total > have - ROOM:
+        if have is not None and total > have - room:
             free = [free_bytes(card) for card in spare]
-            devices = [spare[card] for card in fewest_cards(layers, rest, [have - ROOM for have in free])]
+            devices = [spare[card] for card in fewest_cards(layers, rest, [have - room for have in free])]
     if len(devices) == 1:
-        machine.require_memory(total, devices[0])
+        what = "the weights and one answer take" if room else "the weights take"
+        machine.require_memory(total + room, devices[0], what, advice_if_too_large(devices[0]))
         return Placement(tuple(devices), (0,) * len(layers))
     free = [free_bytes(card) for card in devices]
-    cards = divide(layers, rest, [have - ROOM for have in free])
-    needed = bytes_per_card(layers, rest, cards)
+    cards = divide(layers, rest, [have - room for have in free])
+    needed = [need + room for need in bytes_per_card(layers, rest, cards)]
     if any(need > have for need, have in zip(needed, free, strict=True)):
         each = "; ".join(
             f"{need / GIB:.2f} GiB on {card}, which has {have / GIB:.2f} GiB free"
             for card, need, have in zip(devices, needed, free, strict=True)
         )
-        raise DeviceError(f"the weights, divided among {len(devices)} cards, take {each}. {machine.SAVE_MEMORY}")
+        raise DeviceError(f"the weights, divided among {len(devices)} cards, and one answer take {each}. {machine.SAVE_MEMORY}")
     for index, (card, need) in enumerate(zip(devices, needed, strict=True)):
         first, last = cards.index(index), len(cards) - 1 - cards[::-1].index(index)
-        log.info("%s holds layers %d to %d of the decoder: %.2f GiB.", card, first, last, need / GIB)
+        log.info("%s holds layers %d to %d of the decoder: %.2f GiB.", card, first, last, (need - room) / GIB)
     return Placement(tuple(devices), tuple(cards))
+
+
+def advice_if_too_large(device: torch.device) -> str:
+    """What to do if a model does not fit into the memory of a device. If there are several cards: to use them together."""
+    cards = usable_cards() if device.type == "cuda" else []
+    if len(cards) < 2:
+        return machine.SAVE_MEMORY
+    free = sum(free_bytes(torch.device("cuda", card)) for card in cards) / GIB
+    together = f"The {len(cards)} GPUs of this machine have {free:.2f} GiB free together"
+    return f"{together}: take --device {','.join(f'cuda:{card}' for card in cards)}. Or t{machine.SAVE_MEMORY[1:]}"
 
 
 def free_bytes(card: torch.device) -> int:

@@ -51,7 +51,8 @@ class ModelFlags:
         revision: branch, tag or commit of a hub id
         device: auto, cpu, mps, cuda, cuda:N, or several cards such as cuda:0,cuda:1
         only_cpu: do not use a GPU
-        dtype: bf16, fp16 or fp32; by default as stored
+        graphs: how a CUDA card runs decoding steps, auto, off, record or compile; the variable PALIGEMMA_GRAPHS sets the default
+        dtype: bf16, fp16 or fp32; by default as stored on a CPU, and what a GPU computes fast on a GPU
         quantize: int8 or int4: smaller and faster, but a little less exact
         quantize_vision: quantize the vision tower too
         allow_nonfinite: load weights even if some are not finite (NaN or infinity)
@@ -62,6 +63,7 @@ class ModelFlags:
     revision: str | None = None
     device: str = "auto"
     only_cpu: bool = False
+    graphs: str | None = None
     dtype: str | None = None
     quantize: str | None = None
     quantize_vision: bool = False
@@ -74,9 +76,11 @@ class ModelFlags:
             ("model_path", self.model_path != "", "a folder or a hub id"),
             ("base_model", self.base_model != "", "a folder or a hub id"),
             ("device", devices.NAMES.fullmatch(self.device), devices.NEEDED),
+            ("graphs", self.graphs is None or self.graphs in devices.GRAPHS, "auto, off, record or compile"),
             ("dtype", self.dtype is None or self.dtype in dtypes, "bf16, fp16 or fp32"),
             ("quantize", self.quantize in (None, "int8", "int4"), "int8 or int4"),
         )
+        devices.graphs_mode(self.graphs)  # the variable may be wrong
         if self.only_cpu and self.device not in ("auto", "cpu"):
             raise UsageError(f"--only_cpu and --device {self.device} exclude each other. Drop one.")
         if self.quantize_vision and not self.quantize:
@@ -103,6 +107,7 @@ class ModelFlags:
             dtype=self.dtype,
             quantize=self.quantize,
             quantize_vision=self.quantize_vision,
+            graphs=self.graphs,
             allow_nonfinite=self.allow_nonfinite,
         )
 

@@ -97,7 +97,20 @@ def test_modules_are_placed_by_the_name_of_their_layer(free):
 
 def test_a_model_that_fits_one_card_stays_on_it(free):
     free(29, 99)
-    assert place(SIZES, CARDS[:1], spare=CARDS[:2]) == Placement((CARDS[0],), (0,) * 12)
+    assert place(SIZES, CARDS[:1], spare=CARDS[:2], room=2 * GIB) == Placement((CARDS[0],), (0,) * 12)
+    assert place(SIZES, CARDS[:1], spare=CARDS[:2], room=3 * GIB) == Placement((CARDS[1],), (0,) * 12)
+
+
+def test_a_card_that_is_too_small_is_told_with_the_memory_of_all(free, monkeypatch):
+    free(20, 18)
+    monkeypatch.setattr(split, "usable_cards", lambda: [0, 1])
+    with pytest.raises(DeviceError) as caught:
+        place(SIZES, CARDS[:1], room=GIB)
+    assert caught.value.message == (
+        "the weights and one answer take 28.00 GiB on cuda:0, which has 20.00 GiB free. The 2 GPUs of this machine have "
+        "38.00 GiB free together: take --device cuda:0,cuda:1. Or take --dtype bf16, --quantize int8 or int4, a smaller "
+        "model, or another device."
+    )
 
 
 def test_auto_takes_more_cards_only_if_one_is_too_small(free):
@@ -111,11 +124,11 @@ def test_auto_takes_more_cards_only_if_one_is_too_small(free):
 def test_cards_that_are_too_small_are_all_named(free):
     free(5, 4.5)
     with pytest.raises(DeviceError) as caught:
-        place(SIZES, CARDS[:2])
+        place(SIZES, CARDS[:2], room=GIB // 2)
     assert caught.value.code == 6
     assert caught.value.message.startswith(
-        "the weights, divided among 2 cards, take 15.00 GiB on cuda:0, which has 5.00 GiB free; "
-        "12.00 GiB on cuda:1, which has 4.50 GiB free. Take --dtype bf16, --quantize"
+        "the weights, divided among 2 cards, and one answer take 15.50 GiB on cuda:0, which has 5.00 GiB free; "
+        "12.50 GiB on cuda:1, which has 4.50 GiB free. Take --dtype bf16, --quantize"
     )
 
 

@@ -1,0 +1,121 @@
+"""Loading a checkpoint onto pretended GPUs: which dtype, which settings, how much memory is asked for."""
+
+import logging
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from paligemma import devices
+from paligemma.checkpoints import weights
+from paligemma.errors import DeviceError
+from paligemma.generation import generate
+from paligemma.layers import quantization
+from paligemma.layers.graphs import RecordedPaliGemma
+from paligemma.layers.patch_product import PatchProduct
+from tests.checkpoints.test_weights import tensors_of, write_checkpoint
+from tests.gpu.pretend import pretend
+from tests.tiny import make_batch
+
+T4, L4, H100 = (7, 5), (8, 9), (9, 0)
+
+
+@pytest.fixture(autouse=True)
+def unchanged_settings(monkeypatch):
+    """The settings of the process are put back after each test."""
+    monkeypatch.delenv(devices.GRAPHS_VARIABLE, raising=False)
+    is_on = torch.backends.cuda.cudnn_sdp_enabled()
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(is_on)
+
+
+@pytest.fixture
+def float32(tmp_path):
+    return write_checkpoint(tmp_path / "float32")
+
+
+@contextmanager
+def card(capability, memory=16 * 2**30, device="cuda:0"):
+    with pretend(device, capability=capability, memory=memory, name="Card") as gpu:
+        yield gpu
+        assert gpu.mismatches == []
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "stored", "asked", "dtype", "why"),
+    [
+        ("cuda", T4, "bf16", None, "float32", "stored as bfloat16, which this device does not compute fast"),
+        ("cuda", T4, "fp32", None, "float32", "as stored"),
+        ("cuda", T4, "fp16", None, "float16", "as stored"),
+        ("cuda", T4, "bf16", "bf16", "bfloat16", "as asked for"),
+        ("cuda", L4, "fp32", None, "bfloat16", "stored as float32, which this device does not compute fast"),
+        ("cuda", H100, "bf16", None, "bfloat16", "as stored"),
+        ("cuda", H100, "fp16", None, "float16", "as stored"),
+        ("cuda", H100, "fp32", "fp32", "float32", "as asked for"),
+        ("mps", H100, "fp32", None, "bfloat16", "stored as float32, which this device does not compute fast"),
+        ("mps", H100, "bf16", None, "bfloat16", "as stored"),
+        ("cpu", H100, "fp32", None, "float32", "as stored"),
+        ("cpu", H100, "bf16", None, "bfloat16", "as stored"),
+        ("cpu", H100, "fp16", None, "float16", "as stored"),
+    ],
+)
+def test_the_dtype_is_one_that_the_device_computes_fast(tmp_path, caplog, device, capability, stored, asked, dtype, why):
+    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    tensors = {name: tensor.to(names[stored]) for name, tensor in tensors_of("gemma").items()}
+    folder = write_checkpoint(tmp_path / "model", tensors)
+    caplog.set_level(logging.INFO)
+    with card(capability, device="mps" if device == "mps" else "cuda:0"):
+        model = weights.load_model(folder, device=device, dtype=asked)
+        assert (model.device.type, model.dtype) == (device, getattr(torch, dtype))
+        name = devices.profile(model.device).name
+    assert f"the model computes in {dtype} ({why}) on {name}." in caplog.messages
+
+
+def test_an_older_card_gets_float16_where_float32_does_not_fit(float32, caplog):
+    """The limit is exact: the weights and what one answer needs."""
+    caplog.set_level(logging.INFO)
+    files = weights.ModelFiles(float32)
+    room = weights.room_to_answer(files.config, [], torch.float32)
+    need = sum(tensor.num_bytes for tensor in files.tensors.values()) + room
+    assert room > weights.WORKSPACE
+    for memory, dtype in ((need, torch.float32), (need - 1, torch.float16)):
+        with card(T4, memory):
+            assert weights.load_model(float32, device="cuda").dtype == dtype
+    assert "the model computes in float16 (float32 needs 0.25 GiB, and 0.25 GiB are free) on Card (sm_75)." in caplog.messages
+    with card(T4, weights.WORKSPACE), pytest.raises(DeviceError, match="the weights and one answer take 0.25 GiB") as caught:
+        weights.load_model(float32, device="cuda")
+    assert caught.value.code == 6
+
+
+def test_room_counts_the_change_of_layout_of_the_largest_quantised_matrix(float32):
+    files = weights.ModelFiles(float32)
+    model = weights.empty_model(files.config)
+    modules = [quantization.empty_module(model.get_submodule(name), "int8") for name in quantization.targets(model)]
+    largest = max(module.out_features * module.in_features for module in modules)
+    rooms = [weights.room_to_answer(files.config, some, torch.bfloat16) for some in ([], modules)]
+    assert rooms[1] - rooms[0] == 3 * largest
+
+
+def test_float32_is_exact_and_cudnn_plans_no_attention(float32):
+    """cuDNN would round the pixels to TF32, and would plan its attention anew for each shape."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    batch = make_batch([(1, 3, 0)])
+    expected = list(generate(weights.load_model(float32), batch, 4))
+    assert torch.backends.cuda.cudnn_sdp_enabled()  # a model on the CPU changes nothing
+    with card(H100) as gpu:
+        model = weights.load_model(float32, device="cuda", dtype="fp32", graphs="off")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        with gpu.part() as events:
+            found = list(generate(model, batch, 4))
+    assert found == expected
+    assert [event.op for event in events if "conv" in event.op] == []
+    assert isinstance(model.vision_tower.vision_model.embeddings.patch_embedding, PatchProduct)
+
+
+@pytest.mark.parametrize(
+    ("flag", "variable", "is_recorded"), [(None, "off", False), ("off", "auto", False), ("auto", "off", True)]
+)
+def test_the_variable_sets_how_steps_run_unless_the_argument_does(float32, monkeypatch, flag, variable, is_recorded):
+    monkeypatch.setenv(devices.GRAPHS_VARIABLE, variable)
+    with card(H100):
+        assert isinstance(weights.load_model(float32, device="cuda", graphs=flag), RecordedPaliGemma) == is_recorded
