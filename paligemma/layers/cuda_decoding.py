@@ -23,6 +23,15 @@ from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 ONE_TOKEN = FastWay("kernels for one token", rounding_bound(torch.bfloat16), "decoding with those of other devices")
 
 
+def float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """The batched product of two tensors of one dtype, in float32.
+
+    GPUs add up products in float32 in any case. Without rounding the sums to 16 bits, large scores stay exact, and float16
+    cannot overflow.
+    """
+    return torch.bmm(a, b) if a.dtype == torch.float32 else torch.bmm(a, b, out_dtype=torch.float32)
+
+
 def one_token_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None) -> Tensor:
     """modeling_gemma.attention for one token per row, as two batched products and a softmax in float32.
 
@@ -36,10 +45,7 @@ def one_token_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sc
     b, n, _, e = q.shape
     keys, values = k.flatten(0, 1), v.flatten(0, 1)  # [B*K, S, E], [B*K, S, E]
     queries = q.reshape(len(keys), -1, e).to(k.dtype)  # [B*K, N/K, E]
-    # The products are summed in float32 in any case. Without rounding the sums to 16 bits, large scores stay exact, and float16
-    # cannot overflow.
-    widen = {} if k.dtype == torch.float32 else {"out_dtype": torch.float32}
-    scores = torch.bmm(queries, keys.transpose(1, 2), **widen).view(b, n, 1, -1)  # [B, N, 1, S]
+    scores = float32_product(queries, keys.transpose(1, 2)).view(b, n, 1, -1)  # [B, N, 1, S]
     if cap is not None:
         scores, scale = torch.tanh(scores * (scale / cap)), cap
     scores = scores * scale if mask is None else torch.add(mask, scores, alpha=scale)

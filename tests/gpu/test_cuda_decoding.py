@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from paligemma.layers import cuda_decoding, self_check
+from paligemma.layers import cuda_decoding, float16, self_check
 from paligemma.layers.batch_cache import BatchCache
 from paligemma.layers.cuda_decoding import CudaAttention, additive, one_token_attention, use_cuda_modules
 from paligemma.layers.replacing import extended
@@ -92,6 +92,21 @@ def test_a_model_decodes_as_with_plain_modules(family, window, rows):
         assert gpu.mismatches == []
     # Both compute in float32, in another order; a wrong mask or slot changes logits of 10 by more than 0.1.
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_protected_float16_model_decodes_as_with_plain_modules(family):
+    rows = [(1, 5, 0), (1, 9, 0)]
+    model = make_model(family, dtype=torch.float16)
+    float16.protect(model)
+    expected = decode_steps(model, rows, 4)
+    with pretend("cuda:0"):
+        model.to("cuda:0")
+        use_cuda_modules(model)
+        found = decode_steps(model, rows, 4)
+    assert cuda_decoding.ONE_TOKEN.is_on
+    # Rounding to 11 bits in three layers moves logits of 10 by about 0.01.
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.1)
 
 
 def count_kernels(family: str, layers: int) -> int:
