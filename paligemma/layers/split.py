@@ -30,6 +30,7 @@ from paligemma.configuration import GemmaConfig
 from paligemma.devices import usable_cards
 from paligemma.errors import DeviceError, UsageError
 from paligemma.layers.batch_cache import BatchCache
+from paligemma.layers.replacing import extended
 from paligemma.machine import GIB
 from paligemma.modeling_gemma import GemmaModel, KVCache
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
@@ -197,11 +198,11 @@ class SplitCache(BatchCache):
         view.lengths, view.host_lengths = view.parts[0].lengths, view.parts[0].host_lengths
         return view
 
-    def write(self, layer: int, position_ids: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         index, own_layer = self.places[layer]
         part = self.parts[index]
         part.slots_read = self.slots_read
-        return part.write(own_layer, position_ids, k, v)  # [B, K, S, E], [B, K, S, E]
+        return part.write(own_layer, slots, k, v)  # [B, K, S, E], [B, K, S, E]
 
     def move_row(self, source: int, target: int) -> None:
         for part in self.parts:
@@ -222,20 +223,12 @@ def part_of(decoder: GemmaModel, layers: Sequence[nn.Module]) -> GemmaModel:
 class SplitGemma(GemmaModel):
     """A decoder whose layers are on several cards.
 
-    Args:
-        decoder: its modules are used.
-        placement: the card of each layer, where the layer already is.
+    Attributes:
+        parts: the device and the layers of each card. A tuple, not a ModuleList: the layers keep the one name that they have in
+            `layers`.
     """
 
-    def __init__(self, decoder: GemmaModel, placement: Placement):
-        nn.Module.__init__(self)
-        self.config, self.training = decoder.config, decoder.training
-        self.embed_tokens, self.layers, self.norm = decoder.embed_tokens, decoder.layers, decoder.norm
-        # A tuple, not a ModuleList: the layers keep the one name that they have in `layers`.
-        self.parts = tuple(
-            (device, part_of(decoder, [layer for layer, own in zip(decoder.layers, placement.cards, strict=True) if own == card]))
-            for card, device in enumerate(placement.devices)
-        )
+    parts: tuple[tuple[torch.device, GemmaModel], ...]
 
     def forward(
         self,
@@ -247,27 +240,17 @@ class SplitGemma(GemmaModel):
     ) -> Tensor:
         x = inputs_embeds  # [B, L, D]
         for device, part in self.parts:
-            x, position_ids = x.to(device, non_blocking=True), position_ids.to(device, non_blocking=True)
-            mask = None if mask is None else mask.to(device, non_blocking=True)
-            window_mask = None if window_mask is None else window_mask.to(device, non_blocking=True)
+            x, position_ids = x.to(device), position_ids.to(device)
+            mask = None if mask is None else mask.to(device)
+            window_mask = None if window_mask is None else window_mask.to(device)
             x = part(x, position_ids, mask, cache, window_mask)
-        return self.norm(x.to(inputs_embeds.device, non_blocking=True))
+        return self.norm(x.to(inputs_embeds.device))
 
 
 class SplitPaliGemma(PaliGemmaForConditionalGeneration):
-    """PaliGemma on several cards. Its device is the first card, which takes the inputs and gives the logits.
+    """PaliGemma on several cards. Its device is the first card, which takes the inputs and gives the logits."""
 
-    Args:
-        model: its modules are used; each one is already on its device.
-    """
-
-    def __init__(self, model: PaliGemmaForConditionalGeneration, placement: Placement):
-        nn.Module.__init__(self)
-        self.config, self.window, self.training = model.config, model.window, model.training
-        self.vision_tower, self.multi_modal_projector = model.vision_tower, model.multi_modal_projector
-        self.language_model = model.language_model
-        self.language_model.model = SplitGemma(model.language_model.model, placement)
-        self.placement = placement
+    placement: Placement
 
     def new_cache(self, batch: int, slots: int, kind: type[KVCache] = KVCache) -> KVCache:
         if not issubclass(SplitCache, kind):
@@ -276,5 +259,16 @@ class SplitPaliGemma(PaliGemmaForConditionalGeneration):
 
 
 def use_cards(model: PaliGemmaForConditionalGeneration, placement: Placement) -> SplitPaliGemma:
-    """The same model on several cards. Use it instead of `model`: both share modules and parameters."""
-    return SplitPaliGemma(model, placement)
+    """The same model on several cards. Use it instead of `model`: both share modules and parameters.
+
+    Args:
+        placement: the device of each module, where it already is.
+    """
+    decoder = model.language_model.model
+    new, split_decoder = extended(model, SplitPaliGemma), extended(decoder, SplitGemma)
+    split_decoder.parts = tuple(
+        (device, part_of(decoder, [layer for layer, own in zip(decoder.layers, placement.cards, strict=True) if own == card]))
+        for card, device in enumerate(placement.devices)
+    )
+    new.language_model.model, new.placement = split_decoder, placement
+    return new

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from paligemma.errors import DeviceError, PaliGemmaError
+from paligemma.errors import DeviceError, PaliGemmaError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets all four
 MAX_WAIT = timedelta(days=1)  # the other processes wait while the first process checks the pictures of a large dataset
+SHARED_CARD = "Duplicate GPU detected"  # NCCL's message
 LOST_CONNECTION = re.compile("Connection (closed|reset) by peer|Timed out waiting|NCCL")
 REPORT_DELAY_S = 3
 
@@ -45,19 +46,61 @@ def num_local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
 
 
+def check_device(name: str) -> None:
+    """Checks --device without importing torch.
+
+    Raises: UsageError if it names several cards, or one card for several processes of this machine.
+    """
+    if "," in name:
+        advice = f"torchrun --nproc_per_node {name.count(',') + 1} -m paligemma finetune ..., without --device"
+        raise UsageError(f"--device is {name}, but a process trains on one card. Start one process for each card: {advice}.")
+    if name.startswith("cuda:") and num_local_processes() > 1:
+        text = f"--device {name} would put {num_local_processes()} processes on one card"
+        raise UsageError(f"{text}. Leave it out, so that each process takes its own card.")
+
+
+def own_device(name: str) -> str:
+    """The name of the device of this process: if there are several processes, process i of this machine takes card i.
+
+    Args:
+        name: --device.
+    Raises: DeviceError if this machine has fewer cards than processes.
+    """
+    if world_size() == 1 or name not in ("auto", "cuda"):
+        return name
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < 2:  # no card; or one, because a launcher such as srun shows each process only the card of this process
+        return name
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= count:
+        text = f"this machine has {count} GPUs for {num_local_processes()} processes, and each process needs its own"
+        raise DeviceError(f"{text}. Take --nproc_per_node {count}, or --device cpu.")
+    return f"cuda:{index}"
+
+
 @contextmanager
 def connect_processes(device: "torch.device") -> Iterator[None]:
-    """Connects the processes within a `with` block. Raises: DeviceError if another process has ended."""
+    """Connects the processes within a `with` block. Raises: DeviceError if another process has ended.
+
+    Args:
+        device: the device of this process. It becomes torch's current device.
+    """
     if world_size() == 1:
         yield
         return
     import torch
     from torch import distributed
 
-    if device.type == "cuda" and device.index is None:  # one GPU for each process
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=MAX_WAIT)
+    options = {}
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+        options["device_id"] = device  # otherwise NCCL would guess the card from the rank
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
+        distributed.init_process_group(backend, timeout=MAX_WAIT, **options)
         yield
     except PaliGemmaError:
         # Most errors happen in all processes. The first process reports its error at once, and torchrun then ends the other
@@ -66,6 +109,8 @@ def connect_processes(device: "torch.device") -> Iterator[None]:
             time.sleep(REPORT_DELAY_S)
         raise
     except RuntimeError as error:
+        if SHARED_CARD in str(error):
+            raise DeviceError("two processes have the same GPU. Start as many processes per machine as it has GPUs.") from error
         if not LOST_CONNECTION.search(str(error)):
             raise
         raise DeviceError("another process has ended; its message is above. Continue with --resume.") from error

@@ -30,11 +30,13 @@ from paligemma.files import expand_text, make_folder, stat_path
 from paligemma.learning import run_folder
 from paligemma.learning.processes import (
     barrier,
+    check_device,
     connect_processes,
     exit_process,
     from_first,
     is_first,
     num_local_processes,
+    own_device,
     world_size,
 )
 from paligemma.programs import commandline
@@ -73,7 +75,7 @@ class Flags(PictureFlags):
         model_path: starting model, a folder or a hub id; default: the bundled model
         base_model: base model of the adapter in --model_path; default: the base model that the adapter names
         revision: branch, tag or commit of a hub id
-        device: auto, cpu, cuda or cuda:N
+        device: auto, cpu, mps, cuda or cuda:N; with torchrun, process i of a machine takes card i
         dtype: precision of the computation, bf16 or fp32; trained weights are always kept in float32
         method: full trains the weights themselves, lora trains a small adapter instead
         parts: parts to train, separated by commas: attention, language_model, vision_tower, projector; default: the whole model.
@@ -356,11 +358,12 @@ def program(flags: Flags) -> None:
             raise DatasetError(f"{file} does not exist. Name a JSONL file of examples with --{name}.", path=file)
     inputs = ("train", "valid", "config", "mask_codec", "model_path")
     run_folder.check_inputs(Path(flags.output), [(f"--{name}", getattr(flags, name)) for name in inputs])
+    check_device(flags.device)
     if flags.tensorboard and find_spec("tensorboard") is None:
         raise DeviceError("--tensorboard needs a package. Install it: pip install tensorboard.")
     machine.use_cores()
     machine.check_torch()
-    device = find_device(flags.device)
+    device = find_device(own_device(flags.device))
     with connect_processes(device):
         train(flags, device)
 
