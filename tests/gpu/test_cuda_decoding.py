@@ -5,9 +5,11 @@ import logging
 import pytest
 import torch
 
+from paligemma.checkpoints.weights import load_model
+from paligemma.files import BUNDLED
 from paligemma.layers import cuda_decoding, float16, self_check
 from paligemma.layers.batch_cache import BatchCache
-from paligemma.layers.cuda_decoding import CudaAttention, additive, one_token_attention, use_cuda_modules
+from paligemma.layers.cuda_decoding import CudaAttention, CudaModel, additive, one_token_attention, use_cuda_modules
 from paligemma.layers.replacing import extended
 from paligemma.modeling_gemma import GemmaAttention, GemmaRMSNorm, KVCache, attention
 from tests.bounds import UNIT, assert_within
@@ -155,6 +157,15 @@ def test_modules_that_differ_on_a_card_are_not_used(family, monkeypatch, caplog)
         use_cuda_modules(model)
     assert {type(layer.self_attn) for layer in model.language_model.model.layers} == {GemmaAttention}
     assert len(caplog.messages) == 1 and "kernels for one token differ on Pretended GPU" in caplog.text
+
+
+@pytest.mark.parametrize("graphs", ["off", "record"])
+def test_every_model_that_is_loaded_on_cuda_has_them(graphs):
+    with pretend("cuda:0"):
+        model = load_model(BUNDLED, device="cuda:0", graphs=graphs)
+    decoder = model.language_model.model
+    assert isinstance(decoder, CudaModel) and all(isinstance(layer.self_attn, CudaAttention) for layer in decoder.layers)
+    assert not isinstance(load_model(BUNDLED).language_model.model, CudaModel)
 
 
 def test_modules_that_a_card_cannot_run_are_not_used(monkeypatch, caplog):
