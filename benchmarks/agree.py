@@ -33,6 +33,7 @@ from paligemma.checkpoints.weights import load_model
 from paligemma.files import read_json
 from paligemma.generation import generate
 from paligemma.layers import graphs
+from paligemma.layers.capped_attention import capped_attention, compiled_capped_attention
 from paligemma.modeling_gemma import attention
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
@@ -83,10 +84,10 @@ def compare_precisions(folder: Path, family: str, device: str) -> Iterator[dict]
         yield about | {"way": "device", "distance": distance(found, expected), "is_as_intended": tokens == tokens_there}
         plain, _ = decode_steps(model, three, uses_graphs=False)
         is_compiled_here = is_gpu and (dtype, quantize) in (("bf16", None), ("bf16", "int4"))  # each takes 15 seconds
-        for way, compile_after in (("recorded", 10**9), *([("compiled", 0)] if is_compiled_here else [])):
-            model = graphs.use_graphs(model, compile_after)
+        for way, mode in (("recorded", "record"), *([("compiled", "compile")] if is_compiled_here else [])):
+            model = graphs.use_graphs(model, mode)
             found, steps = decode_steps(model, three)
-            is_recorded = all(step.replay is not None for step in steps) or not is_gpu
+            is_recorded = all(step.recording is not None for step in steps) or not is_gpu
             is_compiled = all((step.function is graphs.compiled_step()) for step in steps) or way == "recorded"
             yield about | {"way": way, "distance": distance(found, plain), "is_as_intended": is_recorded and is_compiled}
 
@@ -104,7 +105,7 @@ def make_heads(device: str, dtype: torch.dtype, length: int, key_heads: int) -> 
 @torch.no_grad()
 def compare_attention(device: str) -> Iterator[dict]:
     is_gpu = device.startswith("cuda")
-    capped = graphs.compiled_capped_attention() if is_gpu else graphs.capped_attention
+    capped = compiled_capped_attention() if is_gpu else capped_attention
     for precision, dtype, bound in (("fp32", torch.float32, 1e-4), ("bf16", torch.bfloat16, 2e-2)):
         for key_heads in (1, 4):
             heads, ragged = make_heads(device, dtype, 1100 if is_gpu else 40, key_heads)
@@ -124,7 +125,7 @@ def measure_memory(device: str) -> Iterator[dict]:
     for name, key_heads, cap in (("open", 1, None), ("masked", 1, None), ("masked, capped", 4, 50.0)):
         heads, mask = make_heads(device, torch.bfloat16, LONG, key_heads)
         heads, mask = [head[:1].clone() for head in heads], mask[1:].clone() if name.startswith("masked") else None
-        run = graphs.compiled_capped_attention() if cap else attention
+        run = compiled_capped_attention() if cap else attention
         arguments = (*heads, mask, 1 / 16, cap)
         run(*arguments)  # the first call may compile, and the memory for compiling must not count
         before = torch.cuda.memory_allocated(device)

@@ -153,7 +153,7 @@ class Ours(Side):
 
         model = load_model(self.folder, device=self.device, dtype=self.options["dtype"], quantize=self.options["quantize"])
         if self.options["compiled"]:
-            model = use_graphs(model, compile_after=0)
+            model = use_graphs(model, "compile")
         return model
 
     def load(self, model: str) -> dict:

@@ -893,7 +893,6 @@ def tuned(world):
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.5, "temperature": 3.0, "seed": 1}])
 def test_added_tokens_are_generated_and_ids_without_a_token_never(ask, tuned, options):
     from paligemma.generation import Sampling, generate, generate_many
-    from paligemma.layers.graphs import use_graphs
 
     folder, own = tuned
     flags = [f"--{name}={value}" for name, value in options.items()] + ["--do_sample"] * bool(options)
@@ -908,5 +907,4 @@ def test_added_tokens_are_generated_and_ids_without_a_token_never(ask, tuned, op
     options = {"sampling": Sampling(**options), "max_new_tokens": 8, "suppress_tokens": unused}
     (answer,) = generate_many(model, [inputs], rows=1, **options)
     assert set(answer.token_ids) <= set(own)
-    model = use_graphs(model)
     assert torch.cat(list(generate(model, inputs, **options))).tolist() == answer.token_ids

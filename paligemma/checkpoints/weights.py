@@ -528,8 +528,8 @@ class ModelFiles:
                 cuda_decoding.use_cuda_modules(model)
             if len(placement.devices) > 1:
                 model = split.use_cards(model, placement)
-            elif named[0].type == "cuda" and mode != "off":
-                model = use_graphs(model)
+            else:
+                model = use_graphs(model, mode)
         return model.eval()
 
 

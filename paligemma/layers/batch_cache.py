@@ -34,6 +34,12 @@ class BatchCache(KVCache):
         view.lengths, view.host_lengths = self.lengths[rows], self.host_lengths[rows]
         return view
 
+    def clear(self) -> None:
+        """Makes the cache as it was when it was new. Numbers must go, too: a NaN would reach the results even if it is masked."""
+        for tensor in (self.keys, self.values, self.lengths, self.host_lengths):
+            tensor.zero_()
+        self.slots_read, self.same_length = 0, True
+
     def set_lengths(self, lengths: Tensor) -> None:
         self.host_lengths.copy_(lengths)
         self.lengths.copy_(to_device(lengths, self.lengths.device))  # without waiting for a GPU

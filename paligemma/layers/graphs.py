@@ -1,4 +1,4 @@
-"""Faster decoding on CUDA: steps are recorded as CUDA graphs, and later compiled; attention with soft caps is one kernel.
+"""Faster decoding on CUDA: a decoding step is recorded as a CUDA graph, and later steps replay it.
 
 A decoding step consists of about fifty small kernels per layer, and Python starts them more slowly than a fast GPU runs them. A
 step that was recorded as a CUDA graph is started with one call. A graph has fixed shapes and fixed addresses:
@@ -9,47 +9,64 @@ step that was recorded as a CUDA graph is started with one call. A graph has fix
 - The lengths of the rows are on the device, and the graph increments them. A graph may have more rows than are decoded. Each
   extra row writes into its next free slot, and its length is set back, so a later token overwrites what was written.
 
-After a `Step` has run many thousand times, it is compiled and recorded again: torch.compile fuses the operations between the
-matrix products, and generates its own matrix-vector kernels, as gpt-fast does. `Step.__call__` alone decides when.
+A `Step` first runs normally, is then recorded, and its first replay is compared with the normal step (self_check.py). A cache
+and its graphs outlive the answer: the model keeps one cache that no answer uses (`Spare`), and the next answer takes it.
 
-`use_graphs` enables all this for a model. tests/layers/test_graphs.py runs it on a CPU, with a fake graph. The parts that need a
-GPU have not been tested: `record` and inductor's kernels for CUDA have never run, no speed was measured, and the numbers below
-are estimates. benchmarks/gpu.sh measures them on a GPU.
-Shapes: B batch rows, L tokens fed in this call, S slots of the KV cache that are read, N query heads, K key/value heads,
-E width of one head, V vocabulary size.
+What is known to go wrong with CUDA graphs decides the rest:
+
+- Destroying a graph frees cuBLAS's workspace of its stream, and other graphs of that stream then read freed memory
+  (pytorch#193402). Therefore each graph has a stream that no other living graph has, and a graph that is not used any more is
+  kept until its cache is freed.
+- After a failed recording, torch's allocator may be in a wrong state (pytorch#180395). Therefore nothing is recorded afterwards
+  in this process, and nothing is recorded while memory is short.
+- Libraries initialise themselves per thread, which is forbidden while recording. Therefore a step is recorded by the thread in
+  which it has run normally.
+- devices.PROFILES says on which devices steps are recorded. On AMD's GPUs they are not, because recording can end the process.
+
+`use_graphs` enables all this. With the mode "compile" a step is also compiled, before it is recorded: torch.compile fuses the
+operations between the matrix products, and generates its own matrix-vector kernels, as gpt-fast does.
+
+No GPU has run this: `record` and inductor's kernels for CUDA have never run, and no speed was measured. The tests run
+everything else on a CPU and on a pretended device, whose graphs are lists of operators: tests/layers/test_graphs.py and
+tests/gpu/test_recorded_steps.py. benchmarks/gpu.sh measures on a GPU.
+Shapes: B batch rows, S slots of the KV cache that are read, K key/value heads, E width of one head, V vocabulary size.
 """
 
 import functools
-import logging
+import sys
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from paligemma import devices, machine
 from paligemma.layers import kernels
 from paligemma.layers.batch_cache import BatchCache
-from paligemma.modeling_gemma import GemmaAttention, KVCache
+from paligemma.layers.capped_attention import use_capped_attention
+from paligemma.layers.self_check import FastWay, rounding_bound
+from paligemma.modeling_gemma import KVCache
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
 SLOTS = 256  # a graph reads 256, 512, 1024, ... slots; the number of slots of a cache is a multiple of 256
-WARM_UP = 3  # steps that run normally before one is recorded: libraries initialise in them, and short answers need no graph
-# Steps of one shape before it is compiled. They take about as long as compiling may take, so even if decoding ends right after
-# compiling, the total time is at most doubled.
-COMPILE_AFTER = 20_000
+WARM_UP = 2  # normal steps of a shape before it is recorded; libraries initialise themselves in them
 COMPILED_SHAPES = 256  # torch refuses to compile more shapes than its recompile_limit, which is raised to this number
-# Attention with a soft cap is compiled for prompts of at least this length, the number of image tokens at 448 px. Shorter prompts
-# have a small score matrix, so plain attention is used.
-MIN_TOKENS_TO_COMPILE_CAP = 1024
+STREAMS = 32  # torch.cuda.Stream() returns one of 32 streams in turn
+# Nothing is recorded, and no cache is kept between answers, if less memory is free. A graph takes the memory of its intermediate
+# results, up to 32 MB for cuBLAS, and some kB per kernel.
+MIN_FREE_BYTES = 2**30
 
-RECORDING = threading.Lock()  # torch records all graphs of a process on one stream, so only one thread may record at a time
+RECORDED = FastWay("recorded steps", rounding_bound(torch.bfloat16, layers=18), "decoding without them")
+COMPILED = FastWay("compiled steps", rounding_bound(torch.bfloat16, layers=18), "decoding without them")
+RECORDING = threading.Lock()  # only one thread of a process may record at a time
+STREAMS_IN_USE: weakref.WeakSet[torch.cuda.Stream] = weakref.WeakSet()
+THREAD = threading.local()
 
-log = logging.getLogger(__name__)
-
-
-@functools.cache
-def warn_once(text: str) -> None:
-    log.warning(text)
+plain_step = PaliGemmaForConditionalGeneration.step
 
 
 def bucket(count: int, unit: int, most: int) -> int:
@@ -60,19 +77,42 @@ def bucket(count: int, unit: int, most: int) -> int:
     return min(size, most)
 
 
-def record(work: Callable[[], Tensor], pool: object) -> tuple[Callable[[], None], Tensor]:
-    """Records `work` as a CUDA graph without running it. This function has never run.
+# What torch.cuda says. Tests on a CPU replace these functions.
+
+
+def free_bytes(device: torch.device) -> int:
+    """The memory that can still be allocated on a CUDA device, including what torch's allocator holds but does not use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return machine.free_memory(device) + unused
+
+
+def current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def own_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream that no living graph uses; None if all are used. It is free again when the returned object is freed."""
+    for _ in range(STREAMS):
+        stream = torch.cuda.Stream(device)
+        if stream not in STREAMS_IN_USE:
+            STREAMS_IN_USE.add(stream)
+            return stream
+    return None
+
+
+def record(work: Callable[[], Tensor], stream: torch.cuda.Stream) -> tuple[Callable[[], None], Tensor]:
+    """Records `work` as a CUDA graph without running it. This function has never run on a GPU.
 
     Args:
         work: a function that has run before, and that uses only tensors whose addresses do not change.
-        pool: torch.cuda.graph_pool_handle(); graphs that never run at the same time share the memory of intermediate results.
+        stream: see own_stream.
     Returns: a function that runs the graph, and the tensor to which the graph writes the result.
     """
     graph = torch.cuda.CUDAGraph()
-    # torch.cuda.graph does not restore the current stream if recording fails, so the outer block does. The mode "thread_local"
-    # lets other threads allocate memory during the recording.
-    with torch.cuda.stream(torch.cuda.current_stream()):
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    # torch.cuda.graph does not restore the current stream if recording fails, so the block around it does. The mode
+    # "thread_local" lets other threads allocate memory during the recording.
+    with torch.cuda.device(stream.device), torch.cuda.stream(torch.cuda.current_stream(stream.device)):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             result = work()
     return graph.replay, result
 
@@ -90,17 +130,39 @@ def compiled_step() -> Callable[[PaliGemmaForConditionalGeneration, KVCache, Ten
     torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
     # With this option inductor generates its own matrix-vector kernels instead of calling cuBLAS.
     options = {"coordinate_descent_tuning": True}
-    return torch.compile(PaliGemmaForConditionalGeneration.step, fullgraph=True, dynamic=False, options=options)
+    return torch.compile(plain_step, fullgraph=True, dynamic=False, options=options)
+
+
+def this_thread() -> object:
+    """An object that belongs to the current thread. Unlike the number of a thread, it is never used again by a later thread."""
+    if not hasattr(THREAD, "mark"):
+        THREAD.mark = object()
+    return THREAD.mark
+
+
+@dataclass
+class Recording:
+    """A CUDA graph. The order matters: the graph must be freed before its stream.
+
+    Attributes:
+        replay: runs the graph.
+        logits: float32[B, V], the tensor to which the graph writes.
+        stream: the stream of the graph.
+    """
+
+    replay: Callable[[], None]
+    logits: Tensor
+    stream: torch.cuda.Stream
 
 
 class Step:
-    """A decoding step of fixed shape: first run normally, then recorded, later compiled and recorded again.
+    """A decoding step of fixed shape: run normally at first, then recorded and checked, then replayed.
 
     Args:
-        model: the model that decodes.
+        model: the model that decodes. Only a weak reference is kept, because the model keeps its spare cache.
         cache: its first `rows` rows are decoded, and `slots_read` slots of each are read.
-        pool: see `record`.
-        compile_after: number of steps before the step is compiled.
+        compiles: whether the step is compiled before it is recorded.
+        retired: recordings that are not used any more are added to this list.
     """
 
     def __init__(
@@ -109,68 +171,136 @@ class Step:
         cache: BatchCache,
         rows: int,
         slots_read: int,
-        pool: object,
-        compile_after: int,
+        compiles: bool,
+        retired: list[Recording],
     ):
-        self.model, self.pool, self.compile_after = model, pool, compile_after
+        self.model = weakref.ref(model)
         self.cache = cache[:rows].fixed(slots_read)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=cache.lengths.device)
-        self.function = PaliGemmaForConditionalGeneration.step
-        self.num_steps = 0
-        self.can_record = True
-        self.replay: Callable[[], None] | None = None
-        self.logits: Tensor | None = None
+        self.bound = rounding_bound(model.dtype, model.config.text_config.num_hidden_layers)
+        self.compiles, self.retired = compiles, retired
+        self.function = plain_step
+        self.thread: object = None
+        self.num_warm = 0  # normal steps in this thread
+        self.recording: Recording | None = None
+        self.is_checked = False
 
     def work(self) -> Tensor:
-        return self.function(self.model, self.cache, self.tokens)
+        return self.function(self.model(), self.cache, self.tokens)
 
-    def compile(self) -> None:
-        """Compiles the step, runs it once and uses it from now on; if that fails, the plain step is used as before."""
-        plain, lengths = self.function, self.cache.lengths.clone()
+    def replay(self) -> Tensor:
+        self.recording.replay()
+        return self.recording.logits
+
+    def compiled_work(self) -> Tensor:
         self.function = compiled_step()
-        try:
-            self.work()
-            self.replay = None
-        except (RuntimeError, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-            warn_once(f"decoding is not compiled: {str(error).strip().splitlines()[0]}")
-            self.function = plain
-        self.cache.lengths.copy_(lengths)
+        return self.work()
 
-    def record(self) -> None:
-        """Records the step; if that fails, it runs without a graph as before."""
+    def newest(self, slots: Tensor) -> tuple[Tensor, ...]:
+        """The keys and the values of one slot of each row, int64[B], in every layer: copies [B, K, E]."""
+        rows = torch.arange(len(slots), device=slots.device)
+        return tuple(layer[rows, :, slots] for layer in (*self.cache.keys, *self.cache.values))
+
+    def erase(self, slots: Tensor) -> None:
+        """Sets the keys and the values of one slot of each row to 0, so that they are not mistaken for those of another step."""
+        rows = torch.arange(len(slots), device=slots.device)
+        for layer in (*self.cache.keys, *self.cache.values):
+            layer[rows, :, slots] = 0
+
+    def compare(self, way: FastWay, fast: Callable[[], Tensor]) -> Tensor:
+        """Runs the step both ways, and turns `way` off if logits, keys or values differ. Returns the logits of the plain step."""
+        lengths, found = self.cache.lengths.clone(), None
         try:
-            with RECORDING:
-                self.replay, self.logits = record(self.work, self.pool)
-        except RuntimeError as error:
-            warn_once(f"decoding is not recorded as a CUDA graph: {str(error).strip().splitlines()[0]}")
-            self.can_record = False
+            found = fast().clone(), *self.newest(lengths)
+        except Exception as error:  # noqa: BLE001  (compilers and drivers raise exceptions of any class)
+            way.fail(error)
+        self.erase(lengths)
+        self.cache.lengths.copy_(lengths)
+        logits = plain_step(self.model(), self.cache, self.tokens)
+        if found is not None:
+            pairs = zip(found, (logits, *self.newest(lengths)), strict=True)
+            all(way.check(each, expected, bound=self.bound) for each, expected in pairs)  # stops at the first difference
+        return logits
+
+    def retire(self) -> None:
+        """The step runs normally again."""
+        if self.recording is not None:
+            self.retired.append(self.recording)
+        self.recording, self.is_checked, self.num_warm, self.function = None, False, 0, plain_step
+
+    def warm_up(self) -> None:
+        """Counts a normal step, and records the step after enough of them. If that fails, nothing is recorded from now on."""
+        if self.thread is not this_thread():
+            self.thread, self.num_warm = this_thread(), 0
+        self.num_warm += 1
+        if self.num_warm < WARM_UP or not RECORDED.is_on:
+            return
+        device = self.tokens.device
+        with RECORDING:
+            try:
+                stream = own_stream(device)
+                if stream is None or free_bytes(device) < MIN_FREE_BYTES:
+                    self.num_warm = 0  # it is tried again after more steps
+                elif RECORDED.is_on:  # recording may have failed in another thread
+                    self.recording = Recording(*record(self.work, stream), stream)
+            except Exception as error:  # noqa: BLE001  (compilers and drivers raise exceptions of any class)
+                RECORDED.fail(error)
+
+    def run(self) -> Tensor:
+        """The step in the fastest way so far: float32[B, V], which a later step may overwrite."""
+        if (self.recording and not RECORDED.is_on) or (self.function is not plain_step and not COMPILED.is_on):
+            self.retire()
+        if self.recording and self.is_checked:
+            return self.replay()
+        if self.recording:
+            # The step was recorded after the previous one. If a number of that step had become a part of the graph, the results
+            # would differ now.
+            self.is_checked = True
+            return self.compare(RECORDED, self.replay)
+        if self.compiles and COMPILED.is_on and self.function is plain_step:
+            logits = self.compare(COMPILED, self.compiled_work)
+        else:
+            logits = self.work()
+        self.warm_up()
+        return logits
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Decodes the first B rows of the cache, B <= rows: takes tokens int64[B] on the device, returns float32[B, V]."""
         used = len(tokens)
         self.tokens[:used] = tokens
-        if self.num_steps == self.compile_after:
-            self.compile()
-        if self.replay is None and self.can_record and self.num_steps >= min(WARM_UP, self.compile_after):
-            self.record()
-        self.num_steps += 1
-        if self.replay is None:
-            logits = self.work()
-        else:
-            self.replay()
-            logits = self.logits
+        logits = self.run()
         if used < len(self.tokens):
             self.cache.lengths[used:] -= 1
         return logits[:used].clone()  # the next step overwrites the output buffer
 
 
-class Steps:
-    """The steps of one cache, by shape."""
+def addresses(model: PaliGemmaForConditionalGeneration) -> list[tuple[int, torch.dtype]]:
+    """Where the weights of the decoder are. A graph reads these addresses, so it is wrong after they have changed."""
+    decoder = model.language_model
+    return [(tensor.data_ptr(), tensor.dtype) for tensor in (*decoder.parameters(), *decoder.buffers())]
 
-    def __init__(self, model: PaliGemmaForConditionalGeneration, cache: BatchCache, compile_after: int):
-        self.model, self.cache, self.compile_after = model, cache, compile_after
-        self.pool = torch.cuda.graph_pool_handle() if cache.lengths.is_cuda else None
+
+class Steps:
+    """A cache with the steps that were recorded for it, by shape."""
+
+    def __init__(self, model: "RecordedPaliGemma", rows: int, slots: int):
+        self.model, self.compiles = weakref.ref(model), model.compiles
+        self.addresses = addresses(model)
+        self.cache = BatchCache(model.config.text_config, rows, slots, device=model.device, dtype=model.dtype)
+        self.stream = current_stream(model.device)
+        self.retired: list[Recording] = []
         self.steps: dict[tuple[int, int], Step] = {}
+
+    def suits(self, model: "RecordedPaliGemma", rows: int, slots: int) -> bool:
+        """Whether an answer of this size can use the cache, on the current stream and with the weights of now."""
+        fits = rows <= len(self.cache.lengths) and slots <= self.cache.slots
+        is_same = self.model() is model and self.cache.keys.dtype == model.dtype and self.addresses == addresses(model)
+        return fits and is_same and self.stream == current_stream(model.device)
+
+    @property
+    def records(self) -> bool:
+        """Whether any step may be recorded or compiled."""
+        return RECORDED.is_on or (self.compiles and COMPILED.is_on)
 
     def find(self, used: int, slots_read: int) -> Step:
         """The step that decodes the first `used` rows, of which the longest has `slots_read` tokens."""
@@ -179,16 +309,60 @@ class Steps:
             rows = used  # an extra row whose slots are all used has no free slot to write to
         shape = rows, bucket(slots_read, SLOTS, self.cache.slots)
         if shape not in self.steps:
-            self.steps[shape] = Step(self.model, self.cache, *shape, self.pool, self.compile_after)
+            with not_inference():
+                self.steps[shape] = Step(self.model(), self.cache, *shape, self.compiles, self.retired)
         return self.steps[shape]
 
 
-class RecordedCache(BatchCache):
-    """A BatchCache that owns its recorded steps; slices of the cache share the steps. The steps are freed with the cache."""
+def not_inference() -> torch.inference_mode:
+    """Tensors that are made inside torch.inference_mode cannot be changed outside, but a cache is used in both."""
+    return torch.inference_mode(False)
 
-    def __init__(self, model: "RecordedPaliGemma", batch: int, slots: int):
-        super().__init__(model.config.text_config, batch, slots, device=model.device, dtype=model.dtype)
-        self.steps = Steps(model, self[:], model.compile_after)
+
+class Spare:
+    """At most one cache that no answer uses, with its graphs. Threads may call the methods at the same time."""
+
+    def __init__(self):
+        self.waiting: deque[Steps] = deque(maxlen=1)
+
+    def __reduce__(self) -> tuple:
+        return Spare, ()  # a copy of the model has none, because graphs cannot be copied
+
+    def take(self) -> Steps | None:
+        with suppress(IndexError):
+            return self.waiting.pop()
+        return None
+
+    def put(self, steps: Steps) -> None:
+        """Keeps the larger of this cache and the one that is there; frees the other one, or both if memory is short."""
+        other = self.take()
+        if free_bytes(steps.cache.keys.device) >= MIN_FREE_BYTES:
+            self.waiting.append(max((steps, other), key=lambda each: 0 if each is None else each.cache.keys.numel()))
+
+
+class Lease:
+    """The right of one answer to use a cache. When the last part of the cache is freed, the cache goes back to the model."""
+
+    def __init__(self, steps: Steps, spare: Spare):
+        self.steps, self.spare = steps, spare
+
+    def __del__(self) -> None:
+        with suppress(RuntimeError):  # after an error of the device
+            if not sys.is_finalizing():
+                self.spare.put(self.steps)
+
+
+class RecordedCache(BatchCache):
+    """An empty BatchCache of some rows, on memory for which steps have been recorded. Slices of it share the lease."""
+
+    def __init__(self, steps: Steps, spare: Spare, rows: int):  # BatchCache.__init__ would allocate memory
+        steps.cache.clear()
+        vars(self).update(vars(steps.cache[:rows]))
+        self.lease = Lease(steps, spare)
+
+    @property
+    def steps(self) -> Steps:
+        return self.lease.steps
 
 
 class RecordedPaliGemma(PaliGemmaForConditionalGeneration):
@@ -196,76 +370,50 @@ class RecordedPaliGemma(PaliGemmaForConditionalGeneration):
 
     Args:
         model: the model whose modules and parameters are used.
-        compile_after: number of steps of one shape before the step is compiled; 0 = at once.
+        compiles: whether steps are compiled before they are recorded.
     """
 
-    def __init__(self, model: PaliGemmaForConditionalGeneration, compile_after: int = COMPILE_AFTER):
-        nn.Module.__init__(self)
-        self.config, self.window = model.config, model.window
-        self.vision_tower = model.vision_tower
-        self.multi_modal_projector = model.multi_modal_projector
-        self.language_model = model.language_model
-        self.compile_after = compile_after
-        self.training = model.training
+    def __init__(self, model: PaliGemmaForConditionalGeneration, compiles: bool = False):
+        vars(self).update(vars(model))
+        self.compiles, self.spare = compiles, Spare()
 
     def new_cache(self, batch: int, slots: int, kind: type[KVCache] = KVCache) -> KVCache:
         if not issubclass(RecordedCache, kind):  # the caller needs another kind of cache, whose steps cannot be recorded
             return super().new_cache(batch, slots, kind)
-        return RecordedCache(self, batch, -(-slots // SLOTS) * SLOTS)
+        slots = -(-slots // SLOTS) * SLOTS
+        steps = self.spare.take()
+        with not_inference():
+            if steps is None or not steps.suits(self, batch, slots):
+                steps = None  # freed before the new one is allocated
+                steps = Steps(self, batch, slots)
+            return RecordedCache(steps, self.spare, batch)
+
+    def train(self, mode: bool = True) -> "RecordedPaliGemma":
+        if mode:
+            self.spare.take()  # training needs the memory
+        return super().train(mode)
 
     def step(self, cache: KVCache, tokens: Tensor) -> Tensor:
         starts_later = cache.lengths.storage_offset() > 0  # a slice such as cache[2:4]; graphs begin at row 0
         is_derived = type(self) is not RecordedPaliGemma  # FSDP derives a class that gathers the weights in every step
-        if torch.is_grad_enabled() or starts_later or is_derived or not isinstance(cache, RecordedCache):
+        is_changed = torch.is_grad_enabled() or torch.is_autocast_enabled(tokens.device.type)
+        if is_changed or starts_later or is_derived or not isinstance(cache, RecordedCache) or not cache.steps.records:
             return super().step(cache, tokens)
         return cache.steps.find(len(tokens), cache.slots_read)(tokens)
 
 
-def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float) -> Tensor:
-    """modeling_gemma.attention with a soft cap, by torch's flex_attention. Compiled, it is one kernel and stores no scores."""
-    from torch.nn.attention.flex_attention import flex_attention  # imported only when needed: it takes two seconds
-
-    def change(score: Tensor, row: Tensor, _head: Tensor, query: Tensor, slot: Tensor) -> Tensor:
-        score = torch.tanh(score / cap) * cap
-        return score if mask is None else torch.where(mask[row, 0, query, slot], score, -torch.inf)
-
-    return flex_attention(q, k, v, score_mod=change, scale=scale, enable_gqa=True)
-
-
-@functools.cache
-def compiled_capped_attention() -> Callable[..., Tensor]:
-    kernels.set_private_compile_cache()
-    return torch.compile(capped_attention, fullgraph=True)
-
-
-class CappedAttention(GemmaAttention):
-    """GemmaAttention that uses capped_attention for long prompts. Its parameters are those of the GemmaAttention `plain`."""
-
-    is_working = True  # False for all layers after the first failure
-
-    def __init__(self, plain: GemmaAttention):
-        nn.Module.__init__(self)
-        self.layer, self.scale, self.cap, self.width = plain.layer, plain.scale, plain.cap, plain.width
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = plain.q_proj, plain.k_proj, plain.v_proj, plain.o_proj
-        self.training = plain.training
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if CappedAttention.is_working and q.shape[2] >= MIN_TOKENS_TO_COMPILE_CAP and not torch.is_grad_enabled():
-            try:
-                return compiled_capped_attention()(q, k, v, mask, self.scale, self.cap)
-            except RuntimeError as error:
-                warn_once(f"attention with soft caps is not compiled: {str(error).strip().splitlines()[0]}")
-                CappedAttention.is_working = False
-        return super().attend(q, k, v, mask)
-
-
-def use_graphs(model: PaliGemmaForConditionalGeneration, compile_after: int = COMPILE_AFTER) -> RecordedPaliGemma:
-    """The same model with CUDA graphs and compiled soft caps. Use it instead of `model`: both share modules and parameters.
+def use_graphs(model: PaliGemmaForConditionalGeneration, mode: str | None = None) -> PaliGemmaForConditionalGeneration:
+    """The same model with CUDA graphs. Use it instead of `model`: both share modules and parameters.
 
     Args:
-        compile_after: number of steps of one shape before the step is compiled; 0 = at once.
+        mode: "auto" = steps are recorded where devices.PROFILES says so; "record" = on every CUDA device; "compile" = they are
+            compiled, too, which takes minutes; "off" = the model is returned as it is; None = see devices.graphs_mode.
+    Raises: UsageError for another mode.
     """
-    for layer in model.language_model.model.layers:
-        if type(layer.self_attn) is GemmaAttention and layer.self_attn.cap is not None:
-            layer.self_attn = CappedAttention(layer.self_attn)
-    return RecordedPaliGemma(model, compile_after)
+    mode = devices.graphs_mode(mode)
+    if mode == "off" or model.device.type != "cuda":
+        return model
+    use_capped_attention(model)
+    if mode == "auto" and not devices.profile(model.device).records:
+        return model
+    return RecordedPaliGemma(model, compiles=mode == "compile")

@@ -49,8 +49,8 @@ def relative_difference(found: Tensor, expected: Tensor) -> float | None:
     is_same = (found == expected) | (found.isnan() & expected.isnan())
     if not bool((is_finite | is_same).all()):
         return math.inf
-    gap = float(torch.where(is_finite, found - expected, 0.0).norm())
-    size = float(torch.where(is_finite, expected, 0.0).norm())
+    gap = float((found - expected).masked_fill(~is_finite, 0).norm())
+    size = float(expected.masked_fill(~is_finite, 0).norm())
     if size == 0:
         return None if gap == 0 else math.inf
     return gap / size
@@ -112,7 +112,11 @@ class FastWay:
     def check(self, found: Tensor, expected: Tensor, *, key: Hashable = None, bound: float | None = None) -> bool:
         """Whether the fast result `found` is close to the plain result `expected`. If not, the way is turned off."""
         bound = self.bound if bound is None else bound
-        difference = relative_difference(found, expected)
+        try:
+            difference = relative_difference(found, expected)
+        except RuntimeError as error:  # a kernel failed on the device, which is reported when the CPU waits
+            self.fail(error)
+            return False
         if difference is None:  # nothing could be compared, so the next result is checked
             return True
         if difference > bound:
@@ -121,6 +125,18 @@ class FastWay:
             return False
         self.checked.add(key)
         return True
+
+    def attempt(self, fast: Callable[[], Tensor]) -> Tensor | None:
+        """The result of `fast`, which is not compared; None if the fast way is off or fails now. Raises: as `run`."""
+        if not self.is_on:
+            return None
+        try:
+            return fast()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001  (compilers and drivers raise exceptions of any class)
+            self.fail(error)
+            return None
 
     def run(
         self,
@@ -138,23 +154,13 @@ class FastWay:
             bound: replaces the bound of the way.
         Raises: torch.OutOfMemoryError from `fast`, because the plain way needs more memory; anything that `plain` raises.
         """
-        if not self.is_on:
-            return plain()
-        try:
-            found = fast()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001  (compilers and drivers raise exceptions of any class)
-            self.fail(error)
+        found = self.attempt(fast)
+        if found is None:
             return plain()
         if self.is_checked(key):
             return found
         expected = plain()
-        try:
-            return found if self.check(found, expected, key=key, bound=bound) else expected
-        except RuntimeError as error:  # a kernel failed on the device, which is reported when the CPU waits
-            self.fail(error)
-            return expected
+        return found if self.check(found, expected, key=key, bound=bound) else expected
 
 
 def all_ways() -> list[dict[str, str | None]]:

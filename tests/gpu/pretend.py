@@ -311,7 +311,7 @@ class PretendedGpu(TorchDispatchMode):
                     self.log("copy", "RACE", device, note=f"the source changed during the copy of {copy.place}")
 
     def is_pinned(self, tensor: Tensor) -> bool:
-        return not isinstance(tensor, PretendedTensor) and tensor.untyped_storage().data_ptr() in self.pinned
+        return tensor.untyped_storage().data_ptr() in self.pinned
 
     def pin(self, tensor: Tensor) -> Tensor:
         pinned = tensor.detach().clone()

@@ -5,10 +5,13 @@ result to the same tensor. A graph must not read the value of a tensor in Python
 fullgraph=True refuses it, and tensors on the meta device have no values.
 """
 
+import copy
+import gc
 import math
 import re
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,11 +19,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from paligemma import modeling_gemma
+from paligemma import devices, modeling_gemma
+from paligemma.errors import UsageError
 from paligemma.generation import generate, generate_many
-from paligemma.layers import graphs, quantization
+from paligemma.layers import graphs, quantization, self_check
 from paligemma.layers.batch_cache import BatchCache
-from paligemma.layers.graphs import CappedAttention, bucket, capped_attention, use_graphs
+from paligemma.layers.graphs import bucket, use_graphs
 from paligemma.modeling_gemma import KVCache, attention
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 from tests.tiny import FAMILIES, IMAGE, draw, make_batch, make_model
@@ -45,15 +49,26 @@ class Replayed:
 
     def __init__(self, monkeypatch):
         self.count = self.replays = 0
+        self.harm = None  # what goes wrong in each replay
+        self.bakes = False  # whether the token of the recorded step is used in each replay
         monkeypatch.setattr(graphs, "record", self.record)
 
-    def record(self, work, pool):  # noqa: ARG002  (the signature is that of graphs.record)
+    def record(self, work, _stream):
         self.count += 1
-        result = torch.full((len(work.__self__.tokens), 160), torch.nan)  # recording runs nothing
+        with torch.inference_mode(False):  # a graph writes to the result in any mode
+            result = torch.full((len(work.__self__.tokens), 160), torch.nan, device="cpu")  # recording runs nothing
+        recorded_tokens = work.__self__.tokens.clone()
+        work = weakref.WeakMethod(work)  # a graph does not keep the step
 
         def replay():
             self.replays += 1
-            result.copy_(work())
+            step = work().__self__
+            tokens = step.tokens
+            step.tokens = recorded_tokens if self.bakes else tokens
+            result.copy_(step.work())
+            step.tokens = tokens
+            if self.harm is not None:
+                self.harm(step)
 
         return replay, result
 
@@ -65,8 +80,18 @@ def recorder(monkeypatch):
     return Replayed(monkeypatch)
 
 
-def recorded(family="gemma", window=None, compile_after=10**9, **text):
-    return use_graphs(make(family, window, **text), compile_after)
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """What torch.cuda would say about a card with enough memory; and no check of another test is remembered."""
+    monkeypatch.setattr(graphs, "own_stream", lambda _device: object())
+    monkeypatch.setattr(graphs, "free_bytes", lambda _device: 2**40)
+    self_check.reset_all()
+    yield
+    self_check.reset_all()
+
+
+def recorded(family="gemma", window=None, mode="record", **text):
+    return graphs.RecordedPaliGemma(make(family, window, **text), compiles=mode == "compile")
 
 
 @torch.no_grad()
@@ -98,7 +123,7 @@ def test_a_step_outlives_bucket_after_bucket(recorder):
     ours, cache = answer(recorded(), batch, tokens)
     assert (ours - plain).abs().max() <= 4e-5
     assert sorted(cache.steps.steps) == [(2, 8), (2, 16), (2, 32), (2, 40)]
-    assert recorder.count == 3 and recorder.replays == 33 - 2 - 3 - 3 - 3  # two steps in the first bucket, warm-up in the others
+    assert recorder.count == 4 and recorder.replays == 33 - 4 * graphs.WARM_UP
 
 
 @pytest.mark.usefixtures("recorder")
@@ -128,7 +153,7 @@ def test_a_row_that_is_full_is_never_part_of_a_larger_graph(recorder):
     for row in script(3, 5):
         model.decode(cache[:3], row)
     assert cache.lengths.tolist() == [8, 8, 8, 8] and set(cache.steps.steps) == {(3, 8)}
-    assert recorder.replays == 2
+    assert recorder.replays == 5 - graphs.WARM_UP
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -214,26 +239,420 @@ def test_logits_stay_when_the_next_step_has_run():
     assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True)) and not torch.equal(kept[-1], kept[-2])
 
 
-def test_a_recording_that_fails_is_logged_once_and_decoding_continues(monkeypatch, caplog):
-    def fail(work, pool):  # noqa: ARG001  (the signature is that of graphs.record)
+def test_a_recorded_model_has_the_parameters_of_the_model():
+    model = recorded("gemma2")
+    assert isinstance(model, PaliGemmaForConditionalGeneration)
+    assert list(model.state_dict()) == list(make("gemma2").state_dict())
+
+
+@pytest.mark.parametrize("mode, records, is_recorded", [
+    ("off", True, False), ("auto", True, True), ("auto", False, False), ("record", False, True), ("compile", False, True),
+])  # fmt: skip
+def test_the_mode_and_the_profile_decide_what_is_recorded(mode, records, is_recorded, monkeypatch):
+    monkeypatch.setattr(devices, "profile", lambda _device: devices.Profile("test", ("float32",), records))
+    model = make()
+    assert use_graphs(model, mode) is model  # on a CPU
+    monkeypatch.setattr(PaliGemmaForConditionalGeneration, "device", torch.device("cuda"))
+    chosen = use_graphs(model, mode)
+    assert isinstance(chosen, graphs.RecordedPaliGemma) == is_recorded and (is_recorded or chosen is model)
+    assert not is_recorded or chosen.compiles == (mode == "compile")
+    monkeypatch.setenv("PALIGEMMA_GRAPHS", mode)
+    assert type(use_graphs(model)) is type(chosen)
+
+
+@pytest.mark.parametrize("device, hip", [("cpu", None), ("mps", None), ("cuda", "6.4")])
+def test_nothing_is_recorded_on_a_cpu_on_apples_and_on_amds_gpus(device, hip, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a card")
+    assert not devices.profile(torch.device(device)).records
+
+
+def test_another_mode_is_refused(monkeypatch):
+    with pytest.raises(UsageError, match="graphs is 'on'"):
+        use_graphs(make(), "on")
+    monkeypatch.setenv("PALIGEMMA_GRAPHS", "on")
+    with pytest.raises(UsageError, match="PALIGEMMA_GRAPHS is 'on'"):
+        use_graphs(make())
+
+
+# When recording fails, or is wrong
+
+
+REPORT = "decoding without them. Please report the output of `paligemma doctor`."
+
+
+def test_after_a_recording_that_fails_nothing_is_recorded_in_this_process(monkeypatch, caplog):
+    attempts = []
+
+    def fail(work, _stream):
+        attempts.append(work)
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     monkeypatch.setattr(graphs, "record", fail)
-    graphs.warn_once.cache_clear()
     batch, tokens = make_batch(ROWS, "right"), script(3, 9)
     plain, _ = answer(make(), batch, tokens)
     for _ in range(2):
         ours, _ = answer(recorded(), batch, tokens)
         assert (ours - plain).abs().max() <= 4e-5
-    assert caplog.messages == ["decoding is not recorded as a CUDA graph: operation not permitted"]
+    assert len(attempts) == 1
+    assert caplog.messages == [f"recorded steps fail (RuntimeError: operation not permitted): {REPORT}"]
 
 
-def test_a_model_without_graphs_is_the_model_itself():
-    model = make("gemma2")
-    names = list(model.state_dict())
-    model = use_graphs(model)
-    assert isinstance(model, PaliGemmaForConditionalGeneration) and list(model.state_dict()) == names
-    assert model.compile_after == graphs.COMPILE_AFTER
+def spoil_logits(step):
+    step.recording.logits.mul_(-1)
+
+
+def spoil_keys(step):
+    step.cache.keys[1][torch.arange(len(step.tokens)), :, step.cache.lengths - 1] += 5
+
+
+def forget_values(step):
+    for values in step.cache.values:
+        values[torch.arange(len(step.tokens)), :, step.cache.lengths - 1] = 0
+
+
+def count_twice(step):
+    step.cache.lengths += 1
+
+
+def overflow(step):
+    step.recording.logits[0, 3] = torch.nan
+
+
+def fault(_step):
+    raise RuntimeError("illegal memory access")
+
+
+@pytest.mark.parametrize("harm", [spoil_logits, spoil_keys, forget_values, overflow, fault])
+def test_a_recording_that_is_wrong_is_found_at_its_first_replay(harm, recorder, caplog):
+    batch, tokens = make_batch(ROWS, "right"), script(3, 9)
+    plain, _ = answer(make(), batch, tokens)
+    recorder.harm = harm
+    for _ in range(2):
+        ours, _ = answer(recorded(), batch, tokens)
+        assert (ours - plain).abs().max() <= 4e-5
+    assert (recorder.count, recorder.replays) == (1, 1)
+    (line,) = caplog.messages
+    assert line.startswith("recorded steps fail (RuntimeError: illegal" if harm is fault else "recorded steps differ on cpu (rel")
+    assert line.endswith(REPORT)
+
+
+def test_what_was_recorded_of_one_step_only_is_found(recorder):
+    """A graph that has a number of the recorded step in it, instead of reading it in each step."""
+    batch, tokens = make_batch(ROWS, "right"), script(3, 9)
+    plain, _ = answer(make(), batch, tokens)
+    recorder.bakes = True
+    ours, _ = answer(recorded(), batch, tokens)
+    assert (ours - plain).abs().max() <= 4e-5 and recorder.replays == 1 and not graphs.RECORDED.is_on
+
+
+def test_the_check_costs_one_step_per_shape(recorder, monkeypatch):
+    steps = []
+    monkeypatch.setattr(graphs, "plain_step", lambda *arguments: steps.append(arguments) or plain_step(*arguments))
+    plain_step = PaliGemmaForConditionalGeneration.step
+    answer(recorded(), make_batch([(1, 5, 0)], "right"), script(1, 6))
+    assert len(steps) - recorder.replays == graphs.WARM_UP + 1 and recorder.replays == 4  # a replay of the fake is a step, too
+
+
+def test_a_step_that_overflows_in_both_ways_is_no_difference(recorder):
+    model = recorded()
+    with torch.no_grad():
+        model.language_model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
+    logits, _ = answer(model, make_batch([(1, 5, 0)], "right"), script(1, 6))
+    assert recorder.replays == 4 and graphs.RECORDED.is_on and logits.isnan().any()
+
+
+def test_a_step_is_recorded_by_the_thread_in_which_it_ran(recorder):
+    model, batch, tokens = recorded(), make_batch([(1, 2, 0)], "right"), script(1, 9)
+    plain, _ = answer(make(), batch, tokens)
+    cache = model.new_cache(1, 24)
+    logits = [model.prefill(cache, **batch)]
+    order, thread_steps = [], []
+    run = graphs.Step.work
+
+    def decode(row):
+        with torch.no_grad():
+            logits.append(model.decode(cache, row))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs.Step, "work", lambda step: thread_steps.append(threading.get_ident()) or run(step))
+        patch.setattr(graphs, "record", lambda *arguments: order.append(threading.get_ident()) or recorder.record(*arguments))
+        for row in tokens[:2]:  # to the end of the bucket of 8 slots
+            decode(row)
+        order.clear(), thread_steps.clear()
+        for start in (2, 3, 4):  # a thread per step: none is long enough at work
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(decode, tokens[start]).result()
+        assert order == [] and len(set(thread_steps)) >= 1
+        for row in tokens[5:]:
+            decode(row)
+    assert order == [threading.get_ident()] and thread_steps[-graphs.WARM_UP - 1 :].count(order[0]) >= graphs.WARM_UP
+    assert (torch.stack(logits) - plain).abs().max() <= 4e-5
+
+
+def test_nothing_is_recorded_while_memory_is_short(recorder, monkeypatch):
+    model, batch = recorded(), make_batch([(1, 5, 0)], "right")
+    monkeypatch.setattr(graphs, "free_bytes", lambda _device: graphs.MIN_FREE_BYTES - 1)
+    answer(model, batch, script(1, 6))
+    assert recorder.count == 0 and model.spare.take() is None and graphs.RECORDED.state == "unchecked"
+    monkeypatch.setattr(graphs, "free_bytes", lambda _device: graphs.MIN_FREE_BYTES)
+    answer(model, batch, script(1, 6))
+    assert recorder.count == 1
+
+
+def test_free_memory_is_what_the_driver_and_torchs_allocator_have(monkeypatch):
+    monkeypatch.undo()
+    given = {"mem_get_info": (1000, 9000), "memory_reserved": 700, "memory_allocated": 300}
+    for name, value in given.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _device, value=value: value)
+    assert graphs.free_bytes(torch.device("cuda")) == 1400
+
+
+class Stream:
+    """torch.cuda.Stream: the 32 streams of a device, in turn."""
+
+    handed_out = 0
+
+    def __init__(self, device):
+        self.device, self.number = device, Stream.handed_out % 32
+        Stream.handed_out += 1
+
+    def __eq__(self, other):
+        return self.number == other.number
+
+    def __hash__(self):
+        return self.number
+
+
+def test_no_two_graphs_have_the_same_stream(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(graphs, "STREAMS_IN_USE", weakref.WeakSet())
+    first = [graphs.own_stream("cuda:0") for _ in range(10)]
+    del first[3]
+    others = [graphs.own_stream("cuda:0") for _ in range(23)]
+    assert len({stream.number for stream in first + others}) == 32
+    assert graphs.own_stream("cuda:0") is None
+    number = others.pop(7).number
+    assert graphs.own_stream("cuda:0").number == number
+
+
+def test_without_a_stream_of_its_own_a_step_is_not_recorded(recorder, monkeypatch):
+    monkeypatch.setattr(graphs, "own_stream", lambda _device: None)
+    answer(recorded(), make_batch([(1, 5, 0)], "right"), script(1, 6))
+    assert recorder.count == 0 and graphs.RECORDED.is_on
+
+
+# A cache outlives the answer
+
+
+def test_ten_answers_record_once(recorder):
+    batch, tokens = make_batch(ROWS, "right"), script(3, 5)
+    model = recorded()
+    fresh, _ = answer(make(), batch, tokens)
+    for _ in range(10):
+        ours, cache = answer(model, batch, tokens, slots=16)
+        assert (ours - fresh).abs().max() <= 4e-5
+        del cache
+    assert recorder.count == 1 and recorder.replays == 10 * 5 - graphs.WARM_UP
+
+
+def test_answers_of_generate_record_once(recorder):
+    model, plain = recorded(), make()
+    for length in (5, 6):
+        batch = make_batch([(1, length, 0), (1, 2, 0)])
+        for _ in range(2):
+            ours, expected = (list(generate(each, batch, max_new_tokens=6, eos_token_id=None)) for each in (model, plain))
+            assert torch.equal(torch.stack(ours), torch.stack(expected))
+    assert recorder.count == 1  # all steps are in the bucket of 16 slots
+
+
+def memory(cache):
+    return cache.keys.untyped_storage().data_ptr()
+
+
+def test_a_cache_in_use_is_not_handed_out_again_and_the_larger_one_is_kept():
+    model = recorded()
+    first, second, third = model.new_cache(1, 16), model.new_cache(4, 16), model.new_cache(2, 16)
+    assert len({memory(each) for each in (first, second, third)}) == 3
+    kept = memory(second)
+    del second, first, third
+    assert len(model.spare.waiting) == 1
+    again = model.new_cache(3, 16)
+    assert memory(again) == kept and again.lengths.shape == again.host_lengths.shape == (3,) and again.keys.shape[1] == 3
+
+
+def test_a_part_of_a_cache_keeps_it_in_use():
+    model = recorded()
+    cache = model.new_cache(4, 16)
+    place, part = memory(cache), cache[:2][:1]
+    del cache
+    assert memory(model.new_cache(4, 16)) != place
+    del part
+    assert memory(model.new_cache(4, 16)) == place
+
+
+@pytest.mark.parametrize("rows, slots", [(3, 16), (2, 24)])
+@pytest.mark.usefixtures("recorder")
+def test_a_cache_that_is_too_small_is_freed_before_a_larger_one_is_made(rows, slots, monkeypatch):
+    model = recorded()
+    cache = model.new_cache(2, 16)
+    small = weakref.ref(cache.steps)
+    make_steps, alive = graphs.Steps, []
+    monkeypatch.setattr(graphs, "Steps", lambda *arguments: alive.append(small()) or make_steps(*arguments))
+    del cache
+    assert small() is not None
+    assert model.new_cache(rows, slots).slots >= slots and alive == [None]
+
+
+@pytest.mark.usefixtures("recorder")
+@torch.no_grad()
+def test_nothing_of_an_answer_is_left_in_the_next_one():
+    batch, tokens = make_batch(ROWS, "right"), script(3, 9)
+    expected, _ = answer(recorded(), batch, tokens, slots=24)
+    self_check.reset_all()
+    model = recorded()
+    cache = model.new_cache(3, 24)
+    place = memory(cache)
+    model.prefill(cache, **make_batch([(2, 6, 0), (1, 7, 0), (1, 2, 0)], "right"))
+    cache.keys.fill_(torch.nan), cache.values.fill_(torch.inf)
+    del cache
+    ours, cache = answer(model, batch, tokens, slots=24)
+    assert memory(cache) == place and torch.equal(ours, expected)
+
+
+def test_an_answer_that_is_broken_off_returns_its_cache(monkeypatch):
+    model = recorded()
+    steps = generate(model, make_batch([(1, 5, 0)]), max_new_tokens=9)
+    next(steps), next(steps)
+    assert not model.spare.waiting
+    del steps
+    assert len(model.spare.waiting) == 1
+
+    def fail(_cache, _tokens):
+        raise ValueError("in the middle")
+
+    monkeypatch.setattr(model, "decode", fail)
+    with pytest.raises(ValueError, match="middle") as caught:
+        list(generate(model, make_batch([(1, 5, 0)]), max_new_tokens=9))
+    del caught
+    assert len(model.spare.waiting) == 1
+
+
+def moved(model):
+    model.language_model.model.norm.weight.data = model.language_model.model.norm.weight.data.clone()
+
+
+def halved(model):
+    model.to(torch.bfloat16)
+
+
+def replaced(model):
+    model.language_model.model.layers[0].self_attn.q_proj = torch.nn.Linear(40, 64, bias=False)
+
+
+@pytest.mark.parametrize("change", [moved, halved, replaced])
+def test_graphs_of_other_weights_are_not_used(change):
+    model = recorded()
+    steps = weakref.ref(model.new_cache(1, 16).steps)
+    assert model.new_cache(1, 16).steps is steps()
+    change(model)
+    cache = model.new_cache(1, 16)
+    assert steps() is None and cache.keys.dtype == model.dtype
+
+
+def test_a_cache_of_another_stream_is_not_used(monkeypatch):
+    model = recorded()
+    steps = weakref.ref(model.new_cache(1, 16).steps)
+    monkeypatch.setattr(graphs, "current_stream", lambda _device: "another")
+    assert model.new_cache(1, 16).steps is not steps() and steps() is None
+
+
+def test_models_do_not_share_a_cache(recorder):
+    first, second = recorded(), recorded("gemma2")
+    batch, tokens = make_batch(ROWS[:1], "right"), script(1, 5)
+    places = [memory(answer(model, batch, tokens)[1]) for model in (first, second, first)]
+    assert places[0] == places[2] != places[1] and recorder.count == 2
+    twin = copy.copy(first)  # shares modules and spare cache
+    assert twin.new_cache(1, 40).steps.model() is twin
+
+
+def test_the_spare_cache_goes_with_the_model_and_when_training_begins(recorder):
+    model = recorded()
+    answer(model, make_batch(ROWS[:1], "right"), script(1, 5))
+    assert recorder.count == 1 and model.spare.waiting
+    twin = copy.deepcopy(model)
+    assert not twin.spare.waiting
+    model.eval()
+    assert model.spare.waiting
+    steps = weakref.ref(model.spare.waiting[0])
+    gc.disable()
+    try:
+        model.train()
+        assert steps() is None
+        answer(model.eval(), make_batch(ROWS[:1], "right"), script(1, 5))
+        steps, cache = weakref.ref(model.spare.waiting[0]), model.new_cache(1, 40)
+        del model
+        assert steps() is cache.steps
+        del cache
+        assert steps() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_graph_that_is_no_longer_used_lives_as_long_as_its_cache(recorder):
+    model, batch = recorded(mode="compile", num_hidden_layers=1), make_batch(ROWS[:1], "right")
+    cache = model.new_cache(1, 16)
+    with torch.no_grad():
+        model.prefill(cache, **batch)
+        for row in script(1, 4):
+            model.decode(cache, row)
+        (step,) = cache.steps.steps.values()
+        graph, stream = weakref.ref(step.recording), step.recording.stream
+        assert step.recording.logits is not None and recorder.replays == 2
+        graphs.COMPILED.turn_off("are wrong")  # found in a step of another shape
+        model.decode(cache, script(1, 1)[0])
+    assert step.recording is None and step.function is graphs.plain_step
+    assert graph() is not None and cache.steps.retired == [graph()] and graph().stream is stream
+    del cache, step, model
+    gc.collect()
+    assert graph() is None
+
+
+@pytest.mark.usefixtures("recorder")
+def test_a_cache_made_in_inference_mode_serves_afterwards():
+    model, batch, tokens = recorded(), make_batch(ROWS[:1], "right"), script(1, 7)
+    with torch.inference_mode():
+        first, cache = answer(model, batch, tokens)
+    place = memory(cache)
+    del cache
+    second, cache = answer(model, batch, tokens)
+    assert memory(cache) == place and torch.equal(first[-1], second[-1])
+
+
+def test_steps_inside_autocast_are_not_recorded(recorder):
+    with torch.autocast("cpu", torch.bfloat16):
+        answer(recorded(), make_batch(ROWS[:1], "right"), script(1, 6))
+    assert recorder.count == 0
+
+
+def test_the_default_device_of_torch_does_not_matter(recorder):
+    """Where a tensor is made without a device, it would be on the meta device, which has no numbers."""
+    tokens, model = script(1, 9), recorded()
+    torch.set_default_device("meta")
+    try:
+        cache = model.new_cache(1, 40)
+        assert cache.host_lengths.device == cache.lengths.device == torch.device("cpu")
+        cache.lengths += 5
+        cache.host_lengths += 5
+        with torch.no_grad():
+            for row in tokens:
+                cache.reserve()
+                cache.steps.find(1, cache.slots_read)(row)
+    finally:
+        torch.set_default_device(None)
+    assert recorder.count == 2 and recorder.replays == 5 and graphs.RECORDED.state == "on"
 
 
 # Compiled
@@ -258,36 +677,11 @@ def compiled(monkeypatch):
 def test_the_compiled_step_has_no_graph_break_and_gives_the_same_logits(family, window, recorder):
     batch, tokens = make_batch(ROWS, "right"), script(3, 4)
     plain, _ = answer(make(family, window, num_hidden_layers=2), batch, tokens)
-    ours, cache = answer(recorded(family, window, compile_after=0, num_hidden_layers=2), batch, tokens)
+    ours, cache = answer(recorded(family, window, "compile", num_hidden_layers=2), batch, tokens)
     assert (ours - plain).abs().max() <= 4e-5
     (step,) = cache.steps.steps.values()
-    assert step.function is graphs.compiled_step() and (recorder.count, recorder.replays) == (1, 4)  # recorded at once
-
-
-@pytest.mark.usefixtures("compiled")
-def test_a_step_is_compiled_after_so_many(recorder):
-    batch, tokens = make_batch(ROWS[:1], "right"), script(1, 7)
-    plain, _ = answer(make(num_hidden_layers=1), batch, tokens)
-    ours, cache = answer(recorded(compile_after=5, num_hidden_layers=1), batch, tokens)
-    assert (ours - plain).abs().max() <= 4e-5
-    assert recorder.count == 2 and cache.steps.steps[1, 16].function is graphs.compiled_step()
-
-
-@pytest.mark.usefixtures("recorder")
-def test_compiling_that_fails_is_logged_once_and_decoding_continues(monkeypatch, caplog):
-    import torch._dynamo
-
-    def fail(model, cache, tokens):  # noqa: ARG001  (the signature is that of a step)
-        cache.lengths += 1
-        raise torch._dynamo.exc.TorchRuntimeError("no working compiler", None)
-
-    monkeypatch.setattr(graphs, "compiled_step", lambda: fail)
-    graphs.warn_once.cache_clear()
-    batch, tokens = make_batch(ROWS, "right"), script(3, 9)
-    plain, _ = answer(make(), batch, tokens)
-    ours, _ = answer(recorded(compile_after=4), batch, tokens)
-    assert (ours - plain).abs().max() <= 4e-5
-    assert caplog.messages == ["decoding is not compiled: no working compiler"]
+    assert step.function is graphs.compiled_step() and (recorder.count, recorder.replays) == (1, 2)
+    assert [way.state for way in (graphs.COMPILED, graphs.RECORDED)] == ["on", "on"]
 
 
 @torch.no_grad()
@@ -348,71 +742,6 @@ def test_prefill_and_decode_ask_the_device_for_nothing(family, window):
 
 
 # Attention
-
-
-@pytest.mark.parametrize("heads, key_heads, mask", [(4, 2, None), (4, 2, "ragged"), (4, 1, "ragged"), (3, 3, "per row")])
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_capped_attention_equals_plain_attention(heads, key_heads, mask):
-    # Sums in another order: 4.8e-7 is the largest gap over 20 seeds, of values of size 1; 3e-6 leaves a factor of 6.
-    q, k, v = draw(2, heads, 13, 16), draw(2, key_heads, 13, 16, seed=1), draw(2, key_heads, 13, 16, seed=2)
-    if mask:
-        looks = draw(2 if mask == "ragged" else 1, 1, 13, 13, seed=3) > 0
-        mask = (looks | torch.eye(13, dtype=torch.bool)).expand(2, -1, -1, -1)
-    written_out = attention(q, k, v, mask, 0.3, 2.0)
-    assert (capped_attention(q, k, v, mask, 0.3, 2.0) - written_out).abs().max() <= 3e-6
-    assert (attention(q, k, v, mask, 0.3, 1e6) - written_out).abs().max() > 0.05  # the cap changes the result
-
-
-def test_capped_attention_compiles_without_a_break():
-    q, k, v = draw(2, 4, 13, 16), draw(2, 2, 13, 16, seed=1), draw(2, 2, 13, 16, seed=2)
-    mask = torch.ones(2, 1, 13, 13, dtype=torch.bool).tril()
-    torch._dynamo.reset()
-    compiled = torch.compile(capped_attention, fullgraph=True, backend="eager")
-    for looks in (mask, None):
-        with torch.no_grad():
-            ours, plain = compiled(q, k, v, looks, 0.3, 2.0), attention(q, k, v, looks, 0.3, 2.0)
-        assert (ours - plain).abs().max() <= 3e-6
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def capped(monkeypatch):
-    """Capped attention for every length, as it is when not compiled; its calls."""
-    calls = []
-
-    def run(*arguments):
-        calls.append(arguments)
-        return capped_attention(*arguments)
-
-    monkeypatch.setattr(graphs, "MIN_TOKENS_TO_COMPILE_CAP", 2)
-    monkeypatch.setattr(graphs, "compiled_capped_attention", lambda: run)
-    monkeypatch.setattr(CappedAttention, "is_working", True)
-    return calls
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("window", [None, 8])
-def test_a_long_prompt_goes_through_capped_attention_only_in_gemma_2(window, capped):
-    batch = make_batch(ROWS, "right")
-    plain, _ = answer(make("gemma2", window), batch, script(3, 2))
-    ours, _ = answer(recorded("gemma2", window), batch, script(3, 2))
-    assert len(capped) == 3 and (ours - plain).abs().max() <= 4e-5  # a layer each, and none in decoding
-    answer(recorded("gemma"), batch, [])
-    model = recorded("gemma2")
-    model(**batch)  # with gradients
-    assert len(capped) == 3
-
-
-def test_capped_attention_that_fails_falls_back_to_plain_attention(monkeypatch, capped, caplog):
-    def fail(*_):
-        raise RuntimeError("out of shared memory\nReduce block sizes")
-
-    monkeypatch.setattr(graphs, "compiled_capped_attention", lambda: fail)
-    graphs.warn_once.cache_clear()
-    batch = make_batch(ROWS, "right")
-    ours, _ = answer(recorded("gemma2"), batch, [])
-    assert torch.equal(ours, answer(make("gemma2"), batch, [])[0])
-    assert caplog.messages == ["attention with soft caps is not compiled: out of shared memory"] and not capped
 
 
 class KeysSeen(TorchDispatchMode):
