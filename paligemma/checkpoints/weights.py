@@ -47,7 +47,7 @@ from paligemma.configuration import PaliGemmaConfig, SiglipVisionConfig
 from paligemma.devices import dtypes_to_try, find_devices, graphs_mode, profile, usable_cards
 from paligemma.errors import CheckpointError, OutputError, UsageError, listed
 from paligemma.files import MAX_JSON_BYTES, names_in, parse_json_file, read_regular, staging_folder, stat_path
-from paligemma.layers import cuda_decoding, fast_cpu, float16, patch_product, quantization, split
+from paligemma.layers import cuda_decoding, fast_cpu, float16, mps_workarounds, patch_product, quantization, split
 from paligemma.layers.graphs import use_graphs
 from paligemma.machine import GIB, free_memory, memory_errors
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
@@ -516,15 +516,18 @@ class ModelFiles:
             placement = split.place(sizes, named, spare, room)
             readers = {own: TensorReader(own, allow_nonfinite) for own in placement.devices}
             fill(model, stored, lambda name: readers[placement.device(name)], dtype, quantised, kind, adapter)
+            if named[0].type == "cuda":
+                patch_product.use_product(model)
             if dtype == torch.float16:
                 float16.protect(model)
+            if named[0].type == "mps":
+                mps_workarounds.work_around(model)
             if named[0].type == "cpu":
                 fast_cpu.accelerate(model)
             if named[0].type == "cuda":
                 # cuDNN would build a plan, which takes up to half a second, for each new shape of a batch. This setting is one
                 # for the whole process, because torch has none for a model.
                 torch.backends.cuda.enable_cudnn_sdp(False)
-                patch_product.use_product(model)
                 cuda_decoding.use_cuda_modules(model)
             if len(placement.devices) > 1:
                 model = split.use_cards(model, placement)

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paligemma.layers.mps_workarounds import linear
 from paligemma.layers.quantization import QuantizedEmbedding, QuantizedLinear
 from paligemma.layers.replacing import extended
 from paligemma.modeling_gemma import GemmaAttention, GemmaEmbedding, GemmaMLP, GemmaModel, GemmaRMSNorm, attention
@@ -77,19 +78,19 @@ class ScaledProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return scaled_product(x, lambda half: F.linear(half, weight))
+        return scaled_product(x, lambda half: linear(half, weight))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
-        return scaled_product(gradients[0], lambda half: F.linear(half, weight.T)), None
+        return scaled_product(gradients[0], lambda half: linear(half, weight.T)), None
 
 
 def scaled_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T as a scaled product, float32[..., O]."""
     if torch.is_grad_enabled() and x.requires_grad and weight.dtype == torch.float16:
         return ScaledProduct.apply(x.float(), weight)
-    return scaled_product(x, lambda half: F.linear(half, weight), weight.dtype)
+    return scaled_product(x, lambda half: linear(half, weight), weight.dtype)
 
 
 class ScaledLinear(nn.Linear):

@@ -166,10 +166,11 @@ def test_decoding_with_a_cache_is_right_too(family):
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_quantised_models_are_right_too(family, kind, monkeypatch):
+@pytest.mark.parametrize("place", [enlarge_token_vectors, enlarge_gated_values, enlarge_logits])
+def test_quantised_models_are_right_too(place, family, kind, monkeypatch):
     """Their products are those of torch's operators, because our kernels for the CPU round the inputs to 8 bits."""
     monkeypatch.setattr(kernels, "library", lambda: None)
-    plain, batch = enlarged(enlarge_gated_values, family), make_batch(ROWS)
+    plain, batch = enlarged(place, family), make_batch(ROWS)
     quantised = copy.deepcopy(plain)
     for name in quantization.targets(plain):
         module = plain.get_submodule(name)
