@@ -74,7 +74,7 @@ class Opened(ModelFiles):
 # Settings and names
 
 
-def settings_rows(opened: Opened) -> list[Row]:
+def model_rows(opened: Opened) -> list[Row]:
     """Family, size and resolution, from config.json."""
     config = opened.config
     text, vision = config.text_config, config.vision_config
@@ -85,7 +85,7 @@ def settings_rows(opened: Opened) -> list[Row]:
     return [Row("model", value)]
 
 
-def header_rows(opened: Opened) -> list[Row]:
+def weights_rows(opened: Opened) -> list[Row]:
     """How many tensors of which dtype the files hold. Failed if a file is missing, truncated or damaged."""
     bytes_of = Counter()
     for tensor in opened.tensors.values():
@@ -94,7 +94,7 @@ def header_rows(opened: Opened) -> list[Row]:
     return [Row("weights", f"{len(opened.tensors)} tensors: {dtypes}")]
 
 
-def name_rows(opened: Opened) -> list[Row]:
+def names_and_shapes_rows(opened: Opened) -> list[Row]:
     """Missing and unknown names, wrong dtypes and shapes."""
     quantised = opened.quantization
     check_names(opened.empty_model(), opened.raw, opened.tensors, opened.base)
@@ -112,7 +112,7 @@ def adapter_rows(opened: Opened) -> list[Row]:
     return [Row("adapter", f"changes {len(scalings)} matrices of the base model in {base}")]
 
 
-def position_rows(opened: Opened) -> list[Row]:
+def position_table_rows(opened: Opened) -> list[Row]:
     """The table of position vectors: one row per patch, and whether it was enlarged from that of a smaller resolution."""
     table = TensorReader(torch.device("cpu"), allow_nonfinite=True).read(opened.tensors[POSITIONS], torch.float32)  # [P, D]
     vision = opened.config.vision_config
@@ -167,7 +167,7 @@ def samples(tensor: StoredTensor, is_full: bool) -> Iterator[Tensor]:
             yield torch.frombuffer(content, dtype=dtype)
 
 
-def number_rows(opened: Opened, is_full: bool) -> list[Row]:
+def numbers_rows(opened: Opened, is_full: bool) -> list[Row]:
     """NaN and infinity, matrices of zeros, and matrices whose numbers are all equal."""
     total = sum(tensor.num_bytes for tensor in opened.tensors.values())
     is_full = is_full or total <= SMALL_BYTES
@@ -209,7 +209,7 @@ def tokenizer_rows(opened: Opened) -> list[Row]:
     return [Row("tokenizer", value)]
 
 
-def picture_rows(opened: Opened) -> list[Row]:
+def pictures_rows(opened: Opened) -> list[Row]:
     """The settings for pictures, which must agree with config.json; and whether there is a mask codec."""
     folder = opened.folder if any(is_file(opened.folder / name) for name in processor_files.IMAGE_FILES) else opened.base
     settings = {name: processor_files.read_settings(folder / name, CheckpointError) for name in processor_files.IMAGE_FILES}
@@ -265,7 +265,7 @@ def factor(found: Tensor, original: Tensor) -> float:
 
 
 @torch.no_grad()
-def vector_rows(opened: Opened) -> list[Row]:
+def vectors_rows(opened: Opened) -> list[Row]:
     """The factors with which vectors of a picture and of words enter the decoder, and the norms of these vectors.
 
     Gemma multiplies the vectors of words by sqrt(D). Those of a picture come from the projector and are not multiplied. A program
@@ -327,7 +327,7 @@ def open_files(name: str | Path, revision: str | None, base_model: str | None) -
         return None, [failed_by("settings", error)]
 
 
-def without_settings_rows(name: str, revision: str | None) -> list[Row]:
+def weights_without_settings_rows(name: str, revision: str | None) -> list[Row]:
     """All that can be said about a folder whose settings cannot be read: whether its weights are whole."""
     return [Row("weights", f"{len(find_tensors(resolve(name, revision)))} tensors, not damaged")]
 
@@ -343,11 +343,10 @@ def checkpoint_rows(
     yield Row("name", "the bundled model" if name is None else name)
     opened, rows = open_files(BUNDLED if name is None else name, revision, base_model)
     yield from check(lambda: rows)
-    calls: list[tuple] = [(without_settings_rows, name, revision)]
+    calls: list[tuple] = [(weights_without_settings_rows, name, revision)]
     if opened is not None:
-        names = settings_rows, header_rows, name_rows, adapter_rows, position_rows, tokenizer_rows, picture_rows, vector_rows
-        calls = [(rows_of, opened) for rows_of in names]
-        calls.insert(3, (number_rows, opened, is_full))
+        files = model_rows, weights_rows, names_and_shapes_rows, adapter_rows, position_table_rows, tokenizer_rows, pictures_rows
+        calls = [(rows_of, opened) for rows_of in files] + [(numbers_rows, opened, is_full), (vectors_rows, opened)]
     seen = {row.value for row in rows}
     for call in calls:
         for row in check(*call, code=CheckpointError.code):

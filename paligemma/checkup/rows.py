@@ -25,7 +25,7 @@ REPORT = "Run the command again with --debug and report its output."
 SECRETS = (  # (what is replaced, by what)
     (re.compile(r"hf_\w{8,}"), "<token>"),
     (re.compile(r"(?<=://)[^/\s@]+@"), ""),  # user and password in an address
-    (re.compile(r"[\w.+-]+@[\w-]+\.[\w.-]+"), "<e-mail>"),
+    (re.compile(r"[\w.+-]+@[\w-]+(\.[\w-]+)*"), "<e-mail>"),
     (re.compile(r"(GPU-|MIG-)?\b[0-9a-fA-F]{8}-([0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}\b"), "<uuid>"),
     (re.compile(r"\b((25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(25[0-5]|2[0-4]\d|1?\d?\d)\b(:\d+)?"), "<address>"),
     (re.compile(r"\[?\b([0-9a-fA-F]{1,4}:){4,7}[0-9a-fA-F:]+\]?(:\d+)?"), "<address>"),
@@ -87,7 +87,7 @@ def run_check(
     except Exception as error:  # noqa: BLE001  (whatever is broken on this machine, the other checks must run)
         if on_error is not None:
             on_error()
-        rows = [failed_by(check.__name__.replace("_", " "), error, code)]
+        rows = [failed_by(check.__name__.removesuffix("_rows").replace("_", " "), error, code)]
     return [replace(row, value=without_personal_data(row.value), advice=without_personal_data(row.advice)) for row in rows]
 
 
@@ -113,7 +113,7 @@ def user_name() -> str:
 def without_personal_data(text: str) -> str:
     """The text with ~ for the home folder, and without the names of user and machine, addresses, tokens and serial numbers."""
     for home in sorted(home_folders(), key=len, reverse=True):
-        text = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
+        text = re.sub(rf"{re.escape(home)}(?![\w-]|\.\w)", "~", text)
     for pattern, shown in SECRETS:
         text = pattern.sub(shown, text)
     if user := user_name():  # as a part of a path or address; elsewhere it may be an ordinary word

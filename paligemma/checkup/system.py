@@ -77,7 +77,7 @@ def platform_rows() -> list[Row]:
     return rows
 
 
-def package_rows() -> list[Row]:
+def packages_rows() -> list[Row]:
     """One row with all versions, and one failed row for each needed package that is missing or broken."""
     rows, versions = [], []
     for name, package in (NEEDED | PARTLY_NEEDED).items():
@@ -125,7 +125,7 @@ def driver_rows() -> list[Row]:
     return [Row("NVIDIA driver", f"{cards[0][0]}; nvidia-smi lists {listed}{limit}")]
 
 
-def card_rows() -> list[Row]:
+def cards_rows() -> list[Row]:
     """Each CUDA card: capability, memory, and whether this torch has code for it."""
     import torch
 
@@ -175,7 +175,7 @@ def gpu_rows(name: str, device: "torch.device") -> list[Row]:
 # Compilers, cores, memory
 
 
-def compiler_rows(device: "torch.device") -> list[Row]:
+def compilers_rows(device: "torch.device") -> list[Row]:
     """The C++ compiler and, on a GPU, Triton and Python's header, with which torch.compile builds kernels."""
     from paligemma.layers import kernels
 
@@ -196,7 +196,7 @@ def compiler_rows(device: "torch.device") -> list[Row]:
     return rows
 
 
-def core_rows() -> list[Row]:
+def cores_rows() -> list[Row]:
     """The cores that this process may use, and the instructions that decide which kernels are fast."""
     from paligemma.layers import kernels
 
@@ -229,7 +229,7 @@ def folder_row(name: str, folder: Path, variable: str, min_free: int = 0) -> Row
     return note(name, value, f"Free some space, or set {variable}.") if free < min_free else Row(name, value)
 
 
-def folder_rows() -> list[Row]:
+def folders_rows() -> list[Row]:
     """The folders for compiled kernels, for downloads from the hub and for what torch.compile builds."""
     from huggingface_hub import constants
 

@@ -92,7 +92,7 @@ class Flags:
 def groups(flags: Flags) -> Iterator[tuple[str, Iterable[Row]]]:
     """The checks in order: the name of a group and its rows, which are computed while they are read."""
     check = partial(run_check, on_error=traceback.print_exc if flags.debug else None)
-    basics = [row for rows in (system.platform_rows, system.package_rows, system.torch_rows) for row in check(rows)]
+    basics = [row for rows in (system.platform_rows, system.packages_rows, system.torch_rows) for row in check(rows)]
     yield "machine", basics
     if basics[-1].name != "torch" or basics[-1].state == FAILED:
         yield "machine", [note("other checks", "not made, because they need torch", basics[-1].advice)]
@@ -119,12 +119,12 @@ def choose_device(name: str) -> tuple["torch.device", list[Row]]:
 def machine_rows(flags: Flags, device: "torch.device", check: Check) -> Iterator[Row]:
     """GPUs and their driver, compilers, cores, memory, folders and the hub's token."""
     yield from check(system.driver_rows)
-    yield from check(system.card_rows)
+    yield from check(system.cards_rows)
     yield from check(system.gpu_rows, flags.device, device)
-    yield from check(system.compiler_rows, device)
-    yield from check(system.core_rows)
+    yield from check(system.compilers_rows, device)
+    yield from check(system.cores_rows)
     yield from check(system.memory_rows)
-    yield from check(system.folder_rows)
+    yield from check(system.folders_rows)
     yield from check(system.token_rows)
 
 

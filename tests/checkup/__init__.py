@@ -1,0 +1,1 @@
+"""Tests of paligemma/checkup: a fault for each check of `paligemma doctor`."""
