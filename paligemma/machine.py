@@ -84,8 +84,8 @@ def check_torch() -> None:
     import torch
 
     if torch.torch_version.TorchVersion(torch.__version__) < OLDEST_TORCH:
-        advice = "pip install -r requirements.txt"
-        raise DeviceError(f"torch {torch.__version__} is too old. {OLDEST_TORCH} or newer is needed: {advice}.")
+        advice = "Run pip install -r requirements.txt."
+        raise DeviceError(f"torch {torch.__version__} is too old. {OLDEST_TORCH} or newer is needed. {advice}")
 
 
 # Memory

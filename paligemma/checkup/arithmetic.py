@@ -23,7 +23,7 @@ from paligemma.checkup.rows import Row, failed, note
 from paligemma.configuration import PaliGemmaConfig
 from paligemma.generation import PendingTokens
 from paligemma.layers import int_formats, kernels, quantization, self_check
-from paligemma.modeling_gemma import GemmaRMSNorm, attention
+from paligemma.modeling_gemma import GemmaRMSNorm, attention, rotary_embedding, rotate
 from paligemma.modeling_paligemma import prefix_lm_mask
 from paligemma.roofline import matrix_rate, read_bandwidth
 
@@ -264,20 +264,20 @@ def kernel_rows() -> list[Row]:
 
 
 def attention_by_kernel() -> tuple[Tensor, Tensor]:
-    """The result of bf16_attend for one new token per row, and what it should be; no rotation, because the angle is 0."""
-    heads, e, slots = 4, 64, 24
-    q, k, v = (draw(2, count, 1, e, seed=count).bfloat16() for count in (heads, 1, 2))
-    v = v[:, :1]
-    keys, values = (draw(2, 1, slots, e, seed=seed).bfloat16() for seed in (8, 9))
-    positions = torch.tensor([[slots], [slots - 5]])
-    mask = (torch.arange(slots) < positions)[:, None, None]  # [B, 1, 1, S]
+    """The result of bf16_attend for one new token per row, and what it should be."""
+    heads, e, slots_read = 4, 64, 24
+    q, k, v = (draw(2, count, 1, e, seed=seed).bfloat16() for seed, count in enumerate((heads, 1, 1)))
+    keys, values = (draw(2, 1, slots_read, e, seed=seed).bfloat16() for seed in (8, 9))
+    slots = torch.tensor([[slots_read - 1], [slots_read - 6]])  # of the new tokens
+    mask = (torch.arange(slots_read) <= slots)[:, None, None]  # [B, 1, 1, S]
+    rotation = rotary_embedding(slots + 1, e, 10_000, torch.bfloat16)
     qkv = torch.cat([part.transpose(1, 2).flatten(1) for part in (q, k, v)], 1)[:, None]  # [B, 1, (N + 2 K) E]
-    rotation = torch.ones(2, 1, 1, e).bfloat16(), torch.zeros(2, 1, 1, e).bfloat16()
-    expected_keys, expected_values = keys.clone(), values.clone()
+    right_keys, right_values = keys.float(), values.float()
+    q, k = (rotate(part.float(), *(x.float() for x in rotation)) for part in (q, k))
     for row in range(2):
-        expected_keys[row, :, positions[row] - 1], expected_values[row, :, positions[row] - 1] = k[row], v[row]
-    found = kernels.bf16_attend(qkv, positions, rotation, mask, keys, values, slots, e**-0.5, None)
-    expected = plain_attention(q, expected_keys, expected_values, mask, e**-0.5, None)
+        right_keys[row, :, slots[row]], right_values[row, :, slots[row]] = k[row], v[row].float()
+    found = kernels.bf16_attend(qkv, slots, rotation, mask, keys, values, slots_read, e**-0.5, None)
+    expected = plain_attention(q, right_keys, right_values, mask, e**-0.5, None)
     return found, expected.transpose(1, 2).flatten(2)
 
 

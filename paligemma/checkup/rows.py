@@ -83,12 +83,11 @@ def run_check(
         on_error: is called while the exception is handled, for --debug.
     """
     try:
-        rows = check(*args)
+        return check(*args)
     except Exception as error:  # noqa: BLE001  (whatever is broken on this machine, the other checks must run)
         if on_error is not None:
             on_error()
-        rows = [failed_by(check.__name__.removesuffix("_rows").replace("_", " "), error, code)]
-    return [replace(row, value=without_personal_data(row.value), advice=without_personal_data(row.advice)) for row in rows]
+        return [failed_by(check.__name__.removesuffix("_rows").replace("_", " "), error, code)]
 
 
 # Personal data
@@ -122,6 +121,11 @@ def without_personal_data(text: str) -> str:
     if host not in ("", "localhost"):
         text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(host)}(?![A-Za-z0-9])", "<machine>", text)
     return text
+
+
+def publishable(row: Row) -> Row:
+    """The row with texts that are free of personal data."""
+    return replace(row, value=without_personal_data(row.value), advice=without_personal_data(row.advice))
 
 
 # Output

@@ -30,6 +30,7 @@ from paligemma.checkup.rows import (
     failed,
     failed_by,
     note,
+    publishable,
     run_check,
     table_lines,
     worst_state,
@@ -192,7 +193,7 @@ def program(flags: Flags) -> int:
     for group, rows in groups(flags):
         if group not in found and not flags.json:
             write(("\n" if found else "") + group + "\n")
-        for row in rows:
+        for row in map(publishable, rows):
             found.setdefault(group, []).append(row)
             if not flags.json:
                 write("\n".join(table_lines(row)) + "\n")

@@ -3,7 +3,7 @@
 import pytest
 
 from paligemma.checkup import rows
-from paligemma.checkup.rows import FAILED, NOTE, OK, Row, failed, note, run_check, table_lines, without_personal_data
+from paligemma.checkup.rows import FAILED, NOTE, OK, Row, failed, note, publishable, run_check, table_lines, without_personal_data
 from paligemma.errors import CheckpointError
 
 
@@ -79,11 +79,9 @@ def test_no_text_holds_personal_data(text, shown, tmp_path):
     assert without_personal_data(text.format(home=home)) == shown.replace("{home}", str(home))
 
 
-def test_rows_of_a_check_are_cleaned(user):
-    def where():
-        return [failed("folder", f"{user}/x", f"Look into {user}.", 7)]
-
-    assert run_check(where) == [Row("folder", "~/x", FAILED, "Look into ~.", 7)]
+def test_value_and_advice_are_cleaned(user):
+    row = failed("folder", f"{user}/x", f"Look into {user}.", 7)
+    assert publishable(row) == Row("folder", "~/x", FAILED, "Look into ~.", 7)
 
 
 def test_a_home_folder_without_a_name_and_a_superuser_hide_nothing(monkeypatch):
