@@ -36,7 +36,7 @@ def ask(repo_id: str) -> list[Row]:
 
     start = time.perf_counter()
     try:
-        info = HfApi().model_info(repo_id, timeout=TIMEOUT_S)
+        info = HfApi().model_info(repo_id, revision="main", timeout=TIMEOUT_S)
     except errors.OfflineModeIsEnabled:
         return [note("hub", "not asked, because HF_HUB_OFFLINE is set", "Unset it to download models.")]
     except (OSError, errors.HTTPError, RuntimeError, *hub.NOT_A_HUB) as error:

@@ -1,4 +1,4 @@
-"""The checks of a model's files: a folder for each fault gets a failed line with what to do, and faults do not hide each other."""
+"""The checks of a model's files: a folder with a fault gets a failed line with what to do, and faults do not hide each other."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def edit_tensors(folder, change):
 
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
-def test_a_sound_model_has_no_failed_row(model, tmp_path, quantize):
+def test_a_sound_model_has_no_failed_row(model, quantize):
     if quantize:
         weights.save_model(weights.load_model(model, quantize=quantize, quantize_vision=quantize == "int4"), model)
     rows = {row.name: row for row in rows_of(str(model))}
@@ -99,6 +99,21 @@ def test_an_adapter_is_checked_with_its_base(model, tmp_path):
 
 
 
+def put(name, make):
+    """A fault: the tensor of that name is what `make` makes of it."""
+    return lambda folder: edit_tensors(folder, lambda tensors: tensors.update({name: make(tensors.get(name))}))
+
+
+def write_index(file_name):
+    """A fault: an index names one file, and the single file is gone."""
+
+    def damage(folder):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": file_name}}))
+        (folder / FILE).unlink()
+
+    return damage
+
+
 FAULTS = {  # what is done to the folder, the name of the failed row, words in it, words in its advice
     "no config.json": (lambda f: (f / "config.json").unlink(), "settings", "config.json is missing", "Download"),
     "config.json is not JSON": (lambda f: (f / "config.json").write_text("{"), "settings", "config.json:1:2", "download"),
@@ -114,23 +129,25 @@ FAULTS = {  # what is done to the folder, the name of the failed row, words in i
     "a web page": (lambda f: (f / FILE).write_text("<html>login"), "weights", "web page", "Download"),
     "a pickle": (lambda f: os.rename(f / FILE, f / "pytorch_model.bin"), "weights", "pytorch_model.bin", ""),
     "a shard is missing": (
-        lambda f: ((f / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors"}}'), (f / FILE).unlink()),
+        write_index("a.safetensors"),
         "weights", "lacks 1 of 1 files", "run it again",
     ),
     "an index leads out of the folder": (
-        lambda f: ((f / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../a"}}'), (f / FILE).unlink()),
+        write_index("../a"),
         "weights", "'../a'", "bare file name",
     ),
-    "a tensor is missing": (lambda f: edit_tensors(f, lambda t: t.pop(DOWN)), "names and shapes", f"1 missing: {DOWN}", "same model"),
+    "a tensor is missing": (
+        lambda f: edit_tensors(f, lambda t: t.pop(DOWN)), "names and shapes", f"1 missing: {DOWN}", "same model",
+    ),
     "a foreign tensor": (
-        lambda f: edit_tensors(f, lambda t: t.update({"other.weight": torch.ones(2, 2)})),
+        put("other.weight", lambda _: torch.ones(2, 2)),
         "names and shapes", "1 unexpected: other.weight", "same model",
     ),
     "a wrong shape": (
-        lambda f: edit_tensors(f, lambda t: t.update({NORM: torch.ones(41)})), "names and shapes", "[41], not [40]", "same model",
+        put(NORM, lambda _: torch.ones(41)), "names and shapes", "[41], not [40]", "same model",
     ),
     "a wrong dtype": (
-        lambda f: edit_tensors(f, lambda t: t.update({DOWN: t[DOWN].to(torch.int8)})), "names and shapes", "dtype I8", "--quantize",
+        put(DOWN, lambda x: x.to(torch.int8)), "names and shapes", "dtype I8", "--quantize",
     ),
     "quantised by another program": (
         lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "gptq"}),
@@ -153,7 +170,7 @@ FAULTS = {  # what is done to the folder, the name of the failed row, words in i
         lambda f: edit_json(f / "preprocessor_config.json", resample=2), "pictures", "'resample': 2", "bicubic",
     ),
     "a resolution that the weights do not have": (
-        lambda f: edit_tensors(f, lambda t: t.update({POSITIONS: torch.randn(16, 48)})), "position table", "16 rows for 2 x 2", "56",
+        put(POSITIONS, lambda _: torch.randn(16, 48)), "position table", "16 rows for 2 x 2", "56",
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""`paligemma doctor` as a program: its table, its JSON, its exit codes, what it says on broken machines, and what it keeps private."""
+"""`paligemma doctor` as a program: table, JSON, exit codes, what it says on broken machines, and what it keeps private."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def report(capsys, *argv):
 def test_a_healthy_machine_gets_a_table_and_the_exit_code_0(capsys):
     assert run() == 0
     out = capsys.readouterr().out
-    assert [line for line in out.splitlines() if line and line[0].islower() and " " not in line] == ["machine", "arithmetic", "model"]
+    assert re.findall(r"^[a-z]+$", out, re.MULTILINE) == ["machine", "arithmetic", "model"]
     assert max(map(len, out.splitlines())) <= 100 and FAILED.upper() not in out
     assert re.search(r"^0 of \d+ lines failed(, \d+ notes?)?\. \d+\.\d s\.$", out.splitlines()[-1])
     for name in ("torch", "device", "cores", "int4 products", "tokenizer", "norms of vectors"):
@@ -117,7 +117,8 @@ def test_a_wrong_flag_is_2(flag):
 
 
 def test_the_program_is_found_by_its_name_and_a_similar_one():
-    for words, code, text in ((["doctor", "--help"], 0, "Checks this machine"), (["doctr"], 2, "Did you mean python -m paligemma doctor?")):
+    meant = "Did you mean python -m paligemma doctor?"
+    for words, code, text in ((["doctor", "--help"], 0, "Checks this machine"), (["doctr"], 2, meant)):
         done = subprocess.run([sys.executable, "-m", "paligemma", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == code and text in done.stdout + done.stderr
 
@@ -181,7 +182,7 @@ def test_a_card_that_the_wheel_does_not_know_is_failed(monkeypatch, capsys):
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
 def test_a_gpu_that_torch_cannot_use_is_failed_unless_the_cpu_was_asked_for(monkeypatch, capsys, device):
-    text = "The CPU is used although this machine has an NVIDIA GPU. This torch is a CPU build. Run: pip install torch --index-url X"
+    text = "The CPU is used although this machine has an NVIDIA GPU. It is a CPU build. Run: pip install torch --index-url X"
     monkeypatch.setattr(devices, "missed_gpu", lambda: text)
     code, found = report(capsys, "--device", device)
     assert code == (0 if device == "cpu" else 6)
@@ -204,16 +205,16 @@ def run_without(tmp_path, *packages, error="ModuleNotFoundError(f'No module name
         "from paligemma.programs import doctor\n"
         "sys.exit(doctor.main())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"HOME": str(tmp_path)}
-    )
+    command, environment = [sys.executable, "-c", code, *flags], os.environ | {"HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
     assert "Traceback" not in done.stderr, done.stderr
     found = json.loads(done.stdout) if done.stdout.startswith("{") else {"checks": []}
     return done.returncode, {check["name"]: check for check in found["checks"]}
 
 
 @pytest.mark.parametrize(
-    "error", ["ModuleNotFoundError('No module named torch', name='torch')", "OSError('libcudart.so.13: cannot open shared object file')"]
+    "error",
+    ["ModuleNotFoundError('No module named torch', name='torch')", "OSError('libcudart.so.13: cannot open shared object')"],
 )
 def test_a_torch_that_cannot_be_imported_is_a_failed_row(tmp_path, error):
     code, found = run_without(tmp_path, "torch", error=error)
@@ -230,8 +231,8 @@ def test_a_missing_package_is_a_failed_row(tmp_path, package):
     assert found["torch"]["state"] == OK and found["cores"]["state"] == OK
 
 
-def test_it_runs_without_fire_and_other_packages_that_it_does_not_need(tmp_path):
-    code, found = run_without(tmp_path, "fire", "tqdm", "yaml", "transformers", flags=("--json", "--device=cpu"))
+def test_it_runs_without_fire_and_transformers(tmp_path):
+    code, found = run_without(tmp_path, "fire", "transformers", flags=("--json", "--device=cpu"))
     assert code == 0 and found["fire"]["state"] == NOTE and found["tokenizer"]["state"] == OK
 
 
