@@ -5,7 +5,7 @@ headers, and a sample of each tensor, are read; `is_full` reads everything. A te
 therefore found only with `is_full`, and always when the model is loaded (safetensors_files.check_values).
 
 Checked in tests/checkup/test_model_files.py, with a folder for each fault.
-Shapes: I images in the batch, P patches per image, D model width (of the decoder), H W side of the grid of patches.
+Shapes: P patches per image, L tokens fed in this call, D model width (of the tower or of the decoder).
 """
 
 import math
@@ -132,7 +132,7 @@ def enlarged_from(table: Tensor) -> int | None:
     """The side of the smaller grid that a position table was interpolated from, bilinearly; None if it was not.
 
     Args:
-        table: float32[P, D], P = H * W.
+        table: float32[P, D], where P is the square of the grid's side.
     """
     side = math.isqrt(len(table))
     grid = table.view(side, side, -1)
@@ -141,8 +141,8 @@ def enlarged_from(table: Tensor) -> int | None:
             continue
         for aligned in (True, False):  # whether the corners of both grids coincide; scipy's zoom, which big_vision uses, does so
             units = torch.eye(smaller)[None]
-            matrix = nn.functional.interpolate(units, size=side, mode="linear", align_corners=aligned)[0].T  # [H, smaller]
-            onto = matrix @ torch.linalg.pinv(matrix)  # [H, H], the projection onto interpolated columns
+            matrix = nn.functional.interpolate(units, size=side, mode="linear", align_corners=aligned)[0].T
+            onto = matrix @ torch.linalg.pinv(matrix)  # the projection onto interpolated columns
             nearest = torch.einsum("ij,jkd,lk->ild", onto, grid, onto)
             if (grid - nearest).norm() < INTERPOLATED * (grid - grid.mean((0, 1))).norm():
                 return smaller
