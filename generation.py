@@ -12,7 +12,8 @@ A row may be constrained by a grammar (objects/grammar.py): its next token is th
 
 On CUDA, the next step starts before the CPU has read the tokens of the current step. Therefore the CPU learns one step late
 that a row has ended. The CPU drops the token that was generated after the end, so answers do not change. While a row has a
-grammar, no step starts early, because the grammar must read each token before it can compute which tokens may follow.
+grammar, no step starts early, because the grammar must read each token before it can compute which tokens may follow. Nothing
+else in a step makes the CPU wait for the GPU (tests/gpu/test_waits.py).
 
 The model can be any object with a config and the methods new_cache, prefill and decode.
 Checked in tests/test_generation.py.
@@ -33,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from paligemma.devices import to_device
 from paligemma.errors import GenerationError, PromptError
 from paligemma.layers.batch_cache import BatchCache
 
@@ -41,7 +43,8 @@ if TYPE_CHECKING:
 
 MAX_PREFILL_TOKENS = 4096  # in one prefill pass; larger passes need more memory and are not faster
 # top_p first sorts only this many of the likeliest tokens, because the vocabulary has 257216 tokens. More tokens are sorted only
-# if the probabilities of the first tokens sum to less than top_p.
+# if the probabilities of the first tokens sum to less than top_p. On CUDA, all tokens are sorted: that takes less time than
+# waiting for the sum.
 FIRST_CANDIDATES = 256
 PICTURE_KEYS = ("pixel_values", "image_features")  # the two forms of pictures; a batch has one of them or neither
 MAX_FLOAT = sys.float_info.max  # the largest temperature; a larger int cannot be converted to a float
@@ -134,6 +137,17 @@ def probabilities(logits: Tensor, temperature: float) -> Tensor:
     return (gaps / min(max(float(temperature), smallest), 1 / smallest)).softmax(-1)  # [B, V]
 
 
+def likeliest(logits: Tensor, count: int) -> Tensor:
+    """The ids of the `count` largest logits of each row, int64[B, A], largest first. Of equal logits, the smaller id is first.
+
+    If several tokens have the same logit as the last one of them, it is not defined which of these tokens are included.
+    """
+    if count == logits.shape[-1]:
+        return logits.sort(descending=True, stable=True).indices  # [B, A]
+    ids = logits.topk(count).indices.sort().values  # [B, A]
+    return ids.gather(1, logits.gather(1, ids).sort(descending=True, stable=True).indices)  # [B, A]
+
+
 def nucleus(logits: Tensor, probs: Tensor, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor]:
     """The candidates for the next token after top_k and top_p, likeliest first.
 
@@ -144,12 +158,17 @@ def nucleus(logits: Tensor, probs: Tensor, top_p: float, top_k: int | None) -> t
     Returns: probabilities [B, A], which are 0 for tokens that top_p excludes, and token ids int64[B, A].
     """
     vocabulary = logits.shape[-1]
-    count = min(top_k or FIRST_CANDIDATES, vocabulary)
-    ids = logits.topk(count).indices  # [B, A]
+    count = min(top_k or (vocabulary if logits.is_cuda else FIRST_CANDIDATES), vocabulary)
+    ids = likeliest(logits, count)  # [B, A]
     best = probs.gather(1, ids)  # [B, A]
-    while top_k is None and count < vocabulary and bool((best.sum(-1) < top_p).any()):
+    while top_k is None and count < vocabulary:
+        # The tokens with the smallest logit do not count here, because others with the same logit may be missing.
+        scores = logits.gather(1, ids)  # [B, A]
+        total = best.masked_fill(scores == scores[:, -1:], 0).cumsum(-1)[:, -1]  # [B]
+        if bool((total >= top_p).all()):
+            break
         count = min(4 * count, vocabulary)
-        ids = logits.topk(count).indices  # [B, A]
+        ids = likeliest(logits, count)  # [B, A]
         best = probs.gather(1, ids)  # [B, A]
     if top_k is not None:
         best = best / best.sum(-1, keepdim=True)
@@ -177,7 +196,7 @@ def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     cumulative = probs.cumsum(-1)
     # A random number that is rounded up to 1 would be in no interval: searchsorted would return an index after the last one.
     uniforms = uniforms.to(cumulative.dtype).clamp(max=1 - torch.finfo(cumulative.dtype).eps)
-    uniforms = uniforms.to(cumulative.device, non_blocking=cumulative.is_cuda)
+    uniforms = to_device(uniforms, cumulative.device)
     thresholds = uniforms[:, None] * cumulative[:, -1:]  # [B, 1]
     index = torch.searchsorted(cumulative, thresholds, right=True)  # [B, 1]
     return (index if ids is None else ids.gather(1, index))[:, 0]  # [B]
@@ -185,7 +204,7 @@ def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
 
 def sample_allowed(logits: Tensor, sampling: Sampling, uniforms: Tensor, allowed: list[Tensor]) -> Tensor:
     """Like sample, but the token of row i is one of allowed[i], int64[A] on the CPU. A may differ from row to row."""
-    ids = nn.utils.rnn.pad_sequence(allowed, batch_first=True, padding_value=-1).to(logits.device)  # [B, A]
+    ids = to_device(nn.utils.rnn.pad_sequence(allowed, batch_first=True, padding_value=-1), logits.device)  # [B, A]
     is_padding = ids < 0
     ids = torch.where(is_padding, ids[:, :1], ids)  # padding is replaced by an allowed id
     candidates = logits.gather(1, ids).masked_fill(is_padding, -torch.inf)  # [B, A]
@@ -272,12 +291,12 @@ def only_row(inputs: dict, config: Any) -> dict:
 
 def join_rows(rows: list[dict], pad_token_id: int) -> dict:
     """Joins rows from split_rows into one batch for prefill, padded on the right."""
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])  # [B]
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows], device="cpu")  # [B]
     batch = {
         key: nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=pad_token_id)
         for key in ("input_ids", "token_type_ids")
     }
-    batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()  # [B, L]
+    batch["attention_mask"] = (torch.arange(int(lengths.max()), device="cpu") < lengths[:, None]).long()  # [B, L]
     for key in PICTURE_KEYS:
         pictures = [row[key] for row in rows if key in row]
         if pictures:
@@ -357,11 +376,12 @@ class PendingTokens:
 
     def __init__(self, rows: list[Row], numbers: Tensor):
         self.rows = rows
-        self.numbers = numbers.to("cpu", non_blocking=True)
+        # On CUDA, an event tells when the copy is done. Elsewhere, nothing would tell it, so the copy blocks.
+        self.numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)
         self.copy_done = None
         if numbers.is_cuda:
             self.copy_done = torch.cuda.Event()
-            self.copy_done.record()
+            self.copy_done.record(torch.cuda.current_stream(numbers.device))
 
     def wait(self) -> list[tuple[Row, list[float]]]:
         """Waits for the copy. Returns pairs of a row and its numbers, except for rows that were removed in the meantime."""
@@ -416,11 +436,12 @@ class RunningBatch:
         self.locations = locations
         vocabulary = model.config.text_config.vocab_size
         suppressed = sorted({model.config.image_token_index, *suppressed})  # <image> may be outside the vocabulary
-        self.suppressed = torch.tensor([token for token in suppressed if 0 <= token < vocabulary], dtype=torch.int64)
+        suppressed = [token for token in suppressed if 0 <= token < vocabulary]
+        self.suppressed = torch.tensor(suppressed, dtype=torch.int64, device="cpu")  # moved to the device in choose_next
         self.seed = torch.Generator().seed() % 2**62 if sampling.seed is None else sampling.seed
         self.cache: Any = None
         self.rows: list[Row] = []
-        self.tokens = torch.empty(0, dtype=torch.int64)  # the last token of each row, on the device
+        self.tokens = torch.empty(0, dtype=torch.int64, device="cpu")  # the last token of each row, later on the device
         self.pending: deque[PendingTokens] = deque()  # at most two steps
 
     def is_finished(self, row: Row) -> bool:
@@ -480,22 +501,23 @@ class RunningBatch:
 
     def sample(self, logits: Tensor, rows: list[Row]) -> Tensor:
         """The next token of each row, int64[B]; for a row with a grammar, one of the tokens that the grammar allows."""
-        uniforms = torch.zeros(len(rows), dtype=torch.float64)  # [B]
+        uniforms = torch.zeros(len(rows), dtype=torch.float64, device="cpu")  # [B]
         if not self.sampling.is_greedy:
             for i, row in enumerate(rows):
-                uniforms[i] = torch.rand((), dtype=torch.float64, generator=row.generator)
+                uniforms[i] = torch.rand((), dtype=torch.float64, generator=row.generator, device="cpu")
         allowed = [row.constraint.allowed_tokens() for row in rows if row.constraint is not None]
         if len(allowed) == len(rows):
             return sample_allowed(logits, self.sampling, uniforms, allowed)
         tokens = sample(logits, self.sampling, uniforms)  # [B]
         if allowed:
-            constrained = torch.tensor([i for i, row in enumerate(rows) if row.constraint is not None])
-            tokens[constrained] = sample_allowed(logits[constrained], self.sampling, uniforms[constrained], allowed)
+            constrained = torch.tensor([i for i, row in enumerate(rows) if row.constraint is not None], device="cpu")
+            uniforms, constrained = uniforms[constrained], to_device(constrained, logits.device)
+            tokens[constrained] = sample_allowed(logits[constrained], self.sampling, uniforms, allowed)
         return tokens
 
     def choose_next(self, logits: Tensor, first: int) -> PendingTokens:
         """Chooses the next token of the rows from index `first` on; `logits` contains only these rows, float32[B, V]."""
-        self.suppressed = self.suppressed.to(logits.device)
+        self.suppressed = to_device(self.suppressed, logits.device)
         logits.index_fill_(1, self.suppressed, -torch.inf)
         rows = self.rows[first:]
         tokens = self.sample(logits, rows)  # [B]
@@ -547,9 +569,9 @@ def static_batching(batch: RunningBatch, requests: list[tuple[int, dict]]) -> It
     rows, pad = list(batch.rows), batch.model.config.pad_token_id
     while batch.rows:
         step = Step(
-            torch.tensor([pad if row.is_removed else row.token_ids[-1] for row in rows]),
-            torch.tensor([0.0 if row.is_removed else row.logprobs[-1] for row in rows]),
-            torch.tensor([row.is_removed or batch.is_finished(row) for row in rows]),
+            torch.tensor([pad if row.is_removed else row.token_ids[-1] for row in rows], device="cpu"),
+            torch.tensor([0.0 if row.is_removed else row.logprobs[-1] for row in rows], device="cpu"),
+            torch.tensor([row.is_removed or batch.is_finished(row) for row in rows], device="cpu"),
             [None if row.is_removed else row.moments[-1] for row in rows],
         )
         batch.remove_finished()

@@ -118,6 +118,11 @@ class PaliGemmaForConditionalGeneration(nn.Module):
     def device(self) -> torch.device:
         return self.language_model.model.norm.weight.device
 
+    def to_device(self, x: Tensor) -> Tensor:
+        """The tensor on the device of the model. The CPU does not wait for a copy to CUDA, which is made from pinned memory."""
+        is_async = self.device.type == "cuda" and x.device.type == "cpu"
+        return x.pin_memory().to(self.device, non_blocking=True) if is_async else x.to(self.device)
+
     def new_cache(self, batch: int, slots: int, kind: type[KVCache] = KVCache) -> KVCache:
         """An empty cache for `batch` rows of at most `slots` tokens each (picture, prompt and answer together).
 
@@ -132,18 +137,18 @@ class PaliGemmaForConditionalGeneration(nn.Module):
             pixel_values: float32[I, C, H, W].
         Returns: [I, P, D]; pass them as `image_features` instead of `pixel_values`.
         """
-        return self.multi_modal_projector(self.vision_tower(pixel_values.to(self.device)))
+        return self.multi_modal_projector(self.vision_tower(self.to_device(pixel_values)))
 
     def embed(self, input_ids: Tensor, image_features: Tensor | None) -> Tensor:
         """[B, L, D]: the token vectors. The vectors of <image> tokens are replaced by image_features, in the order of the rows.
 
         Raises: ValueError if there are more or fewer <image> tokens than vectors in image_features.
         """
-        is_image = input_ids == self.config.image_token_index  # [B, L]
         # The processor returns input_ids on the CPU. The <image> tokens are counted on the CPU, so that nothing waits for a GPU.
-        self.check_image_tokens(int(is_image.sum()), image_features)
+        self.check_image_tokens(int((input_ids == self.config.image_token_index).sum()), image_features)
+        input_ids = self.to_device(input_ids)
+        is_image = input_ids == self.config.image_token_index  # [B, L]
         # The id of <image> may be outside the vocabulary, so id 0 is looked up instead; its vector is overwritten below.
-        input_ids, is_image = input_ids.to(self.device), is_image.to(self.device)
         inputs_embeds = self.language_model.model.embed_tokens(input_ids.masked_fill(is_image, 0))  # [B, L, D]
         if image_features is None:
             return inputs_embeds
@@ -171,19 +176,22 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         # torch has faster kernels. This is checked before the tensors move to the device, because reading the result back from
         # a GPU would make the CPU wait.
         needs_mask = bool(token_type_ids.any()) or not bool(attention_mask.all())
+        has_window = self.window is not None and input_ids.shape[1] > self.window
         embeds = self.embed(input_ids, image_features)  # [B, L, D]
-        attention_mask, token_type_ids = attention_mask.to(self.device), token_type_ids.to(self.device)
-        # Positions start at 1, as in transformers; padding has position 0. RoPE depends only on differences of positions, so
-        # starting at 0 would change only the rounding.
-        position_ids = attention_mask.long().cumsum(-1) * attention_mask.long()  # [B, L]
-        if cache is not None:
+        if needs_mask or has_window or cache is None:
+            attention_mask, token_type_ids = self.to_device(attention_mask), self.to_device(token_type_ids)
+        if cache is None:
+            # Positions start at 1, as in transformers; padding has position 0. RoPE depends only on differences of positions, so
+            # starting at 0 would change only the rounding.
+            position_ids = attention_mask.long().cumsum(-1) * attention_mask.long()  # [B, L]
+        else:
             # With a cache, rows are padded on the right. The keys and values of the padding are written to the slots after the
             # last token of the row. The tokens of the answer overwrite them later.
             position_ids = torch.arange(1, input_ids.shape[1] + 1, device=self.device).expand_as(input_ids)  # [B, L]
         mask = window_mask = None
         if needs_mask:
             mask = prefix_lm_mask(attention_mask, token_type_ids)  # [B, 1, L, L]
-        if self.window is not None and input_ids.shape[1] > self.window:
+        if has_window:
             window_mask = prefix_lm_mask(attention_mask, token_type_ids, self.window)  # [B, 1, L, L]
         return self.language_model.model(embeds, position_ids, mask, cache, window_mask)
 
@@ -256,7 +264,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
             shape, needed = list(tokens.shape), list(cache.lengths.shape)
             raise ValueError(f"tokens has the shape {shape}, but {needed} is needed: one token per row of the cache.")
         cache.reserve()
-        return self.step(cache, tokens.to(self.device))
+        return self.step(cache, self.to_device(tokens))
 
     def step(self, cache: KVCache, tokens: Tensor) -> Tensor:
         """The part of `decode` that runs on the device, without synchronisation, so that it can be captured as a CUDA graph."""

@@ -16,7 +16,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -201,6 +200,8 @@ class Hardware:
 @functools.cache
 def nvidia_smi(root: Path = Path("/")) -> str:
     """A line "name, driver, capability" per NVIDIA GPU; "" if there is no program nvidia-smi or it finds no GPU."""
+    import subprocess  # imported only when needed
+
     program = shutil.which("nvidia-smi") or root / "usr/lib/wsl/lib/nvidia-smi"  # Windows' driver, as seen from WSL
     query = [str(program), "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
     with suppress(OSError, subprocess.SubprocessError):
@@ -346,11 +347,16 @@ def missed_gpu(root: Path = Path("/")) -> str | None:
     """
     import torch
 
+    has_gpu = "The CPU is used although this {} has {}."
     if sys.platform == "darwin":
         if platform.machine() != "arm64":
             return None
-        reason = "it needs macOS 14 or newer" if torch.backends.mps.is_built() else "this torch was built without MPS"
-        return f"The GPU of this Mac is not used, because {reason}. The CPU is used."
+        if not torch.backends.mps.is_built():
+            advice = f"Run: pip install --force-reinstall torch=={torch.__version__.partition('+')[0]}"
+            return f"{has_gpu.format('Mac', 'a GPU')} This torch ({torch.__version__}) was built without MPS. {advice}"
+        if int(platform.mac_ver()[0].partition(".")[0] or 99) < 14:
+            return f"{has_gpu.format('Mac', 'a GPU')} torch needs macOS 14 or newer for it. Update macOS."
+        return None  # for example a virtual machine
     if torch.version.hip is not None:
         if not (root / "dev/kfd").exists():
             return None
@@ -361,7 +367,7 @@ def missed_gpu(root: Path = Path("/")) -> str | None:
             return None
         name = f"an NVIDIA GPU ({hardware.cards[0][0]})" if hardware.cards else "an NVIDIA GPU"
         reason, advice = why_no_cuda(hardware)
-    return f"The CPU is used although this machine has {name}. {reason} {advice}"
+    return f"{has_gpu.format('machine', name)} {reason} {advice}"
 
 
 def best_device() -> "torch.device":
@@ -380,10 +386,15 @@ def best_device() -> "torch.device":
 def find_devices(name: "str | torch.device" = "auto") -> "list[torch.device]":
     """The devices of that name: "auto" (CUDA, else MPS, else CPU), "cpu", "mps", "cuda", "cuda:N", or several: "cuda:0,cuda:1".
 
-    Raises: UsageError for any other name; DeviceError if a device is not available (no other device is used instead).
+    Raises: UsageError for any other name, and if torch.set_default_device is in use; DeviceError if a device is not available (no
+        other device is used instead).
     """
     import torch
 
+    if torch.get_default_device().type != "cpu":
+        # Prompts, lengths and random numbers are made on the CPU, in many places, and copied to the device when needed.
+        text = f"torch's default device is {torch.get_default_device()}, but cpu is needed"
+        raise UsageError(f"{text}. Remove torch.set_default_device or `with torch.device`, and name the device when loading.")
     name = str(name)
     parts = name.split(",")
     if not NAMES.fullmatch(name) or len(set(parts)) < len(parts):

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paligemma.devices import to_device
 from paligemma.errors import PromptError
 from paligemma.generation import only_row
 from paligemma.modeling_gemma import GemmaAttention, rotate
@@ -266,7 +267,7 @@ def answer_logits(model: PaliGemmaForConditionalGeneration, row: dict[str, Any],
     """The logits float32[T, V] at each position that predicts a token of the answer.
 
     Args:
-        row: input_ids and token_type_ids int64[1, L]; the tokens of the answer have type 1.
+        row: input_ids and token_type_ids int64[1, L] on the CPU; the tokens of the answer have type 1.
         features: float[1, P, D], the image features.
     """
     x = model.hidden(row["input_ids"], None, None, row["token_type_ids"], features)  # [1, L, D]
@@ -289,8 +290,8 @@ def attention_maps(
     return follow_attention(word_weights, (tower_weights(*call) for call in reversed(tower_calls)))
 
 
-def gradient_maps(chosen: Tensor, spans: Sequence[range], features: Tensor) -> list[Tensor]:
-    """The gradient map of each word, float32[P]: the sum over D of |gradient * (vector - mean vector)| for each patch.
+def gradient_maps(chosen: Tensor, spans: Sequence[range], features: Tensor) -> Tensor:
+    """The gradient map of each word, float32[U, P]: the sum over D of |gradient * (vector - mean vector)| for each patch.
 
     This is a first-order estimate: each component of the patch's vector is replaced by its mean over all patches, and the
     absolute changes of the word's logits are summed.
@@ -302,11 +303,11 @@ def gradient_maps(chosen: Tensor, spans: Sequence[range], features: Tensor) -> l
     """
     vectors = features.detach()[0].float()
     deviation = vectors - vectors.mean(0)  # [P, D]
-    maps = []
+    maps = [deviation.new_empty(0, len(deviation))]  # torch.cat needs a tensor even if there is no word
     for span in spans:
         (gradient,) = torch.autograd.grad(chosen[span.start : span.stop].sum(), features, retain_graph=True)
-        maps.append((gradient[0].float() * deviation).abs().sum(-1))  # [P]
-    return maps
+        maps.append((gradient[0].float() * deviation).abs().sum(-1)[None])  # [1, P]
+    return torch.cat(maps)  # [U, P]
 
 
 def checked_row(inputs: dict[str, Any], token_ids: Sequence[int], model: PaliGemmaForConditionalGeneration) -> dict[str, Any]:
@@ -328,29 +329,30 @@ def checked_row(inputs: dict[str, Any], token_ids: Sequence[int], model: PaliGem
 
 def read_tokens(logprobs: Tensor, blank_logprobs: Tensor, token_ids: list[int], processor: PaliGemmaProcessor) -> list[Token]:
     """The tokens with their alternatives, from log-probabilities float32[T, V] with the picture and with a blank picture."""
-    entropy = torch.special.entr(logprobs.exp()).sum(-1).tolist()
-    best, ids = (values.tolist() for values in logprobs.topk(min(NUM_ALTERNATIVES, logprobs.shape[1])))
+    ids = to_device(torch.tensor(token_ids, device="cpu"), logprobs.device)[:, None]  # [T, 1]
+    best, others = logprobs.topk(min(NUM_ALTERNATIVES, logprobs.shape[1]))
+    entropy = torch.special.entr(logprobs.exp()).sum(-1, keepdim=True)  # [T, 1]
+    # One tensor, because each copy from a GPU makes the CPU wait. float32 is exact for every id below 2^24.
+    table = torch.cat((logprobs.gather(1, ids), blank_logprobs.gather(1, ids), entropy, best, others.float()), 1)
     tokens = []
-    for position, token_id in enumerate(token_ids):
-        others = tuple(
-            (token_text(other, processor), math.exp(value)) for other, value in zip(ids[position], best[position], strict=True)
-        )
-        values = logprobs[position, token_id].item(), blank_logprobs[position, token_id].item(), entropy[position]
-        tokens.append(Token(token_id, token_text(token_id, processor), *values, others))
+    for token_id, (logprob, blank_logprob, spread, *alternatives) in zip(token_ids, table.tolist(), strict=True):
+        values, indices = alternatives[: best.shape[1]], alternatives[best.shape[1] :]
+        texts = tuple((token_text(int(i), processor), math.exp(value)) for i, value in zip(indices, values, strict=True))
+        tokens.append(Token(token_id, token_text(token_id, processor), logprob, blank_logprob, spread, texts))
     return tokens
 
 
 def make_word(
     text: str, span: range, box: NormalizedBox | None, tokens: list[Token], attention: Tensor, gradient: Tensor | None
 ) -> Word:
-    """A word with its maps float32[P] as square grids, because the processor resizes the picture to a square."""
+    """A word with its maps float32[P] on the CPU as square grids, because the processor resizes the picture to a square."""
     side = math.isqrt(len(attention))
     word_tokens = tokens[span.start : span.stop]
     return Word(
         text=text,
         tokens=span,
-        roll_out=attention.view(side, side).cpu(),
-        gradient=None if gradient is None else gradient.view(side, side).cpu(),
+        roll_out=attention.view(side, side),
+        gradient=None if gradient is None else gradient.view(side, side),
         share=attention.sum().item(),
         box=box,
         logprob=sum(token.logprob for token in word_tokens),
@@ -360,7 +362,7 @@ def make_word(
 
 def initial_weights(spans: Sequence[range], num_prompt: int, length: int) -> Tensor:
     """float32[U, L]: for each word, equal weights on the positions that predict its tokens (the position before each token)."""
-    weights = torch.zeros(len(spans), length)  # [U, L]
+    weights = torch.zeros(len(spans), length, device="cpu")  # [U, L]
     for row, span in zip(weights, spans, strict=True):
         row[num_prompt - 1 + span.start : num_prompt - 1 + span.stop] = 1 / len(span)
     return weights
@@ -381,11 +383,11 @@ def explain(
     token_ids = [int(token_id) for token_id in token_ids]
     question = checked_row(inputs, token_ids, model)
     decoder = model.language_model
-    pixels, num_prompt = question["pixel_values"], len(question["input_ids"])
-    answer = torch.tensor(token_ids)
+    pixels, num_prompt = model.to_device(question["pixel_values"]), len(question["input_ids"])
+    answer = torch.tensor(token_ids, device="cpu")
     row = {
-        "input_ids": torch.cat((question["input_ids"].cpu(), answer))[None].to(model.device),  # [1, L]
-        "token_type_ids": torch.cat((question["token_type_ids"].cpu(), torch.ones_like(answer)))[None].to(model.device),  # [1, L]
+        "input_ids": torch.cat((question["input_ids"].cpu(), answer))[None],  # [1, L]
+        "token_type_ids": torch.cat((question["token_type_ids"].cpu(), torch.ones_like(answer)))[None],  # [1, L]
     }
     # Quantised weights have no autograd graph: gradients would be wrong, because they flow only through the residual connections.
     has_gradient = all(tensor.is_floating_point() for tensor in (*decoder.parameters(), *decoder.buffers()))
@@ -396,16 +398,16 @@ def explain(
     features.requires_grad_(has_gradient)
     with torch.set_grad_enabled(has_gradient), recording(decoder_modules) as decoder_calls:
         logits = answer_logits(model, row, features)  # [T, V]
-        chosen = logits.gather(1, row["input_ids"][0, num_prompt:, None])[:, 0]  # [T]
+        chosen = logits.gather(1, to_device(answer, logits.device)[:, None])[:, 0]  # [T]
     with torch.no_grad():
         flat_picture = pixels.mean((2, 3), keepdim=True).expand_as(pixels)  # of one colour, the mean of the picture
         blank_logits = answer_logits(model, row, model.encode_images(flat_picture))  # [T, V]
     tokens = read_tokens(logits.detach().log_softmax(-1), blank_logits.log_softmax(-1), token_ids, processor)
     found = split_words(token_ids, processor)
     spans = [span for _, span, _ in found]
-    gradients = gradient_maps(chosen, spans, features) if has_gradient else [None] * len(spans)
-    word_weights = initial_weights(spans, num_prompt, row["input_ids"].shape[1]).to(model.device)  # [U, L]
-    maps = attention_maps(tower_calls, decoder_calls, word_weights, features.shape[1])  # [U, P]
+    gradients = gradient_maps(chosen, spans, features).cpu() if has_gradient else [None] * len(spans)  # [U, P]
+    word_weights = to_device(initial_weights(spans, num_prompt, row["input_ids"].shape[1]), features.device)  # [U, L]
+    maps = attention_maps(tower_calls, decoder_calls, word_weights, features.shape[1]).cpu()  # [U, P]
     words = [
         make_word(text, span, box, tokens, attention, gradient)
         for (text, span, box), attention, gradient in zip(found, maps, gradients, strict=True)

@@ -11,6 +11,7 @@ from paligemma import devices
 from paligemma.devices import Hardware
 from paligemma.errors import DeviceError, UsageError
 
+NVIDIA_HARDWARE, NVIDIA_SMI = devices.nvidia_hardware, devices.nvidia_smi.__wrapped__  # no_gpu and the cache stand in front
 CPU = torch.device("cpu")
 CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]  # PyTorch's wheel for CUDA 13.0, Linux x86-64
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -105,6 +106,58 @@ def test_a_gpu_number_that_is_not_there_is_told_with_those_that_are(put_cards):
 def test_mps_elsewhere_than_on_a_mac_is_refused():
     with pytest.raises(DeviceError, match="mps is not available.*Apple"):
         devices.find_device("mps")
+
+
+@pytest.mark.parametrize("enter", [lambda: torch.device("meta"), lambda: torch.utils._device.DeviceContext(torch.device("meta"))])
+def test_another_default_device_of_torch_is_refused(enter):
+    """Tensors that belong on the CPU would be made there: loading would fail in the middle of a file."""
+    with enter(), pytest.raises(UsageError, match="torch's default device is meta, but cpu is needed. Remove") as caught:
+        devices.find_device("cpu")
+    assert caught.value.code == 2
+    devices.find_device("cpu")
+
+
+# What the driver says about the cards
+
+DRIVER = "proc/driver/nvidia/version"
+
+
+@pytest.mark.parametrize(
+    ("smi", "files", "hardware"),
+    [
+        ("", {}, None),
+        ("", {"dev/dxg": ""}, None),  # WSL on a machine without an NVIDIA card
+        ("Tesla T4, 550.54.15, 7.5\n", {}, Hardware(550, (("Tesla T4", (7, 5)),))),
+        ("NVIDIA GeForce RTX 5090, 581.15, 12.0\nNVIDIA A100, SXM, 581.15, 8.0\n", {},
+         Hardware(581, (("NVIDIA GeForce RTX 5090", (12, 0)), ("NVIDIA A100, SXM", (8, 0))))),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", {}, None),
+        ("", {DRIVER: "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01\nGCC version: 12\n"}, Hardware(535)),
+        ("", {DRIVER: "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  580.65.06  Release Build\n"}, Hardware(580)),
+        ("", {"dev/nvidia0": ""}, Hardware()),
+        ("", {"etc/nv_tegra_release": "# R36 (release)", "dev/nvidia0": ""}, Hardware(is_jetson=True)),
+    ],
+)  # fmt: skip
+def test_what_the_driver_and_the_system_say_about_the_cards(monkeypatch, tmp_path, smi, files, hardware):
+    monkeypatch.setattr(devices, "nvidia_smi", lambda _: smi)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert NVIDIA_HARDWARE(tmp_path) == hardware
+
+
+@pytest.mark.parametrize("place", ["bin/nvidia-smi", "usr/lib/wsl/lib/nvidia-smi"])
+def test_the_program_of_the_driver_is_asked_once_and_its_failures_are_silent(monkeypatch, tmp_path, place):
+    program = tmp_path / place
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert NVIDIA_SMI(tmp_path) == ""  # there is none
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\necho \"Card, 580.1, 9.0 $*\"\n")
+    program.chmod(0o755)
+    assert NVIDIA_SMI(tmp_path) == "Card, 580.1, 9.0 --query-gpu=name,driver_version,compute_cap --format=csv,noheader\n"
+    program.write_text("#!/bin/sh\necho no devices were found\nexit 6\n")
+    assert NVIDIA_SMI(tmp_path) == ""
+    program.write_text("not a program")
+    assert NVIDIA_SMI(tmp_path) == ""
 
 
 # Cards without kernels
@@ -233,11 +286,14 @@ def test_a_mac_whose_gpu_is_not_used_is_told(monkeypatch, caplog):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("13.7.4", ("", "", ""), "arm64"))
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
     assert devices.find_device("auto") == CPU
-    assert "The GPU of this Mac is not used, because it needs macOS 14 or newer." in caplog.text
+    assert caplog.messages == ["The CPU is used although this Mac has a GPU. torch needs macOS 14 or newer for it. Update macOS."]
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
+    assert devices.missed_gpu() is None  # a virtual machine without a GPU
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: False)
-    assert "this torch was built without MPS" in devices.missed_gpu()
+    assert devices.missed_gpu().endswith("was built without MPS. Run: pip install --force-reinstall torch==2.13.0")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     assert devices.missed_gpu() is None
 

@@ -235,12 +235,12 @@ def run_chunk(checker: Checker, model: PaliGemmaForConditionalGeneration, cache:
 
 
 def run_generation(checker: Checker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of one length, so that L is one number; greedy, with top_k, and with a top_p that must look twice for candidates."""
+    """Rows of one length, so that L is one number; greedy, with top_k, and a top_p that looks three times for candidates."""
     monkeypatch.setattr(generation, "FIRST_CANDIDATES", 13)
     inputs = make_batch([LENGTH] * ROWS)
     inputs = {key: torch.nn.functional.pad(tensor, (2, 0)) if tensor.dim() == 2 else tensor for key, tensor in inputs.items()}
     model = make_model("gemma")
-    letters = {"B": ROWS, "L": LENGTH, "V": 211, "A": (13, 52, 208), "Q": 17}
+    letters = {"B": ROWS, "L": LENGTH, "V": 211, "A": (13, 52, 208, 211), "Q": 17}
     with checker.running(generation=letters):
         join_rows(split_rows(inputs, model.config), 0)
         first = {key: value[:1] if value.dim() == 2 else value[:2] for key, value in inputs.items()}

@@ -118,11 +118,11 @@ class Grammar:
 
     @cached_property
     def location_tensor(self) -> Tensor:
-        return torch.arange(self.location_ids.start, self.location_ids.stop)
+        return torch.arange(self.location_ids.start, self.location_ids.stop, device="cpu")
 
     @cached_property
     def code_tensor(self) -> Tensor:
-        return torch.arange(self.code_ids.start, self.code_ids.stop)
+        return torch.arange(self.code_ids.start, self.code_ids.stop, device="cpu")
 
     def start(self, limit: int) -> "ConstraintState":
         """The state before the first token of an answer that may have at most `limit` tokens."""
@@ -154,15 +154,15 @@ class ConstraintState:
     def allowed_tokens(self) -> Tensor:
         """The ids that may come next, int64[A] on the CPU; there is always at least one."""
         if self.is_over:
-            return torch.tensor([self.grammar.eos])
+            return torch.tensor([self.grammar.eos], device="cpu")
         if not self.locations:  # the first token of the answer; eos means that there is no object
-            return torch.cat((torch.tensor([self.grammar.eos]), self.allowed_locations()))
+            return torch.cat((torch.tensor([self.grammar.eos], device="cpu"), self.allowed_locations()))
         if len(self.locations) < LOCATIONS_PER_BOX:
             return self.allowed_locations(*self.locations)
         if self.num_codes < self.grammar.num_codes:
             return self.grammar.code_tensor
         next_ids = {ending.ids[self.num_label_tokens] for ending in self.endings if len(ending.ids) > self.num_label_tokens}
-        ids = torch.tensor(sorted(next_ids), dtype=torch.int64)
+        ids = torch.tensor(sorted(next_ids), dtype=torch.int64, device="cpu")
         return torch.cat((ids, self.allowed_locations())) if self.generated_ending() else ids
 
     def allowed_locations(self, *locations: int) -> Tensor:
@@ -172,8 +172,8 @@ class ConstraintState:
         excluded = self.excluded.get(locations)
         if not excluded:
             return ids
-        is_allowed = torch.ones(len(ids), dtype=torch.bool)
-        is_allowed[torch.tensor(list(excluded)) - lowest] = False
+        is_allowed = torch.ones(len(ids), dtype=torch.bool, device="cpu")
+        is_allowed[torch.tensor(list(excluded), device="cpu") - lowest] = False
         return ids[is_allowed]
 
     def lowest_location(self, locations: tuple[int, ...]) -> int:

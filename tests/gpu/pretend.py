@@ -118,9 +118,9 @@ def kernels(events: list[Event]) -> Counter[str]:
 
 
 def caller() -> tuple[str, str, int]:
-    """File, function and line of the innermost caller inside the package paligemma."""
+    """File, function and line of the innermost caller inside the package paligemma, which is not a `to_device`."""
     frame = sys._getframe(2)
-    while frame is not None and not frame.f_code.co_filename.startswith(PACKAGE):
+    while frame is not None and (not frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code.co_name == "to_device"):
         frame = frame.f_back
     return ("", "", 0) if frame is None else (Path(frame.f_code.co_filename).name, frame.f_code.co_name, frame.f_lineno)
 
@@ -311,7 +311,7 @@ class PretendedGpu(TorchDispatchMode):
                     self.log("copy", "RACE", device, note=f"the source changed during the copy of {copy.place}")
 
     def is_pinned(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in self.pinned
+        return not isinstance(tensor, PretendedTensor) and tensor.untyped_storage().data_ptr() in self.pinned
 
     def pin(self, tensor: Tensor) -> Tensor:
         pinned = tensor.detach().clone()

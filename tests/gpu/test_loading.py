@@ -53,6 +53,8 @@ def card(capability, memory=16 * 2**30, device="cuda:0"):
         ("cuda", H100, "fp16", None, "float16", "as stored"),
         ("cuda", H100, "fp32", "fp32", "float32", "as asked for"),
         ("mps", H100, "fp32", None, "bfloat16", "stored as float32, which this device does not compute fast"),
+        ("mps", H100, "fp64", None, "bfloat16", "stored as float64, which this device does not compute fast"),
+        ("cuda", H100, "fp64", None, "bfloat16", "stored as float64, which this device does not compute fast"),
         ("mps", H100, "bf16", None, "bfloat16", "as stored"),
         ("cpu", H100, "fp32", None, "float32", "as stored"),
         ("cpu", H100, "bf16", None, "bfloat16", "as stored"),
@@ -60,7 +62,7 @@ def card(capability, memory=16 * 2**30, device="cuda:0"):
     ],
 )
 def test_the_dtype_is_one_that_the_device_computes_fast(tmp_path, caplog, device, capability, stored, asked, dtype, why):
-    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
     tensors = {name: tensor.to(names[stored]) for name, tensor in tensors_of("gemma").items()}
     folder = write_checkpoint(tmp_path / "model", tensors)
     caplog.set_level(logging.INFO)
