@@ -270,7 +270,7 @@ class Step:
         self.tokens[:used] = tokens
         logits = self.run()
         if used < len(self.tokens):
-            self.cache.lengths[used:] -= 1
+            self.cache.lengths[used:].sub_(1)
         return logits[:used].clone()  # the next step overwrites the output buffer
 
 
