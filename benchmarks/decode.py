@@ -7,8 +7,8 @@ allocation, Python code between the layers, a cache that is copied when it grows
 
 All sides have the same prompt. Each side prefills it once, and then the sides alternately generate the next few tokens. On the
 CPU, transformers is also measured with torch's oneDNN products switched off while decoding, which is faster on some processors.
-On CUDA, our side replays a recorded graph (graphs.py); "compiled" means a recorded graph of a compiled step. The column "share"
-is the share of the bandwidth that is used.
+On CUDA, our side replays a recorded graph (graphs.py); "ours bf16 compiled" replays a graph of the compiled step. The column
+"share" is the share of the bandwidth that is used.
 """
 
 from functools import partial
@@ -24,10 +24,9 @@ def main() -> None:
     config = read_json(options.model / "config.json")
     is_gpu = options.device.startswith("cuda")
     count = 2 if options.quick else 16 if is_gpu else 8  # so few that no further graph is recorded while measuring
-    names = [*options.sides, *(turns.COMPILED if is_gpu and turns.INT4 in options.sides else ())]
     context = config["text_config"]["num_image_tokens"] + turns.PROMPT
     floors = turns.Floors(options.device)
-    with turns.start(names, options.model, options.device) as sides:
+    with turns.start(options.sides, options.model, options.device) as sides:
         # twice `count`, because transformers with and without mkldnn are two variants that continue the same answer
         most = 1 + RECORDING + 2 * count * (options.rounds + 1)
         turns.require_same({name: side.ask("begin", context=context, most=most) for name, side in sides.items()})
@@ -38,7 +37,7 @@ def main() -> None:
             ways["transformers bf16, mkldnn off"] = partial(sides[turns.THEIRS].ask, "decode", count=count, mkldnn=False)
         seconds = turns.in_turn(ways, options)
         floors.measure()
-    ours_bf16 = sides[turns.OURS].loaded["decoder_bytes"]  # transformers reads the same weights
+    ours_bf16 = next(side.loaded["decoder_bytes"] for name, side in sides.items() if name.startswith(turns.OURS))  # and theirs
     read = {name: sides[name].loaded.get("decoder_bytes", ours_bf16) if name in sides else ours_bf16 for name in ways}
     print(f"one token after {context}, {count} tokens per turn; {floors.document()}")
     rows = turns.compare(

@@ -1,77 +1,95 @@
 #!/usr/bin/env bash
-# Runs everything important on a CUDA machine, within eight minutes: first the checks of correctness, then the measurements.
+# Checks and measures a CUDA machine within eight minutes, the most important first. A run that is cut leaves what it has measured.
 #
-#   bash benchmarks/gpu.sh [--model DIR] [--save] [--quick] [--rounds N] [--sides NAMES]
+#   bash benchmarks/gpu.sh [--model DIR] [--out DIR] [--rounds N] [--steps NAMES] [--save] [--quick] [--device cpu]
 #
-# DIR (default: paligemma-3b in the temporary folder) is made if it does not exist. Every step has its own time limit, so that a
-# step that hangs does not use up the time of the others, and the script ends after eight minutes. The end of the output lists the
-# steps that failed or had no time. torch caches compiled kernels, so a second run has more time. Set PYTHON to use another
-# interpreter than that of .venv.
+# The steps, in this order:
+#   doctor      does this machine compute what the CPU computes? (paligemma doctor)
+#   checkpoint  makes --model if it does not exist: random weights of full size, drawn on the GPU
+#   decode      milliseconds per token: our bf16, with recorded steps, and transformers
+#   prefill     milliseconds to the first token: the same two
+#   quantised   milliseconds per token: our int8 and int4
+#   compiled    milliseconds per token: our bf16, recorded after torch.compile, which takes a minute or two
+#   agree       distances between all variants and the CPU; prints "fine" or "WRONG" for each
+#   batch, memory, start    see benchmarks/README.md
 #
-# The goals on an H200:
-#   agree     every line is "fine"; a "WRONG" makes the other numbers worthless
-#   decode    our bf16 (the better of recorded and compiled) reaches 0.85 of the bandwidth, is 8 times as fast as transformers and
-#             1.2 times as fast as transformers with a static cache; our int8 and int4 are 1.6 and 2.2 times as fast as our bf16
-#   prefill   our bf16 reaches 0.5 of the matrix rate
-#   batch     ours makes 3 times as many pictures per second as transformers, each at its best batch size
-#   memory    bf16, int8, int4: 1.0, 0.62, 0.45 times the peak of transformers
-#   start     0.6 times the time of transformers
+# Every measurement is printed when it is made, and appended as a line of JSON to measurements.jsonl in the folder --out, where each
+# step also leaves its output (default: $OUT, else ~/.cache/paligemma/gpu). Each step has its own time limit, so that one that
+# hangs does not use up the time of the others. The end of the output lists the steps that failed or had no time.
+#
+# --steps names the steps to run, separated by commas (default: all). --quick uses a tiny model, and --device cpu the CPU: together
+# they show on any machine that the script works. PYTHON is the interpreter (default: that of .venv, else python3); it needs
+# torch, tokenizers, safetensors, pillow and, for the comparison, transformers.
+#
+# The goals on an H200: decode reaches 0.85 of the bandwidth and is 8 times as fast as transformers; int8 and int4 are 1.6 and 2.2
+# times as fast as bf16; prefill reaches 0.5 of the matrix rate; batch makes 3 times as many pictures per second as transformers;
+# memory is 1.0 (bf16), 0.62 (int8) and 0.45 (int4) times that of transformers; start takes 0.6 times its time.
 set -uo pipefail
+umask 077
 case " $* " in *" --help "* | *" -h "*) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;; esac
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 root=$(dirname -- "$here")
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 python=${PYTHON:-$root/.venv/bin/python}
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 [ -x "$python" ] || python=$(command -v python3)
-model=${TMPDIR:-/tmp}/paligemma-3b
-if [ "${1:-}" = --model ]; then
-    model=$2
-    shift 2
-fi
 
-for word in "$@"; do
-    case $word in
-        --save | --quick | --rounds* | --sides* | [!-]*) ;;
-        *) echo "gpu.sh: unknown flag $word. --help lists the flags." >&2; exit 2 ;;
+temporary=${TMPDIR:-/tmp} device=cuda size=3b rounds=5 model='' out=${OUT:-} steps='' flags=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --model | --out | --rounds | --steps | --device)
+            [ $# -gt 1 ] || { echo "gpu.sh: $1 needs a value." >&2; exit 2; }
+            declare "${1#--}=$2"
+            shift
+            ;;
+        --quick) size=tiny && flags+=(--quick) ;;
+        --save) flags+=(--save) ;;
+        *) echo "gpu.sh: unknown flag $1. --help lists the flags." >&2; exit 2 ;;
     esac
+    shift
 done
+model=${model:-$temporary/paligemma-$size} out=${out:-${XDG_CACHE_HOME:-$HOME/.cache}/paligemma/gpu}
 
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if [ "$device" != cpu ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "gpu.sh: torch finds no CUDA device. To measure the CPU, run: bash benchmarks/all.sh" >&2
     exit 6
 fi
+mkdir -p -- "$out" || exit
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$out/inductor}
 
 failed=()
 step() { # step NAME SECONDS COMMAND...
     local name=$1 limit=$2 left=$((480 - SECONDS))
     shift 2
-    printf '\n== %s, %s\n' "$name" "$(date -u +%H:%M:%S)"
+    [[ ,${steps:-$name}, == *,$name,* ]] || return 0
+    printf '\n== %s, %s, %d s left\n' "$name" "$(date -u +%H:%M:%S)" "$left"
     if [ "$left" -lt 5 ]; then
         failed+=("$name (no time left)")
         return
     fi
-    timeout "$((limit < left ? limit : left))" "$@" || failed+=("$name (exit code $?)")
+    timeout "$((limit < left ? limit : left))" "$@" 2>&1 | tee "$out/$name.txt" || failed+=("$name (exit code $?)")
 }
-measure() { # measure SCRIPT SECONDS FLAGS...
-    local script=$1 limit=$2
-    shift 2
-    step "$script" "$limit" "$python" -m "benchmarks.$script" --model "$model" --device cuda "$@"
+measure() { # measure NAME SECONDS SCRIPT FLAGS...
+    local name=$1 limit=$2 script=$3
+    shift 3
+    step "$name" "$limit" "$python" -m "benchmarks.$script" --model "$model" --device "$device" --out "$out/measurements.jsonl" \
+        --rounds "$rounds" "${flags[@]}" "$@"
 }
 
-nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.mem --format=csv,noheader || true
-"$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda, "cuDNN", torch.backends.cudnn.version())'
-"$python" -c 'import transformers; print("transformers", transformers.__version__)' || true
+[ "$device" = cpu ] || nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.mem --format=csv,noheader || true
+step doctor 60 "$python" -m paligemma doctor --device "$device"
+make=("$python" -m benchmarks.make_checkpoint --out "$model" --size "$size" --device "$device")
+[ -e "$model/config.json" ] || step checkpoint 60 "${make[@]}"
+measure decode 90 decode --sides "ours bf16,transformers bf16"
+measure prefill 60 prefill --sides "ours bf16,transformers bf16"
+measure quantised 90 decode --sides "ours bf16,ours int8,ours int4"
+measure compiled 180 decode --sides "ours bf16,ours bf16 compiled"
+step agree 150 "$python" -m benchmarks.agree --device "$device" --out "$out/measurements.jsonl"
+measure batch 60 batch --sides "ours bf16,transformers bf16"
+measure memory 60 memory --sides "ours bf16,ours int8,ours int4,transformers bf16"
+measure start 60 start --sides "ours bf16,transformers bf16"
 
-step agree 150 "$python" -m benchmarks.agree --device cuda
-step pytest 60 "$python" -m pytest -q -x "$root"/tests/test_modeling_{siglip,gemma,paligemma}.py "$root"/tests/test_generation.py
-[ -e "$model/config.json" ] || step checkpoint 120 "$python" -m benchmarks.make_checkpoint --out "$model"
-measure prefill 60 "$@"
-measure decode 240 "$@"
-measure batch 60 --rounds 2 "$@"
-measure memory 60 "$@"
-measure start 60 --rounds 3 "$@"
-
+printf '\nmeasurements and output of each step: %s\n' "$out"
 if [ ${#failed[@]} -gt 0 ]; then
-    printf '\nfailed: %s\n' "${failed[*]}" >&2
+    printf 'failed: %s\n' "${failed[*]}" >&2
     exit 1
 fi

@@ -149,12 +149,11 @@ class Ours(Side):
 
     def load_model(self) -> torch.nn.Module:
         from paligemma.checkpoints.weights import load_model
-        from paligemma.layers.graphs import use_graphs
 
-        model = load_model(self.folder, device=self.device, dtype=self.options["dtype"], quantize=self.options["quantize"])
-        if self.options["compiled"]:
-            model = use_graphs(model, "compile")
-        return model
+        return load_model(
+            self.folder, device=self.device, dtype=self.options["dtype"], quantize=self.options["quantize"],
+            graphs="compile" if self.options["compiled"] else "auto",
+        )  # fmt: skip
 
     def load(self, model: str) -> dict:
         reply = super().load(model)

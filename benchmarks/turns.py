@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 THREADS = machine.use_cores()  # for this process and every side, because a child process inherits the number of threads
 
 OURS, INT8, INT4, EXACT = "ours bf16", "ours int8", "ours int4", "ours fp32"
-THEIRS, STATIC = "transformers bf16", "transformers bf16, static cache"
+THEIRS, STATIC = "transformers bf16", "transformers bf16 static cache"
 BASELINE = THEIRS  # the side that ratios refer to, unless a script names another one
 PROMPT = 10  # number of text tokens (bos, prompt and newline), in the scripts that do not vary it
 ARGUMENTS = {
@@ -36,8 +36,7 @@ ARGUMENTS = {
     THEIRS: ["transformers"],
     STATIC: ["transformers", "--static"],
 }
-COMPILED = {f"{name}, compiled": [*ARGUMENTS[name], "--compiled"] for name in (OURS, INT8, INT4)}  # on CUDA, for decoding
-ARGUMENTS |= COMPILED
+ARGUMENTS |= {f"{name} compiled": [*ARGUMENTS[name], "--compiled"] for name in (OURS, INT8, INT4)}  # on CUDA, for decoding
 
 
 def default_sides(device: str) -> list[str]:
@@ -53,6 +52,7 @@ def parse(doc: str, *, rounds: int = 5, flags: dict[str, dict] | None = None) ->
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--quick", action="store_true", help="run briefly, only to see that the script works")
     parser.add_argument("--save", action="store_true", help="store the JSON in results/")
+    parser.add_argument("--out", type=Path, help="append each measurement, as soon as it is made, to this file as a line of JSON")
     parser.add_argument("--sides", help=f"any of the following, separated by commas: {', '.join(ARGUMENTS)}")
     for name, description in (flags or {}).items():
         parser.add_argument(name, **description)
@@ -98,7 +98,8 @@ class Side:
 @contextmanager
 def start(names: list[str], model: Path, device: str) -> Iterator[dict[str, Side]]:
     """Starts one side per name, each with its model in memory, and ends them at the end of the `with` block."""
-    kinds = {name: ARGUMENTS[name][2] for name in names if "--quantize" in ARGUMENTS[name]}
+    # On a GPU, quantising while loading takes seconds; on a CPU, the quantised model is stored once for all scripts.
+    kinds = {name: ARGUMENTS[name][2] for name in names if "--quantize" in ARGUMENTS[name] and device == "cpu"}
     folders = {name: quantised(model, kinds[name], device) if name in kinds else model for name in names}
     with ExitStack() as stack:
         sides = {}
@@ -108,6 +109,13 @@ def start(names: list[str], model: Path, device: str) -> Iterator[dict[str, Side
         for side in sides.values():
             _ = side.loaded
         yield sides
+
+
+def append(options: argparse.Namespace, row: dict) -> None:
+    """Appends a line of JSON to the file given as --out."""
+    if options.out:
+        with options.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"script": options.script} | row) + "\n")
 
 
 def quantised(model: Path, kind: str, device: str = "cpu") -> Path:
@@ -128,10 +136,18 @@ def together(sides: dict[str, Side], do: str, **arguments: object) -> dict[str, 
 
 
 def in_turn(ways: dict[str, Callable[[], dict]], options: argparse.Namespace, *, is_warm: bool = False) -> dict[str, list[float]]:
-    """Seconds of each variant in each round. There is a warm-up round unless `is_warm`. Ends the script if tokens differ."""
+    """Seconds of each variant in each round. There is a warm-up round unless `is_warm`. Ends the script if tokens differ.
+
+    Each number is printed at once, so that a run that is cut leaves what it has measured.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(0 if is_warm or options.quick else -1, options.rounds):
-        replies = {name: work() for name, work in ways.items()}
+        replies = {}
+        for name, work in ways.items():
+            replies[name] = work()
+            row = {"round": i, "side": name, "seconds": replies[name]["seconds"]}
+            append(options, row)
+            print(f"round {i if i >= 0 else 'to warm up'}: {name:34} {row['seconds']:.4g} s", flush=True)
         require_same(replies)
         if i >= 0:
             for name, reply in replies.items():
@@ -230,9 +246,10 @@ def compare(
     Args:
         seconds: from in_turn; multiplied by `scale` they are in `unit`.
         floors: the least possible seconds, where they are known.
-        baseline: the variant that ratios refer to. If it was not measured, there are no ratios.
+        baseline: the variant that ratios refer to. If it was not measured, they refer to the first one.
     """
     rows = {}
+    baseline = baseline if baseline in seconds else next(iter(seconds))
     print(f"{'':34}{'median ' + unit:>12}{'spread':>20}{'floor':>10}{'share':>7}   times as fast as {baseline}")
     for name, values in seconds.items():
         row = {unit: spread([value * scale for value in values])}
@@ -241,9 +258,8 @@ def compare(
             row["floor"] = float(f"{floors[name] * scale:.4g}")
             row["share"] = float(f"{row['floor'] / row[unit]['median']:.3g}")  # of the bandwidth or matrix rate
         line += f"{row.get('floor', ''):>10}{row.get('share', ''):>7}"
-        if baseline in seconds:
-            row["ratio"] = spread([theirs / ours for theirs, ours in zip(seconds[baseline], values, strict=True)])
-            line += f"   {row['ratio']['median']:.2f} ({row['ratio']['low']:.2f} .. {row['ratio']['high']:.2f})"
+        row["ratio"] = spread([theirs / ours for theirs, ours in zip(seconds[baseline], values, strict=True)])
+        line += f"   {row['ratio']['median']:.2f} ({row['ratio']['low']:.2f} .. {row['ratio']['high']:.2f})"
         print(line)
         rows[name] = row
     return rows
@@ -264,10 +280,12 @@ def finish(options: argparse.Namespace, results: dict) -> None:
         import torch
 
         about["machine"] = torch.cuda.get_device_name(options.device)
-    about["versions"] = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")}
+    packages = ("torch", *(["transformers"] if any(name.startswith("transformers") for name in options.sides) else []))
+    about["versions"] = {"python": platform.python_version()} | {name: version(name) for name in packages}
     print(about)
     command = ["python", "-m", f"benchmarks.{options.script}", *sys.argv[1:]]
     document = {"command": shlex.join(command)} | about | {"rounds": options.rounds} | results
+    append(options, document)
     if options.save:
         name = options.script + ("" if options.device == "cpu" else "-" + options.device.partition(":")[0])
         (HERE / "results").mkdir(exist_ok=True)

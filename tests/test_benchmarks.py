@@ -219,6 +219,30 @@ def test_gpu_script_says_when_there_is_nothing_to_measure():
     assert result.returncode == 6 and "no CUDA device" in result.stderr
 
 
+def run_gpu_script(*flags: str) -> subprocess.CompletedProcess:
+    """benchmarks/gpu.sh on the CPU."""
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(BENCHMARKS / "gpu.sh"), "--quick", "--device", "cpu", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+
+
+def test_gpu_script_leaves_every_measurement(folder, tmp_path):
+    done = run_gpu_script("--model", str(folder), "--out", str(tmp_path), "--steps", "checkpoint,decode")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "measurements.jsonl").read_text().splitlines()]
+    assert [row["side"] for row in rows[:-1]] == [*SIDES, "transformers bf16, mkldnn off"]
+    assert all(row["script"] == "decode" and row["seconds"] > 0 for row in rows[:-1])
+    assert set(rows[-1]["ways"]) == {row["side"] for row in rows[:-1]}
+    assert (tmp_path / "decode.txt").read_text().splitlines()[-1] in done.stdout
+    assert [line.split(",")[0] for line in done.stdout.splitlines() if line.startswith("==")] == ["== decode"]
+
+
+def test_gpu_script_goes_on_after_a_step_that_fails(tmp_path):
+    done = run_gpu_script("--model", str(tmp_path / "none"), "--out", str(tmp_path), "--steps", "quantised,compiled")
+    assert done.returncode == 1 and done.stderr == "failed: quantised (exit code 1) compiled (exit code 1)\n"
+    assert run_gpu_script("--wrong").returncode == run_gpu_script("--steps").returncode == 2
+
+
 def test_all_script_asks_for_a_model():
     result = subprocess.run(["bash", str(BENCHMARKS / "all.sh")], capture_output=True, text=True)
     assert result.returncode == 2 and "--model" in result.stderr
