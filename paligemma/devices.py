@@ -69,6 +69,20 @@ class Profile:
     name: str = field(default="", kw_only=True)
 
     @property
+    def summary(self) -> str:
+        """The name of the device, and which faster ways are used on it: for --verbose and `paligemma doctor`."""
+        ways = {
+            "CUDA graphs": self.records,
+            "flex_attention": self.flex_options is not None,
+            "Triton kernels": self.triton,
+            "torch's int4 product": self.int4pack,
+            "torch's int8 product": self.int8pack,
+        }
+        used = ", ".join(way for way, is_used in ways.items() if is_used) or "none"
+        unused = ", ".join(way for way, is_used in ways.items() if not is_used)
+        return f"{self.name}, {self.kind}: used are {used}; not used are {unused}."
+
+    @property
     def dtypes(self) -> tuple["torch.dtype", ...]:
         import torch
 
@@ -317,7 +331,7 @@ def check_cuda(name: str) -> None:
         hardware = nvidia_hardware()
         reason, advice = why_no_cuda(hardware or Hardware())
         found = "" if hardware else " No NVIDIA GPU was found on this machine."
-        raise DeviceError(f"device {name} is not available. {reason}{found} {advice} Or take --device cpu.")
+        raise DeviceError(f"device {name} is not available. {reason}{found} Take --device cpu, or fix this. {advice}")
     count, index = torch.cuda.device_count(), int(name.partition(":")[2] or 0)
     if index >= count:
         present = ", ".join(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(count))

@@ -241,8 +241,9 @@ def test_a_gpu_that_is_not_found_is_told_with_the_reason_and_the_command(monkeyp
     with pytest.raises(DeviceError) as caught:
         devices.find_device("cuda:0")
     assert caught.value.code == 6
-    assert caught.value.message.startswith("device cuda:0 is not available. ") and told in caught.value.message
-    assert caught.value.message.endswith(" Or take --device cpu.")
+    command = next(part for part in ("Run: ", "Install ", "Update ", "See ") if part in told)
+    told = told.replace(command, f"Take --device cpu, or fix this. {command}")
+    assert caught.value.message.startswith("device cuda:0 is not available. ") and caught.value.message.endswith(told)
     devices.find_device("cpu")
     assert len(caplog.records) == 1  # nothing is said to those who ask for the CPU
 
@@ -347,6 +348,14 @@ def test_the_profiles_of_the_cpu_and_of_a_mac():
     assert cpu.name == "CPU" and cpu.flex_options is None and not (cpu.records or cpu.triton or cpu.int4pack or cpu.int8pack)
     assert mac.dtypes == (torch.bfloat16, torch.float16) and mac.int4pack and mac.int8pack
     assert mac.flex_options is None and not (mac.records or mac.triton)
+
+
+def test_the_summary_names_every_way(put_cards):
+    put_cards("Tesla T4")
+    assert devices.profile(torch.device("cuda")).summary == (
+        "Tesla T4 (sm_75), NVIDIA Turing: used are CUDA graphs, Triton kernels; "
+        "not used are flex_attention, torch's int4 product, torch's int8 product."
+    )
 
 
 def test_to_device_leaves_a_tensor_that_is_there():

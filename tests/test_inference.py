@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 
-from paligemma import inference, opened
+from paligemma import devices, inference, opened
 from paligemma.checkpoints import adapters, weights
 from paligemma.errors import GenerationError, ImageError, PromptError, UsageError
 from paligemma.inference import Flags
@@ -338,6 +338,40 @@ def test_a_gpu_that_is_not_there_is_6(ask, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, _, err = ask("--device=cuda")
     assert code == 6 and err.startswith("error: device cuda") and "--device cpu" in err
+
+
+@pytest.mark.parametrize(
+    ("flag", "variable", "message"),
+    [
+        ("--graphs=fast", "", "--graphs is 'fast', but auto, off, record or compile is needed."),
+        ("--json", "fast", "PALIGEMMA_GRAPHS is 'fast'. auto, off, record or compile is needed."),
+        ("--device=cuda:0,cuda:0", "", "device is 'cuda:0,cuda:0'. auto, cpu, mps, cuda, cuda:N or several cards such as"),
+        ("--device=cuda:0,cpu", "", "--device is 'cuda:0,cpu', but auto, cpu, mps, cuda, cuda:N or several cards such as"),
+    ],
+)
+def test_a_wrong_device_or_mode_is_2_in_one_line(ask, monkeypatch, flag, variable, message):
+    monkeypatch.setenv("PALIGEMMA_GRAPHS", variable)
+    code, _, err = ask(flag)
+    assert code == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
+def test_the_cpu_beside_a_gpu_is_one_line_with_the_command_unless_the_cpu_is_asked_for(ask, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(devices, "nvidia_hardware", lambda *_: devices.Hardware(580, (("Tesla T4", (7, 5)),)))
+    devices.warn_once.cache_clear()
+    code, _, err = ask()
+    command = "pip install torch==2.13.0+cu130 --index-url https://download.pytorch.org/whl/cu130"
+    reason = "The CPU is used although this machine has an NVIDIA GPU (Tesla T4). This torch (2.13.0+cpu) is a CPU build."
+    assert (code, err) == (0, f"warning: {reason} Run: {command}\n")
+    devices.warn_once.cache_clear()
+    for flag in ("--only_cpu", "--device=cpu"):
+        code, _, err = ask(flag)
+        assert (code, err) == (0, "")
 
 
 def test_weights_that_are_not_numbers_are_4_and_when_allowed_6(ask, world):

@@ -388,6 +388,8 @@ def choose_dtype(
     else:
         why = f"{short[dtypes[0]]} needs {need(dtypes[0]) / GIB:.2f} GiB, and {free / GIB:.2f} GiB are free"
     log.info("the model computes in %s (%s) on %s.", short[chosen], why, used.name)
+    if devices[0].type != "cpu":
+        log.info("%s", used.summary)
     return chosen
 
 

@@ -14,7 +14,7 @@ from paligemma.layers import quantization
 from paligemma.layers.graphs import RecordedPaliGemma
 from paligemma.layers.patch_product import PatchProduct
 from tests.checkpoints.test_weights import tensors_of, write_checkpoint
-from tests.gpu.pretend import pretend
+from tests.gpu.pretend import pretend, waits
 from tests.tiny import make_batch
 
 T4, L4, H100 = (7, 5), (8, 9), (9, 0)
@@ -121,3 +121,16 @@ def test_the_variable_sets_how_steps_run_unless_the_argument_does(float32, monke
     monkeypatch.setenv(devices.GRAPHS_VARIABLE, variable)
     with card(H100):
         assert isinstance(weights.load_model(float32, device="cuda", graphs=flag), RecordedPaliGemma) == is_recorded
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "mps"])
+def test_to_device_waits_only_where_it_must_and_reads_the_numbers_at_once(device):
+    with pretend(device, late_copies=True) as gpu:
+        source = torch.arange(3)
+        with gpu.part() as events:
+            copy = devices.to_device(source, torch.device(device))
+        source += 10  # the copy may still be under way
+        assert copy.device.type == device[:4].rstrip(":") and copy.tolist() == [0, 1, 2]
+        assert len(waits(events)) == (device == "mps")
+        assert devices.to_device(copy, copy.device) is copy
+    assert gpu.mismatches == []
