@@ -47,7 +47,7 @@ from paligemma.configuration import PaliGemmaConfig, SiglipVisionConfig
 from paligemma.devices import dtypes_to_try, find_devices, graphs_mode, profile, usable_cards
 from paligemma.errors import CheckpointError, OutputError, UsageError, listed
 from paligemma.files import MAX_JSON_BYTES, names_in, parse_json_file, read_regular, staging_folder, stat_path
-from paligemma.layers import cuda_decoding, fast_cpu, float16, mps_workarounds, patch_product, quantization, split
+from paligemma.layers import cuda_decoding, fast_cpu, float16, gpu_products, mps_workarounds, patch_product, quantization, split
 from paligemma.layers.graphs import use_graphs
 from paligemma.machine import GIB, free_memory, memory_errors
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
@@ -302,16 +302,22 @@ def run_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if isinstance(tensor, nn.Parameter) else tensor.dtype
 
 
-def module_bytes(model: nn.Module, quantised: dict[str, nn.Module], dtype: torch.dtype) -> dict[str, int]:
+def module_bytes(
+    model: nn.Module, quantised: dict[str, nn.Module], dtype: torch.dtype, on_gpu: bool = False
+) -> dict[str, int]:
     """Bytes of each module of the loaded model, without those of its submodules, by name.
 
     Args:
         quantised: modules that will replace those of the same name.
+        on_gpu: whether the model will be on a GPU.
     """
-    modules = {name: own_tensors(quantised.get(name, module)).values() for name, module in model.named_modules()}
-    return {
-        name: sum(tensor.numel() * run_dtype(tensor, dtype).itemsize for tensor in tensors) for name, tensors in modules.items()
-    }
+    bytes_of = {}
+    for name, module in model.named_modules():
+        module = quantised.get(name, module)
+        bytes_of[name] = sum(tensor.numel() * run_dtype(tensor, dtype).itemsize for tensor in own_tensors(module).values())
+        if on_gpu and isinstance(module, quantization.QuantizedLinear):
+            bytes_of[name] += module.more_bytes_on_gpu
+    return bytes_of
 
 
 def room_to_answer(config: PaliGemmaConfig, quantised: Collection[nn.Module], dtype: torch.dtype) -> int:
@@ -319,9 +325,8 @@ def room_to_answer(config: PaliGemmaConfig, quantised: Collection[nn.Module], dt
     text, tokens = config.text_config, config.num_image_tokens + TEXT_TOKENS
     cache = 2 * tokens * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
     mlp = 3 * tokens * text.intermediate_size * dtype.itemsize  # gate, up and their product
-    # A quantised matrix is copied into another layout on its first use, with up to 3 bytes per weight at a time.
-    layout = 3 * max((module.out_features * module.in_features for module in quantised), default=0)
-    return cache + mlp + 3 * text.vocab_size * 4 + layout + WORKSPACE
+    blocks = gpu_products.BLOCK_BYTES if quantised else 0
+    return cache + mlp + 3 * text.vocab_size * 4 + blocks + WORKSPACE
 
 
 def fill(
@@ -353,11 +358,14 @@ def fill(
         if name in scalings:
             tensors["weight"] = adapter.merged(name, tensors["weight"], scalings[name], reader)
         if is_replaced:
-            model.set_submodule(name, quantization.quantize_module(module, kind, tensors))
-            continue
+            module = quantization.quantize_module(module, kind, tensors)
+            model.set_submodule(name, module)
+            tensors.clear()  # frees the full-precision weight before the layout changes
         for key, tensor in tensors.items():
             own = getattr(module, key)
             setattr(module, key, nn.Parameter(tensor, own.requires_grad) if isinstance(own, nn.Parameter) else tensor)
+        if isinstance(module, quantization.QuantizedLinear) and not module.packed.is_cpu:
+            module.change_layout()  # now, while little is in memory, and not during the first prompt
 
 
 # Saving and loading
@@ -502,7 +510,7 @@ class ModelFiles:
                 """The quantised modules by name, the bytes of all modules by name, and the bytes that an answer needs."""
                 modules = {name: quantization.empty_module(model.get_submodule(name), kind, dtype) for name in names}
                 room = 0 if named[0].type == "cpu" else room_to_answer(self.config, modules.values(), dtype)
-                return modules, module_bytes(model, modules, dtype), room
+                return modules, module_bytes(model, modules, dtype, named[0].type != "cpu"), room
 
             def need(dtype: torch.dtype) -> int:
                 _, sizes, room = sizes_in(dtype)

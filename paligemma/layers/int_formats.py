@@ -11,11 +11,21 @@ Each lane of a 16-lane vector sums one output of the block, so the lanes never n
     int4  input 8 l + j (low half of the byte) and input 8 l + 4 + j (high half)
 Outputs are padded with zeros to a multiple of 16, inputs to a multiple of 64 (int8) or 32 (int4).
 
-Layout "rows", on CUDA and where there is no compiler: int8[O, X]; or, for int4, uint8[O, X / 2] with the inputs i and i + 16 of
-each group of 32 inputs in one byte.
+Layout "rows", on GPUs and where there is no compiler: int8[O, X]; or, for int4, uint8[O, X / 2] with the inputs 2 i (low half)
+and 2 i + 1 (high half) in one byte. Scales are float32[O, G]: Triton cannot compile bfloat16 for GPUs that emulate it.
+
+Layout "int4pack", of torch's int4 product for CUDA: int32[O / 8, steps, 32, words], in the order in which the 32 threads of a
+warp pass weights to a tensor core. Thread 4 o + c holds weights of output o of 8, and each of its words has 8 of 32 neighbouring
+inputs:
+    byte 2 e + t, low half   input 16 t + 2 c + e
+    byte 2 e + t, high half  input 16 t + 2 c + e + 8
+Scales are bfloat16[G, O, 2], each followed by a zero point, which is 0 here. torch's int4 product for MPS has such scales, too,
+but its weights are those of "rows".
 
 Checked in tests/layers/test_quantization.py. Shapes: O outputs, X inputs, G groups of inputs with one scale each (1 for int8).
 """
+
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +36,7 @@ from paligemma.layers import kernels
 KINDS = ("int8", "int4")
 LAYOUT = 1  # written into config.json
 BLOCK = 16  # outputs of a block
+OUTPUTS = {2: 1, 3: BLOCK, 4: 8}  # outputs per index of the first dimension, in the layouts with 2, 3 and 4 dimensions
 GROUP = {"int8": 64, "int4": 32}  # inputs are padded to a multiple of this; int4 has one scale per group of inputs
 # Candidates for the scale of a group, as fractions of the scale that represents the largest weight exactly. That scale is tried
 # first.
@@ -88,8 +99,8 @@ def round_rows(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 def dequantize(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Integers int8[O, X] and scales [O, G] -> the weights that they represent, [O, X]."""
-    groups = q.unflatten(1, (scales.shape[1], -1)).to(dtype)
-    return (groups * scales[..., None].to(dtype)).flatten(1)
+    # The product converts the integers while it reads them, so on a GPU no float copy of them is written.
+    return (q.unflatten(1, (scales.shape[1], -1)) * scales[..., None].to(dtype)).flatten(1)
 
 
 # Layouts
@@ -119,16 +130,66 @@ def to_rows(q: Tensor, kind: str) -> Tensor:
     """int8[O, X] -> plain rows: q itself (int8) or uint8[O, X / 2] (int4)."""
     if kind == "int8":
         return q
-    low, high = (q + 8).view(torch.uint8).unflatten(1, (-1, 2, 16)).unbind(2)
-    return (low | high << 4).flatten(1)
+    low, high = (q + 8).view(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+    return low | high << 4
 
 
 def from_rows(rows: Tensor, kind: str) -> Tensor:
     """The inverse of to_rows: int8[O, X]."""
     if kind == "int8":
         return rows
-    groups = rows.unflatten(1, (-1, 16))
-    return torch.cat((groups & 15, groups >> 4), 2).flatten(1).view(torch.int8) - 8
+    return torch.stack((rows & 15, rows >> 4), 2).flatten(1).view(torch.int8) - 8
+
+
+def to_int4pack(q: Tensor) -> Tensor:
+    """int8[O, X] -> int32[O / 8, steps, 32, words], see the header of this file."""
+    outputs, inputs = q.shape
+    words = next(words for words in (4, 2, 1) if inputs % (32 * words) == 0)  # a thread reads up to 16 bytes at once
+    unsigned = (q + 8).view(torch.uint8).view(outputs // 8, 8, -1, words, 2, 2, 4, 2)  # O / 8, o, steps, words, t, half, c, e
+    low, high = unsigned.unbind(5)
+    in_order = (low | high << 4).permute(0, 2, 1, 5, 3, 6, 4)  # O / 8, steps, o, c, words, e, t
+    return in_order.contiguous().flatten(5).view(torch.int32).view(outputs // 8, -1, 32, words)
+
+
+def from_int4pack(packed: Tensor, ids: Tensor | None = None) -> Tensor:
+    """The inverse of to_int4pack: int8[O, X]; or only the outputs `ids`, int64[L]: int8[L, X]."""
+    words = packed.unflatten(2, (8, 4))  # O / 8, steps, o, c, words
+    if ids is not None:
+        words = words[ids // 8, :, ids % 8][:, :, None]  # L, steps, 1, c, words
+    both = words.contiguous().view(torch.uint8).unflatten(4, (-1, 2, 2))  # O / 8, steps, o, c, words, e, t
+    halves = torch.stack((both & 15, both >> 4), 7).permute(0, 2, 1, 4, 6, 7, 3, 5)  # O / 8, o, steps, words, t, half, c, e
+    return halves.flatten(2).flatten(0, 1).view(torch.int8) - 8
+
+
+def weight_shape(packed: Tensor, kind: str) -> tuple[int, int]:
+    """(O, X) of weights in any layout, which the number of dimensions shows."""
+    outputs = len(packed) * OUTPUTS[packed.ndim]
+    return outputs, packed.numel() * packed.element_size() * (2 if kind == "int4" else 1) // outputs
+
+
+def integer_blocks(packed: Tensor, kind: str, num_outputs: int) -> Iterator[tuple[slice, Tensor]]:
+    """Weights in any layout as int8[o, X], in blocks of about `num_outputs` outputs: (which outputs, their weights)."""
+    per_entry = OUTPUTS[packed.ndim]
+    step = max(1, num_outputs // per_entry)
+    for start in range(0, len(packed), step):
+        entries = packed[start : start + step]
+        if packed.ndim == 4:
+            q = from_int4pack(entries)
+        else:
+            q = (from_tiles if packed.ndim == 3 else from_rows)(entries, kind)
+        yield slice(start * per_entry, start * per_entry + len(q)), q
+
+
+def repack(packed: Tensor, kind: str, convert: Callable[[Tensor], Tensor]) -> Tensor:
+    """Weights in another layout: `convert` of int8[O, X]. It is called with blocks, so that little more memory is needed."""
+    (outputs, inputs), result = weight_shape(packed, kind), None
+    for part, q in integer_blocks(packed, kind, max(BLOCK, CHUNK_WEIGHTS // inputs // BLOCK * BLOCK)):
+        block = convert(q)
+        per_entry = len(q) // len(block)
+        if result is None:
+            result = block.new_empty(outputs // per_entry, *block.shape[1:])
+        result[part.start // per_entry : part.stop // per_entry] = block
+    return result
 
 
 def scales_to_tiles(scales: Tensor) -> Tensor:
@@ -141,11 +202,16 @@ def scales_from_tiles(scales: Tensor) -> Tensor:
     return scales.transpose(1, 2).flatten(0, 1)
 
 
-def to_int4pack(q: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """int8[O, X] and scales [O, G] in the layout of torch's int4 product for CPUs, which also needs zero points (all 0)."""
+def with_zero_points(scales: Tensor) -> Tensor:
+    """[O, G] -> bfloat16[G, O, 2]: the scales for torch's int4 products, each with a zero point, which is 0."""
+    return torch.stack((scales, torch.zeros_like(scales)), 2).transpose(0, 1).bfloat16().contiguous()
+
+
+def to_cpu_int4pack(q: Tensor) -> Tensor:
+    """int8[O, X] in the layout of torch's int4 product for CPUs."""
     step = 64 * max(1, CHUNK_WEIGHTS // q.shape[1] // 64)  # whole blocks of that layout
     parts = [torch._convert_weight_to_int4pack_for_cpu((q[i : i + step] + 8).int(), 1) for i in range(0, len(q), step)]
-    return torch.cat(parts), torch.stack((scales, torch.zeros_like(scales)), 2).transpose(0, 1).contiguous()
+    return torch.cat(parts)
 
 
 def tile_shapes(outputs: int, inputs: int, kind: str) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

@@ -5,17 +5,14 @@ the bytes of bfloat16, int4 takes 28 percent of them. Only weights are stored as
 inputs of a product to 8 bits, with one scale per 64 (int8) or 32 (int4) inputs. This allows integer dot products, and changes the
 result of a product by about 0.6 percent. Without our kernels, inputs stay floats.
 
-int_formats.py describes the two layouts, "tiles" and "rows". A module is created and saved in tiles. On CUDA, and where there is
-no compiler, it changes to rows at its first call. The code for CUDA uses torch's operators and torch.compile; it has not been run
-on a GPU.
+int_formats.py describes the layouts. A module is created and saved in tiles. On a GPU (see gpu_products.py), and where there is
+no compiler, it changes to another layout: when it is loaded, or at its first call.
 
 Checked in tests/layers/test_quantization.py. Shapes: B rows of x, L tokens, O outputs, X inputs,
 G groups of inputs with one scale each.
 """
 
-import functools
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paligemma.devices import Profile, profile
 from paligemma.errors import CheckpointError, UsageError
-from paligemma.layers import kernels
+from paligemma.layers import gpu_products, kernels
 from paligemma.layers.int_formats import (
     BLOCK,
     CHUNK_WEIGHTS,
@@ -33,15 +31,19 @@ from paligemma.layers.int_formats import (
     KINDS,
     LAYOUT,
     dequantize,
+    from_int4pack,
     from_rows,
-    from_tiles,
+    integer_blocks,
     quantize,
+    repack,
     scales_from_tiles,
     scales_to_tiles,
     tile_shapes,
-    to_int4pack,
+    to_cpu_int4pack,
     to_rows,
     to_tiles,
+    weight_shape,
+    with_zero_points,
 )
 from paligemma.modeling_gemma import GemmaEmbedding
 
@@ -53,68 +55,24 @@ CONFIG_KEYS = ("quantization_config", "quantization", "compression_config")  # o
 # Up to this many rows of x, a product on a CPU is limited by memory bandwidth, so torch's integer products are faster than
 # dequantising.
 SMALL_BATCH = 16
-CUDA_SMALL_BATCH = 4  # the same limit for small_batch_product on CUDA; a guess, because it has not been measured
 LAYOUT_LOCK = threading.Lock()  # held while a module changes its layout, which several threads may request at once
 
 
 # Products without our kernels
 
 
-def small_batch_product_in_float32(x: Tensor, packed: Tensor, scales: Tensor, kind: str) -> Tensor:
-    """float32[B, O] from x, float32[B, X], and weights in rows. Compiled, it is one kernel that reads the weights once."""
-    outputs, groups = scales.shape
-    if kind == "int8":
-        parts = [packed.view(outputs, groups, -1).float()]
-        inputs = [x.view(len(x), groups, -1)]
-    else:
-        both = packed.view(outputs, groups, -1)
-        parts = [(both & 15).float() - 8, (both >> 4).float() - 8]
-        inputs = x.view(len(x), groups, 2, -1).unbind(2)
-    scale = scales[..., None].float()
-    weighted = (sum(w * i[row] for w, i in zip(parts, inputs, strict=True)) for row in range(len(x)))
-    return torch.stack([(products * scale).sum((1, 2)) for products in weighted])
-
-
-@functools.cache
-def compiled_small_batch_product() -> Callable[..., Tensor]:
-    import torch._dynamo  # imported only when needed: it takes a second
-
-    kernels.set_private_compile_cache()
-    # Each size of matrix is compiled separately, and a decoder has more sizes than the eight that torch allows.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(small_batch_product_in_float32, dynamic=False)
-
-
-def small_batch_product(x: Tensor, packed: Tensor, scales: Tensor, kind: str) -> Tensor:
-    """small_batch_product_in_float32, compiled, with the result in the dtype of x.
-
-    If torch.compile traces the caller (see graphs.py), the product becomes a part of that larger function.
-    """
-    function = small_batch_product_in_float32 if torch.compiler.is_compiling() else compiled_small_batch_product()
-    return function(x.float(), packed, scales, kind).to(x.dtype)
-
-
-def product_of_row_layout(
-    x: Tensor, packed: Tensor, scales: Tensor, kind: str, int4pack: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
+def product_on_cpu(x: Tensor, packed: Tensor, scales: Tensor, kind: str, int4pack: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """x[B, X] @ w.T in the dtype of x, for weights in rows; used where our kernels are not available.
 
     Args:
-        int4pack: the same weights in the layout of to_int4pack, for torch's int4 product, which is used on a CPU if x has few
-            rows. It computes in bfloat16.
+        int4pack: the same weights in the layout of to_cpu_int4pack, and their scales, for torch's int4 product, which is used if
+            x has few rows. It computes in bfloat16.
     """
-    if x.is_cuda and len(x) <= CUDA_SMALL_BATCH:
-        return small_batch_product(x, packed, scales, kind)
-    if kind == "int8" and x.device.type == "cpu" and len(x) <= SMALL_BATCH:
+    if kind == "int8" and len(x) <= SMALL_BATCH:
         return torch._weight_int8pack_mm(x, packed, scales[:, 0].to(x.dtype))
-    if int4pack is not None and x.device.type == "cpu" and len(x) <= SMALL_BATCH:
+    if int4pack is not None and len(x) <= SMALL_BATCH:
         return torch._weight_int4pack_mm_for_cpu(x.bfloat16(), int4pack[0], GROUP["int4"], int4pack[1]).to(x.dtype)
-    y = x.new_empty(len(x), len(packed))
-    step = len(packed) if x.is_cuda else max(1, CHUNK_WEIGHTS // x.shape[1])
-    for start in range(0, len(packed), step):
-        w = dequantize(from_rows(packed[start : start + step], kind), scales[start : start + step], x.dtype)
-        y[:, start : start + step] = F.linear(x, w)
-    return y
+    return gpu_products.product_in_blocks(x, packed, scales, kind, CHUNK_WEIGHTS)
 
 
 # Modules
@@ -140,6 +98,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scales", scales)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.int4pack: tuple[Tensor, Tensor] | None = None
+        self.profile: Profile | None = None  # of the GPU whose layout the weights have
 
     def extra_repr(self) -> str:
         return f"{self.kind}, in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -148,42 +107,62 @@ class QuantizedLinear(nn.Module):
     def is_tiled(self) -> bool:
         return self.packed.ndim == 3
 
+    @property
+    def more_bytes_on_gpu(self) -> int:
+        """How much more a GPU's layout takes than tiles: a scale is float32 there, or bfloat16 with a zero point."""
+        return 2 * self.scales.numel()
+
     def _apply(self, fn, recurse: bool = True):
-        scales = self.scales
+        scales, device = self.scales, self.packed.device
         super()._apply(fn, recurse)
-        self.scales = scales.to(self.packed.device)  # scales stay bfloat16: model.to(dtype) must not convert them
+        self.scales = scales.to(self.packed.device)  # scales keep their dtype: model.to(dtype) must not convert them
+        if self.packed.device != device and not self.is_tiled:  # the other device may need another layout
+            self.packed, self.scales = self.tiles()
+            self.int4pack = self.profile = None
         return self
+
+    def tiles(self) -> tuple[Tensor, Tensor]:
+        """The weights and their scales in tiles."""
+        if self.is_tiled:
+            return self.packed, self.scales
+        scales = gpu_products.plain_scales(self.scales).bfloat16()
+        return repack(self.packed, self.kind, lambda q: to_tiles(q, self.kind)), scales_to_tiles(scales)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self.is_tiled:
-            destination[prefix + "packed"] = to_tiles(from_rows(self.packed, self.kind), self.kind)
-            destination[prefix + "scales"] = scales_to_tiles(self.scales)
+            destination[prefix + "packed"], destination[prefix + "scales"] = self.tiles()
 
     def integers(self) -> Tensor:
         """The weights without their scales, int8[O, X], padding included."""
-        return (from_tiles if self.is_tiled else from_rows)(self.packed, self.kind)
+        ((_, q),) = integer_blocks(self.packed, self.kind, weight_shape(self.packed, self.kind)[0])
+        return q
 
     def weight_as_floats(self) -> Tensor:
         """The weights that `forward` multiplies with, float32[O, X]."""
-        scales = scales_from_tiles(self.scales) if self.is_tiled else self.scales
+        scales = scales_from_tiles(self.scales) if self.is_tiled else gpu_products.plain_scales(self.scales)
         return dequantize(self.integers(), scales, torch.float32)[: self.out_features, : self.in_features]
 
-    def change_to_rows(self) -> None:
-        """Changes the layout from tiles to rows, for torch's operators.
+    def change_layout(self) -> None:
+        """Changes the layout from tiles to the one of the device, for torch's operators or for kernels of a GPU.
 
-        For int4 on a CPU, the weights are also kept in the layout of torch's int4 product (int4pack).
+        For int4 on a CPU, the weights are also kept in the layout of torch's int4 product for CPUs.
 
         Other threads may compute at the same time: `packed`, whose shape shows the layout, is set last.
         """
         with LAYOUT_LOCK:
             if not self.is_tiled:  # another thread was first
                 return
-            q, scales = self.integers(), scales_from_tiles(self.scales).contiguous()
-            if self.kind == "int4" and q.device.type == "cpu":
-                self.int4pack = to_int4pack(q, scales)
-            self.scales = scales
-            self.packed = to_rows(q, self.kind)
+            if not self.packed.is_cpu:
+                self.profile = profile(self.packed.device)
+                packed, self.scales = gpu_products.lay_out(self.packed, self.scales, self.kind)
+            else:
+                scales = scales_from_tiles(self.scales)
+                if self.kind == "int4":
+                    self.int4pack = to_cpu_int4pack(self.integers()), with_zero_points(scales)
+                self.scales = scales.float().contiguous()
+                packed = repack(self.packed, self.kind, lambda q: to_rows(q, self.kind))
+            self.packed = packed
 
     def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x @ weight.T in `dtype`; x has any float dtype and the shape [..., X]."""
@@ -194,12 +173,15 @@ class QuantizedLinear(nn.Module):
             matrices = [(packed, self.scales, self.out_features)]
             return kernels.product(self.kind, x, matrices, dtype if dtype in KERNEL_DTYPES else torch.float32).to(dtype)
         if self.is_tiled:
-            self.change_to_rows()
+            self.change_layout()
         x = x.flatten(0, -2)
         # torch's products need stride 1, but an empty tensor reports is_contiguous() with any stride.
         if not x.is_contiguous() or x.stride(1) != 1:
             x = x.clone(memory_format=torch.contiguous_format)
-        y = product_of_row_layout(x, self.packed, self.scales, self.kind, self.int4pack)
+        if self.profile is not None:
+            y = gpu_products.product(x, self.packed, self.scales, self.kind, self.profile)
+        else:
+            y = product_on_cpu(x, self.packed, self.scales, self.kind, self.int4pack)
         return y[:, : self.out_features].reshape(*shape, self.out_features).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -226,10 +208,14 @@ class QuantizedEmbedding(QuantizedLinear):
         """The integers, int8[L, X], and scales, [L, G], of the matrix rows with these ids, int64[L]."""
         packed, scales = self.packed, self.scales
         if packed.ndim == 3:
-            with LAYOUT_LOCK:  # another thread may be in change_to_rows
+            with LAYOUT_LOCK:  # another thread may be in change_layout
                 packed, scales = self.packed, self.scales
+        if packed.ndim != 3:
+            scales = gpu_products.plain_scales(scales)[ids]
         if packed.ndim == 2:
-            return from_rows(packed[ids], self.kind), scales[ids]
+            return from_rows(packed[ids], self.kind), scales
+        if packed.ndim == 4:
+            return from_int4pack(packed, ids), scales
         block, output = ids // BLOCK, ids % BLOCK
         lines = packed.unflatten(2, (BLOCK, 4))[block, :, output]  # [L, lines, 4]
         if self.kind == "int8":

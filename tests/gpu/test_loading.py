@@ -10,7 +10,7 @@ from paligemma import devices
 from paligemma.checkpoints import weights
 from paligemma.errors import DeviceError
 from paligemma.generation import generate
-from paligemma.layers import quantization
+from paligemma.layers import gpu_products, quantization
 from paligemma.layers.graphs import RecordedPaliGemma
 from paligemma.layers.patch_product import PatchProduct
 from tests.checkpoints.test_weights import tensors_of, write_checkpoint
@@ -89,13 +89,12 @@ def test_an_older_card_gets_float16_where_float32_does_not_fit(float32, caplog):
     assert caught.value.code == 6
 
 
-def test_room_counts_the_change_of_layout_of_the_largest_quantised_matrix(float32):
+def test_room_counts_the_blocks_of_quantised_weights_that_are_floats_at_a_time(float32):
     files = weights.ModelFiles(float32)
     model = weights.empty_model(files.config)
     modules = [quantization.empty_module(model.get_submodule(name), "int8") for name in quantization.targets(model)]
-    largest = max(module.out_features * module.in_features for module in modules)
     rooms = [weights.room_to_answer(files.config, some, torch.bfloat16) for some in ([], modules)]
-    assert rooms[1] - rooms[0] == 3 * largest
+    assert rooms[1] - rooms[0] == gpu_products.BLOCK_BYTES  # test_gpu_products.py measures it
 
 
 def test_float32_is_exact_and_cudnn_plans_no_attention(float32):

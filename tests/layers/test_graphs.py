@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from paligemma import devices, modeling_gemma
 from paligemma.errors import UsageError
 from paligemma.generation import generate, generate_many
-from paligemma.layers import graphs, quantization, self_check
+from paligemma.layers import gpu_products, graphs, quantization, self_check
 from paligemma.layers.batch_cache import BatchCache
 from paligemma.layers.graphs import bucket, use_graphs
 from paligemma.modeling_gemma import KVCache, attention
@@ -704,25 +704,27 @@ def test_inductor_writes_a_token_without_copying_the_cache():
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_quantised_step_compiles_without_a_break(kind, monkeypatch):
-    """The product of few rows, which is compiled by itself elsewhere, becomes a part of the step."""
+    """The kernels for few rows, which were checked when the step ran without being compiled, become operators of the step."""
     model = make(num_hidden_layers=1)
+    kernel = lambda x, packed, scales: gpu_products.product_in_blocks(x, packed, scales, kind)  # noqa: E731
+    monkeypatch.setattr(gpu_products, "by_triton", kernel)
     for name in quantization.targets(model):
         module = model.get_submodule(name)
-        model.set_submodule(name, quantization.quantize_module(module, kind, {"weight": module.weight.detach()}))
-        model.get_submodule(name).change_to_rows()  # as on CUDA
-    monkeypatch.setattr(quantization, "compiled_small_batch_product", lambda: quantization.small_batch_product_in_float32)
-    product = quantization.small_batch_product
-    monkeypatch.setattr(quantization, "product_of_row_layout", lambda *arguments: product(*arguments[:4]))
+        module = quantization.quantize_module(module, kind, {"weight": module.weight.detach()})
+        model.set_submodule(name, module)
+        module.change_layout()
+        module.profile = devices.PROFILES["sm_75"]  # as on a GPU with Triton
     cache = model.new_cache(2, 24, BatchCache)
     with torch.no_grad():
         model.prefill(cache, **make_batch(ROWS[:2], "right"))
         plain = model.step(cache.fixed(16), script(2, 1)[0])
         cache.lengths.sub_(1)
         torch._dynamo.reset()
-        monkeypatch.setattr(quantization, "compiled_small_batch_product", None)  # a call while compiling would fail
+        monkeypatch.setattr(gpu_products.TRITON, "run", None)  # a check while compiling would fail
         step = torch.compile(PaliGemmaForConditionalGeneration.step, fullgraph=True, dynamic=False, backend="eager")
         assert (step(model, cache.fixed(16), script(2, 1)[0]) - plain).abs().max() <= 4e-5
     torch._dynamo.reset()
+    gpu_products.TRITON.reset()
 
 
 # No step waits for the device

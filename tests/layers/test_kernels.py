@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from paligemma.layers import capped_attention, graphs, kernels, quantization
+from paligemma.layers import capped_attention, graphs, kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = 'extern "C" int answer() { return 42; }\n'
@@ -286,7 +286,7 @@ def test_what_torch_compiles_is_kept_where_no_other_user_can_write(places, monke
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     kernels.set_private_compile_cache()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache / "paligemma" / "inductor")
-    for function in (quantization.compiled_small_batch_product, graphs.compiled_step, capped_attention.compiled_capped_attention):
+    for function in (graphs.compiled_step, capped_attention.compiled_capped_attention):
         monkeypatch.setattr(kernels, "set_private_compile_cache", lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             function.__wrapped__()

@@ -1,0 +1,117 @@
+"""Products with int8 and int4 weights on a GPU: the layout of the weights, and the way to multiply with them.
+
+A few rows (decoding) are multiplied by a kernel that reads the packed weights once. devices.Profile says which a device has:
+
+A few rows (decoding) are multiplied by a kernel that reads the packed weights once. devices.Profile says which of them a device
+has:
+    triton     our own kernels, triton_products.py: NVIDIA on Linux
+    int8pack   torch's int8 product: MPS
+
+More rows (prompts) are limited by arithmetic, not by memory. So blocks of weights are turned into floats and multiplied by
+torch's product of floats, which is also the way back: self_check.FastWay compares each kernel with it once, and takes it where a
+kernel differs or fails, for example because there is no C compiler.
+
+Each weight is stored once: both ways read the same layout ("int4pack" for torch's int4 product on CUDA, else "rows", see
+int_formats.py). Int8 takes 1 byte per weight, int4 0.625, of which the scales are 0.125.
+
+Checked in tests/gpu/test_gpu_products.py on pretended devices. No kernel has run on a GPU.
+Shapes: B rows of x, O outputs, X inputs, G groups of inputs with one scale each.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paligemma.devices import Profile, profile
+from paligemma.layers.int_formats import (
+    GROUP,
+    dequantize,
+    integer_blocks,
+    repack,
+    scales_from_tiles,
+    to_int4pack,
+    to_rows,
+    with_zero_points,
+)
+from paligemma.layers.self_check import FastWay, rounding_bound
+
+MAX_ROWS = 16  # a kernel for few rows is used up to this number; a guess, because it has not been measured
+BLOCK_WEIGHTS = 2**24  # weights that are floats at a time
+BLOCK_BYTES = 6 * BLOCK_WEIGHTS  # memory for them, and for what they are made from
+INSTEAD = "weights are turned into floats in blocks instead, which is slower"
+TRITON = FastWay("products of packed weights by Triton", rounding_bound(torch.bfloat16), INSTEAD)
+TORCH = FastWay("torch's products of packed weights", rounding_bound(torch.bfloat16), INSTEAD)
+
+
+def lay_out(tiles: Tensor, scales: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Tiles and their scales in the layout for the GPU that they are on."""
+    scales, used = scales_from_tiles(scales), profile(tiles.device)
+    if kind == "int4" and used.int4pack:
+        packed = repack(tiles, kind, to_int4pack if tiles.is_cuda else lambda q: to_rows(q, kind))
+        return packed, with_zero_points(scales)
+    return repack(tiles, kind, lambda q: to_rows(q, kind)), scales.float().contiguous()
+
+
+def plain_scales(scales: Tensor) -> Tensor:
+    """[O, G] from the scales of any layout but tiles."""
+    return scales[..., 0].T if scales.ndim == 3 else scales
+
+
+def product_in_blocks(x: Tensor, packed: Tensor, scales: Tensor, kind: str, block_weights: int = BLOCK_WEIGHTS) -> Tensor:
+    """x[B, X] @ w.T in the dtype of x; about `block_weights` weights are floats at a time. For any layout but tiles."""
+    scales = plain_scales(scales)
+    y = x.new_empty(len(x), len(scales))
+    for part, q in integer_blocks(packed, kind, max(1, block_weights // x.shape[1])):
+        y[:, part] = F.linear(x, dequantize(q, scales[part], x.dtype))
+    return y
+
+
+def torch_int4(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    outputs, inputs = scales.shape[1], x.shape[1]
+    if packed.ndim == 2:  # MPS takes rows with the number of dimensions that CUDA needs
+        packed = packed.view(torch.int32).view(outputs // 8, inputs // 32, 32, 1)
+    return torch._weight_int4pack_mm(x.bfloat16().contiguous(), packed, GROUP["int4"], scales).to(x.dtype)
+
+
+def torch_int8(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    return torch._weight_int8pack_mm(x.contiguous(), packed, scales[:, 0].to(x.dtype))
+
+
+def by_triton(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling():
+        from paligemma.layers import triton_products  # noqa: F401  (defines the operators; Triton is imported only where used)
+
+    operators = torch.ops.paligemma
+    return (operators.int8_product if packed.dtype is torch.int8 else operators.int4_product)(x, packed, scales)
+
+
+def kernel_for(used: Profile, packed: Tensor, scales: Tensor) -> tuple[FastWay, Callable[..., Tensor]] | None:
+    """The kernel for a few rows with weights in this layout; None if there is none."""
+    if scales.ndim == 3:
+        return TORCH, torch_int4
+    if used.triton:
+        return TRITON, by_triton
+    if used.int8pack and packed.dtype is torch.int8 and len(packed) % 32 == 0:  # MPS needs a multiple of 32
+        return TORCH, torch_int8
+    return None
+
+
+def product(x: Tensor, packed: Tensor, scales: Tensor, kind: str, used: Profile) -> Tensor:
+    """x[B, X] @ w.T in the dtype of x.
+
+    Args:
+        packed, scales: as returned by `lay_out`.
+        used: profile(x.device).
+    """
+    found = kernel_for(used, packed, scales) if 0 < len(x) <= MAX_ROWS else None
+    if found is None:
+        return product_in_blocks(x, packed, scales, kind)
+    way, kernel = found
+    if torch.compiler.is_compiling():  # the same step has run before without being compiled, so the kernel has been checked
+        return kernel(x, packed, scales) if way.is_on else product_in_blocks(x, packed, scales, kind)
+    # The kernels differ between a power of two of rows and the next, and between dtypes.
+    key = kind, x.dtype, x.device, (len(x) - 1).bit_length()
+    bound = rounding_bound(torch.bfloat16 if scales.ndim == 3 else x.dtype)
+    return way.run(lambda: kernel(x, packed, scales), lambda: product_in_blocks(x, packed, scales, kind), key=key, bound=bound)
