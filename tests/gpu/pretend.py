@@ -170,6 +170,8 @@ def efficient_attention(q, k, v, mask, _needs_logsumexp, _dropout=0.0, _is_causa
 
 
 def attention_written_out(q, k, v, attn_mask=None, *, scale=None):
+    if attn_mask is not None:  # this operator adds the mask
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -torch.inf)
     return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, scale=scale)[0]
 
 
