@@ -48,13 +48,13 @@ EXPONENT = 0x7F800000  # the bits of a float32 that hold its exponent
 
 
 def powers_of_two(x: Tensor) -> Tensor:
-    """For each row of x, float32[..., X], the largest power of two that is not above its largest magnitude, float32[..., 1].
+    """For each row of x[..., X], the largest power of two that is not above its largest magnitude, float32[..., 1].
 
     The bits of the mantissa are set to 0. (torch.frexp and ldexp would need more kernels.) For a row of zeros the result is a
     tiny power of two; for a row with an infinity or NaN it is infinite, so that the row becomes NaN and the error is noticed.
     """
-    largest = x.detach().abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
-    return (largest.view(torch.int32) & EXPONENT).view(torch.float32)
+    largest = torch.linalg.vector_norm(x.detach(), torch.inf, -1, keepdim=True, dtype=torch.float32)
+    return (largest.clamp(min=2.0**-100).view(torch.int32) & EXPONENT).view(torch.float32)
 
 
 def scaled_product(x: Tensor, product: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float16) -> Tensor:
@@ -64,9 +64,8 @@ def scaled_product(x: Tensor, product: Callable[[Tensor], Tensor], dtype: torch.
         product: multiplies [..., X] by a matrix, without a bias.
         dtype: the dtype of the argument of `product`.
     """
-    x = x.float()
     powers = powers_of_two(x)
-    return product((x / powers).to(dtype)) * powers
+    return product((x / powers).to(dtype)) * powers  # the quotient and the result are float32, because the powers are
 
 
 class ScaledProduct(torch.autograd.Function):

@@ -268,7 +268,12 @@ def targets(model: nn.Module, parts: Collection[str] = ("language",), matrices: 
 
 
 def inject(model: nn.Module, config: LoraConfig, names: Collection[str]) -> None:
-    """Freezes the model and adds an A and a B, the only trained weights, to the matrices of these names (see `targets`)."""
+    """Freezes the model and adds an A and a B, the only trained weights, to the matrices of these names (see `targets`).
+
+    Raises: ValueError for a float16 model, whose gradients would be too small or too large for float16.
+    """
+    if any(model.get_submodule(name).weight.dtype == torch.float16 for name in names):
+        raise ValueError("an adapter needs a base model in bfloat16 or float32, but this one is in float16.")
     model.requires_grad_(False)
     for name in names:
         layer = LoRALinear(model.get_submodule(name), config.rank(name), config.scaling(name), config.lora_dropout)

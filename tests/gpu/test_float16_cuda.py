@@ -32,9 +32,12 @@ def test_a_float16_model_on_a_t4_stays_in_range(family, mode, tmp_path):
         for token in batch["input_ids"][0, answer].to("cuda:0"):
             with gpu.part() as events:
                 logits = model.decode(cache, token[None])
-            assert waits([event for event in events if not event.captured and event.op != "synchronize"]) == []
+            # The first recorded step waits: before it is recorded, and where it is compared with the plain step.
+            own = [event for event in events if event.file not in ("graphs.py", "self_check.py")]
+            assert waits(own) == []
             found.append(logits.cpu())
         assert not gpu.mismatches
+        del cache  # before the card is gone
     exact, roundings = exact_logits(weights.load_model(tmp_path, final_softcap=None, dtype="fp32").half(), batch)
     for logits, position in zip(torch.cat(found), range(int((~answer).sum()) - 1, len(answer)), strict=True):
         token = int(exact[0, position].argmax())

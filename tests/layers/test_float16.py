@@ -358,3 +358,15 @@ def test_the_largest_output_is_reached_and_never_passed(family):
 def test_the_weights_prove_that_the_demo_checkpoint_cannot_overflow_where_it_is_not_scaled():
     largest = float16.largest_outputs(paligemma.load(dtype="fp16").network)
     assert len(largest) == 5 * 4 and max(largest.values()) < torch.finfo(torch.float16).max / 100
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_a_float16_model_is_protected_when_it_is_loaded(kind, tmp_path):
+    weights.save_model(enlarged(enlarge_token_vectors, "gemma"), tmp_path)
+    model = weights.load_model(tmp_path, quantize=kind)
+    assert model.dtype == torch.float16
+    with torch.no_grad():
+        assert model(**make_batch(ROWS)).isfinite().all()
+    weights.save_model(model, tmp_path / "again")
+    again = weights.load_model(tmp_path / "again")
+    assert [*again.state_dict()] == [*model.state_dict()] and again.dtype == torch.float16

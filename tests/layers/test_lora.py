@@ -524,3 +524,10 @@ def test_a_model_is_not_saved_beside_an_adapter_nor_an_adapter_beside_a_model(fo
         weights.save_model(model, folder)
     with pytest.raises(OutputError, match="holds a whole model"):
         adapters.save_adapter({}, CONFIG, tmp_path / "base", None)
+
+
+def test_a_float16_model_is_refused():
+    model = make_model("gemma", dtype=torch.float16)
+    with pytest.raises(ValueError, match="bfloat16 or float32"):
+        lora.inject(model, CONFIG, lora.targets(model))
+    assert all(parameter.requires_grad for parameter in model.parameters())
