@@ -8,8 +8,9 @@ It also compares attention alone, with and without a mask:
     open, masked    the kernel that torch chooses, compared with plain matrix products and softmax
     ..., capped     flex_attention with soft-capped scores, compared with the same in plain operations
 And it measures the memory of attention over 4096 tokens, which shows whether the full float32 score matrix is ever built. So the
-script finds a kernel that is fast and wrong, and also a kernel that was never used. The exit code is 1 if anything is WRONG. With
---device cpu there are no graphs, and nothing is compiled, because that would take minutes.
+script finds a kernel that is fast and wrong, and also a kernel that was never used. The exit code is 1 if anything is WRONG; a
+comparison that raises an exception is. With --device cpu there are no graphs, and nothing is compiled, because that would take
+minutes.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 if __name__ == "__main__":  # --help and wrong flags are answered before the slow imports
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="device to compare with the CPU (default: cuda)")
+    parser.add_argument("--out", type=Path, help="append each result, as soon as it is known, to this file as a line of JSON")
     options = parser.parse_args()
 
 import torch
@@ -33,7 +35,7 @@ from paligemma.checkpoints.weights import load_model
 from paligemma.files import read_json
 from paligemma.generation import generate
 from paligemma.layers import graphs
-from paligemma.layers.capped_attention import capped_attention, compiled_capped_attention
+from paligemma.layers.capped_attention import capped_attention, compiled_capped_attention, kernel_options
 from paligemma.modeling_gemma import attention
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
@@ -67,29 +69,43 @@ def decode_steps(model: torch.nn.Module, inputs: dict, uses_graphs: bool = True)
     return torch.stack(logits), list(cache.steps.steps.values()) if isinstance(cache, graphs.RecordedCache) else []
 
 
+def three_rows(folder: Path) -> dict:
+    """Three rows of unequal length, padded on the right."""
+    rows = make_rows(read_json(folder / "config.json"), 3, CONTEXT, 0)
+    rows["attention_mask"][1, -20:] = rows["attention_mask"][2, -5:] = 0
+    return rows
+
+
+def compare_steps(model: torch.nn.Module, mode: str, rows: dict, about: dict) -> dict:
+    """Compares recorded or compiled decoding steps with plain ones. `is_as_intended`: the graph was really used."""
+    plain, _ = decode_steps(model, rows, uses_graphs=False)
+    model = graphs.use_graphs(model, mode)
+    found, steps = decode_steps(model, rows)
+    is_used = model.device.type != "cuda" or all(step.recording is not None for step in steps)
+    if mode == "compile":
+        is_used = is_used and all(step.function is graphs.compiled_step() for step in steps)
+    return about | {"distance": distance(found, plain), "is_as_intended": is_used}
+
+
 def compare_precisions(folder: Path, family: str, device: str) -> Iterator[dict]:
     """Compares one family in each precision (dtype or quantisation); yields one result per comparison.
 
-    `is_as_intended` means: for "device", the tokens are the same; for "recorded" and "compiled", the graph was really used.
+    `is_as_intended` means: for "device", the tokens are the same; for "recorded", see compare_steps.
     """
-    config = read_json(folder / "config.json")
-    one, three = make_rows(config, 1, CONTEXT, 0), make_rows(config, 3, CONTEXT, 0)
-    three["attention_mask"][1, -20:] = three["attention_mask"][2, -5:] = 0
-    is_gpu = device.startswith("cuda")
+    one, three = make_rows(read_json(folder / "config.json"), 1, CONTEXT, 0), three_rows(folder)
     for (dtype, quantize), bound in BOUNDS.items():
         about = {"family": family, "form": quantize or dtype, "bound": bound}
         expected, tokens = answers(load_model(folder, dtype=dtype, quantize=quantize), one)
         model = load_model(folder, device=device, dtype=dtype, quantize=quantize)
         found, tokens_there = answers(model, one)
         yield about | {"way": "device", "distance": distance(found, expected), "is_as_intended": tokens == tokens_there}
-        plain, _ = decode_steps(model, three, uses_graphs=False)
-        is_compiled_here = is_gpu and (dtype, quantize) in (("bf16", None), ("bf16", "int4"))  # each takes 15 seconds
-        for way, mode in (("recorded", "record"), *([("compiled", "compile")] if is_compiled_here else [])):
-            model = graphs.use_graphs(model, mode)
-            found, steps = decode_steps(model, three)
-            is_recorded = all(step.recording is not None for step in steps) or not is_gpu
-            is_compiled = all((step.function is graphs.compiled_step()) for step in steps) or way == "recorded"
-            yield about | {"way": way, "distance": distance(found, plain), "is_as_intended": is_recorded and is_compiled}
+        yield compare_steps(model, "record", three, about | {"way": "recorded"})
+
+
+def compare_compiled(folder: Path, family: str, device: str) -> Iterator[dict]:
+    """Compares the compiled step of one family in bfloat16, which takes a quarter of a minute or more."""
+    about = {"family": family, "form": "bf16", "bound": BOUNDS["bf16", None], "way": "compiled"}
+    yield compare_steps(load_model(folder, device=device, dtype="bf16", graphs="off"), "compile", three_rows(folder), about)
 
 
 def make_heads(device: str, dtype: torch.dtype, length: int, key_heads: int) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -106,6 +122,7 @@ def make_heads(device: str, dtype: torch.dtype, length: int, key_heads: int) -> 
 def compare_attention(device: str) -> Iterator[dict]:
     is_gpu = device.startswith("cuda")
     capped = compiled_capped_attention() if is_gpu else capped_attention
+    options = kernel_options(torch.device(device), torch.bfloat16, 256) if is_gpu else None
     for precision, dtype, bound in (("fp32", torch.float32, 1e-4), ("bf16", torch.bfloat16, 2e-2)):
         for key_heads in (1, 4):
             heads, ragged = make_heads(device, dtype, 1100 if is_gpu else 40, key_heads)
@@ -115,18 +132,24 @@ def compare_attention(device: str) -> Iterator[dict]:
                 with sdpa_kernel(SDPBackend.MATH):
                     plain = attention(*heads, mask, 1 / 16, None)
                 yield about | {"way": name, "distance": distance(chosen, plain)}
+                if is_gpu and (key_heads == 1 or dtype == torch.float32 or options is None):
+                    continue  # each form takes seconds to compile; PaliGemma 2, which has the cap, has four key heads
                 expected = attention(*heads, mask, 1 / 16, 50.0)
-                yield about | {"way": f"{name}, capped", "distance": distance(capped(*heads, mask, 1 / 16, 50.0), expected)}
+                found = capped(*heads, mask, 1 / 16, 50.0, options)
+                yield about | {"way": f"{name}, capped", "distance": distance(found, expected)}
 
 
 @torch.no_grad()
 def measure_memory(device: str) -> Iterator[dict]:
     """Peak memory of attention over one long row, without its inputs, as a share of one float32 score matrix [L, L]."""
+    options = kernel_options(torch.device(device), torch.bfloat16, 256)
     for name, key_heads, cap in (("open", 1, None), ("masked", 1, None), ("masked, capped", 4, 50.0)):
+        if cap and options is None:  # not used on this card
+            continue
         heads, mask = make_heads(device, torch.bfloat16, LONG, key_heads)
         heads, mask = [head[:1].clone() for head in heads], mask[1:].clone() if name.startswith("masked") else None
         run = compiled_capped_attention() if cap else attention
-        arguments = (*heads, mask, 1 / 16, cap)
+        arguments = (*heads, mask, 1 / 16, cap, *([options] if cap else []))
         run(*arguments)  # the first call may compile, and the memory for compiling must not count
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -135,29 +158,43 @@ def measure_memory(device: str) -> Iterator[dict]:
         yield {"family": "4096 tokens", "form": "bf16", "way": name, "distance": share, "bound": 1.0, "is_as_intended": True}
 
 
-def main(options: argparse.Namespace) -> None:
-    device = options.device
-    torch.backends.cuda.matmul.allow_tf32 = False  # the default, set explicitly: float32 must not mean TF32
-    rows = []
+def attempts(about: str, rows: Iterator[dict]) -> Iterator[dict]:
+    """The results, with one that is WRONG in place of an exception. The comparisons after it in `rows` are left out."""
+    try:
+        yield from rows
+    except Exception as error:  # noqa: BLE001  (compilers and drivers raise exceptions of any class)
+        text = str(error).strip().splitlines() or [""]
+        way = f"{type(error).__name__}: {text[0]}"
+        yield {"family": about, "form": "", "way": way, "distance": 1.0, "bound": 0.0, "is_as_intended": False}
 
-    def note(row: dict) -> None:
-        row["is_fine"] = row["distance"] <= row["bound"] and row["is_as_intended"]
-        rows.append(row)
-        line = f"{row['family']:14}{row['form']:6}{row['way']:16}{row['distance']:12.2e} of {row['bound']:.0e}"
-        print(f"{line}   {'fine' if row['is_fine'] else 'WRONG'}", flush=True)
 
-    for row in compare_attention(device):
-        note(row)
-    with tempfile.TemporaryDirectory() as folder:
-        for family in ("paligemma", "paligemma2"):
-            path = Path(folder) / family
-            write_checkpoint(path, family=family, size="tiny")
-            for row in compare_precisions(path, family, device):
-                note(row)
+def all_rows(device: str, folder: Path) -> Iterator[dict]:
+    """All results, the quickest and most important first."""
+    paths = {family: folder / family for family in ("paligemma", "paligemma2")}
+    for family, path in paths.items():
+        write_checkpoint(path, family=family, size="tiny")
+        yield from attempts(family, compare_precisions(path, family, device))
+    yield from attempts("attention", compare_attention(device))
     if device.startswith("cuda"):
-        for row in measure_memory(device):
-            note(row)
-    print(json.dumps({"script": "agree", "device": device, "rows": rows}))
+        yield from attempts("memory", measure_memory(device))
+        for family, path in paths.items():
+            yield from attempts(family, compare_compiled(path, family, device))
+
+
+def main(options: argparse.Namespace) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 must not mean TF32
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in a model that was loaded
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for row in all_rows(options.device, Path(folder)):
+            row["is_fine"] = row["distance"] <= row["bound"] and row["is_as_intended"]
+            rows.append(row)
+            line = f"{row['family']:14}{row['form']:6}{row['way']:16}{row['distance']:12.2e} of {row['bound']:.0e}"
+            print(f"{line}   {'fine' if row['is_fine'] else 'WRONG'}", flush=True)
+            if options.out:
+                with options.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"script": "agree"} | row) + "\n")
+    print(json.dumps({"script": "agree", "device": options.device, "rows": rows}))
     sys.exit(0 if all(row["is_fine"] for row in rows) else 1)
 
 

@@ -3,6 +3,8 @@
 Two sides are started once, and every script uses them instead of starting its own.
 """
 
+import gc
+import itertools
 import json
 import os
 import runpy
@@ -183,6 +185,31 @@ def test_cpu_agrees_with_itself():
     assert [row["distance"] for row in rows if row["way"] == "device"] == [0] * 8
     assert {row["way"] for row in rows} == {"device", "recorded", "open", "masked", "open, capped", "masked, capped"}
     assert all(row["is_fine"] for row in rows)
+
+
+def test_a_gpu_agrees_with_the_cpu(folder):
+    """On a pretended GPU: recorded steps are really used, and none of the unquantised variants differs."""
+    from benchmarks import agree
+    from tests.gpu.pretend import pretend
+
+    with pretend("cuda:0"):
+        rows = list(itertools.islice(agree.compare_precisions(folder, "paligemma", "cuda:0"), 4))
+        gc.collect()  # models refer to themselves, and must be freed while the GPU exists
+    assert [(row["way"], row["form"]) for row in rows] == [
+        (way, form) for form in ("fp32", "bf16") for way in ("device", "recorded")
+    ]
+    assert all(row["distance"] <= row["bound"] and row["is_as_intended"] for row in rows), rows
+
+
+def test_a_comparison_that_raises_is_wrong_and_the_next_ones_follow():
+    from benchmarks import agree
+
+    def fails():
+        yield {"way": "first"}
+        raise RuntimeError("no kernel\nmore")
+
+    rows = [*agree.attempts("paligemma", fails()), *agree.attempts("attention", iter([{"way": "last"}]))]
+    assert [row["way"] for row in rows] == ["first", "RuntimeError: no kernel", "last"] and not rows[1]["is_as_intended"]
 
 
 def test_a_copy_has_a_bandwidth(tools):
