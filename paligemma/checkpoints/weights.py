@@ -48,6 +48,7 @@ from paligemma.devices import dtypes_to_try, find_devices, graphs_mode, profile,
 from paligemma.errors import CheckpointError, OutputError, UsageError, listed
 from paligemma.files import MAX_JSON_BYTES, names_in, parse_json_file, read_regular, staging_folder, stat_path
 from paligemma.layers import cuda_decoding, fast_cpu, float16, gpu_products, mps_workarounds, patch_product, quantization, split
+from paligemma.layers.capped_attention import use_capped_attention
 from paligemma.layers.graphs import use_graphs
 from paligemma.machine import GIB, free_memory, memory_errors
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
@@ -539,8 +540,10 @@ class ModelFiles:
                 # for the whole process, because torch has none for a model.
                 torch.backends.cuda.enable_cudnn_sdp(False)
                 cuda_decoding.use_cuda_modules(model)
-            if len(placement.devices) > 1:
+            if len(placement.devices) > 1:  # a graph records the kernels of one card only
                 model = split.use_cards(model, placement)
+                if mode != "off":
+                    use_capped_attention(model)
             else:
                 model = use_graphs(model, mode)
         return model.eval()

@@ -98,7 +98,7 @@ class Judge:
                 batch = self.examples.batch([(0, i) for i in own_lines[first : first + self.batch_size]])
                 losses, row = answer_losses(model, batch)
                 weights, _ = token_weights(batch["labels"], "example")
-                total += float((losses * weights.to(losses.device)[row]).sum())
+                total += float((losses * weights[row].to(losses.device)).sum())
         return sum(processes.gather(total)) / len(self.lines)
 
     def ask(self, model: nn.Module) -> list[Result]:

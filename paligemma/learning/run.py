@@ -28,15 +28,27 @@ from paligemma.machine import memory_errors
 from paligemma.opened import Checkpoint
 
 ADVICE = "Take --method lora, --gradient_checkpointing, a smaller --micro_batch_size, --dtype bf16, or another device."
+RESUME = "The last checkpoint is kept. Continue with --resume and --gradient_checkpointing or a smaller --micro_batch_size."
+
+
+def bytes_of_copies(model: nn.Module, plan: Plan, gradient_checkpointing: bool) -> int:
+    """The bytes of the copies that a computation in bfloat16 makes of trained weights and keeps until the backward pass.
+
+    With gradient checkpointing, the copies in a layer are made again in the backward pass, and only those outside are kept.
+    """
+    trained = [(name, parameter.numel()) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    kept = [count for name, count in trained if not (gradient_checkpointing and ".layers." in name)]
+    return 2 * sum(kept) if plan.dtype == torch.bfloat16 else 0
 
 
 def memory_needed(model: nn.Module, plan: Plan, max_text_tokens: int, gradient_checkpointing: bool) -> int:
     """The bytes of memory that a run needs in each process, estimated from the model on the meta device.
 
-    A trained weight takes 16 bytes: the weight, its gradient and two moments, all in float32. Several processes divide these
-    bytes among them, but each process first loads all weights (4 bytes). An evaluation makes one more copy of all weights. With
-    gradient checkpointing every layer stores only its input, and only one layer at a time stores all its activations. Attention
-    with a soft cap (Gemma 2) does not use a fused kernel: it stores about 10.5 bytes for each head and pair of tokens.
+    A trained weight takes 16 bytes: the weight, its gradient and two moments, all in float32, updated in place. Several
+    processes divide these bytes among them, but each process first loads all weights (4 bytes). An evaluation makes one more copy
+    of all weights. With gradient checkpointing every layer stores only its input, and only one layer at a time stores all its
+    activations. Attention with a soft cap (Gemma 2) does not use a fused kernel: it stores about 10.5 bytes for each head and
+    pair of tokens.
     """
     bytes_per_weight = 2 if plan.dtype == torch.bfloat16 else 4
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -56,8 +68,9 @@ def memory_needed(model: nn.Module, plan: Plan, max_text_tokens: int, gradient_c
     # An answer is assumed to have at most 64 tokens. Its logits, their softmax and their gradient are tensors of shape [T, V].
     logits = min(max_text_tokens, 64) * text.vocab_size * 4 * 3
     model_bytes = trained * max(16 // world_size(), 4) + (total - trained) * bytes_per_weight
-    copy_for_evaluation = total * bytes_per_weight
-    return model_bytes + copy_for_evaluation + plan.micro_batch_size * (activations + logits)
+    copies = bytes_of_copies(model, plan, gradient_checkpointing)
+    copy_for_evaluation = total * bytes_per_weight  # it is freed before the next update
+    return model_bytes + max(copy_for_evaluation, copies + plan.micro_batch_size * (activations + logits))
 
 
 def merged_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -104,7 +117,7 @@ class Run:
             yield from self.evaluate()
         while trainer.step < trainer.plan.steps and not is_stopped:
             try:
-                with memory_errors("training", ADVICE):
+                with memory_errors("training", RESUME):
                     update = trainer.update()
             except ImageError:
                 if world_size() == 1 and trainer.step:
@@ -132,7 +145,8 @@ class Run:
         """Scores the model as it would be saved now, and draws the curves. Yields: the new line of metrics.jsonl."""
         if self.judge is not None:
             # Every process holds the whole model and answers its share of the questions.
-            values = self.judge(merged_model(self.trainer.model, self.trainer.plan.dtype))
+            with memory_errors("evaluating", ADVICE):
+                values = self.judge(merged_model(self.trainer.model, self.trainer.plan.dtype))
             rounded = {name: round(value, 5) for name, value in values.items()}
             yield self.write({"step": self.trainer.step} | rounded | {"scored": self.judge.sample_description})
         if self.log is not None:

@@ -38,8 +38,9 @@ FREE_TO_CHANGE = (  # flags that may differ in a resumed run, because they do no
     # The training data and the model are compared by fingerprints, not by paths. valid and mask_codec do not affect the weights.
     "train", "valid", "image_dir", "mask_codec", "model_path", "base_model", "revision",
 )  # fmt: skip
-# These flags and the learning rates may differ in a resumed run, for instance after losses that are NaN. They change the weights.
-ADJUSTABLE = ("dtype", "clip")
+# These flags and the learning rates may differ in a resumed run, for instance after losses that are NaN, or after memory ran out.
+# They change the weights, the last two only by rounding.
+ADJUSTABLE = ("dtype", "clip", "micro_batch_size", "gradient_checkpointing")
 RENAMED = {"rows": "micro_batch_size"}  # flags that had another name in earlier versions of settings.json
 MAX_LOG_LINE_BYTES = 1 << 16
 NO_ROOM, NEW_OUTPUT = "Make room, or name another --output.", "Name another --output."  # advice for error messages

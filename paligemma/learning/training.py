@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from paligemma.checkpoints.safetensors_files import read_header
+from paligemma.devices import to_device
 from paligemma.errors import CheckpointError, OutputError, UsageError
 from paligemma.files import move_into_place, read_json, sync_folder
 from paligemma.layers import lora
@@ -63,19 +64,21 @@ def answer_losses(model: nn.Module, batch: dict, label_smoothing: float = 0.0) -
     Args:
         batch: what the processor returns for pictures, prompts and suffixes, labels included.
         label_smoothing: probability that is moved from the target token to all other tokens together.
-    Returns: float32[T], the losses, and int64[T], the row of each token.
+    Returns: float32[T], the losses, and int64[T] on the CPU, the row of each token.
     Source: PaliGemma (arXiv:2407.07726), section 3.2.4; label smoothing as in big_vision.
     """
     inputs = (batch.get(key) for key in ("input_ids", "pixel_values", "attention_mask", "token_type_ids"))
     x = model.hidden(*inputs, image_features=None)  # [B, L, D]
-    targets = batch["labels"][:, 1:].to(x.device)  # [B, L-1]
-    is_answer = targets != IGNORE_INDEX  # [B, L-1]
-    logits = model.language_model.logits(x[:, :-1][is_answer])  # [T, V]
+    # The answer tokens are found on the CPU, where the labels are: to find them, the CPU would have to wait for a GPU.
+    targets = batch["labels"][:, 1:]  # [B, L-1]
+    rows, positions = (targets != IGNORE_INDEX).nonzero(as_tuple=True)  # [T], [T]
+    x = x[to_device(rows, x.device), to_device(positions, x.device)]  # [T, D]
+    logits = model.language_model.logits(x)  # [T, V]
     count = logits.shape[-1]
     # torch spreads the smoothing over all tokens, the target included; big_vision spreads it over the other tokens only.
     smoothing = label_smoothing * count / (count - 1)
-    losses = F.cross_entropy(logits, targets[is_answer], reduction="none", label_smoothing=smoothing)  # [T]
-    return losses, is_answer.nonzero()[:, 0]
+    target_ids = to_device(targets[rows, positions], x.device)  # [T]
+    return F.cross_entropy(logits, target_ids, reduction="none", label_smoothing=smoothing), rows
 
 
 def token_weights(labels: Tensor, reduction: str) -> tuple[Tensor, float]:
@@ -259,8 +262,12 @@ class Trainer:
             rate = (plan.rates or {}).get(part_of(name), plan.learning_rate)
             groups.setdefault((rate, plan.weight_decay if parameter.dim() > 1 else 0.0), []).append(parameter)
         self.peaks = [rate for rate, _ in groups]
+        self.device = next(iter(self.trained.values())).device
+        # On CUDA, the fused form updates each weight in place. torch's default there would take 4 more bytes per weight.
+        self.is_fused = self.device.type == "cuda"
         self.optimiser = torch.optim.AdamW(
-            [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
+            [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()],
+            fused=self.is_fused or None,
         )
 
     def micro_batches(self) -> Iterator[tuple[dict, Tensor, float]]:
@@ -271,28 +278,42 @@ class Trainer:
             batch = self.make_batch(own_examples[first : first + self.plan.micro_batch_size])
             yield batch, *token_weights(batch["labels"], self.plan.reduction)
 
+    def autocast(self) -> torch.autocast:
+        """The context in which losses are computed: matrix products are in plan.dtype.
+
+        Each weight is used once, so its copy in plan.dtype is not kept for a second use. With gradient checkpointing, that would
+        take 2 bytes per weight.
+        """
+        is_enabled = self.plan.dtype != torch.float32
+        return torch.autocast(self.device.type, self.plan.dtype, enabled=is_enabled, cache_enabled=False)
+
     def update(self) -> Update:
         """Makes one update of the weights, or skips it if the loss or the gradient is not finite.
 
+        The CPU waits for a GPU once, to read the loss and the norm of the gradient. Until then it prepares the next micro-batch
+        while the GPU computes.
+
         Raises: CheckpointError after MAX_BAD_STEPS skipped updates in a row.
         """
-        device, loss, total_weight, tokens = next(iter(self.trained.values())).device, torch.zeros(()), 0.0, 0
-        torch.manual_seed((self.plan.seed * 1_000_003 + self.step) * 1_009 + self.rank)  # for dropout
+        loss, total_weight, tokens = torch.zeros((), device=self.device), 0.0, 0
+        # For dropout, on the CPU and on every GPU. So a resumed run needs no state of a random generator.
+        torch.manual_seed((self.plan.seed * 1_000_003 + self.step) * 1_009 + self.rank)
         self.model.train()
         for batch, token_weight, batch_weight in self.micro_batches():  # token_weight: [B]
-            with torch.autocast(device.type, self.plan.dtype, enabled=self.plan.dtype != torch.float32):
+            with self.autocast():
                 losses, row = answer_losses(self.model, batch, self.plan.label_smoothing)  # [T], [T]
-            weighted_loss = (losses * token_weight.to(device)[row.to(device)]).sum()
+            weighted_loss = (losses * to_device(token_weight[row], self.device)).sum()
             (weighted_loss * self.world_size).backward()  # FSDP averages gradients over processes, but their sum is needed
-            loss, total_weight, tokens = loss + weighted_loss.detach().cpu(), total_weight + batch_weight, tokens + len(losses)
+            loss, total_weight, tokens = loss + weighted_loss.detach(), total_weight + batch_weight, tokens + len(losses)
         # Loss and gradient are divided now, because the total weight is known only after all micro-batches of all processes.
-        loss, total_weight, tokens = processes.sums(float(loss), total_weight, tokens)
-        loss /= max(total_weight, 1.0)
+        total_weight, tokens = processes.sums(total_weight, tokens)
         for parameter in self.trained.values():
             if parameter.grad is not None:
                 parameter.grad /= max(total_weight, 1.0)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), self.plan.clip)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        own_loss, norm = torch.stack((loss, norm.to(loss.device))).tolist()
+        loss = processes.sums(own_loss)[0] / max(total_weight, 1.0)
         is_skipped = not (math.isfinite(norm) and math.isfinite(loss))
         factor = self.plan.schedule_factor(self.step)
         for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
@@ -319,7 +340,8 @@ class Trainer:
         for name, parameter in self.trained.items():
             state = self.optimiser.state[parameter]
             if not state:  # before the first update
-                state["step"] = torch.tensor(float(self.updates))
+                device = self.device if self.is_fused else "cpu"  # where AdamW expects it
+                state["step"] = torch.tensor(float(self.updates), device=device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             tensors |= {f"{moment}.{name}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
         return tensors

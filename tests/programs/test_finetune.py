@@ -29,10 +29,11 @@ from paligemma.configuration import PaliGemmaConfig
 from paligemma.errors import DatasetError, UsageError
 from paligemma.layers import lora
 from paligemma.learning import curves, run_folder, training
-from paligemma.learning.run import memory_needed
+from paligemma.learning.run import bytes_of_copies, memory_needed
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 from paligemma.programs import finetune
 from paligemma.programs.config_file import read_config
+from tests.tiny import FAMILIES, make_batch, make_model
 from tests.tiny_checkpoint import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -290,8 +291,7 @@ def test_a_run_of_an_earlier_version_resumes(model, data, whole, tmp_path, capsy
     file = tmp_path / "run" / "settings.json"
     file.write_text(file.read_text().replace("micro_batch_size", "rows"))
     code, said = run(capsys, *arguments(model, data, tmp_path / "run"), "--resume", "--micro_batch_size=1")
-    assert code == 2 and "micro_batch_size was 2 and is 1" in said
-    assert run(capsys, *arguments(model, data, tmp_path / "run"), "--resume")[0] == 0
+    assert code == 0 and "the run continues with other settings: micro_batch_size was 2 and is 1" in said
 
 
 def test_a_start_that_failed_or_was_killed_leaves_the_folder_free(model, data, tmp_path, capsys, monkeypatch):
@@ -705,6 +705,34 @@ def test_a_missing_file_is_reported_before_torch_is_imported():
     assert done.returncode == DatasetError.code and "none.jsonl does not exist" in done.stderr
 
 
+def test_a_gpu_without_memory_ends_a_run_whose_last_checkpoint_is_kept(model, data, tmp_path, capsys, monkeypatch):
+    plain, given = training.Trainer.update, arguments(model, data, tmp_path / "run", "--save_every=2")
+
+    def update(self):
+        if self.step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
+        return plain(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "update", update)
+        code, said = run(capsys, *given)
+    assert code == 6 and "memory ran out while training. CUDA out of memory. Tried to allocate 2.00 GiB. The last check" in said
+    assert [folder.name for folder in run_folder.checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000002"]
+    code, said = run(capsys, *given, "--resume", "--micro_batch_size=1", "--gradient_checkpointing")
+    assert code == 0 and "micro_batch_size was 2 and is 1; gradient_checkpointing was False and is True" in said
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_gpu_without_memory_for_an_evaluation_ends_the_run_after_its_checkpoint(model, data, tmp_path, capsys, monkeypatch):
+    def fail(*_arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("paligemma.learning.run.merged_model", fail)
+    code, said = run(capsys, *arguments(model, data, tmp_path / "run", f"--valid={data / 'valid.jsonl'}", "--evaluate_every=2"))
+    assert code == 6 and "error: memory ran out while evaluating. CUDA out of memory. Take --method lora" in said
+    assert [folder.name for folder in run_folder.checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000002"]
+
+
 def test_memory_is_estimated_before_it_is_taken(model, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("paligemma.machine.free_memory", lambda _: 10_000)
     code, said = run(capsys, *arguments(model, data, tmp_path / "run"))
@@ -736,6 +764,30 @@ def test_the_estimate_of_memory_is_what_layers_keep_for_the_gradient(family):
         logits = rows * 64 * 320 * 4 * 3
         estimated[rows] = memory_needed(model, plan, tokens, False) - logits
     assert estimated[3] - estimated[1] == pytest.approx(kept[3] - kept[1], rel=0.15)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_estimate_counts_the_copies_of_weights_that_bfloat16_makes(family, checkpointing):
+    """What autograd keeps for the backward pass, counted by its hooks."""
+    model, kept = make_model(family), {}
+    training.freeze_except(model, training.ALL)
+    matrices = {shape for p in model.parameters() if p.dim() > 1 for shape in (p.shape, p.shape[::-1])}
+    estimated = bytes_of_copies(model, training.Plan(steps=1), checkpointing)
+    if checkpointing:
+        training.checkpoint_activations(model)
+
+    def keep(x):
+        if x.dtype == torch.bfloat16 and x.shape in matrices:
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    batch = make_batch([(1, 5, 3)])
+    batch["labels"] = torch.where(batch["token_type_ids"] == 1, batch["input_ids"], -100)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        training.answer_losses(model, batch)
+    assert sum(x.untyped_storage().nbytes() for x in kept.values()) == pytest.approx(estimated, rel=0.02)
+    assert bytes_of_copies(model, training.Plan(steps=1, dtype=torch.float32), checkpointing) == 0
 
 
 # Settings
