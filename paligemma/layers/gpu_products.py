@@ -21,7 +21,6 @@ Shapes: B rows of x, O outputs, X inputs, G groups of inputs with one scale each
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from paligemma.devices import Profile, profile
@@ -35,6 +34,7 @@ from paligemma.layers.int_formats import (
     to_rows,
     with_zero_points,
 )
+from paligemma.layers.mps_workarounds import linear
 from paligemma.layers.self_check import FastWay, rounding_bound
 
 MAX_ROWS = 16  # a kernel for few rows is used up to this number; a guess, because it has not been measured
@@ -64,7 +64,7 @@ def product_in_blocks(x: Tensor, packed: Tensor, scales: Tensor, kind: str, bloc
     scales = plain_scales(scales)
     y = x.new_empty(len(x), len(scales))
     for part, q in integer_blocks(packed, kind, max(1, block_weights // x.shape[1])):
-        y[:, part] = F.linear(x, dequantize(q, scales[part], x.dtype))
+        y[:, part] = linear(x, dequantize(q, scales[part], x.dtype))
     return y
 
 

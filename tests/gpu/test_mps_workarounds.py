@@ -12,7 +12,7 @@ import paligemma
 from paligemma import files
 from paligemma.checkpoints import weights
 from paligemma.generation import generate
-from paligemma.layers import float16, mps_workarounds
+from paligemma.layers import float16, int_formats, mps_workarounds, quantization
 from paligemma.pictures.images import load_image
 from tests.bounds import Float16Roundings, assert_within, product_bound
 from tests.gpu.pretend import pretend
@@ -81,6 +81,16 @@ def test_a_model_with_the_width_of_28b_is_right(tmp_path, dtype):
         share = 2 if dtype == torch.float16 else 2.0**-10
         bounds = torch.tensor([share * roundings.error_bound(number) for number in exact])
     assert ((logits - exact).abs() <= bounds).all()
+
+
+@pytest.mark.usefixtures("mac")
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_sums_are_split(kind):
+    weight, x = draw(24, 36864), draw(20, 36864, seed=1)
+    module = quantization.QuantizedLinear(kind, 24, 36864, *int_formats.quantize(weight, kind))
+    exact = x.double() @ module.weight_as_floats().double().T
+    bound = product_bound(x, module.weight_as_floats(), torch.float32)
+    assert_within(module.to("mps")(x.to("mps")).cpu(), exact, bound)
 
 
 @pytest.mark.usefixtures("mac")
