@@ -193,7 +193,30 @@ def products_table() -> str:
     return "\n".join([*lines, "", f"{machine}; `{document['command']}`."])
 
 
+def device_table() -> str:
+    """What is used on which kind of device: devices.PROFILES in words."""
+    from paligemma.devices import PROFILES
+
+    examples = {
+        "cpu": "", "mps": "M1 and newer", "rocm": "all", "sm_50": "GTX 10xx, P100, V100", "sm_75": "T4, RTX 20xx",
+        "sm_80": "A100, H100, H200, B200", "sm_86": "RTX 30xx, 40xx, 50xx, A10, L4, L40",
+    }  # fmt: skip
+    lines = [
+        "| device | such as | formats, best first | CUDA graphs | soft caps in one kernel | int8 kernel | int4 kernel |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for key, row in PROFILES.items():
+        if key == "cpu":
+            continue
+        int8 = "torch's" if row.int8pack else "Triton" if row.triton else "no"
+        int4 = "torch's" if row.int4pack else "Triton" if row.triton else "no"
+        caps = "no" if row.flex_options is None else "yes, small blocks" if row.flex_options else "yes"
+        cells = [row.kind, examples[key], ", ".join(row.dtype_names), "yes" if row.records else "no", caps, int8, int4]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     "checkpoints": checkpoint_table, "speed": speed_table, "steps": steps_table, "products": products_table,
-    "llama": llama_table,
+    "llama": llama_table, "devices": device_table,
 }  # fmt: skip

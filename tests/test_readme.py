@@ -125,6 +125,10 @@ def test_table_of_checkpoints_is_what_the_code_counts():
     assert tables.checkpoint_table() in README
 
 
+def test_table_of_devices_is_what_the_code_has():
+    assert tables.device_table() in PAGES["docs/gpu.md"]
+
+
 def test_exit_codes_are_those_of_the_code():
     from paligemma import errors
 

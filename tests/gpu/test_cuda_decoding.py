@@ -1,6 +1,8 @@
 """Decoding on CUDA: the modules for one token compute what the plain ones compute, with fewer kernels."""
 
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,6 +130,14 @@ def count_kernels(family: str, layers: int) -> int:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_per_layer(family):
     assert count_kernels(family, 2) - count_kernels(family, 1) == KERNELS[family]
+
+
+def test_the_page_about_gpus_has_these_numbers():
+    page = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    for family, name, layers in (("gemma", "Gemma 1", 18), ("gemma2", "Gemma 2", 26)):
+        layer = KERNELS[family]
+        outside = count_kernels(family, 1) - layer
+        assert re.search(rf"\| {name} \| [^|]* \| {layer} \| {outside} \| {layers * layer + outside} \|", page)
 
 
 def test_masks_and_indices_are_made_once_per_step():
