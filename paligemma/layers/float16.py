@@ -25,7 +25,7 @@ how large their outputs can become. `largest_outputs` computes that.
 Products of float16 matrices are summed in float32 by all GPUs. But cuBLAS may split a sum into parts and add these in float16;
 `protect` turns this off.
 
-Checked in tests/layers/test_float16.py. Shapes: as in modeling_gemma.py, and O outputs, X inputs of one matrix.
+Checked in tests/layers/test_float16.py. Shapes: as in modeling_gemma.py, O outputs, X inputs of one matrix.
 """
 
 from collections.abc import Callable
@@ -215,13 +215,13 @@ def protect(model: PaliGemmaForConditionalGeneration) -> None:
 # What the weights prove
 
 
-def largest_output(norm: GemmaRMSNorm, linear: nn.Linear | QuantizedLinear) -> float:
-    """The largest magnitude that an output of `linear` can have, whatever the input of `norm`, whose output it multiplies.
+def largest_output(norm: GemmaRMSNorm, matrix: nn.Linear | QuantizedLinear) -> float:
+    """The largest magnitude that an output of `matrix` can have, whatever the input of `norm`, whose output it multiplies.
 
     A norm divides by the root mean square, so the vector before the factors 1 + weight has at most the length sqrt(D). By the
     inequality of Cauchy and Schwarz, output o is therefore at most sqrt(D) * |(1 + weight) * W_o|.
     """
-    weight = linear.weight_as_floats() if isinstance(linear, QuantizedLinear) else linear.weight.float()
+    weight = matrix.weight_as_floats() if isinstance(matrix, QuantizedLinear) else matrix.weight.float()
     lengths = (weight * (1.0 + norm.weight.float())).norm(dim=1)  # [O]
     return norm.weight.numel() ** 0.5 * lengths.max().item()
 

@@ -12,7 +12,7 @@ are not affected: their head width is 256, or (28B: 128) they have a soft cap, f
 width 72, has no mask. But the bundled model has a head width of 64.
 
 Checked in tests/gpu/test_mps_workarounds.py, on a pretended device with both errors. No Mac has run it.
-Shapes: as in modeling_gemma.py, and O outputs, X inputs of one matrix.
+Shapes: as in modeling_gemma.py, O outputs, X inputs of one matrix.
 """
 
 import torch
