@@ -156,12 +156,8 @@ def gpu_rows(name: str, device: "torch.device") -> list[Row]:
     from paligemma import devices
 
     used = devices.profile(device)
-    ways = {"recorded steps": used.records, "Triton": used.triton, "int4pack": used.int4pack, "int8pack": used.int8pack}
-    names = [way for way, is_used in ways.items() if is_used]
-    if used.flex_options is not None:
-        names.append("flex_attention" + (f" {used.flex_options}" if used.flex_options else ""))
-    chosen = f"{device} (--device {name}), {used.kind}; dtypes {', '.join(used.dtype_names)}"
-    rows = [Row("device", f"{chosen}; {', '.join(names) or 'no faster ways'}")]
+    chosen = f"{device} (--device {name}); dtypes that it computes fast: {', '.join(used.dtype_names)}"
+    rows = [Row("device", chosen), Row("use of the device", used.summary)]
     if device.type == "mps":
         rows.append(Row("free memory of mps", f"{(machine.free_memory(device) or 0) / GIB:.1f} GiB"))
     if device.type == "cpu" and (text := devices.missed_gpu()) is not None:

@@ -145,6 +145,7 @@ def arithmetic_rows(flags: Flags, device: "torch.device", check: Check) -> Itera
             yield from check(arithmetic.recorded_rows, folder, device, dtype, "record")
         for dtype in used.dtypes[:1] if flags.compile and used.records else ():
             yield from check(arithmetic.recorded_rows, folder, device, dtype, "compile")
+            yield from check(arithmetic.flex_rows, device, dtype)
         yield from check(arithmetic.integer_rows, device, used.dtypes[0])
         if device.type != "cpu":
             yield from check(arithmetic.copy_rows, device)

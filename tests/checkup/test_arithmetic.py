@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from paligemma.checkup import arithmetic
 from paligemma.checkup.rows import FAILED, NOTE, OK
 from paligemma.generation import PendingTokens
-from paligemma.layers import kernels, quantization, self_check
+from paligemma.layers import capped_attention, kernels, quantization, self_check
 from paligemma.modeling_gemma import GemmaAttention
-from tests.gpu.pretend import pretend
+from tests.gpu.pretend import PretendedGraph, pretend
 
 CPU = torch.device("cpu")
 BOTH = (torch.float32, torch.bfloat16)
@@ -178,15 +178,45 @@ def test_a_wrong_kernel_is_found(monkeypatch, name):
     assert row.state == FAILED and "PALIGEMMA_KERNELS=off" in row.advice
 
 
-def test_ways_that_turned_themselves_off_are_listed():
+@pytest.mark.parametrize("factor", [1, 1.2])
+def test_compiled_attention_with_soft_caps_is_checked(monkeypatch, factor):
+    assert [row.value for row in arithmetic.flex_rows(CPU, torch.bfloat16)] == ["not used on this device"]
+    monkeypatch.setattr(capped_attention, "kernel_options", lambda *_: {})
+    computed = wrong(capped_attention.capped_attention, factor)  # not compiled, which would take long
+    monkeypatch.setattr(capped_attention, "compiled_capped_attention", lambda: computed)
+    (row,) = arithmetic.flex_rows(CPU, torch.bfloat16)
+    assert row.state == (OK if factor == 1 else FAILED)
+
+
+@pytest.mark.parametrize(
+    ("reason", "state"), [("differ on NVIDIA L4 (relative difference 0.5)", FAILED), ("need a C compiler", NOTE)]
+)
+def test_ways_that_turned_themselves_off_are_listed(reason, state):
     way = self_check.FastWay("fast products", 0.1)
     try:
         assert arithmetic.fast_way_rows() == []
-        way.turn_off("differ on NVIDIA L4 (relative difference 0.5)", is_fault=True)
+        way.turn_off(reason)
         (row,) = arithmetic.fast_way_rows()
-        assert row.state == NOTE and "differ on NVIDIA L4" in row.value and "report" in row.advice
+        assert row.state == state and reason in row.value and row.advice
     finally:
         del self_check.WAYS["fast products"]
+
+
+def test_recorded_steps_that_differ_are_found(monkeypatch, tmp_path):
+    plain = PretendedGraph.replay
+
+    def replay(self):
+        plain(self)
+        results = [x for *_, tensors in self.work for x in tensors if x.dtype == torch.float32 and x.dim() == 2]
+        results[-1].mul_(-1)  # the logits
+
+    with pretend("cuda:0"):
+        device = torch.device("cuda:0")
+        assert states(arithmetic.recorded_rows(tmp_path, device, torch.bfloat16, "record")) == {"recorded steps": OK}
+        assert arithmetic.fast_way_rows() == []
+        monkeypatch.setattr(PretendedGraph, "replay", replay)
+        rows = arithmetic.recorded_rows(tmp_path, device, torch.bfloat16, "record") + arithmetic.fast_way_rows()
+    assert FAILED in states(rows).values(), rows
 
 
 # Speed

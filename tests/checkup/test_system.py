@@ -44,16 +44,16 @@ def test_cards_are_listed_with_capability_and_memory():
 
 def test_the_row_of_the_device_says_what_is_used_on_it(monkeypatch):
     monkeypatch.setattr(devices, "missed_gpu", lambda: None)
-    (row,) = system.gpu_rows("auto", CPU)
-    assert row.value.startswith("cpu (--device auto), CPU; dtypes float32") and row.value.endswith("no faster ways")
+    row, use = system.gpu_rows("auto", CPU)
+    assert row.value.startswith("cpu (--device auto); dtypes that it computes fast: float32")
+    assert use.value.startswith("CPU, CPU: used are none")
     monkeypatch.setattr(devices, "has_triton", lambda: True)
     with pretend("cuda:0", capability=(8, 9)):
-        (row,) = system.gpu_rows("cuda", torch.device("cuda:0"))
-    for text in ("recorded steps", "Triton", "int4pack", "BLOCK_M", "bfloat16"):
-        assert text in row.value
+        row, use = system.gpu_rows("cuda", torch.device("cuda:0"))
+    assert "bfloat16" in row.value and "CUDA graphs" in use.value.partition("not used")[0] and "sm_89" in use.value
     with pretend("mps"):
-        row, memory = system.gpu_rows("auto", torch.device("mps"))
-    assert "int8pack" in row.value and memory.value.endswith(" GiB")
+        row, use, memory = system.gpu_rows("auto", torch.device("mps"))
+    assert "int8 product" in use.value.partition("not used")[0] and memory.value.endswith(" GiB")
 
 
 @pytest.mark.parametrize("has_header", [True, False])

@@ -166,7 +166,7 @@ def test_a_healthy_pretended_gpu(monkeypatch, capsys, device, capability):
     assert found["device"]["value"].startswith(("cuda", "mps")) and found["order of copies"]["state"] == OK
     if capability:
         assert "NVIDIA X, sm_" in found["cuda:0"]["value"] and found["recorded steps"]["state"] == OK
-        assert "recorded steps" in found["device"]["value"] and "bfloat16" in found["device"]["value"]
+        assert "bfloat16" in found["device"]["value"] and "CUDA graphs" in found["use of the device"]["value"]
 
 
 @pytest.mark.usefixtures("short")
