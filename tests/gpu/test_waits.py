@@ -152,7 +152,7 @@ def test_a_default_device_changes_nothing():
                 finally:
                     torch.set_default_device(None)
                 assert all(token.device.type == "cpu" for token in tokens) and gpu.mismatches == []
-                steps.append((torch.stack(tokens).tolist(), Counter(waits(events))))
+                steps.append((torch.stack(tokens).tolist(), Counter(waits(events)), copies(events)))
         assert steps[0] == steps[1]
 
 
