@@ -130,12 +130,24 @@ def test_a_step_that_waits_for_the_device_cannot_be_recorded_and_nothing_is_reco
     ]
 
 
-def test_a_step_is_recorded_on_the_card_of_the_model(recordings):
-    batch = make_batch([(1, 5, 0)])
+def test_each_step_is_recorded_on_the_card_of_the_model_and_on_a_stream_of_its_own(monkeypatch):
+    batch, found = make_batch([(1, 5, 0)]), []
     expected = tokens_of(make_model("gemma"), batch)
     with pretend("cuda:0,cuda:1") as gpu:
-        assert torch.equal(tokens_of(on_card(device="cuda:1"), batch), expected)
-    assert gpu.mismatches == [] and set(recordings) == {torch.device("cuda:1")}
+        graph = torch.cuda.graph
+
+        def spy(captured, *, stream, capture_error_mode):
+            found.append((stream, torch.cuda.current_device(), capture_error_mode))
+            return graph(captured, stream=stream, capture_error_mode=capture_error_mode)
+
+        monkeypatch.setattr(torch.cuda, "graph", spy)
+        model = on_card(device="cuda:1")
+        assert torch.equal(tokens_of(model, batch), expected)
+        assert torch.cuda.current_device() == 0
+        steps = model.spare.waiting[0].steps.values()
+        assert gpu.mismatches == [] and len(found) == len(steps) == 2
+        assert {stream for stream, *_ in found} == {step.recording.stream for step in steps}  # kept beside their graphs
+    assert [(stream.device.index, card, mode) for stream, card, mode in found] == [(1, 1, "thread_local")] * 2
 
 
 def test_nothing_is_recorded_on_an_amd_gpu_unless_asked_for(recordings, monkeypatch):
