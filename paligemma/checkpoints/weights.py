@@ -424,6 +424,23 @@ def save_model(model: PaliGemmaForConditionalGeneration, folder: str | Path, *, 
         replace_files(temporary, folder)
 
 
+def suit_device(model: PaliGemmaForConditionalGeneration, device: torch.device) -> None:
+    """Replaces modules by those that compute faster, or without errors, on this kind of device. The order matters."""
+    if device.type == "cuda":
+        patch_product.use_product(model)
+        # cuDNN would build a plan, which takes up to half a second, for each new shape of a batch. This setting is one for the
+        # whole process, because torch has none for a model.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if model.dtype == torch.float16:
+        float16.protect(model)
+    if device.type == "mps":
+        mps_workarounds.work_around(model)
+    if device.type == "cpu":
+        fast_cpu.accelerate(model)
+    if device.type == "cuda":
+        cuda_decoding.use_cuda_modules(model)
+
+
 class ModelFiles:
     """Finds the files of a model and reads their settings. Headers of weights are read on first use, tensors by `load`.
 
@@ -527,19 +544,7 @@ class ModelFiles:
             placement = split.place(sizes, named, spare, room)
             readers = {own: TensorReader(own, allow_nonfinite) for own in placement.devices}
             fill(model, stored, lambda name: readers[placement.device(name)], dtype, quantised, kind, adapter)
-            if named[0].type == "cuda":
-                patch_product.use_product(model)
-            if dtype == torch.float16:
-                float16.protect(model)
-            if named[0].type == "mps":
-                mps_workarounds.work_around(model)
-            if named[0].type == "cpu":
-                fast_cpu.accelerate(model)
-            if named[0].type == "cuda":
-                # cuDNN would build a plan, which takes up to half a second, for each new shape of a batch. This setting is one
-                # for the whole process, because torch has none for a model.
-                torch.backends.cuda.enable_cudnn_sdp(False)
-                cuda_decoding.use_cuda_modules(model)
+            suit_device(model, named[0])
             if len(placement.devices) > 1:  # a graph records the kernels of one card only
                 model = split.use_cards(model, placement)
                 if mode != "off":
