@@ -20,6 +20,7 @@ from tests.tiny import FAMILIES, draw, make_batch, make_model
 
 LENGTHS = [(256,), (199, 256), (512, 1, 300, 17, 256)]  # of the rows
 KERNELS = {"gemma": 32, "gemma2": 40}  # per layer and step; 43 (with three more that convert the mask) and 72 with plain modules
+KERNELS_IN_FLOAT16 = {"gemma": 45, "gemma2": 51}
 
 
 @pytest.fixture(autouse=True)
@@ -113,9 +114,11 @@ def test_a_protected_float16_model_decodes_as_with_plain_modules(family):
     torch.testing.assert_close(found, expected, rtol=0.01, atol=0.1)
 
 
-def count_kernels(family: str, layers: int) -> int:
-    """Kernels of one decoding step of a bfloat16 model, with a mask, as in a recorded step."""
-    model = make_model(family, text={"num_hidden_layers": layers}, dtype=torch.bfloat16)
+def count_kernels(family: str, layers: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Kernels of one decoding step, with a mask, as in a recorded step."""
+    model = make_model(family, text={"num_hidden_layers": layers}, dtype=dtype)
+    if dtype == torch.float16:
+        float16.protect(model)
     with pretend("cuda:0") as gpu, torch.no_grad():
         model.to("cuda:0")
         use_cuda_modules(model)
@@ -130,6 +133,8 @@ def count_kernels(family: str, layers: int) -> int:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_per_layer(family):
     assert count_kernels(family, 2) - count_kernels(family, 1) == KERNELS[family]
+    in_float16 = count_kernels(family, 2, torch.float16) - count_kernels(family, 1, torch.float16)
+    assert in_float16 == KERNELS_IN_FLOAT16[family]
 
 
 def test_the_page_about_gpus_has_these_numbers():
@@ -138,6 +143,8 @@ def test_the_page_about_gpus_has_these_numbers():
         layer = KERNELS[family]
         outside = count_kernels(family, 1) - layer
         assert re.search(rf"\| {name} \| [^|]* \| {layer} \| {outside} \| {layers * layer + outside} \|", page)
+    for family, name in (("gemma", "Gemma 1"), ("gemma2", "Gemma 2")):
+        assert f"{KERNELS_IN_FLOAT16[family]} ({name})" in page
 
 
 def test_masks_and_indices_are_made_once_per_step():

@@ -369,7 +369,7 @@ def test_the_largest_output_is_reached_and_never_passed(family):
 
 def test_the_weights_prove_that_the_demo_checkpoint_cannot_overflow_where_it_is_not_scaled():
     largest = float16.largest_outputs(paligemma.load(dtype="fp16").network)
-    assert len(largest) == 5 * 4 and max(largest.values()) < torch.finfo(torch.float16).max / 100
+    assert len(largest) == 5 * 4 and round(max(largest.values())) == 68  # as docs/gpu.md says; far below 65504
 
 
 @pytest.mark.parametrize("kind", [None, "int8"])
