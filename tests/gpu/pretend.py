@@ -206,6 +206,7 @@ class PretendedGraph:
     before: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # memory that captured operators write, and its content
     is_captured: bool = False
     gpu: "PretendedGpu | None" = None
+    device: torch.device | None = None  # on whose stream it is captured
 
     def capture(self, func, args, kwargs, result) -> None:
         self.work.append((func, args, kwargs, [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]))
@@ -229,7 +230,7 @@ class PretendedGraph:
 
     def replay(self) -> None:
         assert self.is_captured, "replay before capture"
-        self.gpu.log("graph.replay", "replay", self.gpu.devices[0])
+        self.gpu.log("graph.replay", "replay", self.device)
         with _disable_current_modes(), torch.no_grad():
             for func, args, kwargs, results in self.work:
                 fresh = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
@@ -281,6 +282,10 @@ class PretendedGpu(TorchDispatchMode):
         self.events.append(event)
         if self.graph is not None and kind in (*WAITS, "h2d", "d2h"):
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        if self.graph is not None and kind == "kernel" and device != self.graph.device:
+            self.refuse(
+                op, device, shapes, f"it would not be captured, but run at once: the graph is that of {self.graph.device}"
+            )
         return event
 
     def refuse(self, op: str, device: torch.device, shapes: tuple, reason: str) -> None:
@@ -544,10 +549,10 @@ def cuda_functions(gpu: PretendedGpu, capability: tuple[int, int], memory: int, 
             super().__init__(gpu=gpu)
 
     @contextlib.contextmanager
-    def graph(captured: PretendedGraph, **_options: object) -> Iterator[None]:
+    def graph(captured: PretendedGraph, *, stream: "Stream | None" = None, **_options: object) -> Iterator[None]:
         assert gpu.graph is None, "a graph is captured inside a graph"
         synchronize()
-        gpu.graph = captured
+        gpu.graph, captured.device = captured, gpu.devices[current_card()] if stream is None else stream.device
         try:
             yield
         finally:

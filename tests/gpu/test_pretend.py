@@ -162,6 +162,17 @@ def test_waiting_is_refused_while_a_graph_is_captured():
         assert x.sum().item() == 2
 
 
+def test_kernels_of_another_card_are_refused_while_a_graph_is_captured():
+    """A real card would run them at once instead of capturing them."""
+    with pretend("cuda:0,cuda:1") as gpu:
+        x = torch.ones(2, device="cuda:1")
+        with torch.cuda.device(1), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            x.add_(1)
+        with pytest.raises(RuntimeError, match="it would not be captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            x.add_(1)
+        assert x.tolist() == [1, 1] and len(gpu.mismatches) == 1
+
+
 def test_the_memory_of_a_card_and_its_name_can_be_chosen():
     with pretend("cuda:0,cuda:1", capability=(7, 5), memory=15 * 2**30, name="Tesla T4"):
         assert torch.cuda.is_available() and torch.cuda.device_count() == 2

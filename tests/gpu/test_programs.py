@@ -29,7 +29,7 @@ ROWS = [(1, 5, 0), (2, 3, 0), (0, 4, 0)]
 @contextmanager
 def on_device(model, device: str):
     """The model on a pretended device, as `load` would place it there. Nothing may have been refused at the end."""
-    with pretend(device, late_copies=True) as gpu:
+    with pretend("cuda:0,cuda:1" if device == "cuda:1" else device, late_copies=True) as gpu:
         model.to(device)
         if device.startswith("cuda"):
             use_cuda_modules(model)
@@ -38,14 +38,15 @@ def on_device(model, device: str):
         assert gpu.mismatches == []
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", [*DEVICES, "cuda:1"])  # the last one is not the current device
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_generate(family, sampling, device):
     expected = [step.tolist() for step in generate(make_model(family), make_batch(ROWS), 12, sampling)]
     with on_device(make_model(family), device) as (gpu, model):
         assert [step.tolist() for step in generate(model, make_batch(ROWS), 12, sampling)] == expected
-        assert (count(gpu.events, "replay") > 5) == (device == "cuda:0")
+        assert (count(gpu.events, "replay") > 5) == device.startswith("cuda")
+        assert {event.device for event in gpu.events} == {torch.device(device, 0) if device == "mps" else torch.device(device)}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -68,9 +69,10 @@ def test_sizes_that_are_prime_numbers(device):
     for options in ({"family": "gemma"}, {"family": "gemma2"}, {"family": "gemma2", "window": True}):
         model = primes.make_model(**options).eval()
         with torch.no_grad():
-            expected = model(**batch)
+            expected, tokens = model(**batch), torch.stack(list(generate(model, batch, 7)))
         with on_device(model, device) as (_, model), torch.no_grad():
             found = model(**batch).cpu()
+            assert torch.equal(torch.stack(list(generate(model, batch, 7))), tokens)
         is_token = batch["attention_mask"].bool()
         torch.testing.assert_close(found[is_token], expected[is_token], rtol=1e-4, atol=1e-4)
 
