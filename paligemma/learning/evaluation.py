@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from paligemma.devices import to_device
 from paligemma.errors import DeviceError, UsageError
 from paligemma.learning import processes, scores
 from paligemma.learning.dataset import Examples, spread
@@ -98,7 +99,7 @@ class Judge:
                 batch = self.examples.batch([(0, i) for i in own_lines[first : first + self.batch_size]])
                 losses, row = answer_losses(model, batch)
                 weights, _ = token_weights(batch["labels"], "example")
-                total += float((losses * weights[row].to(losses.device)).sum())
+                total += float((losses * to_device(weights[row], losses.device)).sum())
         return sum(processes.gather(total)) / len(self.lines)
 
     def ask(self, model: nn.Module) -> list[Result]:

@@ -22,7 +22,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -358,7 +358,8 @@ class Trainer:
                     shutil.rmtree(unfinished, ignore_errors=True)
                 temporary.mkdir(parents=True)
             processes.barrier()
-            with quiet():
+            # torch's writer copies tensors to the CPU without waiting, and then waits for the current card, not for theirs.
+            with quiet(), torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
                 writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
                 save(self.tensors(), storage_writer=writer, no_dist=self.world_size == 1)
             if self.rank == 0:

@@ -10,18 +10,19 @@ import pytest
 import torch
 
 import paligemma
-from paligemma import explanation, inference, machine
+from paligemma import devices, explanation, inference, machine
 from paligemma.checkpoints import weights
 from paligemma.checkpoints.adapters import save_adapter
 from paligemma.checkpoints.weights import ModelFiles, save_model
 from paligemma.errors import DeviceError, UsageError
 from paligemma.generation import Sampling, generate, generate_many
-from paligemma.layers import lora, quantization
+from paligemma.layers import lora, self_check
 from paligemma.layers.batch_cache import BatchCache
 from paligemma.layers.split import SplitCache, SplitPaliGemma
 from paligemma.machine import GIB
 from paligemma.programs import annotate, commandline, finetune
 from tests.gpu.pretend import pretend, waits
+from tests.gpu.test_gpu_products import have_operators, int4_product_of_cuda, triton_product
 from tests.tiny import FAMILIES, make_batch, make_model
 from tests.tiny_checkpoint import make_checkpoint
 
@@ -80,19 +81,21 @@ def tokens_of(model, batch, sampling=GREEDY):
 )
 @torch.no_grad()
 def test_tokens_are_those_of_the_cpu(folders, name, options, monkeypatch):
-    # a pretended device cannot compile
-    monkeypatch.setattr(quantization, "compiled_small_batch_product", lambda: quantization.small_batch_product_in_float32)
+    monkeypatch.setattr(devices, "has_triton", lambda: True)
+    have_operators()
+    self_check.reset_all()
     files, batch = ModelFiles(folders[name]), make_batch(ROWS)
     cards = CARDS if "dtype" in options else "cuda:1,cuda:0"  # the inputs go to the card that is named first
     options = {"dtype": "fp32"} | options
     with pretend(CARDS, late_copies=True) as gpu:
+        gpu.stand_ins |= {"paligemma::int8_product": triton_product("int8"), "_weight_int4pack_mm": int4_product_of_cuda}
         one, several = (files.load(device=device, **options) for device in ("cuda:0", cards))
         assert isinstance(several, SplitPaliGemma) and str(several.device) == cards.split(",")[0]
         found = tokens_of(several, batch)
         assert torch.equal(found, tokens_of(one, batch))
         sampling = Sampling(top_p=0.9, seed=1)
         assert torch.equal(tokens_of(several, batch, sampling), tokens_of(one, batch, sampling))
-        assert gpu.mismatches == []
+        assert gpu.mismatches == [] and {way["state"] for way in self_check.all_ways()} <= {"on", "unchecked"}
     if options["dtype"] == "fp32" and "quantize" not in options:
         assert torch.equal(found, tokens_of(files.load(**options), batch))
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from paligemma.errors import CheckpointError, OutputError, UsageError
 from paligemma.learning import run_folder, training
 from paligemma.modeling_paligemma import suffix_loss
-from tests.gpu.pretend import kernels, pretend, waits
 from tests.tiny import FAMILIES, in_double, make_batch, make_model, make_pair, positions, widen
 
 ROWS = [(1, 5, 3), (2, 3, 6), (1, 9, 1)]
@@ -512,55 +511,7 @@ def test_two_processes_have_the_losses_of_one_and_continue_from_its_checkpoint(t
     assert [update.loss for update in updates_of(back)] == pytest.approx([update.loss for update in later], rel=1e-8)
 
 
-# On a GPU
-
-
-@pytest.fixture
-def pretended(monkeypatch):
-    """A trainer on a pretended GPU, and the GPU. torch cannot run backward there, so every weight gets the same gradient."""
-    with pretend("cuda:0") as gpu:
-
-        def make(**plan):
-            trainer = make_trainer(**plan)
-            trainer = training.Trainer(trainer.model.to("cuda:0"), trainer.plan, toy_batch, COUNT)
-
-            def backward(_loss):
-                for parameter in trainer.trained.values():
-                    parameter.grad = torch.full_like(parameter, 0.01)
-
-            monkeypatch.setattr(torch.Tensor, "backward", backward)
-            return trainer
-
-        yield make, gpu
-        assert gpu.mismatches == []
-
-
-@pytest.mark.parametrize("micro_batch_size", [4, 1])
-def test_the_cpu_waits_once_per_update(pretended, micro_batch_size):
-    make, gpu = pretended
-    trainer = make(micro_batch_size=micro_batch_size)
-    for _ in range(2):
-        with gpu.part() as events:
-            trainer.update()
-        assert waits(events) == ["training.py update: to"]
-
-
-def test_the_optimiser_changes_weights_in_place_on_a_gpu_and_keeps_its_bits_on_the_cpu(pretended, tmp_path):
-    make, gpu = pretended
-    trainer = make(learning_rate=1e-3)
-    before = {name: parameter.detach().cpu() for name, parameter in trainer.trained.items()}
-    with gpu.part() as events:
-        trainer.update()
-    done = kernels(events)
-    assert done["_fused_adamw_"] > 0 and done["_foreach_lerp_"] == done["_foreach_addcdiv_"] == 0
-    moved = 1e-3 * trainer.plan.schedule_factor(0)  # the first update of AdamW moves each weight by the learning rate
-    for name, parameter in trainer.trained.items():
-        torch.testing.assert_close(parameter.detach().cpu(), before[name] - moved, rtol=0, atol=1e-6)
-    other = make(learning_rate=1e-3)
-    other.restore(trainer.save(tmp_path))
-    assert other.step == 1 and all(str(state["step"].device) == "cuda:0" for state in other.optimiser.state.values())
-    other.update()
-    assert make_trainer().optimiser.defaults["fused"] is None
+# Random numbers, also on a GPU
 
 
 def test_a_resumed_run_seeds_the_generators_of_all_gpus_as_an_uninterrupted_one(tmp_path, monkeypatch):
