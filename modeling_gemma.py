@@ -198,21 +198,25 @@ class GemmaAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
 
+    def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries and the keys, rotated by RoPE, and the values."""
+        b, length, _ = x.shape
+        q = self.q_proj(x).view(b, length, -1, self.width).transpose(1, 2)  # [B, N, L, E]
+        k = self.k_proj(x).view(b, length, -1, self.width).transpose(1, 2)  # [B, K, L, E]
+        v = self.v_proj(x).view(b, length, -1, self.width).transpose(1, 2)  # [B, K, L, E]
+        return rotate(q, *rotation), rotate(k, *rotation), v
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return attention(q, k, v, mask, self.scale, self.cap)  # [B, N, L, E]
 
     def forward(
         self, x: Tensor, slots: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        b, length, _ = x.shape
-        q = self.q_proj(x).view(b, length, -1, self.width).transpose(1, 2)  # [B, N, L, E]
-        k = self.k_proj(x).view(b, length, -1, self.width).transpose(1, 2)  # [B, K, L, E]
-        v = self.v_proj(x).view(b, length, -1, self.width).transpose(1, 2)  # [B, K, L, E]
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k, v = self.project(x, rotation)  # [B, N, L, E], [B, K, L, E], [B, K, L, E]
         if cache is not None:
             k, v = cache.write(self.layer, slots, k, v)  # [B, K, S, E], [B, K, S, E]
         x = self.attend(q, k, v, mask)  # [B, N, L, E]
-        x = x.transpose(1, 2).reshape(b, length, -1)  # [B, L, N*E]
+        x = x.transpose(1, 2).flatten(2)  # [B, L, N*E]
         return self.o_proj(x)
 
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from paligemma.devices import to_device
 from paligemma.errors import PromptError
 from paligemma.generation import only_row
-from paligemma.modeling_gemma import GemmaAttention, rotate
+from paligemma.modeling_gemma import GemmaAttention
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 from paligemma.modeling_siglip import SiglipAttention
 from paligemma.objects.outputs import NormalizedBox, group_objects, split_ids
@@ -178,8 +178,8 @@ def decoder_weights(
     _cache: None,
 ) -> Tensor:
     """The attention weights float32[B, N, L, L] of a GemmaAttention, from the arguments of its forward (without a KV cache)."""
-    q, k = (project(x).unflatten(-1, (-1, attention.width)).transpose(1, 2) for project in (attention.q_proj, attention.k_proj))
-    return attention_weights(rotate(q, *rotation), rotate(k, *rotation), mask, attention.scale, attention.cap)
+    q, k, _ = attention.project(x, rotation)
+    return attention_weights(q, k, mask, attention.scale, attention.cap)
 
 
 @torch.no_grad()

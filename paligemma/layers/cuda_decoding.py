@@ -17,7 +17,7 @@ from torch import Tensor
 from paligemma.layers.float16 import Float16RMSNorm
 from paligemma.layers.replacing import extended
 from paligemma.layers.self_check import FastWay, rounding_bound
-from paligemma.modeling_gemma import GemmaAttention, GemmaModel, GemmaRMSNorm, KVCache, attention
+from paligemma.modeling_gemma import GemmaAttention, GemmaModel, GemmaRMSNorm, KVCache, attention, rotate
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
 ONE_TOKEN = FastWay("kernels for one token", rounding_bound(torch.bfloat16), "decoding with those of other devices")
@@ -70,7 +70,14 @@ class CudaRMSNorm(GemmaRMSNorm):
 
 
 class CudaAttention(GemmaAttention):
-    """GemmaAttention that computes one token per row by one_token_attention."""
+    """GemmaAttention that computes one token per row by one_token_attention, and rotates its queries and keys together."""
+
+    def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        if x.shape[1] > 1:
+            return super().project(x, rotation)
+        q, k, v = (linear(x).unflatten(-1, (-1, self.width)) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        rotated = rotate(torch.cat((q, k), 2).transpose(1, 2), *rotation)
+        return *rotated.split((q.shape[2], k.shape[2]), 1), v.transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if q.shape[2] > 1:

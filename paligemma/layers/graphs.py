@@ -1,7 +1,7 @@
 """Faster decoding on CUDA: a decoding step is recorded as a CUDA graph, and later steps replay it.
 
-A decoding step consists of about fifty small kernels per layer, and Python starts them more slowly than a fast GPU runs them. A
-step that was recorded as a CUDA graph is started with one call. A graph has fixed shapes and fixed addresses:
+A decoding step consists of thirty to forty small kernels per layer, and Python starts them more slowly than a fast GPU runs them.
+A step that was recorded as a CUDA graph is started with one call. A graph has fixed shapes and fixed addresses:
 
 - Shapes are rounded up (`bucket`): rows to a power of two, slots to 256 times a power of two. Each pair (rows, slots) has
   its own `Step`.
