@@ -81,7 +81,12 @@ def bucket(count: int, unit: int, most: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """The memory that can still be allocated on a CUDA device, including what torch's allocator holds but does not use."""
+    """The memory that can still be allocated on a CUDA device, including what torch's allocator holds but does not use.
+
+    On another device, to which a model may have been moved, it is 0: nothing is recorded or kept there.
+    """
+    if device.type != "cuda":
+        return 0
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return machine.free_memory(device) + unused
 
@@ -140,7 +145,7 @@ def this_thread() -> object:
     return THREAD.mark
 
 
-@dataclass
+@dataclass(eq=False)
 class Recording:
     """A CUDA graph. The order matters: the graph must be freed before its stream.
 
@@ -201,12 +206,6 @@ class Step:
         rows = torch.arange(len(slots), device=slots.device)
         return tuple(layer[rows, :, slots] for layer in (*self.cache.keys, *self.cache.values))
 
-    def erase(self, slots: Tensor) -> None:
-        """Sets the keys and the values of one slot of each row to 0, so that they are not mistaken for those of another step."""
-        rows = torch.arange(len(slots), device=slots.device)
-        for layer in (*self.cache.keys, *self.cache.values):
-            layer[rows, :, slots] = 0
-
     def compare(self, way: FastWay, fast: Callable[[], Tensor]) -> Tensor:
         """Runs the step both ways, and turns `way` off if logits, keys or values differ. Returns the logits of the plain step."""
         lengths, found = self.cache.lengths.clone(), None
@@ -214,7 +213,6 @@ class Step:
             found = fast().clone(), *self.newest(lengths)
         except Exception as error:  # noqa: BLE001  (compilers and drivers raise exceptions of any class)
             way.fail(error)
-        self.erase(lengths)
         self.cache.lengths.copy_(lengths)
         logits = plain_step(self.model(), self.cache, self.tokens)
         if found is not None:
@@ -238,8 +236,8 @@ class Step:
         device = self.tokens.device
         with RECORDING:
             try:
-                stream = own_stream(device)
-                if stream is None or free_bytes(device) < MIN_FREE_BYTES:
+                stream = None if free_bytes(device) < MIN_FREE_BYTES else own_stream(device)
+                if stream is None:
                     self.num_warm = 0  # it is tried again after more steps
                 elif RECORDED.is_on:  # recording may have failed in another thread
                     self.recording = Recording(*record(self.work, stream), stream)

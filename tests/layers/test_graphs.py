@@ -400,6 +400,15 @@ def test_nothing_is_recorded_while_memory_is_short(recorder, monkeypatch):
     assert recorder.count == 1
 
 
+def test_a_model_that_was_moved_to_the_cpu_records_nothing_and_says_nothing(recorder, monkeypatch, caplog):
+    batch, tokens = make_batch(ROWS, "right"), script(3, 9)
+    plain, _ = answer(make(), batch, tokens)
+    monkeypatch.undo()
+    model = recorded()
+    assert (answer(model, batch, tokens)[0] - plain).abs().max() <= 4e-5
+    assert recorder.count == 0 and not model.spare.waiting and caplog.messages == [] and graphs.RECORDED.is_on
+
+
 def test_free_memory_is_what_the_driver_and_torchs_allocator_have(monkeypatch):
     monkeypatch.undo()
     given = {"mem_get_info": (1000, 9000), "memory_reserved": 700, "memory_allocated": 300}
