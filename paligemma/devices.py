@@ -266,11 +266,12 @@ def how_to_install(hardware: Hardware, capability: Capability | None = None) -> 
     """
     import torch
 
-    if hardware.is_jetson:
-        return f"Install NVIDIA's build for Jetson: {JETSON_WHEELS}"
     capability = capability or max((found for _, found in hardware.cards), default=None)
+    if hardware.is_jetson or capability in JETSON:
+        return f"Install NVIDIA's build for Jetson: {JETSON_WHEELS}"
     driver = WHEELS[0].driver if hardware.driver is None else hardware.driver
-    fitting = [wheel for wheel in WHEELS if capability is None or wheel.oldest <= capability <= wheel.newest]
+    oldest = (8, 0) if platform.machine() == "aarch64" else (0, 0)  # the wheels for Arm processors leave out older cards
+    fitting = [wheel for wheel in WHEELS if capability is None or max(wheel.oldest, oldest) <= capability <= wheel.newest]
     if not fitting:
         return "No build of torch has kernels for it."
     wheel = next((wheel for wheel in fitting if driver >= wheel.driver), None)
@@ -355,6 +356,8 @@ def usable_cards() -> list[int]:
 
 def missed_gpu(root: Path = Path("/")) -> str | None:
     """Why the CPU is used although this machine has a GPU, and what to do; None if it has none that torch could use.
+
+    An AMD GPU counts only if this torch is built for ROCm: many processors have a small one, for which there is no other build.
 
     Args:
         root: the root of the file system; tests pass another folder.

@@ -129,10 +129,18 @@ class OutputError(PaliGemmaError):
     code = 7
 
 
+def is_gpu_error(error: BaseException) -> bool:
+    """Whether this is torch.AcceleratorError: an operation on a GPU failed, which all later operations then report, too."""
+    return any(kind.__name__ == "AcceleratorError" for kind in type(error).__mro__)  # torch may not be imported
+
+
 def unexpected(error: BaseException) -> PaliGemmaError:
-    """Converts an exception of another class: MemoryError to a DeviceError, others to a PaliGemmaError that asks for a report."""
+    """Converts another exception: to a DeviceError if memory ran out or a GPU failed, else to an error that asks for a report."""
     if isinstance(error, MemoryError):
         found: PaliGemmaError = DeviceError("memory ran out. Close other programs, or take --dtype bf16 or --quantize int8.")
+    elif is_gpu_error(error):
+        advice = "python -m paligemma doctor checks what works on it; --graphs off or --device cpu may help."
+        found = DeviceError(f"the GPU failed. {(str(error).splitlines() or [''])[0]}. {advice}")
     else:
         import traceback  # imported only for a bug
 

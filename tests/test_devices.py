@@ -9,7 +9,7 @@ import torch
 
 from paligemma import devices
 from paligemma.devices import Hardware
-from paligemma.errors import DeviceError, UsageError
+from paligemma.errors import DeviceError, UsageError, is_gpu_error
 
 NVIDIA_HARDWARE, NVIDIA_SMI = devices.nvidia_hardware, devices.nvidia_smi.__wrapped__  # no_gpu and the cache stand in front
 CPU = torch.device("cpu")
@@ -26,6 +26,7 @@ CARDS = {
 def no_gpu(monkeypatch):
     """A machine without a GPU, with a torch for CUDA 13, on Linux; and no message counts as written already."""
     monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.version, "hip", None)
@@ -190,6 +191,22 @@ def test_a_card_that_the_wheel_was_not_built_for_is_refused_before_loading_and_s
     assert devices.find_device("auto") == torch.device("cuda")
 
 
+@pytest.mark.parametrize(
+    ("name", "processor", "advice"),
+    [
+        ("Orin", "aarch64", f"Install NVIDIA's build for Jetson: {devices.JETSON_WHEELS}"),
+        ("Tesla T4", "aarch64", "No build of torch has kernels for it."),  # Amazon's g5g machines
+        ("Tesla T4", "x86_64", "Run: pip install torch==2.13.0+cu130 --index-url https://download.pytorch.org/whl/cu130"),
+    ],
+)
+def test_the_advice_depends_on_the_processor(monkeypatch, put_cards, name, processor, advice):
+    put_cards(name, architectures=ARM)
+    monkeypatch.setattr(platform, "machine", lambda: processor)
+    with pytest.raises(DeviceError) as caught:
+        devices.find_device("cuda")
+    assert caught.value.message.endswith(advice)
+
+
 def test_auto_skips_an_old_card_beside_a_new_one(put_cards, caplog):
     put_cards("Tesla P100", "RTX 3090")
     assert devices.find_device("auto") == torch.device("cuda:1")
@@ -297,6 +314,11 @@ def test_a_mac_whose_gpu_is_not_used_is_told(monkeypatch, caplog):
     assert devices.missed_gpu().endswith("was built without MPS. Run: pip install --force-reinstall torch==2.13.0")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     assert devices.missed_gpu() is None
+
+
+def test_what_torch_raises_when_a_gpu_fails_is_known():
+    assert is_gpu_error(torch.AcceleratorError("CUDA error: unspecified launch failure"))
+    assert not is_gpu_error(RuntimeError("CUDA error"))
 
 
 # The profile

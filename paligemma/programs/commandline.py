@@ -29,7 +29,16 @@ from itertools import pairwise
 from typing import get_args
 
 import paligemma
-from paligemma.errors import DeviceError, OutputError, PaliGemmaError, PromptError, UsageError, shorten, unexpected
+from paligemma.errors import (
+    DeviceError,
+    OutputError,
+    PaliGemmaError,
+    PromptError,
+    UsageError,
+    is_gpu_error,
+    shorten,
+    unexpected,
+)
 
 PROGRAMS = ("finetune", "annotate", "cluster", "doctor")  # modules of paligemma.programs; the command line starts them by name
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -397,7 +406,9 @@ def run_guarded(flags: type, program: Callable, argv: list[str], topics: dict[st
     except ModuleNotFoundError as error:
         advice = "Install it with pip install -r requirements.txt, or use launch_inference.sh, which installs it."
         return report(DeviceError(f"the package {error.name!r} is not installed. {advice}", path=error.name), as_json, is_debug)
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or is_gpu_error(error)):
+            raise
         return report(unexpected(error), as_json, is_debug)
     except Interrupted as stop:
         return stop.code

@@ -331,6 +331,20 @@ def test_a_missing_package_is_named(capsys):
     assert "error: the package 'fire' is not installed. Install it with pip install -r" in capsys.readouterr().err
 
 
+def test_a_gpu_that_fails_is_6_and_no_bug(capsys):
+    class AcceleratorError(RuntimeError):
+        """As torch.AcceleratorError."""
+
+    def program(_):
+        raise AcceleratorError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later")
+
+    assert run(program) == 6
+    assert capsys.readouterr().err == (
+        "error: the GPU failed. CUDA error: an illegal memory access was encountered. python -m paligemma doctor checks what "
+        "works on it; --graphs off or --device cpu may help.\n"
+    )
+
+
 def test_running_out_of_memory_is_6(capsys):
     def program(_):
         raise MemoryError
