@@ -97,6 +97,15 @@ def test_room_counts_the_blocks_of_quantised_weights_that_are_floats_at_a_time(f
     assert rooms[1] - rooms[0] == gpu_products.BLOCK_BYTES  # test_gpu_products.py measures it
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_weights_get_the_layout_of_the_device_while_they_are_loaded(float32, kind):
+    """Not during the first prompt, when the cache and other modules take memory, too."""
+    with card(H100):
+        model = weights.load_model(float32, device="cuda", quantize=kind, graphs="off")
+        modules = [module for module in model.modules() if isinstance(module, quantization.QuantizedLinear)]
+        assert modules and not any(module.is_tiled for module in modules)
+
+
 def test_float32_is_exact_and_cudnn_plans_no_attention(float32):
     """cuDNN would round the pixels to TF32, and would plan its attention anew for each shape."""
     torch.backends.cuda.enable_cudnn_sdp(True)
