@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paligemma import machine
-from paligemma.devices import find_device
+from paligemma.devices import find_device, profile
 from paligemma.errors import DatasetError, DeviceError, UsageError, counted
 from paligemma.files import expand_text, make_folder, stat_path
 from paligemma.learning import run_folder
@@ -305,6 +305,9 @@ def train(flags: Flags, device: "torch.device") -> None:
 
     # 3. The memory.
     plan = flags.plan(len(examples.items))
+    used = profile(device)
+    if plan.dtype not in used.dtypes:
+        show(f"bfloat16 is slow on {used.name}, which emulates it. If the memory suffices, --dtype fp32 is faster.")
     needed_bytes = memory_needed(blueprint, plan, flags.max_text_tokens, flags.gradient_checkpointing)
     needed_bytes *= num_local_processes() if device.type == "cpu" else 1
     machine.require_memory(needed_bytes, device, "fine-tuning takes", ADVICE)

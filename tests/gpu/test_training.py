@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from paligemma.learning import run_folder, training
 from paligemma.programs import commandline, finetune
-from tests.gpu.pretend import kernels, pretend, waits
+from tests.gpu.pretend import count, kernels, pretend, waits
 from tests.learning.test_training import COUNT, make_trainer, toy_batch
 from tests.tiny_checkpoint import make_checkpoint
 
@@ -42,6 +42,8 @@ def test_the_cpu_waits_once_per_update(pretended, micro_batch_size):
         with gpu.part() as events:
             trainer.update()
         assert waits(events) == ["training.py update: to"]
+        # For each micro-batch pixels, ids, padding, ends of the prompts; rows, positions, ids and weights of the answer tokens
+        assert count(events, "h2d") == 8 * (4 // micro_batch_size)
 
 
 def test_the_optimiser_changes_weights_in_place_on_a_gpu_and_keeps_its_bits_on_the_cpu(pretended, tmp_path):
@@ -62,8 +64,17 @@ def test_the_optimiser_changes_weights_in_place_on_a_gpu_and_keeps_its_bits_on_t
     assert make_trainer().optimiser.defaults["fused"] is None
 
 
-@pytest.mark.parametrize("method", [("--dtype=bf16",), ("--dtype=fp32", "--method=lora", "--gradient_checkpointing")])
-def test_the_program_trains_evaluates_and_saves_on_the_card_that_is_named(method, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "method, capability, is_slow",
+    [
+        (["--dtype=bf16"], (8, 0), False),
+        (["--dtype=bf16", "--method=lora"], (7, 5), True),
+        (["--dtype=fp32", "--method=lora", "--gradient_checkpointing"], (7, 5), False),
+    ],
+)
+def test_the_program_trains_evaluates_and_saves_on_the_card_that_is_named(
+    method, capability, is_slow, tmp_path, monkeypatch, capsys
+):
     """cuDNN's attention is off in training, too: it would build a plan for each new length of a batch."""
     (tmp_path / "model").mkdir()
     model = make_checkpoint(tmp_path / "model", context=512)
@@ -87,7 +98,7 @@ def test_the_program_trains_evaluates_and_saves_on_the_card_that_is_named(method
     monkeypatch.setattr(training.Trainer, "update", record)
     given = [f"--model_path={model}", f"--train={tmp_path / 'train.jsonl'}", f"--valid={tmp_path / 'train.jsonl'}", *method]
     given += [f"--output={tmp_path / 'run'}", "--device=cuda:1", "--batch_size=2", "--micro_batch_size=1", "--steps=3"]
-    with pretend("cuda:0,cuda:1", late_copies=True) as gpu:
+    with pretend("cuda:0,cuda:1", late_copies=True, capability=capability) as gpu:
         assert commandline.run(finetune.Flags, finetune.program, given) == 0
         assert gpu.mismatches == [] and waits(gpu.events).count("training.py update: to") == 3
         assert {str(event.device) for event in gpu.events} == {"cuda:1"} and not any(cudnn) and len(cudnn) == 3
@@ -98,3 +109,4 @@ def test_the_program_trains_evaluates_and_saves_on_the_card_that_is_named(method
     assert (tmp_path / "run" / "model" / "config.json").exists()
     scored = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all("anls" in line for line in scored if "valid_loss" in line)
+    assert ("bfloat16 is slow on Pretended GPU (sm_75), which emulates it" in capsys.readouterr().err) == is_slow
