@@ -128,7 +128,7 @@ def profile(device: "torch.device") -> Profile:
     import torch
 
     if device.type == "mps":
-        return replace(PROFILES["mps"], name="Apple GPU")
+        return replace(PROFILES["mps"], name="MPS")
     if device.type != "cuda":
         return replace(PROFILES["cpu"], name="CPU")
     name = torch.cuda.get_device_name(device)
@@ -189,8 +189,11 @@ class Wheel:
     newest: Capability
 
 
-WHEELS = (Wheel("cu130", 580, (7, 5), (12, 1)), Wheel("cu126", 525, (5, 0), (9, 0)))
-LAST_CUDA_12 = "2.14"  # newer versions of torch have no wheel for CUDA 12
+WHEELS = (
+    Wheel("cu130", 580, (7, 5), (99, 9)),  # contains PTX for cards that will come
+    Wheel("cu126", 525, (5, 0), (9, 0)),
+)
+FIRST_WITHOUT_CUDA_12 = "2.15"  # this version of torch and later ones have no cu126
 TESTED_TORCH = "2.13.0"  # as in requirements.txt
 JETSON = ((5, 3), (6, 2), (7, 2), (8, 7))  # these run code for their own architecture only
 JETSON_WHEELS = "https://docs.nvidia.com/deeplearning/frameworks/install-pytorch-jetson-platform"
@@ -278,7 +281,7 @@ def how_to_install(hardware: Hardware, capability: Capability | None = None) -> 
     if wheel is None:
         return f"Update the NVIDIA driver to version {fitting[0].driver} or newer."
     version = torch.__version__.partition("+")[0]
-    if wheel.index == "cu126" and torch.torch_version.TorchVersion(version) >= "2.15":
+    if wheel.index == "cu126" and torch.torch_version.TorchVersion(version) >= FIRST_WITHOUT_CUDA_12:
         version = TESTED_TORCH
     return f"Run: pip install torch=={version}+{wheel.index} --index-url https://download.pytorch.org/whl/{wheel.index}"
 
@@ -298,7 +301,8 @@ def why_no_cuda(hardware: Hardware) -> tuple[str, str]:
         reason = "torch finds no GPU."
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())
-    needed = {13: 580, 12: 525}.get(int((torch.version.cuda or "0").partition(".")[0]), 0)
+    built_for = "cu" + (torch.version.cuda or "none")[:2]  # CUDA 13.0 and 13.2 need the same driver
+    needed = next((wheel.driver for wheel in WHEELS if wheel.index.startswith(built_for)), 0)
     if "too old" in reason or (hardware.driver is not None and hardware.driver < needed):
         found = f"the driver is {hardware.driver or 'older'}"
         reason = f"This torch ({torch.__version__}) needs an NVIDIA driver of version {needed} or newer, and {found}."
@@ -331,7 +335,7 @@ def check_cuda(name: str) -> None:
     if not torch.cuda.is_available():
         hardware = nvidia_hardware()
         reason, advice = why_no_cuda(hardware or Hardware())
-        found = "" if hardware else " No NVIDIA GPU was found on this machine."
+        found = "" if hardware or torch.version.hip is not None else " No NVIDIA GPU was found on this machine."
         raise DeviceError(f"device {name} is not available. {reason}{found} Take --device cpu, or fix this. {advice}")
     count, index = torch.cuda.device_count(), int(name.partition(":")[2] or 0)
     if index >= count:
@@ -412,7 +416,8 @@ def find_devices(name: "str | torch.device" = "auto") -> "list[torch.device]":
         # Prompts, lengths and random numbers are made on the CPU, in many places, and copied to the device when needed.
         text = f"torch's default device is {torch.get_default_device()}, but cpu is needed"
         raise UsageError(f"{text}. Remove torch.set_default_device or `with torch.device`, and name the device when loading.")
-    name = str(name)
+    # A tensor's own device may be named, too: torch calls the only one of its type mps:0.
+    name = name.type if isinstance(name, torch.device) and name.type == "mps" else str(name)
     parts = name.split(",")
     if not NAMES.fullmatch(name) or len(set(parts)) < len(parts):
         raise UsageError(f"device is {name!r}. {NEEDED} is needed.")

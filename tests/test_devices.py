@@ -32,7 +32,7 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "init", fails("Found no NVIDIA driver."))
+    monkeypatch.setattr(torch.cuda, "init", fails("Found no driver."))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(devices, "nvidia_hardware", lambda *_: None)
     monkeypatch.setattr(devices, "has_triton", lambda: True)
@@ -73,7 +73,7 @@ def test_cpu_is_always_there():
 def test_auto_takes_the_best_there_is(monkeypatch, put_cards, caplog):
     assert devices.find_device("auto") == CPU
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert devices.find_device("auto") == torch.device("mps")
+    assert devices.find_device("auto") == devices.find_device(torch.device("mps:0")) == torch.device("mps")
     put_cards("A100", "A100")
     assert devices.find_device("auto") == torch.device("cuda")
     assert not caplog.records
@@ -230,6 +230,7 @@ UPDATE = "Update the NVIDIA driver to version {} or newer."
         ("2.13.0+cpu", Hardware(581, (("RTX 4090", (8, 9)),)), IS_CPU_BUILD + RUN_CU130),
         ("2.13.0+cpu", Hardware(551, (("RTX 3060", (8, 6)),)), IS_CPU_BUILD + RUN_CU126),
         ("2.13.0+cpu", Hardware(581, (("GTX 1080", (6, 1)),)), IS_CPU_BUILD + RUN_CU126),
+        ("2.13.0+cpu", Hardware(610, (("A card of 2028", (13, 0)),)), IS_CPU_BUILD + RUN_CU130),
         ("2.13.0+cpu", Hardware(581), IS_CPU_BUILD + RUN_CU130),
         ("2.13.0+cpu", Hardware(), IS_CPU_BUILD + RUN_CU130),
         ("2.15.0+cpu", Hardware(550, (("A100", (8, 0)),)), IS_CPU_BUILD + RUN_CU126),
@@ -240,7 +241,7 @@ UPDATE = "Update the NVIDIA driver to version {} or newer."
         ("2.13.0+cu130", Hardware(470, (("Tesla T4", (7, 5)),)), "the driver is 470. " + UPDATE.format(580)),
         ("2.13.0+cu126", Hardware(470, (("Tesla P100", (6, 0)),)), "525 or newer, and the driver is 470. " + UPDATE.format(525)),
         # Anything else is told in the words of torch.
-        ("2.13.0+cu130", Hardware(580, (("A100", (8, 0)),)), "Found no NVIDIA driver. See what nvidia-smi prints."),
+        ("2.13.0+cu130", Hardware(580, (("A100", (8, 0)),)), "Found no driver. See what nvidia-smi prints."),
     ],
 )
 def test_a_gpu_that_is_not_found_is_told_with_the_reason_and_the_command(monkeypatch, caplog, version, hardware, told):
@@ -296,6 +297,9 @@ def test_an_amd_gpu_that_is_not_found_is_told(monkeypatch, tmp_path):
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/kfd").touch()
     assert devices.missed_gpu(tmp_path).startswith("The CPU is used although this machine has an AMD GPU.")
+    with pytest.raises(DeviceError) as caught:
+        devices.find_device("cuda")
+    assert "NVIDIA GPU" not in caught.value.message and caught.value.message.endswith("See what rocminfo prints.")
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "")
     assert devices.missed_gpu(tmp_path).endswith("which hides all GPUs. Remove it: unset HIP_VISIBLE_DEVICES")
 
