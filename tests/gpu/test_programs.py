@@ -13,9 +13,11 @@ import torch
 import paligemma
 from paligemma.generation import Sampling, generate, generate_many
 from paligemma.layers import graphs
+from paligemma.layers.batch_cache import BatchCache
 from paligemma.layers.cuda_decoding import use_cuda_modules
 from paligemma.learning import training
 from paligemma.model import DetectionResult, Model
+from paligemma.modeling_gemma import KVCache
 from tests import test_shape_comments as primes
 from tests.gpu.pretend import count, pretend
 from tests.learning.test_training import make_trainer, toy_batch
@@ -59,6 +61,23 @@ def test_generate_many(family, device):
     assert len(expected) == 7 and len({len(tokens) for tokens in expected.values()}) > 2
     with on_device(make_model(family), device) as (_, model):
         assert {answer.index: answer.token_ids for answer in generate_many(model, requests, **settings)} == expected
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", [KVCache, BatchCache])
+def test_lengths_reach_the_device_before_they_change(kind, device):
+    """Prefill and steps without a wait in between: each step changes the lengths on the CPU at once."""
+
+    def logits(model):
+        cache, batch = model.new_cache(3, 40, kind), make_batch([(1, 5, 0), (1, 9, 0), (1, 2, 0)], pad="right")
+        found = [model.prefill(cache, **batch)]
+        found += [model.decode(cache, torch.arange(20, 23) + i).to(model.device) for i in range(3)]
+        return torch.stack(found).cpu()
+
+    with torch.no_grad():
+        expected = logits(make_model("gemma"))
+        with on_device(make_model("gemma"), device) as (_, model):
+            torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", DEVICES)
