@@ -26,9 +26,9 @@ What is known to go wrong with CUDA graphs decides the rest:
 `use_graphs` enables all this. With the mode "compile" a step is also compiled, before it is recorded: torch.compile fuses the
 operations between the matrix products, and generates its own matrix-vector kernels, as gpt-fast does.
 
-No GPU has run this: `record` and inductor's kernels for CUDA have never run, and no speed was measured. The tests run
-everything else on a CPU and on a pretended device, whose graphs are lists of operators: tests/layers/test_graphs.py and
-tests/gpu/test_recorded_steps.py. benchmarks/gpu.sh measures on a GPU.
+No GPU has run this. `record` has run on a pretended device only, whose graphs are lists of operators
+(tests/gpu/test_recorded_steps.py), inductor's kernels for CUDA have never run, and no speed was measured. The rest is tested on
+a CPU in tests/layers/test_graphs.py. benchmarks/gpu.sh measures on a GPU.
 Shapes: B batch rows, S slots of the KV cache that are read, K key/value heads, E width of one head, V vocabulary size.
 """
 
@@ -106,7 +106,7 @@ def own_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 
 def record(work: Callable[[], Tensor], stream: torch.cuda.Stream) -> tuple[Callable[[], None], Tensor]:
-    """Records `work` as a CUDA graph without running it. This function has never run on a GPU.
+    """Records `work` as a CUDA graph without running it. No GPU has run this function.
 
     Args:
         work: a function that has run before, and that uses only tensors whose addresses do not change.

@@ -455,6 +455,12 @@ def test_without_a_stream_of_its_own_a_step_is_not_recorded(recorder, monkeypatc
 # A cache outlives the answer
 
 
+def test_nothing_is_compiled_unless_asked_for(recorder, monkeypatch):
+    monkeypatch.setattr(graphs, "compiled_step", lambda: 1 / 0)
+    answer(recorded(), make_batch(ROWS, "right"), script(3, 9))
+    assert graphs.COMPILED.state == "unchecked" and recorder.replays > 0
+
+
 def test_ten_answers_record_once(recorder):
     batch, tokens = make_batch(ROWS, "right"), script(3, 5)
     model = recorded()
@@ -627,6 +633,23 @@ def test_a_graph_that_is_no_longer_used_lives_as_long_as_its_cache(recorder):
     del cache, step, model
     gc.collect()
     assert graph() is None
+
+
+@pytest.mark.usefixtures("compiled")
+@torch.no_grad()
+def test_when_recording_is_found_wrong_elsewhere_a_compiled_step_goes_on_without_its_graph(recorder):
+    model = recorded(mode="compile", num_hidden_layers=1)
+    cache = model.new_cache(1, 16)
+    model.prefill(cache, **make_batch(ROWS[:1], "right"))
+    for row in script(1, 4):
+        model.decode(cache, row)
+    assert recorder.replays == 2
+    graphs.RECORDED.turn_off("are wrong")
+    for row in script(1, 2):
+        model.decode(cache, row)
+    (step,) = cache.steps.steps.values()
+    assert recorder.replays == 2 and step.recording is None and step.function is graphs.compiled_step()
+    assert len(cache.steps.retired) == 1
 
 
 @pytest.mark.usefixtures("recorder")
@@ -825,4 +848,4 @@ def test_threads_record_one_after_the_other_and_get_the_answers_of_one(recorder,
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: answer(model, batch, tokens)[0], range(4)))
     assert together == [False] * len(together) and len(together) >= 4
-    assert all(logits.equal(answer(model, batch, tokens)[0]) for logits in answers)
+    assert all(logits.equal(answer(model, batch, tokens)[0]) for logits in answers) and len(model.spare.waiting) == 1
