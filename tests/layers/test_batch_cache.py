@@ -13,6 +13,16 @@ def make_cache(batch=3, slots=6):
     return BatchCache(config, batch, slots, device=torch.device("cpu"), dtype=torch.float32)
 
 
+def test_a_cleared_cache_is_as_new():
+    cache = make_cache()
+    cache.set_lengths(torch.tensor([2, 6, 5]))
+    cache.keys.fill_(torch.nan), cache.values.fill_(torch.inf)
+    cache.clear()
+    for name, value in vars(make_cache()).items():
+        found = getattr(cache, name)
+        assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value, name
+
+
 def test_slices_share_the_memory():
     cache = make_cache()
     cache[1:].set_lengths(torch.tensor([2, 5]))
