@@ -85,7 +85,7 @@ measure quantised 90 decode --sides "ours bf16,ours int8,ours int4"
 measure compiled 180 decode --sides "ours bf16,ours bf16 compiled"
 step agree 150 "$python" -m benchmarks.agree --device "$device" --out "$out/measurements.jsonl"
 measure batch 60 batch --sides "ours bf16,transformers bf16"
-measure memory 60 memory --sides "ours bf16,ours int8,ours int4,transformers bf16"
+measure memory 90 memory --sides "ours bf16,ours int8,ours int4,transformers bf16"
 measure start 60 start --sides "ours bf16,transformers bf16"
 
 printf '\nmeasurements and output of each step: %s\n' "$out"

@@ -2,8 +2,9 @@
 
 On the CPU, the peak is the kernel's VmHWM. It counts pages of mapped files as soon as they are touched, so it is the memory that
 the machine must have. The floor is the size of the weights. Programs often need twice as much while loading, because of a copy in
-another dtype or a state dict next to the model. A quantised model is measured twice: quantised from the bf16 files while loading,
-and mapped from its own file. On CUDA, the peak is the most GPU memory that torch had allocated; CPU memory is stored as well.
+another dtype or a state dict next to the model. There, a quantised model is measured twice: quantised from the bf16 files while
+loading, and mapped from its own file. On CUDA, the peak is the most GPU memory that torch had allocated; CPU memory is stored as
+well.
 """
 
 
@@ -28,7 +29,7 @@ def main() -> None:
     folders = {}
     for name in sorted((name for name in options.sides if name != turns.STATIC), key=lambda name: name != turns.BASELINE):
         folders[name] = options.model
-        if name in (turns.INT8, turns.INT4):
+        if name in (turns.INT8, turns.INT4) and options.device == "cpu":
             folders[f"{name}, from its own file"] = turns.quantised(options.model, name.split()[1], options.device)
     sides, rows = {}, {}
     print(f"{'GB':34}{'peak':>8}{'weights':>9}{'of ' + turns.BASELINE:>22}")

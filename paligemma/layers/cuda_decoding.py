@@ -1,10 +1,12 @@
 """Modules that compute a decoding step with fewer kernels on CUDA: `use_cuda_modules` puts them into a model.
 
 In a decoding step each row has one new token, so almost every kernel is tiny, and the time to start a kernel counts more than
-what it computes. Each class replaces a module of modeling_gemma.py, keeps its parameters under the same names, and overrides the
-method that computes the output. They also change how one token attends to thousands of slots: torch's fused kernel gives this
-work to a single block of threads per row and key head, while two batched products are spread over the whole GPU. Every card and
-every version of torch can compute them.
+what it computes. Each class replaces a module of modeling_gemma.py and keeps its parameters under the same names. The attention
+of one token to thousands of slots is computed in another way, too: torch's fused kernel gives it to a single block of threads
+per row and key head, while two batched products are spread over the whole GPU, and every card can compute them.
+
+`use_cuda_modules` compares the modules with the plain ones once per card, and leaves the model as it is if they differ. Prompts
+use the new norms only. Training uses none of this. When a step is compiled, its norms are the plain ones.
 
 Checked in tests/gpu/test_cuda_decoding.py, which also counts the kernels, on a pretended GPU. No card has run it.
 Shapes: as in modeling_gemma.py.
@@ -107,9 +109,9 @@ def works(attention_module: GemmaAttention, norm: GemmaRMSNorm) -> bool:
     width, device, dtype = attention_module.width, norm.weight.device, norm.weight.dtype
     n, k = (module.out_features // width for module in (attention_module.q_proj, attention_module.k_proj))
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(shape, generator=generator).to(device, dtype)  # noqa: E731
+    draw = lambda *shape: torch.randn(shape, generator=generator, device="cpu").to(device, dtype)  # noqa: E731
     q, keys, values = draw(2, n, 1, width), draw(2, k, 256, width), draw(2, k, 256, width)
-    mask = (torch.arange(256) < torch.tensor([[256], [199]]))[:, None, None].to(device)  # [B, 1, 1, S]
+    mask = torch.arange(256, device=device).expand(2, 1, 1, 256) < torch.tensor([256, 199], device=device).view(2, 1, 1, 1)
     scale, cap = attention_module.scale, attention_module.cap
     ONE_TOKEN.run(
         lambda: one_token_attention(q, keys, values, additive(mask, dtype), scale, cap),
