@@ -162,6 +162,17 @@ def dtypes_to_try(device: "torch.device", stored: "torch.dtype") -> tuple["torch
     return (stored, *(dtype for dtype in fast if dtype != stored)) if stored in fast else fast
 
 
+def use_exact_float32() -> None:
+    """Makes products in float32 exact: for programs, because NVIDIA's containers set a variable that makes torch compute in TF32.
+
+    The library changes no setting of torch for this, so a caller of `paligemma.load` may choose TF32 for speed.
+    """
+    import torch
+
+    if torch.get_float32_matmul_precision() != "highest":
+        torch.set_float32_matmul_precision("highest")
+
+
 def to_device(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
     """The tensor on the device. A copy from the CPU to a CUDA device does not wait: later operations on the device see it."""
     if device.type == "cuda" and tensor.device.type == "cpu":

@@ -374,6 +374,13 @@ def test_the_cpu_beside_a_gpu_is_one_line_with_the_command_unless_the_cpu_is_ask
         assert (code, err) == (0, "")
 
 
+def test_a_program_computes_float32_exactly_where_a_container_sets_tf32(ask, request):
+    request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
+    torch.set_float32_matmul_precision("high")  # what TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 does in NVIDIA's containers
+    assert ask()[0] == 0
+    assert torch.get_float32_matmul_precision() == "highest" and torch.backends.cuda.matmul.fp32_precision == "ieee"
+
+
 def test_weights_that_are_not_numbers_are_4_and_when_allowed_6(ask, world):
     model = weights.load_model(world / "model")
     with torch.no_grad():

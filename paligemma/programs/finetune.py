@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paligemma import machine
-from paligemma.devices import find_device, profile
+from paligemma.devices import find_device, profile, use_exact_float32
 from paligemma.errors import DatasetError, DeviceError, UsageError, counted
 from paligemma.files import expand_text, make_folder, stat_path
 from paligemma.learning import run_folder
@@ -366,6 +366,7 @@ def program(flags: Flags) -> None:
         raise DeviceError("--tensorboard needs a package. Install it: pip install tensorboard.")
     machine.use_cores()
     machine.check_torch()
+    use_exact_float32()
     device = find_device(own_device(flags.device))
     with connect_processes(device):
         train(flags, device)

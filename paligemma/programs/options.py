@@ -94,6 +94,7 @@ class ModelFlags:
 
         from paligemma.opened import open_checkpoint
 
+        devices.use_exact_float32()
         devices.find_device(self.device_name)  # before anything is downloaded
         checkpoint = open_checkpoint(self.model_path, revision=self.revision, base_model=self.base_model)
         if sum(os.path.getsize(file) for file in checkpoint.base.glob("*.safetensors") if files.is_file(file)) < SMALL_MODEL:
