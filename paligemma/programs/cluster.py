@@ -137,7 +137,9 @@ def gpus_each(flags: Flags) -> float:
 
     if flags.gpus is not None:
         return flags.gpus
-    return 1 if ray.cluster_resources().get("GPU") and not flags.only_cpu and flags.device in ("auto", "cuda") else 0
+    takes_gpus = not flags.only_cpu and (flags.device in ("auto", "cuda") or "," in flags.device)
+    # Ray shows each worker its own GPUs, as cuda:0, cuda:1, ...; a device such as cuda:0,cuda:1 names two of them.
+    return flags.device.count(",") + 1 if takes_gpus and ray.cluster_resources().get("GPU") else 0
 
 
 def in_lists(questions: Iterable[Question], length: int) -> Iterator[list[str]]:

@@ -10,6 +10,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,3 +165,13 @@ def test_wrong_usage_is_answered_before_anything_slow_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", script, "phots", "--output=x"], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "3 []", done.stderr
+
+
+@pytest.mark.parametrize(
+    "device, only_cpu, found, gpus",
+    [("auto", False, 4, 1), ("cuda", False, 4, 1), ("cuda:0,cuda:1", False, 4, 2), ("auto", True, 4, 0), ("cpu", False, 4, 0),
+     ("auto", False, 0, 0)],
+)  # fmt: skip
+def test_a_worker_gets_as_many_gpus_as_its_device_names(device, only_cpu, found, gpus, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(cluster_resources=lambda: {"GPU": found}))
+    assert cluster.gpus_each(SimpleNamespace(gpus=None, only_cpu=only_cpu, device=device)) == gpus
