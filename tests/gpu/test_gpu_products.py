@@ -146,7 +146,7 @@ def test_few_rows_take_the_kernel_of_the_device_and_many_take_blocks(on_gpu, nam
 
 @pytest.mark.parametrize(("names", "capability", "kind", "operator"), WAYS)
 @pytest.mark.parametrize("outputs", [37, 64])
-def test_odd_sizes(on_gpu, names, capability, kind, operator, outputs):
+def test_odd_sizes(on_gpu, names, capability, kind, operator, outputs, caplog):
     module = quantized(random_linear(outputs, 100, bias=True), kind)
     expected = torch.randn(2, 3, 100), module.weight_as_floats()
     gpu = on_gpu(names, capability=capability)
@@ -156,6 +156,7 @@ def test_odd_sizes(on_gpu, names, capability, kind, operator, outputs):
     assert gap(y, expected[0] @ expected[1].T + module.bias.cpu()) < 6e-3
     # MPS has int8 products for multiples of 32 outputs; 37 are padded to 48.
     assert used == (BLOCKS if names == "mps" and kind == "int8" and outputs == 37 else {operator} | BLOCKS)
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize(("names", "capability", "kind", "_operator"), WAYS)
