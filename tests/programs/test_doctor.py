@@ -156,8 +156,6 @@ def test_the_output_holds_no_personal_data(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(("device", "capability"), [("cuda:0", (9, 0)), ("cuda:0", (8, 9)), ("mps", None)])
 def test_a_healthy_pretended_gpu(monkeypatch, capsys, device, capability):
     monkeypatch.setattr(devices, "has_triton", lambda: True)
-    if capability:  # products with few rows are compiled, which needs a real GPU
-        monkeypatch.setattr(arithmetic, "integer_rows", lambda *_: [])
     options = {} if capability is None else {"capability": capability, "name": "NVIDIA X"}
     with pretend(device, late_copies=True, **options) as gpu:
         code, found = report(capsys)
