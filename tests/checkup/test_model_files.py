@@ -114,6 +114,29 @@ def write_index(file_name):
     return damage
 
 
+def swap_tokens(folder):
+    """A fault: two <loc> tokens have each other's ids."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    tokens = {token["content"]: token for token in content["added_tokens"]}
+    first, second = tokens["<loc0003>"], tokens["<loc0700>"]
+    first["content"], second["content"] = second["content"], first["content"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def cut_embedding(folder):
+    """A fault: the embedding has fewer rows than the tokenizer has tokens."""
+    edit_tensors(folder, lambda tensors: tensors.update({EMBEDDING: tensors[EMBEDDING][:1400].clone()}))
+    config = json.loads((folder / "config.json").read_text())
+    edit_json(folder / "config.json", text_config=config["text_config"] | {"vocab_size": 1400})
+
+
+def split_by_expression(folder):
+    """A fault: the tokenizer splits text as Llama's does."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "\\s+"}, "behavior": "Isolated", "invert": False}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
 FAULTS = {  # what is done to the folder, the name of the failed row, words in it, words in its advice
     "no config.json": (lambda f: (f / "config.json").unlink(), "settings", "config.json is missing", "Download"),
     "config.json is not JSON": (lambda f: (f / "config.json").write_text("{"), "settings", "config.json:1:2", "download"),
@@ -159,6 +182,9 @@ FAULTS = {  # what is done to the folder, the name of the failed row, words in i
     "one value": (lambda f: edit_tensors(f, lambda t: t[DOWN].fill_(0.5)), "only one value", DOWN, "Download"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer", "neither tokenizer.json", "Download"),
     "tokenizer is not JSON": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer", "not JSON", "download"),
+    "<loc> tokens in another order": (swap_tokens, "tokenizer", "<loc> tokens are not consecutive", "PaliGemma checkpoint"),
+    "more tokens than rows": (cut_embedding, "tokenizer", "has 1509 tokens, but the model's embedding has only 1400", "download both"),
+    "a tokenizer of another model": (split_by_expression, "tokenizer", "Split by a regular expression", "PaliGemma checkpoint"),
     "other id of <image>": (
         lambda f: edit_json(f / "config.json", image_token_index=1400), "tokenizer", "<image> the id 1508", "download both",
     ),

@@ -244,6 +244,20 @@ def test_a_class_may_check_its_words_before_anything_else(monkeypatch):
         read_wordy("a", "b")
 
 
+@pytest.mark.parametrize("argv", [["detect", "--json", "cat"], ["--size=5"], ["--nojson", "a # b", "None"], []])
+def test_flags_are_read_without_fire_as_with_it(monkeypatch, argv):
+    with_fire = read_wordy(*argv)
+    monkeypatch.setitem(sys.modules, "fire", None)  # whose import fails
+    assert read_wordy(*argv) == with_fire
+    with pytest.raises(UsageError, match="a whole number is needed"):
+        read_wordy("--size=many")
+
+
+def test_a_program_may_return_its_exit_code():
+    for code in (0, 6, None):
+        assert commandline.run(Wordy, lambda _, code=code: code, []) == (code or 0)
+
+
 def test_help_groups_the_flags_of_base_classes_and_leaves_the_words_out(capsys):
     assert commandline.run(Wordy, lambda _: pytest.fail("it ran"), ["--help"]) == 0
     out = capsys.readouterr().out
@@ -253,7 +267,7 @@ def test_help_groups_the_flags_of_base_classes_and_leaves_the_words_out(capsys):
     )
 
 
-@pytest.mark.parametrize("name", ["inference", "programs.annotate", "programs.cluster", "programs.finetune"])
+@pytest.mark.parametrize("name", ["inference", "programs.annotate", "programs.cluster", "programs.doctor", "programs.finetune"])
 def test_the_text_about_a_flag_never_touches_its_name(name):
     flags = importlib.import_module(f"paligemma.{name}").Flags
     texts = commandline.help_text(flags)
