@@ -283,9 +283,7 @@ def vectors_rows(opened: Opened) -> list[Row]:
     return [factor_row(model, features[0], picture, words, said), norm_row(model, picture.norm(dim=-1), said.norm(dim=-1))]
 
 
-def factor_row(
-    model: PaliGemmaForConditionalGeneration, features: Tensor, picture: Tensor, words: Tensor, said: Tensor
-) -> Row:
+def factor_row(model: PaliGemmaForConditionalGeneration, features: Tensor, picture: Tensor, words: Tensor, said: Tensor) -> Row:
     """Whether the decoder gets picture vectors as they are, and word vectors times sqrt(D).
 
     Args:

@@ -98,7 +98,6 @@ def test_an_adapter_is_checked_with_its_base(model, tmp_path):
 # Faults
 
 
-
 def put(name, make):
     """A fault: the tensor of that name is what `make` makes of it."""
     return lambda folder: edit_tensors(folder, lambda tensors: tensors.update({name: make(tensors.get(name))}))
@@ -183,7 +182,7 @@ FAULTS = {  # what is done to the folder, the name of the failed row, words in i
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer", "neither tokenizer.json", "Download"),
     "tokenizer is not JSON": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer", "not JSON", "download"),
     "<loc> tokens in another order": (swap_tokens, "tokenizer", "<loc> tokens are not consecutive", "PaliGemma checkpoint"),
-    "more tokens than rows": (cut_embedding, "tokenizer", "has 1509 tokens, but the model's embedding has only 1400", "download both"),
+    "more tokens than rows": (cut_embedding, "tokenizer", "has 1509 tokens, but", "download both"),
     "a tokenizer of another model": (split_by_expression, "tokenizer", "Split by a regular expression", "PaliGemma checkpoint"),
     "other id of <image>": (
         lambda f: edit_json(f / "config.json", image_token_index=1400), "tokenizer", "<image> the id 1508", "download both",

@@ -91,9 +91,7 @@ def test_each_row_is_printed_as_soon_as_it_is_known(monkeypatch):
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize(
-    ("arithmetic_code", "model_code", "code"), [(None, None, 0), (6, None, 6), (None, 4, 4), (6, 4, 6)]
-)
+@pytest.mark.parametrize(("arithmetic_code", "model_code", "code"), [(None, None, 0), (6, None, 6), (None, 4, 4), (6, 4, 6)])
 def test_the_exit_code_says_what_failed(monkeypatch, arithmetic_code, model_code, code):
     for name, found in (("arithmetic_rows", arithmetic_code), ("model_rows", model_code)):
         rows = [] if found is None else [failed("a check", "wrong", "Do this.", found)]
