@@ -381,13 +381,14 @@ def choose_dtype(
     """The dtype that a model is loaded in, which is logged with the reason.
 
     Args:
-        wanted: what the user asked for; None = the first of dtypes_to_try that fits into the memory, or else the last one.
+        wanted: what the user asked for; None = the first of dtypes_to_try that fits into the memory, or else the smallest one (the
+            model may then be divided among several cards).
         need: the bytes that the model needs in a dtype.
     """
     used, short = profile(devices[0]), {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
     dtypes = dtypes_to_try(devices[0], stored) if wanted is None else (wanted,)
     free = sum(free_memory(device) or 0 for device in devices)
-    chosen = next((dtype for dtype in dtypes[:-1] if need(dtype) <= free), dtypes[-1])
+    chosen = dtypes[0] if len(dtypes) == 1 else next((dtype for dtype in dtypes if need(dtype) <= free), min(dtypes, key=need))
     if wanted is not None:
         why = "as asked for"
     elif chosen == stored:

@@ -89,6 +89,23 @@ def test_an_older_card_gets_float16_where_float32_does_not_fit(float32, caplog):
     assert caught.value.code == 6
 
 
+@pytest.mark.parametrize(
+    ("capability", "stored", "dtype"),
+    [
+        (H100, torch.bfloat16, torch.bfloat16),
+        (L4, torch.float32, torch.bfloat16),
+        (H100, torch.float16, torch.float16),
+        (T4, torch.bfloat16, torch.float16),
+        (T4, torch.float32, torch.float16),
+    ],
+)
+def test_a_model_that_fits_in_no_dtype_gets_the_smallest_and_of_equal_ones_the_best(capability, stored, dtype):
+    """It may be divided among cards afterwards, so the dtype matters: float16 would not save memory over bfloat16."""
+    with card(capability):
+        need = lambda dtype: 2**40 * dtype.itemsize  # noqa: E731
+        assert weights.choose_dtype(None, stored, [torch.device("cuda:0")], need) == dtype
+
+
 def test_room_counts_the_blocks_of_quantised_weights_that_are_floats_at_a_time(float32):
     files = weights.ModelFiles(float32)
     model = weights.empty_model(files.config)
