@@ -29,9 +29,11 @@ def float32_product(a: Tensor, b: Tensor) -> Tensor:
     """The batched product of two tensors of one dtype, in float32.
 
     GPUs add up products in float32 in any case. Without rounding the sums to 16 bits, large scores stay exact, and float16
-    cannot overflow.
+    cannot overflow. torch has this product for CUDA only, but a model may be moved to the CPU later.
     """
-    return torch.bmm(a, b) if a.dtype == torch.float32 else torch.bmm(a, b, out_dtype=torch.float32)
+    if a.device.type == "cuda" and a.dtype != torch.float32:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
 
 
 def one_token_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None) -> Tensor:

@@ -15,7 +15,22 @@ Module = TypeVar("Module", bound=nn.Module)
 @functools.cache
 def combined(kind: type, before: type) -> type:
     """A class with the methods of both; those of `kind` come first, and reach the others by super()."""
-    return kind if issubclass(kind, before) else type(f"{kind.__name__}{before.__name__}", (kind, before), {})
+    if issubclass(kind, before):
+        return kind
+    return type(f"{kind.__name__}{before.__name__}", (kind, before), {"__reduce__": reduced})
+
+
+def reduced(module: nn.Module) -> tuple:
+    """How pickle stores a module of a combined class, which has no name of its own: by the classes that it combines."""
+    kinds: list[type] = [type(module)]
+    while kinds[-1].__dict__.get("__reduce__") is reduced:
+        kinds += kinds.pop().__bases__
+    return unfilled, tuple(kinds), module.__dict__
+
+
+def unfilled(*kinds: type) -> nn.Module:
+    kind = functools.reduce(lambda before, kind: combined(kind, before), reversed(kinds))
+    return cast(nn.Module, kind.__new__(kind))
 
 
 def extended(module: nn.Module, kind: type[Module]) -> Module:

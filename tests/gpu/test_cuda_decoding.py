@@ -1,5 +1,7 @@
 """Decoding on CUDA: the modules for one token compute what the plain ones compute, with fewer kernels."""
 
+import copy
+import io
 import logging
 import re
 from pathlib import Path
@@ -15,6 +17,7 @@ from paligemma.layers.cuda_decoding import CudaAttention, CudaModel, additive, o
 from paligemma.layers.replacing import extended
 from paligemma.modeling_gemma import GemmaAttention, GemmaRMSNorm, KVCache, attention
 from tests.bounds import UNIT, assert_within
+from tests.checkpoints.test_weights import write_checkpoint
 from tests.gpu.pretend import kernels, pretend, waits
 from tests.tiny import FAMILIES, draw, make_batch, make_model
 
@@ -215,6 +218,21 @@ def test_modules_that_a_card_cannot_run_are_not_used(monkeypatch, caplog):
         use_cuda_modules(model)
         torch.testing.assert_close(decode_steps(model, [(1, 5, 0)], 2), expected, rtol=1e-4, atol=1e-4)
     assert "CUBLAS_STATUS_NOT_SUPPORTED" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_a_model_that_is_moved_to_the_cpu_afterwards_decodes_there(dtype, tmp_path):
+    """torch.bmm has its out_dtype on CUDA only. The model may also be copied and pickled."""
+    folder = write_checkpoint(tmp_path / "tiny", family="gemma2")
+    with pretend("cuda:0"):
+        model = load_model(folder, device="cuda:0", dtype=dtype).to("cpu")
+    expected = decode_steps(load_model(folder, dtype=dtype), [(1, 5, 0)], 2)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for moved in (model, copy.deepcopy(model), torch.load(file, weights_only=False)):
+        difference = self_check.relative_difference(decode_steps(moved, [(1, 5, 0)], 2), expected)
+        assert difference <= self_check.rounding_bound(model.dtype, layers=4)
 
 
 def test_several_replacements_of_a_module_are_combined():
