@@ -381,8 +381,8 @@ def choose_dtype(
     """The dtype that a model is loaded in, which is logged with the reason.
 
     Args:
-        wanted: what the user asked for; None = the first of dtypes_to_try that fits into the memory, or else the smallest one (the
-            model may then be divided among several cards).
+        wanted: what the user asked for; None = the first of dtypes_to_try that fits into the memory, or else the smallest one,
+            because the model may then be divided among several cards.
         need: the bytes that the model needs in a dtype.
     """
     used, short = profile(devices[0]), {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}

@@ -29,8 +29,8 @@ def reduced(module: nn.Module) -> tuple:
 
 
 def unfilled(*kinds: type) -> nn.Module:
-    kind = functools.reduce(lambda before, kind: combined(kind, before), reversed(kinds))
-    return cast(nn.Module, kind.__new__(kind))
+    combination = functools.reduce(lambda before, kind: combined(kind, before), reversed(kinds))
+    return nn.Module.__new__(cast(type[nn.Module], combination))
 
 
 def extended(module: nn.Module, kind: type[Module]) -> Module:
