@@ -292,9 +292,9 @@ def test_after_a_recording_that_fails_nothing_is_recorded_in_this_process(monkey
     batch, tokens = make_batch(ROWS, "right"), script(3, 9)
     plain, _ = answer(make(), batch, tokens)
     for _ in range(2):
-        ours, _ = answer(recorded(), batch, tokens)
+        ours, cache = answer(recorded(), batch, tokens)
         assert (ours - plain).abs().max() <= 4e-5
-    assert len(attempts) == 1
+    assert len(attempts) == 1 and cache.steps.steps == {}  # later steps read no more slots than they need
     assert caplog.messages == [f"recorded steps fail (RuntimeError: operation not permitted): {REPORT}"]
 
 
