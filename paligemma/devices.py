@@ -1,12 +1,14 @@
 """Which device a model runs on, and how each kind of device is used.
 
 `find_device` turns a name ("auto", "cuda:1") into a device, and says why a GPU is not used. `profile` says what the device
-computes fast and which faster ways are used on it. `PROFILES` is the whole table: no other file decides by the kind of device.
+computes fast and which faster ways are used on it; `PROFILES` is the table of these choices. (checkpoints/weights.suit_device
+replaces the modules that differ on every CUDA or every MPS device.)
 No card has been seen by this project: the table follows NVIDIA's, AMD's, Apple's and PyTorch's documents, see docs/gpu.md.
 
 torch is imported inside the functions, because a wrong flag should be answered before the slow import.
-Sources: CUDA C++ Programming Guide (compute capabilities, shared memory), RELEASE.md of PyTorch 2.9 to 2.14 (which wheel contains
-which architecture), CUDA Toolkit Release Notes (the oldest driver of a CUDA version). Checked in tests/test_devices.py.
+Sources: CUDA C++ Programming Guide (compute capabilities, shared memory), RELEASE.md of PyTorch 2.9 to 2.14 (for which
+architectures a wheel has kernels), CUDA Toolkit Release Notes (the oldest driver of a CUDA version).
+Checked in tests/test_devices.py.
 """
 
 import functools
@@ -50,13 +52,13 @@ class Profile:
     """How a device is used.
 
     Attributes:
-        kind: the row of PROFILES.
+        kind: the kind of device in words, such as "NVIDIA Turing".
         name: the name of the device itself, such as "NVIDIA A100-SXM4-80GB (sm_80)".
-        dtype_names: what the device computes fast and the model may be loaded in, best first.
-        records: decoding steps are recorded as CUDA graphs.
+        dtype_names: the dtypes that the device computes fast and that a model may be loaded in, best first.
+        records: whether decoding steps are recorded as CUDA graphs.
         flex_options: kernel_options of torch's flex_attention; None = flex_attention is not used.
-        triton: kernels written in Triton are used. This also needs the package triton and a C compiler.
-        int4pack, int8pack: torch._weight_int4pack_mm and torch._weight_int8pack_mm are used for quantised weights.
+        triton: whether kernels written in Triton are used. This also needs the package triton and a C compiler.
+        int4pack, int8pack: whether torch._weight_int4pack_mm and torch._weight_int8pack_mm are used for quantised weights.
     """
 
     kind: str
@@ -80,7 +82,7 @@ class Profile:
         }
         used = ", ".join(way for way, is_used in ways.items() if is_used) or "none"
         unused = ", ".join(way for way, is_used in ways.items() if not is_used)
-        return f"{self.name}, {self.kind}: used are {used}; not used are {unused}."
+        return f"{self.name}, {self.kind}: uses {used}; does not use {unused}."
 
     @property
     def dtypes(self) -> tuple["torch.dtype", ...]:
@@ -89,18 +91,18 @@ class Profile:
         return tuple(getattr(torch, name) for name in self.dtype_names)
 
 
-FULL, HALF = ("float32", "float16"), ("bfloat16", "float16")
+FLOAT32_FIRST, BFLOAT16_FIRST = ("float32", "float16"), ("bfloat16", "float16")
 # The block sizes that flex_attention chooses at head_dim 256 take 144 to 208 KB of shared memory. Some cards have only 99 KB.
 SMALL_BLOCKS = {"BLOCK_M": 32, "BLOCK_N": 32, "num_stages": 1}
 # Before sm_80, bfloat16 is emulated, which is slow. float32 comes first there, because it cannot overflow.
 PROFILES = {  # dtypes, CUDA graphs, flex_attention, Triton, torch's int4 product, torch's int8 product
     "cpu": Profile("CPU", ("float32", "bfloat16")),
-    "mps": Profile("Apple GPU", HALF, False, None, False, True, True),
-    "rocm": Profile("AMD GPU", HALF),  # recording steps crashes the process on some AMD GPUs (pytorch#155720)
-    "sm_50": Profile("NVIDIA before Turing", FULL),
-    "sm_75": Profile("NVIDIA Turing", FULL, True, None, True),
-    "sm_80": Profile("NVIDIA, 163 KB or more of shared memory", HALF, True, {}, True, True),
-    "sm_86": Profile("NVIDIA, 99 KB of shared memory", HALF, True, SMALL_BLOCKS, True, True),
+    "mps": Profile("Apple GPU", BFLOAT16_FIRST, False, None, False, True, True),
+    "rocm": Profile("AMD GPU", BFLOAT16_FIRST),  # recording steps crashes the process on some AMD GPUs (pytorch#155720)
+    "sm_50": Profile("NVIDIA before Turing", FLOAT32_FIRST),
+    "sm_75": Profile("NVIDIA Turing", FLOAT32_FIRST, True, None, True),
+    "sm_80": Profile("NVIDIA, 163 KB or more of shared memory", BFLOAT16_FIRST, True, {}, True, True),
+    "sm_86": Profile("NVIDIA, 99 KB of shared memory", BFLOAT16_FIRST, True, SMALL_BLOCKS, True, True),
 }
 
 
@@ -140,7 +142,7 @@ def profile(device: "torch.device") -> Profile:
 
 
 def graphs_mode(mode: str | None = None) -> str:
-    """How decoding steps run on CUDA: the mode, or that of the variable PALIGEMMA_GRAPHS if it is None, or "auto".
+    """How decoding steps run on CUDA: `mode` if it is given, else the value of the variable PALIGEMMA_GRAPHS, else "auto".
 
     Raises: UsageError for any value that is not one of GRAPHS.
     """
@@ -151,7 +153,7 @@ def graphs_mode(mode: str | None = None) -> str:
 
 
 def dtypes_to_try(device: "torch.device", stored: "torch.dtype") -> tuple["torch.dtype", ...]:
-    """The dtypes that a model may be loaded in if its user names none, best first: on the CPU as stored, on a GPU a fast one.
+    """The dtypes that a model may be loaded in if the user names none, best first: on the CPU as stored, on a GPU fast ones.
 
     A model that is stored in float32, as PaliGemma 1 is, is loaded in bfloat16 on a card that computes it fast: this takes half
     the memory and about half the time per token.
@@ -176,7 +178,7 @@ def use_exact_float32() -> None:
 def to_device(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
     """The tensor on the device. A copy from the CPU to a CUDA device does not wait: later operations on the device see it."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        # The CPU tensor may change at once, because what is copied is its copy in pinned memory. That is freed after the copy.
+        # The caller may change the tensor at once: a copy of it in pinned memory is sent, which torch frees afterwards.
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
@@ -189,8 +191,8 @@ class Wheel:
     """A build of torch on download.pytorch.org.
 
     Attributes:
-        index: the folder of the index.
-        driver: the oldest driver.
+        index: the folder of the package index.
+        driver: major version of the oldest NVIDIA driver that it works with.
         oldest, newest: the architectures for which it has kernels.
     """
 
@@ -201,12 +203,12 @@ class Wheel:
 
 
 WHEELS = (
-    Wheel("cu130", 580, (7, 5), (99, 9)),  # contains PTX for cards that will come
+    Wheel("cu130", 580, (7, 5), (99, 9)),  # contains PTX, which also runs on future cards
     Wheel("cu126", 525, (5, 0), (9, 0)),
 )
 FIRST_WITHOUT_CUDA_12 = "2.15"  # this version of torch and later ones have no cu126
 TESTED_TORCH = "2.13.0"  # as in requirements.txt
-JETSON = ((5, 3), (6, 2), (7, 2), (8, 7))  # these run code for their own architecture only
+JETSON = ((5, 3), (6, 2), (7, 2), (8, 7))  # boards that run code for their own architecture only
 JETSON_WHEELS = "https://docs.nvidia.com/deeplearning/frameworks/install-pytorch-jetson-platform"
 
 
@@ -261,7 +263,7 @@ def has_kernels(capability: Capability, architectures: list[str]) -> bool:
     compiles it. Code for sm_90a runs on sm_90 only.
 
     Args:
-        architectures: torch.cuda.get_arch_list(); [] = unknown, which is taken as yes.
+        architectures: torch.cuda.get_arch_list(); [] = unknown; then the answer is True.
     """
     for kind, major, minor, suffix in re.findall(r"(sm|compute)_(\d+)(\d)(a?)", " ".join(architectures)):
         built = int(major), int(minor)
@@ -325,7 +327,7 @@ def why_no_cuda(hardware: Hardware) -> tuple[str, str]:
 
 
 def check_card(index: int) -> None:
-    """Raises: DeviceError if this build of torch has no kernels for a card, whose every operation would fail."""
+    """Raises: DeviceError if this build of torch has no kernels for a card. Every operation on it would fail."""
     import torch
 
     if torch.version.hip is not None:
@@ -372,22 +374,22 @@ def usable_cards() -> list[int]:
 def missed_gpu(root: Path = Path("/")) -> str | None:
     """Why the CPU is used although this machine has a GPU, and what to do; None if it has none that torch could use.
 
-    An AMD GPU counts only if this torch is built for ROCm: many processors have a small one, for which there is no other build.
+    An AMD GPU counts only if this torch is built for ROCm: many processors contain a small one that torch does not support.
 
     Args:
         root: the root of the file system; tests pass another folder.
     """
     import torch
 
-    has_gpu = "The CPU is used although this {} has {}."
+    text = "The CPU is used although this {} has {}."
     if sys.platform == "darwin":
         if platform.machine() != "arm64":
             return None
         if not torch.backends.mps.is_built():
             advice = f"Run: pip install --force-reinstall torch=={torch.__version__.partition('+')[0]}"
-            return f"{has_gpu.format('Mac', 'a GPU')} This torch ({torch.__version__}) was built without MPS. {advice}"
+            return f"{text.format('Mac', 'a GPU')} This torch ({torch.__version__}) was built without MPS. {advice}"
         if int(platform.mac_ver()[0].partition(".")[0] or 99) < 14:
-            return f"{has_gpu.format('Mac', 'a GPU')} torch needs macOS 14 or newer for it. Update macOS."
+            return f"{text.format('Mac', 'a GPU')} torch needs macOS 14 or newer for it. Update macOS."
         return None  # for example a virtual machine
     if torch.version.hip is not None:
         if not (root / "dev/kfd").exists():
@@ -399,7 +401,7 @@ def missed_gpu(root: Path = Path("/")) -> str | None:
             return None
         name = f"an NVIDIA GPU ({hardware.cards[0][0]})" if hardware.cards else "an NVIDIA GPU"
         reason, advice = why_no_cuda(hardware)
-    return f"{has_gpu.format('machine', name)} {reason} {advice}"
+    return f"{text.format('machine', name)} {reason} {advice}"
 
 
 def best_device() -> "torch.device":
@@ -427,7 +429,7 @@ def find_devices(name: "str | torch.device" = "auto") -> "list[torch.device]":
         # Prompts, lengths and random numbers are made on the CPU, in many places, and copied to the device when needed.
         text = f"torch's default device is {torch.get_default_device()}, but cpu is needed"
         raise UsageError(f"{text}. Remove torch.set_default_device or `with torch.device`, and name the device when loading.")
-    # A tensor's own device may be named, too: torch calls the only one of its type mps:0.
+    # The device of a tensor may be given, too. For a tensor on MPS it is mps:0, which means the same as mps.
     name = name.type if isinstance(name, torch.device) and name.type == "mps" else str(name)
     parts = name.split(",")
     if not NAMES.fullmatch(name) or len(set(parts)) < len(parts):

@@ -379,8 +379,8 @@ def test_the_profiles_of_the_cpu_and_of_a_mac():
 def test_the_summary_names_every_way(put_cards):
     put_cards("Tesla T4")
     assert devices.profile(torch.device("cuda")).summary == (
-        "Tesla T4 (sm_75), NVIDIA Turing: used are CUDA graphs, Triton kernels; "
-        "not used are flex_attention, torch's int4 product, torch's int8 product."
+        "Tesla T4 (sm_75), NVIDIA Turing: uses CUDA graphs, Triton kernels; "
+        "does not use flex_attention, torch's int4 product, torch's int8 product."
     )
 
 

@@ -35,8 +35,9 @@ STEPS = 4  # decoding steps that are compared
 COPIES = 20  # how often the order of copies is checked
 BYTES_PER_TOKEN = {"bf16": 5.0e9, "int4": 1.5e9}  # that PaliGemma 3B reads per generated token
 SPEED_BYTES = 2**30  # the free memory that measuring the speed needs
-# Inputs of an int8 or int4 product are rounded to 127 steps of the largest of 32 or 64 inputs. For normally distributed inputs,
-# the largest is about 2.3 deviations, and the error of rounding is 1 / sqrt(12) of a step: 0.5 percent. A factor of 3 is left.
+# Inputs of an int8 or int4 product are rounded to multiples of 1/127 of the largest of 32 or 64 inputs. For normally distributed
+# inputs, the largest is about 2.3 standard deviations, and the rounding error is 1 / sqrt(12) of a step: 0.5 percent. A factor of
+# 3 is left.
 INPUT_ROUNDING = 0.016
 REPORT = "Please report the output of paligemma doctor --json. Until this is fixed: "
 
@@ -56,7 +57,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def compared(name: str, differences: dict[str, tuple[float, float]], instead: str) -> Row:
-    """The row for the differences and bounds of several variants, such as dtypes."""
+    """The row for the differences and bounds of several variants, such as dtypes. `instead`: what to do until it is fixed."""
     wrong = any(not gap <= most for gap, most in differences.values())  # NaN is wrong, too
     bounds = {most for _, most in differences.values()}
     limit = f"; at most {bounds.pop():.1g}" if len(bounds) == 1 else ""
@@ -176,7 +177,7 @@ def logits_of(model: nn.Module, steps: int = STEPS) -> Tensor:
 @one_thread()
 def model_rows(folder: Path, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> list[Row]:
     """The logits of small models of both families on the device, against those of float32 on the CPU."""
-    dtypes = tuple(dtype for dtype in dtypes if (device.type, dtype) != ("cpu", torch.float32))  # that is the expected result
+    dtypes = tuple(dtype for dtype in dtypes if (device.type, dtype) != ("cpu", torch.float32))  # that one is the reference
     rows = []
     for family, name in (("gemma", "PaliGemma 1"), ("gemma2", "PaliGemma 2")):
         tiny = write_tiny_model(folder / family, family)
@@ -214,12 +215,12 @@ def flex_rows(device: torch.device, dtype: torch.dtype) -> list[Row]:
 
 
 def fast_way_rows() -> list[Row]:
-    """Ways that turned themselves off during the checks above (layers/self_check.py). Failed if a result differed."""
+    """A row for each FastWay that was turned off during the checks above (layers/self_check.py). Failed if a result differed."""
     rows = []
     for way in self_check.all_ways():
         name, reason = str(way["name"]), str(way["reason"])
         if way["state"] == "off" and reason.startswith("differ"):
-            rows.append(failed(name, f"they {reason}", REPORT + "nothing is to be done; the plain way is used."))
+            rows.append(failed(name, f"they {reason}", REPORT + "do nothing; plain operators are used instead."))
         elif way["state"] == "off":
             rows.append(note(name, f"not used: they {reason}", "Nothing is wrong: a slower way is used."))
     return rows

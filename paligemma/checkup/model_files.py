@@ -1,8 +1,8 @@
 """What is in the files of a model, and whether it fits together: settings, names, numbers, tokenizer, what enters the decoder.
 
-Every check reads what it needs by itself, so that a folder with several faults gets several failed rows. Of large files only
-headers, and a sample of each tensor, are read; `is_full` reads everything. A tensor that is wrong in a few places only is
-therefore found only with `is_full`, and always when the model is loaded (safetensors_files.check_values).
+Every check reads what it needs by itself, so that a folder with several faults gets several failed rows. For large files,
+only the headers and a sample of each tensor are read; `is_full` reads everything. Therefore a tensor that is wrong in only a few
+places is found only with `is_full`; loading the model always finds it (safetensors_files.check_values).
 
 Checked in tests/checkup/test_model_files.py, with a folder for each fault.
 Shapes: P patches per image, L tokens fed in this call, D model width (of the tower or of the decoder).
@@ -45,13 +45,13 @@ from paligemma.vocabulary import CODE_TOKENS, LOCATION_TOKENS
 
 SAMPLE_BYTES = 2**16  # read at the beginning, in the middle and at the end of each tensor
 SMALL_BYTES = 2**26  # files that are smaller are read completely
-MAX_PATCHES = 64  # of the bundled picture, which the tower encodes
+MAX_PATCHES = 64  # the tower encodes at most this many patches of the bundled picture
 FIRST_WORD, WORDS = 4, 512  # the first token after <pad>, <eos>, <bos> and <unk>; how many tokens are compared
-ROUNDING = 0.01  # of a factor; sqrt(D) is rounded to bfloat16
-FOUND = 3  # faulty tensors that are named
+ROUNDING = 0.01  # allowed relative error of a factor, because sqrt(D) is rounded to bfloat16
+MAX_NAMED = 3  # a message names at most this many faulty tensors
 DOWNLOAD = "Download the model again, or convert it again from the original."
-INTERPOLATED = 1e-3  # relative distance from a table that was enlarged from a smaller one
-# The modules that make the vectors that enter the decoder. The norm is there because model.device and model.dtype are its own.
+INTERPOLATED = 1e-3  # a table whose relative distance from an interpolated one is smaller counts as enlarged
+# The modules that make the vectors that enter the decoder; and the norm, from which model.device and model.dtype are read.
 FRONT = ("vision_tower.", "multi_modal_projector.", "language_model.model.embed_tokens", "language_model.model.norm")
 
 
@@ -188,7 +188,7 @@ def numbers_rows(opened: Opened, is_full: bool) -> list[Row]:
     for what, names in faulty.items():
         if names:
             advice = DOWNLOAD + ("" if what != "NaN or infinity" else " --allow_nonfinite loads it as it is.")
-            row = f"{len(names)} tensors hold {what}: {listed(names[:FOUND])}"
+            row = f"{len(names)} tensors hold {what}: {listed(names[:MAX_NAMED])}"
             rows.append(failed(what, row, advice, CheckpointError.code))
     return rows or [Row("numbers", f"finite, and no matrix is constant (read: {read})")]
 
@@ -270,8 +270,8 @@ def vectors_rows(opened: Opened) -> list[Row]:
 
     Gemma multiplies the vectors of words by sqrt(D). Those of a picture come from the projector and are not multiplied. A program
     that confuses this, or a checkpoint that was converted for such a program, changes the ratio of the norms by sqrt(D). So the
-    band is D^(-1/4) to D^(1/4), the middle between right and wrong: a ratio in it leaves it if it is multiplied or divided by
-    sqrt(D).
+    band is D^(-1/4) to D^(1/4), the middle between right and wrong: a ratio in this band would leave it if multiplied or
+    divided by sqrt(D).
     """
     model, text = load_front(opened), opened.config.text_config
     features = encode_sample(opened, model)  # [1, P, D]
@@ -279,20 +279,23 @@ def vectors_rows(opened: Opened) -> list[Row]:
     words = words[words != opened.config.image_token_index]  # [L]
     patches = torch.full((features.shape[1],), opened.config.image_token_index)
     entering = model.embed(torch.cat((patches, words))[None], features)[0].float()  # [P + L, D]
-    picture, said = entering.split([len(patches), len(words)])  # [P, D], [L, D]
-    return [factor_row(model, features[0], picture, words, said), norm_row(model, picture.norm(dim=-1), said.norm(dim=-1))]
+    picture_vectors, word_vectors = entering.split([len(patches), len(words)])  # [P, D], [L, D]
+    row = factor_row(model, features[0], picture_vectors, words, word_vectors)
+    return [row, norm_row(model, picture_vectors.norm(dim=-1), word_vectors.norm(dim=-1))]
 
 
-def factor_row(model: PaliGemmaForConditionalGeneration, features: Tensor, picture: Tensor, words: Tensor, said: Tensor) -> Row:
+def factor_row(
+    model: PaliGemmaForConditionalGeneration, features: Tensor, picture_vectors: Tensor, words: Tensor, word_vectors: Tensor
+) -> Row:
     """Whether the decoder gets picture vectors as they are, and word vectors times sqrt(D).
 
     Args:
         features: [P, D], what the projector made.
-        picture, said: float32[P, D] and float32[L, D], what enters the decoder.
+        picture_vectors, word_vectors: float32[P, D] and float32[L, D], what enters the decoder.
         words: int64[L], the tokens.
     """
     width = features.shape[-1]
-    on_picture, on_words = factor(picture, features), factor(said, stored_vectors(model, words))
+    on_picture, on_words = factor(picture_vectors, features), factor(word_vectors, stored_vectors(model, words))
     value = f"picture {on_picture:.4g}, words {on_words:.4g}; 1 and sqrt({width}) = {width**0.5:.4g} are right"
     if abs(on_picture - 1) <= ROUNDING and abs(on_words / width**0.5 - 1) <= ROUNDING:
         return Row("factors on vectors", value)

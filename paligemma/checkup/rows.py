@@ -132,7 +132,7 @@ def publishable(row: Row) -> Row:
 
 
 def table_lines(row: Row) -> list[str]:
-    """The lines of one row: state, name, value, and on lines of their own what to do."""
+    """The lines of one row: state, name and value, then the advice on lines of its own."""
     state = row.state.upper() if row.state == FAILED else row.state
     first = f"{state:<{NAME_COLUMN}}{row.name:<{VALUE_COLUMN - NAME_COLUMN}}"
     space = " " * VALUE_COLUMN

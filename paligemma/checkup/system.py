@@ -162,7 +162,7 @@ def gpu_rows(name: str, device: "torch.device") -> list[Row]:
         rows.append(Row("free memory of mps", f"{(machine.free_memory(device) or 0) / GIB:.1f} GiB"))
     if device.type == "cpu" and (text := devices.missed_gpu()) is not None:
         if name == "cpu":
-            rows.append(note("GPU", text, "Nothing, because you asked for the CPU."))
+            rows.append(note("GPU", text, "You need not do anything, because you asked for the CPU."))
         else:
             rows.append(failed_by("GPU", DeviceError(text)))
     return rows

@@ -22,7 +22,7 @@ from paligemma.layers.self_check import FastWay, rounding_bound
 from paligemma.modeling_gemma import GemmaAttention, GemmaModel, GemmaRMSNorm, KVCache, attention, rotate
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
-ONE_TOKEN = FastWay("kernels for one token", rounding_bound(torch.bfloat16), "decoding with those of other devices")
+ONE_TOKEN = FastWay("kernels for one token", rounding_bound(torch.bfloat16), "decoding with the plain modules")
 
 
 def float32_product(a: Tensor, b: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ class Float16Embedding(GemmaEmbedding):
 
 
 class Float16QuantizedEmbedding(QuantizedEmbedding):
-    """QuantizedEmbedding with logits, and if its attribute `dtype` is float32 also token vectors, in float32."""
+    """QuantizedEmbedding with float32 logits. Its token vectors are float32, too, if its attribute `dtype` is."""
 
     def logits(self, x: Tensor) -> Tensor:
         return scaled_product(x, lambda half: self.product(half, torch.float32))
@@ -155,7 +155,7 @@ class Float16QuantizedEmbedding(QuantizedEmbedding):
 
 
 class Float16Conv2d(nn.Conv2d):
-    """The patch embedding with a float32 result, with which the residual stream of the tower begins. Pixels are at most 1."""
+    """The patch embedding with a float32 result, the start of the tower's residual stream. Pixels are at most 1: no scaling."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).float()
@@ -212,11 +212,11 @@ def protect(model: PaliGemmaForConditionalGeneration) -> None:
     model.multi_modal_projector.linear = with_scaled_product(model.multi_modal_projector.linear)
 
 
-# What the weights prove
+# Bounds of outputs, from the weights
 
 
 def largest_output(norm: GemmaRMSNorm, matrix: nn.Linear | QuantizedLinear) -> float:
-    """The largest magnitude that an output of `matrix` can have, whatever the input of `norm`, whose output it multiplies.
+    """The largest magnitude of an output of `matrix` if it multiplies an output of `norm`, whatever the input of `norm` is.
 
     A norm divides by the root mean square, so the vector before the factors 1 + weight has at most the length sqrt(D). By the
     inequality of Cauchy and Schwarz, output o is therefore at most sqrt(D) * |(1 + weight) * W_o|.

@@ -1,15 +1,14 @@
-"""Products with int8 and int4 weights on a GPU: the layout of the weights, and the way to multiply with them.
-
-A few rows (decoding) are multiplied by a kernel that reads the packed weights once. devices.Profile says which a device has:
+"""Products with int8 and int4 weights on a GPU: the layout of the weights, and the kernel that multiplies with them.
 
 A few rows (decoding) are multiplied by a kernel that reads the packed weights once. devices.Profile says which of them a device
-has:
-    triton     our own kernels, triton_products.py: NVIDIA on Linux
+has; `kernel_for` takes the first that fits:
+    int4pack   torch's int4 product: NVIDIA from sm_80 on, and MPS
+    triton     our own kernels, triton_products.py: NVIDIA from Turing on, on Linux
     int8pack   torch's int8 product: MPS
 
 More rows (prompts) are limited by arithmetic, not by memory. So blocks of weights are turned into floats and multiplied by
-torch's product of floats, which is also the way back: self_check.FastWay compares each kernel with it once, and takes it where a
-kernel differs or fails, for example because there is no C compiler.
+torch's product of floats. This is also the fallback: self_check.FastWay compares each kernel with it once, and uses it instead
+where a kernel differs or fails, for example because there is no C compiler.
 
 Each weight is stored once: both ways read the same layout ("int4pack" for torch's int4 product on CUDA, else "rows", see
 int_formats.py). Int8 takes 1 byte per weight, int4 0.625, of which the scales are 0.125.
@@ -38,7 +37,7 @@ from paligemma.layers.mps_workarounds import linear
 from paligemma.layers.self_check import FastWay, rounding_bound
 
 MAX_ROWS = 16  # a kernel for few rows is used up to this number; a guess, because it has not been measured
-BLOCK_WEIGHTS = 2**24  # weights that are floats at a time
+BLOCK_WEIGHTS = 2**24  # number of weights that are turned into floats at one time
 BLOCK_BYTES = 6 * BLOCK_WEIGHTS  # memory for them, and for what they are made from
 INSTEAD = "weights are turned into floats in blocks instead, which is slower"
 TRITON = FastWay("products of packed weights by Triton", rounding_bound(torch.bfloat16), INSTEAD)
@@ -60,7 +59,7 @@ def plain_scales(scales: Tensor) -> Tensor:
 
 
 def product_in_blocks(x: Tensor, packed: Tensor, scales: Tensor, kind: str, block_weights: int = BLOCK_WEIGHTS) -> Tensor:
-    """x[B, X] @ w.T in the dtype of x; about `block_weights` weights are floats at a time. For any layout but tiles."""
+    """x[B, X] @ w.T in the dtype of x, for any layout but tiles; about `block_weights` weights become floats at a time."""
     scales = plain_scales(scales)
     y = x.new_empty(len(x), len(scales))
     for part, q in integer_blocks(packed, kind, max(1, block_weights // x.shape[1])):
@@ -70,7 +69,7 @@ def product_in_blocks(x: Tensor, packed: Tensor, scales: Tensor, kind: str, bloc
 
 def torch_int4(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     outputs, inputs = scales.shape[1], x.shape[1]
-    if packed.ndim == 2:  # MPS takes rows with the number of dimensions that CUDA needs
+    if packed.ndim == 2:  # on MPS: the bytes of rows, viewed with the four dimensions that torch's operator checks for
         packed = packed.view(torch.int32).view(outputs // 8, inputs // 32, 32, 1)
     return torch._weight_int4pack_mm(x.bfloat16().contiguous(), packed, GROUP["int4"], scales).to(x.dtype)
 
@@ -111,7 +110,7 @@ def product(x: Tensor, packed: Tensor, scales: Tensor, kind: str, used: Profile)
     way, kernel = found
     if torch.compiler.is_compiling():  # the same step has run before without being compiled, so the kernel has been checked
         return kernel(x, packed, scales) if way.is_on else product_in_blocks(x, packed, scales, kind)
-    # The kernels differ between a power of two of rows and the next, and between dtypes.
+    # Another kernel runs for each dtype and for each power of two of rows, so each is checked.
     key = kind, x.dtype, x.device, (len(x) - 1).bit_length()
     bound = rounding_bound(torch.bfloat16 if scales.ndim == 3 else x.dtype)
     return way.run(lambda: kernel(x, packed, scales), lambda: product_in_blocks(x, packed, scales, kind), key=key, bound=bound)

@@ -10,9 +10,9 @@ A step that was recorded as a CUDA graph is started with one call. A graph has f
   extra row writes into its next free slot, and its length is set back, so a later token overwrites what was written.
 
 A `Step` first runs normally, is then recorded, and its first replay is compared with the normal step (self_check.py). A cache
-and its graphs outlive the answer: the model keeps one cache that no answer uses (`Spare`), and the next answer takes it.
+and its graphs outlive the answer: the model keeps one cache that is not in use (`Spare`), and the next answer takes it.
 
-What is known to go wrong with CUDA graphs decides the rest:
+The rest of the design avoids known faults of CUDA graphs:
 
 - Destroying a graph frees cuBLAS's workspace of its stream, and other graphs of that stream then read freed memory
   (pytorch#193402). Therefore each graph has a stream that no other living graph has, and a graph that is not used any more is
@@ -77,7 +77,7 @@ def bucket(count: int, unit: int, most: int) -> int:
     return min(size, most)
 
 
-# What torch.cuda says. Tests on a CPU replace these functions.
+# Functions that call torch.cuda. Tests on a CPU replace them.
 
 
 def free_bytes(device: torch.device) -> int:
@@ -147,7 +147,7 @@ def this_thread() -> object:
 
 @dataclass(eq=False)
 class Recording:
-    """A CUDA graph. The order matters: the graph must be freed before its stream.
+    """A CUDA graph. The order of the fields matters: the graph must be freed before its stream.
 
     Attributes:
         replay: runs the graph.
@@ -164,7 +164,7 @@ class Step:
     """A decoding step of fixed shape: run normally at first, then recorded and checked, then replayed.
 
     Args:
-        model: the model that decodes. Only a weak reference is kept, because the model keeps its spare cache.
+        model: the model that decodes. Only a weak reference is kept, because the model keeps the cache and with it this step.
         cache: its first `rows` rows are decoded, and `slots_read` slots of each are read.
         compiles: whether the step is compiled before it is recorded.
         retired: recordings that are not used any more are added to this list.
@@ -202,7 +202,7 @@ class Step:
         return self.work()
 
     def newest(self, slots: Tensor) -> tuple[Tensor, ...]:
-        """The keys and the values of one slot of each row, int64[B], in every layer: copies [B, K, E]."""
+        """The keys and the values in slot slots[i] of each row i, in every layer: copies [B, K, E]; `slots` is int64[B]."""
         rows = torch.arange(len(slots), device=slots.device)
         return tuple(layer[rows, :, slots] for layer in (*self.cache.keys, *self.cache.values))
 
@@ -221,7 +221,7 @@ class Step:
         return logits
 
     def retire(self) -> None:
-        """The step runs normally again."""
+        """Goes back to normal steps, and keeps the recording until the cache is freed."""
         if self.recording is not None:
             self.retired.append(self.recording)
         self.recording, self.is_checked, self.num_warm, self.function = None, False, 0, plain_step
@@ -251,8 +251,8 @@ class Step:
         if self.recording and self.is_checked:
             return self.replay()
         if self.recording:
-            # The step was recorded after the previous one. If a number of that step had become a part of the graph, the results
-            # would differ now.
+            # The graph was recorded after the previous step. If it contained a value of that step as a constant, the results
+            # would differ here.
             self.is_checked = True
             return self.compare(RECORDED, self.replay)
         if self.compiles and COMPILED.is_on and self.function is plain_step:
@@ -290,7 +290,7 @@ class Steps:
         self.steps: dict[tuple[int, int], Step] = {}
 
     def suits(self, model: "RecordedPaliGemma", rows: int, slots: int) -> bool:
-        """Whether an answer of this size can use the cache, on the current stream and with the weights of now."""
+        """Whether an answer of this size can use the cache, on the current stream and with the current weights."""
         fits = rows <= len(self.cache.lengths) and slots <= self.cache.slots
         is_same = self.model() is model and self.addresses == addresses(model)
         return fits and is_same and self.stream == current_stream(model.device)
@@ -318,7 +318,7 @@ def not_inference() -> torch.inference_mode:
 
 
 class Spare:
-    """At most one cache that no answer uses, with its graphs. Threads may call the methods at the same time."""
+    """At most one cache that is not in use, with its graphs. Threads may call the methods at the same time."""
 
     def __init__(self):
         self.waiting: deque[Steps] = deque(maxlen=1)
@@ -339,7 +339,7 @@ class Spare:
 
 
 class Lease:
-    """The right of one answer to use a cache. When the last part of the cache is freed, the cache goes back to the model."""
+    """The right of one answer to use a cache. When the last slice of the cache is freed, the cache goes back to the model."""
 
     def __init__(self, steps: Steps, spare: Spare):
         self.steps, self.spare = steps, spare

@@ -1,8 +1,8 @@
 """Ways around two errors of torch on Apple's GPUs, which give wrong numbers without a message. `work_around` changes a model.
 
-Long sums. On M1 and M2, a product that sums 32767 or more numbers adds what lies behind the matrices in memory, if it has 16 or
+Long sums. On M1 and M2, a product that sums 32767 or more numbers adds what lies after the matrices in memory, if it has 16 or
 more rows and columns (pytorch#195163, #193487). Of all published models, only PaliGemma 2 28B has such a matrix: down_proj sums
-36864 numbers. From torch 2.14 on, F.linear computes these products right, but with kernels that are several times slower
+36864 numbers. From torch 2.14 on, F.linear computes these products correctly, but with kernels that are several times slower
 (pytorch#198182). So they are split on every version: each part sums fewer numbers.
 
 Masks. For at most 8 queries and a head width of 64, 96 or 128, attention reads the mask of the first row of the batch for every
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from paligemma.layers.replacing import extended
 from paligemma.modeling_gemma import GemmaAttention
 
-LONGEST_SUM = 32766  # of a product that is right
-SMALLEST_WRONG_SIDE = 16  # products with fewer rows or columns are right
+LONGEST_SUM = 32766  # the most terms per sum for which such a product is correct
+SMALLEST_WRONG_SIDE = 16  # products with fewer rows or columns are correct
 WRONG_HEAD_WIDTHS = (64, 96, 128)
-MOST_WRONG_QUERIES = 8
+MAX_WRONG_QUERIES = 8  # with more queries, each row gets its own mask
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -52,7 +52,7 @@ class RowByRowAttention(GemmaAttention):
     """GemmaAttention that attends in one row of the batch at a time where a mask would be read wrongly."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None or len(q) == 1 or q.shape[2] > MOST_WRONG_QUERIES:
+        if mask is None or len(q) == 1 or q.shape[2] > MAX_WRONG_QUERIES:
             return super().attend(q, k, v, mask)
         rows = []
         for i in range(len(q)):

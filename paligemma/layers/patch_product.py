@@ -1,7 +1,7 @@
 """The projection of patches (SigLIP's first layer) as one matrix product, so that float32 means float32 on a GPU.
 
-nn.Conv2d in float32 uses cuDNN. On cards from sm_80 on, cuDNN by default rounds the inputs to TF32, which has 10 bits of
-precision: this changes the vectors by 2e-4. The setting that prevents it, torch.backends.cudnn.allow_tf32, is one for the whole
+nn.Conv2d in float32 uses cuDNN. On cards from sm_80 on, cuDNN by default rounds the inputs to TF32, whose fraction has 10
+bits: this changes the vectors by 2e-4. The setting that prevents it, torch.backends.cudnn.allow_tf32, applies to the whole
 process and would slow down other models. Matrix products do not use TF32 unless the user allows it
 (torch.set_float32_matmul_precision).
 

@@ -5,7 +5,8 @@ or with a version of torch that nobody has tried. Such code gets a plain way tha
 first result of the fast way is compared with the plain result. If they differ, or if the fast way raises an exception, the plain
 way is used until the process ends, and one line of the log says so. The comparison waits for the device, so it happens once only.
 
-`all_ways` lists what was found, for `paligemma doctor`. Checked in tests/layers/test_self_check.py.
+`all_ways` lists all fast ways with the results of their checks, for `paligemma doctor`.
+Checked in tests/layers/test_self_check.py.
 """
 
 import logging
@@ -36,7 +37,7 @@ def rounding_bound(dtype: torch.dtype, layers: int = 1) -> float:
 def relative_difference(found: Tensor, expected: Tensor) -> float | None:
     """|found - expected| / |expected|, with the root of the sum of squares as the norm; waits for the device.
 
-    Numbers that are not finite must be the same on both sides (NaN equals NaN) and do not count otherwise: a model that overflows
+    Numbers that are not finite must be the same on both sides (NaN equals NaN) and are otherwise left out: a model that overflows
     does so in both ways.
 
     Returns: inf if shapes differ, or if a number is not finite on one side only; None if no number can be compared, because all
@@ -67,7 +68,7 @@ class FastWay:
     Args:
         name: for messages, in the plural: "recorded steps".
         bound: the largest relative difference from the plain way, usually from rounding_bound. `run` and `check` may replace it.
-        instead: for messages: what happens when the way is turned off.
+        instead: what happens when the way is turned off, as messages say it.
     Attributes:
         reason: why the way was turned off; None if it is on.
     """
@@ -150,7 +151,7 @@ class FastWay:
 
         Args:
             fast, plain: compute the same tensor and change nothing else, because both run during the check.
-            key: what a check is valid for, for example a shape for which other code runs.
+            key: what a check is valid for, for example a shape, if another kernel runs for each shape.
             bound: replaces the bound of the way.
         Raises: torch.OutOfMemoryError from `fast`, because the plain way needs more memory; anything that `plain` raises.
         """

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 def divide(layers: Sequence[int], rest: int, free: Sequence[int]) -> list[int]:
-    """The index of the card of each layer: the division in which the fullest card is as empty as possible.
+    """The index of the card of each layer, chosen so that the fullest card uses as small a share of its memory as possible.
 
     Args:
         layers: the bytes of each layer, in order. A card gets layers that follow each other, and at least one.
@@ -78,7 +78,7 @@ def bytes_per_card(layers: Sequence[int], rest: int, cards: Sequence[int]) -> li
 def fewest_cards(layers: Sequence[int], rest: int, free: Sequence[int]) -> list[int]:
     """The cards, as indices of `free`, that hold the model: the fewest that suffice, those with most free memory first.
 
-    If all cards together do not suffice, all of them. Args: as in `divide`.
+    If all cards together do not suffice, the result is all of them. Args: as in `divide`.
     """
     order = sorted(range(len(free)), key=lambda card: -free[card])[: len(layers)]
     for count in range(1, len(order) + 1):
@@ -153,7 +153,7 @@ def place(
 
 
 def advice_if_too_large(device: torch.device) -> str:
-    """What to do if a model does not fit into the memory of a device. If there are several cards: to use them together."""
+    """What to do if a model does not fit into the memory of a device: with several cards, to use them together."""
     cards = usable_cards() if device.type == "cuda" else []
     if len(cards) < 2:
         return machine.SAVE_MEMORY
@@ -182,6 +182,7 @@ class SplitCache(BatchCache):
             BatchCache(replace(config, num_hidden_layers=count), batch, slots, device=device, dtype=dtype)
             for device, count in zip(placement.devices, counts, strict=True)
         ]
+        # for each layer of the decoder: its card, and its index in the part of that card
         self.places = [(card, layer) for card, count in enumerate(counts) for layer in range(count)]
         self.lengths, self.host_lengths = self.parts[0].lengths, self.parts[0].host_lengths
         for part in self.parts:
@@ -224,8 +225,8 @@ class SplitGemma(GemmaModel):
     """A decoder whose layers are on several cards.
 
     Attributes:
-        parts: the device and the layers of each card. A tuple, not a ModuleList: the layers keep the one name that they have in
-            `layers`.
+        parts: the device and the layers of each card. A tuple, not a ModuleList, so that the layers have no second name besides
+            the one in `layers`.
     """
 
     parts: tuple[tuple[torch.device, GemmaModel], ...]

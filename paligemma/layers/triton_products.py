@@ -2,12 +2,12 @@
 
 Decoding takes as long as reading the weights, so each kernel reads every packed weight once and turns it into a float in a
 register. Triton compiles a kernel at its first use, in about a second per number of rows. The wheels of torch for Linux with CUDA
-bring Triton; it also needs a C compiler. This module imports it, so it is imported only where gpu_products.py has chosen it.
+include Triton; it also needs a C compiler. This module imports it, so it is imported only where gpu_products.py has chosen it.
 
-`int8_kernel` and `int4_kernel` multiply and add on the ordinary cores, with one sum per row of x. A block of LINES threads
+`int8_kernel` and `int4_kernel` multiply and add on CUDA cores, with one sum per row of x. A block of LINES threads
 computes BLOCK_O outputs. Each thread reads LINE inputs at a time, once for all its outputs, and the weights of these inputs. From
-MIN_ROWS_FOR_DOT rows of bfloat16, `int8_dot_kernel` uses the tensor cores, which add up 16 rows for the price of one. Sums and
-scales are float32. The scale is applied once per output (int8), or once per LINE inputs of one group (int4).
+MIN_ROWS_FOR_DOT rows of bfloat16 on, `int8_dot_kernel` uses the tensor cores, which take the same time for 16 rows as for one.
+Sums and scales are float32. The scale is applied once per output (int8), or once per LINE inputs of one group (int4).
 
 Checked in tests/gpu/test_triton_products.py by Triton's interpreter, and in tests/gpu/test_cross_compile.py, which compiles the
 kernels for several GPUs without having one. No kernel has run on a GPU.
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_ROWS = 16
-MIN_ROWS_FOR_DOT = 5  # with 5 rows, the ordinary cores need 11 instructions per weight, the tensor cores 4
+MIN_ROWS_FOR_DOT = 5  # with 5 rows, CUDA cores need 11 instructions per weight, the tensor cores 4
 BLOCK_O, LINES, NUM_WARPS = 4, 128, 4
 DOT_BLOCK_O, DOT_BLOCK_X = 16, 256  # 16 outputs are the fewest that a tensor core computes; one warp per block
 BYTES_PER_LOAD = 16  # of x, by one thread
@@ -60,7 +60,7 @@ def int4_kernel(
     x, packed, scales, y, rows, outputs, inputs,
     ROWS: tl.constexpr, BLOCK_O: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
-    """The same for int4 in rows: packed uint8[O, X / 2], scales float32[O, G]."""
+    """The same for int4 in the layout "rows": packed uint8[O, X / 2], scales float32[O, G]."""
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)[:, None, None]
     lines, i, byte = tl.arange(0, LINES)[None, :, None], tl.arange(0, LINE), tl.arange(0, LINE // 2)
     packed += o.to(tl.int64) * (inputs // 2)
@@ -146,7 +146,7 @@ def int8_product(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
 
 @torch.library.impl("paligemma::int4_product", "default")
 def int4_product(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """The same for int4 in rows: packed uint8[O, X / 2], scales float32[O, G]."""
+    """The same for int4 in the layout "rows": packed uint8[O, X / 2], scales float32[O, G]."""
     return launch(int4_kernel, x, packed, scales, constants(x))
 
 

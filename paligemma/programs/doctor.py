@@ -43,7 +43,7 @@ from paligemma.programs.options import require
 if TYPE_CHECKING:
     import torch
 
-Check = Callable[..., list[Row]]  # run_check with the flags' way to report exceptions
+Check = Callable[..., list[Row]]  # rows.run_check; with --debug it also prints the traceback of an exception
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Flags:
         compile: check torch.compile, too, which takes minutes
         full: read all numbers of the model, not only a sample of each tensor
         json: print one JSON object at the end, in place of the table
-        verbose: print what the libraries report meanwhile
+        verbose: print the log of the libraries, too
         debug: print the traceback of each exception
     """
 
@@ -91,7 +91,7 @@ class Flags:
 
 
 def groups(flags: Flags) -> Iterator[tuple[str, Iterable[Row]]]:
-    """The checks in order: the name of a group and its rows, which are computed while they are read."""
+    """The checks in order: the name of a group and its rows, each of which is computed when it is read."""
     check = partial(run_check, on_error=traceback.print_exc if flags.debug else None)
     basics = [row for rows in (system.platform_rows, system.packages_rows, system.torch_rows) for row in check(rows)]
     yield "machine", basics

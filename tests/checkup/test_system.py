@@ -46,7 +46,7 @@ def test_the_row_of_the_device_says_what_is_used_on_it(monkeypatch):
     monkeypatch.setattr(devices, "missed_gpu", lambda: None)
     row, use = system.gpu_rows("auto", CPU)
     assert row.value.startswith("cpu (--device auto); dtypes that it computes fast: float32")
-    assert use.value.startswith("CPU, CPU: used are none")
+    assert use.value.startswith("CPU, CPU: uses none")
     monkeypatch.setattr(devices, "has_triton", lambda: True)
     with pretend("cuda:0", capability=(8, 9)):
         row, use = system.gpu_rows("cuda", torch.device("cuda:0"))
