@@ -34,8 +34,8 @@ from benchmarks.sides import make_rows
 from paligemma.checkpoints.weights import load_model
 from paligemma.files import read_json
 from paligemma.generation import generate
-from paligemma.layers import graphs
-from paligemma.layers.capped_attention import capped_attention, compiled_capped_attention, kernel_options
+from paligemma.gpu import graphs
+from paligemma.gpu.capped_attention import capped_attention, compiled_capped_attention, kernel_options
 from paligemma.modeling_gemma import attention
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 

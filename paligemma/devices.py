@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 NAMES = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?|cuda:\d{1,3}(,cuda:\d{1,3})+")
 NEEDED = "auto, cpu, mps, cuda, cuda:N or several cards such as cuda:0,cuda:1"
-GRAPHS = ("auto", "off", "record", "compile")  # modes of layers/graphs.py
+GRAPHS = ("auto", "off", "record", "compile")  # modes of gpu/graphs.py
 GRAPHS_VARIABLE = "PALIGEMMA_GRAPHS"
 
 log = logging.getLogger(__name__)

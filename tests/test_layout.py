@@ -21,7 +21,7 @@ TO_BE_READ = ["configuration", *MODELING, "layers.batch_cache", "generation"]  #
 # The lowest floor comes first: a module imports from its own floor and from lower ones.
 FLOORS = [
     {*MODELING, "configuration", "errors", "files", "parameter_names", "vocabulary"},
-    {"devices", "machine", "roofline", "svg", "tokenization", "pictures", "layers"},
+    {"devices", "machine", "roofline", "svg", "tokenization", "pictures", "layers", "gpu"},
     {"objects"},
     {"checkpoints"},
     {"processing_paligemma", "generation"},

@@ -47,9 +47,10 @@ from paligemma.configuration import PaliGemmaConfig, SiglipVisionConfig
 from paligemma.devices import dtypes_to_try, find_devices, graphs_mode, profile, usable_cards
 from paligemma.errors import CheckpointError, OutputError, UsageError, listed
 from paligemma.files import MAX_JSON_BYTES, names_in, parse_json_file, read_regular, staging_folder, stat_path
-from paligemma.layers import cuda_decoding, fast_cpu, float16, gpu_products, mps_workarounds, patch_product, quantization, split
-from paligemma.layers.capped_attention import use_capped_attention
-from paligemma.layers.graphs import use_graphs
+from paligemma.gpu import cuda_decoding, mps_workarounds, packed_products, patch_product, split
+from paligemma.gpu.capped_attention import use_capped_attention
+from paligemma.gpu.graphs import use_graphs
+from paligemma.layers import fast_cpu, float16, quantization
 from paligemma.machine import GIB, free_memory, memory_errors
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 from paligemma.parameter_names import canonical_name
@@ -326,7 +327,7 @@ def room_to_answer(config: PaliGemmaConfig, quantised: Collection[nn.Module], dt
     text, tokens = config.text_config, config.num_image_tokens + TEXT_TOKENS
     cache = 2 * tokens * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
     mlp = 3 * tokens * text.intermediate_size * dtype.itemsize  # gate, up and their product
-    blocks = gpu_products.BLOCK_BYTES if quantised else 0
+    blocks = packed_products.BLOCK_BYTES if quantised else 0
     return cache + mlp + 3 * text.vocab_size * 4 + blocks + WORKSPACE
 
 

@@ -23,7 +23,8 @@ from paligemma.checkpoints.weights import empty_model, load_model, save_model
 from paligemma.checkup.rows import Row, failed, note
 from paligemma.configuration import PaliGemmaConfig
 from paligemma.generation import PendingTokens
-from paligemma.layers import capped_attention, int_formats, kernels, quantization, self_check
+from paligemma.gpu import capped_attention, self_check
+from paligemma.layers import int_formats, kernels, quantization
 from paligemma.modeling_gemma import GemmaRMSNorm, attention, rotary_embedding, rotate
 from paligemma.modeling_paligemma import prefix_lm_mask
 from paligemma.roofline import matrix_rate, read_bandwidth
@@ -215,7 +216,7 @@ def flex_rows(device: torch.device, dtype: torch.dtype) -> list[Row]:
 
 
 def fast_way_rows() -> list[Row]:
-    """A row for each FastWay that was turned off during the checks above (layers/self_check.py). Failed if a result differed."""
+    """A row for each FastWay that was turned off during the checks above (gpu/self_check.py). Failed if a result differed."""
     rows = []
     for way in self_check.all_ways():
         name, reason = str(way["name"]), str(way["reason"])

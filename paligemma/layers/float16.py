@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paligemma.layers.mps_workarounds import linear
+from paligemma.gpu.mps_workarounds import linear
 from paligemma.layers.quantization import QuantizedEmbedding, QuantizedLinear
 from paligemma.layers.replacing import extended
 from paligemma.modeling_gemma import GemmaAttention, GemmaEmbedding, GemmaMLP, GemmaModel, GemmaRMSNorm, attention

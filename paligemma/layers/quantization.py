@@ -5,8 +5,8 @@ the bytes of bfloat16, int4 takes 28 percent of them. Only weights are stored as
 inputs of a product to 8 bits, with one scale per 64 (int8) or 32 (int4) inputs. This allows integer dot products, and changes the
 result of a product by about 0.6 percent. Without our kernels, inputs stay floats.
 
-int_formats.py describes the layouts. A module is created and saved in tiles. On a GPU (see gpu_products.py), and where there is
-no compiler, it changes to another layout: when it is loaded, or at its first call.
+int_formats.py describes the layouts. A module is created and saved in tiles. On a GPU (see packed_products.py), and where there
+is no compiler, it changes to another layout: when it is loaded, or at its first call.
 
 Checked in tests/layers/test_quantization.py. Shapes: B rows of x, L tokens, O outputs, X inputs,
 G groups of inputs with one scale each.
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from paligemma.devices import Profile, profile
 from paligemma.errors import CheckpointError, UsageError
-from paligemma.layers import gpu_products, kernels
+from paligemma.gpu import packed_products
+from paligemma.layers import kernels
 from paligemma.layers.int_formats import (
     BLOCK,
     CHUNK_WEIGHTS,
@@ -72,7 +73,7 @@ def product_on_cpu(x: Tensor, packed: Tensor, scales: Tensor, kind: str, int4pac
         return torch._weight_int8pack_mm(x, packed, scales[:, 0].to(x.dtype))
     if int4pack is not None and len(x) <= SMALL_BATCH:
         return torch._weight_int4pack_mm_for_cpu(x.bfloat16(), int4pack[0], GROUP["int4"], int4pack[1]).to(x.dtype)
-    return gpu_products.product_in_blocks(x, packed, scales, kind, CHUNK_WEIGHTS)
+    return packed_products.product_in_blocks(x, packed, scales, kind, CHUNK_WEIGHTS)
 
 
 # Modules
@@ -125,7 +126,7 @@ class QuantizedLinear(nn.Module):
         """The weights and their scales in tiles."""
         if self.is_tiled:
             return self.packed, self.scales
-        scales = gpu_products.plain_scales(self.scales).bfloat16()
+        scales = packed_products.plain_scales(self.scales).bfloat16()
         return repack(self.packed, self.kind, lambda q: to_tiles(q, self.kind)), scales_to_tiles(scales)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -140,7 +141,7 @@ class QuantizedLinear(nn.Module):
 
     def weight_as_floats(self) -> Tensor:
         """The weights that `forward` multiplies with, float32[O, X]."""
-        scales = scales_from_tiles(self.scales) if self.is_tiled else gpu_products.plain_scales(self.scales)
+        scales = scales_from_tiles(self.scales) if self.is_tiled else packed_products.plain_scales(self.scales)
         return dequantize(self.integers(), scales, torch.float32)[: self.out_features, : self.in_features]
 
     def change_layout(self) -> None:
@@ -155,7 +156,7 @@ class QuantizedLinear(nn.Module):
                 return
             if not self.packed.is_cpu:
                 self.profile = profile(self.packed.device)
-                packed, self.scales = gpu_products.lay_out(self.packed, self.scales, self.kind)
+                packed, self.scales = packed_products.lay_out(self.packed, self.scales, self.kind)
             else:
                 scales = scales_from_tiles(self.scales)
                 if self.kind == "int4":
@@ -179,7 +180,7 @@ class QuantizedLinear(nn.Module):
         if not x.is_contiguous() or x.stride(1) != 1:
             x = x.clone(memory_format=torch.contiguous_format)
         if self.profile is not None:
-            y = gpu_products.product(x, self.packed, self.scales, self.kind, self.profile)
+            y = packed_products.product(x, self.packed, self.scales, self.kind, self.profile)
         else:
             y = product_on_cpu(x, self.packed, self.scales, self.kind, self.int4pack)
         return y[:, : self.out_features].reshape(*shape, self.out_features).to(dtype)
@@ -211,7 +212,7 @@ class QuantizedEmbedding(QuantizedLinear):
             with LAYOUT_LOCK:  # another thread may be in change_layout
                 packed, scales = self.packed, self.scales
         if packed.ndim != 3:
-            scales = gpu_products.plain_scales(scales)[ids]
+            scales = packed_products.plain_scales(scales)[ids]
         if packed.ndim == 2:
             return from_rows(packed[ids], self.kind), scales
         if packed.ndim == 4:

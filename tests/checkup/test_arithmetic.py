@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from paligemma.checkup import arithmetic
 from paligemma.checkup.rows import FAILED, NOTE, OK
 from paligemma.generation import PendingTokens
-from paligemma.layers import capped_attention, kernels, quantization, self_check
+from paligemma.gpu import capped_attention, self_check
+from paligemma.layers import kernels, quantization
 from paligemma.modeling_gemma import GemmaAttention
 from tests.gpu.pretend import PretendedGraph, pretend
 

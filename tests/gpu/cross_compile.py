@@ -34,7 +34,7 @@ def built(source: ASTSource, capability: int, **options: int):
 
 def product_kernel(kernel: str, rows: int, dtype: str, capability: int) -> dict:
     """What Triton makes of a kernel of triton_products.py for sizes that are multiples of 16, as those of all models are."""
-    from paligemma.layers import triton_products
+    from paligemma.gpu import triton_products
 
     function = getattr(triton_products, kernel)
     if kernel == "int8_dot_kernel":
@@ -183,8 +183,8 @@ def step_kernels(family: str, num_layers: int, capabilities: list[int]) -> dict[
     import torch._inductor.config as config
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from paligemma.gpu.cuda_decoding import CudaAttention, CudaModel
     from paligemma.layers.batch_cache import BatchCache
-    from paligemma.layers.cuda_decoding import CudaAttention, CudaModel
     from paligemma.layers.replacing import extended
     from paligemma.modeling_gemma import GemmaConfig, GemmaEmbedding, GemmaForCausalLM
 
@@ -248,7 +248,7 @@ def capped_attention_kernel(capability: int, num_tokens: int = 1024, options: di
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from paligemma import devices
-    from paligemma.layers import capped_attention
+    from paligemma.gpu import capped_attention
 
     class Written(Exception):
         """Inductor has written its code; what would follow needs a card."""

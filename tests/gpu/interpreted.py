@@ -13,7 +13,8 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-from paligemma.layers import int_formats, triton_products
+from paligemma.gpu import triton_products
+from paligemma.layers import int_formats
 from tests.bounds import product_bound
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -16,13 +16,14 @@ from paligemma.checkpoints.adapters import save_adapter
 from paligemma.checkpoints.weights import ModelFiles, save_model
 from paligemma.errors import DeviceError, UsageError
 from paligemma.generation import Sampling, generate, generate_many
-from paligemma.layers import lora, self_check
+from paligemma.gpu import self_check
+from paligemma.gpu.split import SplitCache, SplitPaliGemma
+from paligemma.layers import lora
 from paligemma.layers.batch_cache import BatchCache
-from paligemma.layers.split import SplitCache, SplitPaliGemma
 from paligemma.machine import GIB
 from paligemma.programs import annotate, commandline, finetune
 from tests.gpu.pretend import pretend, waits
-from tests.gpu.test_gpu_products import have_operators, int4_product_of_cuda, triton_product
+from tests.gpu.test_packed_products import have_operators, int4_product_of_cuda, triton_product
 from tests.tiny import FAMILIES, make_batch, make_model
 from tests.tiny_checkpoint import make_checkpoint
 

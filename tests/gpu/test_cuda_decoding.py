@@ -11,9 +11,10 @@ import torch
 
 from paligemma.checkpoints.weights import load_model
 from paligemma.files import BUNDLED
-from paligemma.layers import cuda_decoding, float16, self_check
+from paligemma.gpu import cuda_decoding, self_check
+from paligemma.gpu.cuda_decoding import CudaAttention, CudaModel, additive, one_token_attention, use_cuda_modules
+from paligemma.layers import float16
 from paligemma.layers.batch_cache import BatchCache
-from paligemma.layers.cuda_decoding import CudaAttention, CudaModel, additive, one_token_attention, use_cuda_modules
 from paligemma.layers.replacing import extended
 from paligemma.modeling_gemma import GemmaAttention, GemmaRMSNorm, KVCache, attention
 from tests.bounds import UNIT, assert_within

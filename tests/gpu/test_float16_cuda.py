@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from paligemma.checkpoints import weights
-from paligemma.layers import graphs
+from paligemma.gpu import graphs
 from paligemma.layers.batch_cache import BatchCache
 from tests.gpu.pretend import pretend, waits
 from tests.layers.test_float16 import enlarge_residual_stream, enlarged, exact_logits

@@ -10,9 +10,10 @@ from paligemma import devices
 from paligemma.checkpoints import weights
 from paligemma.errors import DeviceError
 from paligemma.generation import generate
-from paligemma.layers import gpu_products, quantization
-from paligemma.layers.graphs import RecordedPaliGemma
-from paligemma.layers.patch_product import PatchProduct
+from paligemma.gpu import packed_products
+from paligemma.gpu.graphs import RecordedPaliGemma
+from paligemma.gpu.patch_product import PatchProduct
+from paligemma.layers import quantization
 from tests.checkpoints.test_weights import tensors_of, write_checkpoint
 from tests.gpu.pretend import pretend, waits
 from tests.tiny import make_batch
@@ -111,7 +112,7 @@ def test_room_counts_the_blocks_of_quantised_weights_that_are_floats_at_a_time(f
     model = weights.empty_model(files.config)
     modules = [quantization.empty_module(model.get_submodule(name), "int8") for name in quantization.targets(model)]
     rooms = [weights.room_to_answer(files.config, some, torch.bfloat16) for some in ([], modules)]
-    assert rooms[1] - rooms[0] == gpu_products.BLOCK_BYTES  # test_gpu_products.py measures it
+    assert rooms[1] - rooms[0] == packed_products.BLOCK_BYTES  # test_packed_products.py measures it
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

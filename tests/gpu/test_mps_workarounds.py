@@ -12,7 +12,8 @@ import paligemma
 from paligemma import files
 from paligemma.checkpoints import weights
 from paligemma.generation import generate
-from paligemma.layers import float16, int_formats, mps_workarounds, quantization
+from paligemma.gpu import mps_workarounds
+from paligemma.layers import float16, int_formats, quantization
 from paligemma.pictures.images import load_image
 from tests.bounds import Float16Roundings, assert_within, product_bound
 from tests.gpu.pretend import pretend

@@ -12,9 +12,9 @@ import torch
 
 import paligemma
 from paligemma.generation import Sampling, generate, generate_many
-from paligemma.layers import graphs
+from paligemma.gpu import graphs
+from paligemma.gpu.cuda_decoding import use_cuda_modules
 from paligemma.layers.batch_cache import BatchCache
-from paligemma.layers.cuda_decoding import use_cuda_modules
 from paligemma.learning import training
 from paligemma.model import DetectionResult, Model
 from paligemma.modeling_gemma import KVCache

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import paligemma
-from paligemma.layers import gpu_products
+from paligemma.gpu import packed_products
 from tests.gpu.pretend import count, kernels
-from tests.gpu.test_gpu_products import AMPERE, TURING, fresh, int4_product_of_cuda, on_gpu
+from tests.gpu.test_packed_products import AMPERE, TURING, fresh, int4_product_of_cuda, on_gpu
 from tests.gpu.test_programs import VERBS, assert_same_answer
 
 __all__ = ["fresh", "on_gpu"]  # fixtures; `fresh` is used by every test
@@ -53,6 +53,6 @@ def test_answers_of_quantised_models(device, capability, kind, on_cpu, on_gpu):
     model = paligemma.load(device=device, dtype="fp32" if capability == TURING else None, quantize=kind)
     for verb in ASKED:
         assert_same_answer(VERBS[verb](model), on_cpu[kind][verb])
-    assert gpu.mismatches == [] and gpu_products.TRITON.is_on and gpu_products.TORCH.is_on
+    assert gpu.mismatches == [] and packed_products.TRITON.is_on and packed_products.TORCH.is_on
     assert kernels(gpu.events)[WAYS[device, capability, kind]] > 100
     assert (count(gpu.events, "replay") > 5) == (device == "cuda:0")

@@ -9,10 +9,10 @@ import torch
 
 from paligemma import devices
 from paligemma.generation import Sampling, generate, generate_many
-from paligemma.layers import graphs, self_check
+from paligemma.gpu import graphs, self_check
+from paligemma.gpu.cuda_decoding import use_cuda_modules
+from paligemma.gpu.graphs import RecordedPaliGemma, use_graphs
 from paligemma.layers.batch_cache import BatchCache
-from paligemma.layers.cuda_decoding import use_cuda_modules
-from paligemma.layers.graphs import RecordedPaliGemma, use_graphs
 from tests.gpu.pretend import count, kernels, pretend, waits
 from tests.tiny import FAMILIES, make_batch, make_model
 

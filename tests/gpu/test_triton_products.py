@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from paligemma.layers.gpu_products import MAX_ROWS
+from paligemma.gpu.packed_products import MAX_ROWS
 from tests.gpu.apart import run_apart
 
 KINDS = {"int8": 64, "int4": 32}  # and the number of which their inputs are a multiple

@@ -11,8 +11,8 @@ import torch
 
 from paligemma import explanation, generation
 from paligemma.generation import RunningBatch, Sampling, generate_many, generate_steps, sample, split_rows
-from paligemma.layers import graphs
-from paligemma.layers.cuda_decoding import use_cuda_modules
+from paligemma.gpu import graphs
+from paligemma.gpu.cuda_decoding import use_cuda_modules
 from paligemma.objects.grammar import Grammar
 from paligemma.processing_paligemma import PaliGemmaProcessor
 from tests.gpu.pretend import WAITS, Event, PretendedGpu, count, pretend, waits

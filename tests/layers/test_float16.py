@@ -12,7 +12,8 @@ import paligemma
 from paligemma import explanation, files
 from paligemma.checkpoints import weights
 from paligemma.generation import generate
-from paligemma.layers import cuda_decoding, float16, kernels, quantization
+from paligemma.gpu import cuda_decoding
+from paligemma.layers import float16, kernels, quantization
 from paligemma.modeling_gemma import GemmaRMSNorm
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 from paligemma.pictures.images import load_image

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from paligemma.layers import capped_attention, graphs, kernels
+from paligemma.gpu import capped_attention, graphs
+from paligemma.layers import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = 'extern "C" int answer() { return 42; }\n'

@@ -6,7 +6,7 @@ first result of the fast way is compared with the plain result. If they differ, 
 way is used until the process ends, and one line of the log says so. The comparison waits for the device, so it happens once only.
 
 `all_ways` lists all fast ways with the results of their checks, for `paligemma doctor`.
-Checked in tests/layers/test_self_check.py.
+Checked in tests/gpu/test_self_check.py.
 """
 
 import logging

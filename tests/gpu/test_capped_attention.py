@@ -13,9 +13,9 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 from paligemma import devices
-from paligemma.layers import capped_attention as module
-from paligemma.layers import self_check
-from paligemma.layers.capped_attention import (
+from paligemma.gpu import capped_attention as module
+from paligemma.gpu import self_check
+from paligemma.gpu.capped_attention import (
     CappedAttention,
     capped_attention,
     kernel_options,

@@ -28,7 +28,7 @@ operations between the matrix products, and generates its own matrix-vector kern
 
 No GPU has run this. `record` has run on a pretended device only, whose graphs are lists of operators
 (tests/gpu/test_recorded_steps.py), inductor's kernels for CUDA have never run, and no speed was measured. The rest is tested on
-a CPU in tests/layers/test_graphs.py. benchmarks/gpu.sh measures on a GPU.
+a CPU in tests/gpu/test_graphs.py. benchmarks/gpu.sh measures on a GPU.
 Shapes: B batch rows, S slots of the KV cache that are read, K key/value heads, E width of one head, V vocabulary size.
 """
 
@@ -45,10 +45,10 @@ import torch
 from torch import Tensor
 
 from paligemma import devices, machine
+from paligemma.gpu.capped_attention import use_capped_attention
+from paligemma.gpu.self_check import FastWay, rounding_bound
 from paligemma.layers import kernels
 from paligemma.layers.batch_cache import BatchCache
-from paligemma.layers.capped_attention import use_capped_attention
-from paligemma.layers.self_check import FastWay, rounding_bound
 from paligemma.modeling_gemma import KVCache
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 

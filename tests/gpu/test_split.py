@@ -6,9 +6,9 @@ import torch
 from paligemma import machine
 from paligemma.errors import DeviceError, UsageError
 from paligemma.generation import Sampling, generate, generate_many
-from paligemma.layers import split
+from paligemma.gpu import split
+from paligemma.gpu.split import Placement, SplitCache, bytes_per_card, divide, fewest_cards, place, use_cards
 from paligemma.layers.batch_cache import BatchCache
-from paligemma.layers.split import Placement, SplitCache, bytes_per_card, divide, fewest_cards, place, use_cards
 from paligemma.machine import GIB
 from tests.tiny import FAMILIES, IMAGE, make_batch, make_model
 

@@ -5,7 +5,7 @@ bits: this changes the vectors by 2e-4. The setting that prevents it, torch.back
 process and would slow down other models. Matrix products do not use TF32 unless the user allows it
 (torch.set_float32_matmul_precision).
 
-Checked in tests/layers/test_patch_product.py. Shapes: I images, C channels, H W pixels, D model width.
+Checked in tests/gpu/test_patch_product.py. Shapes: I images, C channels, H W pixels, D model width.
 """
 
 import torch.nn.functional as F

@@ -22,9 +22,10 @@ from torch.utils._pytree import tree_leaves
 from paligemma import devices, modeling_gemma
 from paligemma.errors import UsageError
 from paligemma.generation import generate, generate_many
-from paligemma.layers import gpu_products, graphs, quantization, self_check
+from paligemma.gpu import graphs, packed_products, self_check
+from paligemma.gpu.graphs import bucket, use_graphs
+from paligemma.layers import quantization
 from paligemma.layers.batch_cache import BatchCache
-from paligemma.layers.graphs import bucket, use_graphs
 from paligemma.modeling_gemma import KVCache, attention
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 from tests.tiny import FAMILIES, IMAGE, draw, make_batch, make_model
@@ -738,8 +739,8 @@ def test_inductor_writes_a_token_without_copying_the_cache():
 def test_a_quantised_step_compiles_without_a_break(kind, monkeypatch):
     """The kernels for few rows, which were checked when the step ran without being compiled, become operators of the step."""
     model = make(num_hidden_layers=1)
-    kernel = lambda x, packed, scales: gpu_products.product_in_blocks(x, packed, scales, kind)  # noqa: E731
-    monkeypatch.setattr(gpu_products, "by_triton", kernel)
+    kernel = lambda x, packed, scales: packed_products.product_in_blocks(x, packed, scales, kind)  # noqa: E731
+    monkeypatch.setattr(packed_products, "by_triton", kernel)
     for name in quantization.targets(model):
         module = model.get_submodule(name)
         module = quantization.quantize_module(module, kind, {"weight": module.weight.detach()})
@@ -752,11 +753,11 @@ def test_a_quantised_step_compiles_without_a_break(kind, monkeypatch):
         plain = model.step(cache.fixed(16), script(2, 1)[0])
         cache.lengths.sub_(1)
         torch._dynamo.reset()
-        monkeypatch.setattr(gpu_products.TRITON, "run", None)  # a check while compiling would fail
+        monkeypatch.setattr(packed_products.TRITON, "run", None)  # a check while compiling would fail
         step = torch.compile(PaliGemmaForConditionalGeneration.step, fullgraph=True, dynamic=False, backend="eager")
         assert (step(model, cache.fixed(16), script(2, 1)[0]) - plain).abs().max() <= 4e-5
     torch._dynamo.reset()
-    gpu_products.TRITON.reset()
+    packed_products.TRITON.reset()
 
 
 # No step waits for the device

@@ -2,7 +2,7 @@
 
 Decoding takes as long as reading the weights, so each kernel reads every packed weight once and turns it into a float in a
 register. Triton compiles a kernel at its first use, in about a second per number of rows. The wheels of torch for Linux with CUDA
-include Triton; it also needs a C compiler. This module imports it, so it is imported only where gpu_products.py has chosen it.
+include Triton; it also needs a C compiler. This module imports it, so it is imported only where packed_products.py has chosen it.
 
 `int8_kernel` and `int4_kernel` multiply and add on CUDA cores, with one sum per row of x. A block of LINES threads
 computes BLOCK_O outputs. Each thread reads LINE inputs at a time, once for all its outputs, and the weights of these inputs. From

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from paligemma.layers import patch_product
-from paligemma.layers.patch_product import PatchProduct
+from paligemma.gpu import patch_product
+from paligemma.gpu.patch_product import PatchProduct
 from paligemma.layers.replacing import extended
 from tests.tiny import FAMILIES, make_model
 

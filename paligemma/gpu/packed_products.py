@@ -13,7 +13,7 @@ where a kernel differs or fails, for example because there is no C compiler.
 Each weight is stored once: both ways read the same layout ("int4pack" for torch's int4 product on CUDA, else "rows", see
 int_formats.py). Int8 takes 1 byte per weight, int4 0.625, of which the scales are 0.125.
 
-Checked in tests/gpu/test_gpu_products.py on pretended devices. No kernel has run on a GPU.
+Checked in tests/gpu/test_packed_products.py on pretended devices. No kernel has run on a GPU.
 Shapes: B rows of x, O outputs, X inputs, G groups of inputs with one scale each.
 """
 
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from paligemma.devices import Profile, profile
+from paligemma.gpu.mps_workarounds import linear
+from paligemma.gpu.self_check import FastWay, rounding_bound
 from paligemma.layers.int_formats import (
     GROUP,
     dequantize,
@@ -33,8 +35,6 @@ from paligemma.layers.int_formats import (
     to_rows,
     with_zero_points,
 )
-from paligemma.layers.mps_workarounds import linear
-from paligemma.layers.self_check import FastWay, rounding_bound
 
 MAX_ROWS = 16  # a kernel for few rows is used up to this number; a guess, because it has not been measured
 BLOCK_WEIGHTS = 2**24  # number of weights that are turned into floats at one time
@@ -80,7 +80,7 @@ def torch_int8(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
 
 def by_triton(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
-        from paligemma.layers import triton_products  # noqa: F401  (defines the operators; Triton is imported only where used)
+        from paligemma.gpu import triton_products  # noqa: F401  (defines the operators; Triton is imported only where used)
 
     operators = torch.ops.paligemma
     return (operators.int8_product if packed.dtype is torch.int8 else operators.int4_product)(x, packed, scales)

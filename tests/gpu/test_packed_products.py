@@ -1,4 +1,4 @@
-"""gpu_products.py on pretended devices: which kernel multiplies, in which layout, and what happens where it differs or fails."""
+"""packed_products.py on pretended devices: which kernel multiplies, in which layout, and what happens if it differs."""
 
 import contextlib
 import functools
@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from paligemma import devices
-from paligemma.layers import gpu_products, int_formats
+from paligemma.gpu import packed_products
+from paligemma.layers import int_formats
 from paligemma.layers.int_formats import GROUP, KINDS
 from paligemma.modeling_gemma import GemmaEmbedding
 from tests.gpu.pretend import kernels, pretend, waits
@@ -73,18 +74,18 @@ def have_operators():
     if importlib.util.find_spec("triton") is None:
         for kind in KINDS:
             torch.library.define(f"paligemma::{kind}_product", "(Tensor x, Tensor packed, Tensor scales) -> Tensor")
-        sys.modules["paligemma.layers.triton_products"] = types.ModuleType("triton_products")
+        sys.modules["paligemma.gpu.triton_products"] = types.ModuleType("triton_products")
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Every test starts with ways that have not been checked."""
-    for way in (gpu_products.TRITON, gpu_products.TORCH):
+    for way in (packed_products.TRITON, packed_products.TORCH):
         way.reset()
     monkeypatch.setattr(devices, "has_triton", lambda: True)
     have_operators()
     yield
-    for way in (gpu_products.TRITON, gpu_products.TORCH):
+    for way in (packed_products.TRITON, packed_products.TORCH):
         way.reset()
 
 
@@ -137,7 +138,7 @@ def test_few_rows_take_the_kernel_of_the_device_and_many_take_blocks(on_gpu, nam
         x = torch.randn(rows, 128).to(dtype)
         product_on(gpu, module, x)  # the first product with a number of rows is compared with the blocks
         y, used = product_on(gpu, module, x)
-        assert used == ({operator} if rows <= gpu_products.MAX_ROWS else BLOCKS)
+        assert used == ({operator} if rows <= packed_products.MAX_ROWS else BLOCKS)
         assert y.dtype == dtype
         # Rounding of the result, and of x and weights to bfloat16 in torch's int4 products and in blocks.
         assert gap(y, x.float() @ weight.T) < (1e-5 if dtype is torch.float32 and "int4pack" not in operator else 6e-3)
@@ -290,7 +291,7 @@ def num_bytes(*tensors):
 @pytest.mark.parametrize(("kind", "row"), [("int8", "sm_75"), ("int4", "sm_75"), ("int4", "sm_80")])
 def test_memory_for_other_layouts_and_for_blocks_is_bounded(kind, row, monkeypatch):
     """A matrix of 512 K weights in blocks of 32 K: not more than the result and a few bytes per weight of one block."""
-    monkeypatch.setattr(gpu_products, "profile", lambda _device: devices.PROFILES[row])
+    monkeypatch.setattr(packed_products, "profile", lambda _device: devices.PROFILES[row])
     monkeypatch.setattr(int_formats, "CHUNK_WEIGHTS", 2**15)
     tiles, scales = int_formats.quantize(torch.randn(512, 1024), kind)
     to_pack = int_formats.to_int4pack if row == "sm_80" else functools.partial(int_formats.to_rows, kind=kind)
@@ -302,6 +303,6 @@ def test_memory_for_other_layouts_and_for_blocks_is_bounded(kind, row, monkeypat
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.randn(40, 1024, dtype=dtype)
         with Memory(packed, scales, x) as memory:
-            y = gpu_products.product_in_blocks(x, packed, scales, kind, 2**15)
+            y = packed_products.product_in_blocks(x, packed, scales, kind, 2**15)
         rest = num_bytes(y) + num_bytes(x) + num_bytes(scales)  # the result, a block of it, and a view of the scales
-        assert 2**15 < memory.peak <= gpu_products.BLOCK_BYTES / gpu_products.BLOCK_WEIGHTS * 2**15 + rest
+        assert 2**15 < memory.peak <= packed_products.BLOCK_BYTES / packed_products.BLOCK_WEIGHTS * 2**15 + rest

@@ -7,7 +7,7 @@ one row or several, with or without a mask) is compared with the plain way for 6
 if they differ, or if the compiler or torch raises an exception.
 
 `use_capped_attention` puts this attention into a model. The compiled kernel has never run on a GPU. Checked in
-tests/layers/test_capped_attention.py.
+tests/gpu/test_capped_attention.py.
 Shapes: as in modeling_gemma.py.
 """
 
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from paligemma import devices
+from paligemma.gpu.self_check import FastWay, rounding_bound
 from paligemma.layers import kernels
 from paligemma.layers.replacing import extended
-from paligemma.layers.self_check import FastWay, rounding_bound
 from paligemma.modeling_gemma import GemmaAttention, attention
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 
@@ -56,7 +56,7 @@ def shared_bytes(options: dict[str, int], width: int, itemsize: int) -> int:
 
     It holds BLOCK_M queries, the keys and the values of the num_stages - 1 iterations that are being loaded (with one stage, a
     single buffer for keys or values), and the scores in float32 with their mask. Triton reports up to 10 % less:
-    tests/layers/test_capped_attention.py.
+    tests/gpu/test_capped_attention.py.
     """
     rows, columns = options["BLOCK_M"], options["BLOCK_N"]
     buffers = max(1, 2 * (options["num_stages"] - 1))

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paligemma.gpu.self_check import FastWay, rounding_bound
 from paligemma.layers.float16 import Float16RMSNorm
 from paligemma.layers.replacing import extended
-from paligemma.layers.self_check import FastWay, rounding_bound
 from paligemma.modeling_gemma import GemmaAttention, GemmaModel, GemmaRMSNorm, KVCache, attention, rotate
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 

@@ -8,8 +8,8 @@ import torch
 
 from paligemma.checkpoints.weights import load_model
 from paligemma.files import BUNDLED
-from paligemma.layers import self_check
-from paligemma.layers.self_check import FastWay, relative_difference, rounding_bound
+from paligemma.gpu import self_check
+from paligemma.gpu.self_check import FastWay, relative_difference, rounding_bound
 from tests.tiny import draw
 
 X = draw(3, 40)

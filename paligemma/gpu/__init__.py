@@ -1,0 +1,1 @@
+"""What runs on GPUs only, and is compared with the plain way before it is used."""
