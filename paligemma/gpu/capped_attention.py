@@ -3,8 +3,8 @@
 torch's other attention kernels have no soft cap, so modeling_gemma.attention computes the scores of a block of queries, stores
 them, and reads them again. flex_attention stores no scores. It is used where devices.PROFILES has options for it, for prompts of
 at least MIN_TOKENS tokens; everything else is computed as in modeling_gemma.py. The first result of each form (device, dtype,
-one row or several, with or without a mask) is compared with the plain way for 64 queries (self_check.py). The plain way is used
-if they differ, or if the compiler or torch raises an exception.
+one row or several, with or without a mask) is compared with attention in float32 for 64 queries (self_check.py). The plain way is
+used if they differ, or if the compiler or torch raises an exception.
 
 `use_capped_attention` puts this attention into a model. The compiled kernel has never run on a GPU. Checked in
 tests/gpu/test_capped_attention.py.
@@ -110,7 +110,9 @@ class CappedAttention(GemmaAttention):
 
         def is_right(found: Tensor) -> bool:
             some = torch.linspace(0, q.shape[2] - 1, CHECKED_QUERIES, device=q.device).long()
-            expected = attention(q[:, :, some], k, v, None if mask is None else mask[:, :, some], self.scale, self.cap)
+            # In float32, because the plain way rounds scores to bfloat16: large ones would change the result by more than the bound.
+            queries, keys, values = q[:, :, some].float(), k.float(), v.float()
+            expected = attention(queries, keys, values, None if mask is None else mask[:, :, some], self.scale, self.cap)
             return CAPPED.check(found[:, :, some], expected, key=form, bound=rounding_bound(q.dtype))
 
         form = (q.device, q.dtype, len(q) == 1, mask is None)  # each is another kernel
