@@ -121,7 +121,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
     def to_device(self, x: Tensor) -> Tensor:
         """The tensor on the device of the model. The CPU does not wait for a copy to CUDA, which is made from pinned memory."""
         is_async = self.device.type == "cuda" and x.device.type == "cpu"
-        return x.pin_memory().to(self.device, non_blocking=True) if is_async else x.to(self.device)
+        return x.contiguous().pin_memory().to(self.device, non_blocking=True) if is_async else x.to(self.device)
 
     def new_cache(self, batch: int, slots: int, kind: type[KVCache] = KVCache) -> KVCache:
         """An empty cache for `batch` rows of at most `slots` tokens each (picture, prompt and answer together).

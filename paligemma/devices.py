@@ -179,7 +179,7 @@ def to_device(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
     """The tensor on the device. A copy from the CPU to a CUDA device does not wait: later operations on the device see it."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         # The caller may change the tensor at once: a copy of it in pinned memory is sent, which torch frees afterwards.
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 

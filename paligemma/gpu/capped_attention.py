@@ -110,7 +110,7 @@ class CappedAttention(GemmaAttention):
 
         def is_right(found: Tensor) -> bool:
             some = torch.linspace(0, q.shape[2] - 1, CHECKED_QUERIES, device=q.device).long()
-            # In float32, because the plain way rounds scores to bfloat16: large ones would change the result by more than the bound.
+            # In float32, because the plain way rounds scores to bfloat16: this may change its result by more than the bound.
             queries, keys, values = q[:, :, some].float(), k.float(), v.float()
             expected = attention(queries, keys, values, None if mask is None else mask[:, :, some], self.scale, self.cap)
             return CAPPED.check(found[:, :, some], expected, key=form, bound=rounding_bound(q.dtype))

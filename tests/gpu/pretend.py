@@ -321,7 +321,8 @@ class PretendedGpu(TorchDispatchMode):
         return not isinstance(tensor, PretendedTensor) and tensor.untyped_storage().data_ptr() in self.pinned
 
     def pin(self, tensor: Tensor) -> Tensor:
-        pinned = tensor.detach().clone()
+        # As in torch, with the same strides: so a tensor with several numbers in one place, made by expand, is refused.
+        pinned = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
         self.pinned[pinned.untyped_storage().data_ptr()] = pinned
         return pinned
 

@@ -160,3 +160,14 @@ def test_to_device_waits_only_where_it_must_and_reads_the_numbers_at_once(device
         assert len(waits(events)) == (device == "mps")
         assert devices.to_device(copy, copy.device) is copy
     assert gpu.mismatches == []
+
+
+def test_a_tensor_that_was_expanded_is_copied(float32):
+    """pin_memory keeps strides, and torch refuses to write several numbers to one place."""
+    one_row = make_batch([(1, 3, 0)])
+    batch = {key: tensor.expand(3, *tensor.shape[1:]) for key, tensor in one_row.items()}
+    with card(H100), torch.no_grad():
+        assert devices.to_device(torch.arange(2).expand(3, 2), torch.device("cuda")).tolist() == [[0, 1]] * 3
+        model = weights.load_model(float32, device="cuda", graphs="off")
+        logits, expected = model(**batch), model(**one_row)
+        torch.testing.assert_close(logits.cpu(), expected.cpu().expand(3, -1, -1), rtol=1e-2, atol=1e-2)
