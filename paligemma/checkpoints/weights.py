@@ -18,7 +18,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from paligemma.checkpoints.adapters import Adapter, read_adapter
 from paligemma.checkpoints.file_names import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, has_adapter, has_weights
+from paligemma.checkpoints.fitting import choose_dtype, module_bytes, own_tensors, room_to_answer, run_dtype
 from paligemma.checkpoints.hub import find_base, resolve
 from paligemma.checkpoints.safetensors_files import (
     DTYPES,
@@ -44,23 +45,19 @@ from paligemma.checkpoints.safetensors_files import (
     write_shards,
 )
 from paligemma.configuration import PaliGemmaConfig, SiglipVisionConfig
-from paligemma.devices import dtypes_to_try, find_devices, graphs_mode, profile, usable_cards
+from paligemma.devices import find_devices, graphs_mode, usable_cards
 from paligemma.errors import CheckpointError, OutputError, UsageError, listed
 from paligemma.files import MAX_JSON_BYTES, names_in, parse_json_file, read_regular, staging_folder, stat_path
-from paligemma.gpu import cuda_decoding, mps_workarounds, packed_products, patch_product, split
+from paligemma.gpu import cuda_decoding, mps_workarounds, patch_product, split
 from paligemma.gpu.capped_attention import use_capped_attention
 from paligemma.gpu.graphs import use_graphs
 from paligemma.layers import fast_cpu, float16, quantization
-from paligemma.machine import GIB, free_memory, memory_errors
+from paligemma.machine import memory_errors
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 from paligemma.parameter_names import canonical_name
 
 log = logging.getLogger(__name__)  # notes (info) and warnings; the program decides whether they are shown
 
-TEXT_TOKENS = 256  # tokens of prompt and answer for which a GPU must have room
-# Bytes for what libraries allocate on a GPU: the workspace of cuBLAS (up to 32 MiB), the memory of CUDA graphs, gaps between
-# tensors. This is an estimate: it has not been measured.
-WORKSPACE = 2**28
 MAX_LAYERS = 512  # the deepest real model has 46; a damaged config.json must not make us build a million layers
 DTYPE_NAMES = {
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
@@ -294,43 +291,6 @@ def stored_dtype(stored: dict[str, StoredTensor]) -> torch.dtype:
     return DTYPES[max(count, key=count.get)] if count else torch.float32
 
 
-def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a module itself, without those of its submodules."""
-    return dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-
-
-def run_dtype(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a tensor in the loaded model: `dtype` for parameters; buffers (quantised weights) keep their own dtype."""
-    return dtype if isinstance(tensor, nn.Parameter) else tensor.dtype
-
-
-def module_bytes(
-    model: nn.Module, quantised: dict[str, nn.Module], dtype: torch.dtype, on_gpu: bool = False
-) -> dict[str, int]:
-    """Bytes of each module of the loaded model, without those of its submodules, by name.
-
-    Args:
-        quantised: modules that will replace those of the same name.
-        on_gpu: whether the model will be on a GPU.
-    """
-    bytes_of = {}
-    for name, module in model.named_modules():
-        module = quantised.get(name, module)
-        bytes_of[name] = sum(tensor.numel() * run_dtype(tensor, dtype).itemsize for tensor in own_tensors(module).values())
-        if on_gpu and isinstance(module, quantization.QuantizedLinear):
-            bytes_of[name] += module.more_bytes_on_gpu
-    return bytes_of
-
-
-def room_to_answer(config: PaliGemmaConfig, quantised: Collection[nn.Module], dtype: torch.dtype) -> int:
-    """Bytes that a GPU needs besides the weights in order to answer one request: KV cache, intermediate results, workspace."""
-    text, tokens = config.text_config, config.num_image_tokens + TEXT_TOKENS
-    cache = 2 * tokens * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
-    mlp = 3 * tokens * text.intermediate_size * dtype.itemsize  # gate, up and their product
-    blocks = packed_products.BLOCK_BYTES if quantised else 0
-    return cache + mlp + 3 * text.vocab_size * 4 + blocks + WORKSPACE
-
-
 def fill(
     model: nn.Module,
     stored: dict[str, StoredTensor],
@@ -371,37 +331,6 @@ def fill(
 
 
 # Saving and loading
-
-
-def choose_dtype(
-    wanted: torch.dtype | None,
-    stored: torch.dtype,
-    devices: Sequence[torch.device],
-    need: Callable[[torch.dtype], int],
-) -> torch.dtype:
-    """The dtype that a model is loaded in, which is logged with the reason.
-
-    Args:
-        wanted: what the user asked for; None = the first of dtypes_to_try that fits into the memory, or else the smallest one,
-            because the model may then be divided among several cards.
-        need: the bytes that the model needs in a dtype.
-    """
-    used, short = profile(devices[0]), {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
-    dtypes = dtypes_to_try(devices[0], stored) if wanted is None else (wanted,)
-    free = sum(free_memory(device) or 0 for device in devices)
-    chosen = dtypes[0] if len(dtypes) == 1 else next((dtype for dtype in dtypes if need(dtype) <= free), min(dtypes, key=need))
-    if wanted is not None:
-        why = "as asked for"
-    elif chosen == stored:
-        why = "as stored"
-    elif chosen == dtypes[0]:
-        why = f"stored as {short[stored]}, which this device does not compute fast"
-    else:
-        why = f"{short[dtypes[0]]} needs {need(dtypes[0]) / GIB:.2f} GiB, and {free / GIB:.2f} GiB are free"
-    log.info("the model computes in %s (%s) on %s.", short[chosen], why, used.name)
-    if devices[0].type != "cpu":
-        log.info("%s", used.summary)
-    return chosen
 
 
 def save_model(model: PaliGemmaForConditionalGeneration, folder: str | Path, *, max_shard_bytes: int = 5 * 10**9) -> None:

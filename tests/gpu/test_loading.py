@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from paligemma import devices
-from paligemma.checkpoints import weights
+from paligemma.checkpoints import fitting, weights
 from paligemma.errors import DeviceError
 from paligemma.generation import generate
 from paligemma.gpu import packed_products
@@ -78,14 +78,14 @@ def test_an_older_card_gets_float16_where_float32_does_not_fit(float32, caplog):
     """The limit is exact: the weights and what one answer needs."""
     caplog.set_level(logging.INFO)
     files = weights.ModelFiles(float32)
-    room = weights.room_to_answer(files.config, [], torch.float32)
+    room = fitting.room_to_answer(files.config, [], torch.float32)
     need = sum(tensor.num_bytes for tensor in files.tensors.values()) + room
-    assert room > weights.WORKSPACE
+    assert room > fitting.WORKSPACE
     for memory, dtype in ((need, torch.float32), (need - 1, torch.float16)):
         with card(T4, memory):
             assert weights.load_model(float32, device="cuda").dtype == dtype
     assert "the model computes in float16 (float32 needs 0.25 GiB, and 0.25 GiB are free) on Card (sm_75)." in caplog.messages
-    with card(T4, weights.WORKSPACE), pytest.raises(DeviceError, match="the weights and one answer take 0.25 GiB") as caught:
+    with card(T4, fitting.WORKSPACE), pytest.raises(DeviceError, match="the weights and one answer take 0.25 GiB") as caught:
         weights.load_model(float32, device="cuda")
     assert caught.value.code == 6
 
@@ -104,14 +104,14 @@ def test_a_model_that_fits_in_no_dtype_gets_the_smallest_and_of_equal_ones_the_b
     """It may be divided among cards afterwards, so the dtype matters: float16 would not save memory over bfloat16."""
     with card(capability):
         need = lambda dtype: 2**40 * dtype.itemsize  # noqa: E731
-        assert weights.choose_dtype(None, stored, [torch.device("cuda:0")], need) == dtype
+        assert fitting.choose_dtype(None, stored, [torch.device("cuda:0")], need) == dtype
 
 
 def test_room_counts_the_blocks_of_quantised_weights_that_are_floats_at_a_time(float32):
     files = weights.ModelFiles(float32)
     model = weights.empty_model(files.config)
     modules = [quantization.empty_module(model.get_submodule(name), "int8") for name in quantization.targets(model)]
-    rooms = [weights.room_to_answer(files.config, some, torch.bfloat16) for some in ([], modules)]
+    rooms = [fitting.room_to_answer(files.config, some, torch.bfloat16) for some in ([], modules)]
     assert rooms[1] - rooms[0] == packed_products.BLOCK_BYTES  # test_packed_products.py measures it
 
 
