@@ -85,6 +85,8 @@ def merged_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         tensors[f"{name}.weight"] = lora.merged_weight(tensors[f"{name}.weight"], a, b, layer.scaling)
     merged = weights.empty_model(model.config)
     merged.load_state_dict(tensors, assign=True)
+    if merged.device.type != "cpu":
+        weights.suit_device(merged, merged.device)
     return merged.eval()
 
 

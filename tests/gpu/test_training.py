@@ -7,7 +7,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from paligemma.learning import run_folder, training
+from paligemma.checkpoints.weights import load_model
+from paligemma.files import BUNDLED
+from paligemma.gpu.cuda_decoding import CudaAttention, CudaModel
+from paligemma.gpu.mps_workarounds import RowByRowAttention
+from paligemma.gpu.patch_product import PatchProduct
+from paligemma.learning import run, run_folder, training
 from paligemma.programs import commandline, finetune
 from tests.gpu.pretend import count, kernels, pretend, waits
 from tests.learning.test_training import COUNT, make_trainer, toy_batch
@@ -110,3 +115,15 @@ def test_the_program_trains_evaluates_and_saves_on_the_card_that_is_named(
     scored = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all("anls" in line for line in scored if "valid_loss" in line)
     assert ("bfloat16 is slow on Pretended GPU (sm_75), which emulates it" in capsys.readouterr().err) == is_slow
+
+
+@pytest.mark.parametrize("device, modules", [("mps", {RowByRowAttention}), ("cuda:0", {CudaAttention, CudaModel, PatchProduct})])
+def test_the_model_of_an_evaluation_has_the_modules_for_its_device(device, modules):
+    """Without them, batches of the bundled model would be wrong on Macs, and float32 would be TF32 in its first layer on CUDA."""
+    with pretend(device) as gpu:
+        model = load_model(BUNDLED, device=device)
+        training.freeze_except(model, ["projector"])
+        merged = run.merged_model(model, torch.bfloat16)
+        assert all(any(isinstance(module, kind) for module in merged.modules()) for kind in modules)
+        assert merged.state_dict().keys() == model.state_dict().keys()
+        assert gpu.mismatches == []
