@@ -227,15 +227,29 @@ def test_a_kernel_that_computes_something_else_is_not_used(on_gpu, names, capabi
     assert "differ on" in line
 
 
+@pytest.mark.parametrize(("names", "capability", "kind", "operator"), WAYS)
+def test_a_kernel_that_is_wrong_for_one_size_of_matrix_only_is_found(on_gpu, names, capability, kind, operator, caplog):
+    modules = [quantized(random_linear(96, inputs), kind) for inputs in (128, 192)]
+    gpu = on_gpu(names, capability=capability)
+    right = gpu.stand_ins[operator]
+    gpu.stand_ins[operator] = lambda x, *rest: right(x, *rest) * (1 if x.shape[1] == 128 else 2)
+    for module in modules:
+        x, weight = torch.randn(3, module.in_features), module.weight_as_floats()
+        y, _ = product_on(gpu, module.to(gpu.devices[0]), x)
+        assert gap(y, x @ weight.T) < 6e-3
+    (line,) = caplog.messages
+    assert "differ on" in line
+
+
 def test_each_number_of_rows_is_compared_once_and_without_it_nothing_waits(on_gpu):
     module = quantized(random_linear(64, 64), "int8")
     gpu = on_gpu()
     module.to("cuda:0")
     found = []
-    for rows in (1, 1, 2, 3, 4, 3, 7, 8):
+    for rows in (1, 1, 2, 3, 4, 3, 7, 8, 9, 11, 12, 16):
         _, used = product_on(gpu, module, torch.randn(rows, 64))
         found.append(used >= BLOCKS)
-    assert found == [True, False, True, True, False, False, True, False]
+    assert found == [True, False, True, True, False, False, True, False, True, False, True, False]
     with torch.no_grad(), gpu.part() as events:
         module(torch.zeros(4, 64, device="cuda:0"))
     assert waits(events) == []
