@@ -46,7 +46,7 @@ from paligemma.checkpoints.safetensors_files import (
 )
 from paligemma.configuration import PaliGemmaConfig, SiglipVisionConfig
 from paligemma.devices import find_devices, graphs_mode, usable_cards
-from paligemma.errors import CheckpointError, OutputError, UsageError, listed
+from paligemma.errors import CheckpointError, OutputError, UsageError, counted, listed
 from paligemma.files import MAX_JSON_BYTES, names_in, parse_json_file, read_regular, staging_folder, stat_path
 from paligemma.gpu import cuda_decoding, mps_workarounds, patch_product, split
 from paligemma.gpu.capped_attention import use_capped_attention
@@ -159,7 +159,9 @@ def build_config(raw: dict, generation: dict, folder: Path, tensors: Callable[[]
             return config
         return replace(config, eos_token_id=tuple(ends) if isinstance(ends, list) else ends)
     except ValueError as error:
-        raise CheckpointError(f"{file}: {error}", path=file) from error
+        is_other = file.name == CONFIG_NAME and raw.get("model_type") != "paligemma"
+        advice = "Give a PaliGemma model." if is_other else "Correct this file, or give another model."
+        raise CheckpointError(f"{file}: {error} {advice}", path=file) from error
 
 
 def image_size(num_positions: int, tower: dict) -> int:
@@ -186,8 +188,8 @@ def check_names(model: nn.Module, raw: dict, stored: dict[str, StoredTensor], fo
     ]
     if wrong_dtype:
         raise CheckpointError(
-            f"{folder}: {len(wrong_dtype)} tensors have a wrong dtype: {listed(wrong_dtype)}. Is it a quantised checkpoint of "
-            "another program? Use the unquantised checkpoint with --quantize int8.",
+            f"{folder}: {counted(len(wrong_dtype), 'tensor')} of a wrong dtype: {listed(wrong_dtype)}. Is it a quantised "
+            "checkpoint of another program? Use the unquantised checkpoint with --quantize int8.",
             path=folder,
         )
     shapes = [
@@ -242,8 +244,8 @@ def explain_misfit(config: PaliGemmaConfig, raw: dict, stored: dict[str, StoredT
             is_absent = raw[part].get(name) is None
             origin = f"absent from config.json, so the default {ours} is used" if is_absent else f"{ours} in config.json"
             differences.append(f"{field} is {origin}, and the weights have {found}")
-    what = "; ".join(differences)
-    return f"{what}{': t' if what else 'T'}ake config.json and weights from the same model."
+    what = f"{'; '.join(differences)}. " if differences else ""
+    return f"{what}Take config.json and weights from the same model."
 
 
 # The empty model, and filling it

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from paligemma.checkpoints import processor_files
 from paligemma.checkpoints.adapters import read_adapter
+from paligemma.checkpoints.file_names import has_adapter, has_weights
 from paligemma.checkpoints.hub import resolve
 from paligemma.checkpoints.safetensors_files import CHUNK_ELEMENTS, DTYPES, FLOATS, StoredTensor, TensorReader
 from paligemma.checkpoints.weights import (
@@ -32,7 +33,7 @@ from paligemma.checkpoints.weights import (
     stored_dtype,
 )
 from paligemma.checkup.rows import FAILED, Row, failed, failed_by, note
-from paligemma.errors import CheckpointError, PaliGemmaError, listed
+from paligemma.errors import CheckpointError, PaliGemmaError
 from paligemma.files import BUNDLED, CODEC_NAME, is_file
 from paligemma.layers import fast_cpu, quantization
 from paligemma.layers.int_formats import dequantize
@@ -103,39 +104,52 @@ def names_and_shapes_rows(opened: Opened) -> list[Row]:
 
 
 def adapter_rows(opened: Opened) -> list[Row]:
-    """The adapter in the folder, if there is one: its rank, and whether it fits its base model."""
+    """The adapter in the folder, if there is one: whether it fits its base model, and whether its numbers are finite."""
     if opened.adapter_config is None:
         return []
     adapter = read_adapter(opened.folder, opened.adapter_config)
     scalings = adapter.checked_scalings(empty_model(opened.config))
     base = "its own folder" if opened.base == opened.folder else opened.base
-    return [Row("adapter", f"changes {len(scalings)} matrices of the base model in {base}")]
+    rows = [Row("adapter", f"changes {len(scalings)} matrices of the base model in {base}")]
+    ends = {name: lowest_and_highest(tensor, is_full=True) for name, tensor in adapter.stored.items()}
+    if faulty := [name for name, (low, high) in ends.items() if not (math.isfinite(low) and math.isfinite(high))]:
+        rows.append(faulty_row("NaN or infinity in the adapter", "NaN or infinity", faulty))
+    return rows
 
 
 def position_table_rows(opened: Opened) -> list[Row]:
-    """The table of position vectors: one row per patch, and whether it was enlarged from that of a smaller resolution."""
-    table = TensorReader(torch.device("cpu"), allow_nonfinite=True).read(opened.tensors[POSITIONS], torch.float32)  # [P, D]
+    """The table of position vectors: one row per patch, and whether it was enlarged from that of a smaller resolution.
+
+    Returns: nothing if there is no table, because names_and_shapes_rows reports a missing tensor.
+    """
     vision = opened.config.vision_config
+    if POSITIONS not in opened.tensors:
+        return []
+    stored = opened.tensors[POSITIONS]
+    table = TensorReader(torch.device("cpu"), allow_nonfinite=True).read(stored, torch.float32)  # [P, D]
     side = vision.image_size // vision.patch_size
     value = f"{len(table)} rows for {side} x {side} patches"
     if len(table) != side**2:
         fitting = math.isqrt(len(table)) * vision.patch_size
         advice = f"Take config.json and weights from the same model, or set image_size to {fitting}."
         return [failed("position table", value, advice, CheckpointError.code)]
-    if (smaller := enlarged_from(table)) is not None:
+    if (smaller := enlarged_from(table, DTYPES[stored.dtype])) is not None:
         text = f"{value}, but it was enlarged from {smaller} x {smaller} and not trained since"
         return [note("position table", text, "Take a checkpoint that was trained at this resolution; small text is read badly.")]
     return [Row("position table", value)]
 
 
-def enlarged_from(table: Tensor) -> int | None:
+def enlarged_from(table: Tensor, stored_dtype: torch.dtype = torch.float32) -> int | None:
     """The side of the smaller grid that a position table was interpolated from, bilinearly; None if it was not.
 
     Args:
         table: float32[P, D], where P is the square of the grid's side.
+        stored_dtype: the dtype that the table was rounded to after it was interpolated.
     """
     side = math.isqrt(len(table))
     grid = table.view(side, side, -1)
+    rounding = torch.finfo(stored_dtype).eps / 2 * grid.norm()  # no number changes by more than this part of it
+    largest_distance = INTERPOLATED * (grid - grid.mean((0, 1))).norm() + rounding
     for smaller in (side // 2, side // 4):
         if smaller < 2:
             continue
@@ -144,7 +158,7 @@ def enlarged_from(table: Tensor) -> int | None:
             matrix = nn.functional.interpolate(units, size=side, mode="linear", align_corners=aligned)[0].T
             onto = matrix @ torch.linalg.pinv(matrix)  # the projection onto interpolated columns
             nearest = torch.einsum("ij,jkd,lk->ild", onto, grid, onto)
-            if (grid - nearest).norm() < INTERPOLATED * (grid - grid.mean((0, 1))).norm():
+            if (grid - nearest).norm() < largest_distance:
                 return smaller
     return None
 
@@ -167,6 +181,24 @@ def samples(tensor: StoredTensor, is_full: bool) -> Iterator[Tensor]:
             yield torch.frombuffer(content, dtype=dtype)
 
 
+def lowest_and_highest(tensor: StoredTensor, is_full: bool) -> tuple[float, float]:
+    """The extreme values of a stored tensor, or of a sample of it. Both are NaN if a value is NaN, and 0 if it is empty."""
+    ends = [torch.stack(torch.aminmax(part)) for part in samples(tensor, is_full) if len(part)]
+    if not ends:
+        return 0.0, 0.0
+    low, high = torch.stack(ends).aminmax(dim=0)
+    return float(low[0]), float(high[1])
+
+
+def faulty_row(name: str, what: str, tensors: list[str]) -> Row:
+    """The failed row for tensors that hold NaN or infinity, only zeros, or only one value."""
+    holds = "tensor holds" if len(tensors) == 1 else "tensors hold"
+    more = f" and {len(tensors) - MAX_NAMED} more" if len(tensors) > MAX_NAMED else ""
+    advice = DOWNLOAD + (" --allow_nonfinite loads it as it is." if what == "NaN or infinity" else "")
+    value = f"{len(tensors)} {holds} {what}: {', '.join(tensors[:MAX_NAMED])}{more}"
+    return failed(name, value, advice, CheckpointError.code)
+
+
 def numbers_rows(opened: Opened, is_full: bool) -> list[Row]:
     """NaN and infinity, matrices of zeros, and matrices whose numbers are all equal."""
     total = sum(tensor.num_bytes for tensor in opened.tensors.values())
@@ -175,21 +207,13 @@ def numbers_rows(opened: Opened, is_full: bool) -> list[Row]:
     for name, tensor in opened.tensors.items():
         if tensor.dtype not in FLOATS:
             continue
-        ends = [torch.stack(torch.aminmax(part)) for part in samples(tensor, is_full)]
-        if not ends:  # an empty tensor
-            continue
-        low, high = (float(torch.stack(ends).aminmax(dim=0)[i][i]) for i in (0, 1))  # NaN if one of the numbers is NaN
+        low, high = lowest_and_highest(tensor, is_full)
         if not (math.isfinite(low) and math.isfinite(high)):
             faulty["NaN or infinity"].append(name)
         elif low == high and len(tensor.shape) > 1 and math.prod(tensor.shape) > 1:
             faulty["only zeros" if low == 0 else "only one value"].append(name)
     read = "all numbers" if is_full else f"{SAMPLE_BYTES >> 10} KB at the beginning, middle and end of each tensor"
-    rows = []
-    for what, names in faulty.items():
-        if names:
-            advice = DOWNLOAD + ("" if what != "NaN or infinity" else " --allow_nonfinite loads it as it is.")
-            row = f"{len(names)} tensors hold {what}: {listed(names[:MAX_NAMED])}"
-            rows.append(failed(what, row, advice, CheckpointError.code))
+    rows = [faulty_row(what, what, names) for what, names in faulty.items() if names]
     return rows or [Row("numbers", f"finite, and no matrix is constant (read: {read})")]
 
 
@@ -198,6 +222,7 @@ def numbers_rows(opened: Opened, is_full: bool) -> list[Row]:
 
 def tokenizer_rows(opened: Opened) -> list[Row]:
     """The ids of <loc>, <seg> and <image>, which must be consecutive and agree with config.json."""
+    image_token = opened.config.image_token_index
     folder = processor_files.find_tokenizer_folder(opened)
     settings = processor_files.read_settings(folder / "tokenizer_config.json", processor_files.TokenizerError)
     tokenizer = processor_files.read_tokenizer(folder)
@@ -205,7 +230,7 @@ def tokenizer_rows(opened: Opened) -> list[Row]:
     ids = processor_files.find_ids(tokenizer, settings, opened, folder)
     processor_files.check_tokenizer(PromptTokenizer(tokenizer, ids, 512), opened)
     loc, seg = ([tokenizer.token_to_id(tokens[i]) for i in (0, -1)] for tokens in (LOCATION_TOKENS, CODE_TOKENS))
-    value = f"<loc> {loc[0]} to {loc[1]}, <seg> {seg[0]} to {seg[1]}, <image> {ids['image_token_id']} as in config.json"
+    value = f"<loc> {loc[0]} to {loc[1]}, <seg> {seg[0]} to {seg[1]}, <image> {image_token} as in config.json"
     return [Row("tokenizer", value)]
 
 
@@ -275,6 +300,8 @@ def vectors_rows(opened: Opened) -> list[Row]:
     """
     model, text = load_front(opened), opened.config.text_config
     features = encode_sample(opened, model)  # [1, P, D]
+    if not bool(features.isfinite().all()):
+        return [failed("norms of vectors", "the vectors of a picture are not finite", DOWNLOAD, CheckpointError.code)]
     words = torch.arange(FIRST_WORD, text.vocab_size, max(1, text.vocab_size // WORDS))
     words = words[words != opened.config.image_token_index]  # [L]
     patches = torch.full((features.shape[1],), opened.config.image_token_index)
@@ -313,7 +340,8 @@ def norm_row(model: PaliGemmaForConditionalGeneration, pictures: Tensor, words: 
         return Row("norms of vectors", f"{value}; the weights are random, so the band means nothing")
     if low <= ratio <= high:
         return Row("norms of vectors", value)
-    advice = "Was the model converted for a program that scales picture vectors? Compare its answers with those of the original."
+    longer = "picture vectors" if ratio > high else "word vectors"
+    advice = f"Was the model converted for a program that scales {longer}? Compare its answers with those of the original."
     return note("norms of vectors", value, advice)
 
 
@@ -329,8 +357,14 @@ def open_files(name: str | Path, revision: str | None, base_model: str | None) -
 
 
 def weights_without_settings_rows(name: str, revision: str | None) -> list[Row]:
-    """All that can be said about a folder whose settings cannot be read: whether its weights are whole."""
-    return [Row("weights", f"{len(find_tensors(resolve(name, revision)))} tensors, not damaged")]
+    """All that can be said about a folder whose settings cannot be read: whether its weights are whole.
+
+    Returns: nothing for an adapter, whose weights are those of its base model.
+    """
+    folder = resolve(name, revision)
+    if has_adapter(folder) and not has_weights(folder):
+        return []
+    return [Row("weights", f"{len(find_tensors(folder))} tensors, not damaged")]
 
 
 def checkpoint_rows(
