@@ -376,7 +376,7 @@ class PendingTokens:
 
     def __init__(self, rows: list[Row], numbers: Tensor):
         self.rows = rows
-        # On CUDA, an event tells when the copy is done. Elsewhere, nothing would tell it, so the copy blocks.
+        # On CUDA, an event tells when the copy is done. On other devices there is no event here, so the copy blocks.
         self.numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)
         self.copy_done = None
         if numbers.is_cuda:

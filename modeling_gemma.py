@@ -46,7 +46,7 @@ def rotary_embedding(position_ids: Tensor, width: int, theta: float, dtype: torc
         position_ids: int64[B, L].
         width: E. Dimensions i and i + E/2 form a pair, which is rotated by the angle position * theta^(-2i/E).
     Returns: cos and sin, [B, 1, L, E], computed in float32 and cast to `dtype`; the 1 broadcasts over heads. The first half of
-        sin is negative, as `rotate` needs it.
+        sin is negated, as `rotate` needs it.
     Source: RoPE (arXiv:2104.09864), section 3.4.2. The paper pairs neighbouring dimensions; the published weights
         pair dimensions i and i + E/2.
     """
@@ -58,7 +58,7 @@ def rotary_embedding(position_ids: Tensor, width: int, theta: float, dtype: torc
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates each pair of dimensions of queries [B, N, L, E] or keys [B, K, L, E]; cos and sin are from rotary_embedding."""
-    partner = x.roll(x.shape[-1] // 2, dims=-1)  # in each place the other dimension of its pair
+    partner = x.roll(x.shape[-1] // 2, dims=-1)  # at each index, the other dimension of the pair
     return x * cos + partner * sin
 
 

@@ -9,8 +9,8 @@ It also compares attention alone, with and without a mask:
     ..., capped     flex_attention with soft-capped scores, compared with the same in plain operations
 And it measures the memory of attention over 4096 tokens, which shows whether the full float32 score matrix is ever built. So the
 script finds a kernel that is fast and wrong, and also a kernel that was never used. The exit code is 1 if anything is WRONG; a
-comparison that raises an exception is. With --device cpu there are no graphs, and nothing is compiled, because that would take
-minutes.
+comparison that raises an exception counts as WRONG. With --device cpu there are no graphs, and nothing is compiled, because that
+would take minutes.
 """
 
 import argparse

@@ -37,7 +37,8 @@ def main() -> None:
             ways["transformers bf16, mkldnn off"] = partial(sides[turns.THEIRS].ask, "decode", count=count, mkldnn=False)
         seconds = turns.in_turn(ways, options)
         floors.measure()
-    ours_bf16 = next(side.loaded["decoder_bytes"] for name, side in sides.items() if name.startswith(turns.OURS))  # and theirs
+    # transformers reads as many bytes as our bf16 side
+    ours_bf16 = next(side.loaded["decoder_bytes"] for name, side in sides.items() if name.startswith(turns.OURS))
     read = {name: sides[name].loaded.get("decoder_bytes", ours_bf16) if name in sides else ours_bf16 for name in ways}
     print(f"one token after {context}, {count} tokens per turn; {floors.document()}")
     rows = turns.compare(

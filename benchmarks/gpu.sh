@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks and measures a CUDA machine within eight minutes, the most important first. A run that is cut leaves what it has measured.
+# Checks and measures a CUDA machine within eight minutes, the most important first. An interrupted run keeps its results so far.
 #
 #   bash benchmarks/gpu.sh [--model DIR] [--out DIR] [--rounds N] [--steps NAMES] [--save] [--quick] [--device cpu]
 #

@@ -138,7 +138,7 @@ def together(sides: dict[str, Side], do: str, **arguments: object) -> dict[str, 
 def in_turn(ways: dict[str, Callable[[], dict]], options: argparse.Namespace, *, is_warm: bool = False) -> dict[str, list[float]]:
     """Seconds of each variant in each round. There is a warm-up round unless `is_warm`. Ends the script if tokens differ.
 
-    Each number is printed at once, so that a run that is cut leaves what it has measured.
+    Each number is printed at once, so that an interrupted run has shown what it measured.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(0 if is_warm or options.quick else -1, options.rounds):

@@ -188,7 +188,7 @@ def test_cpu_agrees_with_itself():
 
 
 def test_a_gpu_agrees_with_the_cpu(folder):
-    """On a pretended GPU: recorded steps are really used, and none of the unquantised variants differs."""
+    """On a simulated GPU: recorded steps are really used, and none of the unquantised variants differs."""
     from benchmarks import agree
     from tests.gpu.pretend import pretend
 

@@ -307,7 +307,7 @@ def fill(
     The largest modules come first, because their full-precision copy should be made while little else is in memory.
 
     Args:
-        reader_of: the reader for a module of this name, which reads onto the device of the module.
+        reader_of: gives the reader for the name of a module; it reads onto the device of that module.
         quantised: names of the modules that are to be quantised.
         kind: "int8" or "int4"; None if no module is to be quantised.
     """
@@ -361,8 +361,8 @@ def suit_device(model: PaliGemmaForConditionalGeneration, device: torch.device) 
     """Replaces modules by those that compute faster, or without errors, on this kind of device. The order matters."""
     if device.type == "cuda":
         patch_product.use_product(model)
-        # cuDNN would build a plan, which takes up to half a second, for each new shape of a batch. This setting is one for the
-        # whole process, because torch has none for a model.
+        # cuDNN would build a plan, which takes up to half a second, for each new shape of a batch. This setting applies to the
+        # whole process, because torch has none for a single model.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if model.dtype == torch.float16:
         float16.protect(model)

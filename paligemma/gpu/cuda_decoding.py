@@ -8,7 +8,7 @@ per row and key head, while two batched products are spread over the whole GPU, 
 `use_cuda_modules` compares the modules with the plain ones once per card, and leaves the model as it is if they differ. Prompts
 use the new norms only. Training uses none of this. When a step is compiled, its norms are the plain ones.
 
-Checked in tests/gpu/test_cuda_decoding.py, which also counts the kernels, on a pretended GPU. No card has run it.
+Checked in tests/gpu/test_cuda_decoding.py, which also counts the kernels, on a simulated GPU. No card has run it.
 Shapes: as in modeling_gemma.py.
 """
 

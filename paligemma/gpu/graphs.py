@@ -26,7 +26,7 @@ The rest of the design avoids known faults of CUDA graphs:
 `use_graphs` enables all this. With the mode "compile" a step is also compiled, before it is recorded: torch.compile fuses the
 operations between the matrix products, and generates its own matrix-vector kernels, as gpt-fast does.
 
-No GPU has run this. `record` has run on a pretended device only, whose graphs are lists of operators
+No GPU has run this. `record` has run on a simulated device only, whose graphs are lists of operators
 (tests/gpu/test_recorded_steps.py), inductor's kernels for CUDA have never run, and no speed was measured. The rest is tested on
 a CPU in tests/gpu/test_graphs.py. benchmarks/gpu.sh measures on a GPU.
 Shapes: B batch rows, S slots of the KV cache that are read, K key/value heads, E width of one head, V vocabulary size.

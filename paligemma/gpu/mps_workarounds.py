@@ -11,7 +11,7 @@ with such heads, rows of different lengths then attend to the wrong slots. So th
 are not affected: their head width is 256, or (28B: 128) they have a soft cap, for which attention is written out; the tower, of
 width 72, has no mask. But the bundled model has a head width of 64.
 
-Checked in tests/gpu/test_mps_workarounds.py, on a pretended device with both errors. No Mac has run it.
+Checked in tests/gpu/test_mps_workarounds.py, on a simulated device with both errors. No Mac has run it.
 Shapes: as in modeling_gemma.py, O outputs, X inputs of one matrix.
 """
 

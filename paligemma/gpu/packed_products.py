@@ -13,7 +13,7 @@ matrix, and uses it instead where a kernel differs or fails, for example because
 Each weight is stored once: both ways read the same layout ("int4pack" for torch's int4 product on CUDA, else "rows", see
 int_formats.py). Int8 takes 1 byte per weight, int4 0.625, of which the scales are 0.125.
 
-Checked in tests/gpu/test_packed_products.py on pretended devices. No kernel has run on a GPU.
+Checked in tests/gpu/test_packed_products.py on simulated devices. No kernel has run on a GPU.
 Shapes: B rows of x, O outputs, X inputs, G groups of inputs with one scale each.
 """
 

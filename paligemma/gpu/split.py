@@ -9,7 +9,7 @@ card begin, the hidden vectors, the positions and the masks are copied to that c
 back to the first card. A copy between two cards does not make the CPU wait. The keys and values of a layer are on its card.
 
 `place` decides which layers each card gets, before any weight is loaded; the loader then reads each tensor onto its own card
-(checkpoints/weights.py), and `use_cards` makes the model run there. Checked in tests/gpu/test_split.py and, on two pretended
+(checkpoints/weights.py), and `use_cards` makes the model run there. Checked in tests/gpu/test_split.py and, on two simulated
 cards, in tests/gpu/test_cards.py.
 Shapes: B batch rows, L tokens fed in this call, S slots of the KV cache that are read, D model width, K key/value heads,
 E width of one head.

@@ -35,7 +35,7 @@ class BatchCache(KVCache):
         return view
 
     def clear(self) -> None:
-        """Makes the cache as it was when it was new. Numbers must go, too: a NaN would reach the results even if it is masked."""
+        """Empties the cache. Keys and values become 0, because a NaN would reach the results even if it is masked."""
         for tensor in (self.keys, self.values, self.lengths, self.host_lengths):
             tensor.zero_()
         self.slots_read, self.same_length = 0, True

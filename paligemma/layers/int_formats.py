@@ -162,7 +162,7 @@ def from_int4pack(packed: Tensor, ids: Tensor | None = None) -> Tensor:
 
 
 def weight_shape(packed: Tensor, kind: str) -> tuple[int, int]:
-    """(O, X) of weights in any layout, which the number of dimensions shows."""
+    """(O, X) of weights in any layout; the number of dimensions tells which layout it is."""
     outputs = len(packed) * OUTPUTS[packed.ndim]
     return outputs, packed.numel() * packed.element_size() * (2 if kind == "int4" else 1) // outputs
 

@@ -273,7 +273,7 @@ struct Cache {
 };
 
 // RoPE: y = x rotated by the angles with these cosines and sines; x[i] and x[i + width / 2] form a pair. The first half
-// of `sin` is negative.
+// of `sin` is negated.
 static void rotate(const uint16_t* x, const uint16_t* cos, const uint16_t* sin, uint16_t* y, int64_t width) {
     const int64_t half = width / 2;
     for (int64_t i = 0; i < half; i += 16) {

@@ -69,7 +69,7 @@ def answer_losses(model: nn.Module, batch: dict, label_smoothing: float = 0.0) -
     """
     inputs = (batch.get(key) for key in ("input_ids", "pixel_values", "attention_mask", "token_type_ids"))
     x = model.hidden(*inputs, image_features=None)  # [B, L, D]
-    # The answer tokens are found on the CPU, where the labels are: to find them, the CPU would have to wait for a GPU.
+    # The answer tokens are found on the CPU, where the labels are. Finding them on a GPU would make the CPU wait.
     targets = batch["labels"][:, 1:]  # [B, L-1]
     rows, positions = (targets != IGNORE_INDEX).nonzero(as_tuple=True)  # [T], [T]
     x = x[to_device(rows, x.device), to_device(positions, x.device)]  # [T, D]
@@ -281,8 +281,8 @@ class Trainer:
     def autocast(self) -> torch.autocast:
         """The context in which losses are computed: matrix products are in plan.dtype.
 
-        Each weight is used once, so its copy in plan.dtype is not kept for a second use. With gradient checkpointing, that would
-        take 2 bytes per weight.
+        Each weight is used once, so its copy in plan.dtype is not kept for a second use. With gradient checkpointing, keeping it
+        would take 2 bytes per weight.
         """
         is_enabled = self.plan.dtype != torch.float32
         return torch.autocast(self.device.type, self.plan.dtype, enabled=is_enabled, cache_enabled=False)
@@ -358,7 +358,8 @@ class Trainer:
                     shutil.rmtree(unfinished, ignore_errors=True)
                 temporary.mkdir(parents=True)
             processes.barrier()
-            # torch's writer copies tensors to the CPU without waiting, and then waits for the current card, not for theirs.
+            # torch's writer copies tensors to the CPU without waiting, and then waits for the current card, not for that of the
+            # tensors.
             with quiet(), torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
                 writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
                 save(self.tensors(), storage_writer=writer, no_dist=self.world_size == 1)

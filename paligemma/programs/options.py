@@ -52,7 +52,7 @@ class ModelFlags:
         device: auto, cpu, mps, cuda, cuda:N, or several cards such as cuda:0,cuda:1
         only_cpu: do not use a GPU
         graphs: how a CUDA card runs decoding steps, auto, off, record or compile; the variable PALIGEMMA_GRAPHS sets the default
-        dtype: bf16, fp16 or fp32; by default as stored on a CPU, and what a GPU computes fast on a GPU
+        dtype: bf16, fp16 or fp32; by default on a CPU as stored, on a GPU one that it computes fast
         quantize: int8 or int4: smaller and faster, but a little less exact
         quantize_vision: quantize the vision tower too
         allow_nonfinite: load weights even if some are not finite (NaN or infinity)

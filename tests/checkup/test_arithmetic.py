@@ -1,4 +1,4 @@
-"""The numerical checks: they pass where everything is right, on the CPU and on pretended GPUs, and each finds its fault."""
+"""The numerical checks: they pass where everything is right, on the CPU and on simulated GPUs, and each finds its fault."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def light(monkeypatch):
 
 
 def on(device, check, *args, **options):
-    """The rows of a check on a pretended GPU."""
+    """The rows of a check on a simulated GPU."""
     with pretend(device, **options) as gpu:
         rows = check(*args)
         assert gpu.mismatches == []

@@ -1,1 +1,1 @@
-"""Tests of what runs on a GPU only, on pretended GPUs: see pretend.py."""
+"""Tests of what runs on a GPU only, on simulated GPUs: see pretend.py."""

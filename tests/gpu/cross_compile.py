@@ -70,7 +70,7 @@ def product_kernels(arguments: list) -> list[dict]:
 
 
 def make_card_known(capability: int) -> SimpleNamespace:
-    """Makes torch believe that this card is there, so far as inductor asks."""
+    """Replaces the functions by which inductor asks torch for the card."""
     import torch._inductor.config as config
     from torch._dynamo.device_interface import CudaInterface
     from triton.runtime import driver
@@ -189,7 +189,7 @@ def step_kernels(family: str, num_layers: int, capabilities: list[int]) -> dict[
     from paligemma.modeling_gemma import GemmaConfig, GemmaEmbedding, GemmaForCausalLM
 
     config.coordinate_descent_tuning = True
-    # Its number is read from a tensor, which is none of the device's work.
+    # GemmaEmbedding reads its factor from a tensor on the CPU. This is no work of the device, so a number replaces it here.
     GemmaEmbedding.forward = lambda self, ids: torch.nn.Embedding.forward(self, ids) * self.embedding_dim**0.5
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     shape = GemmaConfig(vocab_size=257216, num_hidden_layers=num_layers, model_type=family, **WIDTHS[family])
@@ -251,14 +251,14 @@ def capped_attention_kernel(capability: int, num_tokens: int = 1024, options: di
     from paligemma.gpu import capped_attention
 
     class Written(Exception):
-        """Inductor has written its code; what would follow needs a card."""
+        """Ends the compilation after inductor has written its code; the next step would need a card."""
 
     def stop(lowering):
         code = plain_codegen(lowering)[0]
         raise Written(getattr(code, "value", code))
 
     plain_codegen, GraphLowering.codegen = GraphLowering.codegen, stop
-    # Both would make tensors on the card: examples of patterns, and constants.
+    # Two passes are switched off, because they would make tensors on the card: examples of patterns, and constants.
     joint_graph.lazy_init, config.joint_graph_constant_folding = lambda *_arguments, **_options: None, False
     devices.has_triton = lambda: True
     if options is None:

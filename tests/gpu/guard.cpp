@@ -1,5 +1,5 @@
 // Device guards for GPUs that do not exist: a PyTorch without CUDA and Metal refuses to index a tensor on such a device if nothing
-// keeps track of its current device. Loading this library registers what does so for two CUDA cards and one MPS device. Nothing is
+// keeps track of the current device. This library registers guards that do so for two CUDA cards and one MPS device. Nothing is
 // run on a device: pretend.py computes every operator on the CPU.
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 

@@ -29,7 +29,7 @@ def floats(handle: interpreter.TensorHandle) -> interpreter.TensorHandle:
 
 
 def cast(builder: interpreter.InterpreterBuilder, handle: interpreter.TensorHandle, to: tl.dtype) -> interpreter.TensorHandle:
-    """A cast that rounds to bfloat16 as a GPU does. The interpreter cuts floats off, and takes integers for bit patterns."""
+    """A cast that rounds to bfloat16 as a GPU does. The interpreter truncates floats, and treats integers as bit patterns."""
     handle = floats(handle)
     if to.scalar != tl.bfloat16:
         return plain_cast(builder, handle, to)
@@ -42,7 +42,7 @@ interpreter.InterpreterBuilder.cast_impl = cast
 
 
 def case(kind: str, rows: int, outputs: int, inputs: int, dtype: str) -> dict:
-    """One product: the largest error as a share of what rounding explains, and what else a test wants to know."""
+    """One product: the largest error as a share of product_bound, the kernel that ran, and the dtype and shape of the result."""
     torch.manual_seed(rows + outputs)
     q, scales = int_formats.round_rows(torch.randn(outputs, inputs) * 0.02, kind)
     scales, x = scales.float(), torch.randn(rows, inputs).to(DTYPES[dtype])

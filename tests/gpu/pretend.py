@@ -1,4 +1,4 @@
-"""GPUs that do not exist: tensors whose numbers are on the CPU and whose device is cuda:0, cuda:1 or mps.
+"""Simulated GPUs: tensors whose numbers are on the CPU and whose device is cuda:0, cuda:1 or mps.
 
     with pretend("cuda:0") as gpu:
         model.to("cuda:0")
@@ -13,10 +13,10 @@ between two cards or between a card and the CPU, numpy on a device tensor, float
 
 - A copy that does not block (`non_blocking=True`) is complete only after something has waited for it. With `late_copies=True`
   such a copy to the CPU arrives only then; until then its target has NaN (floats) or -1. A copy from the CPU that does not
-  block reads its source at an unknown time until then: a source that has changed in between is a RACE.
+  block may read its source at any time until then: a source that has changed in between is a RACE.
 - A captured CUDA graph is the list of its operators. Capturing changes no tensor; replaying runs the list on the same memory.
 
-Backward does not run: torch's autograd asks for a real accelerator. Needs a C++ compiler, for guard.cpp.
+Backward does not run: torch's autograd asks for a real accelerator. The module needs a C++ compiler, for guard.cpp.
 Checked in test_pretend.py.
 """
 
@@ -61,7 +61,7 @@ WAITS = ("sync", "event-wait")  # kinds of events in which the CPU waits for the
 def load_guard() -> ctypes.CDLL:
     """Compiles and loads guard.cpp, once per process. It stays loaded, which changes nothing for tensors on the CPU."""
     compiler, torch_folder = find_compiler(), Path(torch.__file__).parent
-    assert compiler, "tests on pretended GPUs need a C++ compiler (g++ or clang++; $CXX names another)"
+    assert compiler, "tests on simulated GPUs need a C++ compiler (g++ or clang++; $CXX names another)"
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "guard.so"
         command = [*compiler, "-std=c++20", "-O1", "-shared", "-fPIC", str(GUARD), "-o", str(made)]
@@ -126,7 +126,7 @@ def caller() -> tuple[str, str, int]:
 
 
 class PretendedTensor(torch.Tensor):
-    """A tensor on a pretended device. `numbers` is the tensor on the CPU that holds its numbers."""
+    """A tensor on a simulated device. `numbers` is the tensor on the CPU that holds its numbers."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -151,11 +151,11 @@ class PretendedTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise AssertionError(f"{func} of a pretended tensor outside `with pretend(...)`")
+        raise AssertionError(f"{func} of a simulated tensor outside `with pretend(...)`")
 
 
 def numbers_of(tree: object) -> object:
-    """The same arguments, with the numbers of pretended tensors instead of these."""
+    """The same arguments, with the numbers of simulated tensors instead of these."""
     return tree_map(lambda leaf: leaf.numbers if isinstance(leaf, PretendedTensor) else leaf, tree)
 
 
@@ -218,7 +218,7 @@ class PretendedGraph:
                 self.before += [(tensor, tensor.clone()) for tensor in tree_leaves(value) if isinstance(tensor, Tensor)]
 
     def end(self) -> None:
-        """Nothing has run: memory has its old content, and results have none."""
+        """Undoes what the operators wrote, because capturing runs nothing: memory gets its old content, results get NaN or 0."""
         for tensor, content in reversed(self.before):
             tensor.copy_(content)
         written = {tensor.data_ptr() for tensor, _ in self.before}
@@ -246,7 +246,7 @@ class PretendedGraph:
 
 
 class PretendedGpu(TorchDispatchMode):
-    """Runs every operator on pretended tensors, and keeps the log. Made by `pretend`.
+    """Runs every operator on simulated tensors, and keeps the log. Made by `pretend`.
 
     Attributes:
         devices: the devices that exist.
@@ -293,7 +293,7 @@ class PretendedGpu(TorchDispatchMode):
         raise RuntimeError(f"{op}: {reason}")
 
     def numbered(self, device: object) -> torch.device | None:
-        """A device of ours, with its index; None for the CPU and for none."""
+        """The simulated device with its index; None for the CPU, or if no device is given."""
         device = None if device is None else torch.device(device)
         if device is None or device.type != self.kind:
             return None
@@ -403,7 +403,7 @@ class PretendedGpu(TorchDispatchMode):
         return note
 
     def run(self, func, args: tuple, kwargs: dict) -> object:
-        """One operator on pretended tensors, or one that makes a tensor on a pretended device."""
+        """One operator on simulated tensors, or one that makes a tensor on a simulated device."""
         name = func._schema.name.removeprefix("aten::")
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         ours = [leaf for leaf in leaves if isinstance(leaf, PretendedTensor)]
@@ -484,7 +484,7 @@ def current_card() -> int:
     return load_guard().pretended_device(-1)
 
 
-# What torch.cuda and torch.mps say
+# Replacements for functions of torch.cuda and torch.mps
 
 
 def cuda_functions(gpu: PretendedGpu, capability: tuple[int, int], memory: int, name: str) -> dict[str, object]:
@@ -617,7 +617,7 @@ def pretend(
     memory: int = 80 * 2**30,
     name: str = "Pretended GPU",
 ) -> Iterator[PretendedGpu]:
-    """Inside, these devices exist. Everything that is patched is restored afterwards. Not for threads: only this one sees them.
+    """Inside, these devices exist. Everything that is patched is restored afterwards. Only the current thread sees the devices.
 
     Args:
         devices: "cuda:0", "cuda:0,cuda:1" or "mps".

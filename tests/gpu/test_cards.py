@@ -1,4 +1,4 @@
-"""A model on two pretended cards: the answers of one device, nothing refused, and exactly the copies that are needed."""
+"""A model on two simulated cards: the answers of one device, nothing refused, and exactly the copies that are needed."""
 
 import json
 from collections import Counter
@@ -119,7 +119,7 @@ def test_rows_that_end_are_refilled(folders, family):
 
 
 def test_tasks_and_explanations(checkpoint, monkeypatch):
-    # torch's backward pass needs a pretended device of its own, see pretend.py
+    # torch's backward pass needs a simulated device of its own, see pretend.py
     zeros = lambda _chosen, spans, features: torch.zeros(len(spans), features.shape[1], device=features.device)  # noqa: E731
     monkeypatch.setattr(explanation, "gradient_maps", zeros)
     found = []

@@ -6,7 +6,7 @@ from tests.gpu.apart import run_apart
 
 KB = 1024
 SHARED = {75: 64 * KB, 80: 163 * KB, 89: 99 * KB, 90: 227 * KB}  # that one block of threads may have
-LEAST = 99 * KB  # of the cards that have our kernels, except Turing's 64 KB, which is tested for itself
+LEAST = 99 * KB  # of the cards that have our kernels, except Turing's 64 KB, which is tested separately
 CALLED = [  # kernel, rows, dtype, capability: what devices.PROFILES and packed_products.py lead to
     *(("int8_kernel", rows, dtype, 75) for rows in (1, 2, 4, 8, 16) for dtype in ("float16", "float32")),
     *(("int4_kernel", rows, dtype, 75) for rows in (1, 2, 4, 8, 16) for dtype in ("float16", "float32")),

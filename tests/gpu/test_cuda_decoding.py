@@ -56,8 +56,9 @@ def test_attention_of_one_token_is_the_formula(lengths, window, cap, dtype, head
         assert gpu.mismatches == []
     q, k, v = q.double(), k.double(), v.double()
     expected = attention(q, k, v, mask, scale, cap)
-    # A score is a sum of 256 products in float32, then scaled and capped by functions that are off by a few units; tanh moves it
-    # no further. So each weight is off by a factor of e^(2 moved), and is rounded to the dtype, as the result is.
+    # A score is a sum of 256 products in float32, then scaled and capped by functions whose error is a few roundings. tanh does
+    # not increase the error. So each weight is wrong by a factor of e^(2 moved), and is rounded to the dtype, like the
+    # result.
     sizes = scale * (q.abs() @ k.abs().repeat_interleave(heads // key_heads, 1).transpose(2, 3)).amax(-1, keepdim=True)
     moved = (256 + 16) * u32 * (sizes + (cap or 0))
     relative = torch.expm1(2 * moved) + (slots + 16) * u32 + 2 * u

@@ -1,4 +1,4 @@
-"""A float16 model on a pretended CUDA card: in range in the prefill and in every step, recorded or not."""
+"""A float16 model on a simulated CUDA card: in range in the prefill and in every step, recorded or not."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Loading a checkpoint onto pretended GPUs: which dtype, which settings, how much memory is asked for."""
+"""Loading a checkpoint onto simulated GPUs: which dtype, which settings, how much memory is asked for."""
 
 import logging
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""On a pretended Apple GPU with torch's two errors, models give what they give on the CPU."""
+"""On a simulated Apple GPU with torch's two errors, models give what they give on the CPU."""
 
 from collections.abc import Callable
 from unittest.mock import patch
@@ -78,7 +78,7 @@ def test_a_model_with_the_width_of_28b_is_right(tmp_path, dtype):
     logits = on_mac(**batch)[:, -1, 7].cpu()
     with patch.object(Tensor, "float", Tensor.double), Float16Roundings() as roundings, torch.enable_grad():
         exact = model.double()(**batch)[:, -1, 7]
-        # What the bound says about float16 is 2^13 times too much for float32. The split adds a rounding, of the parts.
+        # The bound is that of float16, which rounds 2^13 times as coarsely as float32. The split adds one rounding, of the parts.
         share = 2 if dtype == torch.float16 else 2.0**-10
         bounds = torch.tensor([share * roundings.error_bound(number) for number in exact])
     assert ((logits - exact).abs() <= bounds).all()

@@ -1,4 +1,4 @@
-"""packed_products.py on pretended devices: which kernel multiplies, in which layout, and what happens if it differs."""
+"""packed_products.py on simulated devices: which kernel multiplies, in which layout, and what happens if it differs."""
 
 import contextlib
 import functools
@@ -91,7 +91,7 @@ def fresh(monkeypatch):
 
 @pytest.fixture
 def on_gpu():
-    """A function that opens a pretended device, with stand-ins for the operators that the CPU does not have."""
+    """A function that opens a simulated device, with stand-ins for the operators that the CPU does not have."""
 
     def open_gpu(names="cuda:0", **options):
         gpu = contexts.enter_context(pretend(names, **options))

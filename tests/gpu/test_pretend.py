@@ -1,4 +1,4 @@
-"""The pretended devices behave as real ones where it matters: what they refuse, what makes the CPU wait, when copies arrive."""
+"""The simulated devices behave as real ones where it matters: what they refuse, what makes the CPU wait, when copies arrive."""
 
 import pytest
 import torch

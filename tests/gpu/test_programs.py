@@ -1,4 +1,4 @@
-"""Whole programs on pretended GPUs give the answers of the CPU, and ask for nothing that a GPU would refuse.
+"""Whole programs on simulated GPUs give the answers of the CPU, and ask for nothing that a GPU would refuse.
 
 On CUDA, decoding steps are recorded and replayed, and copies that do not block arrive late. On MPS they would arrive late, too.
 What computes in float32 in another order than the CPU can differ in the last digit of a probability, but not in a token.
@@ -30,7 +30,7 @@ ROWS = [(1, 5, 0), (2, 3, 0), (0, 4, 0)]
 
 @contextmanager
 def on_device(model, device: str):
-    """The model on a pretended device, as `load` would place it there. Nothing may have been refused at the end."""
+    """The model on a simulated device, as `load` would place it there. Nothing may have been refused at the end."""
     with pretend("cuda:0,cuda:1" if device == "cuda:1" else device, late_copies=True) as gpu:
         model.to(device)
         if device.startswith("cuda"):

@@ -1,4 +1,4 @@
-"""The bundled checkpoint in int8 and int4 on pretended GPUs: the answers of the CPU, whatever multiplies the weights there."""
+"""The bundled checkpoint in int8 and int4 on simulated GPUs: the answers of the CPU, whatever multiplies the weights there."""
 
 from collections.abc import Callable
 

@@ -1,6 +1,6 @@
-"""Decoding steps recorded as CUDA graphs, on a pretended GPU: `graphs.record` itself runs here, but not a real card.
+"""Decoding steps recorded as CUDA graphs, on a simulated GPU: `graphs.record` itself runs here, but not a real card.
 
-A pretended graph is the list of operators that were captured. Capturing it refuses what CUDA refuses: to wait for the device, and
+A simulated graph is the list of operators that were captured. Capturing it refuses what CUDA refuses: to wait for the device, and
 copies between the device and the CPU.
 """
 

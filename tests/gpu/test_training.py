@@ -1,4 +1,4 @@
-"""Fine-tuning on a pretended GPU. Only the backward pass is missing: torch cannot run it there, so gradients are constants."""
+"""Fine-tuning on a simulated GPU. Only the backward pass is missing: torch cannot run it there, so gradients are constants."""
 
 import json
 
@@ -21,7 +21,7 @@ from tests.tiny_checkpoint import make_checkpoint
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """A function that makes a trainer on a pretended GPU, and the GPU."""
+    """A function that makes a trainer on a simulated GPU, and the GPU."""
     with pretend("cuda:0") as gpu:
 
         def make(**plan):

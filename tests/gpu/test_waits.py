@@ -1,4 +1,4 @@
-"""Where the CPU waits for a GPU, and what it copies there: the table of docs/gpu.md, counted on a pretended GPU.
+"""Where the CPU waits for a GPU, and what it copies there: the table of docs/gpu.md, counted on a simulated GPU.
 
 While the CPU waits, the GPU has nothing to do next. A decoding step may wait only for the tokens of the step before it, after the
 next step has been started.
