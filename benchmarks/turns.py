@@ -112,8 +112,8 @@ def start(names: list[str], model: Path, device: str) -> Iterator[dict[str, Side
 
 
 def append(options: argparse.Namespace, row: dict) -> None:
-    """Appends a line of JSON to the file given as --out."""
-    if options.out:
+    """Appends a line of JSON to the file given as --out, in the scripts whose flags are those of `parse`."""
+    if getattr(options, "out", None):
         with options.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"script": options.script} | row) + "\n")
 
@@ -280,7 +280,8 @@ def finish(options: argparse.Namespace, results: dict) -> None:
         import torch
 
         about["machine"] = torch.cuda.get_device_name(options.device)
-    packages = ("torch", *(["transformers"] if any(name.startswith("transformers") for name in options.sides) else []))
+    sides = getattr(options, "sides", [THEIRS])  # a script with flags of its own has no --sides
+    packages = ("torch", *(["transformers"] if any(name.startswith("transformers") for name in sides) else []))
     about["versions"] = {"python": platform.python_version()} | {name: version(name) for name in packages}
     print(about)
     command = ["python", "-m", f"benchmarks.{options.script}", *sys.argv[1:]]

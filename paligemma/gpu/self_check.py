@@ -1,7 +1,7 @@
 """A fast way to compute something is checked once against the plain way, and is not used where the two differ.
 
 Some code for GPUs (CUDA graphs, compiled kernels, operators of torch that few programs use) can be wrong on a card, with a driver
-or with a version of torch that nobody has tried. Such code gets a plain way that computes the same with ordinary operators. The
+or with a version of torch that has not been tried. Such code gets a plain way that computes the same with ordinary operators. The
 first result of the fast way is compared with the plain result. If they differ, or if the fast way raises an exception, the plain
 way is used until the process ends, and one line of the log says so. The comparison waits for the device, so it happens once only.
 

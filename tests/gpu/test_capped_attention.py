@@ -1,4 +1,4 @@
-"""Attention with a soft cap by flex_attention: the same numbers as plain attention, and a way back from everything that may fail.
+"""Attention with a soft cap by flex_attention: the same numbers as plain attention, and a fallback for everything that may fail.
 
 torch can run flex_attention on a CPU, but only without compiling it (slowly), or by another kernel than on CUDA. So the tests run
 what is compiled on CUDA as it is.
@@ -168,7 +168,7 @@ def test_parameters_keep_their_names_and_a_device_without_options_changes_nothin
     assert not any(isinstance(layer.self_attn, CappedAttention) for layer in use(tiny()).language_model.model.layers)
 
 
-# The way back
+# The fallback
 
 
 @pytest.mark.parametrize("error", [
