@@ -148,7 +148,7 @@ def enlarged_from(table: Tensor, stored_dtype: torch.dtype = torch.float32) -> i
     """
     side = math.isqrt(len(table))
     grid = table.view(side, side, -1)
-    rounding = torch.finfo(stored_dtype).eps / 2 * grid.norm()  # no number changes by more than this part of it
+    rounding = torch.finfo(stored_dtype).eps / 2 * grid.norm()  # rounding changes each number by at most eps / 2 of it
     largest_distance = INTERPOLATED * (grid - grid.mean((0, 1))).norm() + rounding
     for smaller in (side // 2, side // 4):
         if smaller < 2:
@@ -335,7 +335,7 @@ def norm_row(model: PaliGemmaForConditionalGeneration, pictures: Tensor, words: 
     ratio, low, high = float(pictures.mean() / words.mean()), width**-0.25, width**0.25
     value = f"picture {pictures.mean():.3g}, words {words.mean():.3g}, ratio {ratio:.3g}; band {low:.2g} to {high:.2g}"
     scales = model.vision_tower.vision_model.post_layernorm.weight.float()
-    # The norms of D random numbers vary by 1 / sqrt(2 D) of their mean; those of a trained embedding vary several times as much.
+    # The norms of D random numbers vary by 1 / sqrt(2 D) of their mean; those of a trained embedding by several times as much.
     if not float(scales.std()) > 0 or float(words.std() / words.mean()) < 1.5 / (2 * width) ** 0.5:
         return Row("norms of vectors", f"{value}; the weights are random, so the band means nothing")
     if low <= ratio <= high:

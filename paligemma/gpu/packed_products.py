@@ -38,7 +38,7 @@ from paligemma.layers.int_formats import (
 
 MAX_ROWS = 16  # a kernel for few rows is used up to this number; a guess, because it has not been measured
 BLOCK_WEIGHTS = 2**24  # number of weights that are turned into floats at one time
-BLOCK_BYTES = 6 * BLOCK_WEIGHTS  # memory for them, and for what they are made from
+BLOCK_BYTES = 6 * BLOCK_WEIGHTS  # memory for these floats and for the integers that they are made from
 INSTEAD = "weights are turned into floats in blocks instead, which is slower"
 TRITON = FastWay("products of packed weights by Triton", rounding_bound(torch.bfloat16), INSTEAD)
 TORCH = FastWay("torch's products of packed weights", rounding_bound(torch.bfloat16), INSTEAD)

@@ -29,6 +29,7 @@ def reduced(module: nn.Module) -> tuple:
 
 
 def unfilled(*kinds: type) -> nn.Module:
+    """A module of the class that combines these classes, still without attributes, which pickle then restores."""
     combination = functools.reduce(lambda before, kind: combined(kind, before), reversed(kinds))
     return nn.Module.__new__(cast(type[nn.Module], combination))
 
