@@ -49,9 +49,15 @@ while [ $# -gt 0 ]; do
 done
 model=${model:-$temporary/paligemma-$size} out=${out:-${XDG_CACHE_HOME:-$HOME/.cache}/paligemma/gpu}
 
-if [ "$device" != cpu ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "gpu.sh: torch finds no CUDA device. To measure the CPU, run: bash benchmarks/all.sh" >&2
-    exit 6
+if [ "$device" != cpu ]; then
+    "$python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))' || {
+        echo "gpu.sh: $python has no torch. Set PYTHON to an interpreter that has it." >&2
+        exit 6
+    }
+    "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+        echo "gpu.sh: torch finds no CUDA device. To measure the CPU, run: bash benchmarks/all.sh" >&2
+        exit 6
+    }
 fi
 mkdir -p -- "$out" || exit
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$out/inductor}

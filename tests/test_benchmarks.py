@@ -246,6 +246,15 @@ def test_gpu_script_says_when_there_is_nothing_to_measure():
     assert result.returncode == 6 and "no CUDA device" in result.stderr
 
 
+def test_gpu_script_says_when_its_interpreter_has_no_torch(tmp_path):
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without the installed packages
+    (tmp_path / "python").chmod(0o755)
+    environment = os.environ | {"PYTHON": str(tmp_path / "python"), "PYTHONPATH": ""}
+    result = subprocess.run(["bash", str(BENCHMARKS / "gpu.sh")], capture_output=True, text=True, env=environment)
+    assert result.returncode == 6 and result.stderr.startswith(f"gpu.sh: {tmp_path}/python has no torch.")
+    assert result.stderr.count("\n") == 1
+
+
 def run_gpu_script(*flags: str) -> subprocess.CompletedProcess:
     """benchmarks/gpu.sh on the CPU."""
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}

@@ -151,7 +151,7 @@ def explain_refusal(error: "HfHubHTTPError", repo_id: str, revision: str | None)
         return f"the owner of the token has not accepted the licence of {repo_id}. Accept it at {page}, then try again."
     if isinstance(error, errors.RepositoryNotFoundError):
         private = "" if get_token() else f" If it is private: set HF_TOKEN or {LOGIN}"
-        return f"the hub has no model {repo_id}. Check the spelling. {suggest_folder(repo_id)}{private}"
+        return f"the hub has no model {repo_id}. {suggest_folder(repo_id)} Check the spelling.{private}"
     return f"the hub answered {status} for {repo_id}: {message}. Try again later, or see {page}."
 
 

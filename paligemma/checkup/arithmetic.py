@@ -10,6 +10,7 @@ E width of one head, D model width, V vocabulary size, O outputs and X inputs of
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -277,7 +278,12 @@ def copy_rows(device: torch.device) -> list[Row]:
 def kernel_rows() -> list[Row]:
     """The functions of kernels.cpp against torch. Only a note if they are not used, because torch's operators replace them."""
     if kernels.library() is None:
-        return [note("kernels.cpp", "not used; torch's own products are used, which are slower", "Install g++; see --verbose.")]
+        advice = "Run the command again with --verbose, which says why they cannot be compiled or loaded."
+        if os.environ.get("PALIGEMMA_KERNELS") == "off":
+            advice = "To use them, remove the variable PALIGEMMA_KERNELS."
+        elif not kernels.find_compiler():
+            advice = "Install g++."
+        return [note("kernels.cpp", "not used; torch's own products are used, which are slower", advice)]
     x, w = draw(4, 512, seed=0).bfloat16(), (draw(256, 512, seed=1) * 512**-0.5).bfloat16()
     exact = x.float() @ w.float().T
     norm = GemmaRMSNorm(512, 1e-6).bfloat16()
@@ -327,5 +333,5 @@ def speed_rows(device: torch.device, dtype: torch.dtype, free: int | None) -> li
     limits = ", ".join(f"{bandwidth / count:.1f} in {kind}" for kind, count in BYTES_PER_TOKEN.items())
     return [
         Row(f"memory of {device}", f"{bandwidth / 1e9:.1f} GB/s; at most this many tokens per second for a 3B model: {limits}"),
-        Row(f"products on {device}", f"{rate / 1e12:.3g} T multiply-adds/s in {name_of(dtype)}"),
+        Row(f"products on {device}", f"{rate / 1e9:,.0f} G multiply-adds/s in {name_of(dtype)}"),
     ]

@@ -9,24 +9,26 @@ import time
 from paligemma.checkpoints import hub
 from paligemma.checkup.rows import Row, failed_by, note
 from paligemma.errors import AccessError
+from paligemma.files import expand, is_folder
 
 TIMEOUT_S = 4
+CHECK_NETWORK = "Check the network, a proxy ($HTTPS_PROXY) and $HF_ENDPOINT."
 
 
-def hub_rows(repo_id: str | None) -> list[Row]:
+def hub_rows(name: str | None) -> list[Row]:
     """Whether the hub answers a request about a model.
 
     The request runs in a thread, because looking up a name (DNS) cannot be given a time limit.
 
     Args:
-        repo_id: the model; None = a public one.
+        name: of the model. If this is a folder or None, another model is asked for.
     """
-    found: list[Row] = []
-    thread = threading.Thread(target=lambda: found.extend(ask(repo_id or hub.EXAMPLE)), daemon=True)
+    is_on_hub = name is not None and hub.is_id(name) and not is_folder(expand(name))
+    repo_id, found = name if is_on_hub else hub.EXAMPLE, []
+    thread = threading.Thread(target=lambda: found.extend(ask(repo_id)), daemon=True)
     thread.start()
     thread.join(TIMEOUT_S + 1)
-    advice = "Check the network, a proxy ($HTTPS_PROXY) and $HF_ENDPOINT."
-    error = AccessError(f"the hub did not answer within {TIMEOUT_S} s. {advice}")
+    error = AccessError(f"the hub did not answer within {TIMEOUT_S} s. {CHECK_NETWORK}")
     return found[:] or [failed_by("hub", error)]
 
 
@@ -40,7 +42,10 @@ def ask(repo_id: str) -> list[Row]:
     except errors.OfflineModeIsEnabled:
         return [note("hub", "not asked, because HF_HUB_OFFLINE is set", "Unset it to download models.")]
     except (OSError, errors.HTTPError, RuntimeError, *hub.NOT_A_HUB) as error:
-        return [failed_by("hub", hub.explain(error, repo_id, None))]
+        if getattr(error, "response", None) is not None or isinstance(error, hub.NOT_A_HUB):
+            return [failed_by("hub", hub.explain(error, repo_id, None))]
+        text = f"{constants.ENDPOINT} cannot be reached ({hub.first_line(error)}). {CHECK_NETWORK}"
+        return [failed_by("hub", AccessError(text))]
     other = "" if constants.ENDPOINT == "https://huggingface.co" else " (HF_ENDPOINT names another hub)"
     rows = [Row("hub", f"answered in {time.perf_counter() - start:.1f} s{other}{', with the token' if get_token() else ''}")]
     if info.gated and not get_token():

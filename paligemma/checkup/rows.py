@@ -8,6 +8,7 @@ the others. Rows are printed as lines of a table or as JSON, which people paste 
 import getpass
 import os
 import re
+import shutil
 import socket
 import textwrap
 from collections.abc import Callable, Iterable
@@ -18,7 +19,7 @@ from typing import Any
 
 from paligemma.errors import DeviceError, PaliGemmaError, one_line
 
-WIDTH = 100  # characters of a line of the table
+WIDTH, MIN_WIDTH = 100, 60  # characters of a line of the table; it is as narrow as the terminal, but not narrower than MIN_WIDTH
 NAME_COLUMN, VALUE_COLUMN = 8, 34
 OK, NOTE, FAILED = "ok", "note", "failed"
 REPORT = "Run the command again with --debug and report its output."
@@ -138,7 +139,11 @@ def table_lines(row: Row) -> list[str]:
     space = " " * VALUE_COLUMN
     if len(first) > VALUE_COLUMN:  # a long name: the value begins on the next line
         first += "\n" + space
-    options: dict[str, Any] = {"width": WIDTH, "break_on_hyphens": False, "subsequent_indent": space}
+    width = min(WIDTH, max(shutil.get_terminal_size((WIDTH, 0)).columns, MIN_WIDTH))
+    # A name or path that is longer than a line is not divided, so that it can be copied.
+    options: dict[str, Any] = {
+        "width": width, "break_on_hyphens": False, "break_long_words": False, "subsequent_indent": space,
+    }  # fmt: skip
     lines = first.splitlines()[:-1]
     lines += textwrap.wrap(row.value, initial_indent=first.splitlines()[-1], **options) or [first.rstrip()]
     if row.advice:

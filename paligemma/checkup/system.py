@@ -156,8 +156,10 @@ def gpu_rows(name: str, device: "torch.device") -> list[Row]:
     from paligemma import devices
 
     used = devices.profile(device)
-    chosen = f"{device} (--device {name}); dtypes that it computes fast: {', '.join(used.dtype_names)}"
-    rows = [Row("device", chosen), Row("use of the device", used.summary)]
+    asked = f"--device {name}" if name == "auto" or name.startswith(device.type) else f"{name} cannot be used"
+    rows = [Row("device", f"{device} ({asked}); dtypes that it computes fast: {', '.join(used.dtype_names)}")]
+    if device.type != "cpu":
+        rows.append(Row("use of the device", used.summary))
     if device.type == "mps":
         rows.append(Row("free memory of mps", f"{(machine.free_memory(device) or 0) / GIB:.1f} GiB"))
     if device.type == "cpu" and (text := devices.missed_gpu()) is not None:
@@ -177,7 +179,10 @@ def compilers_rows(device: "torch.device") -> list[Row]:
 
     rows, compiler = [], kernels.find_compiler()
     if compiler:
-        rows.append(Row("C++ compiler", (answer_of(*compiler, "--version") or "no version").splitlines()[0]))
+        if version := answer_of(*compiler, "--version"):
+            rows.append(Row("C++ compiler", version.splitlines()[0]))
+        else:
+            rows.append(note("C++ compiler", f"{compiler[0]} does not tell its version", "Install g++, or set $CXX."))
     else:
         advice = "Install g++ (or set $CXX): kernels for the CPU are then compiled once, and quantised models run faster."
         rows.append(note("C++ compiler", "neither g++ nor clang++ is installed", advice))

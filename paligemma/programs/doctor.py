@@ -54,8 +54,8 @@ class Flags:
       python -m paligemma doctor --model_path runs/mine/model              another model: a folder or a hub id
       python -m paligemma doctor --json                                    for an issue report; holds no personal data
 
-    It takes about ten seconds. The exit code is 0 if nothing failed, 6 if something of the machine did, 4 if something of the
-    model did, and 5 if the hub cannot be reached.
+    It takes about ten seconds. The exit code is 0 if nothing failed, otherwise that of the first failed line: 6 for the machine,
+    4 for the model, 5 if the hub or a file may not be read, and 7 if a cache folder cannot be written.
 
     Args:
         model_path: a folder in hub layout, or a hub id, which is downloaded; by default the bundled model
@@ -136,13 +136,16 @@ def arithmetic_rows(flags: Flags, device: "torch.device", check: Check) -> Itera
         yield failed("arithmetic", f"cannot be checked: {reason}", system.INSTALL)
         return
     used = devices.profile(device)
-    with tempfile.TemporaryDirectory(prefix="paligemma-") as temporary:
+    # Ctrl-C raises an exception here, so that the folder is deleted.
+    with commandline.interruptible(), tempfile.TemporaryDirectory(prefix="paligemma-") as temporary:
         folder = Path(temporary)
         yield from check(arithmetic.kernel_rows)
         yield from check(arithmetic.attention_rows, device, used.dtypes)
         yield from check(arithmetic.model_rows, folder, device, used.dtypes)
         for dtype in used.dtypes[:1] if used.records else ():
             yield from check(arithmetic.recorded_rows, folder, device, dtype, "record")
+        if flags.compile and not used.records:
+            yield note("torch.compile", f"not checked, because {device} does not use it")
         for dtype in used.dtypes[:1] if flags.compile and used.records else ():
             yield from check(arithmetic.recorded_rows, folder, device, dtype, "compile")
             yield from check(arithmetic.flex_rows, device, dtype)

@@ -214,7 +214,7 @@ def print_query(flags: VerbFlags, query: Query) -> None:
     print_notes(*query.notes)
     if flags.verbose:
         pictures = f"{counted(len(query.pictures), 'picture')} {', '.join(query.pictures)}"
-        print_notes(f"{query.task} {' ; '.join(query.texts)} in the {pictures}")
+        print_notes(f"{' '.join((query.task, ' ; '.join(query.texts))).strip()} in the {pictures}")
     if warning := task_warning(query.task, flags.kind):
         print_notes(warning)
 

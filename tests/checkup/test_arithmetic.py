@@ -71,6 +71,16 @@ def test_the_kernels_for_the_cpu_are_checked_or_a_note(monkeypatch, off):
     assert bool(row.advice) == (row.state == NOTE)
 
 
+@pytest.mark.parametrize(
+    ("variable", "compiler", "advice"), [("off", [], "PALIGEMMA_KERNELS"), ("", [], "g++"), ("", ["g++"], "--verbose")]
+)
+def test_why_there_are_no_kernels_decides_the_advice(monkeypatch, variable, compiler, advice):
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    monkeypatch.setattr(kernels, "find_compiler", lambda: compiler)
+    monkeypatch.setenv("PALIGEMMA_KERNELS", variable)
+    assert advice in arithmetic.kernel_rows()[0].advice
+
+
 # Faults
 
 
@@ -228,7 +238,7 @@ def test_the_speed_is_not_measured_where_memory_is_short(monkeypatch):
     monkeypatch.setattr(arithmetic, "matrix_rate", lambda *_: 2e12)
     memory, products = arithmetic.speed_rows(CPU, torch.bfloat16, None)
     assert memory.value.startswith("40.0 GB/s") and "8.0 in bf16, 26.7 in int4" in memory.value
-    assert products.value == "2 T multiply-adds/s in bf16"
+    assert products.value == "2,000 G multiply-adds/s in bf16"
     (row,) = arithmetic.speed_rows(CPU, torch.bfloat16, 2**20)
     assert row.state == NOTE
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from paligemma.checkpoints import hub
 from paligemma.checkup import network
 from paligemma.checkup.rows import FAILED, NOTE, OK, Row
 from tests.checkpoints.test_hub import Hub
@@ -70,7 +71,7 @@ def test_a_hub_that_answers_is_ok(answers):
     ("case", "value", "advice"),
     [
         ("revoked", "does not accept the token", "Create a new token"),
-        ("unknown", "the hub has no model owner/nothing", ""),
+        ("unknown", "the hub has no model owner/nothing", "Check the spelling"),
         ("down", "answered 503", "Try again later"),
         ("login page", "does not answer like a hub", ""),
     ],
@@ -91,7 +92,17 @@ def test_a_hub_that_cannot_be_reached_or_never_answers_is_failed(tmp_path):
         ((found,),) = ask(tmp_path, f"http://127.0.0.1:{port}", ("owner/open", None, False, 0.2))
         assert found[0] == FAILED and found[3] == 5
     ((found,),) = ask(tmp_path, f"http://127.0.0.1:{port}", ("owner/open", None, False, 5))  # the port is closed now
-    assert found[0] == FAILED and "cannot be reached" in found[1] and found[2] and found[3] == 5
+    assert found[0] == FAILED and "cannot be reached" in found[1] and "HTTPS_PROXY" in found[2] and found[3] == 5
+
+
+def test_the_hub_is_not_asked_for_a_folder(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(network, "ask", lambda name: asked.append(name) or [Row("hub", "answered")])
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in (str(tmp_path), "owner/model", "runs/mine/model", None, "owner/other"):
+        network.hub_rows(name)
+    assert asked == [hub.EXAMPLE] * 4 + ["owner/other"]
 
 
 def test_a_look_up_of_the_name_that_hangs_is_failed_after_a_while(monkeypatch):

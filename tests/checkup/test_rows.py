@@ -30,6 +30,18 @@ def test_a_table_has_aligned_lines_of_at_most_100_characters():
     assert table_lines(Row("nothing", "")) == ["ok      nothing"]
 
 
+@pytest.mark.parametrize(("columns", "width"), [("60", 60), ("200", 100), ("20", 60)])
+def test_a_table_is_as_narrow_as_the_terminal(monkeypatch, columns, width):
+    monkeypatch.setenv("COLUMNS", columns)
+    lines = table_lines(failed("order of copies", "19 of 20 copies " * 9, "Take --device cpu. " * 9))
+    assert width - 10 <= max(map(len, lines)) <= width
+
+
+def test_a_long_name_is_not_divided():
+    name = "language_model.model.layers.0." * 4 + "weight"
+    assert any(line.strip() == name for line in table_lines(Row("names", f"1 missing: {name}")))
+
+
 def test_the_exit_code_is_that_of_the_first_failed_row():
     fine, noted = Row("a", "b"), note("a", "b")
     assert rows.exit_code([fine, noted]) == 0 and rows.worst_state([fine, noted]) == NOTE

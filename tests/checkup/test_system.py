@@ -44,9 +44,10 @@ def test_cards_are_listed_with_capability_and_memory():
 
 def test_the_row_of_the_device_says_what_is_used_on_it(monkeypatch):
     monkeypatch.setattr(devices, "missed_gpu", lambda: None)
-    row, use = system.gpu_rows("auto", CPU)
+    (row,) = system.gpu_rows("auto", CPU)  # what is used on GPUs only is not listed
     assert row.value.startswith("cpu (--device auto); dtypes that it computes fast: float32")
-    assert use.value.startswith("CPU, CPU: uses none")
+    (row,) = system.gpu_rows("cuda:1", CPU)
+    assert row.value.startswith("cpu (cuda:1 cannot be used);")
     monkeypatch.setattr(devices, "has_triton", lambda: True)
     with pretend("cuda:0", capability=(8, 9)):
         row, use = system.gpu_rows("cuda", torch.device("cuda:0"))

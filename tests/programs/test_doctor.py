@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -265,6 +268,23 @@ def test_an_exception_in_a_check_is_a_failed_row_and_debug_prints_its_traceback(
     }  # fmt: skip
     assert run("--debug") == 6
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupted_check_leaves_no_temporary_folder(monkeypatch, tmp_path):
+    def interrupted(folder, *_):
+        assert folder.parent == tmp_path
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(arithmetic, "model_rows", interrupted)
+    assert run() == 130 and list(tmp_path.glob("paligemma-*")) == []
+
+
+def test_a_device_that_is_not_compiled_for_gets_a_note(capsys):
+    code, found = report(capsys, "--compile", "--device", "cpu")
+    assert code == 0 and found["torch.compile"]["state"] == NOTE and "cpu does not use it" in found["torch.compile"]["value"]
+    assert "torch.compile" not in report(capsys)[1]
 
 
 # The hub
