@@ -123,6 +123,15 @@ def test_a_limit_of_the_process_counts(root, monkeypatch):
     assert free(root) == 4
 
 
+def test_memory_that_torch_keeps_on_a_gpu_after_its_tensors_were_freed_is_free(monkeypatch):
+    for name, value in {"mem_get_info": (1000, 9000), "memory_reserved": 700, "memory_allocated": 300}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _device, value=value: value)
+    assert machine.free_memory(torch.device("cuda")) == 1400
+    for name, value in {"recommended_max_memory": 900, "driver_allocated_memory": 700, "current_allocated_memory": 300}.items():
+        monkeypatch.setattr(torch.mps, name, lambda value=value: value)
+    assert machine.free_memory(torch.device("mps")) == 600
+
+
 def test_weights_that_do_not_fit_are_refused_with_both_numbers(monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda _: 3 * GIB)
     machine.require_memory(3 * GIB, torch.device("cpu"))

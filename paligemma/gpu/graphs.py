@@ -81,14 +81,11 @@ def bucket(count: int, unit: int, most: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """The memory that can still be allocated on a CUDA device, including what torch's allocator holds but does not use.
+    """The memory that can still be allocated on a CUDA device.
 
     On another device, to which a model may have been moved, it is 0: nothing is recorded or kept there.
     """
-    if device.type != "cuda":
-        return 0
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return machine.free_memory(device) + unused
+    return (machine.free_memory(device) or 0) if device.type == "cuda" else 0
 
 
 def current_stream(device: torch.device) -> torch.cuda.Stream | None:

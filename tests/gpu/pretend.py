@@ -603,7 +603,7 @@ def mps_functions(gpu: PretendedGpu, memory: int) -> dict[str, object]:
         gpu.wait(gpu.devices[0])
 
     return {
-        "synchronize": synchronize, "recommended_max_memory": lambda: memory, "driver_allocated_memory": lambda: 0,
+        "synchronize": synchronize, "recommended_max_memory": lambda: memory,
         "current_allocated_memory": lambda: 0, "empty_cache": lambda: None, "device_count": lambda: 1,
     }  # fmt: skip
 

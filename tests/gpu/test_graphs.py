@@ -410,14 +410,6 @@ def test_a_model_that_was_moved_to_the_cpu_records_nothing_and_says_nothing(reco
     assert recorder.count == 0 and not model.spare.waiting and caplog.messages == [] and graphs.RECORDED.is_on
 
 
-def test_free_memory_is_what_the_driver_and_torchs_allocator_have(monkeypatch):
-    monkeypatch.undo()
-    given = {"mem_get_info": (1000, 9000), "memory_reserved": 700, "memory_allocated": 300}
-    for name, value in given.items():
-        monkeypatch.setattr(torch.cuda, name, lambda _device, value=value: value)
-    assert graphs.free_bytes(torch.device("cuda")) == 1400
-
-
 class Stream:
     """torch.cuda.Stream: the 32 streams of a device, in turn."""
 
