@@ -62,7 +62,14 @@ fi
 mkdir -p -- "$out" || exit
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$out/inductor}
 
-failed=()
+failed=() running=''
+stop() { # ends the running step, with all its processes, and the script
+    [ -z "$running" ] || kill "$running" 2>/dev/null
+    printf '\nstopped. Measurements and output of each step: %s\n' "$out" >&2
+    exit "$1"
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
 step() { # step NAME SECONDS COMMAND...
     local name=$1 limit=$2 left=$((480 - SECONDS))
     shift 2
@@ -72,7 +79,14 @@ step() { # step NAME SECONDS COMMAND...
         failed+=("$name (no time left)")
         return
     fi
-    timeout "$((limit < left ? limit : left))" "$@" 2>&1 | tee "$out/$name.txt" || failed+=("$name (exit code $?)")
+    # In the background, because bash runs a trap only while it waits, and timeout keeps Ctrl-C from the commands that it starts.
+    exec 3> >(trap '' INT TERM && exec tee "$out/$name.txt")
+    local tee=$!
+    timeout "$((limit < left ? limit : left))" "$@" >&3 2>&1 3>&- &
+    running=$!
+    wait "$running" || failed+=("$name (exit code $?)")
+    exec 3>&-
+    wait "$tee"
 }
 measure() { # measure NAME SECONDS SCRIPT FLAGS...
     local name=$1 limit=$2 script=$3

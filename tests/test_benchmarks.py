@@ -3,6 +3,7 @@
 Two sides are started once, and every script uses them instead of starting its own.
 """
 
+import contextlib
 import gc
 import itertools
 import json
@@ -10,6 +11,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -260,6 +262,32 @@ def run_gpu_script(*flags: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     command = ["bash", str(BENCHMARKS / "gpu.sh"), "--quick", "--device", "cpu", *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_gpu_script_ends_the_running_step_when_it_is_stopped(folder, tmp_path):
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    flags = ["--quick", "--device", "cpu", "--model", str(folder), "--out", str(tmp_path), "--steps", "decode"]
+    running = subprocess.Popen(["bash", str(BENCHMARKS / "gpu.sh"), *flags], env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(processes_with(tmp_path)) < 2:  # timeout and Python
+        assert time.monotonic() < deadline and running.poll() is None
+        time.sleep(0.05)
+    running.terminate()
+    _, told = running.communicate(timeout=30)
+    assert running.returncode == 143 and told.endswith(f"stopped. Measurements and output of each step: {tmp_path}\n")
+    while left := processes_with(tmp_path):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def processes_with(folder: Path) -> list[str]:
+    """The command lines of benchmarks that run and name this folder. Each ends at once when it gets a signal."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(file.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in found if "benchmarks.decode" in line and str(folder) in line]
 
 
 def test_gpu_script_leaves_every_measurement(folder, tmp_path):
