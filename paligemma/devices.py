@@ -348,8 +348,10 @@ def check_cuda(name: str) -> None:
     if not torch.cuda.is_available():
         hardware = nvidia_hardware()
         reason, advice = why_no_cuda(hardware or Hardware())
-        found = "" if hardware or torch.version.hip is not None else " No NVIDIA GPU was found on this machine."
-        raise DeviceError(f"device {name} is not available. {reason}{found} Take --device cpu, or fix this. {advice}")
+        if hardware is not None or torch.version.hip is not None:
+            raise DeviceError(f"device {name} is not available. {reason} Take --device cpu, or fix this. {advice}")
+        advice = f"Take --device cpu; if there is a GPU, {advice[0].lower()}{advice[1:]}"
+        raise DeviceError(f"device {name} is not available. {reason} No NVIDIA GPU was found on this machine. {advice}")
     count, index = torch.cuda.device_count(), int(name.partition(":")[2] or 0)
     if index >= count:
         present = ", ".join(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(count))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from paligemma import devices
+from paligemma.checkup.rows import failed_by
 from paligemma.devices import Hardware
 from paligemma.errors import DeviceError, UsageError, is_gpu_error
 
@@ -277,8 +278,11 @@ def test_a_variable_that_hides_the_gpus_is_named(monkeypatch, caplog, value):
 def test_the_cpu_of_a_machine_without_a_gpu_needs_no_word(caplog):
     assert devices.find_device("auto") == CPU
     assert not caplog.records
-    with pytest.raises(DeviceError, match="No NVIDIA GPU was found on this machine.*--device cpu"):
+    with pytest.raises(DeviceError) as caught:
         devices.find_device("cuda")
+    assert "No NVIDIA GPU was found on this machine. Take --device cpu; if there is a GPU, " in caught.value.message
+    # The last sentence, which doctor prints as what to do, does not only say how to install a torch for a GPU.
+    assert failed_by("device", caught.value).advice.startswith("Take --device cpu; if there is a GPU, ")
 
 
 def test_the_words_of_torch_are_on_one_line(monkeypatch):

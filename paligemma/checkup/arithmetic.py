@@ -55,7 +55,8 @@ def bound(dtype: torch.dtype) -> float:
 
 def difference(found: Tensor, expected: Tensor) -> float:
     """|found - expected| / |expected|; NaN or infinite if a number is not finite."""
-    return float((found.detach().float().cpu() - expected.detach().float()).norm() / expected.float().norm())
+    found, expected = found.detach().float().cpu(), expected.detach().float()
+    return float((found - expected).norm() / expected.norm())
 
 
 def compared(name: str, differences: dict[str, tuple[float, float]], instead: str) -> Row:

@@ -81,6 +81,12 @@ def test_why_there_are_no_kernels_decides_the_advice(monkeypatch, variable, comp
     assert advice in arithmetic.kernel_rows()[0].advice
 
 
+@pytest.mark.filterwarnings("error")
+def test_results_that_need_gradients_are_compared_without_a_warning():
+    x = torch.ones(3, requires_grad=True)
+    assert arithmetic.difference(x, 2 * x) == 0.5
+
+
 # Faults
 
 
