@@ -128,9 +128,10 @@ def works(attention_module: GemmaAttention, norm: GemmaRMSNorm) -> bool:
 
 
 def use_cuda_modules(model: PaliGemmaForConditionalGeneration) -> None:
-    """Replaces the modules of a model on CUDA, unless they differ from the plain ones on this card."""
+    """Replaces the modules of a model on CUDA, unless they differ from the plain ones on its card, or on one of its cards."""
     decoder = model.language_model.model
-    if not works(decoder.layers[0].self_attn, decoder.norm):
+    a_layer_of_each_card = {layer.input_layernorm.weight.device: layer for layer in decoder.layers}
+    if not all(works(layer.self_attn, layer.input_layernorm) for layer in a_layer_of_each_card.values()):
         return
     for name, module in list(decoder.named_modules()):
         if isinstance(module, GemmaRMSNorm):

@@ -16,7 +16,7 @@ from paligemma.checkpoints.adapters import save_adapter
 from paligemma.checkpoints.weights import ModelFiles, save_model
 from paligemma.errors import DeviceError, UsageError
 from paligemma.generation import Sampling, generate, generate_many
-from paligemma.gpu import self_check
+from paligemma.gpu import cuda_decoding, self_check
 from paligemma.gpu.split import SplitCache, SplitPaliGemma
 from paligemma.layers import lora
 from paligemma.layers.batch_cache import BatchCache
@@ -69,6 +69,24 @@ def tensors_of(module):
 
 
 # The same answers
+
+
+def test_kernels_that_only_the_second_card_lacks_are_used_on_neither(folders, monkeypatch):
+    """For example, a card before sm_80 has no products of bfloat16 with a float32 result."""
+
+    def product(a, b):
+        if a.device.index == 1:
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+        return torch.bmm(a.float(), b.float())
+
+    self_check.reset_all()
+    monkeypatch.setattr(cuda_decoding, "float32_product", product)
+    batch = make_batch([(1, 5, 0)])
+    with pretend(CARDS):
+        model = weights.load_model(folders["gemma"], device=CARDS, dtype="bf16")
+        assert tokens_of(model, batch).shape == (8, 1)
+        assert not any(isinstance(module, cuda_decoding.CudaAttention) for module in model.modules())
+    self_check.reset_all()
 
 
 @pytest.mark.parametrize(
