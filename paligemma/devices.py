@@ -148,7 +148,7 @@ def graphs_mode(mode: str | None = None) -> str:
     """
     name, value = ("graphs", mode) if mode is not None else (GRAPHS_VARIABLE, os.environ.get(GRAPHS_VARIABLE) or "auto")
     if value not in GRAPHS:
-        raise UsageError(f"{name} is {value!r}. auto, off, record or compile is needed.")
+        raise UsageError(f"{name} is {value!r}. Take auto, off, record or compile.")
     return value
 
 

@@ -376,7 +376,8 @@ def checkpoint_rows(
         check: calls a function, see rows.run_check.
     """
     yield Row("name", "the bundled model" if name is None else name)
-    opened, rows = open_files(BUNDLED if name is None else name, revision, base_model)
+    name = str(BUNDLED) if name is None else name
+    opened, rows = open_files(name, revision, base_model)
     yield from check(lambda: rows)
     calls: list[tuple] = [(weights_without_settings_rows, name, revision)]
     if opened is not None:

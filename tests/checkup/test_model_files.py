@@ -274,6 +274,11 @@ def test_a_name_that_is_no_model(tmp_path):
         assert row.code == 4 and row.advice
 
 
+def test_a_base_model_for_the_bundled_model_is_refused():
+    (row,) = failed_rows(None, base_model="x").values()
+    assert "base_model x is allowed only for an adapter" in row.value and row.code == 2
+
+
 # What is read
 
 
