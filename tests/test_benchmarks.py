@@ -264,7 +264,6 @@ def run_gpu_script(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_gpu_script_ends_the_running_step_when_it_is_stopped(folder, tmp_path):
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     flags = ["--quick", "--device", "cpu", "--model", str(folder), "--out", str(tmp_path), "--steps", "decode"]
