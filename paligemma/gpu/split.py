@@ -253,6 +253,13 @@ class SplitPaliGemma(PaliGemmaForConditionalGeneration):
 
     placement: Placement
 
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)  # model.to(device) moves all layers to one device
+        decoder: SplitGemma = self.language_model.model
+        decoder.parts = tuple((part.layers[0].input_layernorm.weight.device, part) for _, part in decoder.parts)
+        self.placement = replace(self.placement, devices=tuple(device for device, _ in decoder.parts))
+        return self
+
     def new_cache(self, batch: int, slots: int, kind: type[KVCache] = KVCache) -> KVCache:
         if not issubclass(SplitCache, kind):
             raise ValueError(f"a {kind.__name__} is on one device, but this model is on several.")

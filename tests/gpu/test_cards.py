@@ -71,6 +71,16 @@ def tensors_of(module):
 # The same answers
 
 
+@pytest.mark.parametrize("device", ["cuda:1", "cpu"])
+def test_a_divided_model_can_be_moved_to_one_device(folders, device):
+    batch = make_batch([(1, 5, 0)])
+    with pretend(CARDS) as gpu:
+        model = weights.load_model(folders["gemma"], device=CARDS, dtype="fp32")
+        expected = tokens_of(model, batch).cpu()
+        assert torch.equal(tokens_of(model.to(device), batch).cpu(), expected)
+        assert {str(tensor.device) for tensor in tensors_of(model)} == {device} and gpu.mismatches == []
+
+
 def test_kernels_that_only_the_second_card_lacks_are_used_on_neither(folders, monkeypatch):
     """For example, a card before sm_80 has no products of bfloat16 with a float32 result."""
 
