@@ -248,12 +248,12 @@ def nvidia_hardware(root: Path = Path("/")) -> Hardware | None:
     lines = re.findall(r"^(.+?), *(\d+)[\d.]*, *(\d+)\.(\d+)$", nvidia_smi(root), re.MULTILINE)
     if lines:
         return Hardware(int(lines[0][1]), tuple((name, (int(major), int(minor))) for name, _, major, minor in lines))
-    if (root / "etc/nv_tegra_release").exists():
+    if os.path.exists(root / "etc/nv_tegra_release"):
         return Hardware(is_jetson=True)
     with suppress(OSError):
         version = re.search(r"\b(\d{3,})\.\d+", (root / "proc/driver/nvidia/version").read_text())
         return Hardware(int(version[1]) if version else None)
-    return Hardware() if (root / "dev/nvidia0").exists() else None
+    return Hardware() if os.path.exists(root / "dev/nvidia0") else None
 
 
 def has_kernels(capability: Capability, architectures: list[str]) -> bool:
@@ -394,7 +394,7 @@ def missed_gpu(root: Path = Path("/")) -> str | None:
             return f"{text.format('Mac', 'a GPU')} torch needs macOS 14 or newer for it. Update macOS."
         return None  # for example a virtual machine
     if torch.version.hip is not None:
-        if not (root / "dev/kfd").exists():
+        if not os.path.exists(root / "dev/kfd"):
             return None
         name, (reason, advice) = "an AMD GPU", why_no_cuda(Hardware())
     else:

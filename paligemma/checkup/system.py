@@ -191,7 +191,7 @@ def compilers_rows(device: "torch.device") -> list[Row]:
             rows.append(Row("triton", version))
         else:
             rows.append(note("triton", "not installed: nothing is compiled for the GPU", "pip install triton (on Linux)."))
-        if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        if not os.path.exists(Path(sysconfig.get_paths()["include"]) / "Python.h"):
             advice = "Install the headers of Python, such as the package python3-dev, for kernels that Triton compiles."
             rows.append(note("Python.h", "missing", advice))
     return rows
@@ -222,8 +222,8 @@ def memory_rows() -> list[Row]:
 
 def folder_row(name: str, folder: Path, variable: str, min_free: int = 0) -> Row:
     """Whether files can be written into a folder, which need not exist yet, and how much space is left."""
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+    existing = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+    if not (os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)):
         return failed(name, f"{folder} cannot be written", f"Change its permissions, or set {variable} to another folder.", 7)
     free = shutil.disk_usage(existing).free
     value = f"{folder}{'' if existing == folder else ' (not made yet)'}, {free / GIB:.1f} GiB free"
