@@ -1,9 +1,9 @@
 """Which device a model runs on, and how each kind of device is used.
 
 `find_device` turns a name ("auto", "cuda:1") into a device, and says why a GPU is not used. `profile` says what the device
-computes fast and which faster ways are used on it; `PROFILES` is the table of these choices. (checkpoints/weights.suit_device
+computes fast and which optimisations are used on it; `PROFILES` is the table of these choices. (checkpoints/weights.suit_device
 replaces the modules that differ on every CUDA or every MPS device.)
-No card has been seen by this project: the table follows NVIDIA's, AMD's, Apple's and PyTorch's documents, see docs/gpu.md.
+This code has not run on a GPU: the table follows the documents of NVIDIA, AMD, Apple and PyTorch, see docs/gpu.md.
 
 torch is imported inside the functions, because a wrong flag should be answered before the slow import.
 Sources: CUDA C++ Programming Guide (compute capabilities, shared memory), RELEASE.md of PyTorch 2.9 to 2.14 (for which
@@ -72,7 +72,7 @@ class Profile:
 
     @property
     def summary(self) -> str:
-        """The name of the device, and which faster ways are used on it: for --verbose and `paligemma doctor`."""
+        """The name of the device, and which optimisations are used on it: for --verbose and `paligemma doctor`."""
         ways = {
             "CUDA graphs": self.records,
             "flex_attention": self.flex_options is not None,
@@ -165,9 +165,10 @@ def dtypes_to_try(device: "torch.device", stored: "torch.dtype") -> tuple["torch
 
 
 def use_exact_float32() -> None:
-    """Makes products in float32 exact: for programs, because NVIDIA's containers set a variable that makes torch compute in TF32.
+    """Turns TF32 off, so that matrix products in float32 do not round their inputs.
 
-    The library changes no setting of torch for this, so a caller of `paligemma.load` may choose TF32 for speed.
+    The programs call this, because NVIDIA's containers set a variable that makes torch compute in TF32. The library changes no
+    setting of torch for this, so a caller of `paligemma.load` may choose TF32 for speed.
     """
     import torch
 
@@ -176,9 +177,9 @@ def use_exact_float32() -> None:
 
 
 def to_device(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
-    """The tensor on the device. A copy from the CPU to a CUDA device does not wait: later operations on the device see it."""
+    """The tensor on the device. The CPU does not wait for a copy to a CUDA device; later operations on the device do."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        # The caller may change the tensor at once: a copy of it in pinned memory is sent, which torch frees afterwards.
+        # A copy in pinned memory is sent, so the caller may change the tensor immediately. torch frees the copy afterwards.
         return tensor.contiguous().pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
@@ -392,7 +393,7 @@ def missed_gpu(root: Path = Path("/")) -> str | None:
             return f"{text.format('Mac', 'a GPU')} This torch ({torch.__version__}) was built without MPS. {advice}"
         if int(platform.mac_ver()[0].partition(".")[0] or 99) < 14:
             return f"{text.format('Mac', 'a GPU')} torch needs macOS 14 or newer for it. Update macOS."
-        return None  # for example a virtual machine
+        return None  # torch finds no GPU on this Mac, for example in a virtual machine
     if torch.version.hip is not None:
         if not os.path.exists(root / "dev/kfd"):
             return None

@@ -70,11 +70,11 @@ def choose_dtype(
     """The dtype that a model is loaded in, which is logged with the reason.
 
     Args:
-        wanted: what the user asked for; None = the first of dtypes_to_try that fits into the memory, or else the smallest one,
-            because the model may then be divided among several cards.
+        wanted: what the user asked for; None = the first of dtypes_to_try that fits into the memory. If none fits, the smallest
+            is taken, because the model may still be divided among several cards.
         need: the bytes that the model needs in a dtype.
     """
-    used, short = profile(devices[0]), {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
+    used, short_names = profile(devices[0]), {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
     dtypes = dtypes_to_try(devices[0], stored) if wanted is None else (wanted,)
     free = sum(free_memory(device) or 0 for device in devices)
     chosen = dtypes[0] if len(dtypes) == 1 else next((dtype for dtype in dtypes if need(dtype) <= free), min(dtypes, key=need))
@@ -83,10 +83,10 @@ def choose_dtype(
     elif chosen == stored:
         why = "as stored"
     elif chosen == dtypes[0]:
-        why = f"stored as {short[stored]}, which this device does not compute fast"
+        why = f"stored as {short_names[stored]}, which this device does not compute fast"
     else:
-        why = f"{short[dtypes[0]]} needs {need(dtypes[0]) / GIB:.2f} GiB, and {free / GIB:.2f} GiB are free"
-    log.info("the model computes in %s (%s) on %s.", short[chosen], why, used.name)
+        why = f"{short_names[dtypes[0]]} needs {need(dtypes[0]) / GIB:.2f} GiB, and {free / GIB:.2f} GiB are free"
+    log.info("the model computes in %s (%s) on %s.", short_names[chosen], why, used.name)
     if devices[0].type != "cpu":
         log.info("%s", used.summary)
     return chosen

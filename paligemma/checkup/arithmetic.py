@@ -35,11 +35,11 @@ HEAD_WIDTH, TOWER_HEAD_WIDTH = 256, 72
 IMAGE_TOKEN, VOCABULARY, PATCHES = 300, 320, 16
 STEPS = 4  # decoding steps that are compared
 COPIES = 20  # how often the order of copies is checked
-BYTES_PER_TOKEN = {"bf16": 5.0e9, "int4": 1.5e9}  # that PaliGemma 3B reads per generated token
+BYTES_PER_TOKEN = {"bf16": 5.0e9, "int4": 1.5e9}  # the weights of PaliGemma 3B, read per generated token
 SPEED_BYTES = 2**30  # the free memory that measuring the speed needs
 # Inputs of an int8 or int4 product are rounded to multiples of 1/127 of the largest of 32 or 64 inputs. For normally distributed
-# inputs, the largest is about 2.3 standard deviations, and the rounding error is 1 / sqrt(12) of a step: 0.5 percent. A factor of
-# 3 is left.
+# inputs, the largest is about 2.3 standard deviations, and the rounding error is 1 / sqrt(12) of a step: 0.5 percent. The
+# bound is 3 times as large.
 INPUT_ROUNDING = 0.016
 REPORT = "Please report the output of paligemma doctor --json. Until this is fixed: "
 
@@ -223,9 +223,10 @@ def fast_way_rows() -> list[Row]:
     for way in self_check.all_ways():
         name, reason = str(way["name"]), str(way["reason"])
         if way["state"] == "off" and reason.startswith("differ"):
-            rows.append(failed(name, f"they {reason}", REPORT + "do nothing; plain operators are used instead."))
+            rows.append(failed(name, f"they {reason}", REPORT + "you need not do anything, because plain operators are used."))
         elif way["state"] == "off":
-            rows.append(note(name, f"not used: they {reason}", "Nothing is wrong: a slower way is used."))
+            advice = "The results are not affected: plain operators are used, which are slower."
+            rows.append(note(name, f"not used: they {reason}", advice))
     return rows
 
 

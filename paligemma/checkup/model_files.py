@@ -153,7 +153,7 @@ def enlarged_from(table: Tensor, stored_dtype: torch.dtype = torch.float32) -> i
     for smaller in (side // 2, side // 4):
         if smaller < 2:
             continue
-        for aligned in (True, False):  # whether the corners of both grids coincide; scipy's zoom, which big_vision uses, does so
+        for aligned in (True, False):  # whether the corners of both grids coincide, as in scipy's zoom, which big_vision uses
             units = torch.eye(smaller)[None]
             matrix = nn.functional.interpolate(units, size=side, mode="linear", align_corners=aligned)[0].T
             onto = matrix @ torch.linalg.pinv(matrix)  # the projection onto interpolated columns
@@ -294,9 +294,9 @@ def vectors_rows(opened: Opened) -> list[Row]:
     """The factors with which vectors of a picture and of words enter the decoder, and the norms of these vectors.
 
     Gemma multiplies the vectors of words by sqrt(D). Those of a picture come from the projector and are not multiplied. A program
-    that confuses this, or a checkpoint that was converted for such a program, changes the ratio of the norms by sqrt(D). So the
-    band is D^(-1/4) to D^(1/4), the middle between right and wrong: a ratio in this band would leave it if multiplied or
-    divided by sqrt(D).
+    that confuses this, or a checkpoint that was converted for such a program, changes the ratio of the norms by sqrt(D). So a
+    ratio from D^(-1/4) to D^(1/4) is expected: if a ratio in this range is multiplied or divided by sqrt(D), the result lies
+    outside the range.
     """
     model, text = load_front(opened), opened.config.text_config
     features = encode_sample(opened, model)  # [1, P, D]
@@ -330,14 +330,14 @@ def factor_row(
 
 
 def norm_row(model: PaliGemmaForConditionalGeneration, pictures: Tensor, words: Tensor) -> Row:
-    """The mean norms of picture and word vectors, given float32[P] and float32[L], beside the band for their ratio."""
+    """The mean norms of picture and word vectors, given float32[P] and float32[L], and the expected range of their ratio."""
     width = model.config.text_config.hidden_size
     ratio, low, high = float(pictures.mean() / words.mean()), width**-0.25, width**0.25
-    value = f"picture {pictures.mean():.3g}, words {words.mean():.3g}, ratio {ratio:.3g}; band {low:.2g} to {high:.2g}"
+    value = f"picture {pictures.mean():.3g}, words {words.mean():.3g}, ratio {ratio:.3g}; expected {low:.2g} to {high:.2g}"
     scales = model.vision_tower.vision_model.post_layernorm.weight.float()
     # The norms of D random numbers vary by 1 / sqrt(2 D) of their mean; those of a trained embedding by several times as much.
     if not float(scales.std()) > 0 or float(words.std() / words.mean()) < 1.5 / (2 * width) ** 0.5:
-        return Row("norms of vectors", f"{value}; the weights are random, so the band means nothing")
+        return Row("norms of vectors", f"{value}; the weights are random, so any ratio is possible")
     if low <= ratio <= high:
         return Row("norms of vectors", value)
     longer = "picture vectors" if ratio > high else "word vectors"
@@ -357,7 +357,7 @@ def open_files(name: str | Path, revision: str | None, base_model: str | None) -
 
 
 def weights_without_settings_rows(name: str, revision: str | None) -> list[Row]:
-    """All that can be said about a folder whose settings cannot be read: whether its weights are whole.
+    """All that can be said about a folder whose settings cannot be read: whether its weights are undamaged.
 
     Returns: nothing for an adapter, whose weights are those of its base model.
     """

@@ -21,7 +21,7 @@ def hub_rows(name: str | None) -> list[Row]:
     The request runs in a thread, because looking up a name (DNS) cannot be given a time limit.
 
     Args:
-        name: of the model. If this is a folder or None, another model is asked for.
+        name: the model. If it is a folder or None, the request is about hub.EXAMPLE.
     """
     is_on_hub = name is not None and hub.is_id(name) and not is_folder(expand(name))
     repo_id, found = name if is_on_hub else hub.EXAMPLE, []

@@ -19,7 +19,7 @@ from typing import Any
 
 from paligemma.errors import DeviceError, PaliGemmaError, one_line
 
-WIDTH, MIN_WIDTH = 100, 60  # characters of a line of the table; it is as narrow as the terminal, but not narrower than MIN_WIDTH
+WIDTH, MIN_WIDTH = 100, 60  # of the table, in characters: that of the terminal, but at most WIDTH and at least MIN_WIDTH
 NAME_COLUMN, VALUE_COLUMN = 8, 34
 OK, NOTE, FAILED = "ok", "note", "failed"
 REPORT = "Run the command again with --debug and report its output."
@@ -41,7 +41,7 @@ class Row:
     Attributes:
         name: what was checked.
         value: what was found.
-        state: OK, NOTE (works, but could be better or should be known) or FAILED.
+        state: OK, NOTE (works, but could be improved, or the user should know it) or FAILED.
         advice: what to do; "" only if the state is OK or the value needs no reaction.
         code: the exit code that a failed row asks for, see errors.py; otherwise 0.
     """
@@ -116,7 +116,7 @@ def without_personal_data(text: str) -> str:
         text = re.sub(rf"{re.escape(home)}(?![\w-]|\.\w)", "~", text)
     for pattern, shown in SECRETS:
         text = pattern.sub(shown, text)
-    if user := user_name():  # as a part of a path or address; elsewhere it may be an ordinary word
+    if user := user_name():  # replaced in paths and addresses only, because it may be an ordinary word
         text = re.sub(rf"(?<=[/\\_@-]){re.escape(user)}(?![A-Za-z0-9])", "<user>", text)
     host = socket.gethostname()
     if host not in ("", "localhost"):

@@ -29,7 +29,7 @@ NEEDED = {  # the name for `import`: the name for pip
     "numpy": "numpy", "PIL": "pillow", "safetensors": "safetensors", "tokenizers": "tokenizers",
     "huggingface_hub": "huggingface_hub",
 }  # fmt: skip
-PARTLY_NEEDED = {"fire": "fire", "tqdm": "tqdm", "yaml": "pyyaml"}  # without these, some programs run
+PARTLY_NEEDED = {"fire": "fire", "tqdm": "tqdm", "yaml": "pyyaml"}  # needed by some programs only
 OPTIONAL = ("transformers", "pillow-heif", "ray", "pycocotools", "supervision", "tensorboard")
 INSTALL = "Run pip install -r requirements.txt, or launch_inference.sh, which makes an environment with all packages."
 ANSWER_TIMEOUT_S = 3  # for programs that are asked for their version
@@ -37,7 +37,7 @@ INSTRUCTIONS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni"
 MIN_CACHE_BYTES = 2**30  # less free space than this in the hub's cache is worth a note
 
 
-def answer_of(*command: str) -> str | None:
+def output_of(*command: str) -> str | None:
     """What a program prints; None if there is no such program, or if it fails or takes too long."""
     try:
         done = subprocess.run(
@@ -115,7 +115,7 @@ def driver_rows() -> list[Row]:
 
     Only the version, the names and the sizes are asked for, no serial numbers.
     """
-    answer = answer_of("nvidia-smi", "--query-gpu=driver_version,name,memory.total", "--format=csv,noheader")
+    answer = output_of("nvidia-smi", "--query-gpu=driver_version,name,memory.total", "--format=csv,noheader")
     if not answer:
         return []
     cards = [line.split(", ") for line in answer.splitlines()]
@@ -151,7 +151,7 @@ def gpu_rows(name: str, device: "torch.device") -> list[Row]:
 
     Args:
         name: the flag --device, such as "auto".
-        device: what it stands for.
+        device: the device that this flag selects.
     """
     from paligemma import devices
 
@@ -179,10 +179,10 @@ def compilers_rows(device: "torch.device") -> list[Row]:
 
     rows, compiler = [], kernels.find_compiler()
     if compiler:
-        if version := answer_of(*compiler, "--version"):
+        if version := output_of(*compiler, "--version"):
             rows.append(Row("C++ compiler", version.splitlines()[0]))
         else:
-            rows.append(note("C++ compiler", f"{compiler[0]} does not tell its version", "Install g++, or set $CXX."))
+            rows.append(note("C++ compiler", f"{compiler[0]} does not print its version", "Install g++, or set $CXX."))
     else:
         advice = "Install g++ (or set $CXX): kernels for the CPU are then compiled once, and quantised models run faster."
         rows.append(note("C++ compiler", "neither g++ nor clang++ is installed", advice))
@@ -250,7 +250,7 @@ def folders_rows() -> list[Row]:
 
 
 def token_rows() -> list[Row]:
-    """Whether there is a token for the hub; never the token."""
+    """Whether there is a token for the hub. The token itself is never shown."""
     from huggingface_hub import constants, get_token
 
     rows = [Row("hub token", "yes" if get_token() else "none; models with a licence, such as Google's, need one")]

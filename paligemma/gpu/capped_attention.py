@@ -54,9 +54,10 @@ def compiled_capped_attention() -> Callable[..., Tensor]:
 def shared_bytes(options: dict[str, int], width: int, itemsize: int) -> int:
     """The shared memory in bytes that a block of the kernel needs at most.
 
-    It holds BLOCK_M queries, the keys and the values of the num_stages - 1 iterations that are being loaded (with one stage, a
-    single buffer for keys or values), and the scores in float32 with their mask. Triton reports up to 10 % less:
-    tests/gpu/test_capped_attention.py.
+    It holds BLOCK_M queries, the keys and values that are being loaded, and the scores in float32 with their mask. Keys and
+    values are loaded for num_stages - 1 iterations at a time; with one stage, a single buffer holds first the keys and then the
+    values.
+    Triton reports up to 10 % less: tests/gpu/test_capped_attention.py.
     """
     rows, columns = options["BLOCK_M"], options["BLOCK_N"]
     buffers = max(1, 2 * (options["num_stages"] - 1))
@@ -67,8 +68,8 @@ def shared_bytes(options: dict[str, int], width: int, itemsize: int) -> int:
 def kernel_options(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, int] | None:
     """The block sizes for this device; {} = those that torch chooses; None = the kernel is not used here.
 
-    Where the profile names block sizes, they are halved until a block fits into the shared memory of the card. So nothing is
-    compiled that could not start.
+    Where the profile names block sizes, they are halved until a block fits into the shared memory of the card, because
+    a kernel that needs more is compiled but cannot start.
     """
     options = devices.profile(device).flex_options
     if not options:
@@ -115,7 +116,7 @@ class CappedAttention(GemmaAttention):
             expected = attention(queries, keys, values, None if mask is None else mask[:, :, some], self.scale, self.cap)
             return CAPPED.check(found[:, :, some], expected, key=form, bound=rounding_bound(q.dtype))
 
-        form = (q.device, q.dtype, len(q) == 1, mask is None)  # each is another kernel
+        form = (q.device, q.dtype, len(q) == 1, mask is None)  # torch compiles a separate kernel for each form
         found = CAPPED.attempt(fast)
         if found is None or not (CAPPED.is_checked(form) or is_right(found)):
             return super().attend(q, k, v, mask)

@@ -2,8 +2,8 @@
 
 In a decoding step each row has one new token, so almost every kernel is tiny, and the time to start a kernel counts more than
 what it computes. Each class replaces a module of modeling_gemma.py and keeps its parameters under the same names. The attention
-of one token to thousands of slots is computed in another way, too: torch's fused kernel gives it to a single block of threads
-per row and key head, while two batched products are spread over the whole GPU, and every card can compute them.
+of one token to thousands of slots is two batched products instead of torch's fused kernel. The fused kernel uses a single block
+of threads per row and key head; the two products are spread over the whole GPU, and every card can compute them.
 
 `use_cuda_modules` compares the modules with the plain ones once per card, and leaves the model as it is if they differ. Prompts
 use the new norms only. Training uses none of this. When a step is compiled, its norms are the plain ones.
@@ -28,8 +28,9 @@ ONE_TOKEN = FastWay("kernels for one token", rounding_bound(torch.bfloat16), "de
 def float32_product(a: Tensor, b: Tensor) -> Tensor:
     """The batched product of two tensors of one dtype, in float32.
 
-    GPUs add up products in float32 in any case. Without rounding the sums to 16 bits, large scores stay exact, and float16
-    cannot overflow. torch has this product for CUDA only, but a model may be moved to the CPU later.
+    GPUs add up such products in float32 internally. If the sums are not rounded to 16 bits, large scores stay exact, and float16
+    cannot overflow. torch's bmm has the argument out_dtype on CUDA only. Because a model may be moved to the CPU later, the
+    product is also computed without it.
     """
     if a.device.type == "cuda" and a.dtype != torch.float32:
         return torch.bmm(a, b, out_dtype=torch.float32)
@@ -90,7 +91,7 @@ class CudaAttention(GemmaAttention):
 
 
 class CudaModel(GemmaModel):
-    """GemmaModel that makes the masks of one token additive: once per step, and not in every layer."""
+    """GemmaModel that makes the masks of a step with one token additive, once per step instead of in every layer."""
 
     def forward(
         self,

@@ -136,7 +136,7 @@ def compiled_step() -> Callable[[PaliGemmaForConditionalGeneration, KVCache, Ten
 
 
 def this_thread() -> object:
-    """An object that belongs to the current thread. Unlike the number of a thread, it is never used again by a later thread."""
+    """An object that belongs to the current thread. Unlike a thread id, it is never given to a later thread."""
     if not hasattr(THREAD, "mark"):
         THREAD.mark = object()
     return THREAD.mark
@@ -164,7 +164,7 @@ class Step:
         model: the model that decodes. Only a weak reference is kept, because the model keeps the cache and with it this step.
         cache: its first `rows` rows are decoded, and `slots_read` slots of each are read.
         compiles: whether the step is compiled before it is recorded.
-        retired: recordings that are not used any more are added to this list.
+        unused_recordings: recordings that are not used any more are added to this list.
     """
 
     def __init__(
@@ -174,13 +174,13 @@ class Step:
         rows: int,
         slots_read: int,
         compiles: bool,
-        retired: list[Recording],
+        unused_recordings: list[Recording],
     ):
         self.model = weakref.ref(model)
         self.cache = cache[:rows].fixed(slots_read)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=cache.lengths.device)
         self.bound = rounding_bound(model.dtype, model.config.text_config.num_hidden_layers)
-        self.compiles, self.retired = compiles, retired
+        self.compiles, self.unused_recordings = compiles, unused_recordings
         self.function = plain_step
         self.thread: object = None
         self.num_warm = 0  # normal steps in this thread
@@ -217,10 +217,10 @@ class Step:
             all(way.check(each, expected, bound=self.bound) for each, expected in pairs)  # stops at the first difference
         return logits
 
-    def retire(self) -> None:
+    def stop_replaying(self) -> None:
         """Goes back to normal steps, and keeps the recording until the cache is freed."""
         if self.recording is not None:
-            self.retired.append(self.recording)
+            self.unused_recordings.append(self.recording)
         self.recording, self.is_checked, self.num_warm, self.function = None, False, 0, plain_step
 
     def warm_up(self) -> None:
@@ -242,9 +242,9 @@ class Step:
                 RECORDED.fail(error)
 
     def run(self) -> Tensor:
-        """The step in the fastest way so far: float32[B, V], which a later step may overwrite."""
+        """Runs the step in the fastest way that is ready. Returns float32[B, V], which a later step may overwrite."""
         if (self.recording and not RECORDED.is_on) or (self.function is not plain_step and not COMPILED.is_on):
-            self.retire()
+            self.stop_replaying()
         if self.recording and self.is_checked:
             return self.replay()
         if self.recording:
@@ -283,7 +283,7 @@ class Steps:
         self.addresses = addresses(model)
         self.cache = BatchCache(model.config.text_config, rows, slots, device=model.device, dtype=model.dtype)
         self.stream = current_stream(model.device)
-        self.retired: list[Recording] = []
+        self.unused_recordings: list[Recording] = []
         self.steps: dict[tuple[int, int], Step] = {}
 
     def suits(self, model: "RecordedPaliGemma", rows: int, slots: int) -> bool:
@@ -305,12 +305,15 @@ class Steps:
         shape = rows, bucket(slots_read, SLOTS, self.cache.slots)
         if shape not in self.steps:
             with not_inference():
-                self.steps[shape] = Step(self.model(), self.cache, *shape, self.compiles, self.retired)
+                self.steps[shape] = Step(self.model(), self.cache, *shape, self.compiles, self.unused_recordings)
         return self.steps[shape]
 
 
 def not_inference() -> torch.inference_mode:
-    """Tensors that are made inside torch.inference_mode cannot be changed outside, but a cache is used in both."""
+    """A `with` block in which inference mode is off.
+
+    Tensors that are made in inference mode can be changed in that mode only, but a cache is used with and without it.
+    """
     return torch.inference_mode(False)
 
 
@@ -336,7 +339,7 @@ class Spare:
 
 
 class Lease:
-    """The right of one answer to use a cache. When the last slice of the cache is freed, the cache goes back to the model."""
+    """Marks a cache as used by one answer. When the last slice of the cache is freed, the cache goes back to the model."""
 
     def __init__(self, steps: Steps, spare: Spare):
         self.steps, self.spare = steps, spare

@@ -8,8 +8,8 @@ more rows and columns (pytorch#195163, #193487). Of all published models, only P
 Masks. For at most 8 queries and a head width of 64, 96 or 128, attention reads the mask of the first row of the batch for every
 row, if the mask is the same for all heads (fixed in May 2026, after torch 2.12: pytorch#184180). In the decoding steps of a model
 with such heads, rows of different lengths then attend to the wrong slots. So the rows are computed one by one. Published models
-are not affected: their head width is 256, or (28B: 128) they have a soft cap, for which attention is written out; the tower, of
-width 72, has no mask. But the bundled model has a head width of 64.
+are not affected: their decoders have a head width of 256, except that of 28B. There the width is 128, but with its soft cap
+attention is written out. The tower, of width 72, has no mask. But the bundled model has a head width of 64.
 
 Checked in tests/gpu/test_mps_workarounds.py, on a simulated device with both errors. No Mac has run it.
 Shapes: as in modeling_gemma.py, O outputs, X inputs of one matrix.
@@ -36,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     num_parts = -(-inputs // LONGEST_SUM)
     parts = zip(x.chunk(num_parts, -1), weight.chunk(num_parts, 1), strict=True)
-    # The parts are added in float32, so that the sum is rounded only once more than a single product.
+    # The parts are added in float32. So, besides the rounding of each part, there is only one more rounding, that of the sum.
     y = torch.stack([F.linear(*part).float() for part in parts]).sum(0)
     return (y if bias is None else y + bias).to(x.dtype)
 
@@ -49,7 +49,7 @@ class LongLinear(nn.Linear):
 
 
 class RowByRowAttention(GemmaAttention):
-    """GemmaAttention that attends in one row of the batch at a time where a mask would be read wrongly."""
+    """GemmaAttention that computes one row of the batch at a time if its mask would otherwise be read wrongly."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None or len(q) == 1 or q.shape[2] > MAX_WRONG_QUERIES:
@@ -61,7 +61,7 @@ class RowByRowAttention(GemmaAttention):
 
 
 def work_around(model: nn.Module) -> None:
-    """Replaces the modules of a model on an Apple GPU that torch would compute wrongly.
+    """For a model on an Apple GPU: replaces the modules that torch would compute wrongly.
 
     Call it after float16.protect, whose modules use `linear` themselves.
     """

@@ -1,14 +1,14 @@
 """Products with int8 and int4 weights on a GPU: the layout of the weights, and the kernel that multiplies with them.
 
-A few rows (decoding) are multiplied by a kernel that reads the packed weights once. devices.Profile says which of them a device
-has; `kernel_for` takes the first that fits:
+A few rows (decoding) are multiplied by a kernel that reads the packed weights once. devices.Profile says which of these kernels a
+device has; `kernel_for` takes the first that fits:
     int4pack   torch's int4 product: NVIDIA from sm_80 on, and MPS
     triton     our own kernels, triton_products.py: NVIDIA from Turing on, on Linux
     int8pack   torch's int8 product: MPS
 
 More rows (prompts) are limited by arithmetic, not by memory. So blocks of weights are turned into floats and multiplied by
-torch's product of floats. This is also the fallback: self_check.FastWay compares each kernel with it once for each size of
-matrix, and uses it instead where a kernel differs or fails, for example because there is no C compiler.
+torch's product of floats. This is also the fallback: self_check.FastWay compares each kernel with the product of floats once for
+each size of matrix. If a kernel differs or fails, for example because there is no C compiler, the product of floats is used.
 
 Each weight is stored once: both ways read the same layout ("int4pack" for torch's int4 product on CUDA, else "rows", see
 int_formats.py). Int8 takes 1 byte per weight, int4 0.625, of which the scales are 0.125.
@@ -110,8 +110,8 @@ def product(x: Tensor, packed: Tensor, scales: Tensor, kind: str, used: Profile)
     way, kernel = found
     if torch.compiler.is_compiling():  # the same step has run before without being compiled, so the kernel has been checked
         return kernel(x, packed, scales) if way.is_on else product_in_blocks(x, packed, scales, kind)
-    # Another kernel runs for each dtype and for each power of two of rows (on MPS also from 12 rows on), and a kernel may be
-    # wrong for some sizes of matrices only, so each is checked.
+    # There is a separate kernel for each dtype and for each power of two of rows (on MPS also from 12 rows on), and a kernel may
+    # be wrong for some sizes of matrices only. So every combination is checked.
     key = kind, x.dtype, x.device, packed.shape, (len(x) - 1).bit_length(), len(x) >= 12
     bound = rounding_bound(torch.bfloat16 if scales.ndim == 3 else x.dtype)
     return way.run(lambda: kernel(x, packed, scales), lambda: product_in_blocks(x, packed, scales, kind), key=key, bound=bound)

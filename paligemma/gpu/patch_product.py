@@ -1,4 +1,4 @@
-"""The projection of patches (SigLIP's first layer) as one matrix product, so that float32 means float32 on a GPU.
+"""The projection of patches (SigLIP's first layer) as one matrix product, so that a GPU does not round float32 to TF32.
 
 nn.Conv2d in float32 uses cuDNN. On cards from sm_80 on, cuDNN by default rounds the inputs to TF32, whose fraction has 10
 bits: this changes the vectors by 2e-4. The setting that prevents it, torch.backends.cudnn.allow_tf32, applies to the whole

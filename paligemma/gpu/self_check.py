@@ -1,9 +1,10 @@
-"""A fast way to compute something is checked once against the plain way, and is not used where the two differ.
+"""Each fast implementation ("fast way") is compared once with a plain one ("plain way"), and is not used if the results differ.
 
 Some code for GPUs (CUDA graphs, compiled kernels, operators of torch that few programs use) can be wrong on a card, with a driver
-or with a version of torch that has not been tried. Such code gets a plain way that computes the same with ordinary operators. The
-first result of the fast way is compared with the plain result. If they differ, or if the fast way raises an exception, the plain
-way is used until the process ends, and one line of the log says so. The comparison waits for the device, so it happens once only.
+or with a version of torch that has not been tried. For all such code there is also a plain way, which computes the same with
+ordinary operators. The first result of the fast way is compared with the plain result. If they differ, or if the fast way raises
+an exception, the plain way is used until the process ends, and one line of the log says so. The comparison waits for the device,
+so it happens once only.
 
 `all_ways` lists all fast ways with the results of their checks, for `paligemma doctor`.
 Checked in tests/gpu/test_self_check.py.
@@ -67,8 +68,9 @@ class FastWay:
 
     Args:
         name: for messages, in the plural: "recorded steps".
-        bound: the largest relative difference from the plain way, usually from rounding_bound. `run` and `check` may replace it.
-        instead: what happens when the way is turned off, as messages say it.
+        bound: the largest relative difference from the plain way, usually from rounding_bound. A call of `run` or `check` may
+            give another one.
+        instead: the end of the log line that says that the way is turned off: what is done instead.
     Attributes:
         reason: why the way was turned off; None if it is on.
     """
@@ -94,7 +96,7 @@ class FastWay:
         self.reason, self.checked = None, set()
 
     def turn_off(self, reason: str, *, is_fault: bool = False) -> None:
-        """Uses the plain way from now on. The first call logs one line; `is_fault` asks the reader for a report."""
+        """Uses the plain way from now on. The first call logs one line; with `is_fault` the line asks the user to report it."""
         with self.lock:
             if not self.is_on:
                 return
@@ -151,7 +153,7 @@ class FastWay:
 
         Args:
             fast, plain: compute the same tensor and change nothing else, because both run during the check.
-            key: what a check is valid for, for example a shape, if another kernel runs for each shape.
+            key: identifies the kernel that is checked, for example by a shape, if each shape has its own kernel.
             bound: replaces the bound of the way.
         Raises: torch.OutOfMemoryError from `fast`, because the plain way needs more memory; anything that `plain` raises.
         """

@@ -159,7 +159,8 @@ def advice_if_too_large(device: torch.device) -> str:
         return machine.SAVE_MEMORY
     free = sum(free_bytes(torch.device("cuda", card)) for card in cards) / GIB
     together = f"The {len(cards)} GPUs of this machine have {free:.2f} GiB free together"
-    return f"{together}: take --device {','.join(f'cuda:{card}' for card in cards)}. Or t{machine.SAVE_MEMORY[1:]}"
+    names = ",".join(f"cuda:{card}" for card in cards)
+    return f"{together}: take --device {names}. Or {machine.SAVE_MEMORY[0].lower()}{machine.SAVE_MEMORY[1:]}"
 
 
 def free_bytes(card: torch.device) -> int:
@@ -225,8 +226,8 @@ class SplitGemma(GemmaModel):
     """A decoder whose layers are on several cards.
 
     Attributes:
-        parts: the device and the layers of each card. A tuple, not a ModuleList, so that the layers have no second name besides
-            the one in `layers`.
+        parts: the device and the layers of each card. A tuple, because a ModuleList would register each layer a second time,
+            under another name than in `layers`.
     """
 
     parts: tuple[tuple[torch.device, GemmaModel], ...]
@@ -270,7 +271,7 @@ def use_cards(model: PaliGemmaForConditionalGeneration, placement: Placement) ->
     """The same model on several cards. Use it instead of `model`: both share modules and parameters.
 
     Args:
-        placement: the device of each module, where it already is.
+        placement: the device of each module. The modules must be on these devices already.
     """
     decoder = model.language_model.model
     new, split_decoder = extended(model, SplitPaliGemma), extended(decoder, SplitGemma)

@@ -4,10 +4,11 @@ Decoding takes as long as reading the weights, so each kernel reads every packed
 register. Triton compiles a kernel at its first use, in about a second per number of rows. The wheels of torch for Linux with CUDA
 include Triton; it also needs a C compiler. This module imports it, so it is imported only where packed_products.py has chosen it.
 
-`int8_kernel` and `int4_kernel` multiply and add on CUDA cores, with one sum per row of x. A block of LINES threads
-computes BLOCK_O outputs. Each thread reads LINE inputs at a time, once for all its outputs, and the weights of these inputs. From
-MIN_ROWS_FOR_DOT rows of bfloat16 on, `int8_dot_kernel` uses the tensor cores, which take the same time for 16 rows as for one.
-Sums and scales are float32. The scale is applied once per output (int8), or once per LINE inputs of one group (int4).
+`int8_kernel` and `int4_kernel` multiply and add on CUDA cores, with one sum per row of x. A block of THREADS threads
+computes BLOCK_O outputs. Each thread reads VECTOR inputs at a time, once for all its outputs, and the weights of these inputs.
+From MIN_ROWS_FOR_DOT rows of bfloat16 on, `int8_dot_kernel` uses the tensor cores, which take the same time for 16 rows as for
+one.
+Sums and scales are float32. The scale is applied once per output (int8), or once per VECTOR inputs of one group (int4).
 
 Checked in tests/gpu/test_triton_products.py by Triton's interpreter, and in tests/gpu/test_cross_compile.py, which compiles the
 kernels for several GPUs without having one. No kernel has run on a GPU.
@@ -23,7 +24,7 @@ from torch import Tensor
 
 MAX_ROWS = 16
 MIN_ROWS_FOR_DOT = 5  # with 5 rows, CUDA cores need 11 instructions per weight, the tensor cores 4
-BLOCK_O, LINES, NUM_WARPS = 4, 128, 4
+BLOCK_O, THREADS, NUM_WARPS = 4, 128, 4
 DOT_BLOCK_O, DOT_BLOCK_X = 16, 256  # 16 outputs are the fewest that a tensor core computes; one warp per block
 BYTES_PER_LOAD = 16  # of x, by one thread
 
@@ -31,16 +32,16 @@ BYTES_PER_LOAD = 16  # of x, by one thread
 @triton.jit(do_not_specialize=["rows"])
 def int8_kernel(
     x, packed, scales, y, rows, outputs, inputs,
-    ROWS: tl.constexpr, BLOCK_O: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_O: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """y[B, O] = x[B, X] @ (packed * scales).T for packed int8[O, X] and scales float32[O]; B = rows <= ROWS."""
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)[:, None, None]
-    i = tl.arange(0, LINES)[None, :, None] * LINE + tl.arange(0, LINE)[None, None, :]
+    i = tl.arange(0, THREADS)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
     packed += o.to(tl.int64) * inputs
     sums = ()
     for _ in tl.static_range(ROWS):
-        sums = sums + (tl.zeros((BLOCK_O, LINES), tl.float32),)
-    for start in range(0, inputs, LINES * LINE):
+        sums = sums + (tl.zeros((BLOCK_O, THREADS), tl.float32),)
+    for start in range(0, inputs, THREADS * VECTOR):
         column = start + i
         w = tl.load(packed + column, mask=(o < outputs) & (column < inputs), other=0).to(tl.float32)
         new = ()
@@ -58,27 +59,27 @@ def int8_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def int4_kernel(
     x, packed, scales, y, rows, outputs, inputs,
-    ROWS: tl.constexpr, BLOCK_O: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_O: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The same for int4 in the layout "rows": packed uint8[O, X / 2], scales float32[O, G]."""
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)[:, None, None]
-    lines, i, byte = tl.arange(0, LINES)[None, :, None], tl.arange(0, LINE), tl.arange(0, LINE // 2)
+    threads, i, byte = tl.arange(0, THREADS)[None, :, None], tl.arange(0, VECTOR), tl.arange(0, VECTOR // 2)
     packed += o.to(tl.int64) * (inputs // 2)
     scales += o.to(tl.int64) * (inputs // 32)
     sums = ()
     for _ in tl.static_range(ROWS):
-        sums = sums + (tl.zeros((BLOCK_O, LINES), tl.float32),)
-    for start in range(0, inputs // LINE, LINES):
-        line = start + lines
-        is_inside = line < inputs // LINE
+        sums = sums + (tl.zeros((BLOCK_O, THREADS), tl.float32),)
+    for start in range(0, inputs // VECTOR, THREADS):
+        vector = start + threads
+        is_inside = vector < inputs // VECTOR
         is_weight = (o < outputs) & is_inside
-        both = tl.load(packed + line * (LINE // 2) + byte[None, None, :], mask=is_weight, other=0)
+        both = tl.load(packed + vector * (VECTOR // 2) + byte[None, None, :], mask=is_weight, other=0)
         low, high = (both & 15).to(tl.float32) - 8, (both >> 4).to(tl.float32) - 8
-        scale = tl.reshape(tl.load(scales + line // (32 // LINE), mask=is_weight, other=0), (BLOCK_O, LINES))
+        scale = tl.reshape(tl.load(scales + vector // (32 // VECTOR), mask=is_weight, other=0), (BLOCK_O, THREADS))
         new = ()
         for row in tl.static_range(ROWS):
-            part = tl.load(x + row * inputs + line * LINE + i[None, None, :], mask=(row < rows) & is_inside, other=0)
-            even, odd = tl.split(tl.reshape(part.to(tl.float32), (1, LINES, LINE // 2, 2)))
+            part = tl.load(x + row * inputs + vector * VECTOR + i[None, None, :], mask=(row < rows) & is_inside, other=0)
+            even, odd = tl.split(tl.reshape(part.to(tl.float32), (1, THREADS, VECTOR // 2, 2)))
             new = new + (sums[row] + (tl.sum(low * even, 2) + tl.sum(high * odd, 2)) * scale,)
         sums = new
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -115,8 +116,8 @@ def constants(x: Tensor) -> dict[str, int]:
     return {
         "ROWS": row_count(len(x)),
         "BLOCK_O": BLOCK_O,
-        "LINES": LINES,
-        "LINE": BYTES_PER_LOAD // x.element_size(),
+        "THREADS": THREADS,
+        "VECTOR": BYTES_PER_LOAD // x.element_size(),
         "num_warps": NUM_WARPS,
     }
 

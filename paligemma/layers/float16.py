@@ -19,8 +19,8 @@ Therefore:
   one output add up to 32752 or more.
 - The queries are multiplied by the scale before q k^T.
 
-The products for queries, keys, values, gate and up stay as they are: a norm limits their input, so that the weights alone tell
-how large their outputs can become. `largest_outputs` computes that.
+The products for queries, keys, values, gate and up stay as they are: a norm limits their input, so that the weights alone
+determine how large their outputs can become. `largest_outputs` computes that.
 
 Products of float16 matrices are summed in float32 by all GPUs. But cuBLAS may split a sum into parts and add these in float16;
 `protect` turns this off.
@@ -155,7 +155,7 @@ class Float16QuantizedEmbedding(QuantizedEmbedding):
 
 
 class Float16Conv2d(nn.Conv2d):
-    """The patch embedding with a float32 result, the start of the tower's residual stream. Pixels are at most 1: no scaling."""
+    """The patch embedding with a float32 result, the start of the tower's residual stream. Pixels are at most 1: not scaled."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).float()

@@ -13,15 +13,15 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 @functools.cache
-def combined(kind: type, before: type) -> type:
-    """A class with the methods of both; those of `kind` come first, and reach the others by super()."""
-    if issubclass(kind, before):
+def combined(kind: type, base: type) -> type:
+    """A class with the methods of both; those of `kind` come first, and call those of `base` by super()."""
+    if issubclass(kind, base):
         return kind
-    return type(f"{kind.__name__}{before.__name__}", (kind, before), {"__reduce__": reduced})
+    return type(f"{kind.__name__}{base.__name__}", (kind, base), {"__reduce__": reduced})
 
 
 def reduced(module: nn.Module) -> tuple:
-    """How pickle stores a module of a combined class, which has no name of its own: by the classes that it combines."""
+    """How pickle stores a module of a combined class: by the combined classes, because no file defines the class itself."""
     kinds: list[type] = [type(module)]
     while kinds[-1].__dict__.get("__reduce__") is reduced:
         kinds += kinds.pop().__bases__
@@ -30,12 +30,15 @@ def reduced(module: nn.Module) -> tuple:
 
 def unfilled(*kinds: type) -> nn.Module:
     """A module of the class that combines these classes, still without attributes, which pickle then restores."""
-    combination = functools.reduce(lambda before, kind: combined(kind, before), reversed(kinds))
+    combination = functools.reduce(lambda base, kind: combined(kind, base), reversed(kinds))
     return nn.Module.__new__(cast(type[nn.Module], combination))
 
 
 def extended(module: nn.Module, kind: type[Module]) -> Module:
-    """The module with the methods of `kind`, a subclass of its plain class. Parameters, submodules and settings are shared."""
+    """A module with the methods of `kind`, which is a subclass of the original class of `module`.
+
+    Parameters, submodules and settings are shared with `module`.
+    """
     if isinstance(module, kind):
         return module
     new = nn.Module.__new__(combined(kind, type(module)))

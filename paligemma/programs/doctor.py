@@ -130,7 +130,7 @@ def machine_rows(flags: Flags, device: "torch.device", check: Check) -> Iterator
 
 
 def arithmetic_rows(flags: Flags, device: "torch.device", check: Check) -> Iterator[Row]:
-    """What the device computes, compared with plain ways; then its speed."""
+    """The results of the device, compared with plain computations; then its speed."""
     arithmetic, reason = system.try_import("paligemma.checkup.arithmetic")
     if arithmetic is None:
         yield failed("arithmetic", f"cannot be checked: {reason}", system.INSTALL)

@@ -341,7 +341,7 @@ def test_a_factor_of_sqrt_d_in_the_weights_is_noted(model, power):
     assert row.state == NOTE and f"scales {'picture' if power > 0 else 'word'} vectors" in row.advice
 
 
-def test_random_weights_have_no_band(model):
+def test_random_weights_have_no_expected_ratio(model):
     edit_tensors(model, lambda tensors: tensors["vision_tower.vision_model.post_layernorm.weight"].fill_(1))
     edit_tensors(model, lambda tensors: tensors[PROJECTOR].mul_(100))
     row = next(row for row in rows_of(str(model)) if row.name == "norms of vectors")

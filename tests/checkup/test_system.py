@@ -18,19 +18,19 @@ CPU = torch.device("cpu")
 
 
 def test_programs_that_fail_hang_or_are_missing_have_no_answer(monkeypatch):
-    assert system.answer_of(sys.executable, "-c", "print(' 12 ')") == "12"
-    assert system.answer_of(sys.executable, "-c", "raise SystemExit(1)") is None
-    assert system.answer_of("no-such-program") is None
+    assert system.output_of(sys.executable, "-c", "print(' 12 ')") == "12"
+    assert system.output_of(sys.executable, "-c", "raise SystemExit(1)") is None
+    assert system.output_of("no-such-program") is None
     monkeypatch.setattr(system, "ANSWER_TIMEOUT_S", 0.1)
-    assert system.answer_of(sys.executable, "-c", "import time; time.sleep(60)") is None
+    assert system.output_of(sys.executable, "-c", "import time; time.sleep(60)") is None
 
 
 def test_nvidia_smi_is_quoted_beside_the_variable_that_hides_cards(monkeypatch):
-    monkeypatch.setattr(system, "answer_of", lambda *_: "580.65.06, NVIDIA L4, 23034 MiB\n580.65.06, NVIDIA L4, 23034 MiB")
+    monkeypatch.setattr(system, "output_of", lambda *_: "580.65.06, NVIDIA L4, 23034 MiB\n580.65.06, NVIDIA L4, 23034 MiB")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     (row,) = system.driver_rows()
     assert row.value == "580.65.06; nvidia-smi lists NVIDIA L4, 23034 MiB, NVIDIA L4, 23034 MiB; CUDA_VISIBLE_DEVICES=1"
-    monkeypatch.setattr(system, "answer_of", lambda *_: None)
+    monkeypatch.setattr(system, "output_of", lambda *_: None)
     assert system.driver_rows() == []
 
 
@@ -60,7 +60,7 @@ def test_the_row_of_the_device_says_what_is_used_on_it(monkeypatch):
 @pytest.mark.parametrize("has_header", [True, False])
 def test_what_torch_compile_needs_on_a_gpu(monkeypatch, tmp_path, has_header):
     monkeypatch.setattr(kernels, "find_compiler", lambda: ["g++"])
-    monkeypatch.setattr(system, "answer_of", lambda *_: "g++ 12.2.0\nCopyright")
+    monkeypatch.setattr(system, "output_of", lambda *_: "g++ 12.2.0\nCopyright")
     monkeypatch.setattr(system, "version_of", lambda name: "3.7.1" if name == "triton" and has_header else None)
     monkeypatch.setattr(system.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     if has_header:
@@ -113,4 +113,4 @@ def test_a_package_that_breaks_while_it_is_imported_is_named(monkeypatch, tmp_pa
 
 def test_the_checks_of_the_machine_import_no_torch():
     code = "import sys; from paligemma.programs import doctor; sys.exit('torch' in sys.modules)"
-    assert system.answer_of(sys.executable, "-c", f"import os; os.chdir({str(Path(__file__).parents[2])!r}); {code}") is not None
+    assert system.output_of(sys.executable, "-c", f"import os; os.chdir({str(Path(__file__).parents[2])!r}); {code}") is not None

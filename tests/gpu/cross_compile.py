@@ -43,7 +43,7 @@ def product_kernel(kernel: str, rows: int, dtype: str, capability: int) -> dict:
     else:
         sizes = triton_products.constants(torch.empty(rows, 16, dtype=getattr(torch, dtype)))
         warps, block_o = sizes.pop("num_warps"), sizes["BLOCK_O"]
-        block_x = sizes["LINES"] * sizes["LINE"]
+        block_x = sizes["THREADS"] * sizes["VECTOR"]
     pointers = {"x": TYPES[dtype], "packed": "i8" if kernel.startswith("int8") else "u8", "scales": "fp32", "y": TYPES[dtype]}
     signature = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(("rows", "outputs", "inputs"), "i32")
     signature |= dict.fromkeys(sizes, "constexpr")

@@ -12,8 +12,8 @@ result can be compared with the CPU's, and leaves one Event in `gpu.events`. Wha
 between two cards or between a card and the CPU, numpy on a device tensor, float64 on MPS, waiting while a graph is captured.
 
 - A copy that does not block (`non_blocking=True`) is complete only after something has waited for it. With `late_copies=True`
-  such a copy to the CPU arrives only then; until then its target has NaN (floats) or -1. A copy from the CPU that does not
-  block may read its source at any time until then: a source that has changed in between is a RACE.
+  the target of such a copy to the CPU has NaN (floats) or -1 before this wait, and the numbers after it. Such a copy from the
+  CPU may read its source at any time before this wait: a source that has changed in between is a RACE.
 - A captured CUDA graph is the list of its operators. Capturing changes no tensor; replaying runs the list on the same memory.
 
 Backward does not run: torch's autograd asks for a real accelerator. The module needs a C++ compiler, for guard.cpp.
@@ -46,7 +46,7 @@ PACKAGE = str(Path(paligemma.__file__).parent)
 GUARD = Path(__file__).with_name("guard.cpp")
 aten = torch.ops.aten
 
-# Operators without a kernel that torch does not declare as views: they rename memory or allocate it.
+# Operators without a kernel that torch does not declare as views: they return the same memory, or allocate memory.
 NO_KERNEL = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "set_"}
 # Operators that return to the CPU only when the device has computed a value or the size of the result.
 WAITING = {
@@ -72,18 +72,18 @@ def load_guard() -> ctypes.CDLL:
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that was asked of a device.
+    """One operation that a device was told to do.
 
     Attributes:
         op: the name of the operator, without overload, such as "add_".
         kind: "kernel"; "view" = nothing runs on the device; "sync" = the CPU waits until the device has done everything (a
-            blocking copy, .item(), ...); "h2d", "d2h", "d2d" = a copy to a device, from it or between two that does not block;
+            blocking copy, .item(), ...); "h2d", "d2h", "d2d" = a copy that does not block: to, from or between devices;
             "event-record", "event-wait"; "replay" = a CUDA graph is started; "MISMATCH" = devices or dtypes that a GPU refuses;
             "RACE" = the source of a copy changed before the copy was complete.
         device: the device.
         shapes: the shapes of the tensors among the arguments.
-        file, function, line: where in the package paligemma; "" and 0 outside.
-        note: what is special.
+        file, function, line: the place in the package paligemma that called the operator; "" and 0 if no such place did.
+        note: a detail, such as why a GPU would refuse the operator.
         captured: whether a CUDA graph was being captured, so that nothing ran.
     """
 
@@ -118,7 +118,7 @@ def kernels(events: list[Event]) -> Counter[str]:
 
 
 def caller() -> tuple[str, str, int]:
-    """File, function and line of the innermost caller inside the package paligemma, which is not a `to_device`."""
+    """File, function and line of the innermost caller inside the package paligemma. Functions named to_device are skipped."""
     frame = sys._getframe(2)
     while frame is not None and (not frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code.co_name == "to_device"):
         frame = frame.f_back
@@ -155,7 +155,7 @@ class PretendedTensor(torch.Tensor):
 
 
 def numbers_of(tree: object) -> object:
-    """The same arguments, with the numbers of simulated tensors instead of these."""
+    """The same arguments, in which each simulated tensor is replaced by its numbers."""
     return tree_map(lambda leaf: leaf.numbers if isinstance(leaf, PretendedTensor) else leaf, tree)
 
 
@@ -195,7 +195,7 @@ class PendingCopy:
     source: Tensor | None  # on the CPU; None for a copy to the CPU, whose source cannot change: the device works in order
     version: int
     place: str
-    number: int  # of events before the copy
+    number: int  # how many events had been logged, including that of the copy
 
 
 @dataclass(eq=False)
@@ -284,7 +284,7 @@ class PretendedGpu(TorchDispatchMode):
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
         if self.graph is not None and kind == "kernel" and device != self.graph.device:
             self.refuse(
-                op, device, shapes, f"it would not be captured, but run at once: the graph is that of {self.graph.device}"
+                op, device, shapes, f"it would run now instead of being captured: the graph is that of {self.graph.device}"
             )
         return event
 
@@ -321,7 +321,7 @@ class PretendedGpu(TorchDispatchMode):
         return not isinstance(tensor, PretendedTensor) and tensor.untyped_storage().data_ptr() in self.pinned
 
     def pin(self, tensor: Tensor) -> Tensor:
-        # As in torch, with the same strides: so a tensor with several numbers in one place, made by expand, is refused.
+        # As in torch, the copy has the same strides. So a tensor made by expand, whose elements share memory, is refused.
         pinned = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
         self.pinned[pinned.untyped_storage().data_ptr()] = pinned
         return pinned
@@ -498,7 +498,7 @@ def cuda_functions(gpu: PretendedGpu, capability: tuple[int, int], memory: int, 
         gpu.wait(gpu.devices[number(device)])
 
     class CudaEvent:
-        """The end of everything that was started on the device of a stream before `record`."""
+        """Complete when everything is that was started on the device of the stream before `record`."""
 
         def __init__(self, *_arguments: object, **_options: object):
             self.device, self.number = gpu.devices[0], 0

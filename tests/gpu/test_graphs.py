@@ -622,7 +622,7 @@ def test_a_graph_that_is_no_longer_used_lives_as_long_as_its_cache(recorder):
         graphs.COMPILED.turn_off("are wrong")  # found in a step of another shape
         model.decode(cache, script(1, 1)[0])
     assert step.recording is None and step.function is graphs.plain_step
-    assert graph() is not None and cache.steps.retired == [graph()] and graph().stream is stream
+    assert graph() is not None and cache.steps.unused_recordings == [graph()] and graph().stream is stream
     del cache, step, model
     gc.collect()
     assert graph() is None
@@ -642,7 +642,7 @@ def test_when_recording_is_found_wrong_elsewhere_a_compiled_step_goes_on_without
         model.decode(cache, row)
     (step,) = cache.steps.steps.values()
     assert recorder.replays == 2 and step.recording is None and step.function is graphs.compiled_step()
-    assert len(cache.steps.retired) == 1
+    assert len(cache.steps.unused_recordings) == 1
 
 
 @pytest.mark.usefixtures("recorder")

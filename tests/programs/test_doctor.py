@@ -32,7 +32,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(arithmetic, "read_bandwidth", lambda _: 40e9)
     monkeypatch.setattr(arithmetic, "matrix_rate", lambda *_: 2e12)
     monkeypatch.setattr(arithmetic, "busy", lambda device: lambda: torch.ones(2, device=device) + 1)
-    monkeypatch.setattr(system, "answer_of", lambda *_: None)
+    monkeypatch.setattr(system, "output_of", lambda *_: None)
     monkeypatch.setattr(devices, "missed_gpu", lambda: None)
 
 
@@ -138,7 +138,7 @@ def test_the_output_holds_no_personal_data(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_averysecrettoken")
     monkeypatch.setattr("paligemma.checkup.rows.socket.gethostname", lambda: "heart-of-gold")
     smi = "580.65.06, NVIDIA L4, 23034 MiB"
-    monkeypatch.setattr(system, "answer_of", lambda *command: smi if "nvidia-smi" in command else None)
+    monkeypatch.setattr(system, "output_of", lambda *command: smi if "nvidia-smi" in command else None)
     for flags in (["--json"], []):
         assert run("--model_path", str(folder), *flags) == 4
         said = capsys.readouterr()
@@ -146,7 +146,7 @@ def test_the_output_holds_no_personal_data(tmp_path, monkeypatch, capsys):
             assert secret not in said.out + said.err, secret
         assert "~/models/mine" in said.out and "NVIDIA L4" in said.out and re.search('hub token("|  )', said.out)
     queries = []
-    monkeypatch.setattr(system, "answer_of", lambda *command: queries.append(command))
+    monkeypatch.setattr(system, "output_of", lambda *command: queries.append(command))
     system.driver_rows()
     assert not {"uuid", "serial"} & set(re.split(r"\W", " ".join(queries[0])))
 
