@@ -435,8 +435,10 @@ def find_devices(name: "str | torch.device" = "auto") -> "list[torch.device]":
     # The device of a tensor may be given, too. For a tensor on MPS it is mps:0, which means the same as mps.
     name = name.type if isinstance(name, torch.device) and name.type == "mps" else str(name)
     parts = name.split(",")
-    if not NAMES.fullmatch(name) or len(set(parts)) < len(parts):
+    if not NAMES.fullmatch(name):
         raise UsageError(f"device is {name!r}. {NEEDED} is needed.")
+    if len(set(parts)) < len(parts):
+        raise UsageError(f"device is {name!r}, which names a card twice. Name each card once.")
     if name == "auto":
         return [best_device()]
     if name == "mps" and not torch.backends.mps.is_available():

@@ -82,7 +82,7 @@ def test_auto_takes_the_best_there_is(monkeypatch, put_cards, caplog):
 
 @pytest.mark.parametrize(
     "name",
-    ["gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:0 ", "meta", "", "cpu:0", "CUDA", "cuda:0,cuda:0", "cuda,cuda:1", "cuda:0,cpu"],
+    ["gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:0 ", "meta", "", "cpu:0", "CUDA", "cuda,cuda:1", "cuda:0,cpu"],
 )
 def test_other_names_are_wrong_usage(name):
     with pytest.raises(UsageError, match="auto, cpu, mps, cuda, cuda:N or several cards such as cuda:0,cuda:1") as caught:

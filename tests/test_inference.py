@@ -345,7 +345,7 @@ def test_a_gpu_that_is_not_there_is_6(ask, monkeypatch):
     [
         ("--graphs=fast", "", "--graphs is 'fast', but auto, off, record or compile is needed."),
         ("--json", "fast", "PALIGEMMA_GRAPHS is 'fast'. Take auto, off, record or compile."),
-        ("--device=cuda:0,cuda:0", "", "device is 'cuda:0,cuda:0'. auto, cpu, mps, cuda, cuda:N or several cards such as"),
+        ("--device=cuda:0,cuda:0", "", "device is 'cuda:0,cuda:0', which names a card twice. Name each card once."),
         ("--device=cuda:0,cpu", "", "--device is 'cuda:0,cpu', but auto, cpu, mps, cuda, cuda:N or several cards such as"),
     ],
 )

@@ -40,7 +40,7 @@ from paligemma.layers.int_formats import dequantize
 from paligemma.machine import format_bytes
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 from paligemma.pictures.images import load_image
-from paligemma.processing_paligemma import PaliGemmaProcessor
+from paligemma.processing_paligemma import PaliGemmaProcessor, build_pixel_table
 from paligemma.tokenization import PromptTokenizer
 from paligemma.vocabulary import CODE_TOKENS, LOCATION_TOKENS
 
@@ -240,10 +240,15 @@ def pictures_rows(opened: Opened) -> list[Row]:
     settings = {name: processor_files.read_settings(folder / name, CheckpointError) for name in processor_files.IMAGE_FILES}
     image_settings, path = processor_files.choose_image_settings(settings, folder)
     processor_files.check_image_settings(image_settings, opened.config, path)
-    processor_files.read_normalization(image_settings, path)
+    ends = build_pixel_table(*processor_files.read_normalization(image_settings, path))[:, [0, -1]]  # black and white, [C, 2]
     size, tokens = opened.config.vision_config.image_size, opened.config.num_image_tokens
     codec = "a mask codec" if is_file(opened.base / CODEC_NAME) else f"no {CODEC_NAME}, so segment gives boxes without masks"
-    return [Row("pictures", f"{size} x {size} px, {tokens} tokens; {codec}")]
+    rows = [Row("pictures", f"{size} x {size} px, {tokens} tokens; {codec}")]
+    if abs(ends - (-1, 1)).max() > 1 / 255:
+        value = f"black is {ends[:, 0].min():.2g} and white is {ends[:, 1].max():.2g}; published models take -1 and 1"
+        advice = f"Copy {path.name} from the original model, unless this model was trained with these settings."
+        rows.append(note("numbers for pixels", value, advice))
+    return rows
 
 
 # Vectors that enter the decoder

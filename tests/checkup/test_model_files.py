@@ -330,6 +330,14 @@ def test_an_enlarged_table_of_a_model_is_a_note(model, dtype):
     assert rows["position table"].state == NOTE and "enlarged from 2 x 2" in rows["position table"].value
 
 
+def test_the_pixel_settings_of_another_model_are_noted(model):
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # those of CLIP
+    edit_json(model / "preprocessor_config.json", image_mean=mean, image_std=std)
+    (row,) = [row for row in rows_of(str(model)) if row.state == NOTE]
+    assert row.name == "numbers for pixels" and row.value.startswith("black is -1.8 and white is 2.1")
+    assert "Copy preprocessor_config.json" in row.advice
+
+
 @pytest.mark.parametrize("power", [-1, 1])
 def test_a_factor_of_sqrt_d_in_the_weights_is_noted(model, power):
     def scale(tensors):

@@ -249,7 +249,7 @@ def test_auto_takes_a_second_card_if_one_is_too_small(folders, monkeypatch):
 @pytest.mark.parametrize(
     "device, error, says",
     [
-        ("cuda:0,cuda:0", UsageError, "device is 'cuda:0,cuda:0'. auto, cpu, mps, cuda, cuda:N or several cards"),
+        ("cuda:0,cuda:0", UsageError, "device is 'cuda:0,cuda:0', which names a card twice. Name each card once."),
         ("cuda:0,cpu", UsageError, "device is 'cuda:0,cpu'. auto, cpu, mps, cuda, cuda:N or several cards"),
         ("cuda,cuda:1", UsageError, "device is 'cuda,cuda:1'. auto, cpu, mps, cuda, cuda:N or several cards"),
         ("cuda:0,cuda:9", DeviceError, "device cuda:9 is not available. This machine has cuda:0"),
