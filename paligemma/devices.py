@@ -1,9 +1,9 @@
 """Which device a model runs on, and how each kind of device is used.
 
 `find_device` turns a name ("auto", "cuda:1") into a device, and says why a GPU is not used. `profile` says what the device
-computes fast and which optimisations are used on it; `PROFILES` is the table of these choices. (checkpoints/weights.suit_device
-replaces the modules that differ on every CUDA or every MPS device.)
-This code has not run on a GPU: the table follows the documents of NVIDIA, AMD, Apple and PyTorch, see docs/gpu.md.
+computes fast and which optimisations are used on it; `PROFILES` is the table of these choices. (Choices that are the same for all
+CUDA devices, or for all MPS devices, are made by checkpoints/weights.suit_device, which replaces modules.) This code has not run
+on a GPU: the table follows the documents of NVIDIA, AMD, Apple and PyTorch, see docs/gpu.md.
 
 torch is imported inside the functions, because a wrong flag should be answered before the slow import.
 Sources: CUDA C++ Programming Guide (compute capabilities, shared memory), RELEASE.md of PyTorch 2.9 to 2.14 (for which
@@ -153,8 +153,9 @@ def graphs_mode(mode: str | None = None) -> str:
 
 
 def dtypes_to_try(device: "torch.device", stored: "torch.dtype") -> tuple["torch.dtype", ...]:
-    """The dtypes that a model may be loaded in if the user names none, best first: on the CPU as stored, on a GPU fast ones.
+    """The dtypes that a model may be loaded in if the user names none, best first.
 
+    On the CPU this is the stored dtype only; on a GPU, the dtypes that it computes fast, and the stored one first if it is fast.
     A model that is stored in float32, as PaliGemma 1 is, is loaded in bfloat16 on a card that computes it fast: this takes half
     the memory and about half the time per token.
     """

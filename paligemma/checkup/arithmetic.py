@@ -114,7 +114,7 @@ def attention_cases() -> dict[str, tuple[tuple[int, int, int, int, int], Tensor 
 
 @one_thread()
 def attention_rows(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> list[Row]:
-    """The attention that models use, which chooses torch's fastest kernel, against attention written out."""
+    """Compares the attention that models use, which chooses torch's fastest kernel, with attention written out."""
     rows = []
     for name, ((n, k_heads, length, slots, e), mask, cap) in attention_cases().items():
         found = {}
@@ -179,7 +179,7 @@ def logits_of(model: nn.Module, steps: int = STEPS) -> Tensor:
 
 @one_thread()
 def model_rows(folder: Path, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> list[Row]:
-    """The logits of small models of both families on the device, against those of float32 on the CPU."""
+    """Compares the logits of small models of both families on the device with those of float32 on the CPU."""
     dtypes = tuple(dtype for dtype in dtypes if (device.type, dtype) != ("cpu", torch.float32))  # that one is the reference
     rows = []
     for family, name in (("gemma", "PaliGemma 1"), ("gemma2", "PaliGemma 2")):
@@ -194,7 +194,7 @@ def model_rows(folder: Path, device: torch.device, dtypes: tuple[torch.dtype, ..
 
 
 def recorded_rows(folder: Path, device: torch.device, dtype: torch.dtype, mode: str) -> list[Row]:
-    """Decoding steps that are recorded as CUDA graphs (or, with the mode "compile", compiled) against plain steps."""
+    """Compares decoding steps that are recorded as CUDA graphs (with the mode "compile" also compiled) with plain steps."""
     what = {"record": "recorded steps", "compile": "compiled steps"}[mode]
     tiny = write_tiny_model(folder / mode, "gemma2")
     plain = load_model(tiny, device=device, dtype=dtype, graphs="off")
@@ -234,7 +234,7 @@ def fast_way_rows() -> list[Row]:
 
 
 def integer_rows(device: torch.device, dtype: torch.dtype) -> list[Row]:
-    """Products with int8 and int4 weights against the same weights as floats, for few and for many rows of inputs."""
+    """Compares products of int8 and int4 weights with products of the same weights as floats, for few and many rows."""
     rows = []
     most = bound(dtype) + (INPUT_ROUNDING if device.type == "cpu" else 0)  # kernels.cpp rounds inputs to 8 bits
     for kind in int_formats.KINDS:
@@ -278,7 +278,7 @@ def copy_rows(device: torch.device) -> list[Row]:
 
 
 def kernel_rows() -> list[Row]:
-    """The functions of kernels.cpp against torch. Only a note if they are not used, because torch's operators replace them."""
+    """Compares kernels.cpp with torch. If kernels.cpp is not used, the row is only a note: torch's operators replace it."""
     if kernels.library() is None:
         advice = "Run the command again with --verbose, which says why they cannot be compiled or loaded."
         if os.environ.get("PALIGEMMA_KERNELS") == "off":

@@ -51,7 +51,8 @@ FIRST_WORD, WORDS = 4, 512  # the first token after <pad>, <eos>, <bos> and <unk
 ROUNDING = 0.01  # allowed relative error of a factor, because sqrt(D) is rounded to bfloat16
 MAX_NAMED = 3  # a message names at most this many faulty tensors
 DOWNLOAD = "Download the model again, or convert it again from the original."
-INTERPOLATED = 1e-3  # a table whose relative distance from an interpolated one is smaller counts as enlarged
+# A position table counts as enlarged if its relative distance from an interpolated table is smaller than this.
+INTERPOLATED = 1e-3
 # The modules that make the vectors that enter the decoder; and the norm, from which model.device and model.dtype are read.
 FRONT = ("vision_tower.", "multi_modal_projector.", "language_model.model.embed_tokens", "language_model.model.norm")
 
@@ -118,7 +119,7 @@ def adapter_rows(opened: Opened) -> list[Row]:
 
 
 def position_table_rows(opened: Opened) -> list[Row]:
-    """The table of position vectors: one row per patch, and whether it was enlarged from that of a smaller resolution.
+    """Whether the table of position vectors has one row per patch, and whether it was enlarged from a smaller resolution.
 
     Returns: nothing if there is no table, because names_and_shapes_rows reports a missing tensor.
     """
@@ -182,7 +183,7 @@ def samples(tensor: StoredTensor, is_full: bool) -> Iterator[Tensor]:
 
 
 def lowest_and_highest(tensor: StoredTensor, is_full: bool) -> tuple[float, float]:
-    """The extreme values of a stored tensor, or of a sample of it. Both are NaN if a value is NaN, and 0 if it is empty."""
+    """The extreme values of a stored tensor, or of a sample of it. NaN if a value is NaN; 0 if the tensor is empty."""
     ends = [torch.stack(torch.aminmax(part)) for part in samples(tensor, is_full) if len(part)]
     if not ends:
         return 0.0, 0.0
@@ -377,7 +378,9 @@ def checkpoint_rows(
 ) -> Iterator[Row]:
     """The rows of all checks of a model, each as soon as it is known. A fault that several checks meet is reported once.
 
-    Args: name, revision, base_model: as in opened.open_checkpoint. is_full: read all numbers, which takes long for large files.
+    Args:
+        name, revision, base_model: as in open_checkpoint in paligemma/opened.py.
+        is_full: read all numbers, which takes long for large files.
         check: calls a function, see rows.run_check.
     """
     yield Row("name", "the bundled model" if name is None else name)

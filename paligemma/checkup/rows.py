@@ -19,7 +19,7 @@ from typing import Any
 
 from paligemma.errors import DeviceError, PaliGemmaError, one_line
 
-WIDTH, MIN_WIDTH = 100, 60  # of the table, in characters: that of the terminal, but at most WIDTH and at least MIN_WIDTH
+WIDTH, MIN_WIDTH = 100, 60  # the table is as wide as the terminal, but at most WIDTH and at least MIN_WIDTH characters
 NAME_COLUMN, VALUE_COLUMN = 8, 34
 OK, NOTE, FAILED = "ok", "note", "failed"
 REPORT = "Run the command again with --debug and report its output."

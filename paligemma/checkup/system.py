@@ -1,7 +1,7 @@
 """What the machine has: Python and packages, torch, GPUs and their driver, compilers, cores, memory, cache folders.
 
 Nothing here imports torch when the file is imported: `torch_rows` reports a torch that cannot be imported, and the functions
-below it are called only if it can. Checked in tests/checkup/test_system.py.
+below `torch_rows` are called only if torch can be imported. Checked in tests/checkup/test_system.py.
 """
 
 import importlib

@@ -1,1 +1,1 @@
-"""What runs on GPUs only, and is compared with the plain way before it is used."""
+"""Code for GPUs only. A faster implementation is compared with a plain one before it is used: self_check.py."""

@@ -2,9 +2,9 @@
 
 torch's other attention kernels have no soft cap, so modeling_gemma.attention computes the scores of a block of queries, stores
 them, and reads them again. flex_attention stores no scores. It is used where devices.PROFILES has options for it, for prompts of
-at least MIN_TOKENS tokens; everything else is computed as in modeling_gemma.py. The first result of each form (device, dtype,
-one row or several, with or without a mask) is compared with attention in float32 for 64 queries (self_check.py). The plain way is
-used if they differ, or if the compiler or torch raises an exception.
+at least MIN_TOKENS tokens; everything else is computed as in modeling_gemma.py. The first result of each form (device, dtype, one
+row or several, with or without a mask) is compared with attention in float32 for 64 queries (self_check.py). If they differ, or
+if the compiler or torch raises an exception, everything is computed as in modeling_gemma.py.
 
 `use_capped_attention` puts this attention into a model. The compiled kernel has never run on a GPU. Checked in
 tests/gpu/test_capped_attention.py.

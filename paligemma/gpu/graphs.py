@@ -351,7 +351,7 @@ class Lease:
 
 
 class RecordedCache(BatchCache):
-    """An empty BatchCache of some rows, on memory for which steps have been recorded. Slices of it share the lease."""
+    """The first `rows` rows of the cache of `steps`, emptied, so that its recorded steps can be used. Slices share the lease."""
 
     def __init__(self, steps: Steps, spare: Spare, rows: int):  # BatchCache.__init__ would allocate memory
         steps.cache.clear()

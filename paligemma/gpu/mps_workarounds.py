@@ -1,15 +1,16 @@
 """Ways around two errors of torch on Apple's GPUs, which give wrong numbers without a message. `work_around` changes a model.
 
-Long sums. On M1 and M2, a product that sums 32767 or more numbers adds what lies after the matrices in memory, if it has 16 or
-more rows and columns (pytorch#195163, #193487). Of all published models, only PaliGemma 2 28B has such a matrix: down_proj sums
-36864 numbers. From torch 2.14 on, F.linear computes these products correctly, but with kernels that are several times slower
-(pytorch#198182). So they are split on every version: each part sums fewer numbers.
+Long sums. On M1 and M2, a product that sums 32767 or more numbers also adds numbers that lie after the matrices in memory, if it
+has 16 or more rows and columns (pytorch#195163, #193487). Of all published models, only PaliGemma 2 28B has such a matrix:
+down_proj sums 36864 numbers. From torch 2.14 on, F.linear computes these products correctly, but with kernels that are several
+times slower (pytorch#198182). So they are split on every version: each part sums fewer numbers.
 
 Masks. For at most 8 queries and a head width of 64, 96 or 128, attention reads the mask of the first row of the batch for every
 row, if the mask is the same for all heads (fixed in May 2026, after torch 2.12: pytorch#184180). In the decoding steps of a model
 with such heads, rows of different lengths then attend to the wrong slots. So the rows are computed one by one. Published models
-are not affected: their decoders have a head width of 256, except that of 28B. There the width is 128, but with its soft cap
-attention is written out. The tower, of width 72, has no mask. But the bundled model has a head width of 64.
+are not affected: their decoders have a head width of 256, except that of 28B. That one has a head width of 128, but also a soft
+cap, with which attention is computed by single operators. The tower, whose head width is 72, has no mask. But the bundled model
+has a head width of 64.
 
 Checked in tests/gpu/test_mps_workarounds.py, on a simulated device with both errors. No Mac has run it.
 Shapes: as in modeling_gemma.py, O outputs, X inputs of one matrix.

@@ -6,9 +6,10 @@ device has; `kernel_for` takes the first that fits:
     triton     our own kernels, triton_products.py: NVIDIA from Turing on, on Linux
     int8pack   torch's int8 product: MPS
 
-More rows (prompts) are limited by arithmetic, not by memory. So blocks of weights are turned into floats and multiplied by
-torch's product of floats. This is also the fallback: self_check.FastWay compares each kernel with the product of floats once for
-each size of matrix. If a kernel differs or fails, for example because there is no C compiler, the product of floats is used.
+With more rows (prompts), the speed is limited by arithmetic, not by memory. So blocks of weights are turned into floats and
+multiplied by torch's product of floats. This is also the fallback: self_check.FastWay compares each kernel with the product of
+floats once for each size of matrix. If a kernel differs or fails, for example because there is no C compiler, the product of
+floats is used.
 
 Each weight is stored once: both ways read the same layout ("int4pack" for torch's int4 product on CUDA, else "rows", see
 int_formats.py). Int8 takes 1 byte per weight, int4 0.625, of which the scales are 0.125.
@@ -69,7 +70,7 @@ def product_in_blocks(x: Tensor, packed: Tensor, scales: Tensor, kind: str, bloc
 
 def torch_int4(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     outputs, inputs = scales.shape[1], x.shape[1]
-    if packed.ndim == 2:  # on MPS: the bytes of rows, viewed with the four dimensions that torch's operator checks for
+    if packed.ndim == 2:  # on MPS: the layout "rows", viewed with the four dimensions that torch's operator checks for
         packed = packed.view(torch.int32).view(outputs // 8, inputs // 32, 32, 1)
     return torch._weight_int4pack_mm(x.bfloat16().contiguous(), packed, GROUP["int4"], scales).to(x.dtype)
 
@@ -110,8 +111,8 @@ def product(x: Tensor, packed: Tensor, scales: Tensor, kind: str, used: Profile)
     way, kernel = found
     if torch.compiler.is_compiling():  # the same step has run before without being compiled, so the kernel has been checked
         return kernel(x, packed, scales) if way.is_on else product_in_blocks(x, packed, scales, kind)
-    # There is a separate kernel for each dtype and for each power of two of rows (on MPS also from 12 rows on), and a kernel may
-    # be wrong for some sizes of matrices only. So every combination is checked.
+    # There is a separate kernel for each dtype and for each number of rows, rounded up to a power of two (MPS has another one
+    # from 12 rows on), and a kernel may be wrong for some sizes of matrices only. So every combination is checked.
     key = kind, x.dtype, x.device, packed.shape, (len(x) - 1).bit_length(), len(x) >= 12
     bound = rounding_bound(torch.bfloat16 if scales.ndim == 3 else x.dtype)
     return way.run(lambda: kernel(x, packed, scales), lambda: product_in_blocks(x, packed, scales, kind), key=key, bound=bound)

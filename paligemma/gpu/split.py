@@ -52,7 +52,8 @@ def divide(layers: Sequence[int], rest: int, free: Sequence[int]) -> list[int]:
         free: the free bytes of each card; there are at most as many cards as layers.
     """
     ends = list(accumulate(layers, initial=0))
-    # best[end] describes the first `end` layers on the cards so far: how full the fullest card is, and each card's last layer + 1
+    # best[end] is the best way to put the first `end` layers on the cards from 0 to `card`: the share of its memory that the
+    # fullest card uses, and for each card the index after its last layer.
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for card, bytes_free in enumerate(free):
         fixed = rest if card == 0 else 0

@@ -1,11 +1,12 @@
 """Products of a few rows with int8 or int4 weights on an NVIDIA GPU: kernels in Triton, as operators of torch.
 
 Decoding takes as long as reading the weights, so each kernel reads every packed weight once and turns it into a float in a
-register. Triton compiles a kernel at its first use, in about a second per number of rows. The wheels of torch for Linux with CUDA
-include Triton; it also needs a C compiler. This module imports it, so it is imported only where packed_products.py has chosen it.
+register. Triton compiles a kernel at its first use with each number of rows (see row_count), which takes about a second. The
+wheels of torch for Linux with CUDA include Triton; it also needs a C compiler. This module imports Triton, so packed_products.py
+imports this module only where it has chosen these kernels.
 
-`int8_kernel` and `int4_kernel` multiply and add on CUDA cores, with one sum per row of x. A block of THREADS threads
-computes BLOCK_O outputs. Each thread reads VECTOR inputs at a time, once for all its outputs, and the weights of these inputs.
+`int8_kernel` and `int4_kernel` multiply and add on CUDA cores, with one sum per row of x. A block of THREADS threads computes
+BLOCK_O outputs. Each thread reads VECTOR inputs at a time, which it uses for all its outputs, and the weights of these inputs.
 From MIN_ROWS_FOR_DOT rows of bfloat16 on, `int8_dot_kernel` uses the tensor cores, which take the same time for 16 rows as for
 one.
 Sums and scales are float32. The scale is applied once per output (int8), or once per VECTOR inputs of one group (int4).

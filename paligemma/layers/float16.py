@@ -155,7 +155,10 @@ class Float16QuantizedEmbedding(QuantizedEmbedding):
 
 
 class Float16Conv2d(nn.Conv2d):
-    """The patch embedding with a float32 result, the start of the tower's residual stream. Pixels are at most 1: not scaled."""
+    """The patch embedding with a float32 result, the start of the tower's residual stream.
+
+    The product is not scaled, because pixels are at most 1.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).float()

@@ -1,7 +1,7 @@
 """Replaces a module by one that computes the same in another way: faster on one kind of device, or without overflow.
 
-A replacement is a subclass that overrides one method and calls super() in all other cases. So several replacements of one module
-can be combined: `extended` puts the methods of the newest in front of the others.
+A replacement is a subclass that overrides a few methods; where it changes only some cases of a method, it calls super() in the
+others. So several replacements of one module can be combined: `extended` puts the methods of the newest in front of the others.
 """
 
 import functools
@@ -21,7 +21,7 @@ def combined(kind: type, base: type) -> type:
 
 
 def reduced(module: nn.Module) -> tuple:
-    """How pickle stores a module of a combined class: by the combined classes, because no file defines the class itself."""
+    """How pickle stores a module of a combined class: as the classes that were combined, because no file defines the result."""
     kinds: list[type] = [type(module)]
     while kinds[-1].__dict__.get("__reduce__") is reduced:
         kinds += kinds.pop().__bases__
