@@ -112,7 +112,10 @@ def works(attention_module: GemmaAttention, norm: GemmaRMSNorm) -> bool:
     width, device, dtype = attention_module.width, norm.weight.device, norm.weight.dtype
     n, k = (module.out_features // width for module in (attention_module.q_proj, attention_module.k_proj))
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(shape, generator=generator, device="cpu").to(device, dtype)  # noqa: E731
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
+
     q, keys, values = draw(2, n, 1, width), draw(2, k, 256, width), draw(2, k, 256, width)
     mask = torch.arange(256, device=device).expand(2, 1, 1, 256) < torch.tensor([256, 199], device=device).view(2, 1, 1, 1)
     scale, cap = attention_module.scale, attention_module.cap
