@@ -58,7 +58,8 @@ def room_to_answer(config: PaliGemmaConfig, quantised: Collection[nn.Module], dt
     cache = 2 * tokens * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
     mlp = 3 * tokens * text.intermediate_size * dtype.itemsize  # gate, up and their product
     blocks = packed_products.BLOCK_BYTES if quantised else 0
-    return cache + mlp + 3 * text.vocab_size * 4 + blocks + WORKSPACE
+    logits = 3 * text.vocab_size * 4  # in float32, with two intermediate results of the same size
+    return cache + mlp + logits + blocks + WORKSPACE
 
 
 def choose_dtype(

@@ -121,8 +121,8 @@ def attention_rows(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> lis
         for dtype in dtypes:
             shapes = ((2, n, length, e), (2, k_heads, slots, e), (2, k_heads, slots, e))
             q, k, v = (draw(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes))
-            mask_there = None if mask is None else mask.to(device)
-            y = attention(q.to(device), k.to(device), v.to(device), mask_there, e**-0.5, cap)  # [B, N, L, E]
+            mask_on_device = None if mask is None else mask.to(device)
+            y = attention(q.to(device), k.to(device), v.to(device), mask_on_device, e**-0.5, cap)  # [B, N, L, E]
             found[name_of(dtype)] = difference(y, plain_attention(q, k, v, mask, e**-0.5, cap)), bound(dtype)
         rows.append(compared(name, found, "take --device cpu."))
     return rows
