@@ -249,7 +249,7 @@ def test_gpu_script_says_when_there_is_nothing_to_measure():
 
 
 def test_gpu_script_says_when_its_interpreter_has_no_torch(tmp_path):
-    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without the installed packages
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')  # without the installed packages
     (tmp_path / "python").chmod(0o755)
     environment = os.environ | {"PYTHON": str(tmp_path / "python"), "PYTHONPATH": ""}
     result = subprocess.run(["bash", str(BENCHMARKS / "gpu.sh")], capture_output=True, text=True, env=environment)
