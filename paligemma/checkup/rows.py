@@ -1,7 +1,7 @@
 """A check of `paligemma doctor` and its result: rows with a name, a value, a state, and what to do if something is wrong.
 
-A check is a function that returns rows. `run_check` also turns an exception of a check into a row, so that one fault never hides
-the others. Rows are printed as lines of a table or as JSON, which people paste into issue reports. Therefore
+A check is a function that returns rows. If a check raises an exception, `run_check` turns it into a row, and the other
+checks still run. Rows are printed as lines of a table or as JSON, which people paste into issue reports. Therefore
 `without_personal_data` removes names, folders, addresses and tokens from every text. Checked in tests/checkup/test_rows.py.
 """
 

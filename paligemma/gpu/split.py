@@ -20,7 +20,7 @@ import re
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ def divide(layers: Sequence[int], rest: int, free: Sequence[int]) -> list[int]:
             for end in range(card + 1, last_end + 1)
         }
     starts = (0, *best[len(layers)][1])
-    return [card for card, (start, end) in enumerate(zip(starts, starts[1:], strict=False)) for _ in range(start, end)]
+    return [card for card, (start, end) in enumerate(pairwise(starts)) for _ in range(start, end)]
 
 
 def bytes_per_card(layers: Sequence[int], rest: int, cards: Sequence[int]) -> list[int]:

@@ -99,4 +99,4 @@ def test_value_and_advice_are_cleaned(user):
 def test_a_home_folder_without_a_name_and_a_superuser_hide_nothing(monkeypatch):
     monkeypatch.setenv("HOME", "/")
     monkeypatch.setenv("LOGNAME", "root")
-    assert without_personal_data("/usr/lib /srv/root/x") == "/usr/lib /srv/root/x"
+    assert without_personal_data("/usr/lib /opt/root/x") == "/usr/lib /opt/root/x"

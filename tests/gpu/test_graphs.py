@@ -663,7 +663,7 @@ def test_steps_inside_autocast_are_not_recorded(recorder):
 
 
 def test_the_default_device_of_torch_does_not_matter(recorder):
-    """Where a tensor is made without a device, it would be on the meta device, which has no numbers."""
+    """A tensor that is made without a device would be on the meta device, where its values cannot be read."""
     tokens, model = script(1, 9), recorded()
     torch.set_default_device("meta")
     try:
@@ -758,7 +758,7 @@ def test_a_quantised_step_compiles_without_a_break(kind, monkeypatch):
 @pytest.mark.parametrize("family, window", FORMS)
 @torch.no_grad()
 def test_prefill_and_decode_ask_the_device_for_nothing(family, window):
-    """On the meta device tensors have a shape but no numbers, so that reading a number is an error."""
+    """Tensors on the meta device have a shape but no data, so reading a value raises an error."""
     model = make(family, window).to("meta")
     cache = model.new_cache(3, 24, BatchCache)
     assert model.prefill(cache[:1], **make_batch([(1, 5, 0)])).is_meta  # open to all

@@ -305,7 +305,7 @@ def test_what_is_float32_and_what_is_float16():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_protected_step_reads_no_number_on_the_cpu(family):
-    """On the meta device tensors have no numbers, and fullgraph refuses operations that need one."""
+    """Tensors on the meta device have no data, and fullgraph refuses operations that read a value on the CPU."""
     model = protected(make_model(family, dtype=torch.float16)).to("meta")
     cache = model.new_cache(2, 16)
     assert model.prefill(cache, **make_batch([(1, 5, 0), (0, 4, 2)], "right")).is_meta
