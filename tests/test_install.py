@@ -115,7 +115,8 @@ def test_the_installed_package_is_the_package_of_the_checkout(installed):
         assert copy.is_file() and not copy.is_symlink() and copy.read_bytes() == (ROOT / path).read_bytes(), path
     for name in SIX:
         assert (inside / f"{name}.py").read_bytes() == (ROOT / f"{name}.py").read_bytes()
-    for name in ("py.typed", "layers/kernels.cpp", "bundled/model.safetensors", "bundled/shapes.png", "objects/DejaVuSans.ttf"):
+    sources = ("layers/cpp/kernels.cpp", "layers/cpp/vectors.h")
+    for name in ("py.typed", *sources, "bundled/model.safetensors", "bundled/shapes.png", "objects/DejaVuSans.ttf"):
         assert (inside / name).is_file(), name
 
 

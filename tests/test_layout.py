@@ -210,7 +210,7 @@ def test_signatures_have_types(name):
 def texts():
     """Every text file that people read or run."""
     places = [ROOT / name for name in ("paligemma", "tests", "demo", "notes", "benchmarks", "examples", ".ci")]
-    kinds = {".py", ".md", ".sh", ".toml", ".txt", ".cpp", ""}
+    kinds = {".py", ".md", ".sh", ".toml", ".txt", ".cpp", ".h", ""}
     found = [*ROOT.glob("*"), *(path for place in places for path in place.rglob("*"))]
     # .git is a file where several checkouts share a repository.
     return sorted(path for path in found if path.is_file() and path.suffix in kinds and path.name != ".git")

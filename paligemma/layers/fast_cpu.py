@@ -1,7 +1,7 @@
 """Modules that compute faster on a CPU in bfloat16 or with quantised weights: `accelerate` puts them into a model.
 
 Each class replaces a module of modeling_gemma.py or nn.Linear, keeps the parameters under the same names, and overrides only the
-method that computes the output. kernels.cpp is used if it was compiled and is faster than torch. For bfloat16
+method that computes the output. cpp/ is used if it was compiled and is faster than torch. For bfloat16
 weights, `suits_kernel` and `product` choose the operator; the choice follows measurements with benchmarks/products.py.
 
 Checked in tests/layers/test_quantization.py. Shapes: as in modeling_gemma.py, and O outputs, X inputs of one matrix.
@@ -123,7 +123,7 @@ class FastRMSNorm(GemmaRMSNorm):
         return super().forward(x)
 
 
-def joint_product(x: Tensor, modules: tuple[nn.Module, ...], is_gated: bool = False) -> Tensor | None:
+def joint_product(x: Tensor, modules: tuple[nn.Module, ...], activation: str = "none") -> Tensor | None:
     """Outputs of several modules with the same input, computed in one call of kernels.product; None if that is not possible."""
     first = modules[0]
     if any(type(module) is not type(first) or module.bias is not None for module in modules):
@@ -131,11 +131,11 @@ def joint_product(x: Tensor, modules: tuple[nn.Module, ...], is_gated: bool = Fa
     if type(first) is FastLinear:
         weights = [module.weight for module in modules]
         if all(is_bf16_without_gradient(x, w) and suits_kernel(x, w) for w in weights):
-            return kernels.product("bf16", x, [(w, None, len(w)) for w in weights], torch.bfloat16, is_gated)
+            return kernels.product("bf16", x, [(w, None, len(w)) for w in weights], torch.bfloat16, activation)
     if type(first) is QuantizedLinear and x.is_cpu and x.dtype in KERNEL_DTYPES and x.shape[-1] % GROUP[first.kind] == 0:
         if all(module.is_tiled and module.kind == first.kind for module in modules) and kernels.library() is not None:
             matrices = [(module.packed, module.scales, module.out_features) for module in modules]
-            return kernels.product(first.kind, x, matrices, x.dtype, is_gated)
+            return kernels.product(first.kind, x, matrices, x.dtype, activation)
     return None
 
 
@@ -146,7 +146,7 @@ class FastMLP(GemmaMLP):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        gated = joint_product(x, (self.gate_proj, self.up_proj), is_gated=True)  # [B, L, F]
+        gated = joint_product(x, (self.gate_proj, self.up_proj), activation="gated")  # [B, L, F]
         if gated is None:
             gate, up = self.gate_proj(x), self.up_proj(x)  # [B, L, F], [B, L, F]
             if gate.numel() % 16 or kernels.library() is None or not is_bf16_without_gradient(gate, up):

@@ -1,7 +1,7 @@
-"""Calls the functions of kernels.cpp (products, norm, gate, attention) with tensors, after compiling them once. CPU only.
+"""Calls the functions of cpp/ (products, norm, gate, attention) with tensors, after compiling them once. CPU only.
 
-The first use compiles kernels.cpp, in a few seconds, into $XDG_CACHE_HOME/paligemma, ~/.cache/paligemma or, if these cannot be
-used, into a folder of this user inside the system's temporary folder. The name of the compiled file depends on the source, the
+The first use compiles cpp/kernels.cpp, in a few seconds, into $XDG_CACHE_HOME/paligemma, ~/.cache/paligemma or, if these cannot
+be used, into a folder of this user inside the system's temporary folder. The name of the compiled file depends on the source, the
 compiler and the processor, so machines that share a home folder never load code that was compiled for another one. Loading a
 compiled file runs its code, so a file or folder that another user could have written, or a damaged file, is not used
 (`is_private`, `is_whole`). Without a compiler, or if compiling fails, `library()` is None and the callers use torch's own
@@ -27,9 +27,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ from paligemma.files import move_into_place
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE = Path(__file__).parent / "cpp" / "kernels.cpp"
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-Wno-psabi")
 COMPILE_TIMEOUT_S = 120
 RETRY_AFTER_S = 3600  # compiling is retried at most once per hour if the source does not compile or the compiler hangs
@@ -169,7 +170,8 @@ def compiled_name(source: Path, compiler: list[str]) -> str:
     """The name, without suffix, of the file that this compiler makes from this source for this processor."""
     found = os.stat(compiler[0])
     machine = (platform.machine(), *sorted(cpu_flags()))
-    made_of = (source.read_bytes(), compiler, found.st_size, found.st_mtime_ns, FLAGS, machine)
+    sources = [file.read_bytes() for file in sorted(source.parent.glob("*.h")) + [source]]
+    made_of = (sources, compiler, found.st_size, found.st_mtime_ns, FLAGS, machine)
     return f"kernels-{DIGEST(repr(made_of).encode()).hexdigest()[:20]}"
 
 
@@ -220,15 +222,31 @@ def compile_once(source: Path, folder: Path) -> Path | None:
         return None
 
 
+class CMatrix(ctypes.Structure):
+    """The struct Matrix of cpp/products.h."""
+
+    _fields_ = (("w", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("outputs", ctypes.c_int64))
+
+
+class CCall(ctypes.Structure):
+    """The struct Call of cpp/products.h."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p), ("x_is_bf16", ctypes.c_int), ("activation", ctypes.c_int), ("matrices", CMatrix * 3),
+        ("y", ctypes.c_void_p), ("y_is_bf16", ctypes.c_int), ("threads", ctypes.c_int),
+        ("rows", ctypes.c_int64), ("inputs", ctypes.c_int64),
+    )  # fmt: skip
+
+
+ACTIVATIONS = ("none", "gelu", "gated")  # the enum Activation of cpp/products.h
+
+
 def open_library(file: Path) -> ctypes.CDLL:
     """The functions of a compiled file, with their argument types declared, so that ctypes passes 64-bit pointers."""
     loaded = ctypes.CDLL(str(file))
     pointer, size, flag, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-    call = (*(pointer, pointer, size) * 3, flag, pointer, flag, size, size, flag)
     for function, arguments in (
-        (loaded.bf16_product, (pointer, *call)),
-        (loaded.int8_product, (pointer, flag, *call)),
-        (loaded.int4_product, (pointer, flag, *call)),
+        *((getattr(loaded, f"{kind}_product"), (ctypes.POINTER(CCall),)) for kind in ("bf16", "int8", "int4")),
         (loaded.bf16_gate, (pointer, pointer, size, flag)),
         (loaded.bf16_rms_norm, (pointer, pointer, pointer, size, size, real, flag)),
         (loaded.bf16_attend, (*(pointer,) * 6, size, size, size, pointer, real, real, pointer, size, size, size, size, flag)),
@@ -254,35 +272,41 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-NO_MATRIX = (0, 0, 0)
+class Matrix(NamedTuple):
+    """A matrix for `product`: w, its scales (None for bfloat16), its number of outputs, and its bias, bfloat16[O]."""
+
+    weight: Tensor
+    scales: Tensor | None
+    outputs: int
+    bias: Tensor | None = None
 
 
-def product(
-    kind: str, x: Tensor, matrices: list[tuple[Tensor, Tensor | None, int]], dtype: torch.dtype, is_gated: bool = False
-) -> Tensor:
-    """x @ w.T for one to three matrices with the same input x, in one call.
+def product(kind: str, x: Tensor, matrices: Sequence[tuple], dtype: torch.dtype, activation: str = "none") -> Tensor:
+    """x @ w.T + bias for one to three matrices with the same input x, in one call.
 
     Args:
         kind: "bf16": w is bfloat16[O, X], contiguous, X a multiple of 32, and x is bfloat16; sums are float32. "int8", "int4": w
             is in tiles (see int_formats.py), x is bfloat16 or float32, and each group of its numbers is rounded to 8 bits.
         x: [..., X].
-        matrices: for each matrix the tuple (w, its scales or None, its number of outputs O).
+        matrices: each a Matrix, or a tuple with its first fields.
         dtype: the dtype of the result, bfloat16 or float32.
-        is_gated: combines two matrices of the same size: gelu(x @ first.T) * (x @ second.T).
-    Returns: [..., sum of all O], with the outputs in the order of the matrices; or [..., O] if is_gated.
+        activation: "none"; "gelu" of all outputs; or "gated", which combines two matrices of the same size:
+            gelu(x @ first.T) * (x @ second.T).
+    Returns: [..., sum of all O], with the outputs in the order of the matrices; or [..., O] if gated.
     """
     x = x.contiguous()
-    outputs = matrices[0][2] if is_gated else sum(matrix[2] for matrix in matrices)
+    given = [Matrix(*matrix) for matrix in matrices]
+    outputs = given[0].outputs if activation == "gated" else sum(matrix.outputs for matrix in given)
     y = x.new_empty(*x.shape[:-1], outputs, dtype=dtype)
-    pointers = []
-    for w, scales, size in matrices:
-        pointers += (w.data_ptr(), 0 if scales is None else scales.data_ptr(), size)
-    pointers += NO_MATRIX * (3 - len(matrices))
-    given = (x.data_ptr(),) if kind == "bf16" else (x.data_ptr(), x.dtype is torch.bfloat16)
     inputs = x.shape[-1]
-    getattr(library(), f"{kind}_product")(
-        *given, *pointers, is_gated, y.data_ptr(), dtype is torch.bfloat16, x.numel() // inputs, inputs, torch.get_num_threads()
-    )
+    call = CCall(
+        x=x.data_ptr(), x_is_bf16=x.dtype is torch.bfloat16, activation=ACTIVATIONS.index(activation), y=y.data_ptr(),
+        y_is_bf16=dtype is torch.bfloat16, threads=torch.get_num_threads(), rows=x.numel() // inputs, inputs=inputs,
+    )  # fmt: skip
+    for field, (weight, scales, size, bias) in zip(call.matrices, given, strict=False):
+        field.w, field.outputs = weight.data_ptr(), size
+        field.scales, field.bias = (None if tensor is None else tensor.data_ptr() for tensor in (scales, bias))
+    getattr(library(), f"{kind}_product")(ctypes.byref(call))
     return y
 
 

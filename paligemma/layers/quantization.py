@@ -1,7 +1,7 @@
 """int8 and int4 weights in a model: which modules are quantised, what replaces them, and the entry in config.json.
 
 Decoding reads every weight once per token, so its time is the bytes of the weights divided by the memory bandwidth; int8 halves
-the bytes of bfloat16, int4 takes 28 percent of them. Only weights are stored as integers. In addition, kernels.cpp rounds the
+the bytes of bfloat16, int4 takes 28 percent of them. Only weights are stored as integers. In addition, cpp/ rounds the
 inputs of a product to 8 bits, with one scale per 64 (int8) or 32 (int4) inputs. This allows integer dot products, and changes the
 result of a product by about 0.6 percent. Without our kernels, inputs stay floats.
 

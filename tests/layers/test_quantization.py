@@ -1,4 +1,4 @@
-"""quantization.py, int_formats.py, fast_cpu.py and kernels.cpp: rounding, layouts, products, fallbacks, saving."""
+"""quantization.py, int_formats.py, fast_cpu.py and cpp/: rounding, layouts, products, fallbacks, saving."""
 
 import copy
 import itertools
@@ -421,7 +421,7 @@ def test_gelu_of_every_size_is_torchs(variant):
     one = torch.zeros(len(x), 32, dtype=torch.bfloat16)
     one[:, 0], up = 1, torch.zeros(len(x), 32, dtype=torch.bfloat16)
     up[:, 0] = x  # outputs x times an input of 1, gated by themselves: gelu(x) * x
-    y = kernels.product("bf16", one[:1], [(up, None, len(x)), (up, None, len(x))], torch.float32, True)[0]
+    y = kernels.product("bf16", one[:1], [(up, None, len(x)), (up, None, len(x))], torch.float32, "gated")[0]
     exact = F.gelu(x.double(), approximate="tanh") * x.double()
     finite = exact.abs() < 1e38
     # torch's own GELU in float32 has the same error where its tanh is near -1; all values there are below 1e-5.
