@@ -8,7 +8,7 @@ import os
 import platform
 from typing import NamedTuple
 
-from paligemma.layers import kernels
+from paligemma.layers import compiling
 
 
 class Processor(NamedTuple):
@@ -37,7 +37,7 @@ WHOLE_FILES = ("test_modeling_gemma", "test_modeling_paligemma", "test_modeling_
 FILES = (*WHOLE_FILES, "layers/test_quantization")  # of the last, the tests that are marked
 
 # What kernels.cpp is compiled with to take the way of other processors; -O3 takes twice as long.
-SHARED = (*(flag for flag in kernels.FLAGS if flag not in ("-march=native", "-O3")), "-O1")
+SHARED = (*(flag for flag in compiling.FLAGS if flag not in ("-march=native", "-O3")), "-O1")
 INSTRUCTIONS = {
     "generic": (frozenset(), ()),
     "AVX2": (frozenset({"avx2", "fma"}), ("-mavx2", "-mfma")),
@@ -47,7 +47,7 @@ INSTRUCTIONS = {
 
 
 def has(needs: frozenset[str]) -> bool:
-    return not needs or (platform.machine() in ("x86_64", "AMD64") and needs <= kernels.cpu_flags())
+    return not needs or (platform.machine() in ("x86_64", "AMD64") and needs <= compiling.cpu_flags())
 
 
 def here() -> list[str]:
@@ -55,7 +55,7 @@ def here() -> list[str]:
     return [name for name, processor in CLASSES.items() if has(processor.needs)]
 
 
-VARIANTS = {"native": kernels.FLAGS} | {name: (*SHARED, *more) for name, (needs, more) in INSTRUCTIONS.items() if has(needs)}
+VARIANTS = {"native": compiling.FLAGS} | {name: (*SHARED, *more) for name, (needs, more) in INSTRUCTIONS.items() if has(needs)}
 
 
 def force(name: str) -> None:

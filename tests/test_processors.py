@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from paligemma.layers import fast_cpu, quantization
+from paligemma.layers import compiling, fast_cpu
 from tests import processors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +36,6 @@ def test_marked_tests_hold_on_each_class(name):
     ],
 )
 def test_what_a_processor_multiplies_is_read_from_its_flags(flags, instructions, monkeypatch):
-    monkeypatch.setattr(quantization.kernels, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(compiling, "cpu_flags", lambda: frozenset(flags))
     assert fast_cpu.bf16_instructions.__wrapped__() == instructions
     assert all(processor.says in fast_cpu.BF16_ROWS for processor in processors.CLASSES.values())

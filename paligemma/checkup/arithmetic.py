@@ -25,7 +25,7 @@ from paligemma.checkup.rows import Row, failed, note
 from paligemma.configuration import PaliGemmaConfig
 from paligemma.generation import PendingTokens
 from paligemma.gpu import capped_attention, self_check
-from paligemma.layers import int_formats, kernels, quantization
+from paligemma.layers import compiling, int_formats, kernels, quantization
 from paligemma.modeling_gemma import GemmaRMSNorm, attention, rotary_embedding, rotate
 from paligemma.modeling_paligemma import prefix_lm_mask
 from paligemma.roofline import matrix_rate, read_bandwidth
@@ -283,7 +283,7 @@ def kernel_rows() -> list[Row]:
         advice = "Run the command again with --verbose, which says why they cannot be compiled or loaded."
         if os.environ.get("PALIGEMMA_KERNELS") == "off":
             advice = "To use them, remove the variable PALIGEMMA_KERNELS."
-        elif not kernels.find_compiler():
+        elif not compiling.find_compiler():
             advice = "Install g++."
         return [note("kernels.cpp", "not used; torch's own products are used, which are slower", advice)]
     x, w = draw(4, 512, seed=0).bfloat16(), (draw(256, 512, seed=1) * 512**-0.5).bfloat16()

@@ -175,9 +175,9 @@ def gpu_rows(name: str, device: "torch.device") -> list[Row]:
 
 def compilers_rows(device: "torch.device") -> list[Row]:
     """The C++ compiler and, on a GPU, Triton and Python's header, with which torch.compile builds kernels."""
-    from paligemma.layers import kernels
+    from paligemma.layers import compiling
 
-    rows, compiler = [], kernels.find_compiler()
+    rows, compiler = [], compiling.find_compiler()
     if compiler:
         if version := output_of(*compiler, "--version"):
             rows.append(Row("C++ compiler", version.splitlines()[0]))
@@ -199,13 +199,13 @@ def compilers_rows(device: "torch.device") -> list[Row]:
 
 def cores_rows() -> list[Row]:
     """The cores that this process may use, and the instructions that decide which kernels are fast."""
-    from paligemma.layers import kernels
+    from paligemma.layers import compiling
 
     quota = machine.cpu_quota()
     limit = "" if quota is None else f", limited to {quota:g} by a control group"
     threads = os.environ.get("OMP_NUM_THREADS")
     value = f"{machine.available_cores()} of {os.cpu_count()}{limit}{f', OMP_NUM_THREADS={threads}' if threads else ''}"
-    found = kernels.cpu_flags() & {*INSTRUCTIONS}
+    found = compiling.cpu_flags() & {*INSTRUCTIONS}
     instructions = " ".join(name for name in INSTRUCTIONS if name in found) or platform.machine()
     return [Row("cores", value), Row("instructions", instructions)]
 
@@ -234,10 +234,10 @@ def folders_rows() -> list[Row]:
     """The folders for compiled kernels, for downloads from the hub and for what torch.compile builds."""
     from huggingface_hub import constants
 
-    from paligemma.layers import kernels
+    from paligemma.layers import compiling
 
     rows = []
-    place = next(kernels.cache_folders(), None)
+    place = next(compiling.cache_folders(), None)
     if place is None:
         advice = "Make a folder that only you can write, and name it in XDG_CACHE_HOME."
         rows.append(note("cache of kernels", "no private folder can be written; kernels are compiled at every start", advice))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from paligemma import devices
 from paligemma.gpu.self_check import FastWay, rounding_bound
-from paligemma.layers import kernels
+from paligemma.layers import compiling
 from paligemma.layers.replacing import extended
 from paligemma.modeling_gemma import GemmaAttention, attention
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
@@ -47,7 +47,7 @@ def capped_attention(
 
 @functools.cache
 def compiled_capped_attention() -> Callable[..., Tensor]:
-    kernels.set_private_compile_cache()
+    compiling.set_private_compile_cache()
     return torch.compile(capped_attention, fullgraph=True)
 
 

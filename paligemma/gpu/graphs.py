@@ -47,7 +47,7 @@ from torch import Tensor
 from paligemma import devices, machine
 from paligemma.gpu.capped_attention import use_capped_attention
 from paligemma.gpu.self_check import FastWay, rounding_bound
-from paligemma.layers import kernels
+from paligemma.layers import compiling
 from paligemma.layers.batch_cache import BatchCache
 from paligemma.modeling_gemma import KVCache
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
@@ -128,7 +128,7 @@ def compiled_step() -> Callable[[PaliGemmaForConditionalGeneration, KVCache, Ten
     """
     import torch._dynamo  # imported only when needed: it takes a second
 
-    kernels.set_private_compile_cache()
+    compiling.set_private_compile_cache()
     torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
     # With this option inductor generates its own matrix-vector kernels instead of calling cuBLAS.
     options = {"coordinate_descent_tuning": True}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paligemma.layers import kernels
+from paligemma.layers import compiling, kernels
 from paligemma.layers.int_formats import CHUNK_WEIGHTS, GROUP, KERNEL_DTYPES
 from paligemma.layers.quantization import QuantizedLinear
 from paligemma.layers.replacing import extended
@@ -36,7 +36,7 @@ def bf16_instructions() -> str:
     If the system does not list them, the result is "matrices", so that torch computes all products except those with very few
     rows.
     """
-    flags = kernels.cpu_flags()
+    flags = compiling.cpu_flags()
     if not flags or not flags.isdisjoint({"amx_bf16", "bf16", "svebf16"}):
         return "matrices"
     return "pairs" if "avx512_bf16" in flags else "nothing"

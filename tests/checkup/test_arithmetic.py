@@ -8,7 +8,7 @@ from paligemma.checkup import arithmetic
 from paligemma.checkup.rows import FAILED, NOTE, OK
 from paligemma.generation import PendingTokens
 from paligemma.gpu import capped_attention, self_check
-from paligemma.layers import kernels, quantization
+from paligemma.layers import compiling, kernels, quantization
 from paligemma.modeling_gemma import GemmaAttention
 from tests.gpu.pretend import PretendedGraph, pretend
 
@@ -76,7 +76,7 @@ def test_the_kernels_for_the_cpu_are_checked_or_a_note(monkeypatch, off):
 )
 def test_why_there_are_no_kernels_decides_the_advice(monkeypatch, variable, compiler, advice):
     monkeypatch.setattr(kernels, "library", lambda: None)
-    monkeypatch.setattr(kernels, "find_compiler", lambda: compiler)
+    monkeypatch.setattr(compiling, "find_compiler", lambda: compiler)
     monkeypatch.setenv("PALIGEMMA_KERNELS", variable)
     assert advice in arithmetic.kernel_rows()[0].advice
 

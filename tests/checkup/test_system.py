@@ -11,7 +11,7 @@ import torch
 from paligemma import devices
 from paligemma.checkup import system
 from paligemma.checkup.rows import FAILED, NOTE, OK
-from paligemma.layers import kernels
+from paligemma.layers import compiling
 from tests.gpu.pretend import pretend
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def test_the_row_of_the_device_says_what_is_used_on_it(monkeypatch):
 
 @pytest.mark.parametrize("has_header", [True, False])
 def test_what_torch_compile_needs_on_a_gpu(monkeypatch, tmp_path, has_header):
-    monkeypatch.setattr(kernels, "find_compiler", lambda: ["g++"])
+    monkeypatch.setattr(compiling, "find_compiler", lambda: ["g++"])
     monkeypatch.setattr(system, "output_of", lambda *_: "g++ 12.2.0\nCopyright")
     monkeypatch.setattr(system, "version_of", lambda name: "3.7.1" if name == "triton" and has_header else None)
     monkeypatch.setattr(system.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
@@ -73,7 +73,7 @@ def test_what_torch_compile_needs_on_a_gpu(monkeypatch, tmp_path, has_header):
 
 def test_the_limit_of_a_control_group_is_named(monkeypatch):
     monkeypatch.setattr(system.machine, "cpu_quota", lambda: 1.5)
-    monkeypatch.setattr(kernels, "cpu_flags", lambda: frozenset({"avx2", "fpu", "avx512f"}))
+    monkeypatch.setattr(compiling, "cpu_flags", lambda: frozenset({"avx2", "fpu", "avx512f"}))
     cores, instructions = system.cores_rows()
     assert "limited to 1.5 by a control group" in cores.value and instructions.value == "avx512f avx2"
 

@@ -40,7 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 import paligemma
-from paligemma.layers.kernels import find_compiler
+from paligemma.layers.compiling import find_compiler
 
 PACKAGE = str(Path(paligemma.__file__).parent)
 GUARD = Path(__file__).with_name("guard.cpp")

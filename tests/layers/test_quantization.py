@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from paligemma.layers import fast_cpu, int_formats, kernels, quantization
+from paligemma.layers import compiling, fast_cpu, int_formats, kernels, quantization
 from paligemma.layers.fast_cpu import BF16_ROWS
 from paligemma.layers.int_formats import GROUP, KINDS
 from paligemma.layers.quantization import QuantizedLinear
@@ -49,8 +49,8 @@ def variants(tmp_path_factory):
     def find(name: str):
         if name not in made and made["native"] is not None:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(kernels, "FLAGS", VARIANTS[name])
-                file = kernels.compile_once(kernels.SOURCE, folder)
+                patch.setattr(compiling, "FLAGS", VARIANTS[name])
+                file = compiling.compile_once(compiling.SOURCE, folder)
                 made[name] = file and kernels.open_library(file)
         return made.get(name)
 

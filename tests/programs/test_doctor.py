@@ -17,7 +17,7 @@ from paligemma import devices
 from paligemma.checkup import arithmetic, network, system
 from paligemma.checkup.rows import FAILED, NOTE, OK, Row, failed
 from paligemma.errors import DeviceError
-from paligemma.layers import kernels
+from paligemma.layers import compiling
 from paligemma.programs import commandline, doctor
 from tests.gpu.pretend import pretend
 from tests.tiny_checkpoint import make_checkpoint
@@ -246,8 +246,8 @@ def test_an_old_torch_is_a_failed_row(monkeypatch, capsys):
 
 @pytest.mark.usefixtures("short")
 def test_a_machine_without_a_compiler_and_with_folders_that_cannot_be_written(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(kernels, "find_compiler", list)
-    monkeypatch.setattr(kernels, "cache_folders", lambda: iter(()))
+    monkeypatch.setattr(compiling, "find_compiler", list)
+    monkeypatch.setattr(compiling, "cache_folders", lambda: iter(()))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
     (tmp_path / "file").write_text("")
     code, found = report(capsys)
@@ -261,7 +261,7 @@ def test_an_exception_in_a_check_is_a_failed_row_and_debug_prints_its_traceback(
     def broken():
         raise DeviceError("the group has no name. Give it one.")
 
-    monkeypatch.setattr(kernels, "cpu_flags", broken)
+    monkeypatch.setattr(compiling, "cpu_flags", broken)
     code, found = report(capsys)
     assert code == 6 and found["cores"] == {
         "group": "machine", "name": "cores", "value": "the group has no name.", "state": FAILED, "advice": "Give it one.",

@@ -1,6 +1,6 @@
 // Decoding on a CPU: matrix products y = x W^T with bfloat16, int8 or int4 weights (in groups of 32), attention of one new token
-// per row, RMS norm and gating. kernels.py compiles this file once and calls the functions marked extern "C"; int_formats.py
-// documents the layouts of int8 and int4 weights.
+// per row, RMS norm and gating. compiling.py compiles this file once, and kernels.py calls the functions marked extern "C".
+// int_formats.py documents the layouts of int8 and int4 weights.
 //
 // Each token needs every weight once, so products with few rows are limited by memory bandwidth: each thread reads several long
 // ranges of W at the same time and prefetches ahead, because one range keeps too few cache lines in flight (notes/decoding.md has
