@@ -25,6 +25,12 @@ from paligemma.layers import compiling
 log = logging.getLogger(__name__)
 
 
+class CTuning(ctypes.Structure):
+    """The struct Tuning of cpp/products.h."""
+
+    _fields_ = (("prefetch", ctypes.c_int64),)
+
+
 class CMatrix(ctypes.Structure):
     """The struct Matrix of cpp/products.h."""
 
@@ -56,7 +62,13 @@ def open_library(file: Path) -> ctypes.CDLL:
         (loaded.int_quantize, (flag, pointer, flag, size, size, size, pointer, pointer, flag)),
     ):
         function.argtypes, function.restype = arguments, None
+    loaded.tuning_values.restype = ctypes.POINTER(CTuning)
     return loaded
+
+
+def tuning(loaded: ctypes.CDLL) -> CTuning:
+    """The values that a compiled file uses now; setting a field changes what it uses."""
+    return loaded.tuning_values().contents
 
 
 @functools.cache

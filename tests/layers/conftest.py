@@ -1,9 +1,36 @@
-"""A compiler and folders for tests of compiling."""
+"""Libraries for other processors; a compiler and folders for tests of compiling."""
 
 import tempfile
 from pathlib import Path
 
 import pytest
+
+from paligemma.layers import compiling, kernels
+from tests.processors import VARIANTS
+
+
+@pytest.fixture(scope="session")
+def variants(tmp_path_factory):
+    """The kernels compiled for other processors that this one can imitate: name -> library, compiled on first use."""
+    folder, made = tmp_path_factory.mktemp("variants"), {"native": kernels.library()}
+
+    def find(name: str):
+        if name not in made and made["native"] is not None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(compiling, "FLAGS", VARIANTS[name])
+                file = compiling.compile_once(compiling.SOURCE, folder)
+                made[name] = file and kernels.open_library(file)
+        return made.get(name)
+
+    return find
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request, variants, monkeypatch):
+    """Each variant of the kernels in turn, installed as kernels.library(); None without a compiler."""
+    library = variants(request.param)
+    monkeypatch.setattr(kernels, "library", lambda: library)
+    return library
 
 
 @pytest.fixture

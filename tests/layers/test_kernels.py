@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from paligemma.layers import compiling, kernels
 
@@ -55,3 +56,19 @@ def test_a_program_told_to_do_without_kernels_does():
     environment = os.environ | {"PALIGEMMA_KERNELS": "off"}
     answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert answer.stdout.strip() == "None"
+
+
+def test_tuned_values_belong_to_one_library_and_change_no_result(variants):
+    native, other = variants("native"), variants("generic")
+    if native is None:
+        return
+    before = kernels.tuning(native).prefetch
+    assert before == kernels.tuning(other).prefetch == 1024  # the rule
+    x, w = torch.randn(1, 64).bfloat16(), torch.randn(40, 64).bfloat16()
+    y = kernels.product("bf16", x, [(w, None, 40)], torch.bfloat16)
+    try:
+        kernels.tuning(native).prefetch = 4096
+        assert kernels.tuning(native).prefetch == 4096 and kernels.tuning(other).prefetch == 1024
+        assert kernels.product("bf16", x, [(w, None, 40)], torch.bfloat16).equal(y)
+    finally:
+        kernels.tuning(native).prefetch = before

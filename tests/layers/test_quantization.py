@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from paligemma.layers import compiling, fast_cpu, int_formats, kernels, quantization
+from paligemma.layers import fast_cpu, int_formats, kernels, quantization
 from paligemma.layers.fast_cpu import BF16_ROWS
 from paligemma.layers.int_formats import GROUP, KINDS
 from paligemma.layers.quantization import QuantizedLinear
@@ -27,7 +27,6 @@ from paligemma.modeling_gemma import (
     rotate,
 )  # fmt: skip
 from tests.bounds import UNIT, assert_within, product_bound
-from tests.processors import VARIANTS
 from tests.tiny import FAMILIES, fill
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,30 +38,6 @@ needs_kernels = pytest.mark.parametrize("has_kernels", [True, False])
 def compiled():
     """The kernels of this machine; a test that needs them absent removes them itself."""
     return kernels.library()
-
-
-@pytest.fixture(scope="session")
-def variants(tmp_path_factory):
-    """The kernels compiled for other processors that this one can imitate: name -> library, compiled on first use."""
-    folder, made = tmp_path_factory.mktemp("variants"), {"native": kernels.library()}
-
-    def find(name: str):
-        if name not in made and made["native"] is not None:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(compiling, "FLAGS", VARIANTS[name])
-                file = compiling.compile_once(compiling.SOURCE, folder)
-                made[name] = file and kernels.open_library(file)
-        return made.get(name)
-
-    return find
-
-
-@pytest.fixture(params=VARIANTS)
-def variant(request, variants, monkeypatch):
-    """Each variant of the kernels in turn, installed as kernels.library(); None without a compiler."""
-    library = variants(request.param)
-    monkeypatch.setattr(kernels, "library", lambda: library)
-    return library
 
 
 @pytest.fixture
