@@ -280,15 +280,24 @@ class Session:
 
         `times` holds the seconds from the start to each token.
         """
-        from paligemma import roofline
+        import torch
 
-        products = roofline.prefill_multiply_adds(self.config, len(self.pictures), answer.prompt_tokens)
-        rate = roofline.matrix_rate(self.model.device, self.model.dtype)
+        from paligemma import roofline
+        from paligemma.layers.quantization import QuantizedLinear
+
+        memory = machine.peak_memory(self.model.device)  # before the measurements, which need memory of their own
+        parts, rates = (self.model.vision_tower, self.model.language_model), []
+        for part in parts:
+            is_quantized = any(isinstance(module, QuantizedLinear) for module in part.modules())
+            rates.append(roofline.matrix_rate(self.model.device, torch.int8 if is_quantized else self.model.dtype))
+        work = self.config, len(self.pictures), answer.prompt_tokens
         weights = roofline.decode_bytes(self.model.language_model)
         bandwidth = roofline.read_bandwidth(self.model.device)
         note(
-            f"prefill: {times[0] * 1e3:.1f} ms for {answer.prompt_tokens} tokens; lower bound {products / rate * 1e3:.1f} ms "
-            f"({products / 1e9:.3g} G multiply-adds at the measured {rate / 1e9:.3g} G/s)"
+            f"prefill: {times[0] * 1e3:.1f} ms for {answer.prompt_tokens} tokens; "
+            f"lower bound {roofline.prefill_seconds(*work, *rates) * 1e3:.1f} ms "
+            f"({roofline.prefill_multiply_adds(*work) / 1e9:.3g} G multiply-adds at the measured "
+            f"{rates[0] / 1e9:.3g} G/s in the vision tower and {rates[1] / 1e9:.3g} G/s in the decoder)"
         )
         if len(times) > 1:
             decode = (times[-1] - times[0]) / (len(times) - 1)
@@ -297,7 +306,7 @@ class Session:
                 f"lower bound {weights / bandwidth * 1e3:.2f} ms "
                 f"({machine.format_bytes(weights)} of weights at the measured {machine.format_bytes(bandwidth)}/s)"
             )
-        note(f"peak memory: {machine.format_bytes(machine.peak_memory(self.model.device))}")
+        note(f"peak memory: {machine.format_bytes(memory)}")
 
 
 def answer_once(flags: Flags, pictures: list["Image.Image"], prompt: str) -> None:

@@ -331,9 +331,12 @@ def speed_rows(device: torch.device, dtype: torch.dtype, free: int | None) -> li
     """
     if free is not None and free < SPEED_BYTES:
         return [note("speed", "not measured: less than 1 GiB is free", "Close other programs.")]
-    bandwidth, rate = read_bandwidth(device), matrix_rate(device, dtype)
+    bandwidth, kinds = read_bandwidth(device), {name_of(dtype): dtype}
+    if device.type == "cpu":
+        kinds["int8"] = torch.int8
+    rates = ", ".join(f"{matrix_rate(device, kind) / 1e9:,.0f} in {name}" for name, kind in kinds.items())
     limits = ", ".join(f"{bandwidth / count:.1f} in {kind}" for kind, count in BYTES_PER_TOKEN.items())
     return [
         Row(f"memory of {device}", f"{bandwidth / 1e9:.1f} GB/s; at most this many tokens per second for a 3B model: {limits}"),
-        Row(f"products on {device}", f"{rate / 1e9:,.0f} G multiply-adds/s in {name_of(dtype)}"),
+        Row(f"products on {device}", f"G multiply-adds/s: {rates}"),
     ]

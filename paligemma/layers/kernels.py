@@ -63,6 +63,12 @@ def open_library(file: Path) -> ctypes.CDLL:
     ):
         function.argtypes, function.restype = arguments, None
     loaded.tuning_values.restype = ctypes.POINTER(CTuning)
+    for function, arguments, result in (  # for roofline.py
+        (loaded.rate_numbers, (size,), flag),
+        (loaded.rate_multiply, (size, size, flag), ctypes.c_double),
+        (loaded.rate_read, (size, pointer, size, flag), size),
+    ):
+        function.argtypes, function.restype = arguments, result
     return loaded
 
 

@@ -21,3 +21,4 @@
 #include "elementwise.h"
 #include "int_product.h"
 #include "quantize.h"
+#include "rates.h"
