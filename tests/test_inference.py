@@ -405,7 +405,7 @@ def test_an_error_in_the_middle_ends_the_line_of_what_was_generated(ask, monkeyp
     assert code == 6 and len(out) == 3 and out.endswith("\n") and err == "error: the model's logits are not numbers.\n"
 
 
-@pytest.mark.parametrize("part", ["empty_model", "fill", "fast_cpu.accelerate"])
+@pytest.mark.parametrize("part", ["empty_model", "fill", "acceleration.accelerate"])
 def test_memory_that_runs_out_is_6(ask, monkeypatch, part):
     def greedy(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")

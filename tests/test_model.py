@@ -21,7 +21,7 @@ from PIL import Image
 import paligemma
 from paligemma import explanation_sheet
 from paligemma import model as front
-from paligemma.layers import fast_cpu, kernels
+from paligemma.layers import acceleration, kernels
 from tests.tiny_checkpoint import make_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -301,7 +301,7 @@ def test_four_threads_get_the_answers_of_one_from_fast_and_quantised_layers(quan
     model = paligemma.load(device="cpu", quantize=quantize)
     if not has_kernels:
         monkeypatch.setattr(kernels, "library", lambda: None)
-    fast_cpu.accelerate(model.network, 0)
+    acceleration.accelerate(model.network, 0)
     check_threads(model, None, 1)
 
 

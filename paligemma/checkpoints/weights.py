@@ -51,7 +51,7 @@ from paligemma.files import MAX_JSON_BYTES, names_in, parse_json_file, read_regu
 from paligemma.gpu import cuda_decoding, mps_workarounds, patch_product, split
 from paligemma.gpu.capped_attention import use_capped_attention
 from paligemma.gpu.graphs import use_graphs
-from paligemma.layers import fast_cpu, float16, quantization
+from paligemma.layers import acceleration, float16, quantization
 from paligemma.machine import memory_errors
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 from paligemma.parameter_names import canonical_name
@@ -369,7 +369,7 @@ def suit_device(model: PaliGemmaForConditionalGeneration, device: torch.device) 
     if device.type == "mps":
         mps_workarounds.work_around(model)
     if device.type == "cpu":
-        fast_cpu.accelerate(model)
+        acceleration.accelerate(model)
     if device.type == "cuda":
         cuda_decoding.use_cuda_modules(model)
 

@@ -35,7 +35,7 @@ from paligemma.checkpoints.weights import (
 from paligemma.checkup.rows import FAILED, Row, failed, failed_by, note
 from paligemma.errors import CheckpointError, PaliGemmaError
 from paligemma.files import BUNDLED, CODEC_NAME, is_file
-from paligemma.layers import fast_cpu, quantization
+from paligemma.layers import acceleration, quantization
 from paligemma.layers.int_formats import dequantize
 from paligemma.machine import format_bytes
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
@@ -265,7 +265,7 @@ def load_front(opened: Opened) -> PaliGemmaForConditionalGeneration:
         for key, own in own_tensors(module).items() if name.startswith(FRONT) else ():
             tensor = reader.read(opened.tensors[f"{name}.{key}"], run_dtype(own, dtype))
             setattr(module, key, nn.Parameter(tensor, requires_grad=False) if isinstance(own, nn.Parameter) else tensor)
-    fast_cpu.accelerate(model.vision_tower)
+    acceleration.accelerate(model.vision_tower)
     return model.eval()
 
 

@@ -1,8 +1,9 @@
-"""Modules that compute faster on a CPU in bfloat16 or with quantised weights: `accelerate` puts them into a model.
+"""Modules of the decoder that compute faster on a CPU in bfloat16 or with quantised weights.
 
-Each class replaces a module of modeling_gemma.py or nn.Linear, keeps the parameters under the same names, and overrides only the
-method that computes the output. cpp/ is used if it was compiled and is faster than torch. For bfloat16
-weights, `suits_kernel` and `product` choose the operator; the choice follows measurements with benchmarks/products.py.
+`acceleration.accelerate` puts them into a model. Each class replaces a module of modeling_gemma.py or nn.Linear, keeps the
+parameters under the same names, and overrides only the method that computes the output. cpp/ is used if it was compiled and is
+faster than torch. For bfloat16 weights, `suits_kernel` and `product` choose the operator; the choice follows measurements with
+benchmarks/products.py.
 
 Checked in tests/layers/test_quantization.py. Shapes: as in modeling_gemma.py, and O outputs, X inputs of one matrix.
 """
@@ -16,14 +17,12 @@ from torch import Tensor, nn
 from paligemma.layers import compiling, kernels
 from paligemma.layers.int_formats import CHUNK_WEIGHTS, GROUP, KERNEL_DTYPES
 from paligemma.layers.quantization import QuantizedLinear
-from paligemma.layers.replacing import extended
 from paligemma.modeling_gemma import GemmaAttention, GemmaEmbedding, GemmaMLP, GemmaRMSNorm, KVCache
 
 # The largest number of rows of x for which our bfloat16 product is faster than torch's. The keys are the processor's bfloat16
 # instructions: "matrices" are products of matrices (AMX and Arm's), "pairs" are AVX-512's dot products of pairs, and a processor
 # with "nothing" has none.
 BF16_ROWS = {"matrices": 4, "pairs": 32, "nothing": 64}
-MIN_PARAMETERS = 2**24  # smaller models fit into the processor's cache, and compiling would only delay their first start
 
 
 # Products in bfloat16
@@ -170,24 +169,3 @@ class FastAttention(GemmaAttention):
         slots_read = cache.slots_read
         x = kernels.bf16_attend(qkv, slots, rotation, mask, keys, values, slots_read, self.scale, self.cap)  # [B, 1, N*E]
         return self.o_proj(x)
-
-
-FAST_IN_BF16 = {nn.Linear: FastLinear, GemmaEmbedding: FastEmbedding, GemmaRMSNorm: FastRMSNorm}
-# Used for quantised models, too: these modules compute products with the same input in one call.
-FAST_IN_ANY_DTYPE = {GemmaAttention: FastAttention, GemmaMLP: FastMLP}
-
-
-def accelerate(model: nn.Module, min_parameters: int = MIN_PARAMETERS) -> None:
-    """Replaces modules of a CPU model by their faster versions. Parameters are shared, and their names do not change.
-
-    Modules are matched by their exact class: a subclass, such as LoRALinear, computes something else. Norms, matrices and the
-    embedding are replaced if their weight is bfloat16. Models with fewer than min_parameters parameters are not changed.
-    """
-    if sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers())) < min_parameters:
-        return
-    for name, module in list(model.named_modules()):
-        fast = FAST_IN_ANY_DTYPE.get(type(module))
-        if fast is None and type(module) in FAST_IN_BF16 and module.weight.dtype == torch.bfloat16:
-            fast = FAST_IN_BF16[type(module)]
-        if fast is not None:
-            model.set_submodule(name, extended(module, fast))

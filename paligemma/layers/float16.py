@@ -199,7 +199,7 @@ def protect_decoder(decoder: GemmaModel) -> None:
 def protect(model: PaliGemmaForConditionalGeneration) -> None:
     """Replaces the modules of a float16 model in which float16 could overflow. Parameters are shared, and keep their names.
 
-    Call it before fast_cpu.accelerate and graphs.use_graphs. A second call changes nothing.
+    Call it before acceleration.accelerate and graphs.use_graphs. A second call changes nothing.
     """
     if model.device.type == "cuda":
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # for the whole process

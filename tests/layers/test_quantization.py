@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from paligemma.layers import fast_cpu, int_formats, kernels, quantization
+from paligemma.layers import acceleration, fast_cpu, int_formats, kernels, quantization
 from paligemma.layers.fast_cpu import BF16_ROWS
 from paligemma.layers.int_formats import GROUP, KINDS
 from paligemma.layers.quantization import QuantizedLinear
@@ -375,7 +375,7 @@ def test_fast_mlp_is_as_exact_as_the_mlp(kind, instructions, has_kernels, monkey
             setattr(mlp, name, quantized(getattr(mlp, name), kind))
             getattr(exact_mlp, name).weight.copy_(getattr(mlp, name).weight_as_floats())
     plain_mlp, whole, most = copy.deepcopy(mlp), nn.ModuleDict({"mlp": mlp}), BF16_ROWS[instructions]
-    fast_cpu.accelerate(whole, min_parameters=0)
+    acceleration.accelerate(whole, min_parameters=0)
     mlp = whole["mlp"]
     assert type(mlp) is fast_cpu.FastMLP
     for rows in (0, 1, 3, most, most + 1, 90):
@@ -438,7 +438,7 @@ def test_a_fast_step_is_as_exact_as_torchs(family, window, has_kernels, monkeypa
         monkeypatch.setattr(kernels, "library", lambda: None)
     plain = make_decoder(family)
     exact, fast = decode(copy.deepcopy(plain).double(), window), copy.deepcopy(plain)
-    fast_cpu.accelerate(fast, min_parameters=0)
+    acceleration.accelerate(fast, min_parameters=0)
     layers = fast.language_model.model.layers
     assert {type(layer.self_attn) for layer in layers} == {fast_cpu.FastAttention}
     ours, torchs = gap(decode(fast, window), exact), gap(decode(plain, window), exact)
@@ -456,7 +456,7 @@ def test_a_fast_step_of_a_quantised_decoder_is_that_of_its_weights(kind, family)
         module = quantized(model.get_submodule(name), kind)
         model.set_submodule(name, module)
         floats.get_submodule(name).weight.data = module.weight_as_floats()[:, : module.in_features]
-    fast_cpu.accelerate(model, min_parameters=0)
+    acceleration.accelerate(model, min_parameters=0)
     # bfloat16 alone gives an error of 1e-2, inputs rounded to 8 bits as much again.
     assert gap(decode(model), decode(floats)) < 5e-2
 
@@ -546,9 +546,9 @@ def test_fast_products_keep_names_weights_and_gradients(compiled):
     names, x = list(model.state_dict()), torch.randn(3, 64).bfloat16()
     q_proj, embed = model.language_model.q_proj, model.language_model.embed_tokens
     expected = q_proj(x), embed.logits(x)
-    fast_cpu.accelerate(model)
+    acceleration.accelerate(model)
     assert type(q_proj) is nn.Linear  # a small model is not changed
-    fast_cpu.accelerate(model, min_parameters=0)
+    acceleration.accelerate(model, min_parameters=0)
     assert list(model.state_dict()) == names
     assert model.language_model.q_proj.weight is q_proj.weight
     q_proj, embed = model.language_model.q_proj, model.language_model.embed_tokens
