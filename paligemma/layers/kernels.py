@@ -47,6 +47,23 @@ class CCall(ctypes.Structure):
     )  # fmt: skip
 
 
+class CHeads(ctypes.Structure):
+    """The struct Heads of cpp/prefill_attention.h."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("row", ctypes.c_int64), ("head", ctypes.c_int64), ("token", ctypes.c_int64))
+
+
+class CAttention(ctypes.Structure):
+    """The struct Attention of cpp/prefill_attention.h."""
+
+    _fields_ = (
+        *((name, CHeads) for name in ("q", "k", "v", "keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "new_slots", "mask", "packed", "y")),
+        *((name, ctypes.c_int64) for name in ("rows", "heads", "kv_heads", "length", "slots", "width")),
+        ("scale", ctypes.c_float), ("cap", ctypes.c_float), ("threads", ctypes.c_int),
+    )  # fmt: skip
+
+
 ACTIVATIONS = ("none", "gelu", "gated")  # the enum Activation of cpp/products.h
 
 
@@ -59,6 +76,7 @@ def open_library(file: Path) -> ctypes.CDLL:
         (loaded.bf16_gate, (pointer, pointer, size, flag)),
         (loaded.bf16_rms_norm, (pointer, pointer, pointer, size, size, real, flag)),
         (loaded.bf16_attend, (*(pointer,) * 6, size, size, size, pointer, real, real, pointer, size, size, size, size, flag)),
+        (loaded.bf16_attend_many, (ctypes.POINTER(CAttention),)),
         (loaded.int_quantize, (flag, pointer, flag, size, size, size, pointer, pointer, flag)),
     ):
         function.argtypes, function.restype = arguments, None
@@ -173,6 +191,41 @@ def bf16_attend(
         keys.stride(0), keys.stride(1), slots_read, 0 if mask is None else mask.data_ptr(), scale, cap or 0, y.data_ptr(),
         rows, heads, kv_heads, width, torch.get_num_threads(),
     )  # fmt: skip
+    return y
+
+
+def bf16_attend_many(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, cap: float | None,
+    rotation: tuple[Tensor, Tensor] | None = None, cache: tuple[Tensor, Tensor, Tensor, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of many queries. With a cache, applies RoPE to q and k, and writes k and v to the cache before that.
+
+    Args:
+        q: bfloat16[B, N, L, E] with any strides, the last of which is 1.
+        k, v: the same for bfloat16[B, K, L, E]; S = L without a cache.
+        mask: bool[B, 1, L, S], True = the query attends to the slot; None = every query attends to all S slots.
+        scale, cap: as in modeling_gemma.attention.
+        rotation: cosines and sines of modeling_gemma.rotary_embedding, bfloat16[B, 1, L, E]; E is a multiple of 32.
+        cache: (slots, keys, values, slots_read) of one layer: int64[B, L], where k and v are stored; bfloat16[B, K, slots, E],
+            the cache, twice; and S, the number of slots that are read.
+    Returns: bfloat16[B, L, N E].
+    """
+    rows, heads, length, width = q.shape
+    slots, keys, values, slots_read = cache or (None, k, v, length)
+    cos, sin = (part.contiguous() for part in rotation) if rotation else (None, None)
+    slots = None if slots is None else slots.contiguous()
+    mask = None if mask is None else mask.expand(rows, 1, length, slots_read).contiguous()
+    y = q.new_empty(rows, length, heads * width)
+    kv_heads, padded_slots, padded_width = k.shape[1], -(-slots_read // 16) * 16, -(-width // 16) * 16
+    packed = q.new_empty(rows * kv_heads * padded_slots * (width + padded_width))
+    pointers = {"cos": cos, "sin": sin, "new_slots": slots, "mask": mask, "packed": packed, "y": y}
+    call = CAttention(
+        *(CHeads(part.data_ptr(), *part.stride()[:3]) for part in (q, k, v, keys, values)),
+        **{name: None if tensor is None else tensor.data_ptr() for name, tensor in pointers.items()},
+        rows=rows, heads=heads, kv_heads=kv_heads, length=length, slots=slots_read, width=width,
+        scale=scale, cap=cap or 0, threads=torch.get_num_threads(),
+    )  # fmt: skip
+    library().bf16_attend_many(ctypes.byref(call))
     return y
 
 

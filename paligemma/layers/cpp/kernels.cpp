@@ -20,5 +20,6 @@
 #include "bf16_product.h"
 #include "elementwise.h"
 #include "int_product.h"
+#include "prefill_attention.h"
 #include "quantize.h"
 #include "rates.h"

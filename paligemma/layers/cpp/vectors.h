@@ -16,6 +16,7 @@ typedef int32_t I32 __attribute__((vector_size(64)));
 typedef uint32_t U32 __attribute__((vector_size(64)));
 typedef uint16_t U16 __attribute__((vector_size(32)));
 typedef int8_t I8 __attribute__((vector_size(16)));
+typedef uint8_t U8 __attribute__((vector_size(16)));
 #define UNROLL _Pragma("GCC unroll 32")
 
 template <class T> static inline T load(const void* from) {
@@ -41,6 +42,12 @@ static inline float sum(F32 v) {
     typedef float F4 __attribute__((vector_size(16)));
     F4 four = fold<F4>(fold<F8>(v));
     return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+static inline float max(F32 v) {
+    float top = v[0];
+    UNROLL for (int i = 1; i < 16; i++) top = std::max(top, v[i]);
+    return top;
 }
 
 // Memory that is kept until the calling thread ends and only grows, so that a decoding step allocates nothing.
