@@ -34,7 +34,7 @@ CLASSES = {
 
 # Numbers that torch's libraries compute otherwise on another processor: the files whose tests are run once for each class.
 WHOLE_FILES = ("test_modeling_gemma", "test_modeling_paligemma", "test_modeling_siglip", "test_oracle", "objects/test_mask_codec")
-MARKED = ("test_quantization", "test_prefill_attention")  # of these, the tests that are marked
+MARKED = ("test_quantization", "test_prefill_attention", "test_fast_tower")  # of these, the tests that are marked
 FILES = (*WHOLE_FILES, *(f"layers/{name}" for name in MARKED))
 
 # What kernels.cpp is compiled with to take the way of other processors; -O3 takes twice as long.

@@ -75,6 +75,7 @@ def open_library(file: Path) -> ctypes.CDLL:
         *((getattr(loaded, f"{kind}_product"), (ctypes.POINTER(CCall),)) for kind in ("bf16", "int8", "int4")),
         (loaded.bf16_gate, (pointer, pointer, size, flag)),
         (loaded.bf16_rms_norm, (pointer, pointer, pointer, size, size, real, flag)),
+        (loaded.bf16_layer_norm, (pointer, pointer, pointer, pointer, size, size, real, flag)),
         (loaded.bf16_attend, (*(pointer,) * 6, size, size, size, pointer, real, real, pointer, size, size, size, size, flag)),
         (loaded.bf16_attend_many, (ctypes.POINTER(CAttention),)),
         (loaded.int_quantize, (flag, pointer, flag, size, size, size, pointer, pointer, flag)),
@@ -162,6 +163,15 @@ def bf16_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     width = weight.numel()
     rows = x.numel() // width
     library().bf16_rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, width, eps, torch.get_num_threads())
+    return y
+
+
+def bf16_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """nn.LayerNorm of x, bfloat16[..., D], with contiguous weight and bias, bfloat16[D]. D is a multiple of 16."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    pointers, width = (tensor.data_ptr() for tensor in (x, weight, bias, y)), weight.numel()
+    library().bf16_layer_norm(*pointers, x.numel() // width, width, eps, torch.get_num_threads())
     return y
 
 

@@ -1,4 +1,4 @@
-// Gating and RMS norm.
+// Gating and norms.
 #pragma once
 
 #include "vectors.h"
@@ -20,6 +20,27 @@ extern "C" void bf16_rms_norm(const uint16_t* x, const uint16_t* weight, uint16_
         float factor = 1 / std::sqrt(sum(squares) / width + eps);
         for (int64_t i = 0; i < width; i += 16) {
             store(y + row * width + i, to_bf16(read16(from, i, true) * factor * (read16(weight, i, true) + 1)));
+        }
+    }
+}
+
+// y = (x - mean) / standard deviation * weight + bias.
+extern "C" void bf16_layer_norm(const uint16_t* x, const uint16_t* weight, const uint16_t* bias, uint16_t* y, int64_t rows, int64_t width,
+                                float eps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows > 8)
+    for (int64_t row = 0; row < rows; row++) {
+        const uint16_t* from = x + row * width;
+        F32 total = {}, squares = {};
+        for (int64_t i = 0; i < width; i += 16) total += read16(from, i, true);
+        const float mean = sum(total) / width;
+        for (int64_t i = 0; i < width; i += 16) {
+            const F32 distance = read16(from, i, true) - mean;
+            squares += distance * distance;
+        }
+        const float factor = 1 / std::sqrt(sum(squares) / width + eps);
+        for (int64_t i = 0; i < width; i += 16) {
+            const F32 normal = (read16(from, i, true) - mean) * factor;
+            store(y + row * width + i, to_bf16(normal * read16(weight, i, true) + read16(bias, i, true)));
         }
     }
 }
