@@ -6,6 +6,7 @@ prints at the end of a run which were tested and which this machine lacks.
 
 import os
 import platform
+from pathlib import Path
 from typing import NamedTuple
 
 from paligemma.layers import compiling
@@ -37,6 +38,7 @@ WHOLE_FILES = ("test_modeling_gemma", "test_modeling_paligemma", "test_modeling_
 MARKED = ("test_quantization", "test_prefill_attention", "test_fast_tower")  # of these, the tests that are marked
 FILES = (*WHOLE_FILES, *(f"layers/{name}" for name in MARKED))
 
+EMULATED_TILES = Path(__file__).parent / "layers" / "emulated_tiles.h"  # stands in for AMX in tiles.h, on any processor
 # What kernels.cpp is compiled with to take the way of other processors; -O3 takes twice as long.
 SHARED = (*(flag for flag in compiling.FLAGS if flag not in ("-march=native", "-O3")), "-O1")
 INSTRUCTIONS = {
@@ -44,6 +46,7 @@ INSTRUCTIONS = {
     "AVX2": (frozenset({"avx2", "fma"}), ("-mavx2", "-mfma")),
     "AVX512": (AVX512, ("-march=skylake-avx512",)),
     "AVX512_BF16": (AVX512 | {"avx512_bf16", "avx512_vnni"}, ("-march=cooperlake",)),
+    "emulated tiles": (frozenset(), (f'-DEMULATED_TILES="{EMULATED_TILES}"',)),
 }
 
 

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class CTuning(ctypes.Structure):
     """The struct Tuning of cpp/products.h."""
 
-    _fields_ = (("prefetch", ctypes.c_int64),)
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("prefetch", "tiles", "tile_rows"))
 
 
 class CMatrix(ctypes.Structure):

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "products.h"
+#include "tiles.h"
 
 #if defined(__AVX512BF16__)  // the processor multiplies pairs of bfloat16, so x is used as it is
 typedef uint16_t Input;
@@ -66,5 +67,6 @@ struct Bf16Product {
 };
 
 extern "C" void bf16_product(const Call& call) {
+    if (tiles::product<tiles::Bf16Weights>(call)) return;
     multiply(Bf16Product{call.inputs, as_inputs((const uint16_t*)call.x, call.rows * call.inputs, call.threads)}, call);
 }

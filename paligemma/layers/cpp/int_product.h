@@ -2,6 +2,7 @@
 #pragma once
 
 #include "products.h"
+#include "tiles.h"
 
 // acc[o] += sum over j < 4 of w[4 o + j] * x[j], for the unsigned weights of 16 outputs and four signed inputs in one word.
 static inline I32 dot4(I32 acc, U32 w, int32_t x) {
@@ -125,6 +126,7 @@ template <int BITS, int GROUP> struct IntProduct {
 };
 
 template <int BITS, int GROUP> static void int_product(const Call& call) {
+    if (tiles::product<tiles::IntWeights<BITS>>(call)) return;
     const int64_t groups = call.inputs / GROUP, count = call.rows * call.inputs;
     char* memory = input_buffer.at_least(call.rows * (call.inputs + groups * 8));
     Rows inputs = {(int8_t*)memory, (float*)(memory + count), (int32_t*)(memory + count + call.rows * groups * 4), call.inputs,
