@@ -1,4 +1,4 @@
-"""Puts the faster modules for a CPU, of fast_cpu.py and fast_tower.py, into a model.
+"""Puts the faster modules for a CPU, of fast_cpu.py, fast_decoder.py and fast_tower.py, into a model.
 
 Checked in tests/layers/test_quantization.py and test_fast_tower.py.
 """
@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from paligemma.layers.fast_cpu import FastAttention, FastEmbedding, FastLinear, FastMLP, FastRMSNorm
+from paligemma.layers.fast_decoder import FastDecoder
 from paligemma.layers.fast_tower import FastLayerNorm, FastSiglipAttention, FastSiglipEmbeddings, FastSiglipMLP
 from paligemma.layers.replacing import extended
-from paligemma.modeling_gemma import GemmaAttention, GemmaEmbedding, GemmaMLP, GemmaRMSNorm
+from paligemma.modeling_gemma import GemmaAttention, GemmaEmbedding, GemmaMLP, GemmaModel, GemmaRMSNorm
 from paligemma.modeling_siglip import SiglipAttention, SiglipMLP, SiglipVisionEmbeddings
 
 MIN_PARAMETERS = 2**24  # smaller models fit into the processor's cache, and compiling would only delay their first start
@@ -18,7 +19,7 @@ FAST_IN_BF16: dict[type[nn.Module], type[nn.Module]] = {
 }  # fmt: skip
 # Used for quantised models, too: these modules compute products with the same input in one call.
 FAST_IN_ANY_DTYPE: dict[type[nn.Module], type[nn.Module]] = {
-    GemmaAttention: FastAttention, GemmaMLP: FastMLP,
+    GemmaAttention: FastAttention, GemmaMLP: FastMLP, GemmaModel: FastDecoder,
     SiglipAttention: FastSiglipAttention, SiglipMLP: FastSiglipMLP, SiglipVisionEmbeddings: FastSiglipEmbeddings,
 }  # fmt: skip
 

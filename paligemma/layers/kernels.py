@@ -64,6 +64,37 @@ class CAttention(ctypes.Structure):
     )  # fmt: skip
 
 
+class CTokenAttention(ctypes.Structure):
+    """The struct TokenAttention of cpp/attention.h."""
+
+    _fields_ = (
+        ("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p), ("new_slots", ctypes.c_void_p), ("row_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64), ("slots", ctypes.c_int64), ("scale", ctypes.c_float), ("cap", ctypes.c_float),
+        ("rows", ctypes.c_int64), ("heads", ctypes.c_int64), ("kv_heads", ctypes.c_int64), ("width", ctypes.c_int64),
+    )  # fmt: skip
+
+
+class CDecoderLayer(ctypes.Structure):
+    """The struct DecoderLayer of cpp/decoder_layers.h."""
+
+    _fields_ = (
+        ("qkv", CMatrix * 3), ("output", CMatrix * 3), ("gate_up", CMatrix * 3), ("down", CMatrix * 3),
+        *((name, ctypes.c_void_p) for name in ("attention_input", "attention_output", "mlp_input", "mlp_output")),
+        ("is_windowed", ctypes.c_int),
+    )  # fmt: skip
+
+
+class CDecoder(ctypes.Structure):
+    """The struct Decoder of cpp/decoder_layers.h."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(CDecoderLayer)), ("num_layers", ctypes.c_int64), ("width", ctypes.c_int64),
+        ("mlp_width", ctypes.c_int64), ("norm", ctypes.c_void_p), ("eps", ctypes.c_float), ("threads", ctypes.c_int),
+        ("attention", CTokenAttention), ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("layer_stride", ctypes.c_int64),
+        ("mask", ctypes.c_void_p), ("window_mask", ctypes.c_void_p),
+    )  # fmt: skip
+
+
 ACTIVATIONS = ("none", "gelu", "gated")  # the enum Activation of cpp/products.h
 
 
@@ -73,11 +104,12 @@ def open_library(file: Path) -> ctypes.CDLL:
     pointer, size, flag, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
     for function, arguments in (
         *((getattr(loaded, f"{kind}_product"), (ctypes.POINTER(CCall),)) for kind in ("bf16", "int8", "int4")),
+        *((getattr(loaded, f"{kind}_decode"), (ctypes.POINTER(CDecoder), pointer, pointer)) for kind in ("bf16", "int8", "int4")),
         (loaded.bf16_gate, (pointer, pointer, size, flag)),
         (loaded.bf16_rms_norm, (pointer, pointer, pointer, size, size, real, flag)),
         (loaded.bf16_layer_norm, (pointer, pointer, pointer, pointer, size, size, real, flag)),
-        (loaded.bf16_attend, (*(pointer,) * 6, size, size, size, pointer, real, real, pointer, size, size, size, size, flag)),
         (loaded.bf16_attend_many, (ctypes.POINTER(CAttention),)),
+        (loaded.bf16_attend, (ctypes.POINTER(CTokenAttention), *(pointer,) * 5, flag)),
         (loaded.int_quantize, (flag, pointer, flag, size, size, size, pointer, pointer, flag)),
     ):
         function.argtypes, function.restype = arguments, None
@@ -121,6 +153,15 @@ class Matrix(NamedTuple):
     bias: Tensor | None = None
 
 
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def fill_matrices(fields: ctypes.Array, matrices: Sequence[tuple]) -> None:
+    for field, (weight, scales, outputs, bias) in zip(fields, matrices, strict=False):
+        field.w, field.scales, field.bias, field.outputs = weight.data_ptr(), address(scales), address(bias), outputs
+
+
 def product(kind: str, x: Tensor, matrices: Sequence[tuple], dtype: torch.dtype, activation: str = "none") -> Tensor:
     """x @ w.T + bias for one to three matrices with the same input x, in one call.
 
@@ -143,9 +184,7 @@ def product(kind: str, x: Tensor, matrices: Sequence[tuple], dtype: torch.dtype,
         x=x.data_ptr(), x_is_bf16=x.dtype is torch.bfloat16, activation=ACTIVATIONS.index(activation), y=y.data_ptr(),
         y_is_bf16=dtype is torch.bfloat16, threads=torch.get_num_threads(), rows=x.numel() // inputs, inputs=inputs,
     )  # fmt: skip
-    for field, (weight, scales, size, bias) in zip(call.matrices, given, strict=False):
-        field.w, field.outputs = weight.data_ptr(), size
-        field.scales, field.bias = (None if tensor is None else tensor.data_ptr() for tensor in (scales, bias))
+    fill_matrices(call.matrices, given)
     getattr(library(), f"{kind}_product")(ctypes.byref(call))
     return y
 
@@ -175,6 +214,18 @@ def bf16_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
     return y
 
 
+def attention_call(
+    slots: Tensor, rotation: tuple[Tensor, Tensor], keys: Tensor, heads: int, slots_read: int, scale: float, cap: float | None
+) -> CTokenAttention:
+    """The struct for bf16_attend and decode; the arguments are those of bf16_attend, contiguous, and heads = N."""
+    rows, kv_heads, _, width = keys.shape
+    return CTokenAttention(
+        cos=rotation[0].data_ptr(), sin=rotation[1].data_ptr(), new_slots=slots.data_ptr(), row_stride=keys.stride(0),
+        head_stride=keys.stride(1), slots=slots_read, scale=scale, cap=cap or 0, rows=rows, heads=heads, kv_heads=kv_heads,
+        width=width,
+    )  # fmt: skip
+
+
 def bf16_attend(
     qkv: Tensor, slots: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, keys: Tensor, values: Tensor,
     slots_read: int, scale: float, cap: float | None,
@@ -193,13 +244,13 @@ def bf16_attend(
     """
     rows, kv_heads, _, width = keys.shape
     heads = qkv.shape[-1] // width - 2 * kv_heads
+    y = qkv.new_empty(rows, 1, heads * width)
     cos, sin = (part.contiguous() for part in rotation)
     slots, mask = slots.contiguous(), None if mask is None else mask.contiguous()
-    y = qkv.new_empty(rows, 1, heads * width)
+    call = attention_call(slots, (cos, sin), keys, heads, slots_read, scale, cap)
     library().bf16_attend(
-        qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), slots.data_ptr(), keys.data_ptr(), values.data_ptr(),
-        keys.stride(0), keys.stride(1), slots_read, 0 if mask is None else mask.data_ptr(), scale, cap or 0, y.data_ptr(),
-        rows, heads, kv_heads, width, torch.get_num_threads(),
+        ctypes.byref(call), qkv.data_ptr(), keys.data_ptr(), values.data_ptr(), address(mask), y.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -248,3 +299,62 @@ def int_quantize(kind: str, weight: Tensor, packed: Tensor, scales: Tensor) -> N
         bits, weight.data_ptr(), weight.dtype == torch.bfloat16, outputs, inputs, padded, packed.data_ptr(), scales.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
+
+
+class DecoderLayer(NamedTuple):
+    """The weights of one layer for `decode`.
+
+    Attributes:
+        qkv, output, gate_up, down: the matrices, all of one kind and without bias.
+        norms: of the input and the output of attention, and of the input and the output of the MLP, bfloat16[D]; None = no norm.
+        is_windowed: whether the layer uses window_mask.
+    """
+
+    qkv: list[Matrix]
+    output: list[Matrix]
+    gate_up: list[Matrix]
+    down: list[Matrix]
+    norms: list[Tensor | None]
+    is_windowed: bool
+
+
+def decoder_layers(layers: Sequence[DecoderLayer]) -> ctypes.Array:
+    """The layers as `decode` needs them. They hold the addresses of the weights, so the caller must keep the weights."""
+    structs = (CDecoderLayer * len(layers))()
+    for struct, layer in zip(structs, layers, strict=True):
+        for name in ("qkv", "output", "gate_up", "down"):
+            fill_matrices(getattr(struct, name), getattr(layer, name))
+        struct.attention_input, struct.attention_output, struct.mlp_input, struct.mlp_output = map(address, layer.norms)
+        struct.is_windowed = layer.is_windowed
+    return structs
+
+
+def decode(
+    kind: str, layers: ctypes.Array, norm: Tensor, eps: float, x: Tensor, slots: Tensor, rotation: tuple[Tensor, Tensor],
+    mask: Tensor | None, window_mask: Tensor | None, keys: Tensor, values: Tensor, slots_read: int, scale: float,
+    cap: float | None,
+) -> Tensor:  # fmt: skip
+    """All layers of the decoder and the norm after them, for one new token per row.
+
+    Args:
+        kind: of all matrices, as in `product`.
+        layers: from decoder_layers.
+        norm: of the output of the last layer, bfloat16[D]; eps is that of all norms.
+        x: bfloat16[B, 1, D].
+        keys, values: bfloat16[layers, B, K, slots, E], the cache, which is written to.
+        slots, rotation, mask, window_mask, slots_read, scale, cap: as in bf16_attend.
+    Returns: bfloat16[B, 1, D].
+    """
+    cos, sin = (part.contiguous() for part in rotation)
+    x, slots = x.contiguous(), slots.contiguous()
+    mask, window_mask = (None if each is None else each.contiguous() for each in (mask, window_mask))
+    heads = layers[0].qkv[0].outputs // keys.shape[-1]
+    decoder = CDecoder(
+        layers=layers, num_layers=len(layers), width=x.shape[-1], mlp_width=layers[0].gate_up[0].outputs, norm=norm.data_ptr(),
+        eps=eps, threads=torch.get_num_threads(),
+        attention=attention_call(slots, (cos, sin), keys[0], heads, slots_read, scale, cap), keys=keys.data_ptr(),
+        values=values.data_ptr(), layer_stride=keys.stride(0), mask=address(mask), window_mask=address(window_mask),
+    )  # fmt: skip
+    y = torch.empty_like(x)
+    getattr(library(), f"{kind}_decode")(ctypes.byref(decoder), x.data_ptr(), y.data_ptr())
+    return y

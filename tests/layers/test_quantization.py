@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from paligemma.layers import acceleration, fast_cpu, int_formats, kernels, quantization
+from paligemma.layers import acceleration, fast_cpu, fast_decoder, int_formats, kernels, quantization
 from paligemma.layers.fast_cpu import BF16_ROWS
 from paligemma.layers.int_formats import GROUP, KINDS
 from paligemma.layers.quantization import QuantizedLinear
@@ -403,11 +403,11 @@ def test_gelu_of_every_size_is_torchs(variant):
     torch.testing.assert_close(y.double()[finite], exact[finite], rtol=2e-6, atol=1e-5)
 
 
-def make_decoder(family: str) -> nn.ModuleDict:
+def make_decoder(family: str, **widths: int) -> nn.ModuleDict:
     """A bfloat16 decoder with widths that the kernels support, none a power of two; three query heads share a key head."""
     more = {"num_key_value_heads": 2, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 24} if family == "gemma2" else {}
     numbers = {"vocab_size": 160, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 6}
-    config = GemmaConfig(**({"num_key_value_heads": 2, "head_dim": 32, "model_type": family} | numbers | more))
+    config = GemmaConfig(**({"num_key_value_heads": 2, "head_dim": 32, "model_type": family} | numbers | more | widths))
     return nn.ModuleDict({"language_model": fill(GemmaForCausalLM(config), seed=0)}).bfloat16().requires_grad_(False)
 
 
@@ -447,18 +447,119 @@ def test_a_fast_step_is_as_exact_as_torchs(family, window, has_kernels, monkeypa
     assert list(fast.state_dict()) == list(plain.state_dict())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_fast_step_of_a_quantised_decoder_is_that_of_its_weights(kind, family):
-    model = make_decoder(family)
+def quantised_decoder(kind: str, family: str, **widths: int) -> tuple[nn.ModuleDict, nn.ModuleDict]:
+    """An accelerated decoder with quantised weights, and a float32 decoder with the weights that these represent."""
+    model = make_decoder(family, **widths)
     floats = copy.deepcopy(model).float()
     for name in quantization.targets(model):
         module = quantized(model.get_submodule(name), kind)
         model.set_submodule(name, module)
         floats.get_submodule(name).weight.data = module.weight_as_floats()[:, : module.in_features]
     acceleration.accelerate(model, min_parameters=0)
+    return model, floats
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fast_step_of_a_quantised_decoder_is_that_of_its_weights(kind, family):
+    model, floats = quantised_decoder(kind, family)
     # bfloat16 alone gives an error of 1e-2, inputs rounded to 8 bits as much again.
     assert gap(decode(model), decode(floats)) < 5e-2
+
+
+@pytest.fixture
+def kernel_steps(monkeypatch) -> list[str]:
+    """The kinds of the decoding steps that kernels.decode has computed."""
+    kinds, original = [], kernels.decode
+    monkeypatch.setattr(kernels, "decode", lambda kind, *arguments: kinds.append(kind) or original(kind, *arguments))
+    return kinds
+
+
+def step_by_modules(model: nn.ModuleDict, window: int | None = None) -> torch.Tensor:
+    """`decode` with one call per product instead of one call for all layers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast_decoder.FastDecoder, "suits_kernel", lambda *_: False)
+        return decode(model, window)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["bf16", *KINDS])
+def test_all_layers_in_one_call_are_as_exact_as_one_call_per_product(kind, family, window, variant, kernel_steps):
+    if variant is None:
+        return
+    widths = {"hidden_size": 192, "intermediate_size": 320}  # whole groups of int8, too
+    if kind == "bf16":
+        model = make_decoder(family, **widths)
+        floats = copy.deepcopy(model).float()
+        acceleration.accelerate(model, min_parameters=0)
+    else:
+        model, floats = quantised_decoder(kind, family, **widths)
+    exact = decode(floats.double(), window)
+    ours = decode(model, window)
+    assert kernel_steps == [kind] * 3
+    # One call rounds less often, because the residual stream is float32; of many small errors, the sum differs by chance.
+    assert gap(ours, exact) <= 1.5 * gap(step_by_modules(model, window), exact)
+    assert kernel_steps == [kind] * 3
+
+
+def decoding_steps(model: nn.ModuleDict, kernel_steps: list[str]) -> int:
+    """How many of the three steps of `decode` one kernel call computed, after checking that the result is as exact as without."""
+    kernel_steps.clear()
+    exact = decode(copy.deepcopy(model).double())
+    assert gap(decode(model), exact) <= 1.5 * gap(step_by_modules(model), exact)
+    return len(kernel_steps)
+
+
+def test_a_changed_weight_or_module_is_noticed_at_the_next_step(compiled, kernel_steps):
+    if compiled is None:
+        return
+    model = make_decoder("gemma")
+    acceleration.accelerate(model, min_parameters=0)
+    layer = model.language_model.model.layers[1]
+    assert decoding_steps(model, kernel_steps) == 3
+    before = decode(model)
+    layer.mlp.down_proj.weight = nn.Parameter(-layer.mlp.down_proj.weight, requires_grad=False)
+    assert decoding_steps(model, kernel_steps) == 3 and not torch.equal(decode(model), before)
+    layer.mlp.down_proj.weight.data = -layer.mlp.down_proj.weight.data  # another address in the same parameter
+    assert decoding_steps(model, kernel_steps) == 3 and torch.equal(decode(model), before)
+    layer.input_layernorm = copy.deepcopy(layer.input_layernorm)
+    layer.input_layernorm.weight.add_(1)
+    assert decoding_steps(model, kernel_steps) == 3 and not torch.equal(decode(model), before)
+    copied = copy.deepcopy(model)
+    assert torch.equal(decode(copied), decode(model)) and decoding_steps(copied, kernel_steps) == 3
+
+
+class Negative(nn.Linear):
+    """Another product in the place of one, as an adapter is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -super().forward(x)
+
+
+@pytest.mark.parametrize("change", ["module", "bias", "gradient", "layout", "float32 norm", "width"])
+def test_what_the_kernel_does_not_compute_is_computed_by_the_modules(change, compiled, kernel_steps):
+    if compiled is None:
+        return
+    model = make_decoder("gemma", **({"head_dim": 24} if change == "width" else {}))
+    acceleration.accelerate(model, min_parameters=0)
+    layer = model.language_model.model.layers[1]
+    if change != "width":
+        assert decoding_steps(model, kernel_steps) == 3
+    if change == "module":
+        layer.self_attn.v_proj = extended(layer.self_attn.v_proj, type("Fast", (Negative, fast_cpu.FastLinear), {}))
+    elif change == "bias":
+        layer.self_attn.o_proj.bias = nn.Parameter(torch.ones(96).bfloat16(), requires_grad=False)
+    elif change == "gradient":
+        layer.mlp.up_proj.weight.requires_grad_()
+    elif change == "layout":
+        layer.mlp.up_proj.weight.data = layer.mlp.up_proj.weight.t().contiguous().t()
+    elif change == "float32 norm":
+        layer.post_attention_layernorm.float()
+    assert decoding_steps(model, kernel_steps) == 0
+    if change == "gradient":
+        with torch.no_grad():
+            assert decoding_steps(model, kernel_steps) == 3
 
 
 # ---------------------------------------------------------------- the embedding

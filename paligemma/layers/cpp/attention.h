@@ -76,34 +76,53 @@ static void attend(const Cache& cache, const uint16_t* keys, const uint16_t* val
     }
 }
 
-// For one new token per row, qkv[B, (heads + 2 kv_heads) width]: rotates q and k, stores k and v in the slot new_slots[row], and
-// lets q attend to the first `slots` slots that mask[B, slots] allows, or to all of them if mask is null.
-// Result: y[B, heads width].
-extern "C" void bf16_attend(const uint16_t* qkv, const uint16_t* cos, const uint16_t* sin, const int64_t* new_slots,
-                            uint16_t* keys, uint16_t* values, int64_t row_stride, int64_t head_stride, int64_t slots, const uint8_t* mask,
-                            float scale, float cap, uint16_t* y, int64_t rows, int64_t heads, int64_t kv_heads, int64_t width,
-                            int threads) {
-    const Cache cache = {keys, values, row_stride, head_stride, slots, width};
-    uint16_t* rotated = (uint16_t*)query_buffer.at_least(rows * heads * width * sizeof(uint16_t));
-    for (int64_t row = 0; row < rows; row++, cos += width, sin += width) {
-        const uint16_t* x = qkv + row * (heads + 2 * kv_heads) * width;
-        for (int64_t h = 0; h < heads; h++) rotate(x + h * width, cos, sin, rotated + (row * heads + h) * width, width);
-        for (int64_t h = 0; h < kv_heads; h++) {
-            const int64_t slot = row * row_stride + h * head_stride + new_slots[row] * width;
-            rotate(x + (heads + h) * width, cos, sin, keys + slot, width);
-            memcpy(values + slot, x + (heads + kv_heads + h) * width, width * sizeof(uint16_t));
+// Attention of one new token per row.
+struct TokenAttention {  // kernels.CTokenAttention has the same fields
+    const uint16_t *cos, *sin;  // [B, width]
+    const int64_t* new_slots;   // [B], the slot of the new token
+    int64_t row_stride, head_stride, slots;  // of the cache; `slots` are read
+    float scale, cap;                        // no cap: 0
+    int64_t rows, heads, kv_heads, width;
+
+    int64_t bytes() const { return rows * heads * width * sizeof(Input); }
+};
+
+// Rotates q and k in qkv[B, (heads + 2 kv_heads) width], stores k and v in the cache, and lets q attend to the slots that
+// mask[B, slots] allows, or to all of them if mask is null. Result: y[B, heads width]. All threads of a parallel region call
+// this function and share `memory`.
+static void attend_in_region(const TokenAttention& a, const uint16_t* qkv, uint16_t* keys, uint16_t* values, const uint8_t* mask,
+                             uint16_t* y, char* memory) {
+    const int64_t width = a.width, group = a.heads / a.kv_heads, parts = (group + TILE_HEADS - 1) / TILE_HEADS;
+    const int64_t each = a.heads + 2 * a.kv_heads, room = (a.slots + CHUNK - 1) / CHUNK * CHUNK;
+    const Cache cache = {keys, values, a.row_stride, a.head_stride, a.slots, width};
+    Input* q = (Input*)memory;
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < a.rows * each; task++) {
+        const int64_t row = task / each, h = task % each, kv_head = (h - a.heads) % a.kv_heads;
+        const uint16_t *x = qkv + task * width, *cos = a.cos + row * width, *sin = a.sin + row * width;
+        const int64_t slot = row * a.row_stride + kv_head * a.head_stride + a.new_slots[row] * width;
+        if (h >= a.heads + a.kv_heads) memcpy(values + slot, x, width * sizeof(uint16_t));
+        else if (h >= a.heads) rotate(x, cos, sin, keys + slot, width);
+        else {
+            uint16_t* rotated = (uint16_t*)query_buffer.at_least(width * sizeof(uint16_t));
+            rotate(x, cos, sin, rotated, width);
+            to_inputs(rotated, width, q + (row * a.heads + h) * width);
         }
     }
-    const Input* q = as_inputs(rotated, rows * heads * width, 1);
-    const int64_t group = heads / kv_heads, parts = (group + TILE_HEADS - 1) / TILE_HEADS;
-    const int64_t room = (slots + CHUNK - 1) / CHUNK * CHUNK;
-#pragma omp parallel for num_threads(std::min<int64_t>(threads, rows * kv_heads * parts)) schedule(dynamic)
-    for (int64_t task = 0; task < rows * kv_heads * parts; task++) {
-        const int64_t row = task / (kv_heads * parts), head = task / parts % kv_heads, part = task % parts;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < a.rows * a.kv_heads * parts; task++) {
+        const int64_t row = task / (a.kv_heads * parts), head = task / parts % a.kv_heads, part = task % parts;
         const int64_t first = head * group + part * TILE_HEADS, count = std::min<int64_t>(TILE_HEADS, group - part * TILE_HEADS);
-        const int64_t offset = row * row_stride + head * head_stride, query = (row * heads + first) * width;
+        const int64_t offset = row * a.row_stride + head * a.head_stride, query = (row * a.heads + first) * width;
         decltype(&attend<1>) tiles[] = {attend<1>, attend<2>, attend<3>, attend<4>};
-        tiles[count - 1](cache, keys + offset, values + offset, q + query, mask ? mask + row * slots : nullptr, scale, cap,
+        tiles[count - 1](cache, keys + offset, values + offset, q + query, mask ? mask + row * a.slots : nullptr, a.scale, a.cap,
                          (float*)score_buffer.at_least(TILE_HEADS * room * sizeof(float)), y + query);
     }
+}
+
+extern "C" void bf16_attend(const TokenAttention& attention, const uint16_t* qkv, uint16_t* keys, uint16_t* values,
+                            const uint8_t* mask, uint16_t* y, int threads) {
+    char* memory = input_buffer.at_least(attention.bytes());
+#pragma omp parallel num_threads(threads)
+    attend_in_region(attention, qkv, keys, values, mask, y, memory);
 }

@@ -17,19 +17,16 @@ static inline F32 dot2(F32 acc, U32 w, const Input* x) {
 }
 #endif
 
-static const Input* as_inputs(const uint16_t* x, int64_t count, int threads) {
+// Converts `count` numbers, a multiple of 32, for dot2.
+static inline void to_inputs(const uint16_t* x, int64_t count, Input* y) {
 #if defined(__AVX512BF16__)
-    (void)count, (void)threads;
-    return x;
+    memcpy(y, x, count * sizeof(uint16_t));
 #else
-    float* inputs = (float*)input_buffer.at_least(count * sizeof(float));
-#pragma omp parallel for num_threads(threads) schedule(static) if (count > 65536)
     for (int64_t i = 0; i < count; i += 32) {
         U32 pair = load<U32>(x + i);
-        store(inputs + i, pair << 16);
-        store(inputs + i + 16, pair & 0xffff0000u);
+        store(y + i, pair << 16);
+        store(y + i + 16, pair & 0xffff0000u);
     }
-    return inputs;
 #endif
 }
 
@@ -60,6 +57,19 @@ struct Bf16Product {
     int64_t inputs;
     const Input* x;
 
+#if defined(__AVX512BF16__)
+    static int64_t bytes(const Call&) { return 0; }
+    Bf16Product(const Call& call, char*) : inputs(call.inputs), x((const Input*)call.x) {}
+    void convert_inputs(const Call&) const {}
+#else
+    static int64_t bytes(const Call& call) { return call.rows * call.inputs * sizeof(Input); }
+    Bf16Product(const Call& call, char* memory) : inputs(call.inputs), x((const Input*)memory) {}
+    void convert_inputs(const Call& call) const {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < call.rows * inputs; i += 32) to_inputs((const uint16_t*)call.x + i, 32, (Input*)x + i);
+    }
+#endif
+
     void tile(const Matrix& matrix, int64_t start, int64_t count, int64_t row, int height, float* sums) const {
         decltype(&bf16_rows<1>) tiles[] = {bf16_rows<1>, bf16_rows<2>, bf16_rows<3>, bf16_rows<4>, bf16_rows<5>, bf16_rows<6>};
         tiles[height - 1]((const uint16_t*)matrix.w + start * inputs, x + row * inputs, sums, count, inputs);
@@ -67,6 +77,5 @@ struct Bf16Product {
 };
 
 extern "C" void bf16_product(const Call& call) {
-    if (tiles::product<tiles::Bf16Weights>(call)) return;
-    multiply(Bf16Product{call.inputs, as_inputs((const uint16_t*)call.x, call.rows * call.inputs, call.threads)}, call);
+    if (!tiles::product<tiles::Bf16Weights>(call)) multiply<Bf16Product>(call);
 }

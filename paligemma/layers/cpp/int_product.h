@@ -106,6 +106,20 @@ static void int_tile(const uint8_t* w, const uint16_t* scales, int64_t stride, R
 template <int BITS, int GROUP> struct IntProduct {
     Rows x;
 
+    static int64_t bytes(const Call& call) { return call.rows * (call.inputs + call.inputs / GROUP * 8); }
+
+    IntProduct(const Call& call, char* memory) {
+        const int64_t groups = call.inputs / GROUP, count = call.rows * call.inputs;
+        x = {(int8_t*)memory, (float*)(memory + count), (int32_t*)(memory + count + call.rows * groups * 4), call.inputs, groups};
+    }
+
+    void convert_inputs(const Call& call) const {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < call.rows * call.inputs; i += GROUP) {
+            quantize_group<GROUP>(call.x, call.x_is_bf16, i, 1 << (BITS - 1), x);
+        }
+    }
+
     template <int B>
     static void blocks(const uint8_t* w, const uint16_t* scales, int64_t count, Rows x, int64_t row, float* sums) {
         const int64_t bytes = 2 * x.inputs * BITS, step = 16 * (BITS == 8 ? 1 : x.groups);
@@ -125,16 +139,11 @@ template <int BITS, int GROUP> struct IntProduct {
     }
 };
 
-template <int BITS, int GROUP> static void int_product(const Call& call) {
-    if (tiles::product<tiles::IntWeights<BITS>>(call)) return;
-    const int64_t groups = call.inputs / GROUP, count = call.rows * call.inputs;
-    char* memory = input_buffer.at_least(call.rows * (call.inputs + groups * 8));
-    Rows inputs = {(int8_t*)memory, (float*)(memory + count), (int32_t*)(memory + count + call.rows * groups * 4), call.inputs,
-                   groups};
-#pragma omp parallel for num_threads(call.threads) schedule(static) if (count > 65536)
-    for (int64_t i = 0; i < count; i += GROUP) quantize_group<GROUP>(call.x, call.x_is_bf16, i, 1 << (BITS - 1), inputs);
-    multiply(IntProduct<BITS, GROUP>{inputs}, call);
+typedef IntProduct<8, 64> Int8Product;
+typedef IntProduct<4, 32> Int4Product;
+extern "C" void int8_product(const Call& call) {
+    if (!tiles::product<tiles::IntWeights<8>>(call)) multiply<Int8Product>(call);
 }
-
-extern "C" void int8_product(const Call& call) { int_product<8, 64>(call); }
-extern "C" void int4_product(const Call& call) { int_product<4, 32>(call); }
+extern "C" void int4_product(const Call& call) {
+    if (!tiles::product<tiles::IntWeights<4>>(call)) multiply<Int4Product>(call);
+}

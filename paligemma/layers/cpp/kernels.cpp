@@ -18,6 +18,7 @@
 
 #include "attention.h"
 #include "bf16_product.h"
+#include "decoder_layers.h"
 #include "elementwise.h"
 #include "int_product.h"
 #include "prefill_attention.h"

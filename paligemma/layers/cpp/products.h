@@ -64,9 +64,16 @@ static void write_outputs(const Call& call, const Matrix& matrix, int64_t row, i
     }
 }
 
-// Product::tile(matrix, first output, outputs, first row, rows, sums[rows][CHUNK]) computes one tile. Tasks are scheduled
-// dynamically, so if another program delays one thread, the other threads wait for at most one chunk.
-template <class Product> static void multiply(const Product& product, const Call& call) {
+// Computes the outputs of a call. All threads of a parallel region call this function. It divides the tasks among them and waits
+// until all are done. Tasks are scheduled dynamically, so if another program delays one thread, the other threads wait for at
+// most one chunk.
+//
+// Product(call, memory): `memory` has at least Product::bytes(call) and is shared by all threads. Product::convert_inputs(call)
+// converts call.x into the form that Product::tile(matrix, first output, outputs, first row, rows, sums[rows][CHUNK]) needs,
+// which computes one tile.
+template <class Product> static void multiply_in_region(const Call& call, char* memory) {
+    const Product product(call, memory);
+    product.convert_inputs(call);
     const Matrix* matrices = call.matrices;
     const int parts = call.is_gated() ? 1 : 3;
     // Few rows: large chunks, which are long ranges of memory. Many rows: chunks small enough to stay in the L1 cache while they
@@ -75,7 +82,7 @@ template <class Product> static void multiply(const Product& product, const Call
     for (int i = 0; i < parts; i++) width += matrices[i].outputs;
     while (chunk > 32 && width < 8 * chunk * call.threads) chunk /= 2;
     for (int i = 0; i < parts; i++) tasks += (matrices[i].outputs + chunk - 1) / chunk;
-#pragma omp parallel for num_threads(call.threads) schedule(dynamic)
+#pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; task++) {
         const Matrix* matrix = matrices;
         int64_t start = task * chunk, before = 0;
@@ -95,6 +102,12 @@ template <class Product> static void multiply(const Product& product, const Call
             }
         }
     }
+}
+
+template <class Product> static void multiply(const Call& call) {
+    char* memory = input_buffer.at_least(Product::bytes(call));
+#pragma omp parallel num_threads(call.threads)
+    multiply_in_region<Product>(call, memory);
 }
 
 // Loads a cache line of weights and, with few rows, prefetches a later one, which gives 5 to 10 percent more GB/s.

@@ -59,7 +59,7 @@ struct Scratch {
         return memory.get();
     }
 };
-static thread_local Scratch input_buffer, query_buffer, score_buffer;  // converted x; rotated queries and scores of attention
+static thread_local Scratch input_buffer, query_buffer, score_buffer, layer_buffer;  // converted x; attention; decoder layers
 
 static inline F32 read16(const void* x, int64_t i, bool is_bf16) {
     if (!is_bf16) return load<F32>((const float*)x + i);

@@ -1,0 +1,121 @@
+"""The decoder on a CPU: if each row has one new token, all layers in one kernel call. `acceleration.accelerate` uses it.
+
+With one call per product, the threads wait between two products for Python and for small operators of torch.
+
+Checked in tests/layers/test_quantization.py. Shapes: as in modeling_gemma.py.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from paligemma.layers import fast_cpu, kernels
+from paligemma.layers.fast_cpu import BF16_ROWS, FastAttention, FastLinear, FastMLP, FastRMSNorm
+from paligemma.layers.int_formats import GROUP
+from paligemma.layers.quantization import QuantizedLinear
+from paligemma.modeling_gemma import GemmaDecoderLayer, GemmaModel, KVCache, rotary_embedding
+
+
+def is_plain_bf16(weight: Tensor) -> bool:
+    return weight.dtype is torch.bfloat16 and weight.is_cpu and weight.is_contiguous()
+
+
+def has_fast_norm(norm: nn.Module) -> bool:
+    return type(norm) is FastRMSNorm and is_plain_bf16(norm.weight)
+
+
+def kernel_matrices(*modules: nn.Module) -> tuple[str, list[kernels.Matrix]] | None:
+    """The kind and the weights of modules, as kernels.decode takes them; None if they are of another class or have a bias."""
+    kinds, matrices = set(), []
+    for module in modules:
+        if module.bias is not None:
+            return None
+        if type(module) is FastLinear and is_plain_bf16(module.weight) and module.in_features % 32 == 0:
+            kinds.add("bf16")
+            matrices.append(kernels.Matrix(module.weight, None, module.out_features))
+        elif type(module) is QuantizedLinear and module.is_tiled and module.in_features % GROUP[module.kind] == 0:
+            kinds.add(module.kind)
+            matrices.append(kernels.Matrix(module.packed, module.scales, module.out_features))
+        else:
+            return None
+    return (kinds.pop(), matrices) if len(kinds) == 1 else None
+
+
+def kernel_layer(layer: nn.Module) -> tuple[str, kernels.DecoderLayer] | None:
+    """The kind and the weights of a layer for kernels.decode; None if its modules compute something else."""
+    if type(layer) is not GemmaDecoderLayer or type(layer.self_attn) is not FastAttention or type(layer.mlp) is not FastMLP:
+        return None
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = [layer.input_layernorm, None, layer.post_attention_layernorm, None]
+    if layer.is_gemma2:
+        names = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+        norms = [getattr(layer, name) for name in names]
+    matrices = kernel_matrices(
+        attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    )
+    if matrices is None or not all(norm is None or has_fast_norm(norm) for norm in norms):
+        return None
+    kind, (q, k, v, output, gate, up, down) = matrices
+    weights = [None if norm is None else norm.weight for norm in norms]
+    return kind, kernels.DecoderLayer([q, k, v], [output], [gate, up], [down], weights, attention.layer % 2 == 0)
+
+
+class KernelLayers:
+    """The layers of a decoder for kernels.decode, or the knowledge that the kernel cannot compute them.
+
+    They hold addresses of weights. Collecting these takes a millisecond, so it is done once, and each step only checks with
+    `is_current` that no module, weight or address has changed since.
+    """
+
+    def __init__(self, decoder: nn.Module):
+        tables = [table for module in decoder.modules() for table in (module._modules, module._parameters, module._buffers)]
+        entries = [(table, name, value) for table in tables for name, value in table.items()]
+        self.modules = [entry for entry in entries if not isinstance(entry[2], Tensor)]
+        self.tensors = [(*entry, entry[2].data_ptr()) for entry in entries if isinstance(entry[2], Tensor)]
+        layers = [kernel_layer(layer) for layer in decoder.layers]
+        self.kind = None
+        if has_fast_norm(decoder.norm) and None not in layers and len({kind for kind, _ in layers}) == 1:
+            self.kind = layers[0][0]
+            self.layers = kernels.decoder_layers([layer for _, layer in layers])
+
+    def is_current(self) -> bool:
+        return all(table.get(name) is value for table, name, value in self.modules) and all(
+            table.get(name) is tensor and tensor.data_ptr() == address for table, name, tensor, address in self.tensors
+        )
+
+
+class FastDecoder(GemmaModel):
+    """GemmaModel in one kernel call if each row has one new token, so that the threads do not wait for Python between layers."""
+
+    kernel: KernelLayers | None = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"kernel": None}  # a copy has its weights at other addresses
+
+    def suits_kernel(self, x: Tensor, cache: KVCache | None) -> bool:
+        if cache is None or x.shape[1] != 1 or not x.is_cpu or kernels.library() is None or torch.compiler.is_compiling():
+            return False
+        if not (x.dtype is cache.keys.dtype is torch.bfloat16) or x.shape[-1] % 16 or self.config.head_dim % 32:
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or any(parameter.requires_grad for parameter in self.parameters())):
+            return False
+        if self.kernel is None or not self.kernel.is_current():
+            self.kernel = KernelLayers(self)
+        return self.kernel.kind is not None and (self.kernel.kind != "bf16" or len(x) <= BF16_ROWS[fast_cpu.bf16_instructions()])
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        window_mask: Tensor | None = None,
+    ) -> Tensor:
+        if not self.suits_kernel(inputs_embeds, cache):
+            return super().forward(inputs_embeds, position_ids, mask, cache, window_mask)
+        config, attention = self.config, self.layers[0].self_attn
+        rotation = rotary_embedding(position_ids, config.head_dim, config.rope_theta, inputs_embeds.dtype)
+        return kernels.decode(
+            self.kernel.kind, self.kernel.layers, self.norm.weight, self.norm.eps, inputs_embeds, position_ids - 1, rotation,
+            mask, mask if window_mask is None else window_mask, cache.keys, cache.values, cache.slots_read, attention.scale,
+            attention.cap,
+        )  # fmt: skip
