@@ -22,7 +22,7 @@ def main() -> None:
     }
     options = turns.parse(__doc__, rounds=1, flags=flags)
     is_gpu = options.device.startswith("cuda")
-    sizes = [int(n) for n in (options.rows or ("1,8,32,128" if is_gpu else "1,4")).split(",")]
+    sizes = [int(n) for n in (options.rows or ("1,8,32,128" if is_gpu else "4,8,16")).split(",")]
     raw = read_json(options.model / "config.json")
     context = raw["text_config"]["num_image_tokens"] + turns.PROMPT
     draw = random.Random(0)

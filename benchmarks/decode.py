@@ -8,7 +8,7 @@ allocation, Python code between the layers, a cache that is copied when it grows
 All sides have the same prompt. Each side prefills it once, and then the sides alternately generate the next few tokens. On the
 CPU, transformers is also measured with torch's oneDNN products switched off while decoding, which is faster on some processors.
 On CUDA, our side replays a recorded graph (graphs.py); "ours bf16 compiled" replays a graph of the compiled step. The column
-"share" is the share of the bandwidth that is used.
+"share" is the share of the bandwidth that is used, the median of all turns, of the bandwidth measured before and after each.
 """
 
 from functools import partial
@@ -35,16 +35,14 @@ def main() -> None:
         ways = {name: partial(side.ask, "decode", count=count) for name, side in sides.items()}
         if options.device == "cpu" and turns.THEIRS in sides:
             ways["transformers bf16, mkldnn off"] = partial(sides[turns.THEIRS].ask, "decode", count=count, mkldnn=False)
-        seconds = turns.in_turn(ways, options)
-        floors.measure()
+        seconds = turns.in_turn(ways, options, floors=floors)
     # transformers reads as many bytes as our bf16 side
     ours_bf16 = next(side.loaded["decoder_bytes"] for name, side in sides.items() if name.startswith(turns.OURS))
     read = {name: sides[name].loaded.get("decoder_bytes", ours_bf16) if name in sides else ours_bf16 for name in ways}
+    per_token = {name: [value / count for value in values] for name, values in seconds.items()}
+    least = floors.least(per_token, lambda name, rates: read[name] / rates["read"])
     print(f"one token after {context}, {count} tokens per turn; {floors.document()}")
-    rows = turns.compare(
-        {name: [value / count for value in values] for name, values in seconds.items()},
-        {name: floors.reading(read[name]) for name in ways},
-    )
+    rows = turns.compare(per_token, least)
     for name, row in rows.items():
         row["GB_per_s"] = round(read[name] / row["ms"]["median"] / 1e6, 2)
     turns.finish(options, {"prompt": context, "tokens_a_turn": count, "floors": floors.document(), "ways": rows})

@@ -165,12 +165,12 @@ def main() -> None:
             llama.ask("begin", context=context)
             sides[name].ask("begin", context=context, most=most)
             ask = {theirs: partial(llama.ask, "decode", count=count), name: partial(sides[name].ask, "decode", count=count)}
-            seconds = turns.in_turn(ask, options)
-            floor = floors.reading(sides[name].loaded["decoder_bytes"])
+            seconds = turns.in_turn(ask, options, floors=floors)
+            size = sides[name].loaded["decoder_bytes"]
         llama.close()
-        floors.measure()
         times = {way: [value / count for value in values] for way, values in seconds.items()}
-        results |= turns.compare(times, dict.fromkeys(times, floor), baseline=theirs)
+        least = floors.least(times, lambda _, rates, size=size: size / rates["read"])
+        results |= turns.compare(times, least, baseline=theirs)
     turns.finish(options, {"prompt": context, "tokens_a_turn": count, "llama_cpp_python": version,
                            "floors": floors.document(), "ways": results})  # fmt: skip
 

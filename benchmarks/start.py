@@ -43,26 +43,18 @@ def first_line(command: list[str]) -> dict:
     return {"seconds": seconds} | ({"tokens": parse_json(line)["token_ids"]} if line.startswith("{") else {})
 
 
-def read_files(folder: Path) -> None:
-    """Brings every file of a folder into the page cache."""
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            while file.read(2**24):
-                pass
-
-
 def main() -> None:
     picture = turns.HERE.parent / "examples" / "cat.png"
     options = turns.parse(__doc__, flags={"--picture": {"type": Path, "default": picture}})
     python, ways = [sys.executable, "-c"], {}
-    read_files(options.model)
+    turns.read_files(options.model)
     for name in options.sides:
         if name == turns.THEIRS:
             command = [*python, THEIRS, str(options.model), str(options.picture), PROMPT, options.device]
         elif name in (turns.OURS, turns.INT8, turns.INT4):
             kind = name.split()[1]
             folder = options.model if name == turns.OURS else turns.quantised(options.model, kind, options.device)
-            read_files(folder)
+            turns.read_files(folder)
             flags = {"model_path": folder, "image_file_path": options.picture, "prompt": PROMPT, "device": options.device}
             command = [sys.executable, str(turns.HERE.parent / "inference.py"), "--json", "--max_tokens_to_generate=1"]
             command += [f"--{flag}={value}" for flag, value in flags.items()]

@@ -2,7 +2,8 @@
 
 One round runs each variant of the job once: A B C A B C ... Whatever slows down the machine for a while slows down all variants,
 and ratios are computed within a round. After each round the tokens of all variants must be the same, or the script stops. The
-floor, the least time in which this machine could do the job, is computed from rates measured before and after the rounds.
+floor, the least time in which this machine could do the job, is computed from rates measured before and after each turn, because
+the rates of a shared machine change from one minute to the next.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -98,17 +99,29 @@ class Side:
 @contextmanager
 def start(names: list[str], model: Path, device: str) -> Iterator[dict[str, Side]]:
     """Starts one side per name, each with its model in memory, and ends them at the end of the `with` block."""
-    # On a GPU, quantising while loading takes seconds; on a CPU, the quantised model is stored once for all scripts.
-    kinds = {name: ARGUMENTS[name][2] for name in names if "--quantize" in ARGUMENTS[name] and device == "cpu"}
-    folders = {name: quantised(model, kinds[name], device) if name in kinds else model for name in names}
     with ExitStack() as stack:
         sides = {}
-        for name, folder in folders.items():
+        for name, folder in folders(names, model, device).items():
             sides[name] = Side(name, folder, device)
             stack.callback(sides[name].close)
         for side in sides.values():
             _ = side.loaded
         yield sides
+
+
+def folders(names: list[str], model: Path, device: str) -> dict[str, Path]:
+    """The folder from which each side loads its model."""
+    # On a GPU, quantising while loading takes seconds; on a CPU, the quantised model is stored once for all scripts.
+    kinds = {name: ARGUMENTS[name][2] for name in names if "--quantize" in ARGUMENTS[name] and device == "cpu"}
+    return {name: quantised(model, kinds[name], device) if name in kinds else model for name in names}
+
+
+def read_files(folder: Path) -> None:
+    """Brings every file of a folder into the page cache."""
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            while file.read(2**24):
+                pass
 
 
 def append(options: argparse.Namespace, row: dict) -> None:
@@ -135,10 +148,15 @@ def together(sides: dict[str, Side], do: str, **arguments: object) -> dict[str, 
     return {name: side.receive() for name, side in sides.items()}
 
 
-def in_turn(ways: dict[str, Callable[[], dict]], options: argparse.Namespace, *, is_warm: bool = False) -> dict[str, list[float]]:
+def in_turn(
+    ways: dict[str, Callable[[], dict]], options: argparse.Namespace, *, floors: "Floors | None" = None, is_warm: bool = False
+) -> dict[str, list[float]]:
     """Seconds of each variant in each round. There is a warm-up round unless `is_warm`. Ends the script if tokens differ.
 
     Each number is printed at once, so that an interrupted run has shown what it measured.
+
+    Args:
+        floors: measure the rates of the machine before and after each turn.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(0 if is_warm or options.quick else -1, options.rounds):
@@ -148,6 +166,8 @@ def in_turn(ways: dict[str, Callable[[], dict]], options: argparse.Namespace, *,
             row = {"round": i, "side": name, "seconds": replies[name]["seconds"]}
             append(options, row)
             print(f"round {i if i >= 0 else 'to warm up'}: {name:34} {row['seconds']:.4g} s", flush=True)
+            if floors:
+                floors.measure(name if i >= 0 else None)
         require_same(replies)
         if i >= 0:
             for name, reply in replies.items():
@@ -164,23 +184,6 @@ def require_same(replies: dict[str, dict]) -> None:
         raise SystemExit("\n".join(["the sides did not generate the same tokens:", *lines]))
 
 
-def product_bandwidth() -> float:
-    """The read bandwidth that our own kernel for one row reaches, in bytes per second; 0 if the kernels are not available.
-
-    On some processors this is more than any of torch's operators reaches.
-    """
-    import torch
-
-    from paligemma import roofline
-    from paligemma.layers import kernels
-
-    if kernels.library() is None:
-        return 0.0
-    matrix, x = torch.ones(65536, 2048, dtype=torch.bfloat16), torch.ones(1, 2048, dtype=torch.bfloat16)
-    work = partial(kernels.product, "bf16", x, [(matrix, None, len(matrix))], torch.bfloat16)
-    return matrix.nbytes / roofline.best_seconds(work, x.device)
-
-
 def copy_bandwidth(device: object, size: int = 2**30) -> float:
     """The usual measure of a GPU's bandwidth: bytes read plus bytes written per second while `size` bytes are copied."""
     import torch
@@ -193,40 +196,81 @@ def copy_bandwidth(device: object, size: int = 2**30) -> float:
 
 
 class Floors:
-    """The best rates of this machine in all measurements so far: bytes read and multiply-adds per second."""
+    """The rates of this machine, and from them the least seconds of a job. "read": bytes per second; the others, named like
+    dtypes: multiply-adds per second.
+    """
+
+    ATTEMPTS = 20  # at measuring a rate that is not lower than what a side has reached
 
     def __init__(self, device: str):
         import torch
 
         self.device = torch.device(device)
-        self.bytes_per_s = 0.0
-        self.products_per_s: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+        self.best: dict[str, float] = {}
+        self.beside: dict[str, list[dict[str, float]]] = {}  # for each side the rates beside each of its turns
         self.measure()
 
-    def measure(self) -> None:
+    def measure(self, side: str | None = None) -> None:
+        """Measures the rates. Args: side: the one whose turn was between this measurement and the last one."""
         import torch
 
         from paligemma import roofline
 
-        self.bytes_per_s = max(self.bytes_per_s, roofline.read_bandwidth(self.device))
-        faster = copy_bandwidth(self.device) if self.device.type == "cuda" else product_bandwidth()
-        self.bytes_per_s = max(self.bytes_per_s, faster)
-        for dtype in (torch.float32, torch.bfloat16):
-            name = str(dtype).removeprefix("torch.")
-            self.products_per_s[name] = max(self.products_per_s.get(name, 0), roofline.matrix_rate(self.device, dtype))
+        now = {"read": roofline.read_bandwidth(self.device)}
+        if self.device.type == "cuda":
+            now["read"] = max(now["read"], copy_bandwidth(self.device))
+        for dtype in (torch.float32, torch.bfloat16, torch.int8):
+            now[str(dtype).removeprefix("torch.")] = roofline.matrix_rate(self.device, dtype)
+        if side is not None:
+            self.beside.setdefault(side, []).append(higher(self.last, now))
+        self.last, self.best = now, higher(self.best, now)
+
+    def least(
+        self, seconds: dict[str, list[float]], job: Callable[[str, dict[str, float]], float], beside: str = "{}"
+    ) -> dict[str, list[float]]:
+        """The least possible seconds of each turn, from the rates measured beside it.
+
+        Where a turn took less, the rates beside it were measured in slower moments than the turn, and the best rates of the run
+        are taken. Ends the script if a turn took less time than these allow, although they are measured again and again.
+
+        Args:
+            seconds: from in_turn, or computed from it.
+            job: the least seconds for the work of one turn, from the name of the side and the rates.
+            beside: the name under which in_turn measured a side, with {} for the side's name.
+        """
+        found: dict[str, list[float]] = {}
+        for name, values in seconds.items():
+            found[name] = []
+            for value, rates in zip(values, self.beside[beside.format(name)], strict=True):
+                least = job(name, rates)
+                for _ in range(self.ATTEMPTS):
+                    if least <= value:
+                        break
+                    least = min(least, job(name, self.best))
+                    if least > value:
+                        self.measure()
+                else:
+                    raise SystemExit(
+                        f"{name} took {value:.4g} s, less than the floor of {least:.4g} s, so the rates of this machine were "
+                        "measured too low. End all other programs, and run the script again."
+                    )
+                found[name].append(least)
+        return found
 
     def reading(self, count: float) -> float:
         """Least seconds to read `count` bytes."""
-        return count / self.bytes_per_s
-
-    def multiplying(self, count: float) -> float:
-        """Least seconds for `count` multiply-adds, in the floating-point type that is fastest on this machine."""
-        return count / max(self.products_per_s.values())
+        return count / self.best["read"]
 
     def document(self) -> dict:
-        return {"read_GB_per_s": round(self.bytes_per_s / 1e9, 2)} | {
-            f"{name}_Gmadd_per_s": round(rate / 1e9, 1) for name, rate in self.products_per_s.items()
+        """The best rates of the run."""
+        return {"read_GB_per_s": round(self.best["read"] / 1e9, 2)} | {
+            f"{name}_Gmadd_per_s": round(rate / 1e9, 1) for name, rate in self.best.items() if name != "read"
         }
+
+
+def higher(some: dict[str, float], others: dict[str, float]) -> dict[str, float]:
+    return {name: max(rate, some.get(name, 0)) for name, rate in others.items()}
 
 
 def spread(values: list[float]) -> dict:
@@ -236,7 +280,7 @@ def spread(values: list[float]) -> dict:
 
 def compare(
     seconds: dict[str, list[float]],
-    floors: dict[str, float] | None = None,
+    floors: dict[str, list[float]] | None = None,
     scale: float = 1e3,
     unit: str = "ms",
     baseline: str = BASELINE,
@@ -245,7 +289,7 @@ def compare(
 
     Args:
         seconds: from in_turn; multiplied by `scale` they are in `unit`.
-        floors: the least possible seconds, where they are known.
+        floors: the least possible seconds of each turn, where they are known.
         baseline: the variant that ratios refer to. If it was not measured, they refer to the first one.
     """
     rows = {}
@@ -255,8 +299,9 @@ def compare(
         row = {unit: spread([value * scale for value in values])}
         line = f"{name:34}{row[unit]['median']:12.4g}{row[unit]['low']:>10.4g} ..{row[unit]['high']:>7.4g}"
         if floors and name in floors:
-            row["floor"] = float(f"{floors[name] * scale:.4g}")
-            row["share"] = float(f"{row['floor'] / row[unit]['median']:.3g}")  # of the bandwidth or matrix rate
+            row["floor"] = float(f"{statistics.median(floors[name]) * scale:.4g}")
+            shares = [least / value for least, value in zip(floors[name], values, strict=True)]
+            row["share"] = float(f"{statistics.median(shares):.3g}")  # of the bandwidth or matrix rate
         line += f"{row.get('floor', ''):>10}{row.get('share', ''):>7}"
         row["ratio"] = spread([theirs / ours for theirs, ours in zip(seconds[baseline], values, strict=True)])
         line += f"   {row['ratio']['median']:.2f} ({row['ratio']['low']:.2f} .. {row['ratio']['high']:.2f})"
