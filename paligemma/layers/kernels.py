@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class CTuning(ctypes.Structure):
     """The struct Tuning of cpp/products.h."""
 
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("prefetch", "tiles", "tile_rows"))
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("prefetch", "tiles", "tile_rows", "many_rows"))
 
 
 class CMatrix(ctypes.Structure):
@@ -166,7 +166,7 @@ def product(kind: str, x: Tensor, matrices: Sequence[tuple], dtype: torch.dtype,
     """x @ w.T + bias for one to three matrices with the same input x, in one call.
 
     Args:
-        kind: "bf16": w is bfloat16[O, X], contiguous, X a multiple of 32, and x is bfloat16; sums are float32. "int8", "int4": w
+        kind: "bf16": w is bfloat16[O, X], contiguous, X even, and x is bfloat16; sums are float32. "int8", "int4": w
             is in tiles (see int_formats.py), x is bfloat16 or float32, and each group of its numbers is rounded to 8 bits.
         x: [..., X].
         matrices: each a Matrix, or a tuple with its first fields.

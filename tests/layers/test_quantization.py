@@ -349,7 +349,7 @@ def test_products_of_one_input_are_the_products_one_by_one(kind, instructions, v
     else:
         modules = tuple(quantized(linear, kind) for linear in linears)
     most = BF16_ROWS[instructions]
-    for rows in (0, 1, 3, most - 1, most, most + 1, 90):
+    for rows in (0, 1, 3, 4, 5, 8, 90):
         x = torch.randn(rows, 1, 128).bfloat16()
         y = fast_cpu.joint_product(x, modules)
         if kind == "bf16" and not 0 < rows <= most:
@@ -374,11 +374,11 @@ def test_fast_mlp_is_as_exact_as_the_mlp(kind, instructions, has_kernels, monkey
         for name in ("gate_proj", "up_proj", "down_proj"):
             setattr(mlp, name, quantized(getattr(mlp, name), kind))
             getattr(exact_mlp, name).weight.copy_(getattr(mlp, name).weight_as_floats())
-    plain_mlp, whole, most = copy.deepcopy(mlp), nn.ModuleDict({"mlp": mlp}), BF16_ROWS[instructions]
+    plain_mlp, whole = copy.deepcopy(mlp), nn.ModuleDict({"mlp": mlp})
     acceleration.accelerate(whole, min_parameters=0)
     mlp = whole["mlp"]
     assert type(mlp) is fast_cpu.FastMLP
-    for rows in (0, 1, 3, most, most + 1, 90):
+    for rows in (0, 1, 3, 4, 5, 8, 90):
         x = (torch.randn(rows, 1, 96) * 3).bfloat16()
         plain, exact = plain_mlp(x), exact_mlp(x.double())
         assert mlp(x).shape == exact.shape

@@ -1,7 +1,7 @@
-// Products with bfloat16 weights.
+// Products with bfloat16 weights. Those with few rows are computed here, those with many rows in many_rows.h.
 #pragma once
 
-#include "products.h"
+#include "many_rows.h"
 #include "tiles.h"
 
 #if defined(__AVX512BF16__)  // the processor multiplies pairs of bfloat16, so x is used as it is
@@ -77,5 +77,7 @@ struct Bf16Product {
 };
 
 extern "C" void bf16_product(const Call& call) {
-    if (!tiles::product<tiles::Bf16Weights>(call)) multiply<Bf16Product>(call);
+    if (tiles::product<tiles::Bf16Weights>(call)) return;
+    if (call.rows >= tuning.many_rows || call.inputs % 32) return many_rows(call);
+    multiply<Bf16Product>(call);
 }

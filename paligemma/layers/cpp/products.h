@@ -11,6 +11,7 @@ struct Tuning {              // kernels.CTuning has the same fields
     int64_t prefetch = 1024;  // with one or two rows, weights are fetched into the cache this many bytes before they are needed
     int64_t tiles = 0;        // whether AMX is used (tiles.h), which has not run on a processor yet
     int64_t tile_rows = 16;   // the smallest number of rows for which it is
+    int64_t many_rows = 8;    // with so many rows or more, bfloat16 weights are multiplied by many_rows.h
 };
 __attribute__((visibility("hidden"))) inline Tuning tuning;  // hidden: libraries for different processors do not share it
 extern "C" inline __attribute__((used)) Tuning* tuning_values() { return &tuning; }
@@ -57,10 +58,11 @@ static void write_outputs(const Call& call, const Matrix& matrix, int64_t row, i
         F32 out = load<F32>(sums + i) + read_bias(matrix.bias, start + i, matrix.outputs);
         if (call.activation != NONE) out = gelu(out);
         if (up) out *= load<F32>(up + i) + read_bias(call.matrices[1].bias, start + i, matrix.outputs);
-        U16 rounded = to_bf16(out);
-        int64_t size = std::min<int64_t>(16, count - i);
-        if (call.y_is_bf16) memcpy((uint16_t*)call.y + offset + i, &rounded, 2 * size);
-        else memcpy((float*)call.y + offset + i, &out, 4 * size);
+        const U16 rounded = to_bf16(out);
+        void* to = call.y_is_bf16 ? (char*)((uint16_t*)call.y + offset + i) : (char*)((float*)call.y + offset + i);
+        if (count - i < 16) memcpy(to, call.y_is_bf16 ? (const void*)&rounded : &out, (count - i) * (call.y_is_bf16 ? 2 : 4));
+        else if (call.y_is_bf16) store(to, rounded);
+        else store(to, out);
     }
 }
 
