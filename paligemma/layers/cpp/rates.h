@@ -1,15 +1,9 @@
 // What the processor can do at most: multiply-adds per second in registers, and reading memory. roofline.py measures the times.
 #pragma once
 
+#include "amx.h"
 #include "vectors.h"
 
-#if defined(__x86_64__) && defined(__linux__) && (__has_include(<amxtileintrin.h>) || __has_include(<amxintrin.h>))
-#define HAS_TILES  // whatever the compiler's flags are: the processor is asked
-#include <cpuid.h>
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 #if defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif
@@ -181,22 +175,11 @@ template <class I> static double multiply_in_registers(int64_t steps) {
     return total;
 }
 
-#if defined(HAS_TILES)
-static bool may_use_tiles() {
-    const int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;  // the kernel's names; a process must ask for the tiles
-    unsigned a, b, c, d = 0;
-    const unsigned all = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & all) != all) return false;
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-}
-
+#if defined(HAS_TILES) && !defined(EMULATED_TILES)
 // Tiles 0 to 3 are sums of 16 x 16 numbers, tiles 4 to 7 factors of 16 rows of 64 bytes.
-template <int NUMBERS> __attribute__((target("amx-tile,amx-bf16,amx-int8"))) static double multiply_tiles(int64_t steps) {
-    if (!may_use_tiles()) return 0;
-    alignas(64) uint8_t config[64] = {1};
-    for (int i = 0; i < 8; i++) config[16 + 2 * i] = 64, config[48 + i] = 16;
-    asm volatile("" ::"r"(config) : "memory");  // GCC 12 does not know that all 64 bytes are read
-    _tile_loadconfig(config);
+template <int NUMBERS> WITH_TILES static double multiply_tiles(int64_t steps) {
+    if (!request_tiles()) return 0;
+    TileConfiguration configuration;
     alignas(64) char ones[1024], sums[1024];
     const uint32_t word = NUMBERS == BF16 ? 0x3f803f80 : 0x01010101;
     for (int i = 0; i < 1024; i += 4) memcpy(ones + i, &word, 4);
@@ -235,7 +218,6 @@ template <int NUMBERS> __attribute__((target("amx-tile,amx-bf16,amx-int8"))) sta
     add();
     _tile_stored(3, sums, 64);
     add();
-    _tile_release();
     return total;
 }
 #endif
@@ -262,7 +244,7 @@ static const Way WAYS[] = {
 #if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
     way<Bytes256Vnni>(),
 #endif
-#if defined(HAS_TILES)
+#if defined(HAS_TILES) && !defined(EMULATED_TILES)
     {BF16, multiply_tiles<BF16>}, {INT8, multiply_tiles<INT8>},
 #endif
 #if defined(__ARM_NEON) && defined(__aarch64__)

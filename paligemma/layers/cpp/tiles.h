@@ -32,23 +32,10 @@
 // product: 6 percent of the time with 2048 inputs, 11 percent with 1152.
 #pragma once
 
+#include "amx.h"
 #include "products.h"
 
-#if defined(EMULATED_TILES)  // the name of a header of the tests, which defines the instructions and `request_tiles` in plain C++
-#include EMULATED_TILES
-#define HAS_TILES
-#elif defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#define HAS_TILES
-// Linux allows tiles on request: saving them makes the frames of signals 8 KB larger. Older systems refuse.
-static bool request_tiles() {
-    const int ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
-}
-#endif
-
-#if defined(HAS_TILES)
+#if defined(EMULATED_TILES) || (defined(HAS_TILES) && defined(__AMX_TILE__) && defined(__AMX_BF16__))
 namespace tiles {
 
 const int64_t INPUTS = 32, OUTPUTS = 16;   // of one tile of weights
@@ -129,17 +116,17 @@ template <int BITS> struct IntWeights {
     static const void* line(const Outputs& of, int64_t k, int i) {
         return (const char*)of.matrix->w + (block(of) * of.inputs / 32 + k) * BITS * 64 + i * 64;
     }
-    // The number in the bits from `shift` on of each word. Its stored offset has become a sign.
+    // The weight in the bits from `shift` on of each word. With the bits of 2^23 they are a float; their offset is subtracted.
     static F32 number(U32 words, int shift) {
-        return __builtin_convertvector((I32)(words << (32 - BITS - shift)) >> (32 - BITS), F32);
+        const uint32_t mask = (1 << BITS) - 1;
+        return as_float((words >> shift & mask) | 0x4b000000u) - (8388608.0f + (1 << (BITS - 1)));
     }
     static void unpack(const Outputs& of, int64_t k, Tile& tile) {
-        const U32 offset = U32{} + (BITS == 8 ? 0x80808080u : 0x88888888u);
         F32 scale = {};
         if (BITS == 4) scale = read16(of.matrix->scales, (block(of) * of.inputs / 32 + k) * 16, true);
         U32* to = tile.lines;
         for (int i = 0; i < LINES; i++) {
-            const U32 words = load<U32>(line(of, k, i)) ^ offset;
+            const U32 words = load<U32>(line(of, k, i));
             UNROLL for (int half = 0; half < 8; half += BITS) {  // of int4, the low halves of the bytes are the first four inputs
                 UNROLL for (int pair = half; pair < 32; pair += 16) {
                     F32 even = number(words, pair), odd = number(words, pair + 8);
@@ -150,23 +137,6 @@ template <int BITS> struct IntWeights {
         }
     }
     static F32 scale(const Outputs& of) { return BITS == 8 ? read16(of.matrix->scales, block(of) * 16, true) : F32{} + 1; }
-};
-
-// Configures the eight tiles of the calling thread: each has 16 lines of 64 bytes. A thread that keeps tiles is slower to switch.
-struct Configuration {
-    Configuration() {
-        struct alignas(64) {
-            uint8_t palette, start_row, reserved[14];
-            uint16_t line_bytes[16];
-            uint8_t lines[16];
-        } layout = {};
-        layout.palette = 1;
-        for (int i = 0; i < 8; i++) layout.line_bytes[i] = 64, layout.lines[i] = 16;
-        asm volatile("" : : "r"(&layout) : "memory");  // GCC 12 believes that _tile_loadconfig reads 8 bytes
-        _tile_loadconfig(&layout);
-    }
-    ~Configuration() { _tile_release(); }
-    Configuration(const Configuration&) = delete;
 };
 
 // Adds to sums[t][h], tiles, the products of two halves of outputs, w[h][DEPTH], with T tiles of rows, x[t][DEPTH].
@@ -253,12 +223,13 @@ template <class Weights> struct Product {
         if (Weights::WEIGHTS_ARE_A) transpose(tile);
     }
 
-    void write(const Strip& strip, int64_t row_tile, Tile* sums) const {
+    void write(const Strip& strip, int64_t row_tile, const Tile* sums) const {
         float out[16][2 * OUTPUTS];
         for (int h = 0; h < 2; h++) {
-            if (Weights::WEIGHTS_ARE_A) transpose(sums[h]);
+            Tile tile = sums[h];
+            if (Weights::WEIGHTS_ARE_A) transpose(tile);
             const F32 scale = Weights::scale(strip.halves[h]);
-            for (int r = 0; r < 16; r++) store(out[r] + h * OUTPUTS, (F32)sums[h].lines[r] * scale);
+            UNROLL for (int r = 0; r < 16; r++) store(out[r] + h * OUTPUTS, (F32)tile.lines[r] * scale);
         }
         for (int64_t r = 0; r < std::min<int64_t>(16, call.rows - row_tile * 16); r++) {
             const float* up = call.is_gated() ? out[r] + OUTPUTS : nullptr;
@@ -312,7 +283,7 @@ template <class Weights> struct Product {
 #pragma omp parallel num_threads(call.threads)
         {
             Tile* weights = aligned(step_buffer.at_least((4 * DEPTH + 1) * sizeof(Tile) + group * sums_of_strip));
-            Configuration configuration;
+            TileConfiguration configuration;
 #pragma omp for schedule(static)
             for (int64_t tile = 0; tile < row_tiles * depth_tiles; tile++) pack_x(tile / depth_tiles, tile % depth_tiles);
 #pragma omp for schedule(dynamic)
