@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from paligemma.devices import to_device
 from paligemma.errors import GenerationError, PromptError
 from paligemma.layers.batch_cache import BatchCache
+from paligemma.layers.fast_logits import argmax, logsumexp
 
 if TYPE_CHECKING:
     from paligemma.objects.grammar import ConstraintState, Grammar
@@ -187,7 +188,7 @@ def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     Returns: int64[B].
     """
     if sampling.is_greedy:
-        return logits.argmax(-1)  # [B]
+        return argmax(logits)  # [B]
     probs = probabilities(logits, 1.0 if sampling.temperature is None else sampling.temperature)  # [B, V]
     ids = None
     top_p = 1.0 if sampling.top_p is None else float(sampling.top_p)
@@ -217,7 +218,7 @@ def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
 
     The result is NaN if a logit of the row is NaN or +inf, or if all logits of the row are -inf.
     """
-    total = logits.logsumexp(-1)  # [B]
+    total = logsumexp(logits)  # [B]
     return logits.gather(1, tokens[:, None])[:, 0] - total.masked_fill(total.isinf(), torch.nan)  # [B]
 
 

@@ -110,6 +110,7 @@ def open_library(file: Path) -> ctypes.CDLL:
         (loaded.bf16_layer_norm, (pointer, pointer, pointer, pointer, size, size, real, flag)),
         (loaded.bf16_attend_many, (ctypes.POINTER(CAttention),)),
         (loaded.bf16_attend, (ctypes.POINTER(CTokenAttention), *(pointer,) * 5, flag)),
+        *((getattr(loaded, f"logits_{name}"), (pointer, size, size, pointer, flag)) for name in ("argmax", "logsumexp")),
         (loaded.int_quantize, (flag, pointer, flag, size, size, size, pointer, pointer, flag)),
     ):
         function.argtypes, function.restype = arguments, None
@@ -287,6 +288,15 @@ def bf16_attend_many(
         scale=scale, cap=cap or 0, threads=torch.get_num_threads(),
     )  # fmt: skip
     library().bf16_attend_many(ctypes.byref(call))
+    return y
+
+
+def reduce_logits(name: str, logits: Tensor) -> Tensor:
+    """argmax, int64[B], or logsumexp, float32[B], of float32[B, V]. logsumexp is NaN if a number is NaN or +inf."""
+    logits = logits.contiguous()
+    y = logits.new_empty(len(logits), dtype=torch.int64 if name == "argmax" else torch.float32)
+    function = getattr(library(), f"logits_{name}")
+    function(logits.data_ptr(), *logits.shape, y.data_ptr(), torch.get_num_threads())
     return y
 
 

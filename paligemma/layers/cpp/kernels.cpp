@@ -21,6 +21,7 @@
 #include "decoder_layers.h"
 #include "elementwise.h"
 #include "int_product.h"
+#include "logits.h"
 #include "prefill_attention.h"
 #include "quantize.h"
 #include "rates.h"

@@ -60,7 +60,7 @@ struct Scratch {
         return memory.get();
     }
 };
-static thread_local Scratch input_buffer, query_buffer, score_buffer, layer_buffer;  // converted x; attention; decoder layers
+static thread_local Scratch input_buffer, query_buffer, score_buffer, layer_buffer, logits_buffer;
 
 static inline F32 read16(const void* x, int64_t i, bool is_bf16) {
     if (!is_bf16) return load<F32>((const float*)x + i);
