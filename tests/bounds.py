@@ -1,8 +1,7 @@
 """How far a result may be from the exact one by its arithmetic alone (float64 of the same numbers counts as exact).
 
 Nothing here was measured: a bound that one processor's results have suggested fails on the next, which sums in another order.
-Source: Higham, Accuracy and Stability of Numerical Algorithms, section 3.1: a sum of n products in any order is off by at most
-n u / (1 - n u) times the sum of their sizes, u being half the distance from 1 to the next larger number.
+The bound of a matrix product is the one that the kernels have to keep before they are used, kernel_check.product_bound.
 """
 
 import copy
@@ -15,31 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-
-
-def product_bound(
-    x: Tensor, weight: Tensor, result: torch.dtype, *, factors: torch.dtype | None = None, group: int = 0
-) -> Tensor:
-    """The largest error of x @ weight.T, float64[..., N], with sums in float32.
-
-    Args:
-        x, weight: as they are before the product: [..., K], [N, K].
-        result: what the sums are rounded to.
-        factors: what each factor, and what is made of them on the way, may be rounded to before it is multiplied.
-        group: inputs that are rounded to 127 steps of the largest of them, as the kernels for int8 and int4 do.
-    """
-    x, weight = x.double(), weight.double()
-    sizes, k = x.abs() @ weight.abs().T, x.shape[-1]
-    bound = 1.01 * (k + 8) * UNIT[torch.float32] * sizes
-    if factors is not None:
-        bound = bound + 3 * UNIT[factors] * sizes
-    if group:
-        missing = -k % group
-        groups = torch.nn.functional.pad(x, (0, missing)).unflatten(-1, (-1, group)).abs().amax(-1)  # [..., G]
-        steps = 0.51 * groups / 127
-        bound = bound + steps @ torch.nn.functional.pad(weight, (0, missing)).unflatten(-1, (-1, group)).abs().sum(-1).T
-    return bound + UNIT[result] * ((x @ weight.T).abs() + bound) + 1e-30
+from paligemma.layers.kernel_check import UNIT, product_bound  # noqa: F401  (tests import both from here)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What every test runs under: no network, no time limits, one thread (equal numbers everywhere, and no fight over cores).
 
-TEST_PROCESSOR=AVX2 (or another name in processors.py) runs the tests as on such a processor, `-m quick` only the files below.
+TEST_PROCESSOR=avx2 (or another name in processors.py) runs the tests as on such a processor, `-m quick` only the files below.
 """
 
 import os
@@ -68,7 +68,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    missing = [name for name in processors.CLASSES if name not in processors.here()]
+    missing = [name for name in processors.TORCH if name not in processors.here()]
     tested = f"as {FORCED}" if FORCED else f"on this one and, in part, as {', '.join(processors.here())}"
     lack = f"; it cannot stand in for {', '.join(missing)}" if missing else ""
     terminalreporter.write_line(f"Processors: tested {tested}{lack}.")

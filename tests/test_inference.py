@@ -355,6 +355,12 @@ def test_a_wrong_device_or_mode_is_2_in_one_line(ask, monkeypatch, flag, variabl
     assert code == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1
 
 
+def test_a_wrong_instruction_set_for_the_kernels_is_2_in_one_line(ask, monkeypatch):
+    monkeypatch.setenv("PALIGEMMA_KERNELS", "sse")
+    code, _, err = ask()
+    assert code == 2 and err.startswith("error: PALIGEMMA_KERNELS is 'sse'. Take off, amx, ") and err.count("\n") == 1
+
+
 def test_the_cpu_beside_a_gpu_is_one_line_with_the_command_unless_the_cpu_is_asked_for(ask, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)

@@ -51,7 +51,7 @@ from paligemma.files import MAX_JSON_BYTES, names_in, parse_json_file, read_regu
 from paligemma.gpu import cuda_decoding, mps_workarounds, patch_product, split
 from paligemma.gpu.capped_attention import use_capped_attention
 from paligemma.gpu.graphs import use_graphs
-from paligemma.layers import acceleration, float16, quantization
+from paligemma.layers import acceleration, float16, instruction_sets, quantization
 from paligemma.machine import memory_errors
 from paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
 from paligemma.parameter_names import canonical_name
@@ -445,6 +445,7 @@ class ModelFiles:
     ) -> PaliGemmaForConditionalGeneration:
         """The model in eval mode, with the adapter merged into it if there is one. Arguments and errors: see load_model."""
         named, dtype, mode, folder = find_devices(device), parse_dtype(dtype), graphs_mode(graphs), self.base
+        instruction_sets.allowed()
         with memory_errors(f"loading {folder}"):
             adapter = None if self.adapter_config is None else read_adapter(self.folder, self.adapter_config)
             kind, with_vision, is_stored = quantization.choose(self.raw, folder, quantize, quantize_vision)

@@ -199,13 +199,13 @@ def compilers_rows(device: "torch.device") -> list[Row]:
 
 def cores_rows() -> list[Row]:
     """The cores that this process may use, and the instructions that decide which kernels are fast."""
-    from paligemma.layers import compiling
+    from paligemma.layers import instruction_sets
 
     quota = machine.cpu_quota()
     limit = "" if quota is None else f", limited to {quota:g} by a control group"
     threads = os.environ.get("OMP_NUM_THREADS")
     value = f"{machine.available_cores()} of {os.cpu_count()}{limit}{f', OMP_NUM_THREADS={threads}' if threads else ''}"
-    found = compiling.cpu_flags() & {*INSTRUCTIONS}
+    found = instruction_sets.cpu_flags() & {*INSTRUCTIONS}
     instructions = " ".join(name for name in INSTRUCTIONS if name in found) or platform.machine()
     return [Row("cores", value), Row("instructions", instructions)]
 

@@ -8,38 +8,24 @@ benchmarks/products.py.
 Checked in tests/layers/test_quantization.py. Shapes: as in modeling_gemma.py, and O outputs, X inputs of one matrix.
 """
 
-import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paligemma.layers import compiling, kernels
+from paligemma.layers import kernels
+from paligemma.layers.instruction_sets import bf16_instructions
 from paligemma.layers.int_formats import CHUNK_WEIGHTS, GROUP, KERNEL_DTYPES
 from paligemma.layers.quantization import QuantizedLinear
 from paligemma.modeling_gemma import GemmaAttention, GemmaEmbedding, GemmaMLP, GemmaRMSNorm, KVCache
 
 # The largest number of rows of x for which our bfloat16 product is faster than torch's. The keys are the processor's bfloat16
-# instructions: "matrices" are products of matrices (AMX and Arm's), "pairs" are AVX-512's dot products of pairs, and a processor
-# with "nothing" has none.
+# instructions, see instruction_sets.py.
 BF16_ROWS = {"matrices": 4, "pairs": math.inf, "nothing": math.inf}
 
 
 # Products in bfloat16
-
-
-@functools.cache
-def bf16_instructions() -> str:
-    """The bfloat16 instructions of this processor, as a key of BF16_ROWS.
-
-    If the system does not list them, the result is "matrices", so that torch computes all products except those with very few
-    rows.
-    """
-    flags = compiling.cpu_flags()
-    if not flags or not flags.isdisjoint({"amx_bf16", "bf16", "svebf16"}):
-        return "matrices"
-    return "pairs" if "avx512_bf16" in flags else "nothing"
 
 
 def upcast_product(x: Tensor, weight: Tensor) -> Tensor:

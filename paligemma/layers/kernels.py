@@ -1,7 +1,8 @@
 """Calls the functions of cpp/ (products, norm, gate, attention) with tensors. CPU only.
 
-The first use compiles them (compiling.py). Without a compiler, or if compiling fails, `library()` is None and the callers use
-torch's own operators. PALIGEMMA_KERNELS=off has the same effect.
+The first use compiles them for the best instruction set of the processor and compares them with torch (kernel_check.py). If they
+cannot be compiled, crash or are wrong, the next instruction set is tried. If none is right, `library()` is None and the callers
+use torch's own operators. PALIGEMMA_KERNELS=off has the same effect; see instruction_sets.py for its other values.
 
 The threads are those of torch: the kernels are linked against the OpenMP library that torch has loaded before, so both share one
 pool. Checked in tests/layers: test_kernels.py (loading), test_quantization.py (what the functions compute).
@@ -9,10 +10,9 @@ Shapes: as in modeling_gemma.py, and O outputs, X inputs of one matrix.
 """
 
 import ctypes
-import functools
 import logging
-import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from paligemma.layers import compiling
+from paligemma.layers.instruction_sets import allowed
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 class CTuning(ctypes.Structure):
     """The struct Tuning of cpp/products.h."""
 
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("prefetch", "tiles", "tile_rows", "many_rows"))
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("prefetch", "tile_rows", "many_rows"))
 
 
 class CMatrix(ctypes.Structure):
@@ -129,20 +130,77 @@ def tuning(loaded: ctypes.CDLL) -> CTuning:
     return loaded.tuning_values().contents
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The kernels, ready to call, or None if torch's own operators have to be used."""
-    if os.environ.get("PALIGEMMA_KERNELS") == "off" or sys.byteorder != "little":
-        return None
+class Loaded(NamedTuple):
+    """What `load` found.
+
+    library: None if torch's own operators have to be used.
+    name: of the instruction set; "" without a library.
+    failures: why better instruction sets are not used, by name.
+    """
+
+    library: ctypes.CDLL | None
+    name: str = ""
+    failures: dict[str, str] = {}
+
+
+LOADED: list[Loaded] = []  # what this process uses; empty until the first use
+LOADING = threading.Lock()
+CHECK = "paligemma.layers.kernel_check"  # the program that compares a compiled file with torch
+
+
+def best_library(folder: Path) -> Loaded:
+    """The library for the best instruction set that is allowed, can be compiled, and is right on this machine.
+
+    Raises: compiling.LibraryError if there is none; OSError; AttributeError if a function is missing.
+    """
+    failures: dict[str, str] = {}
+    for instructions in allowed():
+        try:
+            file = compiling.compile_once(compiling.SOURCE, folder, instructions.flags)
+            compiling.check_once(file, CHECK, str(torch.get_num_threads()))
+        except compiling.LibraryError as error:
+            if not error.is_of_instructions:
+                raise
+            failures[instructions.name] = str(error)
+            log.info("the kernels for %s are not used: %s", instructions.name, error)
+            continue
+        log.info("kernels for %s: %s", instructions.name, file)
+        return Loaded(open_library(file), instructions.name, failures)
+    raise compiling.LibraryError("; ".join(f"{name}: {reason}" for name, reason in failures.items()))
+
+
+def load() -> list[Loaded]:
+    """LOADED, after compiling, checking and opening the library at the first call. Raises: UsageError, see `allowed`."""
+    with LOADING:
+        if not LOADED:
+            LOADED.append(find())
+    return LOADED
+
+
+def find() -> Loaded:
+    if not allowed() or sys.byteorder != "little":
+        return Loaded(None)
     reason: Exception | None = None
     for folder in compiling.cache_folders():
         try:
-            file = compiling.compile_once(compiling.SOURCE, folder)
-            return None if file is None else open_library(file)
+            return best_library(folder)
+        except compiling.LibraryError as error:
+            log.warning("%s: %s.", compiling.SLOWER, str(error).rstrip("."))
+            return Loaded(None)
         except (OSError, AttributeError) as error:  # a full disk, a folder without execution permission, a missing function
             reason = error
     log.warning("%s: the compiled kernels cannot be saved or loaded (%s).", compiling.SLOWER, reason)
-    return None
+    return Loaded(None)
+
+
+def use(file: Path) -> None:
+    """From now on, this process uses a compiled file, without a check: it is for the program that checks the file."""
+    LOADED[:] = [Loaded(open_library(file))]
+
+
+def library() -> ctypes.CDLL | None:
+    """The kernels, ready to call, or None if torch's own operators have to be used."""
+    return (LOADED or load())[0].library
 
 
 class Matrix(NamedTuple):

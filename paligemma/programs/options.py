@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from paligemma import devices, files, machine
 from paligemma.errors import ImageError, UsageError
+from paligemma.layers import instruction_sets
 from paligemma.pictures.names import is_address
 from paligemma.programs.commandline import command, print_notes
 from paligemma.tasks import MAX_ANSWER_TOKENS, Annotator, check_language, checkpoint_kind
@@ -80,7 +81,8 @@ class ModelFlags:
             ("dtype", self.dtype is None or self.dtype in dtypes, "bf16, fp16 or fp32"),
             ("quantize", self.quantize in (None, "int8", "int4"), "int8 or int4"),
         )
-        devices.graphs_mode(self.graphs)  # the variable may be wrong
+        devices.graphs_mode(self.graphs)  # the variables may be wrong
+        instruction_sets.allowed()
         if self.only_cpu and self.device not in ("auto", "cpu"):
             raise UsageError(f"--only_cpu and --device {self.device} exclude each other. Drop one.")
         if self.quantize_vision and not self.quantize:

@@ -11,7 +11,7 @@ import torch
 from paligemma import devices
 from paligemma.checkup import system
 from paligemma.checkup.rows import FAILED, NOTE, OK
-from paligemma.layers import compiling
+from paligemma.layers import compiling, instruction_sets
 from tests.gpu.pretend import pretend
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def test_what_torch_compile_needs_on_a_gpu(monkeypatch, tmp_path, has_header):
 
 def test_the_limit_of_a_control_group_is_named(monkeypatch):
     monkeypatch.setattr(system.machine, "cpu_quota", lambda: 1.5)
-    monkeypatch.setattr(compiling, "cpu_flags", lambda: frozenset({"avx2", "fpu", "avx512f"}))
+    monkeypatch.setattr(instruction_sets, "cpu_flags", lambda: frozenset({"avx2", "fpu", "avx512f"}))
     cores, instructions = system.cores_rows()
     assert "limited to 1.5 by a control group" in cores.value and instructions.value == "avx512f avx2"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from paligemma.layers import compiling, kernels
-from tests.processors import VARIANTS
+from paligemma.layers import kernels
+from tests.processors import VARIANTS, compiled
 
 
 @pytest.fixture(scope="session")
@@ -16,10 +16,7 @@ def variants(tmp_path_factory):
 
     def find(name: str):
         if name not in made and made["native"] is not None:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(compiling, "FLAGS", VARIANTS[name])
-                file = compiling.compile_once(compiling.SOURCE, folder)
-                made[name] = file and kernels.open_library(file)
+            made[name] = kernels.open_library(compiled(VARIANTS[name], folder))
         return made.get(name)
 
     return find

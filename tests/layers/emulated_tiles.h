@@ -3,8 +3,7 @@
 //
 // An instruction that would fault on a processor, or give results that depend on what it was not given, is noted:
 // `emulated_fault` returns the first such message. Loads and stores are plain copies, so AddressSanitizer sees those outside of
-// the memory that was given. With the environment variable REFUSE_TILES, permission is refused. Tiles are switched on, which
-// they are not by default.
+// the memory that was given. With the environment variable REFUSE_TILES, permission is refused.
 #pragma once
 
 #include <atomic>
@@ -29,10 +28,6 @@ extern "C" const char* emulated_fault() {
     return first_fault;
 }
 extern "C" int64_t emulated_products() { return tile_products; }
-
-static const bool were_on_by_default = tuning.tiles;
-static const bool are_on = (tuning.tiles = true);
-extern "C" int emulated_were_on_by_default() { return were_on_by_default && are_on; }
 
 static bool request_tiles() { return is_permitted = !getenv("REFUSE_TILES"); }
 

@@ -15,6 +15,7 @@ import pytest
 
 from paligemma.gpu import capped_attention, graphs
 from paligemma.layers import compiling
+from paligemma.layers.compiling import LibraryError
 
 SMALL = 'extern "C" int answer() { return 42; }\n'
 
@@ -90,13 +91,14 @@ def test_each_source_compiler_flag_and_processor_has_a_file_of_its_own(source, c
     files = {compiling.compile_once(source, cache)}
     monkeypatch.setattr(compiling, "cpu_flags", lambda: frozenset({"sse2"}))  # another machine with the same home folder
     files.add(compiling.compile_once(source, cache))
+    files.add(compiling.compile_once(source, cache, ("-mavx2",)))
     monkeypatch.setattr(compiling, "FLAGS", ("-O1",))
     files.add(compiling.compile_once(source, cache))
     compiler(COPY + " # newer")
     files.add(compiling.compile_once(source, cache))
     source.write_text(SMALL + "//")
     files.add(compiling.compile_once(source, cache))
-    assert len(files) == 5
+    assert len(files) == 6
 
 
 def test_programs_that_start_together_all_get_the_whole_file(source, cache, compiler):
@@ -113,7 +115,9 @@ def test_programs_that_start_together_all_get_the_whole_file(source, cache, comp
 def test_no_compiler_means_no_library(source, cache, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert compiling.compile_once(source, cache) is None and names(cache) == []
+    with pytest.raises(LibraryError):
+        compiling.compile_once(source, cache)
+    assert names(cache) == []
 
 
 def test_the_compiler_may_have_arguments_and_a_missing_one_is_named(monkeypatch, tmp_path, caplog):
@@ -127,26 +131,34 @@ def test_the_compiler_may_have_arguments_and_a_missing_one_is_named(monkeypatch,
 
 
 def test_messages_without_end_do_not_fill_the_disk(source, cache, compiler, monkeypatch):
-    monkeypatch.setattr(compiling, "MAX_COMPILER_FILE_BYTES", 2**16)
+    monkeypatch.setattr(compiling, "MAX_FILE_BYTES", 2**16)
     compiler("exec yes")
-    assert compiling.compile_once(source, cache) is None and names(cache) == []
+    with pytest.raises(LibraryError):
+        compiling.compile_once(source, cache)
+    assert names(cache) == []
 
 
-def test_a_source_that_does_not_compile_is_tried_once_an_hour_and_says_why(source, cache, compiler, caplog):
-    calls = compiler('echo "/src/small.cpp:3:1: error: expected a type" >&2; exit 1')
+@pytest.mark.parametrize("said", ["/src/small.cpp:3:1: error: expected a type", "g++: error: unrecognized command-line option"])
+def test_a_source_that_does_not_compile_is_tried_once_an_hour_and_says_why(source, cache, compiler, said):
+    calls, reasons = compiler(f'echo "{said}" >&2; exit 1'), []
     for _ in range(2):
-        assert compiling.compile_once(source, cache) is None
+        with pytest.raises(LibraryError) as caught:
+            compiling.compile_once(source, cache)
+        assert caught.value.is_of_instructions
+        reasons.append(str(caught.value))
     assert len(calls.read_text()) == 1 and names(cache) == [".failed"]
-    assert "expected a type" in caplog.messages[0] and ".failed" in caplog.messages[1]
+    assert said in reasons[0] and ".failed" in reasons[1]
     (failed,) = cache.iterdir()
-    assert "expected a type" in failed.read_text()
+    assert said in failed.read_text() and stat.S_IMODE(failed.stat().st_mode) == 0o700
     an_hour_ago = time.time() - compiling.RETRY_AFTER_S - 1
     os.utime(failed, (an_hour_ago, an_hour_ago))
     compiler_now_works = "[ -e $out ] || " + COPY
-    assert compiling.compile_once(source, cache) is None and len(calls.read_text()) == 2
+    with pytest.raises(LibraryError):
+        compiling.compile_once(source, cache)
+    assert len(calls.read_text()) == 2
     os.utime(failed, (an_hour_ago, an_hour_ago))
     (cache.parent / "c++").write_text((cache.parent / "c++").read_text().replace("exit 1", compiler_now_works))
-    assert compiling.compile_once(source, cache) is not None
+    compiling.compile_once(source, cache)
 
 
 @pytest.mark.parametrize(
@@ -158,19 +170,21 @@ def test_a_source_that_does_not_compile_is_tried_once_an_hour_and_says_why(sourc
         "kill -9 $$",
     ],
 )
-def test_what_may_be_over_at_the_next_start_is_not_remembered(source, cache, compiler, text, caplog):
+def test_what_may_be_over_at_the_next_start_is_not_remembered(source, cache, compiler, text):
     compiler(text)
-    assert compiling.compile_once(source, cache) is None and names(cache) == []
-    assert "decoding will be slower" in caplog.text
+    with pytest.raises(LibraryError, match="small.cpp does not compile") as caught:
+        compiling.compile_once(source, cache)
+    assert names(cache) == [] and not caught.value.is_of_instructions
     compiler(COPY)
-    assert compiling.compile_once(source, cache) is not None
+    compiling.compile_once(source, cache)
 
 
 def test_a_compiler_that_hangs_is_ended_with_its_children_and_not_asked_again(source, cache, compiler, monkeypatch, tmp_path):
     monkeypatch.setattr(compiling, "COMPILE_TIMEOUT_S", 0.3)
     calls = compiler(f"sleep 600 & echo $! >{tmp_path}/child; wait")
     for _ in range(2):
-        assert compiling.compile_once(source, cache) is None
+        with pytest.raises(LibraryError):
+            compiling.compile_once(source, cache)
     assert len(calls.read_text()) == 1 and names(cache) == [".failed"]
     child = Path("/proc") / (tmp_path / "child").read_text().strip() / "stat"
     deadline = time.monotonic() + 60
@@ -185,6 +199,93 @@ def test_a_full_disk_is_seen_before_the_compiler_starts(source, cache, compiler,
     with pytest.raises(OSError, match="No space left"):
         compiling.compile_once(source, cache)
     assert calls.read_text() == "" and names(cache) == []
+
+
+# A check
+
+PASSES = 'print("a warning of a library"); print(json.dumps({"reason": None, "threads": sys.argv[2]}))'
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    """A function that makes a program the check; the file `checked` counts how often it runs."""
+    monkeypatch.setattr(compiling, "ROOT", tmp_path)
+    counter = tmp_path / "checked"
+    counter.write_text("")
+
+    def write(text: str) -> Path:
+        start = f"import json, os, signal, sys, time\nopen({str(counter)!r}, 'a').write('.')\n"
+        (tmp_path / "some_check.py").write_text(start + text)
+        return counter
+
+    return write
+
+
+def check_once(file: Path) -> dict:
+    return compiling.check_once(file, "some_check", "2")
+
+
+@pytest.fixture
+def file(cache):
+    (cache / "kernels-1.so").write_text("code")
+    return cache / "kernels-1.so"
+
+
+def test_a_check_that_passes_runs_once_and_its_result_is_kept(file, check):
+    calls = check(PASSES)
+    for _ in range(2):
+        assert check_once(file) == {"reason": None, "threads": "2"}
+    assert calls.read_text() == "." and names(file.parent) == [".checked", ".so"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('print(json.dumps({"reason": "wrong results: bf16_gate"}))', "wrong results: bf16_gate"),
+        ("os.kill(os.getpid(), signal.SIGILL)", "its check ended with SIGILL"),
+        ("import ctypes; ctypes.string_at(0)", "its check ended with SIGSEGV"),
+        ("time.sleep(600)", "its check took longer than 0.5 s"),
+    ],
+)
+def test_a_file_that_fails_its_check_is_not_used_and_not_checked_again_for_a_day(file, check, monkeypatch, text, reason):
+    if "sleep" in text:
+        monkeypatch.setattr(compiling, "CHECK_TIMEOUT_S", 0.5)
+    calls = check(text)
+    for _ in range(2):
+        with pytest.raises(LibraryError, match=reason) as caught:
+            check_once(file)
+        assert caught.value.is_of_instructions
+    assert len(calls.read_text()) <= 1  # under load, it may be ended before it can count
+    check(PASSES)
+    a_day_ago = time.time() - compiling.RECHECK_AFTER_S - 1
+    os.utime(file.with_suffix(".checked"), (a_day_ago, a_day_ago))
+    assert check_once(file)["reason"] is None
+
+
+@pytest.mark.parametrize("text", ["import nothing_of_this_name", "os.kill(os.getpid(), signal.SIGKILL)", "print(5)", ""])
+def test_a_check_that_could_not_run_is_repeated_at_the_next_start(file, check, text):
+    calls = check(text)
+    with pytest.raises(LibraryError, match="cannot be checked") as caught:
+        check_once(file)
+    assert not caught.value.is_of_instructions and names(file.parent) == [".so"]
+    check(PASSES)
+    assert check_once(file)["reason"] is None and calls.read_text() == ".."
+
+
+@pytest.mark.parametrize("damage", ["cut short", "a list", "a link", "writable by all"])
+def test_a_result_that_is_damaged_or_may_be_of_another_user_is_not_believed(file, check, damage, tmp_path):
+    calls = check(PASSES)
+    check_once(file)
+    kept = file.with_suffix(".checked")
+    if damage == "a link":
+        kept.rename(tmp_path / "elsewhere")
+        kept.symlink_to(tmp_path / "elsewhere")
+    elif damage == "writable by all":
+        kept.chmod(0o777)
+    else:
+        kept.write_text('{"reason": nu' if damage == "cut short" else "[]")
+    assert check_once(file) == {"reason": None, "threads": "2"} and calls.read_text() == ".."
+    assert compiling.is_private(kept, is_folder=False)
 
 
 # Folders

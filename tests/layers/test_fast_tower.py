@@ -9,6 +9,7 @@ from torch import nn
 
 from paligemma.configuration import SiglipVisionConfig
 from paligemma.layers import acceleration, fast_cpu, fast_tower, kernels, quantization
+from paligemma.layers.kernel_check import layer_norm_bound
 from paligemma.layers.lora import LoRALinear
 from paligemma.layers.replacing import extended
 from paligemma.modeling_siglip import SiglipVisionModel
@@ -50,14 +51,7 @@ def test_the_norm_kernel_is_layer_norm(rows, width, variant):
     weight, bias = torch.randn(2, width).bfloat16()
     eps = 1e-6
     exact = F.layer_norm(x.double(), (width,), weight.double(), bias.double(), eps)
-    # The mean is off by the rounding of a sum, and with it every distance from the mean; the variance is off by that of another
-    # sum; then come a few products and the rounding of the result.
-    deviation = (x.double().var(-1, correction=0, keepdim=True) + eps).sqrt()
-    normal = (x.double() - x.double().mean(-1, keepdim=True)) / deviation
-    of_mean = 1.01 * (width + 2) * SINGLE * x.double().abs().mean(-1, keepdim=True) / deviation
-    error = of_mean + 2 * SINGLE * normal.abs() + normal.abs() * (1.01 * (width + 8) * SINGLE + of_mean**2)
-    bound = error * weight.double().abs() + 4 * SINGLE * (normal * weight.double()).abs() + 2 * SINGLE * bias.double().abs()
-    assert_within(kernels.bf16_layer_norm(x, weight, bias, eps), exact, bound + HALF * (exact.abs() + bound) + 1e-30)
+    assert_within(kernels.bf16_layer_norm(x, weight, bias, eps), exact, layer_norm_bound(x, weight, bias, exact, eps))
 
 
 def test_the_norm_copies_rows_that_are_transposed_in_memory():

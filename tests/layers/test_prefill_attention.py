@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from paligemma.layers import acceleration, fast_cpu, kernels
+from paligemma.layers.kernel_check import attention_bound
 from paligemma.layers.lora import LoRALinear
-from paligemma.modeling_gemma import GemmaConfig, GemmaForCausalLM, KVCache, attention, rotary_embedding, rotate
+from paligemma.modeling_gemma import GemmaConfig, GemmaForCausalLM, KVCache, rotary_embedding, rotate
 from tests.bounds import UNIT, assert_within, exact_arithmetic
 from tests.tiny import FAMILIES, fill
 
@@ -39,24 +40,6 @@ def random_mask(rows: int, length: int, slots: int) -> torch.Tensor:
     return mask
 
 
-def assert_attention(y, q, k, v, mask, scale: float, cap: float | None, q_error: float = 0) -> None:
-    """Checks y[B, L, N E]. `q_error`: rounding of the queries, relative to their size.
-
-    A score is off by the rounding of q and of a sum of E products; a cap does not increase that. If scores are off by `moved` at
-    most, a weight is off by a factor of e^(2 moved). Weights and results are rounded to bfloat16, sums over slots to float32. The
-    1e-5 is for the exponential, and the last term of `rounding` for its argument.
-    """
-    q, k, v = q.double(), k.double(), v.double()
-    slots, width = k.shape[2], q.shape[3]
-    sizes = scale * (q.abs() @ k.abs().repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(2, 3)).amax(-1, keepdim=True)
-    moved = (q_error + 1.01 * (width + 8) * SINGLE) * sizes
-    with exact_arithmetic():
-        exact, absolute = attention(q, k, v, mask, scale, cap), attention(q, k, v.abs(), mask, scale, cap)
-    rounding = 1.01 * HALF + 1e-5 + 1.01 * (slots + 8) * SINGLE + 4 * SINGLE * sizes
-    bound = (torch.expm1(2 * moved) + rounding) * (1 + HALF) * absolute + HALF * exact.abs() + 1e-30
-    assert_within(y, *(part.transpose(1, 2).flatten(2) for part in (exact, bound)))
-
-
 @pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -67,7 +50,7 @@ def test_attention_of_many_queries_is_attention(shape, is_masked, cap, variant):
     rows, _, _, length, width = shape
     mask = random_mask(rows, length, length) if is_masked else None
     scale = 0.5 * width**-0.5
-    assert_attention(kernels.bf16_attend_many(q, k, v, mask, scale, cap), q, k, v, mask, scale, cap)
+    assert_within(kernels.bf16_attend_many(q, k, v, mask, scale, cap), *attention_bound(q, k, v, mask, scale, cap))
 
 
 @pytest.mark.parametrize("before", [0, 5, 390])  # tokens in the cache, so that the new ones begin in the middle of a panel
@@ -90,7 +73,8 @@ def test_new_tokens_are_rotated_and_written_and_attend_to_the_cache(rows, kv_hea
     assert_within(keys, exact_keys, HALF * exact_keys.abs() + 1e-5)
     assert torch.equal(values, exact_values)
     q = rotate(q.double(), *rotation)
-    assert_attention(y, q, keys[:, :, :slots_read], values[:, :, :slots_read], mask, scale, None, q_error=1.01 * HALF)
+    read = keys[:, :, :slots_read], values[:, :, :slots_read]
+    assert_within(y, *attention_bound(q, *read, mask, scale, None, q_error=1.01 * HALF))
 
 
 @pytest.mark.parametrize("slot", [3, 398])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from paligemma import roofline
-from paligemma.layers import compiling, kernels
+from paligemma.layers import instruction_sets, kernels
 
 OWN = {torch.float32: None, torch.bfloat16: "avx512_bf16", torch.int8: "avx2"}  # the flag of a processor's own instruction
 
@@ -24,7 +24,7 @@ def test_products_in_registers_are_all_computed(variant):
         assert variant.rate_multiply(way, 5, 3) == 3 * 5 * once
 
 
-@pytest.mark.parametrize("dtype", [dtype for dtype, flag in OWN.items() if not flag or flag in compiling.cpu_flags()])
+@pytest.mark.parametrize("dtype", [dtype for dtype, flag in OWN.items() if not flag or flag in instruction_sets.cpu_flags()])
 def test_the_processor_has_an_instruction_of_its_own_for_each_dtype(dtype):
     rates = kernels.library()
     found = [way for way in ways(rates) if roofline.NUMBERS[rates.rate_numbers(way)] is dtype]

@@ -18,7 +18,7 @@ from torch import Tensor
 from paligemma.layers import compiling, int_formats, kernels
 from paligemma.layers.int_formats import KINDS
 from tests.bounds import UNIT, assert_within, product_bound
-from tests.processors import SHARED, VARIANTS
+from tests.processors import QUICK_FLAGS, TILES
 
 IN_BOUNDS = Path(__file__).with_name("tiles_in_bounds.cpp")
 ROWS = [16, 17, 32, 63, 530]  # a tile; a tile and a row; two tiles; almost four; more than one block of rows
@@ -40,7 +40,7 @@ def library(variants, monkeypatch):
     yield library and with_types(library)
     if library:
         assert library.emulated_fault() is None
-        kernels.tuning(library).tiles, kernels.tuning(library).tile_rows = 1, 16
+        kernels.tuning(library).tile_rows = 16
 
 
 @pytest.fixture
@@ -173,12 +173,6 @@ def test_tiles_are_used_only_where_they_should_be(kind, library):
     assert kind == "bf16" or not uses_tiles(16, torch.float32)
     kernels.tuning(library).tile_rows = 40
     assert not uses_tiles(39) and uses_tiles(40)
-    kernels.tuning(library).tiles = 0
-    assert not uses_tiles(100)
-
-
-def test_tiles_are_off_by_default(library):
-    assert library is None or not library.emulated_were_on_by_default()
 
 
 def test_without_permission_the_other_kernels_compute(variants, tmp_path, monkeypatch):
@@ -199,10 +193,9 @@ def test_without_permission_the_other_kernels_compute(variants, tmp_path, monkey
 def compiled_program(folder: Path, *flags: str) -> Path | None:
     """IN_BOUNDS as a program; None if it does not compile with these flags."""
     # Without -O1, because AddressSanitizer makes optimising slow.
-    shared = [flag for flag in SHARED if flag not in ("-shared", "-fPIC", "-O1")]
-    emulation = next(flag for flag in VARIANTS["emulated tiles"] if "EMULATED_TILES" in flag)
+    shared = [flag for flag in QUICK_FLAGS if flag not in ("-shared", "-fPIC", "-O1")]
     program = folder / "program"
-    command = [*compiling.find_compiler(), *shared, emulation, *flags, str(IN_BOUNDS), "-o", str(program)]
+    command = [*compiling.find_compiler(), *shared, *TILES.flags, *flags, str(IN_BOUNDS), "-o", str(program)]
     return program if subprocess.run(command, capture_output=True, timeout=300).returncode == 0 else None
 
 
@@ -223,7 +216,7 @@ def test_the_real_instructions_compile(tmp_path):
     if not compiler or not X86:
         return
     made = tmp_path / "kernels.so"
-    command = [*compiler, *SHARED, "-march=sapphirerapids", str(compiling.SOURCE), "-o", str(made)]
+    command = [*compiler, *QUICK_FLAGS, "-march=sapphirerapids", str(compiling.SOURCE), "-o", str(made)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[:3000]
     if shutil.which("objdump"):

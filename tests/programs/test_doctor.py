@@ -17,7 +17,7 @@ from paligemma import devices
 from paligemma.checkup import arithmetic, network, system
 from paligemma.checkup.rows import FAILED, NOTE, OK, Row, failed
 from paligemma.errors import DeviceError
-from paligemma.layers import compiling
+from paligemma.layers import compiling, instruction_sets
 from paligemma.programs import commandline, doctor
 from tests.gpu.pretend import pretend
 from tests.tiny_checkpoint import make_checkpoint
@@ -261,7 +261,7 @@ def test_an_exception_in_a_check_is_a_failed_row_and_debug_prints_its_traceback(
     def broken():
         raise DeviceError("the group has no name. Give it one.")
 
-    monkeypatch.setattr(compiling, "cpu_flags", broken)
+    monkeypatch.setattr(instruction_sets, "cpu_flags", broken)
     code, found = report(capsys)
     assert code == 6 and found["cores"] == {
         "group": "machine", "name": "cores", "value": "the group has no name.", "state": FAILED, "advice": "Give it one.",

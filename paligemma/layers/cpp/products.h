@@ -9,8 +9,7 @@ const int64_t CHUNK = 512;   // maximum number of outputs in a task
 // Values that depend on the machine. These defaults are replaced by those that a measurement found to be faster.
 struct Tuning {              // kernels.CTuning has the same fields
     int64_t prefetch = 1024;  // with one or two rows, weights are fetched into the cache this many bytes before they are needed
-    int64_t tiles = 0;        // whether AMX is used (tiles.h), which has not run on a processor yet
-    int64_t tile_rows = 16;   // the smallest number of rows for which it is
+    int64_t tile_rows = 16;   // the smallest number of rows that are multiplied with AMX
     int64_t many_rows = 8;    // with so many rows or more, bfloat16 weights are multiplied by many_rows.h
 };
 __attribute__((visibility("hidden"))) inline Tuning tuning;  // hidden: libraries for different processors do not share it

@@ -1,7 +1,7 @@
 // Products of many rows of x on processors with Intel's AMX, which multiplies tiles of 16 lines of 64 bytes.
 //
-// This file has not run on such a processor yet, so it is off unless the user asks for it (`tuning.tiles`). Its results are
-// tested with an emulation of the instructions (EMULATED_TILES); its speed is an estimate.
+// This file has not run on such a processor yet, so it is compiled only if the user asks for it (PALIGEMMA_KERNELS=amx). Its
+// results are tested with an emulation of the instructions (EMULATED_TILES); its speed is an estimate.
 //
 // One instruction, tdpbf16ps, adds A B to C: A has 16 rows and 32 columns, B 32 rows and 16 columns, of bfloat16, C has 16 x 16
 // float32. Each word of 32 bits is a pair of neighbours along the inputs:
@@ -298,7 +298,7 @@ template <class Weights> struct Product {
 // Computes the product and returns true, or returns false if tiles must not or should not be used.
 template <class Weights> static bool product(const Call& call) {
     static const bool allowed = request_tiles();
-    if (!allowed || !tuning.tiles || call.rows < tuning.tile_rows || !call.x_is_bf16) return false;
+    if (!allowed || call.rows < tuning.tile_rows || !call.x_is_bf16) return false;
     Product<Weights>{call, 0, 0, 0, nullptr}.run();
     return true;
 }
