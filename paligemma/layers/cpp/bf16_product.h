@@ -70,6 +70,8 @@ struct Bf16Product {
     }
 #endif
 
+    bool multiply_tiles(const Call&) const { return false; }
+
     void tile(const Matrix& matrix, int64_t start, int64_t count, int64_t row, int height, float* sums) const {
         decltype(&bf16_rows<1>) tiles[] = {bf16_rows<1>, bf16_rows<2>, bf16_rows<3>, bf16_rows<4>, bf16_rows<5>, bf16_rows<6>};
         tiles[height - 1]((const uint16_t*)matrix.w + start * inputs, x + row * inputs, sums, count, inputs);

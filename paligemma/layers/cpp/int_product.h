@@ -1,141 +1,148 @@
 // Products with int8 and int4 weights; int_formats.py documents their layouts.
+//
+// Up to six rows of x are one tile, which reads all inputs. With more rows, the inputs are divided into parts of 256: the weights
+// of a part and 64 outputs, 16 KB, stay in the L1 cache while they are multiplied with all tiles.
 #pragma once
 
-#include "products.h"
+#include "int_tiles.h"
 #include "tiles.h"
 
-// acc[o] += sum over j < 4 of w[4 o + j] * x[j], for the unsigned weights of 16 outputs and four signed inputs in one word.
-static inline I32 dot4(I32 acc, U32 w, int32_t x) {
-#if defined(__AVX512VNNI__)
-    return (I32)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
-#elif defined(__AVX2__)
-    typedef __m256i Halves __attribute__((may_alias));
-    __m256i xs = _mm256_set1_epi32(x), low = _mm256_set1_epi16(255);
-    __m256i x_even = _mm256_srai_epi16(_mm256_slli_epi16(xs, 8), 8), x_odd = _mm256_srai_epi16(xs, 8);
-    __m256i part[2];
-    for (int h = 0; h < 2; h++) {
-        __m256i ws = ((Halves*)&w)[h];
-        part[h] = _mm256_add_epi32(_mm256_madd_epi16(_mm256_and_si256(ws, low), x_even),
-                                   _mm256_madd_epi16(_mm256_srli_epi16(ws, 8), x_odd));
-    }
-    return acc + load<I32>(part);
-#else
-    for (int j = 0; j < 4; j++) acc += (I32)(w >> (8 * j) & 255) * (int32_t)(int8_t)((uint32_t)x >> (8 * j));
-    return acc;
-#endif
-}
+static thread_local Scratch sums_buffer;  // of all rows for 64 outputs
 
-// Rows of x in 8 bits, with one scale per group of inputs. Weights are stored with an offset, as q + 128 (int8) or q + 8 (int4),
-// which adds offset * sum(x) to each sum, so sums begin at `start` = -offset * sum(x).
-struct Rows {
-    int8_t* q;
-    float* scale;
-    int32_t* start;
-    int64_t inputs, groups;
-};
-
-template <int GROUP>
-static void quantize_group(const void* x, bool is_bf16, int64_t i, int weight_offset, Rows rows) {
-    F32 largest = {}, nan = {}, v[GROUP / 16];
-    for (int j = 0; j < GROUP / 16; j++) {
-        v[j] = read16(x, i + 16 * j, is_bf16);
-        F32 size = as_float((U32)v[j] & 0x7fffffffu);
-        largest = largest > size ? largest : size;
-        nan += v[j] * 0;  // becomes NaN if an input is NaN or infinite; added to the scale, it makes the output NaN
-    }
-    float top = 0;
-    for (int j = 0; j < 16; j++) top = std::max(top, largest[j]);
-    float inverse = top > 0 ? 127 / top : 0;
-    I32 total = {};
-    for (int j = 0; j < GROUP / 16; j++) {
-        I32 q = (I32)(v[j] * inverse + ROUNDING) - ROUNDING_BITS;
-        total += q;
-        store(rows.q + i + 16 * j, __builtin_convertvector(q, I8));
-    }
-    int32_t input_sum = 0;
-    for (int j = 0; j < 16; j++) input_sum += total[j];
-    rows.scale[i / GROUP] = top / 127 + sum(nan);
-    rows.start[i / GROUP] = -weight_offset * input_sum;
-}
-
-// Computes sums for B rows, starting at `row`, and 16 outputs in each of O blocks. The blocks of w are split into O ranges of
-// `stride` blocks; the tile takes one block of each range.
-template <int BITS, int GROUP, int B, int O>
-static void int_tile(const uint8_t* w, const uint16_t* scales, int64_t stride, Rows x, int64_t row, float* sums) {
-    const int64_t inputs = x.inputs, bytes = 16 * inputs * BITS / 8;  // bytes of one block
-    const int8_t* q = x.q + row * inputs;
-    const float* x_scale = x.scale + row * x.groups;
-    const int32_t* x_start = x.start + row * x.groups;
-    F32 total[O][B] = {};
-    for (int64_t g = 0; g < x.groups; g++) {
-        I32 acc[O][B];
-        UNROLL for (int r = 0; r < B; r++) {
-            UNROLL for (int c = 0; c < O; c++) acc[c][r] = I32{} + x_start[r * x.groups + g];
-        }
-        for (int line = 0; line < GROUP * BITS / 32; line++, w += 64, q += 32 / BITS) {
-            U32 low[O], high[O];
-            UNROLL for (int c = 0; c < O; c++) {
-                U32 packed = stream(w + c * stride * bytes, B);
-                low[c] = BITS == 8 ? packed : packed & 0x0f0f0f0fu;
-                high[c] = packed >> 4 & 0x0f0f0f0fu;
-            }
-            UNROLL for (int r = 0; r < B; r++) {
-                UNROLL for (int c = 0; c < O; c++) acc[c][r] = dot4(acc[c][r], low[c], load<int32_t>(q + r * inputs));
-            }
-            if (BITS == 8) continue;
-            UNROLL for (int r = 0; r < B; r++) {
-                UNROLL for (int c = 0; c < O; c++) acc[c][r] = dot4(acc[c][r], high[c], load<int32_t>(q + r * inputs + 4));
-            }
-        }
-        UNROLL for (int c = 0; c < O; c++) {
-            F32 scale = BITS == 8 ? F32{} + 1 : read16(scales, (c * stride * x.groups + g) * 16, true);
-            UNROLL for (int r = 0; r < B; r++) {
-                F32 floats = __builtin_convertvector(acc[c][r], F32);
-                total[c][r] += floats * (BITS == 8 ? F32{} + x_scale[r * x.groups + g] : scale * x_scale[r * x.groups + g]);
-            }
-        }
-    }
-    for (int c = 0; c < O; c++) {
-        for (int r = 0; r < B; r++) {
-            F32 out = BITS == 8 ? total[c][r] * read16(scales, c * stride * 16, true) : total[c][r];
-            store(sums + r * CHUNK + c * stride * 16, out);
+// Unpacks the int4 weights of a part to lines of bytes.
+static void unpack(TileWeights& w, int64_t inputs, uint8_t* to) {
+    for (int c = 0; c < TILE_BLOCKS; c++) {
+        const uint8_t* from = w.lines[c];
+        w.lines[c] = to;
+        for (int64_t i = 0; i < inputs; i += 8, from += 64, to += 128) {
+            const U32 packed = load<U32>(from);
+            store(to, packed & 0x0f0f0f0fu);
+            store(to + 64, packed >> 4 & 0x0f0f0f0fu);
         }
     }
 }
 
 template <int BITS, int GROUP> struct IntProduct {
-    Rows x;
+    PackedRows x;
 
-    static int64_t bytes(const Call& call) { return call.rows * (call.inputs + call.inputs / GROUP * 8); }
+    static int64_t padded_count(const Call& call) {  // whole tiles
+        return call.rows <= TILE_ROWS ? call.rows * call.inputs : (call.rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS * call.inputs;
+    }
+
+    static int64_t bytes(const Call& call) { return padded_count(call) / GROUP * (GROUP + sizeof(float) + sizeof(int32_t)); }
 
     IntProduct(const Call& call, char* memory) {
-        const int64_t groups = call.inputs / GROUP, count = call.rows * call.inputs;
-        x = {(int8_t*)memory, (float*)(memory + count), (int32_t*)(memory + count + call.rows * groups * 4), call.inputs, groups};
+        const int64_t count = padded_count(call);
+        const bool is_one_tile = call.rows <= TILE_ROWS;
+        x.q = (int8_t*)memory;
+        x.scale = (float*)(memory + count);
+        x.start = (int32_t*)(x.scale + count / GROUP);
+        x.rows = call.rows, x.inputs = call.inputs;
+        x.height = is_one_tile ? call.rows : TILE_ROWS, x.part_size = is_one_tile ? call.inputs : PART;
     }
 
+    // Packs PART inputs of a tile at a time. If a part has more, it consists of several of these pieces.
     void convert_inputs(const Call& call) const {
+        const int64_t pieces = (x.inputs + PART - 1) / PART;
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < call.rows * call.inputs; i += GROUP) {
-            quantize_group<GROUP>(call.x, call.x_is_bf16, i, 1 << (BITS - 1), x);
+        for (int64_t i = 0; i < (x.rows ? pieces * x.tiles() : 0); i++) {
+            pack_tile<GROUP>(call, x, 1 << (BITS - 1), i % pieces * PART, i / pieces);
         }
     }
 
-    template <int B>
-    static void blocks(const uint8_t* w, const uint16_t* scales, int64_t count, Rows x, int64_t row, float* sums) {
-        const int64_t bytes = 2 * x.inputs * BITS, step = 16 * (BITS == 8 ? 1 : x.groups);
-        const int64_t stride = count / 4;  // four ranges of whole blocks
+    // The weights of the blocks first, first + stride, ... from a part of the inputs on. There are none after the block `last`,
+    // which is multiplied again instead.
+    TileWeights tile_weights(const Matrix& matrix, int64_t first, int64_t stride, int64_t last, int64_t part) const {
+        TileWeights w = {};
+        for (int c = 0; c < TILE_BLOCKS; c++) {
+            const int64_t before = std::min(first + c * stride, last) * 16 * x.inputs + part * x.part_size * 16;
+            w.lines[c] = (const uint8_t*)matrix.w + before * BITS / 8;
+            if (BITS == 4) w.scales[c] = matrix.scales + before / GROUP;
+        }
+        return w;
+    }
+
+    static F32 output_scale(const Matrix& matrix, int64_t block) {
+        return BITS == 8 ? read16(matrix.scales, block * 16, true) : F32{} + 1;
+    }
+
+    // If x is one tile: four ranges of blocks, of which a step takes one each, so that four long ranges of memory are read.
+    void tile(const Matrix& matrix, int64_t start, int64_t count, int64_t, int height, float* sums) const {
+        const int64_t first = start / 16, blocks = (count + 15) / 16, stride = (blocks + TILE_BLOCKS - 1) / TILE_BLOCKS;
         for (int64_t b = 0; b < stride; b++) {
-            int_tile<BITS, GROUP, B, 4>(w + b * bytes, scales + b * step, stride, x, row, sums + b * 16);
-        }
-        for (int64_t b = 4 * stride; b < count; b++) {
-            int_tile<BITS, GROUP, B, 1>(w + b * bytes, scales + b * step, 1, x, row, sums + b * 16);
+            alignas(64) float part[TILE_ROWS * TILE_OUTPUTS];
+            memset(part, 0, height * TILE_OUTPUTS * sizeof(float));
+            TileWeights w = tile_weights(matrix, first + b, stride, first + blocks - 1, 0);
+            for (int c = 0; c < TILE_BLOCKS; c++) w.ahead[c] = w.lines[c] + tuning.prefetch;
+            w.step = 64;
+            multiply_part<BITS, GROUP, false>(w, x, 0, 0, 1, part);
+            for (int64_t c = 0, block = b; c < TILE_BLOCKS && block < blocks; c++, block += stride) {
+                const F32 scale = output_scale(matrix, first + block);
+                for (int r = 0; r < height; r++) {
+                    store(sums + r * CHUNK + block * 16, load<F32>(part + r * TILE_OUTPUTS + c * 16) * scale);
+                }
+            }
         }
     }
 
-    void tile(const Matrix& matrix, int64_t start, int64_t count, int64_t row, int height, float* sums) const {
-        decltype(&blocks<1>) tiles[] = {blocks<1>, blocks<2>, blocks<3>, blocks<4>, blocks<5>, blocks<6>};
-        const uint8_t* w = (const uint8_t*)matrix.w + start * x.inputs * BITS / 8;
-        tiles[height - 1](w, matrix.scales + start * (BITS == 8 ? 1 : x.groups), (count + 15) / 16, x, row, sums);
+    // Computes sums[rows of the tiles][TILE_OUTPUTS] for four blocks, without the scales of int8.
+    void sum_blocks(const Matrix& matrix, int64_t first, int64_t tile, int64_t tiles, float* sums) const {
+        const int64_t last = (matrix.outputs - 1) / 16;
+        alignas(64) uint8_t unpacked[BITS == 4 ? PART * TILE_OUTPUTS : 1];
+        memset(sums, 0, tiles * x.height * TILE_OUTPUTS * sizeof(float));
+        for (int64_t part = 0; part < x.parts(); part++) {
+            TileWeights w = tile_weights(matrix, first, 1, last, part);
+            // While a part is multiplied with all tiles, the next part is prefetched.
+            const int64_t bytes = x.inputs_of(part) * 2 * BITS;
+            for (int c = 0; c < TILE_BLOCKS; c++) w.ahead[c] = w.lines[c] + bytes;
+            if (tiles <= COLD_TILES) {
+                w.step = 64 / tiles;
+                multiply_part<BITS, GROUP, false>(w, x, part, tile, tiles, sums);
+            } else {
+                if (BITS == 4) unpack(w, x.inputs_of(part), unpacked);
+                w.step = (bytes / 64 + tiles - 1) / tiles * 64;
+                multiply_part<8, GROUP, true>(w, x, part, tile, tiles, sums);
+            }
+        }
+    }
+
+    // If x has several tiles, computes all outputs and returns true. A task takes 64 outputs and all tiles; if that makes too few
+    // tasks for the threads, a part of the tiles.
+    bool multiply_tiles(const Call& call) const {
+        if (call.rows <= TILE_ROWS) return false;
+        int64_t width = 0, chunks = 0;
+        for (int i = 0; i < (call.is_gated() ? 1 : 3); i++) {
+            width += call.matrices[i].outputs;
+            chunks += (call.matrices[i].outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
+        }
+        const int64_t wanted = std::min(x.tiles(), (TASKS_PER_THREAD * call.threads + chunks - 1) / chunks);
+        const int64_t tiles = (x.tiles() + wanted - 1) / wanted, ranges = (x.tiles() + tiles - 1) / tiles;
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < chunks * ranges; task++) {
+            const Matrix* matrix = call.matrices;
+            int64_t start = task / ranges * TILE_OUTPUTS, before = 0;
+            for (; start >= matrix->outputs; matrix++) {
+                start -= (matrix->outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS * TILE_OUTPUTS;
+                before += matrix->outputs;
+            }
+            const int64_t tile = task % ranges * tiles, height = std::min(tiles, x.tiles() - tile), size = tiles * x.height * TILE_OUTPUTS;
+            float *sums = (float*)sums_buffer.at_least(2 * size * sizeof(float)), *ups = sums + size;
+            sum_blocks(*matrix, start / 16, tile, height, sums);
+            if (call.is_gated()) sum_blocks(call.matrices[1], start / 16, tile, height, ups);
+            const int64_t row = tile * x.height, rows = std::min(height * x.height, x.rows - row);
+            const int64_t count = std::min<int64_t>(TILE_OUTPUTS, matrix->outputs - start);
+            for (int64_t r = 0; r < rows; r++, sums += TILE_OUTPUTS, ups += TILE_OUTPUTS) {
+                // Rows of y are far apart, so the processor does not know which cache lines will be written next.
+                const int64_t later = (row + r + 8) * width + before + start, bytes = call.y_is_bf16 ? 2 : 4;
+                for (int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch((const char*)call.y + later * bytes + i, 1);
+                for (int64_t i = 0; BITS == 8 && i < count; i += 16) {
+                    store(sums + i, load<F32>(sums + i) * output_scale(*matrix, (start + i) / 16));
+                    if (call.is_gated()) store(ups + i, load<F32>(ups + i) * output_scale(call.matrices[1], (start + i) / 16));
+                }
+                write_outputs(call, *matrix, row + r, width, before, start, count, sums, call.is_gated() ? ups : nullptr);
+            }
+        }
+        return true;
     }
 };
 

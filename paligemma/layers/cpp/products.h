@@ -71,10 +71,11 @@ static void write_outputs(const Call& call, const Matrix& matrix, int64_t row, i
 //
 // Product(call, memory): `memory` has at least Product::bytes(call) and is shared by all threads. Product::convert_inputs(call)
 // converts call.x into the form that Product::tile(matrix, first output, outputs, first row, rows, sums[rows][CHUNK]) needs,
-// which computes one tile.
+// which computes one tile. Product::multiply_tiles(call) may compute all tiles in an order of its own and return true.
 template <class Product> static void multiply_in_region(const Call& call, char* memory) {
     const Product product(call, memory);
     product.convert_inputs(call);
+    if (product.multiply_tiles(call)) return;
     const Matrix* matrices = call.matrices;
     const int parts = call.is_gated() ? 1 : 3;
     // Few rows: large chunks, which are long ranges of memory. Many rows: chunks small enough to stay in the L1 cache while they

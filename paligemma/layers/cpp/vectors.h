@@ -33,31 +33,39 @@ static inline U16 to_bf16(F32 value) {  // rounds to nearest even; a NaN keeps i
     return __builtin_convertvector(value == value ? rounded : (bits >> 16 | 0x40), U16);
 }
 
-template <class Half, class Whole> static inline Half fold(Whole v) {
-    Half parts[2];
-    memcpy(parts, &v, sizeof v);
-    return parts[0] + parts[1];
-}
+typedef float F8 __attribute__((vector_size(32)));
+typedef float F4 __attribute__((vector_size(16)));
+template <class Half, class Whole> static inline void halve(Whole v, Half parts[2]) { memcpy(parts, &v, sizeof v); }
+
 static inline float sum(F32 v) {
-    typedef float F8 __attribute__((vector_size(32)));
-    typedef float F4 __attribute__((vector_size(16)));
-    F4 four = fold<F4>(fold<F8>(v));
+    F8 eights[2];
+    F4 fours[2];
+    halve(v, eights);
+    halve(eights[0] + eights[1], fours);
+    const F4 four = fours[0] + fours[1];
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 static inline float max(F32 v) {
-    float top = v[0];
-    UNROLL for (int i = 1; i < 16; i++) top = std::max(top, v[i]);
-    return top;
+    F8 eights[2];
+    F4 fours[2];
+    halve(v, eights);
+    halve(eights[0] > eights[1] ? eights[0] : eights[1], fours);
+    const F4 four = fours[0] > fours[1] ? fours[0] : fours[1];
+    return std::max(std::max(four[0], four[2]), std::max(four[1], four[3]));
 }
+
+struct alignas(64) CacheLine {  // vectors that lie in two cache lines are read and written at half the speed
+    char bytes[64];
+};
 
 // Memory that is kept until the calling thread ends and only grows, so that a decoding step allocates nothing.
 struct Scratch {
-    std::unique_ptr<char[]> memory;
+    std::unique_ptr<CacheLine[]> memory;
     size_t size = 0;
     char* at_least(size_t wanted) {
-        if (wanted > size) memory.reset(new char[size = wanted]);
-        return memory.get();
+        if (wanted > size) memory.reset(new CacheLine[(size = wanted) / sizeof(CacheLine) + 1]);
+        return memory[0].bytes;
     }
 };
 static thread_local Scratch input_buffer, query_buffer, score_buffer, layer_buffer, logits_buffer;
