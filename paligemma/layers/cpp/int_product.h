@@ -38,15 +38,15 @@ template <int BITS, int GROUP> struct IntProduct {
         x.scale = (float*)(memory + count);
         x.start = (int32_t*)(x.scale + count / GROUP);
         x.rows = call.rows, x.inputs = call.inputs;
-        x.height = is_one_tile ? call.rows : TILE_ROWS, x.part_size = is_one_tile ? call.inputs : PART;
+        x.height = is_one_tile ? call.rows : TILE_ROWS, x.part_size = is_one_tile ? call.inputs : PART_INPUTS;
     }
 
-    // Packs PART inputs of a tile at a time. If a part has more, it consists of several of these pieces.
+    // Packs PART_INPUTS inputs of a tile at a time. If a part has more, it consists of several of these pieces.
     void convert_inputs(const Call& call) const {
-        const int64_t pieces = (x.inputs + PART - 1) / PART;
+        const int64_t pieces = (x.inputs + PART_INPUTS - 1) / PART_INPUTS;
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < (x.rows ? pieces * x.tiles() : 0); i++) {
-            pack_tile<GROUP>(call, x, 1 << (BITS - 1), i % pieces * PART, i / pieces);
+            pack_tile<GROUP>(call, x, 1 << (BITS - 1), i % pieces * PART_INPUTS, i / pieces);
         }
     }
 
@@ -88,7 +88,7 @@ template <int BITS, int GROUP> struct IntProduct {
     // Computes sums[rows of the tiles][TILE_OUTPUTS] for four blocks, without the scales of int8.
     void sum_blocks(const Matrix& matrix, int64_t first, int64_t tile, int64_t tiles, float* sums) const {
         const int64_t last = (matrix.outputs - 1) / 16;
-        alignas(64) uint8_t unpacked[BITS == 4 ? PART * TILE_OUTPUTS : 1];
+        alignas(64) uint8_t unpacked[BITS == 4 ? PART_INPUTS * TILE_OUTPUTS : 1];
         memset(sums, 0, tiles * x.height * TILE_OUTPUTS * sizeof(float));
         for (int64_t part = 0; part < x.parts(); part++) {
             TileWeights w = tile_weights(matrix, first, 1, last, part);

@@ -6,7 +6,7 @@
 
 const int TILE_BLOCKS = 4;  // blocks of 16 outputs in a tile
 const int TILE_OUTPUTS = TILE_BLOCKS * 16;
-const int64_t PART = 256;   // inputs of a part, if there are several tiles
+const int64_t PART_INPUTS = 256;   // inputs of a part, if there are several tiles
 const int64_t COLD_TILES = 4;  // with so many tiles or fewer, products are limited by reading weights, so the next are prefetched
 const int64_t TASKS_PER_THREAD = 4;  // at least, if possible
 
@@ -72,12 +72,12 @@ template <int N> static inline float round_group(const void* x, bool is_bf16, in
     return top / 127 + (q_sum - q_sum);
 }
 
-// Packs the inputs first to first + PART - 1 of a tile; a part begins at a multiple of PART.
+// Packs the inputs first to first + PART_INPUTS - 1 of a tile; a part begins at a multiple of PART_INPUTS.
 template <int GROUP> static void pack_tile(const Call& call, const PackedRows& x, int offset, int64_t first, int64_t tile) {
     const int64_t height = x.rows_of(tile), part = first / x.part_size;
     const int64_t before = x.before(part, tile) + (first - part * x.part_size) * height;
     for (int64_t r = 0; r < height; r++) {
-        for (int64_t i = 0; i < std::min(PART, x.inputs - first); i += GROUP) {
+        for (int64_t i = 0; i < std::min(PART_INPUTS, x.inputs - first); i += GROUP) {
             char q[GROUP];
             int32_t total;
             const int64_t at = (before + i * height) / GROUP + r;
