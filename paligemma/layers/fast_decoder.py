@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from paligemma.layers import fast_cpu, kernels
-from paligemma.layers.fast_cpu import BF16_ROWS, FastAttention, FastLinear, FastMLP, FastRMSNorm
+from paligemma.layers.fast_cpu import FastAttention, FastLinear, FastMLP, FastRMSNorm
 from paligemma.layers.int_formats import GROUP
 from paligemma.layers.quantization import QuantizedLinear
 from paligemma.modeling_gemma import GemmaDecoderLayer, GemmaModel, KVCache, rotary_embedding
@@ -100,7 +100,7 @@ class FastDecoder(GemmaModel):
             return False
         if self.kernel is None or not self.kernel.is_current():
             self.kernel = KernelLayers(self)
-        return self.kernel.kind is not None and (self.kernel.kind != "bf16" or len(x) <= BF16_ROWS[fast_cpu.bf16_instructions()])
+        return self.kernel.kind is not None and (self.kernel.kind != "bf16" or len(x) <= fast_cpu.bf16_rows())
 
     def forward(
         self,

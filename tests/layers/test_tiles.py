@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from paligemma.layers import compiling, int_formats, kernels
+from paligemma.layers import compiling, fast_cpu, int_formats, kernels
 from paligemma.layers.int_formats import KINDS
+from paligemma.layers.replacing import extended
 from tests.bounds import UNIT, assert_within, product_bound
 from tests.processors import QUICK_FLAGS, TILES
 
@@ -188,6 +189,18 @@ def test_without_permission_the_other_kernels_compute(variants, tmp_path, monkey
         y = kernels.product(kind, x, [matrix], torch.float32)
         assert_within(y, x.double() @ weight.T, product_bound(x, weight, torch.float32, group=64))
     assert library.emulated_products() == 0 and library.emulated_fault() is None
+
+
+def test_models_use_tiles_if_amx_is_named(library, monkeypatch):
+    if library is None:
+        return
+    linear = extended(nn.Linear(64, 40).bfloat16().requires_grad_(False), fast_cpu.FastLinear)
+    monkeypatch.setattr(fast_cpu, "bf16_instructions", lambda: "matrices")
+    for name in ("avx512_bf16", "amx"):
+        monkeypatch.setattr(kernels, "LOADED", [kernels.Loaded(library, name)])
+        before = library.emulated_products()
+        linear(torch.randn(2, 20, 64).bfloat16())
+        assert (library.emulated_products() > before) == (name == "amx")
 
 
 def compiled_program(folder: Path, *flags: str) -> Path | None:
