@@ -42,7 +42,7 @@ if __name__ == "__main__":  # --help and wrong flags are answered before the slo
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--kills", type=int, default=0, help="also kill the program this many times")
     parser.add_argument("--quick", action="store_true", help="run briefly, only to see that the script works")
-    parser.add_argument("--save", action="store_true", help="store the JSON in results/")
+    parser.add_argument("--save", action="store_true", help="store the JSON in results/CLASS/")
     options = parser.parse_args()
 
 import numpy as np

@@ -1,9 +1,9 @@
-"""Draws results/speed.svg from the stored JSON: a panel per benchmark, a bar per side, a mark at the floor (the best possible).
+"""Draws results/CLASS/speed.svg from the stored JSON, for each class of processors that was measured.
 
-    python -m benchmarks.plot [--device cuda]
+    python -m benchmarks.plot
 
-In every panel, shorter bars are better. This script measures nothing; results/*.json contain the command and the machine of
-each measurement.
+There is a panel per benchmark, a bar per side, and a mark at the floor (the best possible). Shorter bars are better. This script
+measures nothing; results/CLASS/*.json contain the command and the machine of each measurement.
 """
 
 import argparse
@@ -23,31 +23,31 @@ def color(name: str) -> str:
     return next((tint for prefix, tint in COLORS.items() if name.startswith(prefix)), SOFT)
 
 
-def read(name: str, suffix: str) -> dict | None:
-    path = HERE / "results" / f"{name}{suffix}.json"
+def read(folder: Path, name: str) -> dict | None:
+    path = folder / f"{name}.json"
     return read_json(path) if path.exists() else None
 
 
-def panels(suffix: str) -> list[tuple[str, dict[str, tuple[float, float | None]]]]:
+def panels(folder: Path) -> list[tuple[str, dict[str, tuple[float, float | None]]]]:
     """For each panel its title and, for each side, (value, floor)."""
     found = []
-    if decode := read("decode", suffix):
+    if decode := read(folder, "decode"):
         rows = {name: (row["ms"]["median"], row.get("floor")) for name, row in decode["ways"].items()}
         found.append(("Decoding, ms per token", rows))
-    if llama := read("llama", suffix):
+    if llama := read(folder, "llama"):
         rows = {name: (row["ms"]["median"], row.get("floor")) for name, row in llama["ways"].items()}
         found.append(("Decoding, compared with llama.cpp, ms per token", rows))
-    if prefill := read("prefill", suffix):
-        rows = {name: (row["ms"]["median"] / 1e3, row["floor"] / 1e3) for name, row in prefill["whole"].items()}
+    if prefill := read(folder, "prefill"):
+        rows = {name: (row["ms"]["median"] / 1e3, row.get("floor", 0) / 1e3 or None) for name, row in prefill["whole"].items()}
         found.append((f"Prefill, one picture of {prefill['image_size']} px, s", rows))
-    if start := read("start", suffix):
+    if start := read(folder, "start"):
         found.append(
             ("Process start to first token, s", {name: (row["s"]["median"], None) for name, row in start["ways"].items()})
         )
-    if memory := read("memory", suffix):
+    if memory := read(folder, "memory"):
         rows = {name: (row["peak_GB"], row.get("weights_GB")) for name, row in memory["ways"].items() if "," not in name}
         found.append(("Peak memory, GB (mark: the weights)", rows))
-    if batch := read("batch", suffix):
+    if batch := read(folder, "batch"):
         rows = {name: (1 / rate, None) for name, rate in batch["best_pictures_per_s"].items()}
         found.append(("Captions of many pictures, s per picture, best batch", rows))
     return found
@@ -87,12 +87,9 @@ def draw_growth(sheet: Drawing, x: float, y: float, growth: dict, phase: str) ->
             sheet.dot(*axes.at(*point), color(name), 3)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    device = parser.parse_args().device
-    suffix = "" if device == "cpu" else f"-{device}"
-    bars, growth = panels(suffix), read("growth", suffix)
+def draw(folder: Path) -> Path:
+    """Draws the measurements in a folder. Returns the file of the drawing."""
+    bars, growth = panels(folder), read(folder, "growth")
     sheet, y = Drawing(WIDTH, 0), 30
     for left, right in zip_longest(bars[::2], bars[1::2]):
         draw_bars(sheet, 10, y, *left)
@@ -104,9 +101,15 @@ def main() -> None:
         draw_growth(sheet, WIDTH / 2 + 10, y, growth, "decode")
         y += 240
     sheet.height = y
-    path = HERE / "results" / f"speed{suffix}.svg"
+    path = folder / "speed.svg"
     sheet.save(path)
-    print(path)
+    return path
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for decode in sorted((HERE / "results").glob("*/decode.json")):
+        print(draw(decode.parent))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ if __name__ == "__main__":  # --help and wrong flags are answered before the slo
     parser.add_argument("--rows", default="1,2,4,16,64,266")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", help="measure only operators whose name contains this")
-    parser.add_argument("--save", action="store_true", help="store the JSON in results/")
+    parser.add_argument("--save", action="store_true", help="store the JSON in results/CLASS/")
     options = parser.parse_args()
 
 import torch

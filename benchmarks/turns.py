@@ -52,7 +52,7 @@ def parse(doc: str, *, rounds: int = 5, flags: dict[str, dict] | None = None) ->
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--quick", action="store_true", help="run briefly, only to see that the script works")
-    parser.add_argument("--save", action="store_true", help="store the JSON in results/")
+    parser.add_argument("--save", action="store_true", help="store the JSON in results/CLASS/")
     parser.add_argument("--out", type=Path, help="append each measurement, as soon as it is made, to this file as a line of JSON")
     parser.add_argument("--sides", help=f"any of the following, separated by commas: {', '.join(ARGUMENTS)}")
     for name, description in (flags or {}).items():
@@ -318,6 +318,13 @@ def processor_name() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
+def class_of(device: str) -> str:
+    """The folder of results/ for this machine: "cuda", or the best instruction set of its processor, such as "avx512_bf16"."""
+    from paligemma.layers import instruction_sets
+
+    return "cuda" if device.startswith("cuda") else instruction_sets.available()[0].name
+
+
 def finish(options: argparse.Namespace, results: dict) -> None:
     """Prints machine, versions and results as one line of JSON, and stores it with --save."""
     about = {"machine": processor_name(), "threads": THREADS}
@@ -333,7 +340,7 @@ def finish(options: argparse.Namespace, results: dict) -> None:
     document = {"command": shlex.join(command)} | about | {"rounds": options.rounds} | results
     append(options, document)
     if options.save:
-        name = options.script + ("" if options.device == "cpu" else "-" + options.device.partition(":")[0])
-        (HERE / "results").mkdir(exist_ok=True)
-        (HERE / "results" / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+        folder = HERE / "results" / class_of(options.device)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{options.script}.json").write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))

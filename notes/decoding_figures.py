@@ -1,6 +1,6 @@
 """Prints the numbers of decoding.md and draws its first figure, without measuring: `python -m notes.decoding_figures`.
 
-roofline.svg  the time of one matrix product of the decoder against the number of rows, from benchmarks/results/products.json
+roofline.svg  the time of one matrix product of the decoder against the number of rows, from products.json in benchmarks/results/
 """
 
 import argparse
@@ -21,7 +21,7 @@ from paligemma.svg import BLUE, GREEN, ORANGE, PURPLE, SOFT, Axes, Drawing
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-RESULTS = ROOT / "benchmarks" / "results" / "products.json"
+RESULTS = ROOT / "benchmarks" / "results" / "avx512_vnni" / "products.json"
 CURVES = {"F.linear bf16": ORANGE, "ours bf16": BLUE, "ours int8": GREEN, "ours int4": PURPLE}
 PROMPT, ANSWER = 266, 20  # tokens
 
@@ -53,7 +53,7 @@ def draw_roofline() -> None:
     counts = [int(rows) for rows in document["rows"]]
     floors = document["floors"]
     reading = weights * 2 / floors["read_GB_per_s"] / 1e6  # ms for bfloat16
-    multiplying = weights / max(rate for name, rate in floors.items() if name.endswith("_Gmadd_per_s")) / 1e6  # ms per row
+    multiplying = weights / max(floors["float32_Gmadd_per_s"], floors["bfloat16_Gmadd_per_s"]) / 1e6  # ms per row
     drawing = Drawing(720, 400)
     axes = Axes(drawing, (60, 50, 580, 340), x=(1, counts[-1]), y=(0.3, 400), is_log=(True, True))
     axes.frame(counts, [0.3, 1, 3, 10, 30, 100, 300], "rows at once (1 = decoding, 266 = picture and prompt)", "milliseconds")

@@ -73,10 +73,10 @@ def refresh_counts(text: str) -> str:
 def refresh_generated(text: str) -> str:
     """The page with every generated part replaced by a new one."""
     for name, make in GENERATED.items():
-        between = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        between = re.compile(rf"(<!-- begin {name} -->(\n?)).*?(<!-- end {name} -->)", re.DOTALL)
         if between.search(text):
             made = make()
-            text = between.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)
+            text = between.sub(lambda found, made=made: f"{found[1]}{made}{found[2]}{found[3]}", text)
     return text
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from paligemma.files import read_json
 
@@ -83,114 +83,165 @@ def checkpoint_table() -> str:
     return "\n".join(lines)
 
 
-def result(name: str) -> dict | None:
-    """What a script of benchmarks/ stored with --save; None if there is no such file."""
-    file = RESULTS / f"{name}.json"
-    if not file.exists():
-        return None
-    document = read_json(file)
-    # the names of folders on the machine that was measured are removed
-    document["command"] = re.sub(r"(--model|--python|--gguf) \S*/", r"\1 ", document["command"])
-    return document
+def results(name: str) -> dict[str, dict]:
+    """What a script of benchmarks/ stored with --save, for each class of processors that was measured, the best first."""
+    from paligemma.layers import instruction_sets
+
+    found = {}
+    for folder in (*instruction_sets.NAMES, "cuda"):
+        file = RESULTS / folder / f"{name}.json"
+        if file.exists():
+            found[folder] = read_json(file)
+            # the names of folders on the machine that was measured are removed
+            found[folder]["command"] = re.sub(r"(--model|--python|--gguf) \S*/", r"\1 ", found[folder]["command"])
+    return found
 
 
-def faster(ways: dict, name: str) -> str:
-    """How many times as fast as transformers the variant `name` is; "" if it was not measured."""
-    return f"{ways[name]['ratio']['median']:.2f}" if name in ways else ""
+def machine(document: dict) -> str:
+    return f"{document['machine']}, {document['threads']} threads"
 
 
-def speed_lines(suffix: str) -> list[str]:
-    """Rows of the speed table for one machine. Args: suffix: the end of its file names in benchmarks/results, such as "-cuda"."""
-    lines = []
-    for name, words, key in (
-        ("decode", "one more token", "ways"),
-        ("prefill", "picture and prompt", "whole"),
-        ("start", "process start to first token", "ways"),
-    ):
-        if document := result(name + suffix):
-            cells = [faster(document[key], side) for side in OURS]
-            lines.append(f"| {words} | {' | '.join(cells)} | `{document['command']}` |")
-    if document := result("batch" + suffix):
-        best = document["best_pictures_per_s"]
-        cells = [f"{best[side] / best[THEIRS]:.2f}" if side in best else "" for side in OURS]
-        lines.append(f"| captions per second, best batch | {' | '.join(cells)} | `{document['command']}` |")
-    if document := result("decode" + suffix):
-        shares = [document["ways"].get(side, {}).get("GB_per_s", 0) / document["floors"]["read_GB_per_s"] for side in OURS]
-        cells = [f"{share:.0%}" if share else "" for share in shares]
-        lines.append(f"| share of the memory bandwidth used while decoding | {' | '.join(cells)} | `{document['command']}` |")
-    if document := result("memory" + suffix):
-        ways = document["ways"]
-        cells = [f"{ways.get(f'{side}, from its own file', ways[side])['ratio']:.2f}" if side in ways else "" for side in OURS]
-        lines.append(f"| peak memory, as a share of transformers' | {' | '.join(cells)} | `{document['command']}` |")
-    return lines
+def three(ways: dict, cell: Callable[[Any], str]) -> str:
+    """The cell of each of our forms: "2.29 / 4.41 / 7.20"; "" if all are missing."""
+    cells = [cell(ways[side]) if side in ways else "-" for side in OURS]
+    return " / ".join(cells) if set(cells) != {"-"} else ""
+
+
+def ratio(row: dict) -> str:
+    return f"{row['ratio']['median']:.2f}"
+
+
+def milliseconds(row: dict) -> str:
+    return f"{row['ms']['median']:.0f} ({row['floor']:.0f})" if "floor" in row else f"{row['ms']['median']:.0f}"
+
+
+def share(row: dict) -> str:
+    return f"{row['share']:.0%}" if "share" in row else "-"
+
+
+def captions(document: dict) -> str:
+    best = document["best_pictures_per_s"]
+    return three(best, lambda rate: f"{rate / best[THEIRS]:.2f}")
+
+
+def memory(document: dict) -> str:
+    ways = document["ways"]
+    stored = {side: ways.get(f"{side}, from its own file", ways.get(side)) for side in OURS if side in ways}
+    return three(stored, lambda row: f"{row['ratio']:.2f}")
+
+
+# A row of the speed table: the script, the words, and its cell from what the script stored.
+SPEED_ROWS: tuple[tuple[str, str, Callable[[dict], str]], ...] = (
+    ("decode", "one more token", lambda found: three(found["ways"], ratio)),
+    ("decode", "its ms, and the floor", lambda found: three(found["ways"], milliseconds)),
+    ("decode", "share of the memory bandwidth", lambda found: three(found["ways"], share)),
+    ("prefill", "first picture and prompt of a process", lambda found: three(found.get("cold", {}), ratio)),
+    ("prefill", "later pictures and prompts", lambda found: three(found["whole"], ratio)),
+    ("prefill", "their ms, and the floor", lambda found: three(found["whole"], milliseconds)),
+    ("prefill", "share of the rate of multiply-adds", lambda found: three(found["whole"], share)),
+    ("start", "process start to first token", lambda found: three(found["ways"], ratio)),
+    ("batch", "captions per second, best batch", captions),
+    ("memory", "peak memory, as a share of transformers'", memory),
+)
 
 
 def speed_table() -> str:
-    """The speed relative to transformers, from benchmarks/results: one table for each machine that was measured."""
+    """The speed relative to transformers, from benchmarks/results: a column for each class of processors that was measured."""
+    stored = {script: results(script) for script, _, _ in SPEED_ROWS}
+    classes = stored["decode"]
+    titles = [f"`{name}`: {machine(document)}" for name, document in classes.items()]
+    lines = [
+        f"| bf16 / int8 / int4, times as fast as transformers in bf16 | {' | '.join(titles)} | command |",
+        "|---" * (len(classes) + 2) + "|",
+    ]
+    named = set()  # scripts whose command is in a row above
+    for script, words, cell in SPEED_ROWS:
+        cells = [cell(stored[script][name]) if name in stored[script] else "" for name in classes]
+        if any(cells):
+            command = "the same" if script in named else f"`{next(iter(stored[script].values()))['command']}`"
+            named.add(script)
+            lines.append(f"| {words} | {' | '.join(cells)} | {command} |")
+    versions = [
+        f"`{name}`: transformers {document['versions']['transformers']}, torch {document['versions']['torch']}"
+        for name, document in classes.items()
+    ]
+    return "\n".join([*lines, "", f"Medians; {'; '.join(versions)}."])
+
+
+def token_speed() -> str:
+    """A part of a sentence: how many times as fast as transformers a token is in int8 and int4, on the measured processors."""
     parts = []
-    for suffix in ("", "-cuda"):
-        if lines := speed_lines(suffix):
-            document = result("decode" + suffix)
-            versions = document["versions"]
-            parts += [
-                f"{document['machine']}, {document['threads']} threads; transformers {versions['transformers']}, "
-                f"torch {versions['torch']}; medians:",
-                "",
-                "| times as fast as transformers in bf16; the last two rows are shares | bf16 | int8 | int4 | command |",
-                "|---|---|---|---|---|",
-                *lines,
-                "",
-            ]
-    return "\n".join(parts).rstrip()
+    for side in OURS[1:]:
+        ratios = [document["ways"][side]["ratio"]["median"] for name, document in results("decode").items() if name != "cuda"]
+        low, high = f"{min(ratios):.1f}", f"{max(ratios):.1f}"
+        parts.append(low if low == high else f"{low} to {high}")
+    return " and ".join(parts)
+
+
+def for_each_class(name: str, table: Callable[[dict], list[str]]) -> str:
+    """A table for each class of processors that a script was run on, with the machine and the command below."""
+    parts = []
+    for document in results(name).values():
+        parts.append("\n".join([*table(document), "", f"{about(document)}; `{document['command']}`."]))
+    return "\n\n".join(parts)
+
+
+def about(document: dict) -> str:
+    """The machine, and what else the reader of a table must know."""
+    words = machine(document)
+    if "llama_cpp_python" in document:
+        words += f"; llama-cpp-python {document['llama_cpp_python']}"
+    if "size" in document:  # of a matrix product
+        floors = document["floors"]
+        kinds = {name.removesuffix("_Gmadd_per_s"): rate for name, rate in floors.items() if name != "read_GB_per_s"}
+        rates = [f"{kind} {rate:.0f} G multiply-adds/s" for kind, rate in kinds.items()]
+        measured = "" if "int8_Gmadd_per_s" in floors else "with torch, "
+        words += f"; reads {floors['read_GB_per_s']} GB/s; {measured}{', '.join(rates)}"
+    return words
 
 
 def steps_table() -> str:
-    """Milliseconds per token of each variant, from benchmarks/results/decode.json, the slowest first; "" if nothing is stored."""
-    document = result("decode")
-    if document is None:
-        return ""
-    lines = ["| | ms per token | lowest and highest | floor | times as fast |", "|---|---|---|---|---|"]
-    for name, row in sorted(document["ways"].items(), key=lambda item: -item[1]["ms"]["median"]):
-        ms, ratio = row["ms"], row["ratio"]["median"]
-        cells = name, f"{ms['median']:.0f}", f"{ms['low']:.0f} to {ms['high']:.0f}", f"{row['floor']:.0f}", f"{ratio:.2f}"
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"{document['machine']}, {document['threads']} threads; `{document['command']}`."])
+    """Milliseconds per token of each variant, from benchmarks/results/CLASS/decode.json, the slowest first."""
+
+    def table(document: dict) -> list[str]:
+        lines = ["| | ms per token | lowest and highest | floor | times as fast |", "|---|---|---|---|---|"]
+        for name, row in sorted(document["ways"].items(), key=lambda item: -item[1]["ms"]["median"]):
+            ms = row["ms"]
+            cells = name, f"{ms['median']:.0f}", f"{ms['low']:.0f} to {ms['high']:.0f}", f"{row['floor']:.0f}", ratio(row)
+            lines.append(f"| {' | '.join(cells)} |")
+        return lines
+
+    return for_each_class("decode", table)
 
 
 def llama_table() -> str:
-    """ms per token of llama.cpp and of our model at equal bit widths, from results/llama.json; "" if there is no such file."""
-    document = result("llama")
-    if document is None:
-        return ""
-    lines = ["| | ms per token | lowest and highest | times as fast as llama.cpp |", "|---|---|---|---|"]
-    for name, row in document["ways"].items():
-        ms, ratio = row["ms"], row["ratio"]["median"]
-        cells = name, f"{ms['median']:.0f}", f"{ms['low']:.0f} to {ms['high']:.0f}", f"{ratio:.2f}"
-        lines.append(f"| {' | '.join(cells)} |")
-    about = f"{document['machine']}, {document['threads']} threads; llama-cpp-python {document['llama_cpp_python']}"
-    return "\n".join([*lines, "", f"{about}; `{document['command']}`."])
+    """Milliseconds per token of llama.cpp and of our model at equal bit widths, from benchmarks/results/CLASS/llama.json."""
+
+    def table(document: dict) -> list[str]:
+        lines = ["| | ms per token | lowest and highest | times as fast as llama.cpp |", "|---|---|---|---|"]
+        for name, row in document["ways"].items():
+            ms = row["ms"]
+            cells = name, f"{ms['median']:.0f}", f"{ms['low']:.0f} to {ms['high']:.0f}", ratio(row)
+            lines.append(f"| {' | '.join(cells)} |")
+        return lines
+
+    return for_each_class("llama", table)
 
 
 def products_table() -> str:
-    """Milliseconds of one matrix product by operator and number of rows, from benchmarks/results/products.json."""
-    document = result("products")
-    if document is None:
-        return ""
-    counts = list(document["rows"])
-    titles = " | ".join("1 row" if rows == "1" else f"{rows} rows" for rows in counts)
-    lines = [f"| ms, {' x '.join(map(str, document['size']))} | {titles} |"]
-    lines.append("|---" * (len(counts) + 1) + "|")
-    for name in document["rows"][counts[0]]:
-        cells = [
-            f"{document['rows'][rows][name]['ms']['median']:.3g}" if name in document["rows"][rows] else "" for rows in counts
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    floors = document["floors"]
-    rates = ", ".join(
-        f"{name.partition('_')[0]} {rate:.0f} G multiply-adds/s" for name, rate in floors.items() if name.endswith("_Gmadd_per_s")
-    )
-    machine = f"{document['machine']}, {document['threads']} threads; reads {floors['read_GB_per_s']} GB/s; with torch, {rates}"
-    return "\n".join([*lines, "", f"{machine}; `{document['command']}`."])
+    """Milliseconds of one matrix product by operator and number of rows, from benchmarks/results/CLASS/products.json."""
+
+    def table(document: dict) -> list[str]:
+        counts = list(document["rows"])
+        titles = " | ".join("1 row" if rows == "1" else f"{rows} rows" for rows in counts)
+        lines = [f"| ms, {' x '.join(map(str, document['size']))} | {titles} |", "|---" * (len(counts) + 1) + "|"]
+        for name in document["rows"][counts[0]]:
+            found = [document["rows"][rows].get(name) for rows in counts]
+            cells = [f"{row['ms']['median']:.3g}" if row else "" for row in found]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        return lines
+
+    return for_each_class("products", table)
 
 
 def device_table() -> str:
@@ -217,6 +268,6 @@ def device_table() -> str:
 
 
 GENERATED: dict[str, Callable[[], str]] = {
-    "checkpoints": checkpoint_table, "speed": speed_table, "steps": steps_table, "products": products_table,
-    "llama": llama_table, "devices": device_table,
+    "checkpoints": checkpoint_table, "speed": speed_table, "token speed": token_speed, "steps": steps_table,
+    "products": products_table, "llama": llama_table, "devices": device_table,
 }  # fmt: skip

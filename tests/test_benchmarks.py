@@ -157,16 +157,18 @@ def test_start_asks_both_for_the_same_token(folder, tmp_path):
     assert set(json.loads(output.splitlines()[-1])["ways"]) == {*SIDES, "import torch"}
 
 
-def test_the_plot_is_drawn_from_what_was_stored(run, tmp_path, monkeypatch):
+def test_the_plot_of_a_class_is_drawn_from_what_was_stored(run, tools, tmp_path, monkeypatch):
+    monkeypatch.setattr(tools["turns"], "HERE", tmp_path)
     for script in ("decode", "growth"):
-        (tmp_path / "results").mkdir(exist_ok=True)
-        (tmp_path / "results" / f"{script}.json").write_text(json.dumps(run(script)[0]))
+        run(script, "--save")
+    folder = tmp_path / "results" / tools["turns"].class_of("cpu")
+    assert sorted(file.name for file in folder.iterdir()) == ["decode.json", "growth.json"]
     monkeypatch.setattr(sys, "argv", ["plot.py"])
     from benchmarks import plot
 
     monkeypatch.setattr(plot, "HERE", tmp_path)
     plot.main()
-    assert (tmp_path / "results" / "speed.svg").read_text().count("<rect") == 7  # the sheet, three bars, three floors
+    assert (folder / "speed.svg").read_text().count("<rect") == 7  # the sheet, three bars, three floors
 
 
 def test_sides_that_say_different_tokens_stop_the_script(tools):

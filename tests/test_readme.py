@@ -1,6 +1,7 @@
 """What README.md, docs/ and notes/ claim about this repository: commands, links, files, tables, snippets."""
 
 import itertools
+import json
 import re
 import shlex
 from dataclasses import fields
@@ -127,6 +128,23 @@ def test_table_of_checkpoints_is_what_the_code_counts():
 
 def test_table_of_devices_is_what_the_code_has():
     assert tables.device_table() in PAGES["docs/gpu.md"]
+
+
+def test_each_class_of_processors_has_a_column_of_the_table_of_speeds(tmp_path, monkeypatch):
+    ways = {name: {"ratio": {"median": 2.0}, "ms": {"median": 100.0}, "floor": 80.0, "share": 0.8} for name in tables.OURS[:2]}
+    document = {"command": "python -m benchmarks.decode --model /data/3b", "threads": 2, "ways": ways}
+    document["versions"] = {"torch": "2", "transformers": "5"}
+    for name in ("avx2", "avx512_bf16"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "decode.json").write_text(json.dumps(document | {"machine": f"with {name}"}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    title, _, *rows = tables.speed_table().split("\n\n")[0].splitlines()
+    assert "| `avx512_bf16`: with avx512_bf16, 2 threads | `avx2`: with avx2, 2 threads |" in title  # the best class first
+    assert rows[0] == "| one more token | 2.00 / 2.00 / - | 2.00 / 2.00 / - | `python -m benchmarks.decode --model 3b` |"
+    assert rows[1:] == [
+        "| its ms, and the floor | 100 (80) / 100 (80) / - | 100 (80) / 100 (80) / - | the same |",
+        "| share of the memory bandwidth | 80% / 80% / - | 80% / 80% / - | the same |",
+    ]
 
 
 def test_exit_codes_are_those_of_the_code():
