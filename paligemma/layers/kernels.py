@@ -72,6 +72,7 @@ class CTokenAttention(ctypes.Structure):
         ("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p), ("new_slots", ctypes.c_void_p), ("row_stride", ctypes.c_int64),
         ("head_stride", ctypes.c_int64), ("slots", ctypes.c_int64), ("scale", ctypes.c_float), ("cap", ctypes.c_float),
         ("rows", ctypes.c_int64), ("heads", ctypes.c_int64), ("kv_heads", ctypes.c_int64), ("width", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
     )  # fmt: skip
 
 
@@ -90,7 +91,7 @@ class CDecoder(ctypes.Structure):
 
     _fields_ = (
         ("layers", ctypes.POINTER(CDecoderLayer)), ("num_layers", ctypes.c_int64), ("width", ctypes.c_int64),
-        ("mlp_width", ctypes.c_int64), ("norm", ctypes.c_void_p), ("eps", ctypes.c_float), ("threads", ctypes.c_int),
+        ("mlp_width", ctypes.c_int64), ("norm", ctypes.c_void_p), ("eps", ctypes.c_float),
         ("attention", CTokenAttention), ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("layer_stride", ctypes.c_int64),
         ("mask", ctypes.c_void_p), ("window_mask", ctypes.c_void_p),
     )  # fmt: skip
@@ -110,7 +111,7 @@ def open_library(file: Path) -> ctypes.CDLL:
         (loaded.bf16_rms_norm, (pointer, pointer, pointer, size, size, real, flag)),
         (loaded.bf16_layer_norm, (pointer, pointer, pointer, pointer, size, size, real, flag)),
         (loaded.bf16_attend_many, (ctypes.POINTER(CAttention),)),
-        (loaded.bf16_attend, (ctypes.POINTER(CTokenAttention), *(pointer,) * 5, flag)),
+        (loaded.bf16_attend, (ctypes.POINTER(CTokenAttention), *(pointer,) * 5)),
         *((getattr(loaded, f"logits_{name}"), (pointer, size, size, pointer, flag)) for name in ("argmax", "logsumexp")),
         (loaded.int_quantize, (flag, pointer, flag, size, size, size, pointer, pointer, flag)),
     ):
@@ -281,7 +282,7 @@ def attention_call(
     return CTokenAttention(
         cos=rotation[0].data_ptr(), sin=rotation[1].data_ptr(), new_slots=slots.data_ptr(), row_stride=keys.stride(0),
         head_stride=keys.stride(1), slots=slots_read, scale=scale, cap=cap or 0, rows=rows, heads=heads, kv_heads=kv_heads,
-        width=width,
+        width=width, threads=torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -309,7 +310,6 @@ def bf16_attend(
     call = attention_call(slots, (cos, sin), keys, heads, slots_read, scale, cap)
     library().bf16_attend(
         ctypes.byref(call), qkv.data_ptr(), keys.data_ptr(), values.data_ptr(), address(mask), y.data_ptr(),
-        torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -419,7 +419,7 @@ def decode(
     heads = layers[0].qkv[0].outputs // keys.shape[-1]
     decoder = CDecoder(
         layers=layers, num_layers=len(layers), width=x.shape[-1], mlp_width=layers[0].gate_up[0].outputs, norm=norm.data_ptr(),
-        eps=eps, threads=torch.get_num_threads(),
+        eps=eps,
         attention=attention_call(slots, (cos, sin), keys[0], heads, slots_read, scale, cap), keys=keys.data_ptr(),
         values=values.data_ptr(), layer_stride=keys.stride(0), mask=address(mask), window_mask=address(window_mask),
     )  # fmt: skip

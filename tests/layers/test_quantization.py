@@ -289,7 +289,7 @@ def attend_with_kernel(rows: int, kv_heads: int, heads: int, slots_read: int, ma
     return y, qkv, position_ids, rotation, before, (keys, values)
 
 
-@pytest.mark.parametrize("slots_read", [1, 17, 300])  # less than a vector; more than one; more than one chunk
+@pytest.mark.parametrize("slots_read", [1, 17, 300, 1300])  # less than a vector; more than one; two pieces; more pieces
 @pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("is_masked", [False, True])
 @pytest.mark.parametrize(("rows", "kv_heads", "heads"), [(1, 1, 8), (3, 2, 6), (2, 1, 5)])

@@ -3,13 +3,9 @@
 
 #include "bf16_product.h"
 
-const int TILE_HEADS = 4;  // a task computes at most this many query heads, all of which use the same key head
-
-// The KV cache: the slots of one row and head are contiguous and have `width` numbers each.
-struct Cache {
-    uint16_t *keys, *values;
-    int64_t row_stride, head_stride, slots, width;
-};
+// A task computes at most 8 query heads, all of which use the same key head, for at most CHUNK slots.
+const int TILE_HEADS = 8;
+const int64_t SLOT_BLOCK_BYTES = 8192;  // values that are multiplied with all heads of a task while they are in the L1 cache
 
 // RoPE: y = x rotated by the angles with these cosines and sines; x[i] and x[i + width / 2] form a pair. The first half
 // of `sin` is negated.
@@ -22,56 +18,66 @@ static void rotate(const uint16_t* x, const uint16_t* cos, const uint16_t* sin, 
     }
 }
 
-// Replaces scores[slots] by e^(score - highest), or 0 where the mask is false, and returns their sum. `scores` must have room for
-// `slots` rounded up to a multiple of 16.
-static float exponentiate(float* scores, int64_t slots, const uint8_t* mask, float scale, float cap) {
+// Replaces scores[slots] by e^(score - highest), or 0 where the mask is false. Returns the highest score and the sum of the
+// exponentials. `scores` must have room for `slots` rounded up to a multiple of 16.
+struct Exponentials {
+    float highest, sum;
+};
+static Exponentials exponentiate(float* scores, int64_t slots, const uint8_t* mask, float scale, float cap) {
+    typedef uint8_t U8 __attribute__((vector_size(16)));
     F32 highest = F32{} - INFINITY, total = {};
     for (int64_t s = 0; s < slots; s += 16) {
         F32 v = load<F32>(scores + s) * scale;
         if (cap > 0) v = cap - 2 * cap / (1 + exponential(v * (2 / cap)));  // cap * tanh(v / cap)
-        for (int64_t j = 0; j < 16; j++) {
-            if (s + j >= slots || (mask && !mask[s + j])) v[j] = -INFINITY;
+        if (mask || s + 16 > slots) {
+            U8 allowed = {};
+            const int64_t count = std::min<int64_t>(16, slots - s);
+            if (mask) memcpy(&allowed, mask + s, count);
+            else memset(&allowed, 1, count);
+            v = __builtin_convertvector(allowed, I32) != 0 ? v : F32{} - INFINITY;
         }
         highest = highest > v ? highest : v;
         store(scores + s, v);
     }
-    float top = highest[0];
-    for (int j = 1; j < 16; j++) top = std::max(top, highest[j]);
+    const float top = max(highest);
     for (int64_t s = 0; s < slots; s += 16) {
         F32 v = load<F32>(scores + s), weights = exponential(v - top);
         weights = v < -1e38f ? F32{} : weights;
         total += weights;
         store(scores + s, weights);
     }
-    return sum(total);
+    return {top, sum(total)};
 }
 
-// Computes y[N][width] from q[N][width] for N query heads. `scores` has room for N rows; the length of a row is `slots` rounded
-// up to a multiple of CHUNK.
+// For q[N][width] of N query heads and `slots` slots of their key head: the sums of the values, each times its exponential, to
+// y[N][width], whose dimensions have the order of to_inputs, and the exponentials' highest score and sum.
 template <int N>
-static void attend(const Cache& cache, const uint16_t* keys, const uint16_t* values, const Input* q, const uint8_t* mask,
-                   float scale, float cap, float* scores, uint16_t* y) {
-    const int64_t width = cache.width, room = (cache.slots + CHUNK - 1) / CHUNK * CHUNK;
-    for (int64_t s = 0; s < cache.slots; s += CHUNK) {
-        float sums[N * CHUNK];
-        bf16_rows<N>(keys + s * width, q, sums, std::min(CHUNK, cache.slots - s), width);
-        for (int r = 0; r < N; r++) memcpy(scores + r * room + s, sums + r * CHUNK, CHUNK * sizeof(float));
-    }
-    float share[N];  // 1 / sum of the exponentials
-    for (int r = 0; r < N; r++) share[r] = 1 / exponentiate(scores + r * room, cache.slots, mask, scale, cap);
-    for (int64_t i = 0; i < width; i += 32) {
-        F32 even[N] = {}, odd[N] = {};
-        for (int64_t s = 0; s < cache.slots; s++) {
-            U32 pair = load<U32>(values + s * width + i);
+static void attend(const uint16_t* keys, const uint16_t* values, const Input* q, int64_t slots, int64_t width, const uint8_t* mask,
+                   float scale, float cap, float* y, Exponentials* exponentials) {
+    float scores[N * CHUNK];
+    bf16_rows<N>(keys, q, scores, slots, width);
+    for (int r = 0; r < N; r++) exponentials[r] = exponentiate(scores + r * CHUNK, slots, mask, scale, cap);
+    memset(y, 0, N * width * sizeof(float));
+    const int64_t step = std::max<int64_t>(1, SLOT_BLOCK_BYTES / (2 * width));
+    for (int64_t start = 0; start < slots; start += step) {
+        const int64_t end = std::min(start + step, slots);
+        for (int64_t i = 0; i < width; i += 32) {
+            F32 even[N], odd[N];
             UNROLL for (int r = 0; r < N; r++) {
-                even[r] += as_float(pair << 16) * scores[r * room + s];
-                odd[r] += as_float(pair & 0xffff0000u) * scores[r * room + s];
+                even[r] = load<F32>(y + r * width + i);
+                odd[r] = load<F32>(y + r * width + i + 16);
             }
-        }
-        for (int r = 0; r < N; r++) {
-            U32 low = __builtin_convertvector(to_bf16(even[r] * share[r]), U32);
-            U32 high = __builtin_convertvector(to_bf16(odd[r] * share[r]), U32);
-            store(y + r * width + i, low | high << 16);
+            for (int64_t s = start; s < end; s++) {
+                U32 pair = load<U32>(values + s * width + i);
+                UNROLL for (int r = 0; r < N; r++) {
+                    even[r] += as_float(pair << 16) * scores[r * CHUNK + s];
+                    odd[r] += as_float(pair & 0xffff0000u) * scores[r * CHUNK + s];
+                }
+            }
+            UNROLL for (int r = 0; r < N; r++) {
+                store(y + r * width + i, even[r]);
+                store(y + r * width + i + 16, odd[r]);
+            }
         }
     }
 }
@@ -83,8 +89,20 @@ struct TokenAttention {  // kernels.CTokenAttention has the same fields
     int64_t row_stride, head_stride, slots;  // of the cache; `slots` are read
     float scale, cap;                        // no cap: 0
     int64_t rows, heads, kv_heads, width;
+    int64_t threads;
 
-    int64_t bytes() const { return rows * heads * width * sizeof(Input); }
+    // The slots of a row are divided into pieces, so that there are tasks for all threads.
+    int64_t group() const { return heads / kv_heads; }
+    int64_t parts() const { return (group() + TILE_HEADS - 1) / TILE_HEADS; }
+    int64_t piece() const {  // slots in a piece
+        const int64_t wanted = (threads + rows * kv_heads * parts() - 1) / (rows * kv_heads * parts());
+        const int64_t size = (slots + wanted - 1) / wanted;
+        return std::min(CHUNK, std::max<int64_t>(64, (size + 15) / 16 * 16));
+    }
+    int64_t pieces() const { return (slots + piece() - 1) / piece(); }
+    int64_t bytes() const {
+        return rows * heads * (width * (sizeof(Input) + pieces() * sizeof(float)) + pieces() * sizeof(Exponentials));
+    }
 };
 
 // Rotates q and k in qkv[B, (heads + 2 kv_heads) width], stores k and v in the cache, and lets q attend to the slots that
@@ -92,10 +110,11 @@ struct TokenAttention {  // kernels.CTokenAttention has the same fields
 // this function and share `memory`.
 static void attend_in_region(const TokenAttention& a, const uint16_t* qkv, uint16_t* keys, uint16_t* values, const uint8_t* mask,
                              uint16_t* y, char* memory) {
-    const int64_t width = a.width, group = a.heads / a.kv_heads, parts = (group + TILE_HEADS - 1) / TILE_HEADS;
-    const int64_t each = a.heads + 2 * a.kv_heads, room = (a.slots + CHUNK - 1) / CHUNK * CHUNK;
-    const Cache cache = {keys, values, a.row_stride, a.head_stride, a.slots, width};
-    Input* q = (Input*)memory;
+    const int64_t width = a.width, each = a.heads + 2 * a.kv_heads, all_heads = a.rows * a.heads;
+    const int64_t group = a.group(), parts = a.parts(), piece = a.piece(), pieces = a.pieces();
+    Input* q = (Input*)memory;                          // [B, heads, width]
+    float* sums = (float*)(q + all_heads * width);      // [pieces, B, heads, width]
+    Exponentials* exponentials = (Exponentials*)(sums + pieces * all_heads * width);  // [pieces, B, heads]
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < a.rows * each; task++) {
         const int64_t row = task / each, h = task % each, kv_head = (h - a.heads) % a.kv_heads;
@@ -110,19 +129,41 @@ static void attend_in_region(const TokenAttention& a, const uint16_t* qkv, uint1
         }
     }
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < a.rows * a.kv_heads * parts; task++) {
-        const int64_t row = task / (a.kv_heads * parts), head = task / parts % a.kv_heads, part = task % parts;
-        const int64_t first = head * group + part * TILE_HEADS, count = std::min<int64_t>(TILE_HEADS, group - part * TILE_HEADS);
-        const int64_t offset = row * a.row_stride + head * a.head_stride, query = (row * a.heads + first) * width;
-        decltype(&attend<1>) tiles[] = {attend<1>, attend<2>, attend<3>, attend<4>};
-        tiles[count - 1](cache, keys + offset, values + offset, q + query, mask ? mask + row * a.slots : nullptr, a.scale, a.cap,
-                         (float*)score_buffer.at_least(TILE_HEADS * room * sizeof(float)), y + query);
+    for (int64_t task = 0; task < a.rows * a.kv_heads * parts * pieces; task++) {
+        const int64_t start = task % pieces * piece, part = task / pieces % parts, head = task / (pieces * parts) % a.kv_heads;
+        const int64_t row = task / (pieces * parts * a.kv_heads), count = std::min<int64_t>(TILE_HEADS, group - part * TILE_HEADS);
+        const int64_t query = row * a.heads + head * group + part * TILE_HEADS, result = task % pieces * all_heads + query;
+        const int64_t offset = row * a.row_stride + head * a.head_stride + start * width;
+        decltype(&attend<1>) tiles[] = {attend<1>, attend<2>, attend<3>, attend<4>, attend<5>, attend<6>, attend<7>, attend<8>};
+        tiles[count - 1](keys + offset, values + offset, q + query * width, std::min(piece, a.slots - start), width,
+                         mask ? mask + row * a.slots + start : nullptr, a.scale, a.cap, sums + result * width,
+                         exponentials + result);
+    }
+#pragma omp for schedule(static)
+    for (int64_t h = 0; h < all_heads; h++) {
+        float highest = -INFINITY, total = 0;
+        for (int64_t p = 0; p < pieces; p++) highest = std::max(highest, exponentials[p * all_heads + h].highest);
+        for (int64_t p = 0; p < pieces; p++) {
+            Exponentials& of_piece = exponentials[p * all_heads + h];
+            of_piece.highest = std::exp(of_piece.highest - highest);  // from now on the factor of the piece
+            total += of_piece.highest * of_piece.sum;
+        }
+        for (int64_t i = 0; i < width; i += 32) {
+            F32 even = {}, odd = {};
+            for (int64_t p = 0; p < pieces; p++) {
+                const float *from = sums + (p * all_heads + h) * width + i, share = exponentials[p * all_heads + h].highest / total;
+                even += load<F32>(from) * share;
+                odd += load<F32>(from + 16) * share;
+            }
+            U32 low = __builtin_convertvector(to_bf16(even), U32), high = __builtin_convertvector(to_bf16(odd), U32);
+            store(y + h * width + i, low | high << 16);
+        }
     }
 }
 
 extern "C" void bf16_attend(const TokenAttention& attention, const uint16_t* qkv, uint16_t* keys, uint16_t* values,
-                            const uint8_t* mask, uint16_t* y, int threads) {
+                            const uint8_t* mask, uint16_t* y) {
     char* memory = input_buffer.at_least(attention.bytes());
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(attention.threads)
     attend_in_region(attention, qkv, keys, values, mask, y, memory);
 }

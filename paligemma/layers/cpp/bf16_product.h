@@ -47,7 +47,7 @@ template <int B, int O> static void bf16_tile(const uint16_t* w, const Input* x,
 }
 
 template <int B> static void bf16_rows(const uint16_t* w, const Input* x, float* sums, int64_t outputs, int64_t inputs) {
-    const int O = B <= 2 ? 8 : 4;
+    const int O = B <= 2 ? 8 : B <= 6 ? 4 : 2;
     const int64_t stride = outputs / O;  // each of the O ranges consists of `stride` consecutive rows of w
     for (int64_t o = 0; o < stride; o++) bf16_tile<B, O>(w + o * inputs, x, sums + o, stride, inputs);
     for (int64_t o = O * stride; o < outputs; o++) bf16_tile<B, 1>(w + o * inputs, x, sums + o, 1, inputs);

@@ -20,7 +20,6 @@ struct Decoder {  // kernels.CDecoder has the same fields
     int64_t num_layers, width, mlp_width;
     const uint16_t* norm;  // after the last layer
     float eps;
-    int threads;
     TokenAttention attention;
     uint16_t *keys, *values;  // the cache of the first layer; that of the next layer is `layer_stride` numbers further on
     int64_t layer_stride;
@@ -48,7 +47,7 @@ template <class Product> static void decode(const Decoder& decoder, const uint16
     const int64_t attended_width = attention.heads * attention.width;
     const int64_t qkv_width = attended_width + 2 * attention.kv_heads * attention.width;
     Call call = {};
-    call.x_is_bf16 = 1, call.threads = decoder.threads, call.rows = rows;
+    call.x_is_bf16 = 1, call.threads = attention.threads, call.rows = rows;
     call.inputs = std::max(std::max(width, mlp_width), attended_width);
     char* memory = input_buffer.at_least(std::max(Product::bytes(call), attention.bytes()));
     float* x = (float*)layer_buffer.at_least(rows * (8 * width + 2 * (width + qkv_width + attended_width + mlp_width)));
@@ -57,7 +56,7 @@ template <class Product> static void decode(const Decoder& decoder, const uint16
     uint16_t *attended = qkv + rows * qkv_width, *hidden = attended + rows * attended_width;
     for (int64_t i = 0; i < rows * width; i += 16) store(x + i, F32{}), store(output + i, read16(embeds, i, true));
     const uint16_t* output_norm = nullptr;
-#pragma omp parallel num_threads(decoder.threads) firstprivate(call, output_norm)
+#pragma omp parallel num_threads(attention.threads) firstprivate(call, output_norm)
     {
         auto multiply = [&](const uint16_t* from, int64_t inputs, const Matrix* matrices, void* to, int to_bf16, int activation) {
             call.x = from, call.inputs = inputs, call.y = to, call.y_is_bf16 = to_bf16, call.activation = activation;
