@@ -11,7 +11,8 @@
 
 const int PANEL = 64;           // outputs in a panel
 const int64_t STEPS = 1024;     // maximum number of words of each output in a panel, which then has 256 KB
-const int64_t ROW_BLOCK = 512;  // rows that are multiplied with one panel; limits the memory for sums and for converted x
+const int64_t ROW_BLOCK = 512;  // maximum number of rows of a task; limits the memory for sums and for converted x
+const int64_t FEW_ROWS = 64;    // tasks are not divided further: packing the weights would take a tenth of the time
 
 #if defined(__AVX512F__)
 typedef F32 Lanes;
@@ -21,7 +22,11 @@ typedef float Lanes __attribute__((vector_size(32)));
 const int VECTORS = 2, HEIGHT = 6;  // 12 of 16 registers
 #else
 typedef float Lanes __attribute__((vector_size(16)));
+#if defined(__aarch64__)
+const int VECTORS = 4, HEIGHT = 6;  // 24 of 32 registers
+#else
 const int VECTORS = 4, HEIGHT = 3;  // 12 of 16 registers
+#endif
 #endif
 const int LANES = sizeof(Lanes) / sizeof(float);
 const int STRIP = VECTORS * LANES;  // outputs of a tile; a panel consists of strips: [PANEL / STRIP][words][STRIP]
@@ -150,22 +155,25 @@ static const uint32_t* as_words(const uint16_t* x, int64_t count, int threads) {
     return words;
 }
 
-// The product of a block of rows. If it is gated, the first half of a panel has outputs of the first matrix, and the second half
-// has the same outputs of the second matrix.
+// The product of a block of rows, which may be divided into parts if there are more threads than panels. If the product is gated,
+// the first half of a panel has outputs of the first matrix, and the second half has the same outputs of the second matrix.
 struct ManyRows {
     const Call& call;
     int64_t first_row, rows;
     const uint32_t* x;
-    int64_t width, tasks;  // outputs in a row of y; number of tasks
-    int outputs;           // maximum number of outputs of a task
+    int64_t width;            // outputs in a row of y
+    int64_t outputs, panels;  // maximum number of outputs of a task; number of panels
+    int64_t part_rows, parts; // rows of a task; number of parts of the block
 
     struct Task {
         const Matrix* matrix;
-        int64_t before, start;  // outputs of the matrices before this one; first output in the matrix
+        int64_t before, start;    // outputs of the matrices before this one; first output in the matrix
+        int64_t first_row, rows;  // in the block
     };
 
     Task find(int64_t number) const {
-        Task task = {call.matrices, 0, number * outputs};
+        const int64_t row = number % parts * part_rows;
+        Task task = {call.matrices, 0, number / parts * outputs, row, std::min(part_rows, rows - row)};
         for (; task.start >= task.matrix->outputs; task.matrix++) {
             task.start -= (task.matrix->outputs + outputs - 1) / outputs * outputs;
             task.before += task.matrix->outputs;
@@ -175,7 +183,7 @@ struct ManyRows {
 
     PanelRows panel_rows(const Task& task, int64_t first_input) const {
         PanelRows rows;
-        for (int o = 0; o < PANEL; o++) {
+        for (int64_t o = 0; o < PANEL; o++) {
             const Matrix& matrix = o < outputs ? *task.matrix : call.matrices[1];
             const int64_t row = std::min(task.start + o % outputs, matrix.outputs - 1);
             rows.w[o] = (const uint16_t*)matrix.w + row * call.inputs + first_input;
@@ -193,23 +201,24 @@ struct ManyRows {
             const bool is_last = i + inputs == call.inputs;
             pack(panel_rows(task, i), inputs, panel);
             Ahead ahead = {};
-            if (!is_last || next < tasks) {
+            if (!is_last || next < panels * parts) {
                 ahead.rows = is_last ? panel_rows(find(next), 0) : panel_rows(task, i + inputs);
                 ahead.lines = std::min(block, is_last ? call.inputs : call.inputs - i - inputs) * 2 / 64;
                 ahead.end = PANEL * ahead.lines;
             }
-            const int64_t count = (rows + HEIGHT - 1) / HEIGHT * (PANEL / STRIP);  // of tiles
+            const int64_t count = (task.rows + HEIGHT - 1) / HEIGHT * (PANEL / STRIP);  // of tiles
             const int64_t lines = ahead.end / (count * ((steps + 15) / 16)) + 1;
-            for (int64_t row = 0; row < rows; row += HEIGHT) {
-                const int height = std::min<int64_t>(HEIGHT, rows - row);
+            for (int64_t row = 0; row < task.rows; row += HEIGHT) {
+                const int height = std::min<int64_t>(HEIGHT, task.rows - row);
+                const int64_t y_row = first_row + task.first_row + row;
                 float* tile_sums = sums + row * PANEL;
-                const uint32_t* tile_x = x + row * stride + i / WORD_INPUTS;
-                if (is_last) prefetch_outputs(task, row, height);
+                const uint32_t* tile_x = x + (task.first_row + row) * stride + i / WORD_INPUTS;
+                if (is_last) prefetch_outputs(task, y_row, height);
                 for (int o = 0; o < PANEL; o += STRIP) {
                     tiles[height - 1](panel + o * steps, tile_x, stride, steps, tile_sums + o, i == 0, ahead, lines);
                 }
                 for (int r = 0; is_last && r < height; r++, tile_sums += PANEL) {
-                    write_outputs(call, *task.matrix, first_row + row + r, width, task.before, task.start, size(task), tile_sums,
+                    write_outputs(call, *task.matrix, y_row + r, width, task.before, task.start, size(task), tile_sums,
                                   call.is_gated() ? tile_sums + outputs : nullptr);
                 }
             }
@@ -218,10 +227,11 @@ struct ManyRows {
 
     int64_t size(const Task& task) const { return std::min<int64_t>(outputs, task.matrix->outputs - task.start); }
 
-    void prefetch_outputs(const Task& task, int64_t row, int height) const {
+    // Fetches the lines of y that a tile will write. Without always_inline, GCC removes the calls, because they have no result.
+    __attribute__((always_inline)) void prefetch_outputs(const Task& task, int64_t row, int height) const {
         const int64_t bytes = call.y_is_bf16 ? 2 : 4;
         for (int r = 0; r < height; r++) {
-            const char* y = (const char*)call.y + ((first_row + row + r) * width + task.before + task.start) * bytes;
+            const char* y = (const char*)call.y + ((row + r) * width + task.before + task.start) * bytes;
             for (int64_t i = 0; i < size(task) * bytes; i += 64) __builtin_prefetch(y + i, 1);
         }
     }
@@ -230,23 +240,26 @@ struct ManyRows {
 static thread_local Scratch panel_buffer;
 
 static void many_rows(const Call& call) {
-    const int outputs = call.is_gated() ? PANEL / 2 : PANEL;
-    int64_t width = 0, tasks = 0;
+    const int64_t outputs = call.is_gated() ? PANEL / 2 : PANEL;
+    int64_t width = 0, panels = 0;
     for (int i = 0; i < (call.is_gated() ? 1 : 3); i++) {
         width += call.matrices[i].outputs;
-        tasks += (call.matrices[i].outputs + outputs - 1) / outputs;
+        panels += (call.matrices[i].outputs + outputs - 1) / outputs;
     }
     for (int64_t row = 0; row < call.rows; row += ROW_BLOCK) {
         const int64_t rows = std::min(ROW_BLOCK, call.rows - row);
+        int64_t parts = 1;
+        while (panels * parts < 4 * call.threads && rows > FEW_ROWS * parts) parts++;
+        const int64_t part_rows = (rows + parts - 1) / parts + HEIGHT - 1, whole = part_rows - part_rows % HEIGHT;
         const uint32_t* x = as_words((const uint16_t*)call.x + row * call.inputs, rows * call.inputs, call.threads);
-        const ManyRows product = {call, row, rows, x, width, tasks, outputs};
+        const ManyRows product = {call, row, rows, x, width, outputs, panels, whole, (rows + whole - 1) / whole};
         std::atomic<int64_t> counter{0};
 #pragma omp parallel num_threads(call.threads)
         {
             char* memory = panel_buffer.at_least(PANEL * sizeof(float) * (STEPS + ROW_BLOCK) + 64);
             memory += 64 - (uintptr_t)memory % 64;  // whole cache lines
             uint32_t* panel = (uint32_t*)memory;
-            for (int64_t task = counter++; task < tasks;) {
+            for (int64_t task = counter++; task < panels * product.parts;) {
                 const int64_t next = counter++;  // taken before it is computed, so that its weights can be prefetched
                 product.compute(product.find(task), next, panel, (float*)(panel + PANEL * STEPS));
                 task = next;

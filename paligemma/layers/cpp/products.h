@@ -10,7 +10,7 @@ const int64_t CHUNK = 512;   // maximum number of outputs in a task
 struct Tuning {              // kernels.CTuning has the same fields
     int64_t prefetch = 1024;  // with one or two rows, weights are fetched into the cache this many bytes before they are needed
     int64_t tile_rows = 16;   // the smallest number of rows that are multiplied with AMX
-    int64_t many_rows = 8;    // with so many rows or more, bfloat16 weights are multiplied by many_rows.h
+    int64_t many_rows = 10;   // with so many rows or more, bfloat16 weights are multiplied by many_rows.h
 };
 __attribute__((visibility("hidden"))) inline Tuning tuning;  // hidden: libraries for different processors do not share it
 extern "C" inline __attribute__((used)) Tuning* tuning_values() { return &tuning; }

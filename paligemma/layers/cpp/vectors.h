@@ -29,8 +29,12 @@ template <class T> static inline void store(void* to, T value) { memcpy(to, &val
 static inline F32 as_float(U32 bits) { return (F32)bits; }
 
 static inline U16 to_bf16(F32 value) {  // rounds to nearest even; a NaN keeps its top bits and stays a NaN
+#if defined(__AVX512BF16__)
+    return (U16)_mm512_cvtneps_pbh((__m512)value);  // numbers below 1.2e-38 become 0
+#else
     U32 bits = (U32)value, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return __builtin_convertvector(value == value ? rounded : (bits >> 16 | 0x40), U16);
+#endif
 }
 
 typedef float F8 __attribute__((vector_size(32)));
@@ -83,12 +87,20 @@ const int32_t ROUNDING_BITS = 0x4b400000;
 // e^x, with an error of one or two units in the last place: 2^n, made from the bits of the exponent, times a polynomial.
 static inline F32 exponential(F32 x) {
     const F32 low = F32{} - 87.0f, high = F32{} + 88.0f;
+#if defined(__AVX512F__)
+    x = (F32)_mm512_min_ps((__m512)high, _mm512_max_ps((__m512)low, (__m512)x));  // a NaN stays
+#else
     x = x < low ? low : x;
     x = x > high ? high : x;
+#endif
     F32 n = (x * 1.44269504f + ROUNDING) - ROUNDING;
     F32 r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
     F32 p = 1 + r * (1 + r * (0.5f + r * (0.166666672f + r * (0.0416657962f + r * (0.00833345205f + r * 0.00139313773f)))));
+#if defined(__AVX512F__)
+    return (F32)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     return as_float((U32)p + ((U32)__builtin_convertvector(n, I32) << 23));
+#endif
 }
 // The tanh approximation of GELU.
 static inline F32 gelu(F32 x) { return x / (1 + exponential(x * (-1.59576912f - 0.0713548163f * x * x))); }
