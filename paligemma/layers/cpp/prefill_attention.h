@@ -3,15 +3,16 @@
 #pragma once
 
 #include "attention.h"
+#include "many_rows.h"
 
 const int64_t QUERY_BLOCK = 48;  // queries of a task
 const int64_t SLOT_BLOCK = 384;  // slots whose scores are computed before they are used
-const int PANEL_ROWS = 6;        // a tile has PANEL_ROWS x 16 TILE_PANELS sums, which fit into the registers
-#if defined(__AVX512F__)
-const int TILE_PANELS = 4;
-#else
-const int TILE_PANELS = 1;
-#endif
+const int COLUMNS = 16;          // of a panel; see Panels
+const int COLUMN_VECTORS = COLUMNS / LANES;
+const int TILE_PANELS = VECTORS / COLUMN_VECTORS;  // a tile has HEIGHT x COLUMNS TILE_PANELS sums, which fit into the registers
+typedef int32_t Ints __attribute__((vector_size(sizeof(Lanes))));
+typedef uint32_t Words __attribute__((vector_size(sizeof(Lanes))));
+typedef uint8_t Flags __attribute__((vector_size(LANES)));
 
 // A tensor [B, heads, tokens, E] whose last dimension is contiguous. The strides count numbers.
 struct Heads {  // kernels.CHeads has the same fields
@@ -43,7 +44,7 @@ struct Panels {
     int64_t key_panels, value_panels, key_size, value_size;  // `size`: of a panel, in pairs
 
     Panels(const Attention& call, int64_t b, int64_t h) {
-        key_panels = (call.slots + 15) / 16, value_panels = (call.width + 15) / 16;
+        key_panels = (call.slots + COLUMNS - 1) / COLUMNS, value_panels = (call.width + COLUMNS - 1) / COLUMNS;
         key_size = call.width / 2 * 16, value_size = key_panels * 8 * 16;
         keys = call.packed + (b * call.kv_heads + h) * (key_panels * key_size + value_panels * value_size);
         values = keys + key_panels * key_size;
@@ -77,17 +78,17 @@ static void pack(const Attention& call, int64_t b, int64_t h, int64_t panel) {
     }
 }
 
-// What a product multiplies with panels: bfloat16 if the processor multiplies pairs of them, else float32.
-static inline F32 dot_pair(F32 acc, U32 pair, const Input* a) {
+// acc + a[0] * (first numbers of the pairs) + a[1] * (second numbers).
+static inline Lanes dot_pair(Lanes acc, Words pairs, const Input* a) {
 #if defined(__AVX512BF16__)
-    return (F32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)pair, (__m512bh)_mm512_set1_epi32(load<int32_t>(a)));
+    return (Lanes)_mm512_dpbf16_ps((__m512)acc, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(load<int32_t>(a)));
 #else
-    acc += as_float(pair << 16) * a[0];
-    return acc + as_float(pair & 0xffff0000u) * a[1];
+    acc += (Lanes)(pairs << 16) * a[0];
+    return acc + (Lanes)(pairs & 0xffff0000u) * a[1];
 #endif
 }
 
-static inline void store_inputs(Input* to, F32 v) {
+static inline void store_inputs(Input* to, Lanes v) {
 #if defined(__AVX512BF16__)
     store(to, (U16)_mm512_cvtneps_pbh((__m512)v));
 #else
@@ -99,19 +100,22 @@ static inline void store_inputs(Input* to, F32 v) {
 template <int R, int P>
 static void panel_tile(const Input* a, int64_t a_stride, const uint32_t* b, int64_t size, int64_t pairs, float* c, int64_t c_stride,
                        bool adds) {
-    F32 acc[R][P];
+    const int C = P * COLUMN_VECTORS;
+    Lanes acc[R][C];
     UNROLL for (int r = 0; r < R; r++) {
-        UNROLL for (int p = 0; p < P; p++) acc[r][p] = adds ? load<F32>(c + r * c_stride + p * 16) : F32{};
+        UNROLL for (int v = 0; v < C; v++) acc[r][v] = adds ? load<Lanes>(c + r * c_stride + v * LANES) : Lanes{};
     }
     for (int64_t i = 0; i < pairs; i++) {
-        U32 pair[P];
-        UNROLL for (int p = 0; p < P; p++) pair[p] = load<U32>(b + p * size + i * 16);
+        Words w[C];
+        UNROLL for (int v = 0; v < C; v++) {
+            w[v] = load<Words>(b + v / COLUMN_VECTORS * size + i * COLUMNS + v % COLUMN_VECTORS * LANES);
+        }
         UNROLL for (int r = 0; r < R; r++) {
-            UNROLL for (int p = 0; p < P; p++) acc[r][p] = dot_pair(acc[r][p], pair[p], a + r * a_stride + 2 * i);
+            UNROLL for (int v = 0; v < C; v++) acc[r][v] = dot_pair(acc[r][v], w[v], a + r * a_stride + 2 * i);
         }
     }
     UNROLL for (int r = 0; r < R; r++) {
-        UNROLL for (int p = 0; p < P; p++) store(c + r * c_stride + p * 16, acc[r][p]);
+        UNROLL for (int v = 0; v < C; v++) store(c + r * c_stride + v * LANES, acc[r][v]);
     }
 }
 
@@ -120,7 +124,7 @@ static void panel_rows(const Input* a, int64_t a_stride, int64_t rows, const uin
                        int64_t c_stride, bool adds) {
     decltype(&panel_tile<1, P>) tiles[] = {panel_tile<1, P>, panel_tile<2, P>, panel_tile<3, P>,
                                            panel_tile<4, P>, panel_tile<5, P>, panel_tile<6, P>};
-    const int64_t parts = (rows + PANEL_ROWS - 1) / PANEL_ROWS;  // of equal heights, as far as possible
+    const int64_t parts = (rows + HEIGHT - 1) / HEIGHT;  // of equal heights, as far as possible
     for (int64_t part = 0; part < parts; part++) {
         const int64_t r = rows * part / parts, height = rows * (part + 1) / parts - r;
         tiles[height - 1](a + r * a_stride, a_stride, b, size, pairs, c + r * c_stride, c_stride, adds);
@@ -130,24 +134,19 @@ static void panel_rows(const Input* a, int64_t a_stride, int64_t rows, const uin
 // c[rows][16 panels] = a[rows][2 pairs] x panels, added to c if `adds`.
 static void panel_product(const Input* a, int64_t a_stride, int64_t rows, const uint32_t* b, int64_t size, int64_t panels,
                           int64_t pairs, float* c, int64_t c_stride, bool adds) {
+    decltype(&panel_rows<1>) widths[] = {panel_rows<1>, panel_rows<2>, panel_rows<3>, panel_rows<4>};
     const int64_t parts = (panels + TILE_PANELS - 1) / TILE_PANELS;
     for (int64_t part = 0; part < parts; part++) {
         const int64_t p = panels * part / parts, count = panels * (part + 1) / parts - p;
-        decltype(&panel_rows<1>) tiles[] = {
-            panel_rows<1>,
-#if defined(__AVX512F__)
-            panel_rows<2>, panel_rows<3>, panel_rows<4>,
-#endif
-        };
-        tiles[count - 1](a, a_stride, rows, b + p * size, size, pairs, c + p * 16, c_stride, adds);
+        widths[count - 1](a, a_stride, rows, b + p * size, size, pairs, c + p * COLUMNS, c_stride, adds);
     }
 }
 
 // 2^x, and 0 for x below -126; the error is at most 3e-6 of it, which is little for a weight that is rounded to bfloat16.
-static inline F32 power_of_2(F32 x) {
-    const F32 n = x + ROUNDING, r = x - (n - ROUNDING);  // the lowest bits of n are the rounded x
-    const F32 p = 1 + r * (0.693147181f + r * (0.240226507f + r * (0.0555041087f + r * (0.00961812911f + r * 0.00133335581f))));
-    return x < -126 ? F32{} : as_float((U32)p + ((U32)n << 23));
+static inline Lanes power_of_2(Lanes x) {
+    const Lanes n = x + ROUNDING, r = x - (n - ROUNDING);  // the lowest bits of n are the rounded x
+    const Lanes p = 1 + r * (0.693147181f + r * (0.240226507f + r * (0.0555041087f + r * (0.00961812911f + r * 0.00133335581f))));
+    return x < -126 ? Lanes{} : (Lanes)((Words)p + ((Words)n << 23));
 }
 
 // The softmax of one query, which receives its scores in blocks.
@@ -155,36 +154,38 @@ struct Softmax {
     float highest = -INFINITY, total = 0;  // the highest score so far, and the sum of e^(score - highest)
 
     // Replaces the first of the `slots` products q k by the weights e^(score - highest), which are 0 where the mask is false and
-    // where the slots end within a vector. Returns the factor for sums with earlier weights, whose `highest` was lower.
+    // where the slots end within a panel. Returns the factor for sums with earlier weights, whose `highest` was lower.
     float weigh(float* scores, int64_t slots, const uint8_t* mask, float scale, float cap) {
-        const int64_t rest = slots % 16, whole = slots - rest, padded = whole + (rest ? 16 : 0);
-        const F32 lowest = F32{} - INFINITY;
+        const int64_t whole = slots / LANES * LANES, padded = (slots + COLUMNS - 1) / COLUMNS * COLUMNS;
         if (cap > 0) {  // cap * tanh(score / cap)
             for (int64_t s = 0; s < padded; s += 16) {
                 store(scores + s, cap - 2 * cap / (1 + exponential(load<F32>(scores + s) * (2 * scale / cap))));
             }
             scale = 1;
         }
-        for (int64_t s = 0; mask && s < whole; s += 16) {
-            store(scores + s, __builtin_convertvector(load<U8>(mask + s), I32) != 0 ? load<F32>(scores + s) : lowest);
+        const Lanes lowest = Lanes{} - INFINITY;
+        for (int64_t s = 0; mask && s < whole; s += LANES) {
+            store(scores + s, __builtin_convertvector(load<Flags>(mask + s), Ints) != 0 ? load<Lanes>(scores + s) : lowest);
         }
         for (int64_t s = whole; s < padded; s++) scores[s] = s < slots && (!mask || mask[s]) ? scores[s] : -INFINITY;
-        F32 largest = lowest, sums = {};
-        for (int64_t s = 0; s < padded; s += 16) {
-            F32 v = load<F32>(scores + s);
+        Lanes largest = lowest, sums = {};
+        for (int64_t s = 0; s < padded; s += LANES) {
+            Lanes v = load<Lanes>(scores + s);
             largest = largest > v ? largest : v;
         }
-        const float before = highest;
-        highest = std::max(highest, scale * max(largest));
-        const float shift = highest < -1e38f ? 0 : highest;  // all slots so far are masked
-        const float to_exponent = 1.44269504f;               // log2(e)
-        for (int64_t s = 0; s < padded; s += 16) {  // weights are not longer than scores, and are written after the scores are read
-            F32 weights = power_of_2(load<F32>(scores + s) * (scale * to_exponent) - shift * to_exponent);
+        float top = largest[0];
+        UNROLL for (int i = 1; i < LANES; i++) top = std::max(top, largest[i]);
+        const float before = highest, to_exponent = 1.44269504f;  // log2(e)
+        highest = std::max(highest, scale * top);
+        const float shift = highest < -1e38f ? 0 : highest;  // 0: all slots so far are masked
+        for (int64_t s = 0; s < padded; s += LANES) {  // weights, at most as long as scores, are written after the scores are read
+            Lanes weights = power_of_2(load<Lanes>(scores + s) * (scale * to_exponent) - shift * to_exponent);
             sums += weights;
             store_inputs((Input*)scores + s, weights);
         }
         const float factor = before == highest ? 1 : before < -1e38f ? 0 : std::exp(before - shift);
-        total = total * factor + sum(sums);
+        total *= factor;
+        for (int i = 0; i < LANES; i++) total += sums[i];
         return factor;
     }
 };

@@ -17,7 +17,6 @@ typedef int32_t I32 __attribute__((vector_size(64)));
 typedef uint32_t U32 __attribute__((vector_size(64)));
 typedef uint16_t U16 __attribute__((vector_size(32)));
 typedef int8_t I8 __attribute__((vector_size(16)));
-typedef uint8_t U8 __attribute__((vector_size(16)));
 #define UNROLL _Pragma("GCC unroll 32")
 
 template <class T> static inline T load(const void* from) {
