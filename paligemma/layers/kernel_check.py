@@ -231,6 +231,52 @@ def attention_of_patches() -> Comparison:
     return Comparison("bf16_attend_many", kernels.bf16_attend_many(q, k, v, None, 72**-0.5, None), exact, bound)
 
 
+def decoder(kind: str) -> Comparison:
+    """Two layers for one new token in each of two rows, in one call, compared with the functions above, called one by one.
+
+    Each way rounds eleven vectors per layer to bfloat16, one after another: norms, products, attention and sums. As a standard
+    deviation, such a rounding is 2^-8 / sqrt(3) of a number, so two ways are sqrt(2 * 22) times that apart, 1.5 percent of the
+    size of the numbers. With integer weights, the inputs of four products per layer are also rounded to 8 bits, by 0.6 percent
+    of their size, which makes 2.8 percent. The bound is five standard deviations.
+    """
+    rows, heads, kv_heads, e, d, f, s, eps = 2, 4, 1, 64, 192, 384, 40, 1e-6
+    scale, cap = e**-0.5, 30.0
+    slots = torch.tensor([[s - 1], [s - 9]])
+    mask = (torch.arange(s) <= slots)[:, None, None]  # [B, 1, 1, S]
+    rotation = rotary_embedding(slots + 1, e, 10_000, torch.bfloat16)
+    sizes = [(heads * e, d), (kv_heads * e, d), (kv_heads * e, d), (d, heads * e), (f, d), (f, d), (d, f)]
+    layers = []
+    for _ in range(2):
+        q, k, v, output, gate, up, down = (random_matrix(kind, *size)[0]._replace(bias=None) for size in sizes)
+        norms = [draw(d) * 0.1 for _ in range(4)]
+        layers.append(kernels.DecoderLayer([q, k, v], [output], [gate, up], [down], norms, False))
+    norm, start = draw(d) * 0.1, draw(rows, 1, d)
+    keys, values = draw(2, rows, kv_heads, s, e), draw(2, rows, kv_heads, s, e)
+    x, other_keys, other_values = start, keys.clone(), values.clone()
+    for number, layer in enumerate(layers):
+        first, second, third, fourth = layer.norms
+        qkv = kernels.product(kind, kernels.bf16_rms_norm(x, first, eps), layer.qkv, x.dtype)
+        y = kernels.bf16_attend(qkv, slots, rotation, mask, other_keys[number], other_values[number], s, scale, cap)
+        x = x + kernels.bf16_rms_norm(kernels.product(kind, y, layer.output, x.dtype), second, eps)
+        y = kernels.product(kind, kernels.bf16_rms_norm(x, third, eps), layer.gate_up, x.dtype, "gated")
+        x = x + kernels.bf16_rms_norm(kernels.product(kind, y, layer.down, x.dtype), fourth, eps)
+    expected = kernels.bf16_rms_norm(x, norm, eps).double()
+    found = kernels.decode(
+        kind, kernels.decoder_layers(layers), norm, eps, start, slots, rotation, mask, mask, keys, values, s, scale, cap
+    )  # fmt: skip
+    bound = 5 * (0.015 if kind == "bf16" else 0.028) * expected.square().mean(-1, keepdim=True).sqrt().expand_as(expected)
+    return Comparison(f"{kind}_decode", found, expected, bound)
+
+
+def logits() -> Iterator[Comparison]:
+    x = torch.randn(3, 20_003) * 5
+    exact = x.double().logsumexp(-1)
+    yield Comparison("logits_argmax", kernels.reduce_logits("argmax", x), x.argmax(-1).double(), torch.full((3,), 1e-30))
+    # The sum of the exponentials is off by a relative error, which its logarithm makes an absolute one; 1e-6 is for e^x.
+    bound = 1.01 * (x.shape[1] + 8) * UNIT[torch.float32] + 1e-6 + 2 * UNIT[torch.float32] * exact.abs()
+    yield Comparison("logits_logsumexp", kernels.reduce_logits("logsumexp", x), exact, bound)
+
+
 def comparisons() -> Iterator[Comparison]:
     """Results of every function of kernels.library()."""
     for kind in ("bf16", *int_formats.KINDS):
@@ -240,6 +286,8 @@ def comparisons() -> Iterator[Comparison]:
     for length, cap in ((1, None), (1, 5.0), (21, None), (21, 5.0)):
         yield from attention_with_cache(length, cap)
     yield attention_of_patches()
+    yield from map(decoder, ("bf16", *int_formats.KINDS))
+    yield from logits()
 
 
 @torch.no_grad()
