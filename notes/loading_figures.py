@@ -52,7 +52,7 @@ def write_model(folder: Path) -> None:
 
 def show_file(file: Path, count: int) -> None:
     """Prints the first tensors of a safetensors file, as its header describes them."""
-    from paligemma.checkpoints.safetensors_files import read_header
+    from paligemma.checkpoints.headers import read_header
 
     tensors = sorted(read_header(file).values(), key=lambda tensor: tensor.start)
     print(f"{file.name}: 8 bytes and the header up to byte {tensors[0].start}, then {len(tensors)} tensors")

@@ -103,20 +103,28 @@ def free_memory(device: "torch.device", root: Path = Path("/")) -> int | None:
     """Bytes that this process can still allocate on the device; None if this is not known.
 
     On a GPU, memory that torch keeps after its tensors were freed counts as free, so that a second model can be loaded after the
-    first one was deleted. On a CPU this is the smallest of three numbers: the memory that the system reports as available, the
-    rest of each control group's limit, and the rest of the process's own limit (ulimit -v). The file cache counts as free,
-    because the system drops it when memory is needed.
+    first one was deleted. Args: root: see free_cpu_memory.
+    """
+    if device.type == "cpu":
+        return free_cpu_memory(root)
+    import torch
+
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+
+
+def free_cpu_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this process can still allocate on the CPU; None if this is not known.
+
+    This is the smallest of three numbers: the memory that the system reports as available, the rest of each control group's
+    limit, and the rest of the process's own limit (ulimit -v). The file cache counts as free, because the system drops it when
+    memory is needed.
 
     Args:
         root: the root of the file system; tests pass another folder.
     """
-    if device.type != "cpu":
-        import torch
-
-        if device.type == "cuda":
-            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            return torch.cuda.mem_get_info(device)[0] + unused
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     free = []
     with suppress(OSError):
         lines = (root / "proc/meminfo").read_text().splitlines()

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from paligemma import files, machine
+from paligemma.checkpoints import read_ahead
 from paligemma.devices import find_devices, graphs_mode
 from paligemma.errors import UsageError, counted
 from paligemma.generation import Sampling, Step, generate_steps
@@ -520,7 +521,9 @@ def load(
     if quantize_vision and quantize is None:
         raise UsageError("quantize_vision needs quantize, which is None. Add quantize='int8' or 'int4'.")
     model_path, base, codec_file = (None if path is None else files.as_text(path) for path in (name, base_model, mask_codec))
+    ahead = read_ahead.begin(model_path, device, dtype, quantize)
     checkpoint = open_checkpoint(model_path, revision=revision, base_model=base)
+    checkpoint.ahead = ahead
     codec = find_codec(checkpoint.base, codec_file)
     network = checkpoint.load(
         device=device,

@@ -13,15 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from paligemma.checkpoints.file_names import ADAPTER_CONFIG_NAME, ADAPTER_NAME, explain_no_adapter, has_weights
-from paligemma.checkpoints.safetensors_files import (
-    FLOATS,
-    StoredTensor,
-    TensorReader,
-    check_equal,
-    check_values,
-    read_header,
-    write_tensors,
-)
+from paligemma.checkpoints.headers import FLOATS, StoredTensor, read_header
+from paligemma.checkpoints.safetensors_files import TensorReader, check_equal, check_values, write_tensors
 from paligemma.errors import CheckpointError, OutputError, listed
 from paligemma.files import move_into_place, staging_folder, stat_path, sync_folder
 from paligemma.layers import lora

@@ -26,7 +26,7 @@ from paligemma.checkpoints.file_names import (
     has_adapter,
     has_weights,
 )
-from paligemma.checkpoints.safetensors_files import read_index
+from paligemma.checkpoints.headers import read_index
 from paligemma.errors import AccessError, CheckpointError, OutputError, PaliGemmaError, UsageError, listed
 from paligemma.files import BUNDLED, expand, is_file, is_folder, names_in, similar_names, stat_path
 

@@ -30,17 +30,15 @@ from torch.overrides import TorchFunctionMode
 from paligemma.checkpoints.adapters import Adapter, read_adapter
 from paligemma.checkpoints.file_names import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, has_adapter, has_weights
 from paligemma.checkpoints.fitting import choose_dtype, module_bytes, own_tensors, room_to_answer, run_dtype
+from paligemma.checkpoints.headers import FLOATS, StoredTensor, find_files, read_header
 from paligemma.checkpoints.hub import find_base, resolve
+from paligemma.checkpoints.read_ahead import ReadAhead
 from paligemma.checkpoints.safetensors_files import (
     DTYPES,
-    FLOATS,
-    StoredTensor,
     TensorReader,
     check_equal,
-    find_files,
     fingerprint,
     is_equal,
-    read_header,
     replace_files,
     write_shards,
 )
@@ -386,10 +384,12 @@ class ModelFiles:
         base: the folder with config.json, tokenizer and weights. It differs from `folder` only for an adapter.
         raw, generation, adapter_config: content of config.json, of generation_config.json ({} if there is none) and of
             adapter_config.json (None if there is none).
+        ahead: whoever has begun to read the weights ahead may set this, see read_ahead.py; the first `load` uses it.
     Raises: CheckpointError, AccessError or UsageError.
     """
 
     def __init__(self, name: str | Path, revision: str | None = None, base_model: str | Path | None = None):
+        self.ahead: ReadAhead | None = None
         self.contents: dict[Path, bytes] = {}
         self.folder = resolve(name, revision)
         self.adapter_config = self.read(self.folder / ADAPTER_CONFIG_NAME) if has_adapter(self.folder) else None
@@ -476,8 +476,10 @@ class ModelFiles:
             check_names(model, self.raw, stored, folder)
             spare = [torch.device("cuda", card) for card in usable_cards()] if device == "auto" else []
             placement = split.place(sizes, named, spare, room)
-            readers = {own: TensorReader(own, allow_nonfinite) for own in placement.devices}
+            ahead, self.ahead = self.ahead or ReadAhead({}), None
+            readers = {own: TensorReader(own, allow_nonfinite, ahead) for own in placement.devices}
             fill(model, stored, lambda name: readers[placement.device(name)], dtype, quantised, kind, adapter)
+            ahead.wait()
             suit_device(model, named[0])
             if len(placement.devices) > 1:  # a graph records the kernels of one card only
                 model = split.use_cards(model, placement)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from paligemma.checkpoints import processor_files
 from paligemma.checkpoints.adapters import read_adapter
 from paligemma.checkpoints.file_names import has_adapter, has_weights
+from paligemma.checkpoints.headers import FLOATS, StoredTensor
 from paligemma.checkpoints.hub import resolve
-from paligemma.checkpoints.safetensors_files import CHUNK_ELEMENTS, DTYPES, FLOATS, StoredTensor, TensorReader
+from paligemma.checkpoints.safetensors_files import CHUNK_ELEMENTS, DTYPES, TensorReader
 from paligemma.checkpoints.weights import (
     POSITIONS,
     ModelFiles,

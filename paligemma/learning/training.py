@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from paligemma.checkpoints.safetensors_files import read_header
+from paligemma.checkpoints.headers import read_header
 from paligemma.devices import to_device
 from paligemma.errors import CheckpointError, OutputError, UsageError
 from paligemma.files import move_into_place, read_json, sync_folder

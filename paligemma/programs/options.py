@@ -90,7 +90,10 @@ class ModelFlags:
 
     def open(self) -> "Checkpoint":
         """The checkpoint that the flags name, without weights. Raises: the errors of opened.open_checkpoint, and DeviceError."""
+        from paligemma.checkpoints import read_ahead
+
         machine.use_cores()
+        ahead = read_ahead.begin(self.model_path, self.device_name, self.dtype, self.quantize)
         machine.check_torch()
         import torch
 
@@ -99,6 +102,7 @@ class ModelFlags:
         devices.use_exact_float32()
         devices.find_device(self.device_name)  # before anything is downloaded
         checkpoint = open_checkpoint(self.model_path, revision=self.revision, base_model=self.base_model)
+        checkpoint.ahead = ahead
         if sum(os.path.getsize(file) for file in checkpoint.base.glob("*.safetensors") if files.is_file(file)) < SMALL_MODEL:
             torch.set_num_threads(1)
         return checkpoint

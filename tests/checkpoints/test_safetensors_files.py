@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from paligemma.checkpoints import safetensors_files
+from paligemma.checkpoints import headers, safetensors_files
 from paligemma.errors import CheckpointError, PaliGemmaError
 from paligemma.files import read_json
 
@@ -34,7 +34,7 @@ def test_a_header_says_what_the_library_says(tmp_path):
     tensors = {"a": torch.rand(2, 3), "b": torch.zeros(5, dtype=torch.bfloat16), "c": torch.ones(0, 4), "d": torch.tensor(1.5)}
     file = tmp_path / "model.safetensors"
     save_file(tensors, file, metadata={"format": "pt"})
-    header = safetensors_files.read_header(file)
+    header = headers.read_header(file)
     assert {name: list(stored.shape) for name, stored in header.items()} == {"a": [2, 3], "b": [5], "c": [0, 4], "d": []}
     for name, stored in header.items():
         assert torch.equal(torch.cat([torch.empty(0), *safetensors_files.read_chunks(stored)]), tensors[name].flatten().float())
@@ -95,22 +95,22 @@ def test_a_header_says_what_the_library_says(tmp_path):
 def test_a_damaged_header_is_refused_with_the_name_of_the_file(tmp_path, header, data, length, says):
     file = write_file(tmp_path / "model.safetensors", header, data, length)
     with pytest.raises(CheckpointError, match=says) as caught:
-        safetensors_files.read_header(file)
+        headers.read_header(file)
     assert str(file) in caught.value.message and len(caught.value.message) < 1000
     assert caught.value.path == str(file)
 
 
 def test_every_dtype_of_the_format_is_read(tmp_path):
-    for name, bits in safetensors_files.BITS.items():
+    for name, bits in headers.BITS.items():
         header = {"w": {"dtype": name, "shape": [4, 2], "data_offsets": [0, bits]}}
-        assert safetensors_files.read_header(write_file(tmp_path / "w.safetensors", header, b"x" * bits))["w"].dtype == name
+        assert headers.read_header(write_file(tmp_path / "w.safetensors", header, b"x" * bits))["w"].dtype == name
 
 
 @pytest.mark.parametrize("size", [0, 7])
 def test_a_file_too_short_for_a_header_is_refused(tmp_path, size):
     (tmp_path / "model.safetensors").write_bytes(b"\0" * size)
     with pytest.raises(CheckpointError, match=f"it has {size} bytes"):
-        safetensors_files.read_header(tmp_path / "model.safetensors")
+        headers.read_header(tmp_path / "model.safetensors")
 
 
 def test_a_truncated_file_is_told_with_both_sizes(tmp_path):
@@ -119,7 +119,7 @@ def test_a_truncated_file_is_told_with_both_sizes(tmp_path):
     whole = file.stat().st_size
     os.truncate(file, whole - 1000)
     with pytest.raises(CheckpointError, match=f"{whole} bytes and the file has {whole - 1000}: it is cut off"):
-        safetensors_files.read_header(file)
+        headers.read_header(file)
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -133,7 +133,7 @@ def test_random_edits_raise_nothing_but_our_errors(tmp_path, edits, cut):
     file.unlink()  # the library has mapped it
     file.write_bytes(data[: len(data) - cut])
     try:
-        header = safetensors_files.read_header(file)
+        header = headers.read_header(file)
     except PaliGemmaError:
         return
     for stored in header.values():  # an accepted header describes tensors that can be read
@@ -181,14 +181,14 @@ def write_index(folder, weight_map: object) -> None:
 def test_an_index_may_name_bare_file_names_only(tmp_path, name):
     write_index(tmp_path, {"w": name})
     with pytest.raises(CheckpointError, match="bare file name"):
-        safetensors_files.find_files(tmp_path)
+        headers.find_files(tmp_path)
 
 
 @pytest.mark.parametrize("weight_map", [None, {}, [], "model.safetensors"])
 def test_an_index_without_a_map_is_refused(tmp_path, weight_map):
     write_index(tmp_path, weight_map)
     with pytest.raises(CheckpointError, match="no weight_map"):
-        safetensors_files.find_files(tmp_path)
+        headers.find_files(tmp_path)
 
 
 def test_missing_shards_are_listed(tmp_path):
@@ -196,7 +196,7 @@ def test_missing_shards_are_listed(tmp_path):
     write_index(tmp_path, {f"w{i}": name for i, name in enumerate(names)})
     save_file({"w1": torch.rand(1)}, tmp_path / names[1])
     with pytest.raises(CheckpointError, match=f"lacks 2 of 3 files.*{names[0]}, {names[2]}.*incomplete"):
-        safetensors_files.find_files(tmp_path)
+        headers.find_files(tmp_path)
 
 
 def test_the_index_rules_over_other_files(tmp_path, caplog):
@@ -204,7 +204,7 @@ def test_the_index_rules_over_other_files(tmp_path, caplog):
     for name in ("model-00001-of-00001.safetensors", "adapter_model.safetensors", "stale.safetensors"):
         save_file({"w": torch.rand(1)}, tmp_path / name)
     write_index(tmp_path, {"w": "model-00001-of-00001.safetensors"})
-    assert safetensors_files.find_files(tmp_path) == [tmp_path / "model-00001-of-00001.safetensors"]
+    assert headers.find_files(tmp_path) == [tmp_path / "model-00001-of-00001.safetensors"]
     assert "the index does not name them: adapter_model.safetensors, stale.safetensors" in caplog.text
 
 
@@ -213,7 +213,7 @@ def test_a_single_file_is_complete_whatever_index_was_left_beside_it(tmp_path, c
     caplog.set_level("INFO")
     save_file({"w": torch.rand(1)}, tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    assert safetensors_files.find_files(tmp_path) == [tmp_path / "model.safetensors"]
+    assert headers.find_files(tmp_path) == [tmp_path / "model.safetensors"]
     assert "next to it is ignored" in caplog.text
 
 
@@ -229,30 +229,30 @@ def test_a_single_file_is_complete_whatever_index_was_left_beside_it(tmp_path, c
 def test_a_folder_without_weights_is_explained_by_what_it_holds(tmp_path, name, says):
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(CheckpointError, match=says):
-        safetensors_files.find_files(tmp_path)
+        headers.find_files(tmp_path)
 
 
 def test_links_are_followed_as_in_the_cache_of_the_hub(tmp_path):
     (tmp_path / "blobs").mkdir()
     save_file({"w": torch.rand(2)}, tmp_path / "blobs" / "abc")
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / "abc")
-    assert list(safetensors_files.read_header(safetensors_files.find_files(tmp_path)[0])) == ["w"]
+    assert list(headers.read_header(headers.find_files(tmp_path)[0])) == ["w"]
     (tmp_path / "blobs" / "abc").unlink()
     with pytest.raises(CheckpointError, match="broken link.*incomplete"):
-        safetensors_files.read_header(safetensors_files.find_files(tmp_path)[0])
+        headers.read_header(headers.find_files(tmp_path)[0])
 
 
 def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="is not a file"):
-        safetensors_files.read_header(tmp_path / "model.safetensors")
+        headers.read_header(tmp_path / "model.safetensors")
 
 
 def test_parts_come_in_order_whatever_their_size(tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_files, "CHUNK_ELEMENTS", 7)
     tensor = torch.rand(5, 6)
     save_file({"first": torch.rand(3), "w": tensor}, tmp_path / "model.safetensors")
-    stored = safetensors_files.read_header(tmp_path / "model.safetensors")["w"]
+    stored = headers.read_header(tmp_path / "model.safetensors")["w"]
     parts = [part.clone() for part in safetensors_files.read_chunks(stored)]
     assert [len(part) for part in parts] == [7, 7, 7, 7, 2]
     assert torch.equal(torch.cat(parts), tensor.flatten())
@@ -268,7 +268,7 @@ def test_what_is_written_the_library_reads(tmp_path, monkeypatch):
     loaded = load_file(tmp_path / "model.safetensors")
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in tensors.items())
-    assert min(stored.start for stored in safetensors_files.read_header(tmp_path / "model.safetensors").values()) % 64 == 0
+    assert min(stored.start for stored in headers.read_header(tmp_path / "model.safetensors").values()) % 64 == 0
 
 
 def test_shards_keep_to_their_size_and_an_index_names_them(tmp_path):
@@ -304,7 +304,7 @@ def test_an_interrupted_replacement_never_leaves_a_mixture(tmp_path, monkeypatch
             patch.setattr(safetensors_files.Path, "unlink", lambda path, step=step, **options: step(unlink, path, **options))
             safetensors_files.replace_files(source, folder)
         try:
-            files = safetensors_files.find_files(folder)
+            files = headers.find_files(folder)
         except CheckpointError:
             refused += 1
             continue

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from paligemma.checkpoints import weights
-from paligemma.checkpoints.safetensors_files import read_header
+from paligemma.checkpoints.headers import read_header
 from paligemma.configuration import PaliGemmaConfig
 from paligemma.errors import CheckpointError, DeviceError, OutputError, PaliGemmaError, UsageError
 from paligemma.layers import int_formats, quantization

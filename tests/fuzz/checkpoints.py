@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from paligemma.checkpoints import file_names, hub, safetensors_files, weights
+from paligemma.checkpoints import file_names, headers, hub, safetensors_files, weights
 from paligemma.generation import generate
 from paligemma.objects import mask_codec
 from paligemma.opened import open_checkpoint
@@ -111,7 +111,7 @@ class Headers(Fuzzer):
     def check(self, files: Files, folder: Path) -> None:
         write_files(files, folder)
         path = folder / "model.safetensors"
-        stored = safetensors_files.read_header(path)
+        stored = headers.read_header(path)
         try:
             with safe_open(path, framework="pt") as theirs:
                 assert set(theirs.keys()) == set(stored), "other names than the library's"
