@@ -52,8 +52,8 @@ static Exponentials exponentiate(float* scores, int64_t slots, const uint8_t* ma
 // For q[N][width] of N query heads and `slots` slots of their key head: the sums of the values, each times its exponential, to
 // y[N][width], whose dimensions have the order of to_inputs, and the exponentials' highest score and sum.
 template <int N>
-static void attend(const uint16_t* keys, const uint16_t* values, const Input* q, int64_t slots, int64_t width, const uint8_t* mask,
-                   float scale, float cap, float* y, Exponentials* exponentials) {
+static void attend(const uint16_t* keys, const uint16_t* values, const Input* q, int64_t slots, int64_t width,
+                   const uint8_t* mask, float scale, float cap, float* y, Exponentials* exponentials) {
     float scores[N * CHUNK];
     bf16_rows<N>(keys, q, scores, slots, width);
     for (int r = 0; r < N; r++) exponentials[r] = exponentiate(scores + r * CHUNK, slots, mask, scale, cap);
@@ -100,70 +100,65 @@ struct TokenAttention {  // kernels.CTokenAttention has the same fields
         return std::min(CHUNK, std::max<int64_t>(64, (size + 15) / 16 * 16));
     }
     int64_t pieces() const { return (slots + piece() - 1) / piece(); }
-    int64_t bytes() const {
-        return rows * heads * (width * (sizeof(Input) + pieces() * sizeof(float)) + pieces() * sizeof(Exponentials));
-    }
+    int64_t bytes() const { return rows * heads * pieces() * (width * sizeof(float) + sizeof(Exponentials)); }
 };
 
 // Rotates q and k in qkv[B, (heads + 2 kv_heads) width], stores k and v in the cache, and lets q attend to the slots that
 // mask[B, slots] allows, or to all of them if mask is null. Result: y[B, heads width]. All threads of a parallel region call
-// this function and share `memory`.
+// this function and share `memory`; if `is_alone`, each of them computes all of y in its own memory from the pieces' results.
 static void attend_in_region(const TokenAttention& a, const uint16_t* qkv, uint16_t* keys, uint16_t* values, const uint8_t* mask,
-                             uint16_t* y, char* memory) {
-    const int64_t width = a.width, each = a.heads + 2 * a.kv_heads, all_heads = a.rows * a.heads;
+                             uint16_t* y, char* memory, bool is_alone) {
+    const int64_t width = a.width, qkv_width = (a.heads + 2 * a.kv_heads) * width, all_heads = a.rows * a.heads;
     const int64_t group = a.group(), parts = a.parts(), piece = a.piece(), pieces = a.pieces();
-    Input* q = (Input*)memory;                          // [B, heads, width]
-    float* sums = (float*)(q + all_heads * width);      // [pieces, B, heads, width]
+    float* sums = (float*)memory;                                                     // [pieces, B, heads, width]
     Exponentials* exponentials = (Exponentials*)(sums + pieces * all_heads * width);  // [pieces, B, heads]
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < a.rows * each; task++) {
-        const int64_t row = task / each, h = task % each, kv_head = (h - a.heads) % a.kv_heads;
-        const uint16_t *x = qkv + task * width, *cos = a.cos + row * width, *sin = a.sin + row * width;
-        const int64_t slot = row * a.row_stride + kv_head * a.head_stride + a.new_slots[row] * width;
-        if (h >= a.heads + a.kv_heads) memcpy(values + slot, x, width * sizeof(uint16_t));
-        else if (h >= a.heads) rotate(x, cos, sin, keys + slot, width);
-        else {
-            uint16_t* rotated = (uint16_t*)query_buffer.at_least(width * sizeof(uint16_t));
-            rotate(x, cos, sin, rotated, width);
-            to_inputs(rotated, width, q + (row * a.heads + h) * width);
-        }
-    }
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < a.rows * a.kv_heads * parts * pieces; task++) {
         const int64_t start = task % pieces * piece, part = task / pieces % parts, head = task / (pieces * parts) % a.kv_heads;
-        const int64_t row = task / (pieces * parts * a.kv_heads), count = std::min<int64_t>(TILE_HEADS, group - part * TILE_HEADS);
-        const int64_t query = row * a.heads + head * group + part * TILE_HEADS, result = task % pieces * all_heads + query;
-        const int64_t offset = row * a.row_stride + head * a.head_stride + start * width;
+        const int64_t row = task / (pieces * parts * a.kv_heads), slots = std::min(piece, a.slots - start);
+        const int64_t first = head * group + part * TILE_HEADS, count = std::min<int64_t>(TILE_HEADS, group - part * TILE_HEADS);
+        const uint16_t *from = qkv + row * qkv_width, *cos = a.cos + row * width, *sin = a.sin + row * width;
+        uint16_t* k = keys + row * a.row_stride + head * a.head_stride + start * width;
+        uint16_t* v = values + row * a.row_stride + head * a.head_stride + start * width;
+        const int64_t new_slot = a.new_slots[row] - start;
+        if (new_slot >= 0 && new_slot < slots) {
+            rotate(from + (a.heads + head) * width, cos, sin, k + new_slot * width, width);
+            memcpy(v + new_slot * width, from + (a.heads + a.kv_heads + head) * width, width * sizeof(uint16_t));
+        }
+        uint16_t* rotated = (uint16_t*)query_buffer.at_least(width * (sizeof(uint16_t) + TILE_HEADS * sizeof(Input)));
+        Input* q = (Input*)(rotated + width);
+        for (int64_t h = 0; h < count; h++) {
+            rotate(from + (first + h) * width, cos, sin, rotated, width);
+            to_inputs(rotated, width, q + h * width);
+        }
+        const int64_t result = task % pieces * all_heads + row * a.heads + first;
         decltype(&attend<1>) tiles[] = {attend<1>, attend<2>, attend<3>, attend<4>, attend<5>, attend<6>, attend<7>, attend<8>};
-        tiles[count - 1](keys + offset, values + offset, q + query * width, std::min(piece, a.slots - start), width,
-                         mask ? mask + row * a.slots + start : nullptr, a.scale, a.cap, sums + result * width,
-                         exponentials + result);
+        tiles[count - 1](k, v, q, slots, width, mask ? mask + row * a.slots + start : nullptr, a.scale, a.cap,
+                         sums + result * width, exponentials + result);
     }
-#pragma omp for schedule(static)
-    for (int64_t h = 0; h < all_heads; h++) {
-        float highest = -INFINITY, total = 0;
+    divide(all_heads, is_alone, [&](int64_t h) {
+        float highest = -INFINITY, total = 0, *factors = (float*)score_buffer.at_least(pieces * sizeof(float));
         for (int64_t p = 0; p < pieces; p++) highest = std::max(highest, exponentials[p * all_heads + h].highest);
         for (int64_t p = 0; p < pieces; p++) {
-            Exponentials& of_piece = exponentials[p * all_heads + h];
-            of_piece.highest = std::exp(of_piece.highest - highest);  // from now on the factor of the piece
-            total += of_piece.highest * of_piece.sum;
+            factors[p] = std::exp(exponentials[p * all_heads + h].highest - highest);
+            total += factors[p] * exponentials[p * all_heads + h].sum;
         }
         for (int64_t i = 0; i < width; i += 32) {
             F32 even = {}, odd = {};
             for (int64_t p = 0; p < pieces; p++) {
-                const float *from = sums + (p * all_heads + h) * width + i, share = exponentials[p * all_heads + h].highest / total;
+                const float *from = sums + (p * all_heads + h) * width + i, share = factors[p] / total;
                 even += load<F32>(from) * share;
                 odd += load<F32>(from + 16) * share;
             }
             U32 low = __builtin_convertvector(to_bf16(even), U32), high = __builtin_convertvector(to_bf16(odd), U32);
             store(y + h * width + i, low | high << 16);
         }
-    }
+    });
 }
 
 extern "C" void bf16_attend(const TokenAttention& attention, const uint16_t* qkv, uint16_t* keys, uint16_t* values,
                             const uint8_t* mask, uint16_t* y) {
     char* memory = input_buffer.at_least(attention.bytes());
 #pragma omp parallel num_threads(attention.threads)
-    attend_in_region(attention, qkv, keys, values, mask, y, memory);
+    attend_in_region(attention, qkv, keys, values, mask, y, memory, false);
 }

@@ -60,13 +60,14 @@ struct Bf16Product {
 #if defined(__AVX512BF16__)
     static int64_t bytes(const Call&) { return 0; }
     Bf16Product(const Call& call, char*) : inputs(call.inputs), x((const Input*)call.x) {}
-    void convert_inputs(const Call&) const {}
+    void convert_inputs(const Call&, bool) const {}
 #else
     static int64_t bytes(const Call& call) { return call.rows * call.inputs * sizeof(Input); }
     Bf16Product(const Call& call, char* memory) : inputs(call.inputs), x((const Input*)memory) {}
-    void convert_inputs(const Call& call) const {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < call.rows * inputs; i += 32) to_inputs((const uint16_t*)call.x + i, 32, (Input*)x + i);
+    void convert_inputs(const Call& call, bool is_alone) const {
+        divide(call.rows * inputs / 32, is_alone, [&](int64_t i) {
+            to_inputs((const uint16_t*)call.x + 32 * i, 32, (Input*)x + 32 * i);
+        });
     }
 #endif
 

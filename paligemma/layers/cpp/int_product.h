@@ -42,12 +42,11 @@ template <int BITS, int GROUP> struct IntProduct {
     }
 
     // Packs PART_INPUTS inputs of a tile at a time. If a part has more, it consists of several of these pieces.
-    void convert_inputs(const Call& call) const {
+    void convert_inputs(const Call& call, bool is_alone) const {
         const int64_t pieces = (x.inputs + PART_INPUTS - 1) / PART_INPUTS;
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < (x.rows ? pieces * x.tiles() : 0); i++) {
+        divide(x.rows ? pieces * x.tiles() : 0, is_alone, [&](int64_t i) {
             pack_tile<GROUP>(call, x, 1 << (BITS - 1), i % pieces * PART_INPUTS, i / pieces);
-        }
+        });
     }
 
     // The weights of the blocks first, first + stride, ... from a part of the inputs on. There are none after the block `last`,

@@ -65,16 +65,33 @@ static void write_outputs(const Call& call, const Matrix& matrix, int64_t row, i
     }
 }
 
+// With up to this many rows, each thread makes the small preparations between two products itself, for all rows and in memory of
+// its own: that takes less time than waiting for the other threads, above all if other programs use the processor, too.
+const int64_t ALONE_ROWS = 2;
+
+// Calls work(i) for all i < count. All threads of a parallel region call this function: if `is_alone`, each thread does all the
+// work for itself, else the work is divided among the threads, which then wait for each other.
+template <class Work> static void divide(int64_t count, bool is_alone, const Work& work) {
+    if (is_alone) {
+        for (int64_t i = 0; i < count; i++) work(i);
+        return;
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; i++) work(i);
+}
+
 // Computes the outputs of a call. All threads of a parallel region call this function. It divides the tasks among them and waits
 // until all are done. Tasks are scheduled dynamically, so if another program delays one thread, the other threads wait for at
 // most one chunk.
 //
-// Product(call, memory): `memory` has at least Product::bytes(call) and is shared by all threads. Product::convert_inputs(call)
-// converts call.x into the form that Product::tile(matrix, first output, outputs, first row, rows, sums[rows][CHUNK]) needs,
-// which computes one tile. Product::multiply_tiles(call) may compute all tiles in an order of its own and return true.
-template <class Product> static void multiply_in_region(const Call& call, char* memory) {
-    const Product product(call, memory);
-    product.convert_inputs(call);
+// Product(call, memory): `memory` has at least Product::bytes(call). It is shared by all threads, unless there are few rows.
+// Product::convert_inputs(call, is_alone) converts call.x into the form that Product::tile(matrix, first output, outputs, first
+// row, rows, sums[rows][CHUNK]) needs, which computes one tile. Product::multiply_tiles(call) may compute all tiles in an order
+// of its own and return true.
+template <class Product> static void multiply_in_region(const Call& call, char* shared_memory) {
+    const bool is_alone = call.rows <= ALONE_ROWS;
+    const Product product(call, is_alone ? input_buffer.at_least(Product::bytes(call)) : shared_memory);
+    product.convert_inputs(call, is_alone);
     if (product.multiply_tiles(call)) return;
     const Matrix* matrices = call.matrices;
     const int parts = call.is_gated() ? 1 : 3;

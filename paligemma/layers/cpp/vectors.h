@@ -71,7 +71,7 @@ struct Scratch {
         return memory[0].bytes;
     }
 };
-static thread_local Scratch input_buffer, query_buffer, score_buffer, layer_buffer, logits_buffer;
+static thread_local Scratch input_buffer, query_buffer, score_buffer, layer_buffer, shared_buffer, logits_buffer;
 
 static inline F32 read16(const void* x, int64_t i, bool is_bf16) {
     if (!is_bf16) return load<F32>((const float*)x + i);
