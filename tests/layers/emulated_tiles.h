@@ -77,7 +77,8 @@ static void emulated_zero(int to) {
 }
 static void emulated_loadd(int to, const void* from, int64_t stride) {
     emulated_zero(to);
-    for (int i = 0; i < emulated[to].rows; i++) memcpy(emulated[to].lines[i], (const char*)from + i * stride, emulated[to].line_bytes);
+    EmulatedTile& tile = emulated[to];
+    for (int i = 0; i < tile.rows; i++) memcpy(tile.lines[i], (const char*)from + i * stride, tile.line_bytes);
 }
 static void emulated_stored(int from, void* to, int64_t stride) {
     const EmulatedTile& tile = written_tile(from);

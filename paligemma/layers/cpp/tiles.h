@@ -20,16 +20,17 @@
 // That makes 32 cycles for 64 inputs, the time of two tile products of bfloat16, which need none of it. int4 has one scale per 32
 // inputs, which makes tiles of int8 twice as slow again.
 //
-// Expected cost, from Intel's optimization manual: a tile product occupies its unit for 16 cycles and has a latency of 52, so four
-// sums must be in progress; a tile load occupies the load ports for 8 cycles if the tile is in the L1 cache, and a tile from L2
-// takes about 20. Two tiles of weights times two tiles of x, four tile products (64 cycles), need four loads: two of weights from
-// L1 (16 cycles) and two of x from L2 (40 cycles). With DEPTH = 8, the sums are loaded and stored once per 32 tile products (512
-// cycles): 4 loads and 4 stores, 100 cycles of other ports. The tile unit is the limit, at 512 multiply-adds per cycle and core.
-// The vector work runs beside it, if out-of-order execution reaches it in time. Per 32 inputs x 16 outputs of weights:
+// Expected cost, from Intel's optimization manual: a tile product occupies its unit for 16 cycles and has a latency of 52, so
+// four sums must be in progress; a tile load occupies the load ports for 8 cycles if the tile is in the L1 cache, and a tile from
+// L2 takes about 20. Two tiles of weights times two tiles of x, four tile products (64 cycles), need four loads: two of weights
+// from L1 (16 cycles) and two of x from L2 (40 cycles). With DEPTH = 8, the sums are loaded and stored once per 32 tile products
+// (512 cycles): 4 loads and 4 stores, 100 cycles of other ports. The tile unit is the limit, at 512 multiply-adds per cycle and
+// core. The other work runs beside it, if out-of-order execution reaches it in time. Per 32 inputs x 16 outputs of weights:
 //     bfloat16  16 loads and stores             int8  8 loads, 16 stores, about 120 vector operations (60 cycles)
 //                                               int4  4 loads, 16 stores, about 180 vector operations (90 cycles)
 // With 266 rows, 17 tile products (272 cycles) use each of these tiles. Transposing C takes 64 shuffles per tile, once per
-// product: 6 percent of the time with 2048 inputs, 11 percent with 1152.
+// product: 6 percent of the time with 2048 inputs, 11 percent with 1152. Measured on Zen 4, which splits vectors of 64 bytes,
+// with tile instructions that do nothing: 12 to 14 cycles of other work per tile product (266 rows, 2048 inputs, 1024 outputs).
 #pragma once
 
 #include "amx.h"
@@ -140,7 +141,8 @@ template <int BITS> struct IntWeights {
 };
 
 // Adds to sums[t][h], tiles, the products of two halves of outputs, w[h][DEPTH], with T tiles of rows, x[t][DEPTH].
-template <bool WEIGHTS_ARE_A, int T> static void multiply(const Tile* w, const Tile* x, Tile* sums, int64_t depth, bool is_first) {
+template <bool WEIGHTS_ARE_A, int T>
+static void multiply(const Tile* w, const Tile* x, Tile* sums, int64_t depth, bool is_first) {
     asm volatile("" : : : "memory");  // in GCC 12, tile loads do not tell the compiler that they read memory
     if (is_first) {
         _tile_zero(0);
@@ -187,9 +189,14 @@ struct Strip {
     Outputs halves[2];
 };
 
-// A task multiplies a block of rows with a few strips. It takes DEPTH tiles of inputs at a time ("a step" is one strip of these),
-// so that x and sums stay in the L2 cache, however many inputs there are, and each step's weights in L1. While a step is
-// multiplied, the weights of the next step are unpacked, and those of the step after it are prefetched.
+struct Step {
+    Strip strip;
+    int64_t k, depth;  // first tile and number of tiles along the inputs
+};
+
+// A task multiplies a block of rows with a few strips. A step of it takes DEPTH tiles along the inputs, so that x and sums stay
+// in the L2 cache, however many inputs there are, and the weights of a step in L1. While a step is multiplied, the weights of the
+// next step are unpacked, and those of the step after it are prefetched.
 template <class Weights> struct Product {
     const Call& call;
     int64_t row_tiles, depth_tiles, width;  // tiles of x along rows and inputs; outputs in a row of y
@@ -237,36 +244,45 @@ template <class Weights> struct Product {
         }
     }
 
+    // Step `number` of a task that has `count` strips, the first of which is `first`. After the last step, steps are empty.
+    Step step(int64_t number, int64_t first, int64_t count) const {
+        const int64_t k = number / count * DEPTH, depth = std::max<int64_t>(0, std::min(DEPTH, depth_tiles - k));
+        return {strip(first + number % count), k, depth};
+    }
+
+    // Tile i of the 2 DEPTH tiles of a step.
+    static void unpack(const Step& step, int64_t i, Tile* weights) {
+        if (i % DEPTH < step.depth) Weights::unpack(step.strip.halves[i / DEPTH], step.k + i % DEPTH, weights[i]);
+    }
+    static void prefetch(const Step& step, int64_t i) {
+        if (i % DEPTH >= step.depth) return;
+        for (int l = 0; l < Weights::LINES; l++) {
+            __builtin_prefetch(Weights::line(step.strip.halves[i / DEPTH], step.k + i % DEPTH, l), 0, 2);
+        }
+    }
+
     // Multiplies the rows of `row_count` tiles, from the tile `first_row` on, with the strips `first` to `first + count - 1`.
     void run(int64_t first_row, int64_t row_count, int64_t first, int64_t count, Tile* weights, Tile* sums) const {
-        const int64_t steps = (depth_tiles + DEPTH - 1) / DEPTH * count;
-        // Unpacks tile i of 2 DEPTH tiles of a step into weights[step % 2][half][DEPTH], and prefetches the same tile of the next.
-        auto unpack = [&](int64_t step, int64_t i) {
-            const int64_t half = i / DEPTH, k = step / count * DEPTH + i % DEPTH, next = step + 1;
-            if (step < steps && k < depth_tiles) {
-                Weights::unpack(strip(first + step % count).halves[half], k, weights[step % 2 * 2 * DEPTH + i]);
-            }
-            const int64_t next_k = next / count * DEPTH + i % DEPTH;
-            if (next >= steps || next_k >= depth_tiles) return;
-            const Outputs of = strip(first + next % count).halves[half];
-            for (int l = 0; l < Weights::LINES; l++) __builtin_prefetch(Weights::line(of, next_k, l), 0, 2);
-        };
-        for (int64_t i = 0; i < 2 * DEPTH; i++) unpack(0, i);
-        for (int64_t step = 0; step < steps; step++) {
-            const int64_t k = step / count * DEPTH, depth = std::min(DEPTH, depth_tiles - k);
-            const Strip now = strip(first + step % count);
-            const Tile* w = weights + step % 2 * 2 * DEPTH;
+        Step now = step(0, first, count), next = step(1, first, count);
+        for (int64_t i = 0; i < 2 * DEPTH; i++) unpack(now, i, weights), prefetch(next, i);
+        for (int64_t number = 0; now.depth; number++) {
+            const Step after_next = step(number + 2, first, count);
+            Tile *w = weights + number % 2 * 2 * DEPTH, *next_w = weights + (number + 1) % 2 * 2 * DEPTH;
             int64_t unpacked = 0;
             for (int64_t t = 0; t < row_count; t += 2) {
-                const Tile* rows = x + (k / DEPTH * row_tiles + first_row + t) * DEPTH;
-                Tile* c = sums + (step % count * row_count + t) * 2;
+                const Tile* rows = x + (now.k / DEPTH * row_tiles + first_row + t) * DEPTH;
+                Tile* c = sums + (number % count * row_count + t) * 2;
                 const int64_t height = std::min<int64_t>(2, row_count - t);
-                if (height == 2) multiply<Weights::WEIGHTS_ARE_A, 2>(w, rows, c, depth, k == 0);
-                else multiply<Weights::WEIGHTS_ARE_A, 1>(w, rows, c, depth, k == 0);
-                for (; unpacked < 2 * DEPTH * (t + height) / row_count; unpacked++) unpack(step + 1, unpacked);
-                if (k + depth < depth_tiles) continue;
-                for (int64_t r = 0; r < height; r++) write(now, first_row + t + r, c + 2 * r);
+                if (height == 2) multiply<Weights::WEIGHTS_ARE_A, 2>(w, rows, c, now.depth, now.k == 0);
+                else multiply<Weights::WEIGHTS_ARE_A, 1>(w, rows, c, now.depth, now.k == 0);
+                for (; unpacked < 2 * DEPTH * (t + height) / row_count; unpacked++) {
+                    unpack(next, unpacked, next_w);
+                    prefetch(after_next, unpacked);
+                }
+                if (now.k + now.depth < depth_tiles) continue;
+                for (int64_t r = 0; r < height; r++) write(now.strip, first_row + t + r, c + 2 * r);
             }
+            now = next, next = after_next;
         }
     }
 
