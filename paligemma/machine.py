@@ -4,6 +4,7 @@ torch is imported inside the functions, because use_cores must be called before 
 Checked in tests/test_machine.py.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -80,9 +81,17 @@ def use_cores() -> int:
 
 
 def check_torch() -> None:
-    """Raises: DeviceError if the installed torch is too old."""
-    import torch
-
+    """Imports torch. Raises: DeviceError if the installed torch is too old."""
+    is_first = "torch" not in sys.modules
+    if is_first:
+        # The import makes hundreds of thousands of objects, which all stay: looking for garbage among them would take 0.1 s.
+        gc.disable()
+    try:
+        import torch
+    finally:
+        gc.enable()
+    if is_first:
+        gc.freeze()  # later collections leave these objects out, too
     if torch.torch_version.TorchVersion(torch.__version__) < OLDEST_TORCH:
         advice = "Run pip install -r requirements.txt."
         raise DeviceError(f"torch {torch.__version__} is too old. {OLDEST_TORCH} or newer is needed. {advice}")

@@ -1,8 +1,11 @@
 """Cores and memory, as the files of the system and torch report them. All hardware here is simulated."""
 
+import gc
 import os
 import re
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -169,3 +172,16 @@ def test_other_errors_pass_through():
 def test_peak_memory_and_its_text():
     assert machine.peak_memory(CPU) > 50e6
     assert machine.format_bytes(5.5e9) == "5.50 GB" and machine.format_bytes(3.21e6) == "3.2 MB"
+
+
+def test_torch_is_imported_without_looking_for_garbage():
+    code = "import gc, sys; from paligemma import machine; seen = []; gc.callbacks.append(lambda *_: seen.append(1)); "
+    code += "machine.check_torch(); sys.exit(bool(seen) or not gc.isenabled() or gc.get_freeze_count() < 10_000)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_garbage_is_collected_again_if_torch_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ModuleNotFoundError):
+        machine.check_torch()
+    assert gc.isenabled()

@@ -39,7 +39,7 @@ ALLOWED_TYPES = {
 }
 # In JSON, ASCII characters can be written as escapes. Usual programs do not do this. An escape may hide a name such as
 # "Precompiled" from the search in would_panic.
-ASCII_ESCAPES = tuple(f"\\u00{digit}".encode() for digit in range(2, 8))
+ASCII_ESCAPES = re.compile(rb"\\u00[2-7]")
 CONVERT = "Create tokenizer.json with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
 USE_PALIGEMMA = "Use the tokenizer.json of a PaliGemma checkpoint."
 DIFFERENT_MODELS = "The tokenizer and the weights belong to different models: download both again."
@@ -184,7 +184,7 @@ def would_panic(data: bytes, path: Path) -> bool:
     one of two suspicious names, or an escape that could hide such a name. "continuing_subword_prefix" is harmless if its value is
     null or empty, and "Precompiled" is harmless as a key, because it is then a token of the vocabulary.
     """
-    is_suspect = any(escape in data for escape in ASCII_ESCAPES)
+    is_suspect = ASCII_ESCAPES.search(data) is not None
     for name, harmless in ((b'"continuing_subword_prefix"', rb'\s*:\s*(null|"")'), (b'"Precompiled"', rb"\s*:")):
         start = data.find(name)
         while start >= 0 and not is_suspect:
