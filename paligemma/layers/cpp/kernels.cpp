@@ -1,6 +1,6 @@
-// Decoding on a CPU: matrix products y = x W^T with bfloat16, int8 or int4 weights (in groups of 32), attention of one new token
-// per row, RMS norm and gating. compiling.py compiles this file once, and kernels.py calls the functions marked extern "C".
-// int_formats.py documents the layouts of int8 and int4 weights.
+// A model on a CPU: matrix products y = x W^T with bfloat16, int8 or int4 weights (in groups of 32), attention, norms and gating.
+// compiling.py compiles this file once, and kernels.py calls the functions marked extern "C". int_formats.py documents the layouts
+// of int8 and int4 weights.
 //
 // Each token needs every weight once, so products with few rows are limited by memory bandwidth: each thread reads several long
 // ranges of W at the same time and prefetches ahead, because one range keeps too few cache lines in flight (notes/decoding.md has
@@ -10,8 +10,9 @@
 // At the end of a parallel loop all threads wait for each other. That costs a microsecond on an idle machine and milliseconds on
 // a busy one, so loops are merged where possible.
 //
-// Vectors are the compiler's own vector types (16 lanes on every machine). Only the dot products of bfloat16 and 8-bit
-// numbers use intrinsics.
+// Vectors are the compiler's own vector types. They have 16 lanes on every machine, which is simple; but GCC keeps a vector that is
+// longer than the registers in memory, so the inner loops for many rows use vectors as long as the registers (Lanes). Only dot
+// products of bfloat16 and 8-bit numbers, and transposing, use intrinsics.
 //
 // Shapes: B rows of x, O outputs and X inputs of one matrix, N query heads. As template parameters, B, O and N count only what
 // one tile computes: rows, outputs (in int_tile: blocks of outputs) and query heads.
