@@ -37,6 +37,9 @@ def panels(folder: Path) -> list[tuple[str, dict[str, tuple[float, float | None]
     if llama := read(folder, "llama"):
         rows = {name: (row["ms"]["median"], row.get("floor")) for name, row in llama["ways"].items()}
         found.append(("Decoding, compared with llama.cpp, ms per token", rows))
+    if peers := read(folder, "peers"):
+        rows = {name.partition(",")[0]: (row["ms"]["median"], row.get("floor")) for name, row in peers["ways"].items()}
+        found.append(("Decoding, compared with other libraries, ms per token", rows))
     if prefill := read(folder, "prefill"):
         rows = {name: (row["ms"]["median"] / 1e3, row.get("floor", 0) / 1e3 or None) for name, row in prefill["whole"].items()}
         found.append((f"Prefill, one picture of {prefill['image_size']} px, s", rows))

@@ -32,7 +32,7 @@ if __name__ == "__main__":  # --help and wrong flags are answered before the slo
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="ours only")
     parser.add_argument("--dtype", help="ours only (default: as stored)")
-    parser.add_argument("--compiled", action="store_true", help="ours only, on CUDA")
+    parser.add_argument("--compiled", action="store_true", help="ours: on CUDA; transformers: with torch.compile")
     parser.add_argument("--static", action="store_true", help="transformers only")
     options = parser.parse_args()
 
@@ -223,12 +223,18 @@ class PausingStreamer:
 
 
 class Transformers(Side):
-    """transformers in bfloat16 with default settings. Options: static: a static cache, which generate compiles on CUDA."""
+    """transformers in bfloat16 with default settings.
+
+    Options: static: a static cache, with which generate compiles the model on CUDA; compiled: compile the model's forward.
+    """
 
     def load_model(self) -> torch.nn.Module:
         from transformers import PaliGemmaForConditionalGeneration
 
-        return PaliGemmaForConditionalGeneration.from_pretrained(self.folder, dtype=torch.bfloat16).to(self.device).eval()
+        model = PaliGemmaForConditionalGeneration.from_pretrained(self.folder, dtype=torch.bfloat16).to(self.device).eval()
+        if self.options["compiled"]:
+            model.forward = torch.compile(model.forward)  # as transformers' documentation says
+        return model
 
     def generate(self, inputs: dict, **options: object) -> torch.Tensor:
         if self.options["static"]:

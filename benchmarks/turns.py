@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 THREADS = machine.use_cores()  # for this process and every side, because a child process inherits the number of threads
 
 OURS, INT8, INT4, EXACT = "ours bf16", "ours int8", "ours int4", "ours fp32"
-THEIRS, STATIC = "transformers bf16", "transformers bf16 static cache"
+THEIRS, STATIC, COMPILED = "transformers bf16", "transformers bf16 static cache", "transformers bf16 torch.compile"
 BASELINE = THEIRS  # the side that ratios refer to, unless a script names another one
 PROMPT = 10  # number of text tokens (bos, prompt and newline), in the scripts that do not vary it
 ARGUMENTS = {
@@ -36,6 +36,7 @@ ARGUMENTS = {
     EXACT: ["ours", "--dtype", "fp32"],
     THEIRS: ["transformers"],
     STATIC: ["transformers", "--static"],
+    COMPILED: ["transformers", "--static", "--compiled"],
 }
 ARGUMENTS |= {f"{name} compiled": [*ARGUMENTS[name], "--compiled"] for name in (OURS, INT8, INT4)}  # on CUDA, for decoding
 

@@ -93,7 +93,8 @@ def results(name: str) -> dict[str, dict]:
         if file.exists():
             found[folder] = read_json(file)
             # the names of folders on the machine that was measured are removed
-            found[folder]["command"] = re.sub(r"(--model|--python|--gguf) \S*/", r"\1 ", found[folder]["command"])
+            flags = "--model|--python|--gguf|--openvino|--onnxruntime"
+            found[folder]["command"] = re.sub(rf"({flags}) \S*/", r"\1 ", found[folder]["command"])
     return found
 
 
@@ -228,6 +229,21 @@ def llama_table() -> str:
     return for_each_class("llama", table)
 
 
+def peers_table() -> str:
+    """Milliseconds per token of OpenVINO and ONNX Runtime and of our model, from benchmarks/results/CLASS/peers.json."""
+
+    def table(document: dict) -> list[str]:
+        lines = ["| | ms per token | lowest and highest | times as fast as the library |", "|---|---|---|---|"]
+        for name, row in document["ways"].items():
+            ms = row["ms"]
+            version = f" {document['peers'][name]}" if name in document["peers"] else ""
+            cells = f"{name}{version}", f"{ms['median']:.0f}", f"{ms['low']:.0f} to {ms['high']:.0f}", ratio(row)
+            lines.append(f"| {' | '.join(cells)} |")
+        return lines
+
+    return for_each_class("peers", table)
+
+
 def products_table() -> str:
     """Milliseconds of one matrix product by operator and number of rows, from benchmarks/results/CLASS/products.json."""
 
@@ -269,5 +285,5 @@ def device_table() -> str:
 
 GENERATED: dict[str, Callable[[], str]] = {
     "checkpoints": checkpoint_table, "speed": speed_table, "token speed": token_speed, "steps": steps_table,
-    "products": products_table, "llama": llama_table, "devices": device_table,
+    "products": products_table, "llama": llama_table, "peers": peers_table, "devices": device_table,
 }  # fmt: skip

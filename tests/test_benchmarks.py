@@ -80,16 +80,32 @@ def test_decode_gives_each_side_its_floor_and_its_ratio(run):
     assert "ours bf16" in printed and document["command"].startswith("python -m benchmarks.decode --model")
 
 
-def test_llama_is_compared_with_as_many_bits(run, tmp_path):
-    interpreter = tmp_path / "python"  # a fake interpreter with llama.cpp: it imports everything and replies to everything
-    script = tmp_path / "script.py"
+@pytest.fixture
+def fake_python(tmp_path):
+    """An interpreter that has every library: it imports everything and replies to everything."""
+    interpreter, script = tmp_path / "python", tmp_path / "script.py"
     script.write_text(
-        "import sys\nfor _ in sys.stdin if sys.argv[-1] == '--serve' else ():\n"
+        "import sys\nfor _ in sys.stdin if '--serve' in sys.argv else ():\n"
         """    print('{"seconds": 0.5, "version": "1.0"}', flush=True)\n"""
     )
     interpreter.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')  # the path may hold a space
     interpreter.chmod(0o755)
-    document, printed = run("llama", "--gguf", str(tmp_path), "--python", str(interpreter))
+    return str(interpreter)
+
+
+def test_peers_are_compared_with_as_many_bits(run, fake_python, folder):
+    from safetensors.torch import load_file
+
+    document, printed = run("peers", "--openvino", fake_python)
+    assert list(document["peers"]) == ["OpenVINO int8", "OpenVINO int4"] and "times as fast as OpenVINO int4" in printed
+    assert list(document["ways"])[:2] == ["OpenVINO int8", "ours int8, beside OpenVINO int8"]
+    assert document["ways"]["OpenVINO int8"]["ms"]["median"] == 250  # two tokens
+    text = load_file(folder.with_name(f"{folder.name}-text") / "model.safetensors")  # what the libraries export
+    assert "model.embed_tokens.weight" in text and not any("vision" in name for name in text)
+
+
+def test_llama_is_compared_with_as_many_bits(run, tmp_path, fake_python):
+    document, printed = run("llama", "--gguf", str(tmp_path), "--python", fake_python)
     for theirs, name in (("llama.cpp BF16", "ours bf16"), ("llama.cpp Q8_0", "ours int8"), ("llama.cpp Q4_0", "ours int4")):
         assert document["ways"][theirs]["ratio"]["median"] == 1 < document["ways"][name]["ratio"]["median"]
         assert document["ways"][theirs]["floor"] > 0 and document["ways"][name]["floor"] > 0
