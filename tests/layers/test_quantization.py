@@ -537,8 +537,8 @@ class Negative(nn.Linear):
         return -super().forward(x)
 
 
-@pytest.mark.parametrize("change", ["module", "bias", "gradient", "layout", "float32 norm", "width"])
-def test_what_the_kernel_does_not_compute_is_computed_by_the_modules(change, compiled, kernel_steps):
+@pytest.mark.parametrize("change", ["module", "bias", "gradient", "layout", "float32 norm", "width", "rows"])
+def test_what_the_kernel_does_not_compute_is_computed_by_the_modules(change, compiled, kernel_steps, monkeypatch):
     if compiled is None:
         return
     model = make_decoder("gemma", **({"head_dim": 24} if change == "width" else {}))
@@ -550,6 +550,8 @@ def test_what_the_kernel_does_not_compute_is_computed_by_the_modules(change, com
         layer.self_attn.v_proj = extended(layer.self_attn.v_proj, type("Fast", (Negative, fast_cpu.FastLinear), {}))
     elif change == "bias":
         layer.self_attn.o_proj.bias = nn.Parameter(torch.ones(96).bfloat16(), requires_grad=False)
+    elif change == "rows":
+        monkeypatch.setattr(fast_decoder, "MAX_ROWS", 2)
     elif change == "gradient":
         layer.mlp.up_proj.weight.requires_grad_()
     elif change == "layout":
