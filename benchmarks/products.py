@@ -12,7 +12,8 @@ Several copies of W, together larger than any cache, are used one after the othe
 only once per token. The operators take turns, so that a busy machine slows down all of them. The operators of torch and ours are:
     F.linear           the usual call, with oneDNN ("mkldnn") and without
     through float32    the weight is converted to float32, a few MB at a time, then sgemm
-    ours               kernels.cpp: bfloat16 weights, int8, int4 (inputs rounded to 8 bits in groups)
+    ours               kernels.cpp: bfloat16 weights, int8, int4 (inputs rounded to 8 bits in groups); with PALIGEMMA_KERNELS=amx
+                       also through tiles (inputs not rounded)
     torch int8         torch.ao.nn.quantized.dynamic, of fbgemm and oneDNN (inputs rounded to 8 bits with one scale)
     int8pack, int4pack torch._weight_int8pack_mm and _weight_int4pack_mm_for_cpu (inputs not rounded)
 """
@@ -72,10 +73,21 @@ def int4_pack(w: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: torch._weight_int4pack_mm_for_cpu(x, packed, 32, scales_and_zeros)
 
 
-def ours(w: Tensor, kind: str) -> Callable[[Tensor], Tensor]:
-    with torch.device("meta"):
-        linear = nn.Linear(*reversed(w.shape), bias=False)
-    return quantization.quantize_module(linear, kind, {"weight": w})
+def ours(w: Tensor, kind: str, has_tiles: bool = False) -> Callable[[Tensor], Tensor]:
+    """Our product, with AMX or without."""
+    if kind == "bf16":
+        made = lambda x: kernels.product("bf16", x, [(w, None, len(w))], torch.bfloat16)  # noqa: E731
+    else:
+        with torch.device("meta"):
+            linear = nn.Linear(*reversed(w.shape), bias=False)
+        made = quantization.quantize_module(linear, kind, {"weight": w})
+
+    def multiply(x: Tensor) -> Tensor:
+        if (library := kernels.library()) is not None:
+            kernels.tuning(library).tile_rows = 1 if has_tiles else 2**62
+        return made(x)
+
+    return multiply
 
 
 # name: (bytes per weight, largest number of rows to measure (more rows would take seconds), function from W to its product)
@@ -83,13 +95,16 @@ OPERATORS = {
     "F.linear bf16": (2, 266, lambda w: lambda x: F.linear(x, w)),
     "F.linear bf16, mkldnn off": (2, 16, lambda w: lambda x: without_mkldnn(x, w)),
     "bf16 through float32": (2, 266, lambda w: lambda x: fast_cpu.upcast_product(x, w)),
-    "ours bf16": (2, 266, lambda w: lambda x: kernels.product("bf16", x, [(w, None, len(w))], torch.bfloat16)),
+    "ours bf16": (2, 266, lambda w: ours(w, "bf16")),
+    "ours bf16, tiles": (2, 266, lambda w: ours(w, "bf16", has_tiles=True)),
     "torch int8, fbgemm": (1, 266, lambda w: torch_int8(w, "fbgemm")),
     "torch int8, onednn": (1, 266, lambda w: torch_int8(w, "onednn")),
     "int8pack": (1, 16, int8_pack),
     "ours int8": (1, 266, lambda w: ours(w, "int8")),
+    "ours int8, tiles": (1, 266, lambda w: ours(w, "int8", has_tiles=True)),
     "int4pack": (0.5625, 16, int4_pack),
     "ours int4": (0.5625, 266, lambda w: ours(w, "int4")),
+    "ours int4, tiles": (0.5625, 266, lambda w: ours(w, "int4", has_tiles=True)),
 }
 
 
@@ -113,6 +128,8 @@ def main(options: argparse.Namespace) -> None:
     names = [name for name in OPERATORS if (options.only or "") in name]
     if kernels.library() is None:
         names = [name for name in names if name != "ours bf16"]
+    if kernels.load()[0].name != "amx":
+        names = [name for name in names if not name.endswith(", tiles")]
     torch.manual_seed(0)
     floors = turns.Floors("cpu")
     weights = torch.randn(n, k).mul_(0.02).bfloat16()

@@ -9,7 +9,7 @@
 //     B  line j: inputs 2 j and 2 j + 1         word i: column i
 // So A holds rows of a matrix as they are in memory, and B is the same transposed, in words.
 //     bfloat16 weights  A = 16 rows of w, copied; B = 16 rows of x, transposed once per call; C[output][row] is transposed at the
-//                       end. Transposing the weights instead would take 64 shuffles for every 16 tile products of 266 rows.
+//                       end. Transposing the weights instead would take 64 shuffles per tile of weights, four times as many.
 //     int8, int4        B = weights, because int_formats.py keeps four neighbouring inputs of 16 outputs in a line; A = x.
 //                       Both are unpacked to bfloat16. An int8 weight is exact, and its scale is applied to the sums. An int4
 //                       weight is multiplied by the scale of its group and rounded. x is not rounded to 8 bits.
