@@ -231,6 +231,27 @@ def test_a_row_is_the_same_alone_and_among_others(kind, variant):
     torch.testing.assert_close(torch.cat([module(row[None]) for row in x]), module(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("rows", [2, 7, 30, 61])  # one tile of rows; few tiles; many, the last one whole, or not
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_multiplied_with_inputs_in_several_parts(kind, rows, variant):
+    if variant is None:
+        return
+    module, x = quantized(random_linear(200, 2 * 256 + 192), kind), torch.randn(rows, 2 * 256 + 192)
+    assert_product(module(x), x, module)
+
+
+@pytest.mark.parametrize("stored", [0, 255])
+@pytest.mark.parametrize("x", [-3.0, 3.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_largest_sums_of_integers_do_not_overflow(kind, x, stored, variant):
+    if variant is None:
+        return
+    module = quantized(random_linear(40, 320), kind)
+    module.packed.fill_(stored)  # each weight is the smallest or the largest that can be stored, each input -127 or 127
+    for rows in (1, 40):
+        assert_product(module(torch.full((rows, 320), x)), torch.full((rows, 320), x), module)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_shapes_in_front_stay_and_no_rows_are_fine(kind):
     module = quantized(random_linear(32, 64), kind)

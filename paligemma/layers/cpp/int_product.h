@@ -7,6 +7,8 @@
 #include "int_tiles.h"
 #include "tiles.h"
 
+namespace ints {
+
 static thread_local Scratch sums_buffer;  // of all rows for 64 outputs
 
 // Unpacks the int4 weights of a part to lines of bytes.
@@ -26,26 +28,30 @@ template <int BITS, int GROUP> struct IntProduct {
     PackedRows x;
 
     static int64_t padded_count(const Call& call) {  // whole tiles
-        return call.rows <= TILE_ROWS ? call.rows * call.inputs : (call.rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS * call.inputs;
+        const int64_t rows = call.rows <= TILE_ROWS ? call.rows : (call.rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+        return rows * call.inputs;
     }
 
-    static int64_t bytes(const Call& call) { return padded_count(call) / GROUP * (GROUP + sizeof(float) + sizeof(int32_t)); }
+    static int64_t bytes_of_numbers(const Call& call) { return padded_count(call) / 4 * Dots<BITS == 4>::X_BYTES; }
+
+    static int64_t bytes(const Call& call) {
+        return bytes_of_numbers(call) + padded_count(call) / GROUP * (sizeof(float) + sizeof(int32_t));
+    }
 
     IntProduct(const Call& call, char* memory) {
-        const int64_t count = padded_count(call);
         const bool is_one_tile = call.rows <= TILE_ROWS;
-        x.q = (int8_t*)memory;
-        x.scale = (float*)(memory + count);
-        x.start = (int32_t*)(x.scale + count / GROUP);
+        x.q = memory;
+        x.scale = (float*)(memory + bytes_of_numbers(call));
+        x.start = (int32_t*)(x.scale + padded_count(call) / GROUP);
         x.rows = call.rows, x.inputs = call.inputs;
-        x.height = is_one_tile ? call.rows : TILE_ROWS, x.part_size = is_one_tile ? call.inputs : PART_INPUTS;
+        x.height = is_one_tile ? call.rows : TILE_ROWS, x.part_size = is_one_tile ? call.inputs : PART;
     }
 
-    // Packs PART_INPUTS inputs of a tile at a time. If a part has more, it consists of several of these pieces.
+    // Packs PART inputs of a tile at a time. If a part has more, it consists of several of these pieces.
     void convert_inputs(const Call& call, bool is_alone) const {
-        const int64_t pieces = (x.inputs + PART_INPUTS - 1) / PART_INPUTS;
+        const int64_t pieces = (x.inputs + PART - 1) / PART;
         divide(x.rows ? pieces * x.tiles() : 0, is_alone, [&](int64_t i) {
-            pack_tile<GROUP>(call, x, 1 << (BITS - 1), i % pieces * PART_INPUTS, i / pieces);
+            pack_tile<GROUP>(call, x, 1 << (BITS - 1), i % pieces * PART, i / pieces);
         });
     }
 
@@ -56,7 +62,7 @@ template <int BITS, int GROUP> struct IntProduct {
         for (int c = 0; c < TILE_BLOCKS; c++) {
             const int64_t before = std::min(first + c * stride, last) * 16 * x.inputs + part * x.part_size * 16;
             w.lines[c] = (const uint8_t*)matrix.w + before * BITS / 8;
-            if (BITS == 4) w.scales[c] = matrix.scales + before / GROUP;
+            w.scales[c] = matrix.scales + (BITS == 4 ? before / GROUP : 0);
         }
         return w;
     }
@@ -87,7 +93,7 @@ template <int BITS, int GROUP> struct IntProduct {
     // Computes sums[rows of the tiles][TILE_OUTPUTS] for four blocks, without the scales of int8.
     void sum_blocks(const Matrix& matrix, int64_t first, int64_t tile, int64_t tiles, float* sums) const {
         const int64_t last = (matrix.outputs - 1) / 16;
-        alignas(64) uint8_t unpacked[BITS == 4 ? PART_INPUTS * TILE_OUTPUTS : 1];
+        alignas(64) uint8_t unpacked[BITS == 4 ? PART * TILE_OUTPUTS : 1];
         memset(sums, 0, tiles * x.height * TILE_OUTPUTS * sizeof(float));
         for (int64_t part = 0; part < x.parts(); part++) {
             TileWeights w = tile_weights(matrix, first, 1, last, part);
@@ -124,7 +130,8 @@ template <int BITS, int GROUP> struct IntProduct {
                 start -= (matrix->outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS * TILE_OUTPUTS;
                 before += matrix->outputs;
             }
-            const int64_t tile = task % ranges * tiles, height = std::min(tiles, x.tiles() - tile), size = tiles * x.height * TILE_OUTPUTS;
+            const int64_t tile = task % ranges * tiles, height = std::min(tiles, x.tiles() - tile);
+            const int64_t size = tiles * x.height * TILE_OUTPUTS;
             float *sums = (float*)sums_buffer.at_least(2 * size * sizeof(float)), *ups = sums + size;
             sum_blocks(*matrix, start / 16, tile, height, sums);
             if (call.is_gated()) sum_blocks(call.matrices[1], start / 16, tile, height, ups);
@@ -145,8 +152,10 @@ template <int BITS, int GROUP> struct IntProduct {
     }
 };
 
-typedef IntProduct<8, 64> Int8Product;
-typedef IntProduct<4, 32> Int4Product;
+}  // namespace ints
+
+typedef ints::IntProduct<8, 64> Int8Product;
+typedef ints::IntProduct<4, 32> Int4Product;
 extern "C" void int8_product(const Call& call) {
     if (!tiles::product<tiles::IntWeights<8>>(call)) multiply<Int8Product>(call);
 }

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
