@@ -209,7 +209,7 @@ class Floors:
         self.device = torch.device(device)
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
-        self.beside: dict[str, list[dict[str, float]]] = {}  # for each side the rates beside each of its turns
+        self.beside: dict[str, list[dict[str, float]]] = {}  # for each side the bandwidth beside each of its turns
         self.measure()
 
     def measure(self, side: str | None = None) -> None:
@@ -224,16 +224,18 @@ class Floors:
         for dtype in (torch.float32, torch.bfloat16, torch.int8):
             now[str(dtype).removeprefix("torch.")] = roofline.matrix_rate(self.device, dtype)
         if side is not None:
-            self.beside.setdefault(side, []).append(higher(self.last, now))
-        self.last, self.best = now, higher(self.best, now)
+            self.beside.setdefault(side, []).append({"read": max(self.last.get("read", 0), now["read"])})
+        self.last = now
+        self.best = {name: max(rate, self.best.get(name, 0)) for name, rate in now.items()}
 
     def least(
         self, seconds: dict[str, list[float]], job: Callable[[str, dict[str, float]], float], beside: str = "{}"
     ) -> dict[str, list[float]]:
-        """The least possible seconds of each turn, from the rates measured beside it.
+        """The least possible seconds of each turn, from the bandwidth measured beside it and the best other rates of the run.
 
-        Where a turn took less, the rates beside it were measured in slower moments than the turn, and the best rates of the run
-        are taken. Ends the script if a turn took less time than these allow, although they are measured again and again.
+        Other programs take bandwidth for minutes, but the rates of instructions are those of the processor. Where a turn took
+        less, the bandwidth beside it was measured in slower moments than the turn, and the best of the run is taken. Ends the
+        script if a turn took less time than these allow, although they are measured again and again.
 
         Args:
             seconds: from in_turn, or computed from it.
@@ -244,7 +246,7 @@ class Floors:
         for name, values in seconds.items():
             found[name] = []
             for value, rates in zip(values, self.beside[beside.format(name)], strict=True):
-                least = job(name, rates)
+                least = job(name, self.best | rates)
                 for _ in range(self.ATTEMPTS):
                     if least <= value:
                         break
@@ -268,10 +270,6 @@ class Floors:
         return {"read_GB_per_s": round(self.best["read"] / 1e9, 2)} | {
             f"{name}_Gmadd_per_s": round(rate / 1e9, 1) for name, rate in self.best.items() if name != "read"
         }
-
-
-def higher(some: dict[str, float], others: dict[str, float]) -> dict[str, float]:
-    return {name: max(rate, some.get(name, 0)) for name, rate in others.items()}
 
 
 def spread(values: list[float]) -> dict:

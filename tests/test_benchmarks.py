@@ -258,7 +258,8 @@ def test_a_floor_is_computed_from_the_rates_beside_the_turn(floors):
         floors.rates.append(rate)
         floors.measure("a" if rate < 4 else "b")
     assert [rates["read"] for rates in floors.beside["a"]] == [5, 4, 3] and floors.beside["b"][0]["read"] == 4
-    assert floors.beside["a"][0] == {"read": 5, "float32": 20, "bfloat16": 10, "int8": 5}
+    assert floors.best == {"read": 5, "float32": 20, "bfloat16": 10, "int8": 5}
+    assert floors.least({"a": [99.0] * 3}, lambda _, rates: 100 / rates["bfloat16"]) == {"a": [10] * 3}
     seconds = {"a": [70.0, 80.0, 90.0], "b": [90.0]}
     assert floors.least(seconds, lambda _, rates: 240 / rates["read"]) == {"a": [48, 60, 80], "b": [60]}
     assert floors.document()["read_GB_per_s"] == 0 and floors.reading(20) == 4
