@@ -68,13 +68,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Times in ms for a weight [16384, 2048]:
         rows of x                                          1     4    16    64   266
-        two Ice Lake cores, no bfloat16 instructions
-            F.linear                                     4.0    11    24    76   288
-            kernels.product                              2.5   3.5   8.2    25    95
-            upcast_product                                 -    12    16    27    80
+        two EPYC cores, without their bfloat16 instructions
+            F.linear                                     2.1    16    26    71   253
+            kernels.product                              1.6   2.7   9.4    23    86
+            upcast_product                                24    38    47    64   136
         two EPYC cores, dot products of pairs
-            F.linear                                     3.9   5.1   5.2    13    44
-            kernels.product                              1.6   3.6   4.0    11    42
+            F.linear                                     3.9   5.1   5.3    13    44
+            kernels.product                              1.6   3.6   4.2    12    42
     """
     if is_bf16_without_gradient(x, weight) and (bias is None or is_bf16_without_gradient(x, bias)):
         if suits_kernel(x, weight):

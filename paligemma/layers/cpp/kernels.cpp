@@ -12,7 +12,7 @@
 //
 // Vectors are the compiler's own vector types. They have 16 lanes on every machine, which is simple; but GCC keeps a vector that is
 // longer than the registers in memory, so the inner loops for many rows use vectors as long as the registers (Lanes). Only dot
-// products of bfloat16 and 8-bit numbers, and transposing, use intrinsics.
+// products of bfloat16 and 8-bit numbers, transposing, rounding and the exponential use intrinsics.
 //
 // Shapes: B rows of x, O outputs and X inputs of one matrix, N query heads. As template parameters, B, O and N count only what
 // one tile computes: rows, outputs (in int_tile: blocks of outputs) and query heads.

@@ -59,7 +59,7 @@ struct Ahead {
 };
 
 // Adds the products of R rows of x and a strip of a panel to sums[R][PANEL]. The rows of x are `stride` words apart. In each 16
-// steps, `lines` cache lines are prefetched.
+// steps, `lines` cache lines of weights are prefetched, and one of each row of x.
 template <int R>
 static void strip_tile(const uint32_t* strip, const uint32_t* x, int64_t stride, int64_t steps, float* sums, bool is_first,
                        Ahead& ahead, int64_t lines) {
@@ -69,6 +69,7 @@ static void strip_tile(const uint32_t* strip, const uint32_t* x, int64_t stride,
     }
     for (int64_t s = 0; s < steps;) {
         ahead.prefetch(lines);
+        UNROLL for (int r = 0; r < R; r++) __builtin_prefetch(x + (r + R) * stride + s, 0, 2);  // of the next tile
         for (const int64_t stop = std::min(steps, s + 16); s < stop; s++, strip += STRIP) {
             Lanes w[VECTORS];
             UNROLL for (int v = 0; v < VECTORS; v++) w[v] = load<Lanes>(strip + v * LANES);
@@ -161,9 +162,9 @@ struct ManyRows {
     const Call& call;
     int64_t first_row, rows;
     const uint32_t* x;
-    int64_t width;            // outputs in a row of y
-    int64_t outputs, panels;  // maximum number of outputs of a task; number of panels
-    int64_t part_rows, parts; // rows of a task; number of parts of the block
+    int64_t width;             // outputs in a row of y
+    int64_t outputs, panels;   // maximum number of outputs of a task; number of panels
+    int64_t part_rows, parts;  // rows of a task; number of parts of the block
 
     struct Task {
         const Matrix* matrix;
