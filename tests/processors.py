@@ -27,8 +27,8 @@ FILES = (*WHOLE_FILES, *(f"layers/{name}" for name in MARKED))
 EMULATED_TILES = Path(__file__).parent / "layers" / "emulated_tiles.h"  # stands in for AMX in tiles.h, on any processor
 TILES = InstructionSet("emulated tiles", frozenset(), (f'-DEMULATED_TILES="{EMULATED_TILES}"',), "nothing")
 ON_X86 = [each for each in SETS if each.flags[:1] == ("-mtune=native",)]
-# What the libraries of `variants` are compiled with; -O3 takes twice as long.
-QUICK_FLAGS = tuple("-O1" if flag == "-O3" else flag for flag in compiling.FLAGS)
+# What the libraries of `variants` are compiled with; -O2 takes twice as long.
+QUICK_FLAGS = tuple("-O1" if flag == "-O2" else flag for flag in compiling.FLAGS)
 # Libraries that are compared with torch in tests: the one that a user gets, and one for each set that this processor has.
 VARIANTS = {"native": None} | {each.name: each for each in (*instruction_sets.available(), TILES)}
 

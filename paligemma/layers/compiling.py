@@ -37,7 +37,7 @@ from paligemma.layers.instruction_sets import cpu_flags
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).parent / "cpp" / "kernels.cpp"
-FLAGS = ("-O3", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-Wno-psabi")
+FLAGS = ("-O2", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-Wno-psabi")
 COMPILE_TIMEOUT_S = 120
 RETRY_AFTER_S = 3600  # compiling is retried at most once per hour if the source does not compile or the compiler hangs
 MIN_FREE_BYTES = 2**23  # must be free on the disk before compiling; several times what compiling needs

@@ -71,4 +71,4 @@ def test_a_set_that_is_included_in_another_comes_after_it():
 def test_flags_of_the_compiler_are_named_after_the_features():
     flags = {each.name: each.flags for each in SETS}
     assert {"-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"} <= set(flags["amx"])
-    assert flags["avx_vnni"] == ("-mtune=native", "-mavx2", "-mfma", "-mavxvnni") and flags["generic"] == ()
+    assert flags["avx_vnni"] == ("-mtune=native", "-mavx2", "-mfma", "-mavxvnni", "-O1") and flags["generic"] == ("-O1",)
