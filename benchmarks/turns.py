@@ -160,6 +160,8 @@ def in_turn(
         floors: measure the rates of the machine before and after each turn.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    if floors:
+        floors.beside |= {name: [] for name in ways}  # without the turns of an earlier call
     for i in range(0 if is_warm or options.quick else -1, options.rounds):
         replies = {}
         for name, work in ways.items():
@@ -224,7 +226,7 @@ class Floors:
         for dtype in (torch.float32, torch.bfloat16, torch.int8):
             now[str(dtype).removeprefix("torch.")] = roofline.matrix_rate(self.device, dtype)
         if side is not None:
-            self.beside.setdefault(side, []).append({"read": max(self.last.get("read", 0), now["read"])})
+            self.beside[side].append({"read": max(self.last.get("read", 0), now["read"])})
         self.last = now
         self.best = {name: max(rate, self.best.get(name, 0)) for name, rate in now.items()}
 

@@ -96,8 +96,9 @@ def fake_python(tmp_path):
 def test_peers_are_compared_with_as_many_bits(run, fake_python, folder):
     from safetensors.torch import load_file
 
-    document, printed = run("peers", "--openvino", fake_python)
-    assert list(document["peers"]) == ["OpenVINO int8", "OpenVINO int4"] and "times as fast as OpenVINO int4" in printed
+    document, printed = run("peers", "--openvino", fake_python, "--onnxruntime", fake_python)
+    assert list(document["peers"]) == ["OpenVINO int8", "OpenVINO int4", "ONNX Runtime int8", "ONNX Runtime int4"]
+    assert "times as fast as ONNX Runtime int4" in printed
     assert list(document["ways"])[:2] == ["OpenVINO int8", "ours int8, beside OpenVINO int8"]
     assert document["ways"]["OpenVINO int8"]["ms"]["median"] == 250  # two tokens
     text = load_file(folder.with_name(f"{folder.name}-text") / "model.safetensors")  # what the libraries export
@@ -250,6 +251,7 @@ def floors(tools, monkeypatch):
     monkeypatch.setattr(roofline, "matrix_rate", lambda _, dtype: rates[-1] * dtype.itemsize)
     made = tools["turns"].Floors("cpu")
     made.rates = rates
+    made.beside = {"a": [], "b": []}
     return made
 
 
