@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paligemma.checkpoints.file_names import (
+    ADAPTER_NAME,
     CONVERT_PICKLE,
     INDEX_NAME,
     ONLY_SAFETENSORS,
     SINGLE_NAME,
     explain_no_weights,
+    has_adapter,
     has_weights,
 )
 from paligemma.errors import AccessError, CheckpointError, listed
@@ -166,10 +168,7 @@ def find_files(folder: Path) -> list[Path]:
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     if not has_weights(folder):
         raise CheckpointError(explain_no_weights(folder), path=folder)
-    has_index = stat_path(index) is not None
-    if stat_path(single) is not None or not (has_index or index.is_symlink()):
-        if has_index:
-            log.info("%s: %s is read, and %s next to it is ignored.", folder, SINGLE_NAME, INDEX_NAME)
+    if stat_path(single) is not None or not (stat_path(index) is not None or index.is_symlink()):
         return [single]
     names = read_index(index)
     missing = [name for name in names if stat_path(folder / name) is None]
@@ -179,10 +178,19 @@ def find_files(folder: Path) -> list[Path]:
             "The download is incomplete: run it again.",
             path=folder,
         )
-    stale = sorted({path.name for path in folder.glob("*.safetensors")} - set(names))
+    return [folder / name for name in names]
+
+
+def note_ignored(folder: Path, files: list[Path]) -> None:
+    """Logs which files with weights are left over in a folder. Args: files: from find_files."""
+    if files == [folder / SINGLE_NAME]:
+        if stat_path(folder / INDEX_NAME) is not None:
+            log.info("%s: %s is read, and %s next to it is ignored.", folder, SINGLE_NAME, INDEX_NAME)
+        return
+    used = {file.name for file in files} | ({ADAPTER_NAME} if has_adapter(folder) else set())
+    stale = sorted({path.name for path in folder.glob("*.safetensors")} - used)
     if stale:
         log.info("%s: ignored, because the index does not name them: %s", folder, listed(stale))
-    return [folder / name for name in names]
 
 
 def read_index(index: Path) -> list[str]:

@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from paligemma.checkpoints.adapters import Adapter, read_adapter
 from paligemma.checkpoints.file_names import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, has_adapter, has_weights
 from paligemma.checkpoints.fitting import choose_dtype, module_bytes, own_tensors, room_to_answer, run_dtype
-from paligemma.checkpoints.headers import FLOATS, StoredTensor, find_files, read_header
+from paligemma.checkpoints.headers import FLOATS, StoredTensor, find_files, note_ignored, read_header
 from paligemma.checkpoints.hub import find_base, resolve
 from paligemma.checkpoints.read_ahead import ReadAhead
 from paligemma.checkpoints.safetensors_files import (
@@ -105,7 +105,9 @@ def find_tensors(folder: Path, is_tied: bool = True) -> dict[str, StoredTensor]:
         that is not the embedding.
     """
     found: dict[str, StoredTensor] = {}
-    for file in find_files(folder):
+    files = find_files(folder)
+    note_ignored(folder, files)
+    for file in files:
         for tensor in read_header(file).values():
             name = canonical_name(tensor.name)
             if HARMLESS.fullmatch(name):

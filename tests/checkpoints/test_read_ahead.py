@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from paligemma import inference
 from paligemma import model as api
 from paligemma.checkpoints import read_ahead, safetensors_files, weights
 from paligemma.checkpoints.headers import read_header
@@ -182,7 +183,6 @@ def test_an_address_space_without_room_is_an_error_about_memory(folder, monkeypa
 
 @pytest.mark.parametrize("caller", ["inference", "annotate", "load"])
 def test_the_programs_and_the_library_read_ahead(caller, folder, tmp_path, monkeypatch):
-    from paligemma import inference
     from paligemma.programs import annotate
 
     begun, begin = [], read_ahead.begin
@@ -199,6 +199,20 @@ def test_the_programs_and_the_library_read_ahead(caller, folder, tmp_path, monke
     (ahead,) = begun
     assert ahead.finite == [(folder / "model.safetensors", part) for part in read_ahead.parts_of(folder / "model.safetensors")]
     assert not ahead.thread.is_alive()
+
+
+@pytest.mark.parametrize("caller", ["inference", "load"])
+def test_left_over_files_are_noted_once(caller, folder, capsys, caplog):
+    caplog.set_level("INFO")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    if caller == "load":
+        api.load(folder, device="cpu")
+        told = caplog.text
+    else:
+        given = [f"--model_path={folder}", "--prompt=ocr", "--only_cpu", "--max_tokens_to_generate=2", "--verbose"]
+        assert commandline.run(inference.Flags, inference.program, given) == 0
+        told = capsys.readouterr().err
+    assert told.count("next to it is ignored") == 1
 
 
 def test_reading_ahead_does_not_import_torch():

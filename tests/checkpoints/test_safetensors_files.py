@@ -204,8 +204,14 @@ def test_the_index_rules_over_other_files(tmp_path, caplog):
     for name in ("model-00001-of-00001.safetensors", "adapter_model.safetensors", "stale.safetensors"):
         save_file({"w": torch.rand(1)}, tmp_path / name)
     write_index(tmp_path, {"w": "model-00001-of-00001.safetensors"})
-    assert headers.find_files(tmp_path) == [tmp_path / "model-00001-of-00001.safetensors"]
+    files = headers.find_files(tmp_path)
+    assert files == [tmp_path / "model-00001-of-00001.safetensors"] and not caplog.text
+    headers.note_ignored(tmp_path, files)
     assert "the index does not name them: adapter_model.safetensors, stale.safetensors" in caplog.text
+    caplog.clear()
+    (tmp_path / "adapter_config.json").write_text("{}")  # now the adapter is used
+    headers.note_ignored(tmp_path, files)
+    assert caplog.text.strip().endswith("the index does not name them: stale.safetensors")
 
 
 @pytest.mark.parametrize("index", ['{"weight_map": {"w": "model-00001-of-00002.safetensors"}}', '{"weight_map": 3}', "damaged"])
@@ -213,7 +219,9 @@ def test_a_single_file_is_complete_whatever_index_was_left_beside_it(tmp_path, c
     caplog.set_level("INFO")
     save_file({"w": torch.rand(1)}, tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    assert headers.find_files(tmp_path) == [tmp_path / "model.safetensors"]
+    files = headers.find_files(tmp_path)
+    assert files == [tmp_path / "model.safetensors"] and not caplog.text
+    headers.note_ignored(tmp_path, files)
     assert "next to it is ignored" in caplog.text
 
 
