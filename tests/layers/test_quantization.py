@@ -142,6 +142,22 @@ def test_an_input_that_is_no_number_reaches_every_output(kind, value, has_kernel
     assert not y[1].isfinite().any()
 
 
+@pytest.mark.parametrize("size", [1e-36, 3.7e-37, 2e-38, 1e-40])  # 127 / size is infinite for all but the first
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_that_are_nearly_zero_give_outputs_that_are_nearly_zero(kind, dtype, size, variant):
+    if variant is None:
+        return
+    for rows in (1, 7, 40):
+        x = torch.randn(rows, 128).to(dtype)
+        x[:, :64] = size  # whole groups, such as hidden vectors after GELU of very negative numbers
+        x[0] = size
+        module = quantized(random_linear(40, 128), kind)
+        y = module(x)
+        assert_within(y[:1], 0 * y[:1].double(), torch.full_like(y[:1], 1e-34).double())
+        assert_product(y[1:], x[1:], module)
+
+
 # ---------------------------------------------------------------- layouts
 
 

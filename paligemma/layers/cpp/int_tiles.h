@@ -49,7 +49,8 @@ template <int N> static inline float round_group(const void* x, bool is_bf16, in
         F32 size = as_float((U32)v[j] & 0x7fffffffu);
         largest = largest > size ? largest : size;
     }
-    const float top = max(largest), inverse = top > 0 ? 127 / top : 0;
+    const float top = max(largest);
+    const float inverse = top > 4e-37f ? 127 / top : 0;  // numbers for which 127 / top would be infinite become 0
     UNROLL for (int j = 0; j < N; j++) {
         F32 shifted = v[j] * inverse + ROUNDING;
         sums += shifted - ROUNDING;
