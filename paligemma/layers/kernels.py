@@ -213,6 +213,11 @@ class Matrix(NamedTuple):
     bias: Tensor | None = None
 
 
+def expanded(tensor: Tensor | None, *shape: int) -> Tensor | None:
+    """A contiguous tensor with dimensions of size 1 repeated; -1 keeps a dimension. Raises: RuntimeError if it does not fit."""
+    return None if tensor is None else tensor.expand(shape).contiguous()
+
+
 def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -236,7 +241,7 @@ def product(kind: str, x: Tensor, matrices: Sequence[tuple], dtype: torch.dtype,
     Returns: [..., sum of all O], with the outputs in the order of the matrices; or [..., O] if gated.
     """
     x = x.contiguous()
-    given = [Matrix(*matrix) for matrix in matrices]
+    given = [matrix._replace(bias=expanded(matrix.bias, -1)) for matrix in (Matrix(*matrix) for matrix in matrices)]
     outputs = given[0].outputs if activation == "gated" else sum(matrix.outputs for matrix in given)
     y = x.new_empty(*x.shape[:-1], outputs, dtype=dtype)
     inputs = x.shape[-1]
@@ -256,8 +261,8 @@ def bf16_gate(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def bf16_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """GemmaRMSNorm of x, bfloat16[..., D], with a contiguous weight, bfloat16[D]. D is a multiple of 16."""
-    x = x.contiguous()
+    """GemmaRMSNorm of x, bfloat16[..., D], with a weight, bfloat16[D]. D is a multiple of 16."""
+    x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty_like(x)
     width = weight.numel()
     rows = x.numel() // width
@@ -266,8 +271,8 @@ def bf16_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def bf16_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """nn.LayerNorm of x, bfloat16[..., D], with contiguous weight and bias, bfloat16[D]. D is a multiple of 16."""
-    x = x.contiguous()
+    """nn.LayerNorm of x, bfloat16[..., D], with weight and bias, bfloat16[D]. D is a multiple of 16."""
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     y = torch.empty_like(x)
     pointers, width = (tensor.data_ptr() for tensor in (x, weight, bias, y)), weight.numel()
     library().bf16_layer_norm(*pointers, x.numel() // width, width, eps, torch.get_num_threads())
@@ -305,8 +310,8 @@ def bf16_attend(
     rows, kv_heads, _, width = keys.shape
     heads = qkv.shape[-1] // width - 2 * kv_heads
     y = qkv.new_empty(rows, 1, heads * width)
-    cos, sin = (part.contiguous() for part in rotation)
-    slots, mask = slots.contiguous(), None if mask is None else mask.contiguous()
+    cos, sin = (expanded(part, rows, 1, 1, width) for part in rotation)
+    qkv, slots, mask = expanded(qkv, rows, 1, -1), expanded(slots, rows, 1), expanded(mask, rows, 1, 1, slots_read)
     call = attention_call(slots, (cos, sin), keys, heads, slots_read, scale, cap)
     library().bf16_attend(
         ctypes.byref(call), qkv.data_ptr(), keys.data_ptr(), values.data_ptr(), address(mask), y.data_ptr(),
@@ -332,9 +337,8 @@ def bf16_attend_many(
     """
     rows, heads, length, width = q.shape
     slots, keys, values, slots_read = cache or (None, k, v, length)
-    cos, sin = (part.contiguous() for part in rotation) if rotation else (None, None)
-    slots = None if slots is None else slots.contiguous()
-    mask = None if mask is None else mask.expand(rows, 1, length, slots_read).contiguous()
+    cos, sin = (expanded(part, rows, 1, length, width) for part in rotation or (None, None))
+    slots, mask = expanded(slots, rows, length), expanded(mask, rows, 1, length, slots_read)
     y = q.new_empty(rows, length, heads * width)
     kv_heads, padded_slots, padded_width = k.shape[1], -(-slots_read // 16) * 16, -(-width // 16) * 16
     packed = q.new_empty(rows * kv_heads * padded_slots * (width + padded_width))
@@ -413,10 +417,11 @@ def decode(
         slots, rotation, mask, window_mask, slots_read, scale, cap: as in bf16_attend.
     Returns: bfloat16[B, 1, D].
     """
-    cos, sin = (part.contiguous() for part in rotation)
-    x, slots = x.contiguous(), slots.contiguous()
-    mask, window_mask = (None if each is None else each.contiguous() for each in (mask, window_mask))
-    heads = layers[0].qkv[0].outputs // keys.shape[-1]
+    rows, width = keys.shape[1], keys.shape[-1]
+    cos, sin = (expanded(part, rows, 1, 1, width) for part in rotation)
+    x, slots = expanded(x, rows, 1, -1), expanded(slots, rows, 1)
+    mask, window_mask = (expanded(each, rows, 1, 1, slots_read) for each in (mask, window_mask))
+    heads = layers[0].qkv[0].outputs // width
     decoder = CDecoder(
         layers=layers, num_layers=len(layers), width=x.shape[-1], mlp_width=layers[0].gate_up[0].outputs, norm=norm.data_ptr(),
         eps=eps,

@@ -12,6 +12,7 @@ from torch import nn
 
 from paligemma.layers import acceleration, fast_cpu, fast_decoder, int_formats, kernels, quantization
 from paligemma.layers.fast_cpu import BF16_ROWS
+from paligemma.layers.fast_tower import FastLayerNorm
 from paligemma.layers.int_formats import GROUP, KINDS
 from paligemma.layers.quantization import QuantizedLinear
 from paligemma.layers.replacing import extended
@@ -293,6 +294,22 @@ def test_bfloat16_kernel_multiplies_many_inputs(rows, result, variant):
     assert_within(y, x.double() @ linear.weight.double().T, product_bound(x, linear.weight, result))
 
 
+@pytest.mark.parametrize("rows", [1, 9])
+def test_biases_and_norms_may_have_any_strides(rows, compiled):
+    strided = [torch.randn(128).bfloat16()[::2], torch.randn(1).bfloat16().expand(64)]
+    x, w = torch.randn(rows, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    rms_norm, layer_norm = fast_cpu.FastRMSNorm(64, 1e-6), FastLayerNorm(64)
+    for vector in strided:
+        for module in (rms_norm, layer_norm):
+            module.weight = nn.Parameter(vector, requires_grad=False)
+        layer_norm.bias = nn.Parameter(vector, requires_grad=False)
+        found = [fast_cpu.product(x, w, vector), rms_norm(x), layer_norm(x)]
+        for module in (rms_norm, layer_norm):
+            module.weight = nn.Parameter(vector.clone(memory_format=torch.contiguous_format), requires_grad=False)
+        layer_norm.bias = rms_norm.weight
+        assert all(map(torch.equal, found, [fast_cpu.product(x, w, rms_norm.weight), rms_norm(x), layer_norm(x)]))
+
+
 @needs_kernels
 @pytest.mark.parametrize("rows", [0, 1, 3, 9, 40])
 def test_fast_norm_is_the_norm(rows, has_kernels, monkeypatch):
@@ -352,6 +369,34 @@ def test_attention_kernel_is_rotate_write_and_attention(rows, kv_heads, heads, i
     moved = half * 0.2 * (q.abs() @ k.abs().repeat_interleave(heads // kv_heads, 1).transpose(2, 3)).amax(-1, keepdim=True)
     bound = (torch.expm1(2 * moved) + 1e-4) * attention(q, k, v.abs(), mask, 0.2, cap) + half * expected.abs() + 1e-30
     assert_within(y, *(part.transpose(1, 2).reshape(rows, 1, -1) for part in (expected, bound)))
+
+
+def test_attention_and_all_layers_repeat_what_is_the_same_for_all_rows(compiled):
+    if compiled is None:
+        return
+    rows, slots_read = 3, 20
+    qkv, (keys, values) = torch.randn(rows, 1, (4 + 2) * 32).bfloat16(), torch.randn(2, rows, 1, slots_read, 32).bfloat16()
+    slots = torch.tensor([[slots_read - 1]])  # [1, 1], and the mask is bool[1, 1, 1, S]: one row, as torch's operators take it
+    rotation = rotary_embedding(slots + 1, 32, 10000.0, torch.bfloat16)
+    mask = torch.arange(slots_read)[None, None, None] % 2 == 1
+    one = (slots, rotation, mask)
+    each = (slots.expand(rows, 1), tuple(part.expand(rows, 1, 1, 32) for part in rotation), mask.expand(rows, 1, 1, -1))
+    once, expected = (kernels.bf16_attend(qkv, *same, keys, values, slots_read, 0.2, None) for same in (one, each))
+    assert torch.equal(once, expected)
+    with pytest.raises(RuntimeError):  # a mask of too few slots
+        kernels.bf16_attend(qkv, slots, rotation, mask[..., 1:], keys, values, slots_read, 0.2, None)
+    decoder = make_decoder("gemma")
+    acceleration.accelerate(decoder, min_parameters=0)
+    model = decoder.language_model.model
+    weights = fast_decoder.KernelLayers(model).layers
+    cache = torch.randn(2, 3, rows, 2, slots_read, 32).bfloat16()
+    ask = lambda slots, rotation, mask: kernels.decode(  # noqa: E731  (asked twice)
+        "bf16", weights, model.norm.weight, 1e-6, torch.ones(rows, 1, 96).bfloat16(), slots, rotation, mask, mask, *cache.clone(),
+        slots_read, 0.2, None,
+    )  # fmt: skip
+    assert torch.equal(ask(*one), ask(*each))
+    with pytest.raises(RuntimeError):
+        ask(slots, rotation, mask[..., 1:])
 
 
 def test_a_masked_slot_is_not_looked_at_and_a_bad_one_is_seen(variant):
