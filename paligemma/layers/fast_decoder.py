@@ -46,11 +46,16 @@ def kernel_matrices(*modules: nn.Module) -> tuple[str, list[kernels.Matrix]] | N
     return (kinds.pop(), matrices) if len(kinds) == 1 else None
 
 
-def kernel_layer(layer: nn.Module) -> tuple[str, kernels.DecoderLayer] | None:
-    """The kind and the weights of a layer for kernels.decode; None if its modules compute something else."""
+def kernel_layer(number: int, layer: nn.Module) -> tuple[str, kernels.DecoderLayer] | None:
+    """The kind and the weights of a layer for kernels.decode; None if its modules compute something else.
+
+    `number` counts the layers from 0; a layer that uses the cache of another one, because layers were removed, gives None.
+    """
     if type(layer) is not GemmaDecoderLayer or type(layer.self_attn) is not FastAttention or type(layer.mlp) is not FastMLP:
         return None
     attention, mlp = layer.self_attn, layer.mlp
+    if attention.layer != number:
+        return None
     norms = [layer.input_layernorm, None, layer.post_attention_layernorm, None]
     if layer.is_gemma2:
         names = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -76,22 +81,28 @@ class KernelLayers:
     """The layers of a decoder for kernels.decode, or the knowledge that the kernel cannot compute them.
 
     They hold addresses of weights. Collecting these takes a millisecond, so it is done once, and each step only checks with
-    `is_current` that no module, weight or address has changed since.
+    `is_current` that no module, weight or address has changed since. If modules have hooks, which a kernel would not call, the
+    modules compute the step.
     """
 
     def __init__(self, decoder: nn.Module):
-        tables = [table for module in decoder.modules() for table in (module._modules, module._parameters, module._buffers)]
-        self.tables, self.names, self.values = zip(*((table, *entry) for table in tables for entry in table.items()), strict=True)
+        modules = list(decoder.modules())
+        self.tables = [table for module in modules for table in (module._modules, module._parameters, module._buffers)]
+        self.hooks = [table for module in modules[1:] for table in (module._forward_pre_hooks, module._forward_hooks)]
+        entries = ((table, *entry) for table in self.tables for entry in table.items())
+        self.owners, self.names, self.values = zip(*entries, strict=True)
         self.tensors = [value for value in self.values if isinstance(value, Tensor)]
         self.addresses = [tensor.data_ptr() for tensor in self.tensors]
-        layers = [kernel_layer(layer) for layer in decoder.layers]
-        self.kind = None
-        if has_fast_norm(decoder.norm) and None not in layers and len({kind for kind, _ in layers}) == 1:
+        layers = [kernel_layer(*numbered) for numbered in enumerate(decoder.layers)]
+        self.kind, self.has_hooks = None, any(self.hooks)
+        if not self.has_hooks and has_fast_norm(decoder.norm) and None not in layers and len({kind for kind, _ in layers}) == 1:
             self.kind = layers[0][0]
             self.layers = kernels.decoder_layers([layer for _, layer in layers])
 
     def is_current(self) -> bool:
-        if not all(map(operator.is_, map(dict.get, self.tables, self.names), self.values)):
+        if any(self.hooks) is not self.has_hooks or sum(map(len, self.tables)) != len(self.names):
+            return False
+        if not all(map(operator.is_, map(dict.get, self.owners, self.names), self.values)):
             return False
         return all(map(operator.eq, map(Tensor.data_ptr, self.tensors), self.addresses))
 

@@ -295,7 +295,7 @@ def test_bfloat16_kernel_multiplies_many_inputs(rows, result, variant):
 
 
 @pytest.mark.parametrize("rows", [1, 9])
-def test_biases_and_norms_may_have_any_strides(rows, compiled):
+def test_biases_and_norms_may_have_any_strides(rows):
     strided = [torch.randn(128).bfloat16()[::2], torch.randn(1).bfloat16().expand(64)]
     x, w = torch.randn(rows, 64).bfloat16(), torch.randn(64, 64).bfloat16()
     rms_norm, layer_norm = fast_cpu.FastRMSNorm(64, 1e-6), FastLayerNorm(64)
@@ -610,6 +610,44 @@ def test_a_changed_weight_or_module_is_noticed_at_the_next_step(compiled, kernel
     assert decoding_steps(model, kernel_steps) == 3 and not torch.equal(decode(model), before)
     copied = copy.deepcopy(model)
     assert torch.equal(decode(copied), decode(model)) and decoding_steps(copied, kernel_steps) == 3
+    del model.language_model.model.layers[0]  # the others keep their places in the cache, which the kernel does not know
+    assert decoding_steps(model, kernel_steps) == 0
+    layers = copied.language_model.model.layers
+    layers.append(layers.pop(1))
+    assert decoding_steps(copied, kernel_steps) == 0
+    fourth = copy.deepcopy(layers[0])
+    fourth.self_attn.layer = 1
+    layers.append(fourth)  # all others stay as they are
+    assert decoding_steps(copied, kernel_steps) == 0
+
+
+def test_a_bias_that_a_quantised_matrix_gets_later_is_added(compiled, kernel_steps):
+    if compiled is None:
+        return
+    model, _ = quantised_decoder("int4", "gemma", hidden_size=192, intermediate_size=320)
+    decode(model)
+    assert kernel_steps == ["int4"] * 3
+    model.language_model.model.layers[1].mlp.down_proj.bias = nn.Parameter(torch.ones(192).bfloat16(), requires_grad=False)
+    kernel_steps.clear()
+    decode(model)
+    assert not kernel_steps  # the modules have added it
+
+
+def test_hooks_are_called_at_every_step(compiled, kernel_steps):
+    if compiled is None:
+        return
+    model, seen = make_decoder("gemma"), []
+    acceleration.accelerate(model, min_parameters=0)
+    before = decode(model)
+    layer = model.language_model.model.layers[1]
+    for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
+        kernel_steps.clear()
+        seen.clear()
+        handle = register(lambda *_: seen.append(1))
+        decode(model)
+        assert len(seen) == 4 and not kernel_steps  # the prompt and three steps
+        handle.remove()
+        assert torch.equal(decode(model), before) and kernel_steps == ["bf16"] * 3
 
 
 class Negative(nn.Linear):
