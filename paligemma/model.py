@@ -521,7 +521,7 @@ def load(
     if quantize_vision and quantize is None:
         raise UsageError("quantize_vision needs quantize, which is None. Add quantize='int8' or 'int4'.")
     model_path, base, codec_file = (None if path is None else files.as_text(path) for path in (name, base_model, mask_codec))
-    ahead = read_ahead.begin(model_path, device, dtype, quantize)
+    ahead = read_ahead.begin(model_path, device, dtype, quantize, revision=revision)
     checkpoint = open_checkpoint(model_path, revision=revision, base_model=base)
     checkpoint.ahead = ahead
     codec = find_codec(checkpoint.base, codec_file)

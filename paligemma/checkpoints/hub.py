@@ -10,7 +10,7 @@ import errno
 import re
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from paligemma.checkpoints.file_names import (
     ADAPTER_CONFIG_NAME,
@@ -74,6 +74,16 @@ def missing_shards(folder: Path) -> list[str]:
     return [name for name in read_index(folder / INDEX_NAME) if not is_file(folder / name)]
 
 
+def find_cached(repo_id: str, revision: str | None = None) -> Path | None:
+    """The folder of a hub model or adapter in the cache; some of its files may be missing. None if there is no such folder."""
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES), local_files_only=True))
+    except errors.LocalEntryNotFoundError:
+        return None
+
+
 def download(repo_id: str, revision: str | None = None) -> Path:
     """The folder in the cache with the files of a hub model or adapter. Files that are missing there are downloaded.
 
@@ -82,12 +92,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
     """
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
-    wanted: dict[str, Any] = {"repo_id": repo_id, "revision": revision, "allow_patterns": list(FILES)}
-    cached = None
-    try:
-        cached = Path(snapshot_download(**wanted, local_files_only=True))
-    except errors.LocalEntryNotFoundError:
-        pass  # files are missing in the cache
+    cached = find_cached(repo_id, revision)
     if cached is not None and (constants.HF_HUB_OFFLINE or is_complete(cached)):
         return cached
     try:
@@ -97,7 +102,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
         if names and not any(fnmatch(name, pattern) for name in names for pattern in FILES if pattern.endswith(".safetensors")):
             if INDEX_NAME not in names:
                 raise CheckpointError(f"{repo_id} {explain_names(names)}", path=f"{constants.ENDPOINT}/{repo_id}")
-        folder = Path(snapshot_download(**wanted))
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
         if shards := missing_shards(folder):  # shards whose names do not match the patterns in FILES
             snapshot_download(repo_id=repo_id, revision=revision, allow_patterns=shards)
         return folder

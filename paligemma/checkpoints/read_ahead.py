@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from paligemma.checkpoints.headers import StoredTensor, find_files, read_header
+from paligemma.checkpoints.hub import find_cached, is_id
 from paligemma.errors import PaliGemmaError
-from paligemma.files import BUNDLED, expand
+from paligemma.files import BUNDLED, expand, is_folder
 from paligemma.machine import GIB, free_cpu_memory
 
 MIN_BYTES = 2**24  # smaller parts of a file are checked when they are loaded
@@ -38,6 +39,8 @@ class Part(NamedTuple):
 
 def map_file(file: Path) -> mmap.mmap:
     """The whole file, mapped copy-on-write: a program that changes a tensor does not change the file. Raises: OSError."""
+    # safetensors' safe_open would map the file, too, but for torch only after torch is imported. A page that is read through one
+    # mapping still causes a page fault in another one, so the thread and the model have to share the mapping.
     with open(file, "rb") as stream:
         return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
 
@@ -116,18 +119,23 @@ class ReadAhead:
         return any(file == tensor.file and part.start <= tensor.start and end <= part.end for file, part in self.finite)
 
 
-def begin(name: str | None, device: object, *changes: object) -> ReadAhead | None:
-    """Starts to read the weights in a folder, unless they will be copied instead of mapped, are few, or memory is short.
+def begin(name: str | None, device: object, *changes: object, revision: str | None = None) -> ReadAhead | None:
+    """Starts to read the weights of a model, unless they will be copied instead of mapped, are few, or memory is short.
 
     Args:
-        name: the folder; None = the bundled model. Nothing is read for other names: loading tells what is wrong with them.
+        name: the folder, or a hub id whose files are in the cache; None = the bundled model. Nothing is read for other names:
+            loading downloads the files, or says what is wrong with the name. Nothing is read for the base model of an adapter.
         device: where the model will run. "auto" is taken for the CPU; on a GPU, reading ahead saves only the check of values.
         changes: options that change the weights while they are loaded (dtype, quantize); None = unchanged.
+        revision: branch, tag or commit of the hub id.
     """
     if str(device) not in ("auto", "cpu") or any(change is not None for change in changes):
         return None
     with suppress(PaliGemmaError, OSError):
-        parts = {file: parts_of(file) for file in find_files(expand(name or BUNDLED))}
+        folder: Path | None = expand(name or BUNDLED)
+        if name is not None and is_id(name) and not is_folder(expand(name)):
+            folder = find_cached(name, revision)
+        parts = {file: parts_of(file) for file in find_files(folder)} if folder else {}
         size = sum(os.path.getsize(file) for file in parts)
         if MIN_BYTES <= size <= (free_cpu_memory() or 0) - ROOM:
             return ReadAhead(parts)

@@ -93,7 +93,7 @@ class ModelFlags:
         from paligemma.checkpoints import read_ahead
 
         machine.use_cores()
-        ahead = read_ahead.begin(self.model_path, self.device_name, self.dtype, self.quantize)
+        ahead = read_ahead.begin(self.model_path, self.device_name, self.dtype, self.quantize, revision=self.revision)
         machine.check_torch()
         import torch
 

@@ -186,7 +186,7 @@ def test_the_programs_and_the_library_read_ahead(caller, folder, tmp_path, monke
     from paligemma.programs import annotate
 
     begun, begin = [], read_ahead.begin
-    monkeypatch.setattr(read_ahead, "begin", lambda *arguments: begun.append(begin(*arguments)) or begun[-1])
+    monkeypatch.setattr(read_ahead, "begin", lambda *args, **options: begun.append(begin(*args, **options)) or begun[-1])
     if caller == "load":
         api.load(folder, device="cpu")
     elif caller == "inference":
@@ -199,6 +199,23 @@ def test_the_programs_and_the_library_read_ahead(caller, folder, tmp_path, monke
     (ahead,) = begun
     assert ahead.finite == [(folder / "model.safetensors", part) for part in read_ahead.parts_of(folder / "model.safetensors")]
     assert not ahead.thread.is_alive()
+
+
+def test_hub_models_are_read_ahead_from_the_cache(folder, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert read_ahead.begin("owner/model", "cpu") is None
+    cached = tmp_path / "hub" / "models--owner--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "tuned").write_text("a" * 40)
+    (cached / "snapshots").mkdir()
+    folder.rename(cached / "snapshots" / ("a" * 40))
+    assert read_ahead.begin("owner/model", "cpu") is None  # the branch main is not there
+    ahead = read_ahead.begin("owner/model", "cpu", revision="tuned")
+    ahead.wait()
+    assert [file for file, _ in ahead.finite] == [cached / "snapshots" / ("a" * 40) / "model.safetensors"]
 
 
 @pytest.mark.parametrize("caller", ["inference", "load"])
