@@ -37,6 +37,8 @@ if __name__ == "__main__":  # --help and wrong flags are answered before the slo
     options = parser.parse_args()
 
 machine.use_cores()  # both sides get the same number of threads
+if __name__ == "__main__" and options.side == "ours":
+    machine.check_torch()  # imports torch as our programs do, which transformers does not
 
 import torch  # noqa: E402  (torch reads the number of threads when it is imported)
 

@@ -22,6 +22,7 @@ OLDEST_TORCH = "2.9"  # older versions cannot write the checkpoints of fine-tuni
 MEMORY_SIGNS = ("can't allocate memory", "Cannot allocate memory", "unable to mmap", "not enough memory")
 SAVE_MEMORY = "Take --dtype bf16, --quantize int8 or int4, a smaller model, or another device."
 GIB = 2**30
+WAIT_STEPS = "1000"  # some 20 microseconds: longer than threads with equal work wait for each other on an idle machine
 
 
 # Cores
@@ -81,9 +82,16 @@ def use_cores() -> int:
 
 
 def check_torch() -> None:
-    """Imports torch. Raises: DeviceError if the installed torch is too old."""
+    """Imports torch. Raises: DeviceError if the installed torch is too old.
+
+    Before the first import, also sets how long a thread that waits for others keeps its core busy, unless the user has set that.
+    GNU's OpenMP library would do so for milliseconds. If another program uses a core, too, the thread that the others wait for
+    cannot run meanwhile, and a token takes ten times as long.
+    """
     is_first = "torch" not in sys.modules
     if is_first:
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ.setdefault("GOMP_SPINCOUNT", WAIT_STEPS)
         # The import makes hundreds of thousands of objects, which all stay: looking for garbage among them would take 0.1 s.
         gc.disable()
     try:

@@ -71,6 +71,22 @@ def test_omp_num_threads_is_kept_only_where_it_is_smaller(monkeypatch, before, a
     assert os.environ["OMP_NUM_THREADS"] == after
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "steps"), [("", "", machine.WAIT_STEPS), ("GOMP_SPINCOUNT", "7", "7"), ("OMP_WAIT_POLICY", "active", None)]
+)
+def test_threads_wait_briefly_unless_the_user_wants_otherwise(monkeypatch, tmp_path, name, value, steps):
+    (tmp_path / "torch.py").write_text("import os\nraise ImportError(os.environ.get('GOMP_SPINCOUNT'))")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    os.environ.pop("GOMP_SPINCOUNT", None)
+    os.environ.pop("OMP_WAIT_POLICY", None)
+    os.environ.update({name: value} if name else {})
+    with pytest.raises(ImportError) as caught:
+        machine.check_torch()
+    assert caught.value.args == (steps,)
+
+
 def test_an_old_torch_is_refused(monkeypatch):
     machine.check_torch()
     monkeypatch.setattr(torch, "__version__", "2.8.1+cpu")
