@@ -289,7 +289,7 @@ def kernel_rows() -> list[Row]:
     others = "".join(f"; not {name}: {reason}" for name, reason in loaded.failures.items())
     if wrong := [name for name, error in errors.items() if error > 1]:
         return [failed("kernels.cpp", f"{loaded.name}, wrong: {', '.join(wrong)}{others}", f"{REPORT}set PALIGEMMA_KERNELS=off.")]
-    value = f"{loaded.name}, {len(errors)} functions are as exact as they should be{others}"
+    value = f"{loaded.name}, {len(errors)} functions are as exact as they should be{kernels.chosen(loaded.choices)}{others}"
     return [note("kernels.cpp", value, f"{REPORT}the next instruction set is used.") if others else Row("kernels.cpp", value)]
 
 

@@ -21,13 +21,14 @@ from paligemma.layers.quantization import QuantizedLinear
 from paligemma.modeling_gemma import GemmaAttention, GemmaEmbedding, GemmaMLP, GemmaRMSNorm, KVCache
 
 # The largest number of rows of x for which our bfloat16 product is faster than torch's. The keys are the processor's bfloat16
-# instructions, see instruction_sets.py.
+# instructions, see instruction_sets.py. What was measured on this machine takes precedence, see kernel_tuning.py.
 BF16_ROWS = {"matrices": 4, "pairs": math.inf, "nothing": math.inf}
 
 
 def bf16_rows() -> float:
     """The largest number of rows for which our bfloat16 product is faster than torch's, or is wanted because AMX was named."""
-    return math.inf if kernels.load()[0].name == "amx" else BF16_ROWS[bf16_instructions()]
+    loaded = kernels.load()[0]
+    return math.inf if loaded.name == "amx" else loaded.choices.get("bf16_rows", BF16_ROWS[bf16_instructions()])
 
 
 # Products in bfloat16
@@ -147,7 +148,9 @@ def suits_kernel_attention(x: Tensor, modules: tuple[nn.Module, ...]) -> bool:
             torch                                       2.7              495             4.3               50
             kernels.bf16_attend_many                    1.5              230             1.9               24
     """
-    if kernels.library() is None or bf16_instructions() == "matrices" or not is_bf16_without_gradient(x, x):
+    if kernels.library() is None or not is_bf16_without_gradient(x, x):
+        return False
+    if not kernels.load()[0].choices.get("attention", bf16_instructions() != "matrices"):
         return False
     return all(
         type(module) is QuantizedLinear

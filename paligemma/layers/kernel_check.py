@@ -2,8 +2,9 @@
 
     python -m paligemma.layers.kernel_check LIBRARY THREADS
 
-prints one line of JSON: {"reason": null}, or why the library must not be used. kernels.py starts this program once for each
-compiled library and keeps the line, so an instruction that the processor lacks ends this program only, and not the user's.
+prints one line of JSON: {"reason": null or why the library must not be used, "choices": see kernel_tuning.py}. kernels.py starts
+this program once for each compiled library and keeps the line, so an instruction that the processor lacks ends this program only,
+and not the user's.
 `paligemma doctor` calls `errors` within its own process.
 
 The numbers in the bounds are derived from how often the functions round, see product_bound; none was measured.
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paligemma.layers import int_formats, kernels
+from paligemma.layers import int_formats, kernel_tuning, kernels
 from paligemma.modeling_gemma import rotary_embedding, rotate
 
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -306,7 +307,7 @@ def main(file: str, threads: str) -> None:
     kernels.use(Path(file))
     wrong = [f"{name} ({error:.3g} times the largest error)" for name, error in errors().items() if error > 1]
     reason = f"wrong results: {', '.join(wrong)}" if wrong else None
-    sys.stdout.write(json.dumps({"reason": reason}) + "\n")
+    sys.stdout.write(json.dumps({"reason": reason, "choices": {} if reason else kernel_tuning.choices()}) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Shapes: as in modeling_gemma.py, and O outputs, X inputs of one matrix.
 
 import ctypes
 import logging
+import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -137,16 +138,25 @@ class Loaded(NamedTuple):
     library: None if torch's own operators have to be used.
     name: of the instruction set; "" without a library.
     failures: why better instruction sets are not used, by name.
+    choices: what a measurement chose differently from the rules (kernel_tuning.py): "prefetch", see Tuning in cpp/products.h;
+        "bf16_rows", the largest number of rows for our bfloat16 product; "attention", 1 if ours is used for many tokens, else 0.
     """
 
     library: ctypes.CDLL | None
     name: str = ""
     failures: dict[str, str] = {}
+    choices: dict[str, int] = {}
 
 
 LOADED: list[Loaded] = []  # what this process uses; empty until the first use
 LOADING = threading.Lock()
+TUNING = "PALIGEMMA_TUNING"  # "off": choices that were measured are not used
 CHECK = "paligemma.layers.kernel_check"  # the program that compares a compiled file with torch
+
+
+def chosen(choices: dict[str, int]) -> str:
+    """Choices for messages: ", measured: prefetch 2048", or nothing if there are none."""
+    return ", measured: " + ", ".join(f"{name} {value}" for name, value in choices.items()) if choices else ""
 
 
 def best_library(folder: Path) -> Loaded:
@@ -158,15 +168,18 @@ def best_library(folder: Path) -> Loaded:
     for instructions in allowed():
         try:
             file = compiling.compile_once(compiling.SOURCE, folder, instructions.flags)
-            compiling.check_once(file, CHECK, str(torch.get_num_threads()))
+            found = compiling.check_once(file, CHECK, str(torch.get_num_threads()))
         except compiling.LibraryError as error:
             if not error.is_of_instructions:
                 raise
             failures[instructions.name] = str(error)
             log.info("the kernels for %s are not used: %s", instructions.name, error)
             continue
-        log.info("kernels for %s: %s", instructions.name, file)
-        return Loaded(open_library(file), instructions.name, failures)
+        loaded, choices = open_library(file), {} if os.environ.get(TUNING) == "off" else found.get("choices", {})
+        if "prefetch" in choices:
+            tuning(loaded).prefetch = choices["prefetch"]
+        log.info("kernels for %s: %s%s", instructions.name, file, chosen(choices))
+        return Loaded(loaded, instructions.name, failures, choices)
     raise compiling.LibraryError("; ".join(f"{name}: {reason}" for name, reason in failures.items()))
 
 

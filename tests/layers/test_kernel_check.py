@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from paligemma.layers import compiling, kernel_check, kernels
+from paligemma.layers import compiling, kernel_check, kernel_tuning, kernels
 from paligemma.layers.kernel_check import Comparison
 
 
@@ -74,7 +74,9 @@ def test_the_program_prints_the_result(capsys, monkeypatch):
     if kernels.library() is None:
         return
     monkeypatch.setattr(kernels, "use", lambda _: None)
-    for changed, expected in (({}, "null"), ({"bf16_gate": 7.0}, '"wrong results: bf16_gate (7 times the largest error)"')):
+    monkeypatch.setattr(kernel_tuning, "choices", lambda: {"prefetch": 0})
+    wrong = '"wrong results: bf16_gate (7 times the largest error)"'
+    for changed, expected in (({}, 'null, "choices": {"prefetch": 0}'), ({"bf16_gate": 7.0}, wrong + ', "choices": {}')):
         monkeypatch.setattr(kernel_check, "errors", lambda changed=changed: {"bf16_gate": 0.5, "int8_product": 1.0} | changed)
         kernel_check.main(str(Path("any.so")), "1")
         assert capsys.readouterr().out == f'{{"reason": {expected}}}\n'

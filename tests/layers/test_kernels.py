@@ -91,10 +91,24 @@ def test_the_best_set_that_works_is_used_and_the_others_are_remembered_with_thei
     rejected = LibraryError("kernels.cpp does not compile: unknown argument", is_of_instructions=True)
     tried = machine(best=rejected, good="its check ended with SIGILL", fair=None, poor=None)
     assert kernels.library() == "opened fair" and tried == ["best", "good", "fair"]
-    assert kernels.load() == [("opened fair", "fair", {"best": str(rejected), "good": "its check ended with SIGILL"})]
+    assert kernels.load() == [("opened fair", "fair", {"best": str(rejected), "good": "its check ended with SIGILL"}, {})]
     assert "the kernels for good are not used: its check ended with SIGILL" in caplog.text
     assert kernels.library() == "opened fair" and len(tried) == 3
     assert all(record.levelname == "INFO" for record in caplog.records)
+
+
+@pytest.mark.parametrize("tuning", ["", "off"])
+def test_what_was_measured_is_used_and_said_unless_the_user_forbids_it(machine, monkeypatch, caplog, tuning):
+    caplog.set_level("INFO")
+    machine(best=None)
+    values, choices = kernels.CTuning(prefetch=1024), {"prefetch": 2048, "bf16_rows": 15}
+    monkeypatch.setenv("PALIGEMMA_TUNING", tuning)
+    monkeypatch.setattr(compiling, "check_once", lambda *_: {"reason": None, "choices": choices})
+    monkeypatch.setattr(kernels, "tuning", lambda _: values)
+    is_used = tuning != "off"
+    assert kernels.load()[0].choices == (choices if is_used else {})
+    assert values.prefetch == (2048 if is_used else 1024)
+    assert (", measured: prefetch 2048, bf16_rows 15" in caplog.text) is is_used
 
 
 def test_where_every_set_fails_there_is_no_library_and_one_warning(machine, caplog):
@@ -148,7 +162,7 @@ def test_libraries_that_crash_or_are_wrong_are_passed_over_once(monkeypatch, tmp
     monkeypatch.setattr(kernels, "allowed", lambda: sets)
     monkeypatch.setattr(compiling, "FLAGS", processors.QUICK_FLAGS)
     assert kernels.library() is not None
-    ((_, name, failures),) = kernels.load()
+    ((_, name, failures, _),) = kernels.load()
     crash = failures.pop("crash")
     assert name == "right" and crash.startswith("its check ended with SIG")  # ILL or TRAP, by processor
     assert set(failures) == {"wrong", "NaN"} and all("wrong results: bf16_rms_norm" in reason for reason in failures.values())
