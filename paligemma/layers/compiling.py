@@ -51,7 +51,9 @@ SLOWER = "decoding will be slower, with torch's own matrix products"  # the firs
 CHECK_TIMEOUT_S = 120
 RECHECK_AFTER_S = 24 * 3600  # a library that failed its check is checked again after a day: the machine may have been repaired
 # What happens to a program that executes an instruction that the processor lacks or the system does not allow, or goes astray
-CRASHES = {getattr(signal, name, 0) for name in ("SIGILL", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGABRT", "SIGTRAP")}
+CRASHES = {
+    getattr(signal, name) for name in ("SIGILL", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGABRT", "SIGTRAP") if hasattr(signal, name)
+}
 ROOT = Path(__file__).resolve().parents[2]  # the folder from which `paligemma` is imported
 OPEN: list[Iterator[Path]] = []  # generators of cache_folders: one that is freed would delete the temporary folder it made
 
