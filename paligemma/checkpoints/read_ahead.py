@@ -45,6 +45,14 @@ def map_file(file: Path) -> mmap.mmap:
         return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
+def version(file: Path) -> tuple[int, ...] | None:
+    """What changes if a file is replaced or written to; None if it cannot be found."""
+    with suppress(OSError):
+        found = os.stat(file)
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return None
+
+
 def merged(parts: list[Part]) -> list[Part]:
     """The parts of a file, with neighbours of the same dtype as one part."""
     result: list[Part] = []
@@ -84,11 +92,13 @@ class ReadAhead:
     """
 
     def __init__(self, parts: dict[Path, list[Part]]):
+        self.versions = {file: version(file) for file in parts}
         self.maps = {file: map_file(file) for file in parts}
         self.finite: list[tuple[Path, Part]] = []  # parts without NaN and infinity
         self.thread = Thread(target=self.read, args=(parts,), daemon=True)  # a daemon does not delay the exit after an error
-        if parts:
-            self.thread.start()
+        with suppress(RuntimeError):  # no more threads are allowed
+            if parts:
+                self.thread.start()
 
     def read(self, parts: dict[Path, list[Part]]) -> None:
         with suppress(MemoryError):
@@ -105,6 +115,10 @@ class ReadAhead:
         """Waits until the thread has read everything."""
         if self.thread.ident is not None:  # it was started
             self.thread.join()
+
+    def is_current(self) -> bool:
+        """Whether no file was replaced or written to since it was mapped. A header that is read now describes the same file."""
+        return all(version(file) == before for file, before in self.versions.items())
 
     def map(self, file: Path) -> mmap.mmap:
         """The mapped file. Raises: OSError."""

@@ -478,7 +478,9 @@ class ModelFiles:
             check_names(model, self.raw, stored, folder)
             spare = [torch.device("cuda", card) for card in usable_cards()] if device == "auto" else []
             placement = split.place(sizes, named, spare, room)
-            ahead, self.ahead = self.ahead or ReadAhead({}), None
+            ahead, self.ahead = self.ahead, None
+            if ahead is None or not ahead.is_current():
+                ahead = ReadAhead({})
             readers = {own: TensorReader(own, allow_nonfinite, ahead) for own in placement.devices}
             fill(model, stored, lambda name: readers[placement.device(name)], dtype, quantised, kind, adapter)
             ahead.wait()

@@ -139,6 +139,37 @@ def test_a_thread_that_runs_out_of_memory_is_no_error(folder, monkeypatch, looke
     assert looked_at and not ahead.finite
 
 
+def test_without_another_thread_the_files_are_only_mapped(folder, monkeypatch, looked_at):
+    def fail(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    ahead = read_ahead.begin(str(folder), "cpu")
+    load(folder, ahead)
+    assert looked_at and not ahead.finite
+
+
+def test_a_file_that_is_replaced_after_it_was_mapped_is_mapped_again(folder):
+    tensors = {name: tensor.clone() + 1 for name, tensor in weights.load_model(folder).state_dict().items()}
+    save_file(tensors, folder / "other")  # with a header of another size
+    ahead = read_ahead.begin(str(folder), "cpu")
+    ahead.wait()
+    (folder / "other").replace(folder / "model.safetensors")
+    loaded = load(folder, ahead).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_values_that_are_written_after_they_were_read_are_checked(folder):
+    file = folder / "model.safetensors"
+    ahead = read_ahead.begin(str(folder), "cpu")
+    ahead.wait()
+    with open(file, "r+b") as stream:
+        stream.seek(read_header(file)[NORM].start)
+        stream.write(b"\xff" * 4)
+    with pytest.raises(CheckpointError, match=f"{NORM} holds NaN or infinity"):
+        load(folder, ahead)
+
+
 @pytest.mark.parametrize("case", ["no folder", "no weights", "damaged", "small", "little memory", "GPU", "dtype", "quantize"])
 def test_nothing_is_read_ahead_that_would_not_be_used(case, folder, monkeypatch):
     arguments = {"GPU": ("cuda", None, None), "dtype": ("cpu", "fp32", None), "quantize": ("auto", None, "int8")}
