@@ -67,7 +67,7 @@ struct Scratch {
     std::unique_ptr<CacheLine[]> memory;
     size_t size = 0;
     char* at_least(size_t wanted) {
-        if (wanted > size) memory.reset(new CacheLine[(size = wanted) / sizeof(CacheLine) + 1]);
+        if (wanted > size || !memory) memory.reset(new CacheLine[wanted / sizeof(CacheLine) + 1]), size = wanted;
         return memory[0].bytes;
     }
 };
