@@ -74,17 +74,20 @@ def prefetch_distance(weights: Tensor) -> int:
 def rows_of_ours(weights: Tensor, rule: int) -> int:
     """The largest number of rows for which our product of bfloat16 weights is to be used. Args: rule: the same by rule."""
     matrices = itertools.cycle(weights.view(torch.bfloat16).view(-1, WIDTH, WIDTH))  # in turn, so that they come from memory
-    most = 0
-    for rows in ROWS:
+
+    def is_ours(rows: int) -> bool:
         x = torch.ones(rows, WIDTH, dtype=torch.bfloat16)
         ways = {
-            True: lambda x=x: kernels.product("bf16", x, [(next(matrices), None, WIDTH)], torch.bfloat16),
-            False: lambda x=x: F.linear(x, next(matrices)),
+            True: lambda: kernels.product("bf16", x, [(next(matrices), None, WIDTH)], torch.bfloat16),
+            False: lambda: F.linear(x, next(matrices)),
         }
-        if not clearly_fastest({is_ours: ways[is_ours] for is_ours in (rows <= rule, rows > rule)}):
-            return min(max(most, rule), rows - 1)
-        most = rows
-    return NO_LIMIT
+        return clearly_fastest({is_ours: ways[is_ours] for is_ours in (rows <= rule, rows > rule)})
+
+    few, many = ROWS
+    if rule < few:
+        return rule if not is_ours(few) else NO_LIMIT if is_ours(many) else few
+    # One limit cannot say that torch is faster for few rows only. Then prompts, which take longer, decide.
+    return rule if is_ours(many) else many - 1 if is_ours(few) else few - 1
 
 
 def is_attention_ours(rule: bool) -> bool:
