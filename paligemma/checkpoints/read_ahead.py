@@ -88,23 +88,28 @@ class ReadAhead:
     """The mapped files of a model, and the thread that reads them.
 
     Args:
-        parts: the files, and for each file the parts that are read; {} = no thread, files are only mapped.
+        parts: the files, and for each file the parts that `start` reads.
     """
 
     def __init__(self, parts: dict[Path, list[Part]]):
         self.versions = {file: version(file) for file in parts}
         self.maps = {file: map_file(file) for file in parts}
         self.finite: list[tuple[Path, Part]] = []  # parts without NaN and infinity
-        self.thread = Thread(target=self.read, args=(parts,), daemon=True)  # a daemon does not delay the exit after an error
-        with suppress(RuntimeError):  # no more threads are allowed
-            if parts:
-                self.thread.start()
+        self.parts = parts
+        self.thread: Thread | None = None
 
-    def read(self, parts: dict[Path, list[Part]]) -> None:
+    def start(self) -> None:
+        """Starts the thread. If no more threads are allowed, the files are only mapped."""
+        thread = Thread(target=self.read, daemon=True)  # a daemon does not delay the exit after an error
+        with suppress(RuntimeError):
+            thread.start()
+            self.thread = thread
+
+    def read(self) -> None:
         with suppress(MemoryError):
-            for file in parts:
+            for file, parts in self.parts.items():
                 content = np.frombuffer(self.maps[file], np.uint8)
-                for part in parts[file]:
+                for part in parts:
                     values = content[part.start : part.end]
                     if part.dtype is None:
                         values[:: mmap.PAGESIZE].max(initial=0)  # reads one byte of each page
@@ -113,7 +118,7 @@ class ReadAhead:
 
     def wait(self) -> None:
         """Waits until the thread has read everything."""
-        if self.thread.ident is not None:  # it was started
+        if self.thread is not None:
             self.thread.join()
 
     def is_current(self) -> bool:
@@ -151,6 +156,11 @@ def begin(name: str | None, device: object, *changes: object, revision: str | No
             folder = find_cached(name, revision)
         parts = {file: parts_of(file) for file in find_files(folder)} if folder else {}
         size = sum(os.path.getsize(file) for file in parts)
-        if MIN_BYTES <= size <= (free_cpu_memory() or 0) - ROOM:
-            return ReadAhead(parts)
+        if size < MIN_BYTES:
+            return None
+        ahead = ReadAhead(parts)
+        # A mapped file counts for ulimit -v, which is therefore looked at afterwards: loading asks for room for all weights.
+        if size <= (free_cpu_memory() or 0) - ROOM:
+            ahead.start()
+            return ahead
     return None

@@ -4,6 +4,7 @@ import errno
 import subprocess
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -185,6 +186,14 @@ def test_nothing_is_read_ahead_that_would_not_be_used(case, folder, monkeypatch)
         monkeypatch.setattr(read_ahead, "free_cpu_memory", lambda: size + read_ahead.ROOM - 1)
     name = str(folder / "nowhere" if case == "no folder" else folder)
     assert read_ahead.begin(name, *arguments.get(case, ("cpu",))) is None
+
+
+def test_files_are_not_kept_mapped_if_the_address_space_is_then_too_small_to_load(folder, monkeypatch):
+    size, mapped, real = (folder / "model.safetensors").stat().st_size, [], read_ahead.map_file
+    monkeypatch.setattr(read_ahead, "map_file", lambda file: mapped.append(weakref.ref(found := real(file))) or found)
+    monkeypatch.setattr(read_ahead, "free_cpu_memory", lambda: size * (2 - len(mapped)) + read_ahead.ROOM - 1)
+    assert read_ahead.begin(str(folder), "cpu") is None
+    assert [reference() for reference in mapped] == [None]
 
 
 def test_just_enough_memory_is_enough(folder, monkeypatch):
