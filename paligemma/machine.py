@@ -22,7 +22,7 @@ OLDEST_TORCH = "2.9"  # older versions cannot write the checkpoints of fine-tuni
 MEMORY_SIGNS = ("can't allocate memory", "Cannot allocate memory", "unable to mmap", "not enough memory")
 SAVE_MEMORY = "Take --dtype bf16, --quantize int8 or int4, a smaller model, or another device."
 GIB = 2**30
-WAIT_STEPS = "1000"  # some 20 microseconds: longer than threads with equal work wait for each other on an idle machine
+WAIT_STEPS = "4000"  # some 80 microseconds: longer than it takes Python to call the next kernel, so threads seldom sleep
 
 
 # Cores
