@@ -127,6 +127,16 @@ def products(kind: str) -> Iterator[Comparison]:
                 yield Comparison(f"{kind}_product", found, exact[:rows], bound[:rows])
 
 
+def transposed_products() -> Iterator[Comparison]:
+    """Products with a matrix that is stored as [X, O]."""
+    for inputs, outputs in SIZES:
+        x, weight = draw(ROWS[-1], inputs + inputs % 2), draw(inputs + inputs % 2, outputs)
+        exact, bound = x.double() @ weight.double(), product_bound(x, weight.T, torch.bfloat16)
+        for rows in ROWS:
+            found = kernels.product("bf16", x[:rows], [(weight, None, outputs)], torch.bfloat16, is_transposed=True)
+            yield Comparison("bf16_product", found, exact[:rows], bound[:rows])
+
+
 def quantised(kind: str) -> Comparison:
     """Weights of normal size, rounded to integers and turned back: how far they are from the weights.
 
@@ -155,7 +165,29 @@ def norms_and_gate() -> Iterator[Comparison]:
     gate, up = draw(4, 16400), draw(4, 16400)
     exact = F.gelu(gate.double(), approximate="tanh") * up.double()
     bound = half * exact.abs() + 2 * GELU_ERROR * (gate.double() * up.double()).abs() + 1e-30
-    yield Comparison("bf16_gate", kernels.bf16_gate(gate.clone(), up), exact, bound)
+    yield Comparison("bf16_gate", kernels.bf16_gate(gate, up, torch.empty_like(gate)), exact, bound)
+
+
+def gradients() -> Iterator[Comparison]:
+    """The derivatives of the norm and of the gate, for a random gradient of their results."""
+    half, single = UNIT[torch.bfloat16], UNIT[torch.float32]
+    x, weight, dy, width, eps = draw(9, 192) * 30 + 3, draw(192), draw(9, 192), 192, 1e-6
+    numbers, g = x.double(), dy.double() * (1 + weight.double())
+    square = 1 / (numbers.square().mean(-1, keepdim=True) + eps)
+    exact = square.sqrt() * (g - numbers * square * (g * numbers).mean(-1, keepdim=True))
+    # The two sums have `width` terms, and their errors and those of the products after them add up.
+    sizes = square.sqrt() * (g.abs() + numbers.abs() * square * (g * numbers).abs().mean(-1, keepdim=True))
+    error = 3 * (width + 8) * single * sizes
+    found = kernels.bf16_rms_norm_backward(dy, x, weight, eps)
+    yield Comparison("bf16_rms_norm_backward", found, exact, error + half * (exact.abs() + error) + 1e-30)
+    gate, up, dy = draw(4, 16400), draw(4, 16400), draw(4, 16400)
+    leaves = gate.double().requires_grad_(), up.double().requires_grad_()
+    with torch.enable_grad():
+        exact_gradients = torch.autograd.grad(F.gelu(leaves[0], approximate="tanh") * leaves[1], leaves, dy.double())
+    for found, exact, factors in zip(kernels.bf16_gate_backward(dy, gate, up), exact_gradients, (up, gate), strict=True):
+        # The slope of GELU is a sum of two terms, which together are at most GELU_SLOPE + 1.
+        error = 2 * GELU_ERROR * (1 + GELU_SLOPE) * (dy.double() * factors.double()).abs()
+        yield Comparison("bf16_gate_backward", found, exact, error + half * (exact.abs() + error) + 1e-30)
 
 
 def layer_norm_bound(x: Tensor, weight: Tensor, bias: Tensor, exact: Tensor, eps: float = 1e-6) -> Tensor:
@@ -282,8 +314,10 @@ def comparisons() -> Iterator[Comparison]:
     """Results of every function of kernels.library()."""
     for kind in ("bf16", *int_formats.KINDS):
         yield from products(kind)
+    yield from transposed_products()
     yield from map(quantised, int_formats.KINDS)
     yield from norms_and_gate()
+    yield from gradients()
     for length, cap in ((1, None), (1, 5.0), (21, None), (21, 5.0)):
         yield from attention_with_cache(length, cap)
     yield attention_of_patches()

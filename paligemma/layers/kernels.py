@@ -45,7 +45,7 @@ class CCall(ctypes.Structure):
     _fields_ = (
         ("x", ctypes.c_void_p), ("x_is_bf16", ctypes.c_int), ("activation", ctypes.c_int), ("matrices", CMatrix * 3),
         ("y", ctypes.c_void_p), ("y_is_bf16", ctypes.c_int), ("threads", ctypes.c_int),
-        ("rows", ctypes.c_int64), ("inputs", ctypes.c_int64),
+        ("is_transposed", ctypes.c_int), ("rows", ctypes.c_int64), ("inputs", ctypes.c_int64),
     )  # fmt: skip
 
 
@@ -108,8 +108,10 @@ def open_library(file: Path) -> ctypes.CDLL:
     for function, arguments in (
         *((getattr(loaded, f"{kind}_product"), (ctypes.POINTER(CCall),)) for kind in ("bf16", "int8", "int4")),
         *((getattr(loaded, f"{kind}_decode"), (ctypes.POINTER(CDecoder), pointer, pointer)) for kind in ("bf16", "int8", "int4")),
-        (loaded.bf16_gate, (pointer, pointer, size, flag)),
+        (loaded.bf16_gate, (*(pointer,) * 3, size, flag)),
+        (loaded.bf16_gate_backward, (*(pointer,) * 5, size, flag)),
         (loaded.bf16_rms_norm, (pointer, pointer, pointer, size, size, real, flag)),
+        (loaded.bf16_rms_norm_backward, (*(pointer,) * 4, size, size, real, flag)),
         (loaded.bf16_layer_norm, (pointer, pointer, pointer, pointer, size, size, real, flag)),
         (loaded.bf16_attend_many, (ctypes.POINTER(CAttention),)),
         (loaded.bf16_attend, (ctypes.POINTER(CTokenAttention), *(pointer,) * 5)),
@@ -240,7 +242,9 @@ def fill_matrices(fields: ctypes.Array, matrices: Sequence[tuple]) -> None:
         field.w, field.scales, field.bias, field.outputs = weight.data_ptr(), address(scales), address(bias), outputs
 
 
-def product(kind: str, x: Tensor, matrices: Sequence[tuple], dtype: torch.dtype, activation: str = "none") -> Tensor:
+def product(
+    kind: str, x: Tensor, matrices: Sequence[tuple], dtype: torch.dtype, activation: str = "none", is_transposed: bool = False
+) -> Tensor:
     """x @ w.T + bias for one to three matrices with the same input x, in one call.
 
     Args:
@@ -251,6 +255,7 @@ def product(kind: str, x: Tensor, matrices: Sequence[tuple], dtype: torch.dtype,
         dtype: the dtype of the result, bfloat16 or float32.
         activation: "none"; "gelu" of all outputs; or "gated", which combines two matrices of the same size:
             gelu(x @ first.T) * (x @ second.T).
+        is_transposed: whether x is multiplied with w instead of w.T; only for one matrix in bfloat16, which then is [X, O].
     Returns: [..., sum of all O], with the outputs in the order of the matrices; or [..., O] if gated.
     """
     x = x.contiguous()
@@ -260,17 +265,26 @@ def product(kind: str, x: Tensor, matrices: Sequence[tuple], dtype: torch.dtype,
     inputs = x.shape[-1]
     call = CCall(
         x=x.data_ptr(), x_is_bf16=x.dtype is torch.bfloat16, activation=ACTIVATIONS.index(activation), y=y.data_ptr(),
-        y_is_bf16=dtype is torch.bfloat16, threads=torch.get_num_threads(), rows=x.numel() // inputs, inputs=inputs,
+        y_is_bf16=dtype is torch.bfloat16, threads=torch.get_num_threads(), is_transposed=is_transposed,
+        rows=x.numel() // inputs, inputs=inputs,
     )  # fmt: skip
     fill_matrices(call.matrices, given)
     getattr(library(), f"{kind}_product")(ctypes.byref(call))
     return y
 
 
-def bf16_gate(gate: Tensor, up: Tensor) -> Tensor:
-    """gelu(gate) * up, written over `gate`. Both are bfloat16, contiguous, and of the same size, a multiple of 16."""
-    library().bf16_gate(gate.data_ptr(), up.data_ptr(), gate.numel(), torch.get_num_threads())
-    return gate
+def bf16_gate(gate: Tensor, up: Tensor, y: Tensor) -> Tensor:
+    """gelu(gate) * up, written to y, which may be gate. All are bfloat16, contiguous, and of one size, a multiple of 16."""
+    library().bf16_gate(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel(), torch.get_num_threads())
+    return y
+
+
+def bf16_gate_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the arguments gate and up of bf16_gate, from dy, the gradient of its result."""
+    dy, d_gate, d_up = dy.contiguous(), torch.empty_like(gate), torch.empty_like(up)
+    pointers = (tensor.data_ptr() for tensor in (dy, gate, up, d_gate, d_up))
+    library().bf16_gate_backward(*pointers, gate.numel(), torch.get_num_threads())
+    return d_gate, d_up
 
 
 def bf16_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -281,6 +295,15 @@ def bf16_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows = x.numel() // width
     library().bf16_rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, width, eps, torch.get_num_threads())
     return y
+
+
+def bf16_rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The gradient of the argument x of bf16_rms_norm, from dy, the gradient of its result."""
+    dy, x = dy.contiguous(), x.contiguous()
+    dx = torch.empty_like(x)
+    pointers, width = (tensor.data_ptr() for tensor in (dy, x, weight, dx)), weight.numel()
+    library().bf16_rms_norm_backward(*pointers, x.numel() // width, width, eps, torch.get_num_threads())
+    return dx
 
 
 def bf16_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paligemma.layers import patterns
+from paligemma.layers.fast_cpu import FastLinear, product
 from paligemma.parameter_names import all_spellings
 
 PARTS = {"language": "language_model", "vision": "vision_tower"}
@@ -226,6 +227,7 @@ class LoRALinear(nn.Linear):
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
         self.weight, self.bias = base.weight, base.bias
+        self.product = product if isinstance(base, FastLinear) else F.linear
         self.scaling, self.dropout = scaling, dropout
         device = base.weight.device
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, dtype=dtype, device=device)
@@ -234,9 +236,12 @@ class LoRALinear(nn.Linear):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
-        low = self.lora_A(F.dropout(x, self.dropout, self.training).to(self.lora_A.weight.dtype))  # [..., R]
-        return y + (self.lora_B(low) * self.scaling).to(y.dtype)
+        y = self.product(x, self.weight, self.bias)
+        x = F.dropout(x, self.dropout, self.training)
+        if not torch.is_autocast_enabled(x.device.type):  # autocast would cast x again
+            x = x.to(self.lora_A.weight.dtype)
+        low = self.lora_A(x) * self.scaling  # [..., R]
+        return y + self.lora_B(low).to(y.dtype)
 
     def merged(self) -> nn.Linear:
         """A plain nn.Linear that computes the same."""

@@ -104,7 +104,7 @@ def test_gradients_are_those_of_the_plain_tower():
 
 @pytest.mark.parametrize("place", ["bias", "adapter", "autocast", "tracing"])
 def test_kernels_give_way(place, monkeypatch):
-    """Where a bias is trained, an adapter is trained, autocast chooses dtypes, or torch.compile traces."""
+    """Where a bias is trained, an adapter is trained, autocast chooses another dtype, or torch.compile traces."""
     model = make_tower()
     acceleration.accelerate(model, min_parameters=0)
     layer, x = model.vision_tower.vision_model.encoder.layers[0], torch.randn(1, 3, 288, dtype=torch.bfloat16)
@@ -124,12 +124,22 @@ def test_kernels_give_way(place, monkeypatch):
         assert not fast_cpu.suits_kernel_attention(x, (layer.self_attn.q_proj, layer.self_attn.k_proj))
         assert fast_cpu.joint_product(x, (layer.self_attn.q_proj, layer.self_attn.k_proj)) is None
     elif place == "autocast":
-        with torch.autocast("cpu", torch.bfloat16):
-            assert layer(x).isfinite().all()
+        with torch.autocast("cpu", torch.float16):
+            assert layer.self_attn(x).dtype is layer.mlp(x).dtype is torch.float16
             assert layer.layer_norm1(x).dtype is nn.LayerNorm.forward(layer.layer_norm1, x).dtype
     else:
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert layer(x).isfinite().all()
+
+
+def test_a_frozen_tower_is_as_fast_under_autocast():
+    """In the training of an adapter, autocast computes in bfloat16: then the same kernels give the same numbers."""
+    model, x = make_tower(), pixels(2)
+    acceleration.accelerate(model, min_parameters=0)
+    expected = model.vision_tower(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.vision_tower(x)
+    assert found.dtype is torch.bfloat16 and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

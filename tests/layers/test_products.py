@@ -67,6 +67,27 @@ def test_activations_are_those_of_the_sums(activation, inputs, variant):
     assert_within(kernels.product("bf16", x, matrices, torch.float32, activation), exact, bound)
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs"),
+    [
+        (1, 1, 2),  # the smallest matrix
+        (12, 64, 32),  # one panel
+        (13, 79, 34),  # part of a panel
+        (23, 33, 4304),  # several blocks of inputs
+        (131, 17, 46),  # parts of rows, if there are several threads
+        (1031, 80, 46),  # several blocks of rows
+    ],
+)
+def test_a_transposed_matrix_is_multiplied(rows, outputs, inputs, dtype, variant):
+    if variant is None:
+        return
+    weight, x = random_matrix(inputs, outputs), torch.randn(rows, inputs).bfloat16()
+    y = kernels.product("bf16", x, [(weight, None, outputs)], dtype, is_transposed=True)
+    assert_within(y, x.double() @ weight.double(), product_bound(x, weight.T, dtype))
+
+
 def test_several_matrices_give_the_same_as_one_by_one(variant):
     if variant is None:
         return

@@ -80,6 +80,7 @@ struct Bf16Product {
 };
 
 extern "C" void bf16_product(const Call& call) {
+    if (call.is_transposed) return many_rows(call);
     if (tiles::product<tiles::Bf16Weights>(call)) return;
     if (call.rows >= tuning.many_rows || call.inputs % 32) return many_rows(call);
     multiply<Bf16Product>(call);

@@ -11,7 +11,7 @@
 
 const int PANEL = 64;           // outputs in a panel
 const int64_t STEPS = 1024;     // maximum number of words of each output in a panel, which then has 256 KB
-const int64_t ROW_BLOCK = 512;  // maximum number of rows of a task; limits the memory for sums and for converted x
+const int64_t ROW_BLOCK = 1024;  // maximum number of rows of a task; limits the memory for sums and for converted x
 const int64_t FEW_ROWS = 64;    // tasks are not divided further: packing the weights would take a tenth of the time
 
 #if defined(__AVX512F__)
@@ -42,6 +42,7 @@ static inline Lanes multiply_add(Lanes acc, Lanes w, uint32_t x) { return acc + 
 #endif
 
 // The rows of w that are packed into a panel, without those after the end of the matrix, in whose place the last row is repeated.
+// If the matrix is transposed, w[0] is where the first row starts; each of its rows has an input of all outputs.
 struct PanelRows {
     const uint16_t* w[PANEL];
 };
@@ -50,10 +51,12 @@ struct PanelRows {
 struct Ahead {
     PanelRows rows;
     int64_t lines, next, end;  // cache lines of each row; the next line, and the number of all lines
+    int64_t stride;            // bytes from a row to the next one if the matrix is transposed, else 0
 
     void prefetch(int64_t count) {
         for (const int64_t stop = std::min(end, next + count); next < stop; next++) {
-            __builtin_prefetch((const char*)rows.w[next / lines] + next % lines * 64, 0, 2);
+            const char* row = stride ? (const char*)rows.w[0] + next / lines * stride : (const char*)rows.w[next / lines];
+            __builtin_prefetch(row + next % lines * 64, 0, 2);
         }
     }
 };
@@ -147,6 +150,20 @@ static void pack(const PanelRows& rows, int64_t inputs, uint32_t* panel) {
     }
 }
 
+// Packs `inputs` rows, an even number, of `count` outputs of a transposed matrix, at most PANEL; the rows are `stride` apart.
+static void pack_transposed(const uint16_t* w, int64_t stride, int64_t inputs, int64_t count, uint32_t* panel) {
+    for (int64_t i = 0; i < inputs; i += 2) {
+        U16 rows[2][PANEL / 16] = {};
+        const bool is_whole = count == PANEL;
+        for (int r = 0; r < 2; r++) memcpy(rows[r], w + (i + r) * stride, is_whole ? sizeof rows[r] : count * sizeof(uint16_t));
+        for (int o = 0; o < PANEL; o += 16) {
+            uint32_t* strip = panel + o / STRIP * STRIP * (inputs / WORD_INPUTS) + o % STRIP;
+            const U32 first = __builtin_convertvector(rows[0][o / 16], U32), second = __builtin_convertvector(rows[1][o / 16], U32);
+            store_pairs(strip, i / 2, first | second << 16);
+        }
+    }
+}
+
 // `count` numbers of x as words: pairs as they are, or each number as float32.
 static const uint32_t* as_words(const uint16_t* x, int64_t count, int threads) {
     if (WORD_INPUTS == 2) return (const uint32_t*)x;
@@ -184,6 +201,10 @@ struct ManyRows {
 
     PanelRows panel_rows(const Task& task, int64_t first_input) const {
         PanelRows rows;
+        if (call.is_transposed) {
+            rows.w[0] = (const uint16_t*)task.matrix->w + first_input * task.matrix->outputs + task.start;
+            return rows;
+        }
         for (int64_t o = 0; o < PANEL; o++) {
             const Matrix& matrix = o < outputs ? *task.matrix : call.matrices[1];
             const int64_t row = std::min(task.start + o % outputs, matrix.outputs - 1);
@@ -200,12 +221,16 @@ struct ManyRows {
         for (int64_t i = 0; i < call.inputs; i += block) {
             const int64_t inputs = std::min(block, call.inputs - i), steps = inputs / WORD_INPUTS;
             const bool is_last = i + inputs == call.inputs;
-            pack(panel_rows(task, i), inputs, panel);
+            const PanelRows rows = panel_rows(task, i);
+            if (call.is_transposed) pack_transposed(rows.w[0], task.matrix->outputs, inputs, size(task), panel);
+            else pack(rows, inputs, panel);
             Ahead ahead = {};
             if (!is_last || next < panels * parts) {
+                const int64_t next_inputs = std::min(block, is_last ? call.inputs : call.inputs - i - inputs);
                 ahead.rows = is_last ? panel_rows(find(next), 0) : panel_rows(task, i + inputs);
-                ahead.lines = std::min(block, is_last ? call.inputs : call.inputs - i - inputs) * 2 / 64;
-                ahead.end = PANEL * ahead.lines;
+                ahead.stride = call.is_transposed ? task.matrix->outputs * 2 : 0;
+                ahead.lines = call.is_transposed ? PANEL * 2 / 64 : next_inputs * 2 / 64;
+                ahead.end = (call.is_transposed ? next_inputs : PANEL) * ahead.lines;
             }
             const int64_t count = (task.rows + HEIGHT - 1) / HEIGHT * (PANEL / STRIP);  // of tiles
             const int64_t lines = ahead.end / (count * ((steps + 15) / 16)) + 1;

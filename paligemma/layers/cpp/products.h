@@ -26,6 +26,8 @@ enum Activation { NONE, GELU, GATED };
 
 // Multiplies x[B, X] with one to three matrices and adds their biases. y[B, all outputs] has the outputs in the order of the
 // matrices, after GELU if the activation is GELU. If it is GATED, there are two matrices, and y[B, O] = gelu(first) * second.
+// If is_transposed, the only matrix is stored as w[X, O], as in the product that computes the gradient of x from that of y. Only
+// bf16_product can do that, with X even.
 struct Call {  // kernels.CCall has the same fields
     const void* x;
     int x_is_bf16;  // else float32
@@ -34,6 +36,7 @@ struct Call {  // kernels.CCall has the same fields
     void* y;
     int y_is_bf16;  // else float32
     int threads;
+    int is_transposed;
     int64_t rows, inputs;
 
     bool is_gated() const { return activation == GATED; }
