@@ -338,7 +338,9 @@ def test_shape_comments_use_no_other_letter_and_the_header_explains_it():
     for folder in ("paligemma", "demo", "notes", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
             name, source = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
-            header = texts.get(name, "").replace("as in modeling_gemma.py", texts["paligemma/modeling_gemma.py"])
+            header = texts.get(name, "")
+            for other in ("modeling_gemma.py", "modeling_siglip.py"):
+                header = header.replace(f"as in {other}", texts[f"paligemma/{other}"])
             known = dict(meanings(header)) if folder == "paligemma" else LEGEND
             for line, text in enumerate(source.splitlines(), start=1):
                 shapes = re.search(r"  # (\[[A-Z0-9.][^\]]*\](?:, \[[^\]]*\])*)", text)

@@ -8,7 +8,8 @@ and not the user's.
 `paligemma doctor` calls `errors` within its own process.
 
 The numbers in the bounds are derived from how often the functions round, see product_bound; none was measured.
-Checked in tests/layers/test_kernel_check.py. Shapes: as in modeling_gemma.py, and O outputs, X inputs of one matrix.
+Checked in tests/layers/test_kernel_check.py. Shapes: as in modeling_gemma.py, and O outputs, X inputs of one matrix,
+G groups of inputs with one scale each.
 """
 
 import json
