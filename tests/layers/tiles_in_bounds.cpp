@@ -16,7 +16,10 @@ static void run(int bits, int64_t rows, int64_t outputs, int64_t inputs, int act
     auto scales = filled<uint16_t>(bits == 16 ? 0 : padded * groups, 0x3f80);
     auto y = filled<uint16_t>(rows * outputs * (activation == GATED ? 1 : 2), 0);
     const Matrix matrix = {w.data(), scales.data(), bias.data(), outputs};
-    const Call call = {x.data(), true, activation, {matrix, matrix, {}}, y.data(), true, 2, rows, inputs};
+    Call call = {};
+    call.x = x.data(), call.x_is_bf16 = true, call.rows = rows, call.inputs = inputs;
+    call.matrices[0] = call.matrices[1] = matrix, call.activation = activation;
+    call.y = y.data(), call.y_is_bf16 = true, call.threads = 2;
     if (bits == 16) bf16_product(call);
     if (bits == 8) int8_product(call);
     if (bits == 4) int4_product(call);
