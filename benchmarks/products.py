@@ -22,6 +22,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 if __name__ == "__main__":  # --help and wrong flags are answered before the slow imports
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -76,7 +77,7 @@ def int4_pack(w: Tensor) -> Callable[[Tensor], Tensor]:
 def ours(w: Tensor, kind: str, has_tiles: bool = False) -> Callable[[Tensor], Tensor]:
     """Our product, with AMX or without."""
     if kind == "bf16":
-        made = lambda x: kernels.product("bf16", x, [(w, None, len(w))], torch.bfloat16)  # noqa: E731
+        made = partial(kernels.product, "bf16", matrices=[(w, None, len(w))], dtype=torch.bfloat16)
     else:
         with torch.device("meta"):
             linear = nn.Linear(*reversed(w.shape), bias=False)

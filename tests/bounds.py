@@ -99,3 +99,8 @@ class Float16Roundings(TorchFunctionMode):
         gradients = torch.autograd.grad(number, numbers, retain_graph=True, allow_unused=True)
         pairs = ((g, e) for g, e in zip(gradients, errors, strict=True) if g is not None)
         return 1.1 * sum((g.abs() * e).sum().item() for g, e in pairs) + UNIT[torch.float32] * abs(number.item())
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    """The norm of a - b as a share of the norm of b."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()

@@ -1,11 +1,11 @@
-"""Libraries for other processors; a compiler and folders for tests of compiling."""
+"""Libraries for other processors, and their kinds of bfloat16 instructions; a compiler and folders for tests of compiling."""
 
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from paligemma.layers import kernels
+from paligemma.layers import fast_cpu, kernels
 from tests.processors import VARIANTS, compiled
 
 
@@ -54,3 +54,10 @@ def places(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     return cache, temporary
+
+
+@pytest.fixture(params=fast_cpu.BF16_ROWS)
+def instructions(request, monkeypatch):
+    """Processors with each kind of bfloat16 instructions."""
+    monkeypatch.setattr(fast_cpu, "bf16_instructions", lambda: request.param)
+    return request.param

@@ -100,7 +100,7 @@ def small(monkeypatch):
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("takes_rule", [True, False])
 def test_only_what_differs_from_the_rules_is_kept(monkeypatch, takes_rule):
-    """Every way also runs, so that one with wrong arguments is found."""
+    """Each way is also called for real: a call with wrong arguments would fail here."""
     if kernels.library() is None:
         return
     before = kernels.tuning(kernels.library()).prefetch

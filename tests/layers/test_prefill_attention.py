@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from paligemma.layers import acceleration, fast_cpu, kernels
+from paligemma.layers import acceleration, kernels
 from paligemma.layers.kernel_check import attention_bound
 from paligemma.layers.lora import LoRALinear
 from paligemma.modeling_gemma import GemmaConfig, GemmaForCausalLM, KVCache, rotary_embedding, rotate
-from tests.bounds import UNIT, assert_within, exact_arithmetic
+from tests.bounds import UNIT, assert_within, exact_arithmetic, gap
 from tests.tiny import FAMILIES, fill
 
 HALF, SINGLE = UNIT[torch.bfloat16], UNIT[torch.float32]
@@ -126,17 +126,6 @@ def prefill(model: nn.ModuleDict, is_masked: bool) -> tuple[torch.Tensor, torch.
         mask = torch.ones(60, 60, dtype=torch.bool).tril(10)[None, None, start:end, :end] if is_masked else None
         logits.append(decoder.logits(decoder.model(x[:, start:end], torch.arange(start + 1, end + 1).expand(3, -1), mask, cache)))
     return torch.cat(logits, dim=1), torch.stack((cache.keys, cache.values))
-
-
-def gap(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
-@pytest.fixture(params=fast_cpu.BF16_ROWS)
-def instructions(request, monkeypatch):
-    """Processors with each kind of bfloat16 instructions."""
-    monkeypatch.setattr(fast_cpu, "bf16_instructions", lambda: request.param)
-    return request.param
 
 
 @pytest.mark.processor

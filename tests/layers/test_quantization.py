@@ -27,7 +27,7 @@ from paligemma.modeling_gemma import (
     rotary_embedding,
     rotate,
 )  # fmt: skip
-from tests.bounds import UNIT, assert_within, product_bound
+from tests.bounds import UNIT, assert_within, gap, product_bound
 from tests.tiny import FAMILIES, fill
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,10 +55,6 @@ def random_linear(n: int, k: int, seed: int = 0, bias: bool = False, dtype: torc
 
 def quantized(linear: nn.Module, kind: str) -> QuantizedLinear:
     return quantization.quantize_module(linear, kind, dict(linear.named_parameters()))
-
-
-def gap(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
 def assert_product(y: torch.Tensor, x: torch.Tensor, module: QuantizedLinear) -> None:
