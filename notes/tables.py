@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,33 +216,19 @@ def steps_table() -> str:
     return for_each_class("decode", table)
 
 
-def llama_table() -> str:
-    """Milliseconds per token of llama.cpp and of our model at equal bit widths, from benchmarks/results/CLASS/llama.json."""
+def library_table(script: str, library: str) -> str:
+    """Milliseconds per token of other libraries and of our model, from benchmarks/results/CLASS/{script}.json."""
 
     def table(document: dict) -> list[str]:
-        lines = ["| | ms per token | lowest and highest | times as fast as llama.cpp |", "|---|---|---|---|"]
+        lines = [f"| | ms per token | lowest and highest | times as fast as {library} |", "|---|---|---|---|"]
+        versions = document.get("peers", {})
         for name, row in document["ways"].items():
-            ms = row["ms"]
-            cells = name, f"{ms['median']:.0f}", f"{ms['low']:.0f} to {ms['high']:.0f}", ratio(row)
-            lines.append(f"| {' | '.join(cells)} |")
-        return lines
-
-    return for_each_class("llama", table)
-
-
-def peers_table() -> str:
-    """Milliseconds per token of OpenVINO and ONNX Runtime and of our model, from benchmarks/results/CLASS/peers.json."""
-
-    def table(document: dict) -> list[str]:
-        lines = ["| | ms per token | lowest and highest | times as fast as the library |", "|---|---|---|---|"]
-        for name, row in document["ways"].items():
-            ms = row["ms"]
-            version = f" {document['peers'][name]}" if name in document["peers"] else ""
+            ms, version = row["ms"], f" {versions[name]}" if name in versions else ""
             cells = f"{name}{version}", f"{ms['median']:.0f}", f"{ms['low']:.0f} to {ms['high']:.0f}", ratio(row)
             lines.append(f"| {' | '.join(cells)} |")
         return lines
 
-    return for_each_class("peers", table)
+    return for_each_class(script, table)
 
 
 def products_table() -> str:
@@ -285,5 +272,6 @@ def device_table() -> str:
 
 GENERATED: dict[str, Callable[[], str]] = {
     "checkpoints": checkpoint_table, "speed": speed_table, "token speed": token_speed, "steps": steps_table,
-    "products": products_table, "llama": llama_table, "peers": peers_table, "devices": device_table,
+    "products": products_table, "llama": partial(library_table, "llama", "llama.cpp"),
+    "peers": partial(library_table, "peers", "the library"), "devices": device_table,
 }  # fmt: skip
